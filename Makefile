@@ -1,0 +1,43 @@
+# The five commands: serve, test, check, bench, proto. Each installs what it needs into .venv first.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 13)))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO := tidegate/v1/inference.proto
+
+.PHONY: serve test check bench proto clean
+
+serve: $(VENV)/.serve
+	$(BIN)/tidegate serve $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m loadtest.bench $(ARGS)
+
+proto: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=server/rpc/pb --pyi_out=server/rpc/pb \
+		--grpc_python_out=server/rpc/pb protos/$(PROTO)
+
+# torch goes first and by itself: where the machine offers a CPU build, this range picks it.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Tidegate needs Python 3.11 or 3.12: install one, or name it with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

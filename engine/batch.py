@@ -1,0 +1,47 @@
+"""ForwardBatch: the device tensors of one step, handed down from the runner to every layer.
+
+A query is one slice of the plan. With T tokens, B queries and S sampled positions in the step:
+
+    tokens      q0 | q1 | q2 | q3 q3 q3 q3 | q4 q4          num_decodes = 3, T = 9, B = 5
+    query_starts  0    1    2    3             7     9      [B + 1]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LayerPools = dict[str, torch.Tensor]
+"""Per-token pools of one layer by name, each [num_blocks, block_size, *shape]: K and V, an MLA latent, indexer keys, scales."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """One per-token pool of a layer: its name and the shape of one token's record."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slots: torch.Tensor  # [T] int64: block * block_size + offset, where each token's KV is written
+    query_starts: torch.Tensor  # [B + 1] int32
+    kv_lens: torch.Tensor  # [B] int32: tokens in the cache once this step's are written
+    block_tables: torch.Tensor  # [B, max_blocks] int32; past a row's own blocks the entries are meaningless
+    num_decodes: int  # the first num_decodes queries have one token each
+    query_lens_host: list[int]  # [B], for the paths that loop on the host
+    kv_lens_host: list[int]  # [B]
+    kv: list[LayerPools]  # one entry a layer
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.shape[0])
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.query_lens_host)

@@ -1,0 +1,126 @@
+"""What an operator can set about the engine, as frozen values.
+
+A field whose default is None means "choose for me"; `resolve` turns every such field into a number, once, and returns a
+new config. Nothing is changed after that. Knows nothing of files, flags or environment: that is `server/settings.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["safetensors", "dummy"]
+RunnerKind = Literal["torch", "fake"]
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """KV cache: `block_size` tokens a block; `num_blocks` wins over `memory_fraction` when it is set."""
+
+    block_size: int = 64
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9  # of the device memory that is free once the weights are loaded
+    host_bytes: int = 1 << 30  # the KV cache's size where the device is the CPU
+    prefix_caching: bool = True
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One token budget a step (`max_step_tokens`), shared by decodes and prompt chunks of at most `max_num_seqs` requests."""
+
+    max_num_seqs: int = 256
+    max_step_tokens: int | None = None
+    max_queue: int = 4096  # waiting requests past which a new one is refused
+    max_skips: int = 32  # how often later requests may pass one that does not fit, before they wait behind it
+
+
+class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """FakeRunner's simulated device: a step takes `step_ms` plus `token_us` for each token in it."""
+
+    step_ms: float = 0.0
+    token_us: float = 0.0
+    num_blocks: int = 4096
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine: the checkpoint folder, where and how it runs, and its cache and scheduler."""
+
+    model: str
+    device: Device = "auto"
+    dtype: DType = "auto"
+    load_format: LoadFormat = "safetensors"
+    runner: RunnerKind = "torch"  # "fake" computes nothing: for load tests of everything above the device
+    max_model_len: int | None = None
+    seed: int = 0  # seeds what the operator does not: dummy weights
+    overlap: bool | None = None  # submit step N+1 before step N's tokens are read; None: on where the device is asynchronous
+    debug_checks: bool = False  # run every check() after each step
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    fake: FakeConfig = FakeConfig()
+
+
+class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler and the service must know of a model; filled from its checkpoint folder."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> EngineConfig:
+    """Return `config` with every automatic choice made, apart from `cache.num_blocks`, which needs the loaded device.
+
+    Raises ConfigError, naming the setting, for a value that cannot work.
+    """
+    check(config, limits, has_cuda=has_cuda)
+    device = config.device if config.device != "auto" else ("cuda" if has_cuda else "cpu")
+    # Few CPUs multiply bfloat16 fast, and all of them float32.
+    auto_dtype = limits.dtype if device == "cuda" else "float32"
+    step_tokens = config.scheduler.max_step_tokens or (8192 if device == "cuda" else 512)
+    return msgspec.structs.replace(
+        config,
+        device=device,
+        dtype=auto_dtype if config.dtype == "auto" else config.dtype,
+        max_model_len=config.max_model_len or limits.max_model_len,
+        overlap=(device == "cuda") if config.overlap is None else config.overlap,
+        scheduler=msgspec.structs.replace(
+            config.scheduler,
+            max_step_tokens=max(step_tokens, config.scheduler.max_num_seqs),
+        ),
+    )
+
+
+def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
+    """Refuse settings that cannot work; each message names the setting, its value and what would be right."""
+    cache, sched = config.cache, config.scheduler
+    _at_least("cache.block_size", cache.block_size, 1)
+    _at_least("cache.num_blocks", cache.num_blocks, 1)
+    _at_least("cache.host_bytes", cache.host_bytes, 1)
+    _at_least("scheduler.max_num_seqs", sched.max_num_seqs, 1)
+    _at_least("scheduler.max_step_tokens", sched.max_step_tokens, sched.max_num_seqs)
+    _at_least("scheduler.max_queue", sched.max_queue, 1)
+    _at_least("scheduler.max_skips", sched.max_skips, 0)
+    _at_least("max_model_len", config.max_model_len, 1)
+    if not 0 < cache.memory_fraction <= 1:
+        raise ConfigError(
+            f"cache.memory_fraction is {cache.memory_fraction}: it must lie in (0, 1]", param="cache.memory_fraction"
+        )
+    if config.max_model_len is not None and config.max_model_len > limits.max_model_len:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model was made for {limits.max_model_len} tokens at most",
+            param="max_model_len",
+        )
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError(
+            "device is 'cuda', but torch sees no CUDA device here: use device 'cpu' or 'auto', or run `tidegate doctor`",
+            param="device",
+        )
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name} is {value}: it must be at least {low}", param=name)

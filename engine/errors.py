@@ -1,0 +1,101 @@
+"""Every error Tidegate raises on purpose, in one tree.
+
+    TidegateError
+    ├── ConfigError            a setting is wrong: start-up stops
+    ├── CheckpointError        a checkpoint cannot be loaded: start-up stops
+    ├── RequestError           one request ends; the server and its neighbours carry on
+    │   ├── InvalidRequest         a field is missing, of the wrong type or out of range
+    │   │   ├── MalformedRequest       the body could not be read at all
+    │   │   ├── UnsupportedField       understood, but this server or model cannot do it
+    │   │   └── ContextTooLong         prompt (+ max_tokens) past the model's context
+    │   ├── Unauthenticated        missing or unknown key
+    │   ├── UnknownModel           no such model here
+    │   ├── PayloadTooLarge        body or headers over the limit
+    │   ├── RequestTimeout         the client was too slow, or the request passed its deadline
+    │   ├── Overloaded             the queue is full: try again after `retry_after` seconds
+    │   └── Aborted                the client went away or called Abort
+    ├── EngineUnavailable      no engine to run on, or it did not come back in time
+    └── InternalError          a bug of ours; details go to the log, never to the client
+
+`server/errors.py` maps each of them to an HTTP and a gRPC status; a test holds that table total.
+"""
+
+from __future__ import annotations
+
+
+class TidegateError(Exception):
+    """Base of all of them. `message` is written for the person who has to act on it.
+
+    `param` names the request field or setting at fault; `code` is a stable word for programs.
+    """
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(TidegateError):
+    code = "bad_config"
+
+
+class CheckpointError(TidegateError):
+    code = "bad_checkpoint"
+
+
+class RequestError(TidegateError):
+    code = "request_error"
+
+
+class InvalidRequest(RequestError):
+    code = "invalid_value"
+
+
+class MalformedRequest(InvalidRequest):
+    code = "malformed_request"
+
+
+class UnsupportedField(InvalidRequest):
+    code = "unsupported_field"
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class Unauthenticated(RequestError):
+    code = "invalid_api_key"
+
+
+class UnknownModel(RequestError):
+    code = "model_not_found"
+
+
+class PayloadTooLarge(RequestError):
+    code = "payload_too_large"
+
+
+class RequestTimeout(RequestError):
+    code = "request_timeout"
+
+
+class Overloaded(RequestError):
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: int = 1, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after  # seconds
+
+
+class Aborted(RequestError):
+    code = "aborted"
+
+
+class EngineUnavailable(TidegateError):
+    code = "engine_unavailable"
+
+
+class InternalError(TidegateError):
+    code = "internal_error"

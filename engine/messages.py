@@ -1,0 +1,97 @@
+"""Messages between an API worker and an engine process: msgspec structs in msgpack over ZeroMQ, never pickle.
+
+    worker --> engine   Hello, Submit, Abort
+    engine --> worker   Welcome, Outputs, Heartbeat
+
+A worker says Hello on every (re)connection; the engine then forgets whatever that worker had asked before, and answers
+Welcome. The worker keeps prompt, params and the tokens received of each stream, so after an engine's death it sends each
+of them again as a Submit whose `outputs` are what the client already has.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.config import ModelLimits
+from engine.request import SamplingParams, TokenEvent
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    worker: str
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Run a request. `seed` is always set: the worker draws one where the client gave none, so a resumed stream repeats it."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    outputs: list[int] = []  # tokens of an earlier life, in order
+    priority: int = 0
+    fork_of: str | None = None  # request id of the sibling (n > 1) whose prompt blocks to share
+    salt: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    limits: ModelLimits  # max_model_len here is the one in force
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    device: str
+    pid: int
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """What one step says to one worker."""
+
+    events: list[TokenEvent]
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since start (num_* of requests, tokens, steps) and gauges now. Conservation:
+
+    num_accepted = num_finished + num_aborted + num_failed + running + waiting
+    """
+
+    step: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    blocks_total: int = 0
+    num_accepted: int = 0
+    num_finished: int = 0
+    num_aborted: int = 0
+    num_failed: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0  # of admitted requests, counted once each
+    cached_tokens: int = 0  # of those, found in the prefix cache
+    output_tokens: int = 0
+    step_seconds: float = 0.0  # summed over all steps
+    exposed_cpu_seconds: float = 0.0  # of it, time in which the runner had nothing submitted
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Sent at least every `HEARTBEAT_SECONDS` while the engine's loop turns, busy or idle."""
+
+    stats: EngineStats
+
+
+HEARTBEAT_SECONDS = 0.25
+
+WorkerMessage = Hello | Submit | Abort
+EngineMessage = Welcome | Outputs | Heartbeat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode
+decode_engine_message = msgspec.msgpack.Decoder(EngineMessage).decode
