@@ -1,0 +1,129 @@
+"""The structure rules that are gates: the import ladder, the torch-free list, the totality of the error table."""
+
+import ast
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# From left (top) to right (bottom): a module may import only from rungs below its own. Within a rung, groups do not
+# know each other; within a group they may.
+LADDER: list[list[set[str]]] = [
+    [{"server"}],
+    [{"engine.process"}, {"engine.llm"}],
+    [{"engine.core"}],
+    [{"engine.scheduler"}, {"engine.runner"}, {"engine.fake"}],
+    [{"engine.kvcache"}, {"engine.inputs", "engine.graphs"}, {"engine.sampling"}, {"engine.speculative"}],
+    [{"engine.backends"}],
+    [{"engine.weights", "engine.quant", "engine.lora", "engine.parallel"}],
+    [{"engine.models"}],
+    [{"engine.layers"}],
+    [{"engine.attention"}],
+    [{"engine.kernels"}],
+    [{"engine.batch"}],
+    [{"engine.messages"}, {"engine.plan"}],
+    [{"engine.request"}],
+    [{"engine.config"}],
+    [{"engine.errors"}],
+]
+
+TORCH_FREE = (
+    "engine",
+    "engine.errors",
+    "engine.config",
+    "engine.request",
+    "engine.plan",
+    "engine.messages",
+    "engine.core",
+    "engine.process",
+    "engine.llm",
+    "engine.fake",
+    "engine.scheduler",
+    "engine.kvcache.pool",
+    "engine.kvcache.prefix",
+    "engine.kvcache.manager",
+    "engine.models.spec",
+    "server",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> dict[str, Path]:
+    found = [p for top in ("engine", "server") for p in (ROOT / top).rglob("*.py") if "pb" not in p.parts]
+    return {module_name(p): p for p in found}
+
+
+def own_imports(name: str, path: Path) -> set[str]:
+    """Own modules that `path` imports anywhere in it, functions and TYPE_CHECKING blocks included."""
+    found = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            relative = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found |= {f"{relative}.{alias.name}" for alias in node.names}
+    return {module for module in found if module.split(".")[0] in ("engine", "server")}
+
+
+def place(module: str) -> tuple[int, int] | None:
+    """(rung, group) of a module; None for the bare package `engine`, which holds public names only."""
+    for rung, groups in enumerate(LADDER):
+        for number, group in enumerate(groups):
+            if any(module == entry or module.startswith(entry + ".") for entry in group):
+                return rung, number
+    return None
+
+
+def may_import(importer: str, imported: str) -> bool:
+    here, there = place(importer), place(imported)
+    if here is None or there is None:
+        return True
+    return here == there or here[0] < there[0]
+
+
+@pytest.mark.parametrize(("name", "path"), sources().items(), ids=sources().keys())
+def test_imports_go_down_the_ladder(name, path):
+    wrong = {imported for imported in own_imports(name, path) if not may_import(name, imported)}
+    assert not wrong, f"{name} may not import {sorted(wrong)}: see LADDER"
+
+
+def test_every_module_stands_on_the_ladder():
+    homeless = [name for name in sources() if name != "engine" and place(name) is None]
+    assert not homeless, f"add to LADDER: {homeless}"
+
+
+def test_torch_free_modules_import_without_torch():
+    """In a process where importing torch fails, since one slow import anywhere would reach all of them."""
+    modules = [m for m in sources() if any(m == t or (t != "engine" and m.startswith(t + ".")) for t in TORCH_FREE)]
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'triton'):\n"
+        "    sys.modules[name] = None\n"
+        f"import importlib\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def error_classes() -> list[type[errors.TidegateError]]:
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.TidegateError)]
+    assert len(classes) > 10
+    return classes
+
+
+def test_the_error_tree_in_the_docstring_is_the_tree():
+    drawn = errors.__doc__ or ""
+    missing = [c.__name__ for c in error_classes() if c.__name__ not in drawn]
+    assert not missing, f"draw them in engine/errors.py: {missing}"
