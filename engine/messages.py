@@ -10,10 +10,13 @@ of them again as a Submit whose `outputs` are what the client already has.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from engine.config import ModelLimits
-from engine.request import SamplingParams, TokenEvent
+from engine.errors import ContextTooLong, InvalidRequest
+from engine.request import BOUNDS, SamplingParams, TokenEvent
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -31,6 +34,44 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     priority: int = 0
     fork_of: str | None = None  # request id of the sibling (n > 1) whose prompt blocks to share
     salt: str = ""
+
+
+def check_submit(submit: Submit, limits: ModelLimits) -> None:
+    """Refuse what this model cannot run: InvalidRequest or ContextTooLong, naming the field. The worker asks at its door,
+    the engine again."""
+    params = submit.params
+    if not submit.prompt:
+        raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
+    for name, value in (("seed", submit.seed), ("priority", submit.priority)):
+        if not BOUNDS[name].low <= value <= BOUNDS[name].high:
+            raise InvalidRequest(f"{name} is {value}: it must lie between {BOUNDS[name].low} and {BOUNDS[name].high}", param=name)
+    _check_ids("prompt", submit.prompt, limits.vocab_size)
+    _check_ids("outputs", submit.outputs, limits.vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
+    _check_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
+    if len(submit.prompt) >= limits.max_model_len:
+        raise ContextTooLong(
+            f"the prompt has {len(submit.prompt)} tokens; with the model's context of {limits.max_model_len} "
+            f"it can have {limits.max_model_len - 1} at most",
+            param="prompt",
+        )
+    if len(submit.prompt) + params.max_tokens > limits.max_model_len:
+        raise ContextTooLong(
+            f"the prompt's {len(submit.prompt)} tokens and max_tokens {params.max_tokens} come to more than the model's "
+            f"context of {limits.max_model_len}: send a shorter prompt or max_tokens {limits.max_model_len - len(submit.prompt)}",
+            param="max_tokens",
+        )
+    if len(submit.outputs) >= params.max_tokens:
+        raise InvalidRequest(
+            f"outputs has {len(submit.outputs)} tokens, and max_tokens is {params.max_tokens}: nothing is left to do",
+            param="outputs",
+        )
+
+
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -149,7 +149,7 @@ class Request:
         tokens      [ prompt ............ | outputs ...... ]
         num_prompt  ^-------------------^
         num_computed: KV is in the cache, or will be once the submitted steps have run
-        num_pending:  sampled by a submitted step whose result is not committed yet (0 or 1)
+        num_pending:  to be sampled by submitted steps whose results are not committed yet (0 to 2)
         num_tokens  = len(tokens) + num_pending;  the work left is num_tokens - num_computed
 
     Times are in seconds of the engine's monotonic clock. A smaller `priority` runs first.

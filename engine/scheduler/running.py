@@ -1,0 +1,62 @@
+"""RunningSet: the requests that own a batch row, in rank order: those with a prompt to compute, and those that decode."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+from engine.errors import InternalError
+from engine.request import Request, Status
+from engine.scheduler.queue import rank
+
+
+class RunningSet:
+    __slots__ = ("_max_rows", "decodes", "free_rows", "prompts")
+
+    def __init__(self, max_rows: int) -> None:
+        self.prompts: list[Request] = []  # some of the tokens known at admission are still to be computed
+        self.decodes: list[Request] = []  # one token a step
+        self.free_rows = list(range(max_rows - 1, -1, -1))
+        self._max_rows = max_rows
+
+    def __len__(self) -> int:
+        return len(self.prompts) + len(self.decodes)
+
+    def add(self, request: Request) -> int:
+        """Give `request` a row, which is returned, and put it among the prompts."""
+        request.row = row = self.free_rows.pop()
+        request.status = Status.RUNNING
+        insort(self.prompts, request, key=rank)
+        return row
+
+    def promote(self, request: Request) -> None:
+        """Its last known token is scheduled: from here on it decodes."""
+        self.prompts.remove(request)
+        insort(self.decodes, request, key=rank)
+
+    def remove(self, request: Request) -> None:
+        (self.decodes if request in self.decodes else self.prompts).remove(request)
+        self.free_rows.append(row_of(request))
+        request.row = None
+
+    def worst(self) -> Request:
+        return max(self.decodes[-1:] + self.prompts[-1:], key=rank)
+
+    def check(self) -> None:
+        rows = self.free_rows + [row_of(request) for request in self.prompts + self.decodes]
+        if sorted(rows) != list(range(self._max_rows)):
+            raise InternalError("batch rows are lost or given twice")
+        for group in (self.prompts, self.decodes):
+            if sorted(group, key=rank) != group:
+                raise InternalError("running requests are out of order")
+        for request in self.prompts:
+            if request.num_computed >= len(request.tokens) or request.num_pending:
+                raise InternalError(f"{request} has no prompt left to compute")
+        for request in self.decodes:
+            if request.num_computed != request.num_tokens - 1:
+                raise InternalError(f"{request} is not one token behind")
+
+
+def row_of(request: Request) -> int:
+    if request.row is None:
+        raise InternalError(f"{request} has no row")
+    return request.row

@@ -1,0 +1,241 @@
+"""Whatever comes in whatever order: nothing leaks, everybody ends once, and with the tokens it would get alone.
+
+FakeRunner verifies what every block holds as it is read, and every check() runs after every operation.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.config import CacheConfig, EngineConfig, ModelLimits, SchedulerConfig
+from engine.core import Core
+from engine.errors import ContextTooLong, Overloaded
+from engine.fake import build_fake, expected_tokens
+from engine.messages import Submit
+from engine.request import FinishReason, SamplingParams, Status, TokenEvent
+from engine.scheduler.queue import rank
+
+LIMITS = ModelLimits(max_model_len=96, vocab_size=40, eos_token_ids=(3,), dtype="float32")
+SHARED = [7, 8, 9, 7, 8, 9, 1, 1, 1, 2, 5, 6, 7, 8, 9, 4, 4]  # prompts begin with some of these
+
+
+class Plant:
+    """A Core under random operations, and what its clients have seen."""
+
+    def __init__(self, rng: random.Random, *, overlap: bool, prefix_caching: bool = True) -> None:
+        self.rng = rng
+        size = rng.choice((1, 2, 4, 8))
+        max_num_seqs = rng.choice((1, 4, 8, 8))
+        self.config = EngineConfig(
+            model="none",
+            runner="fake",
+            overlap=overlap,
+            debug_checks=True,
+            # From too little for one request of full length to room for four.
+            cache=CacheConfig(block_size=size, num_blocks=rng.randint(60, 384) // size, prefix_caching=prefix_caching),
+            scheduler=SchedulerConfig(
+                max_num_seqs=max_num_seqs,
+                max_step_tokens=max_num_seqs + rng.choice((0, 1, 5, 40)),
+                max_queue=rng.choice((6, 100)),
+                max_skips=rng.choice((0, 1, 5)),
+            ),
+        )
+        self.core = Core(build_fake(self.config, LIMITS))
+        self.scheduler = self.core._scheduler
+        self.submits: dict[str, Submit] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.endings: dict[str, TokenEvent] = {}
+        self.refused = 0
+        self.stalls = 0  # steps in a row
+
+    def submit(self) -> None:
+        """One to four siblings of one prompt; some of them are streams that an earlier engine began."""
+        rng = self.rng
+        prompt = SHARED[: rng.randint(1, len(SHARED))] + [rng.randrange(40) for _ in range(rng.choice((0, 0, 1, 5, 20)))]
+        num, leader = rng.choice((1, 1, 2, 4)), None
+        priority, salt = rng.choice((0, 0, 0, -1, 2)), rng.choice(("", "", "x"))
+        for _ in range(num):
+            name = f"r{len(self.submits) + self.refused}"
+            submit = Submit(
+                request_id=name,
+                prompt=prompt,
+                params=self.params(len(prompt)),
+                seed=rng.randrange(5),
+                priority=priority if rng.random() < 0.8 else 1,
+                salt=salt,
+                fork_of=leader,
+            )
+            if rng.random() < 0.1:
+                submit = resumed(submit, rng.randrange(submit.params.max_tokens))
+            leader = leader or name
+            self.offer(submit)
+
+    def params(self, num_prompt: int) -> SamplingParams:
+        rng = self.rng
+        max_tokens = rng.randint(1, rng.choice((2, 40, LIMITS.max_model_len - num_prompt)))
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, max_tokens),
+            ignore_eos=rng.random() < 0.8,
+            stop_token_ids=(11, 12) if rng.random() < 0.1 else (),
+            logprobs=rng.choice((None, None, 0, 2)),
+            prompt_logprobs=rng.choice((None, None, None, 1)),
+        )
+
+    def offer(self, submit: Submit) -> None:
+        try:
+            self.core.submit(submit)
+        except (ContextTooLong, Overloaded):
+            self.refused += 1
+            return
+        self.submits[submit.request_id] = submit
+        self.tokens[submit.request_id] = list(submit.outputs)
+
+    def abort(self) -> None:
+        live = [name for name in self.submits if name not in self.endings]
+        if live:
+            self.core.abort(self.rng.choice(live))
+
+    def step(self) -> None:
+        """The running request of the best rank gets on in every step, or waits, two steps at most, for one that is ending."""
+        running = self.scheduler._running.prompts + self.scheduler._running.decodes
+        best = min((r for r in running if r.num_tokens < r.end_len), key=rank, default=None)
+        at = best.num_computed if best else 0
+        events = self.core.step()
+        if best is not None and best.status is not Status.FINISHED:
+            assert best.status is Status.RUNNING, f"{best} was preempted, and none that needs more blocks is before it"
+            self.stalls = self.stalls + 1 if best.num_computed == at else 0
+            assert self.stalls <= 2, f"{best} does not get on"
+        for event in events:
+            self.see(event)
+
+    def see(self, event: TokenEvent) -> None:
+        name = event.request_id
+        assert name not in self.endings, "an event after the last one"
+        params, first = self.submits[name].params, not self.tokens[name] and bool(event.tokens)
+        self.tokens[name] += event.tokens
+        assert (event.num_cached is not None) == first
+        assert (event.queue_s is not None) == first
+        if event.tokens:
+            assert (event.logprobs is not None) == (params.logprobs is not None)
+        assert (event.prompt_logprobs is not None) == (first and params.prompt_logprobs is not None)
+        if event.prompt_logprobs is not None:
+            assert event.prompt_logprobs[0] is None
+            assert [p.token for p in event.prompt_logprobs[1:]] == self.submits[name].prompt[1:]
+        if event.finish is not None:
+            self.endings[name] = event
+
+    def check(self) -> None:
+        self.scheduler.check()
+        s = self.core.stats()
+        assert s.num_accepted == s.num_finished + s.num_aborted + s.num_failed + s.running + s.waiting
+        assert s.num_accepted == len(self.submits)
+        assert s.cached_tokens <= s.prompt_tokens
+
+    def drain(self) -> None:
+        for _ in range(20000):
+            if not self.core.has_work:
+                return
+            self.step()
+        raise AssertionError("it does not come to an end")
+
+    def check_end(self) -> None:
+        stats = self.core.stats()
+        assert set(self.endings) == set(self.submits)
+        assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
+        assert not self.scheduler.cache._chains
+        assert stats.output_tokens == sum(len(t) - len(self.submits[n].outputs) for n, t in self.tokens.items())
+        for name, ending in self.endings.items():
+            assert_as_alone(self.submits[name], self.tokens[name], ending)
+
+
+def resumed(submit: Submit, num: int) -> Submit:
+    outputs = expected_tokens(submit.prompt, num, submit.params, submit.seed, LIMITS)
+    stops = stop_ids(submit.params)
+    cut = next((i for i, token in enumerate(outputs) if token in stops), len(outputs))
+    return Submit(**{f: getattr(submit, f) for f in submit.__struct_fields__} | {"outputs": outputs[:cut]})
+
+
+def stop_ids(params: SamplingParams) -> set[int]:
+    return {*params.stop_token_ids, *(() if params.ignore_eos else LIMITS.eos_token_ids)}
+
+
+def assert_as_alone(submit: Submit, tokens: list[int], ending: TokenEvent) -> None:
+    params = submit.params
+    alone = expected_tokens(submit.prompt, params.max_tokens, params, submit.seed, LIMITS)
+    stops = [i for i, t in enumerate(alone) if t in stop_ids(params) and i + 1 >= params.min_tokens]
+    if ending.finish is FinishReason.ABORT:
+        assert tokens == alone[: len(tokens)]
+    elif stops:
+        assert tokens == alone[: stops[0] + 1]
+        assert (ending.finish, ending.stop_token) == (FinishReason.STOP, tokens[-1])
+    else:
+        assert tokens == alone
+        assert (ending.finish, ending.stop_token) == (FinishReason.LENGTH, None)
+
+
+class CountCopies:
+    """The runner, which also tells how many forks copied a block."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.num_blocks = runner.num_blocks
+        self.copies = 0
+
+    def submit(self, plan):
+        self.copies += len(plan.copies)
+        return self.runner.submit(plan)
+
+
+def run(plant: Plant, operations: int) -> None:
+    for _ in range(operations):
+        action = plant.rng.random()
+        if action < 0.2:
+            plant.submit()
+        elif action < 0.24:
+            plant.abort()
+        else:
+            plant.step()
+        plant.check()
+    plant.drain()
+    plant.check()
+    plant.check_end()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_ten_thousand_random_operations(overlap):
+    ends: Counter[str] = Counter()
+    copies = 0
+    for seed in range(25):
+        plant = Plant(random.Random(seed), overlap=overlap, prefix_caching=seed % 5 != 0)
+        plant.core._runner = CountCopies(plant.core._runner)
+        run(plant, 200)
+        stats = plant.core.stats()
+        ends.update(finished=stats.num_finished, aborted=stats.num_aborted, preempted=stats.num_preemptions)
+        ends.update(refused=plant.refused, cached=stats.cached_tokens)
+        copies += plant.core._runner.copies
+    # Each of the things that can go wrong was there to go wrong.
+    assert min(ends["preempted"], ends["refused"], ends["aborted"], ends["cached"], copies) > 50, (ends, copies)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False), overlap=st.booleans(), operations=st.integers(1, 60))
+def test_short_random_runs_that_can_be_shrunk(rng, overlap, operations):
+    run(Plant(rng, overlap=overlap), operations)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_overlap_gives_the_same_tokens_as_the_plain_loop(seed):
+    seen = []
+    for overlap in (False, True):
+        plant = Plant(random.Random(seed), overlap=overlap)
+        for _ in range(15):
+            plant.submit()
+        plant.drain()
+        seen.append({name: (plant.tokens[name], plant.endings[name].finish) for name in plant.submits})
+    common = seen[0].keys() & seen[1].keys()
+    assert len(common) >= 5
+    assert all(seen[0][name] == seen[1][name] for name in common)

@@ -1,0 +1,59 @@
+"""Blocks move whole: every pool of every layer together, in the order that was asked."""
+
+import random
+
+import pytest
+import torch
+
+from engine.batch import PoolSpec
+from engine.kvcache.storage import KVStorage, block_bytes
+from engine.plan import BlockCopy
+
+POOLS = [
+    [PoolSpec(name="k", shape=(2, 3), dtype=torch.float32), PoolSpec(name="v", shape=(2, 3), dtype=torch.float32)],
+    [PoolSpec(name="latent", shape=(5,), dtype=torch.bfloat16), PoolSpec(name="scale", shape=(), dtype=torch.float32)],
+]
+
+
+def upload(arrays):
+    return [torch.from_numpy(a) for a in arrays]
+
+
+def numbered(num_blocks=8, block_size=4):
+    """A storage whose block b is filled with the number b."""
+    storage = KVStorage(POOLS, num_blocks=num_blocks, block_size=block_size, device=torch.device("cpu"))
+    for layer in storage.layers:
+        for pool in layer.values():
+            pool.copy_(torch.arange(num_blocks).view(-1, *[1] * (pool.dim() - 1)).expand_as(pool))
+    return storage
+
+
+def test_pools_have_their_shapes_types_and_zeros():
+    storage = KVStorage(POOLS, num_blocks=3, block_size=4, device=torch.device("cpu"))
+    assert [{n: (tuple(p.shape), p.dtype) for n, p in layer.items()} for layer in storage.layers] == [
+        {"k": ((3, 4, 2, 3), torch.float32), "v": ((3, 4, 2, 3), torch.float32)},
+        {"latent": ((3, 4, 5), torch.bfloat16), "scale": ((3, 4), torch.float32)},
+    ]
+    assert not any(p.any() for layer in storage.layers for p in layer.values())
+    stored = sum(p.numel() * p.element_size() for layer in storage.layers for p in layer.values())
+    assert stored == 3 * block_bytes(POOLS, 4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_act_as_if_one_after_the_other(seed):
+    r = random.Random(seed)
+    copies = [BlockCopy(r.randrange(8), r.randrange(8)) for _ in range(r.randint(1, 10))]
+    expected = list(range(8))
+    for copy in copies:
+        expected[copy.dst] = expected[copy.src]
+    storage = numbered()
+    storage.copy(copies, upload)
+    for layer in storage.layers:
+        for pool in layer.values():
+            assert (pool == torch.tensor(expected).view(-1, *[1] * (pool.dim() - 1))).all()
+
+
+def test_no_copies_is_nothing():
+    storage = numbered()
+    storage.copy([], upload)
+    assert (storage.layers[1]["scale"][:, 0] == torch.arange(8)).all()

@@ -1,0 +1,42 @@
+import pytest
+
+from engine.errors import InternalError
+from engine.request import Request, SamplingParams
+from engine.scheduler.queue import WaitingQueue
+
+
+def make_request(name: str, priority: int = 0) -> Request:
+    return Request(name, [1], SamplingParams(), num_prompt=1, seed=0, max_model_len=10, priority=priority)
+
+
+def names(queue: WaitingQueue) -> list[str]:
+    return [request.request_id for request in queue]
+
+
+def test_smaller_priority_first_then_arrival():
+    queue = WaitingQueue()
+    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -1), ("e", 0)):
+        queue.push(make_request(name, priority))
+    assert names(queue) == ["d", "b", "e", "a", "c"]
+    queue.check()
+
+
+def test_a_request_that_comes_back_returns_to_its_place():
+    queue = WaitingQueue()
+    requests = [make_request(name) for name in "abc"]
+    for request in requests:
+        queue.push(request)
+    queue.remove(requests[0])
+    queue.push(make_request("d"))
+    queue.push(requests[0])
+    assert names(queue) == ["a", "b", "c", "d"]
+
+
+def test_removing_what_is_not_there_is_a_bug_that_shows():
+    queue = WaitingQueue()
+    request = make_request("a")
+    queue.push(request)
+    queue.remove(request)
+    assert len(queue) == 0
+    with pytest.raises(InternalError):
+        queue.remove(request)

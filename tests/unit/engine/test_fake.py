@@ -1,0 +1,123 @@
+import time
+
+import pytest
+
+from engine.config import EngineConfig, FakeConfig, ModelLimits
+from engine.errors import InternalError
+from engine.fake import FakeRunner, build_fake, expected_tokens
+from engine.plan import AdmittedRow, BlockCopy, GrownRow, StepPlan
+from engine.request import SamplingParams
+
+LIMITS = ModelLimits(max_model_len=100, vocab_size=50, eos_token_ids=(3,), dtype="float32")
+
+
+def make_runner(**changes) -> FakeRunner:
+    return FakeRunner(LIMITS, **{"num_blocks": 8, "block_size": 4, "verify": True} | changes)
+
+
+def make_plan(step, slices, *, num_decodes=0, samples=(), admitted=(), grown=(), copies=()) -> StepPlan:
+    rows, starts, nums = (list(column) for column in zip(*slices, strict=True))
+    return StepPlan(step, rows, starts, nums, num_decodes, list(samples), list(admitted), list(grown), list(copies))
+
+
+def row(number: int, tokens: list[int], blocks: list[int], num_prompt: int | None = None, **params) -> AdmittedRow:
+    return AdmittedRow(number, tokens, num_prompt or len(tokens), blocks, SamplingParams(**{"max_tokens": 50} | params), seed=0)
+
+
+def test_tokens_depend_on_prompt_outputs_and_seed_alone():
+    params = SamplingParams(max_tokens=50)
+    tokens = expected_tokens([1, 2, 3], 10, params, 0, LIMITS)
+    assert tokens == expected_tokens([1, 2, 3], 10, params, 0, LIMITS)
+    assert tokens != expected_tokens([1, 2, 4], 10, params, 0, LIMITS)
+    assert tokens != expected_tokens([1, 2, 3], 10, params, 1, LIMITS)
+
+
+def test_chunks_decodes_and_recomputing_give_the_same_tokens():
+    runner, prompt = make_runner(), [9, 8, 7, 6, 5]
+    expected = expected_tokens(prompt, 4, SamplingParams(max_tokens=50), 0, LIMITS)
+    runner.submit(make_plan(1, [(0, 0, 3)], admitted=[row(0, prompt, [0, 1])]))
+    seen = runner.submit(make_plan(2, [(0, 3, 2)], samples=[0])).result().tokens
+    seen += runner.submit(make_plan(3, [(0, 5, 1)], num_decodes=1, samples=[0])).result().tokens
+    again = row(2, prompt + seen, [4, 5], num_prompt=5)
+    seen += runner.submit(make_plan(4, [(2, 0, 7)], samples=[0], admitted=[again])).result().tokens
+    grown = [GrownRow(2, 2, [6])]
+    seen += runner.submit(make_plan(5, [(2, 7, 1)], num_decodes=1, samples=[0], grown=grown)).result().tokens
+    assert seen == expected
+
+
+def first_step(runner: FakeRunner) -> None:
+    """Row 0 holds 6 tokens in blocks 0 and 1."""
+    runner.submit(make_plan(1, [(0, 0, 6)], samples=[0], admitted=[row(0, [1, 2, 3, 4, 5, 6], [0, 1])]))
+
+
+def test_sharing_a_full_block_and_copying_the_tail_is_right():
+    runner = make_runner()
+    first_step(runner)
+    sibling = row(1, [1, 2, 3, 4, 5, 6], [0, 2])
+    runner.submit(make_plan(2, [(1, 5, 1)], samples=[0], admitted=[sibling], copies=[BlockCopy(1, 2)]))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(make_plan(2, [(1, 5, 1)], samples=[0], admitted=[row(1, [1, 2, 3, 4, 5, 6], [0, 2])]), id="missing copy"),
+        pytest.param(make_plan(2, [(1, 4, 1)], samples=[0], admitted=[row(1, [1, 2, 3, 9, 5], [0, 2])]), id="other prefix"),
+        pytest.param(make_plan(2, [(1, 4, 2)], samples=[0], admitted=[row(1, [1, 2, 3, 4, 5, 6], [5, 2])]), id="wrong block"),
+        pytest.param(make_plan(2, [(0, 7, 1)], num_decodes=1, samples=[0]), id="position skipped"),
+        pytest.param(make_plan(2, [(0, 5, 1)], num_decodes=1, samples=[0]), id="position repeated"),
+        pytest.param(make_plan(2, [(0, 6, 1), (0, 6, 1)], num_decodes=2, samples=[0]), id="row twice"),
+        pytest.param(make_plan(2, [(0, 6, 1)], samples=[0], grown=[GrownRow(0, 3, [4])]), id="growth out of place"),
+        pytest.param(make_plan(2, [(0, 6, 1), (1, 0, 2)], samples=[0], admitted=[row(1, [1, 2], [1])]), id="overwritten"),
+    ],
+)
+def test_a_wrong_plan_raises(plan):
+    runner = make_runner()
+    first_step(runner)
+    with pytest.raises(InternalError):
+        runner.submit(plan)
+
+
+def test_a_row_without_a_block_for_its_next_position_raises():
+    runner = make_runner()
+    tokens = list(range(8))
+    runner.submit(make_plan(1, [(0, 0, 8)], samples=[0], admitted=[row(0, tokens, [0, 1])]))
+    with pytest.raises(InternalError):
+        runner.submit(make_plan(2, [(0, 8, 1)], num_decodes=1, samples=[0]))
+
+
+def test_stop_tokens_do_not_come_before_min_tokens():
+    tiny = ModelLimits(max_model_len=100, vocab_size=4, eos_token_ids=(3,), dtype="float32")
+    params = SamplingParams(max_tokens=60, min_tokens=30, stop_token_ids=(1,))
+    tokens = expected_tokens([1], 60, params, 0, tiny)
+    assert not {1, 3} & set(tokens[:30])
+    assert {1, 3} <= set(tokens[30:])
+
+
+def test_logprobs_have_the_shape_that_was_asked_for():
+    runner = make_runner()
+    asked = row(0, [9, 8, 7, 6, 5], [0, 1], logprobs=2, prompt_logprobs=1)
+    first = runner.submit(make_plan(1, [(0, 0, 3)], admitted=[asked])).result()
+    last = runner.submit(make_plan(2, [(0, 3, 2)], samples=[0])).result()
+    assert [p.token for p in first.prompt_logprobs[0]] == [8, 7, 6]
+    assert [p.token for p in last.prompt_logprobs[0]] == [5]
+    assert last.logprobs[0].token == last.tokens[0]
+    assert (len(last.logprobs[0].top_ids), len(last.logprobs[0].top_logprobs)) == (2, 2)
+    assert first.logprobs == {}
+
+
+def test_a_step_takes_its_time_on_the_device_and_none_in_submit():
+    runner = make_runner(verify=False, times=FakeConfig(step_ms=20.0, token_us=1000.0))
+    began = time.monotonic()
+    first = runner.submit(make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])]))
+    second = runner.submit(make_plan(2, [(0, 5, 1)], num_decodes=1, samples=[0]))
+    assert time.monotonic() - began < 0.015
+    first.result()
+    assert time.monotonic() - began >= 0.025
+    second.result()
+    assert time.monotonic() - began >= 0.046
+
+
+def test_build_chooses_blocks_and_overlap():
+    built = build_fake(EngineConfig(model="none", runner="fake"), LIMITS)
+    assert (built.runner.num_blocks, built.config.overlap, built.config.max_model_len) == (4096, True, 100)
+    assert build_fake(EngineConfig(model="none", runner="fake", overlap=False), LIMITS).config.overlap is False
