@@ -21,9 +21,9 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
+# The mapped include root makes the generated code import itself as server.rpc.pb.tidegate.v1, with no path set up.
 proto: $(VENV)/.dev
-	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=server/rpc/pb --pyi_out=server/rpc/pb \
-		--grpc_python_out=server/rpc/pb protos/$(PROTO)
+	$(BIN)/python -m grpc_tools.protoc -I server/rpc/pb=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/$(PROTO)
 
 # torch goes first and by itself: where the machine offers a CPU build, this range picks it.
 $(BIN)/python:

@@ -1,0 +1,74 @@
+"""tidegate.v1.Inference: each method translates, calls the service, and translates back."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import aclosing
+
+from engine.errors import RequestTimeout
+from server.generation import Chunk
+from server.rpc import translate
+from server.rpc.errors import Context, answers_errors
+from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
+from server.schemas.generate import GenerateRequest
+from server.schemas.service import DetokenizeRequest, TokenizeRequest
+from server.service import GenerateService
+
+
+class InferenceServicer(pb_grpc.InferenceServicer):
+    """`send_timeout_s` is how long a client may read nothing before its stream is ended."""
+
+    def __init__(self, service: GenerateService, send_timeout_s: float) -> None:
+        self._service = service
+        self._send_timeout_s = send_timeout_s
+
+    @answers_errors
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        """Writes by itself: a method that yields would be left hanging at its `yield` when the client cancels."""
+        asked = translate.checked(request, GenerateRequest)
+        id = f"gen-{uuid.uuid4().hex}"
+        call = translate.generation_request(asked, id, context.time_remaining())
+        await context.send_initial_metadata((("x-request-id", id),))
+        model = self._service.model_name
+        async with aclosing(self._service.generate(call, transport="grpc")) as stream:
+            async for item in stream:
+                response = pb.GenerateResponse(id=id, request_id=asked.request_id)
+                if isinstance(item, Chunk):
+                    response.chunk.CopyFrom(translate.chunk_message(item, self._service.token_text))
+                else:
+                    response.ending.CopyFrom(translate.ending_message(item, model))
+                await self._send(context, response)
+
+    async def _send(self, context: Context, response: pb.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            raise RequestTimeout(f"the client read nothing for {self._send_timeout_s:g} seconds") from None
+
+    @answers_errors
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        asked = translate.checked(request, TokenizeRequest)
+        tokens = await self._service.tokenize(
+            asked.prompt, model=asked.model, add_special_tokens=asked.add_special_tokens is not False
+        )
+        return pb.TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=self._service.max_model_len)
+
+    @answers_errors
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        asked = translate.checked(request, DetokenizeRequest)
+        return pb.DetokenizeResponse(prompt=await self._service.detokenize(asked.tokens, model=asked.model))
+
+    @answers_errors
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        models = [
+            pb.Model(id=model.id, created=model.created, owned_by=model.owned_by, max_model_len=model.max_model_len)
+            for model in self._service.models()
+        ]
+        return pb.ListModelsResponse(models=models)
+
+    @answers_errors
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        return pb.AbortResponse(aborted=self._service.abort(request.id))

@@ -1,0 +1,92 @@
+"""Between protobuf messages and the service's own types. Ranges and refusals are HTTP's: its schemas do the checking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from pydantic import BaseModel, ValidationError
+
+from engine.request import TokenLogprobs
+from server.errors import from_validation
+from server.generation import Chunk, Ending, GenerationRequest
+from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.schemas.generate import GenerateRequest
+
+M = TypeVar("M", bound=BaseModel)
+TokenText = Callable[[int], str]
+
+
+def checked(message: Message, schema: type[M]) -> M:
+    """The fields that are set in `message`, as `schema`. Raises the InvalidRequest that HTTP would answer."""
+    try:
+        return schema.model_validate({field.name: _plain(field.name, value) for field, value in message.ListFields()})
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name == "logit_bias":
+        return {str(token): bias for token, bias in value.items()}  # JSON's keys are strings
+    return value if isinstance(value, str | bool | int | float) else list(value)
+
+
+def generation_request(asked: GenerateRequest, request_id: str, time_remaining: float | None) -> GenerationRequest:
+    """`time_remaining` is what the call's own deadline leaves, in seconds."""
+    deadlines = [] if time_remaining is None else [max(time_remaining, 0.001)]  # passed already: it still ends as such
+    if asked.deadline_ms is not None:
+        deadlines.append(asked.deadline_ms / 1000)
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=asked.text_or_tokens,
+        params=asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs),
+        model=asked.model,
+        n=asked.num_outputs,
+        stop=asked.stop_strings,
+        priority=asked.priority or 0,
+        deadline_s=min(deadlines, default=None),
+    )
+
+
+def chunk_message(chunk: Chunk, text_of: TokenText) -> pb.Chunk:
+    message = pb.Chunk(
+        index=chunk.index,
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        finish_reason=chunk.finish_reason,
+        logprobs=[_token_info(at, text_of) for at in chunk.logprobs or ()],
+        prompt_logprobs=[_token_info(at, text_of) for at in chunk.prompt_logprobs or () if at is not None],
+    )
+    if isinstance(chunk.stop_reason, str):
+        message.stop_text = chunk.stop_reason
+    elif chunk.stop_reason is not None:
+        message.stop_token_id = chunk.stop_reason
+    return message
+
+
+def _token_info(at: TokenLogprobs, text_of: TokenText) -> pb.TokenInfo:
+    return pb.TokenInfo(
+        token_id=at.token,
+        text=text_of(at.token),
+        logprob=at.logprob,
+        rank=at.rank,
+        top=[
+            pb.TopToken(token_id=token, text=text_of(token), logprob=logprob)
+            for token, logprob in zip(at.top_ids, at.top_logprobs, strict=True)
+        ],
+    )
+
+
+def ending_message(ending: Ending, model: str) -> pb.Ending:
+    usage, timing = ending.usage, ending.timing
+    return pb.Ending(
+        model=model,
+        usage=pb.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+        ),
+        timing=pb.Timing(queue_ms=timing.queue_ms, ttft_ms=timing.ttft_ms, total_ms=timing.total_ms),
+        cache="off",  # there is no response cache yet
+    )

@@ -1,0 +1,44 @@
+"""The Python example of docs/grpc.md, run as a newcomer would, against a server with the real service."""
+
+import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.demo import ensure_demo_checkpoint
+from server.metrics import Metrics
+from server.service import GenerateService
+from server.settings import Settings
+from server.text.tokenizer import Tokenizer
+from tests.support.local_engine import LocalEngine
+from tests.support.rpc import serving
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def generated(tmp_path):
+    """A folder with the client code that the page has its reader make."""
+    protoc = ["grpc_tools.protoc", "-I", ROOT / "protos", "--python_out=.", "--grpc_python_out=.", "tidegate/v1/inference.proto"]
+    subprocess.run([sys.executable, "-m", *map(str, protoc)], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+async def test_the_python_example_runs(generated, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/grpc.md").read_text(), re.DOTALL)
+    text = Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path / "cache"))
+    async with LocalEngine() as engine:
+        service = GenerateService(engine, text, Settings(), Metrics("tidegate-demo", lambda: engine.health))
+        async with serving(service) as rpc:
+            for prompt, said in (("The tide comes in", "tokens in"), ("", "INVALID_ARGUMENT prompt")):
+                script = code.replace("localhost:9000", f"127.0.0.1:{rpc.server.port}").replace("The tide comes in", prompt)
+                assert prompt in script
+                child = await asyncio.create_subprocess_exec(
+                    sys.executable, "-c", script, cwd=generated, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+                )
+                out, err = await asyncio.wait_for(child.communicate(), 30)
+                assert child.returncode == 0, err.decode()
+                assert said in out.decode()

@@ -1,0 +1,170 @@
+"""What the servicer makes of a scripted service: over real connections, since statuses and cancellation are grpc's own."""
+
+import inspect
+
+import grpc
+import pytest
+
+from engine import errors
+from server.errors import STATUS
+from server.generation import Chunk
+from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from tests.support.rpc import detail_of, serving, until
+from tests.unit.server.routes.scripted import ScriptedService, letters
+
+ASKED = pb.GenerateRequest(prompt="a", request_id="mine")
+RAISED = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.TidegateError)]
+
+
+async def test_stream_and_ids():
+    service = ScriptedService(*letters("abc"))
+    async with serving(service) as rpc:
+        call = rpc.stub.Generate(ASKED)
+        responses = [response async for response in call]
+        id = dict(await call.initial_metadata())["x-request-id"]
+    assert [r.WhichOneof("event") for r in responses] == ["chunk"] * 3 + ["ending"]
+    assert "".join(r.chunk.text for r in responses[:3]) == "abc"
+    assert [r.chunk.HasField("finish_reason") for r in responses[:3]] == [False, False, True]
+    assert {r.id for r in responses} == {id} == {service.requests[0].request_id}
+    assert {r.request_id for r in responses} == {"mine"}
+    assert (responses[-1].ending.model, responses[-1].ending.usage.completion_tokens) == ("tiny", 3)
+    assert service.closed == [id]
+
+
+async def test_no_id_of_the_clients_is_none():
+    async with serving(ScriptedService(*letters("a"))) as rpc:
+        responses = [r async for r in rpc.stub.Generate(pb.GenerateRequest(prompt="a"))]
+    assert not any(r.HasField("request_id") for r in responses)
+
+
+async def test_a_call_without_a_deadline_has_none():
+    service = ScriptedService(*letters("a"))
+    async with serving(service) as rpc:
+        [r async for r in rpc.stub.Generate(ASKED)]
+    assert service.requests[0].deadline_s is None
+
+
+@pytest.mark.parametrize("cls", RAISED)
+async def test_every_error_has_its_status_and_detail(cls):
+    error = cls("what went wrong", param="prompt")
+    row = STATUS[cls]
+    async with serving(ScriptedService(error)) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [r async for r in rpc.stub.Generate(ASKED)]
+    assert caught.value.code().name == row.grpc
+    detail = detail_of(caught.value)
+    assert detail.type == row.type
+    if row.http == 500:
+        assert "what went wrong" not in caught.value.details()
+        assert (detail.code, detail.HasField("param")) == ("internal_error", False)
+    else:
+        assert caught.value.details() == "what went wrong"
+        assert (detail.code, detail.param) == (cls.code, "prompt")
+    assert detail.HasField("retry_after") == (row.http in (429, 503))
+
+
+async def test_a_bug_is_logged_and_not_told(caplog):
+    async with serving(ScriptedService(ZeroDivisionError("secret"))) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [r async for r in rpc.stub.Generate(ASKED)]
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in caught.value.debug_error_string() + caught.value.details()
+    assert "secret" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+async def test_a_long_message_still_fits_into_the_trailers():
+    error = errors.InvalidRequest("🌊" * 5000, param="🌊" * 5000)
+    async with serving(ScriptedService(error)) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [r async for r in rpc.stub.Generate(ASKED)]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith("🌊🌊")
+    assert detail_of(caught.value).code == "invalid_value"
+
+
+async def test_an_error_after_chunks_ends_the_stream():
+    async with serving(ScriptedService(Chunk(index=0, text="a", token_ids=[97]), errors.EngineUnavailable("gone"))) as rpc:
+        call = rpc.stub.Generate(ASKED)
+        assert (await call.read()).chunk.text == "a"
+        with pytest.raises(grpc.aio.AioRpcError, match="gone"):
+            await call.read()
+
+
+async def test_refusals_reach_the_client():
+    service = ScriptedService()
+    async with serving(service) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [r async for r in rpc.stub.Generate(pb.GenerateRequest(prompt="a", prompt_token_ids=[1]))]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert detail_of(caught.value).param == "prompt_token_ids"
+    assert service.requests == []
+
+
+async def test_a_field_from_the_future_is_refused():
+    newer = pb.GenerateRequest.FromString(ASKED.SerializeToString() + b"\xf8\x3f\x01")  # field 1023 = 1
+    async with serving(ScriptedService()) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError, match="1023") as caught:
+            [r async for r in rpc.stub.Generate(newer)]
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert detail_of(caught.value).code == "unsupported_field"
+
+
+async def test_cancelling_closes_the_service_stream_at_once():
+    service = ScriptedService(Chunk(index=0, text="a", token_ids=[97]), 3600)
+    async with serving(service) as rpc:
+        call = rpc.stub.Generate(ASKED)
+        await call.read()
+        call.cancel()
+        await until(lambda: service.closed)
+
+
+async def test_a_vanished_client_closes_the_service_stream():
+    service = ScriptedService(Chunk(index=0, text="a", token_ids=[97]), 3600)
+    async with serving(service) as rpc:
+        call = rpc.stub.Generate(ASKED)
+        await call.read()
+        await rpc.channel.close()
+        await until(lambda: service.closed)
+
+
+async def test_the_deadline_of_the_call_becomes_the_requests():
+    service = ScriptedService(3600)
+    async with serving(service) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [r async for r in rpc.stub.Generate(ASKED, timeout=0.3)]
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: service.closed)
+    assert 0 < service.requests[0].deadline_s <= 0.3
+
+
+async def test_a_client_that_reads_nothing_is_ended(caplog):
+    flood = [Chunk(index=0, text="x" * 100_000, token_ids=[]) for _ in range(2000)]
+    service = ScriptedService(*flood)
+    async with serving(service, send_timeout_s=0.2) as rpc:
+        call = rpc.stub.Generate(ASKED)
+        await call.read()
+        await until(lambda: service.closed)
+        call.cancel()
+    assert "Traceback" not in caplog.text
+
+
+async def test_tokens():
+    async with serving(ScriptedService()) as rpc:
+        made = await rpc.stub.Tokenize(pb.TokenizeRequest(prompt="ab"))
+        assert (list(made.tokens), made.count, made.max_model_len) == ([0, 97, 98], 3, 100)
+        bare = await rpc.stub.Tokenize(pb.TokenizeRequest(prompt="", add_special_tokens=False))
+        assert (list(bare.tokens), bare.count) == ([], 0)
+        assert (await rpc.stub.Detokenize(pb.DetokenizeRequest(tokens=[97, 98]))).prompt == "ab"
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "param"),
+    [("Tokenize", pb.TokenizeRequest(), "prompt"), ("Detokenize", pb.DetokenizeRequest(), "tokens")],
+)
+async def test_tokens_refused(method, request_, param):
+    async with serving(ScriptedService()) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError, match=f"{param} is required") as caught:
+            await getattr(rpc.stub, method)(request_)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert detail_of(caught.value).param == param

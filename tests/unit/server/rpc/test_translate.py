@@ -1,0 +1,141 @@
+import math
+
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.request import TokenLogprobs
+from server.generation import Chunk, Ending, Timing, Usage
+from server.rpc import translate
+from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.schemas.generate import GenerateRequest
+
+
+def asked(**fields):
+    return translate.checked(pb.GenerateRequest(**fields), GenerateRequest)
+
+
+def request(*, time_remaining=None, **fields):
+    return translate.generation_request(asked(**fields), "gen-1", time_remaining)
+
+
+def test_every_field_arrives():
+    made = request(
+        prompt_token_ids=[5, 6],
+        model="m",
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.1,
+        seed=2**62,
+        n=3,
+        stop=["a", "b"],
+        stop_token_ids=[7],
+        ignore_eos=True,
+        presence_penalty=0.1,
+        frequency_penalty=0.2,
+        repetition_penalty=1.1,
+        logit_bias={3: -100.0, 4: 0.5},
+        logprobs=0,
+        prompt_logprobs=2,
+        priority=-5,
+        deadline_ms=1500,
+        cache="off",
+        request_id="mine",
+    )
+    assert (made.request_id, made.prompt, made.model, made.n) == ("gen-1", [5, 6], "m", 3)
+    assert (made.stop, made.priority, made.deadline_s, made.add_special_tokens) == (("a", "b"), -5, 1.5, True)
+    params = made.params
+    assert (params.max_tokens, params.min_tokens, params.top_k, params.seed) == (9, 2, 40, 2**62)
+    assert (params.temperature, params.top_p, params.min_p) == (0.7, 0.9, 0.1)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.1, 0.2, 1.1)
+    assert (params.stop_token_ids, params.ignore_eos, params.logit_bias) == ((7,), True, {3: -100.0, 4: 0.5})
+    assert (params.logprobs, params.prompt_logprobs) == (0, 2)
+
+
+def test_what_is_left_out_keeps_its_default_and_zero_is_not_left_out():
+    made = request(prompt="hi")
+    assert (made.prompt, made.n, made.stop, made.model, made.deadline_s) == ("hi", 1, (), None, None)
+    assert made.params == type(made.params)()
+    assert request(prompt="hi", temperature=0.0).params.greedy
+
+
+@pytest.mark.parametrize(
+    ("deadline_ms", "remaining", "seconds"),
+    [(None, None, None), (500, None, 0.5), (None, 2.0, 2.0), (500, 2.0, 0.5), (5000, 2.0, 2.0), (None, -1.0, 0.001)],
+)
+def test_the_nearer_deadline_holds(deadline_ms, remaining, seconds):
+    assert request(prompt="hi", deadline_ms=deadline_ms, time_remaining=remaining).deadline_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a", "prompt_token_ids": [1]}, "prompt_token_ids"),
+        ({"prompt_token_ids": [1, 2**31]}, "prompt_token_ids[1]"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 2**31}, "max_tokens"),
+        ({"prompt": "a", "min_tokens": 99}, "min_tokens"),
+        ({"prompt": "a", "temperature": -0.1}, "temperature"),
+        ({"prompt": "a", "temperature": math.nan}, "temperature"),
+        ({"prompt": "a", "top_p": math.inf}, "top_p"),
+        ({"prompt": "a", "n": 0}, "n"),
+        ({"prompt": "a", "n": 10**6}, "n"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "stop": [""]}, "stop[0]"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "logit_bias": {1: 101.0}}, "logit_bias.1"),
+        ({"prompt": "a", "priority": 1001}, "priority"),
+        ({"prompt": "a", "deadline_ms": 0}, "deadline_ms"),
+        ({"prompt": "a", "cache": "maybe"}, "cache"),
+        ({"prompt": "a", "request_id": "no spaces"}, "request_id"),
+    ],
+)
+def test_what_http_refuses_is_refused(fields, param):
+    with pytest.raises(InvalidRequest) as caught:
+        request(**fields)
+    assert caught.value.param == param
+
+
+def test_chunk():
+    at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65, 66], top_logprobs=[-0.5, -math.inf])
+    made = translate.chunk_message(
+        Chunk(index=1, text="A", token_ids=[65], finish_reason="stop", stop_reason=65, logprobs=[at], prompt_logprobs=[None, at]),
+        chr,
+    )
+    assert (made.index, made.text, list(made.token_ids), made.finish_reason) == (1, "A", [65], "stop")
+    assert (made.WhichOneof("stop_reason"), made.stop_token_id) == ("stop_token_id", 65)
+    info = pb.TokenInfo(
+        token_id=65,
+        text="A",
+        logprob=-0.5,
+        rank=1,
+        top=[pb.TopToken(token_id=65, text="A", logprob=-0.5), pb.TopToken(token_id=66, text="B", logprob=-math.inf)],
+    )
+    assert list(made.logprobs) == [info]
+    assert list(made.prompt_logprobs) == [info]
+
+
+def test_chunk_says_nothing_of_what_it_has_not():
+    made = translate.chunk_message(Chunk(index=0, text="", token_ids=[]), chr)
+    assert not made.HasField("finish_reason")
+    assert made.WhichOneof("stop_reason") is None
+    stopped = translate.chunk_message(Chunk(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END"), chr)
+    assert (stopped.WhichOneof("stop_reason"), stopped.stop_text) == ("stop_text", "END")
+
+
+def test_ending():
+    made = translate.ending_message(
+        Ending(
+            usage=Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5),
+            timing=Timing(queue_ms=1.0, ttft_ms=2.0, total_ms=3.0),
+        ),
+        "m",
+    )
+    assert (made.model, made.cache) == ("m", "off")
+    assert made.usage == pb.Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5)
+    assert made.timing == pb.Timing(queue_ms=1.0, ttft_ms=2.0, total_ms=3.0)
