@@ -1,0 +1,194 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.messages import EngineStats
+from server.client_base import EngineHealth
+from server.metrics import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Metrics
+
+STATS = EngineStats(
+    step=7,
+    running=3,
+    waiting=2,
+    blocks_used=10,
+    blocks_cached=5,
+    blocks_total=40,
+    num_preemptions=1,
+    prompt_tokens=90,
+    cached_tokens=30,
+)
+HEALTH = EngineHealth(ready=True, restarts=2, stats=STATS)
+
+
+def samples(metrics):
+    return parsed(metrics.render()[0].decode())
+
+
+def parsed(text):
+    """Every sample of an exposition: (name, labels without the model's) to value."""
+    out = {}
+    for family in text_string_to_metric_families(text):
+        for s in family.samples:
+            labels = tuple(sorted((k, v) for k, v in s.labels.items() if k not in ("model_name", "engine")))
+            assert (s.name, labels) not in out
+            out[s.name, labels] = s.value
+    return out
+
+
+def total(found, name):
+    return sum(value for (n, _), value in found.items() if n == name)
+
+
+def conserved(found):
+    ended = sum(total(found, f"tidegate_requests_{end}_total") for end in ("finished", "aborted", "failed"))
+    return total(found, "tidegate_requests_started_total") == ended + total(found, "tidegate_requests_running")
+
+
+def end(meter, act):
+    if act == "finish":
+        meter.finished("stop")
+    elif act == "fail":
+        meter.failed("overloaded")
+    else:
+        meter.aborted()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["begin", "finish", "abort", "fail", "twice"]), st.integers(0, 5))))
+def test_started_is_finished_aborted_failed_and_running_at_every_moment(acts):
+    metrics, open_ = Metrics("m", lambda: HEALTH), []
+    running = 0
+    for act, which in acts:
+        if act == "begin" or not open_:
+            open_.append(metrics.begin(("http", "grpc")[which % 2]))
+            running += 1
+        else:
+            meter = open_[which % len(open_)] if act == "twice" else open_.pop(which % len(open_))
+            running -= not meter._ended
+            end(meter, act)
+        found = samples(metrics)
+        assert conserved(found)
+        assert total(found, "tidegate_requests_running") == running
+
+
+def test_tokens_and_latencies():
+    metrics = Metrics("m", lambda: HEALTH)
+    meter = metrics.begin("http")
+    meter.first_token(meter._began + 0.03, prompt_tokens=9, cached_tokens=4, queue_seconds=0.4)
+    meter.tokens(0, 1, 100.0)
+    meter.tokens(1, 1, 100.0)  # another output: no interval between outputs
+    meter.tokens(0, 1, 100.02)
+    meter.tokens(0, 2, 100.22)  # 0.1 s each
+    meter.finished("length")
+    found = samples(metrics)
+    assert found["tidegate_prompt_tokens_total", ()] == 9
+    assert found["tidegate_cached_tokens_total", ()] == 4
+    assert found["tidegate_output_tokens_total", ()] == 5
+    assert found["tidegate_inter_token_latency_seconds_count", ()] == 3
+    assert found["tidegate_inter_token_latency_seconds_sum", ()] == pytest.approx(0.22)
+    assert found["tidegate_inter_token_latency_seconds_bucket", (("le", "0.025"),)] == 1
+    assert found["tidegate_inter_token_latency_seconds_bucket", (("le", "0.15"),)] == 3
+    assert found["tidegate_time_to_first_token_seconds_bucket", (("le", "0.04"),)] == 1
+    assert found["tidegate_queue_seconds_sum", ()] == 0.4
+    assert found["tidegate_requests_finished_total", (("reason", "length"), ("transport", "http"))] == 1
+
+
+def test_the_tally_counts_as_single_observations_would():
+    """Batching must not move an observation to another bucket: bounds are inclusive."""
+    metrics, plain = Metrics("m", lambda: HEALTH), Metrics("m", lambda: HEALTH)
+    values = [*ITL_BUCKETS, *(b * 1.001 for b in ITL_BUCKETS), 0.0]
+    for value in values:
+        metrics.tally.next(1, value, 0.0)
+        plain.itl.observe(value)
+    name = "tidegate_inter_token_latency_seconds"
+    one, other = samples(metrics), samples(plain)
+    assert {k: v for k, v in one.items() if k[0].startswith(f"{name}_bucket")} == {
+        k: v for k, v in other.items() if k[0].startswith(f"{name}_bucket")
+    }
+    assert one[f"{name}_sum", ()] == pytest.approx(other[f"{name}_sum", ()])
+
+
+def test_the_view_of_vllm_shows_the_same_numbers():
+    metrics = Metrics("m", lambda: HEALTH)
+    meter = metrics.begin("http")
+    meter.first_token(meter._began, prompt_tokens=9, cached_tokens=4, queue_seconds=0.0)
+    meter.tokens(0, 1, 1.0)
+    meter.tokens(0, 1, 1.5)
+    meter.finished("stop")
+    found = samples(metrics)
+    assert found["vllm:num_requests_running", ()] == found["tidegate_engine_requests_running", ()] == 3
+    assert found["vllm:num_requests_waiting", ()] == 2
+    assert found["vllm:kv_cache_usage_perc", ()] == 0.25
+    assert found["vllm:num_preemptions_total", ()] == 1
+    assert found["vllm:prompt_tokens_total", ()] == 9
+    assert found["vllm:generation_tokens_total", ()] == 2
+    assert found["vllm:request_success_total", (("finished_reason", "stop"), ("transport", "http"))] == 1
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
+        assert found[f"vllm:{name}_seconds_count", ()] == 1
+    assert found["vllm:inter_token_latency_seconds_bucket", (("le", "0.5"),)] == 1
+    assert b'vllm:num_requests_running{engine="0",model_name="m"} 3.0' in metrics.render()[0]
+
+
+def test_buckets_ascend():
+    for buckets in (TTFT_BUCKETS, ITL_BUCKETS, E2E_BUCKETS):
+        assert list(buckets) == sorted(set(buckets))
+
+
+def test_without_an_engine_the_rest_is_still_there():
+    found = samples(Metrics("m", lambda: EngineHealth(ready=False, reason="starting")))
+    assert found["tidegate_engine_up", ()] == 0
+    assert not any(name.startswith("tidegate_kv") for name, _ in found)
+
+
+WORKER = """
+import os, sys
+from server.client_base import EngineHealth
+from server.metrics import Metrics
+metrics = Metrics("m", lambda: EngineHealth(ready=True))
+done, left = metrics.begin("http"), metrics.begin("grpc")
+for meter in (done, left):
+    meter.first_token(meter._began, prompt_tokens=5, cached_tokens=0, queue_seconds=0.0)
+    meter.tokens(0, 1, 1.0); meter.tokens(0, 1, 1.5)
+done.finished("stop")
+print(os.getpid(), flush=True)
+sys.stdin.read()
+os._exit(9)  # a crash: one request is left
+"""
+SCRAPE = """
+import sys
+from server.client_base import EngineHealth
+from server.metrics import Metrics, worker_died
+for pid in sys.argv[1:]:
+    worker_died(int(pid))
+print(Metrics("m", lambda: EngineHealth(ready=True)).render()[0].decode())
+"""
+
+
+def test_several_workers_are_added_up_and_a_dead_one_keeps_the_law(tmp_path):
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+    def scrape(*dead):
+        return parsed(subprocess.check_output([sys.executable, "-c", SCRAPE, *dead], env=env, text=True))
+
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    pids = [worker.stdout.readline().strip() for worker in workers]
+    found = scrape()
+    assert conserved(found)
+    assert total(found, "tidegate_requests_started_total") == 4
+    assert total(found, "tidegate_requests_running") == 2
+    assert found["vllm:prompt_tokens_total", ()] == 20
+    for worker in workers:
+        worker.communicate("")
+    found = scrape(*pids)
+    assert conserved(found)
+    assert total(found, "tidegate_requests_running") == 0
+    assert found["tidegate_requests_failed_total", (("code", "worker_died"), ("transport", "grpc"))] == 2
+    assert total(found, "tidegate_output_tokens_total") == 8
