@@ -1,0 +1,35 @@
+"""What a model asks of attention. A backend is chosen once; each step it prepares what all layers share, then serves them.
+
+Both methods write this step's records into the layer's pools first, then attend over everything the pools hold of each
+query: the cached prefix and the chunk itself, causally.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from engine.batch import ForwardBatch, LayerPools
+
+
+class StepAttention(Protocol):
+    """Attention for one ForwardBatch."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
+        """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]. Pools "k" and "v": [kv_heads, dim] a token."""
+        ...
+
+    def attend_latent(
+        self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
+    ) -> torch.Tensor:
+        """Multi-head latent attention -> [T, heads, v_dim].
+
+        q [T, heads, nope + rope]; latent [T, rank + rope] is what pool "latent" keeps of a token: the normalised latent,
+        then the rotated key all heads share. kv_b [heads, nope + v_dim, rank] expands a latent to each head's key and value.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    def prepare(self, batch: ForwardBatch) -> StepAttention: ...

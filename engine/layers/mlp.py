@@ -1,0 +1,33 @@
+"""The gated MLP: down(silu(gate(x)) * up(x)), with gate and up in one matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.layers.linear import Linear, Weights
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[..., 2 I] -> [..., I]"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class GatedMlp(nn.Module):
+    def __init__(self, hidden: int, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.size = size
+        self.gate_up_proj = Linear(hidden, 2 * size, dtype=dtype, device=device)
+        self.down_proj = Linear(size, hidden, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
+        return out
+
+    def weights(self, prefix: str) -> Weights:
+        return {
+            **self.gate_up_proj.weights({f"{prefix}gate_proj": self.size, f"{prefix}up_proj": self.size}),
+            **self.down_proj.weights({f"{prefix}down_proj": self.down_proj.weight.shape[0]}),
+        }

@@ -1,0 +1,140 @@
+"""The decoder that all families share: embedding, layers of (attention, MLP) on a residual stream, final norm, head.
+
+A family's file brings the attention and MLP modules of each layer. `weights` says where each tensor of a checkpoint goes;
+`kv_pools` what a layer keeps of a token. A batch goes down as an argument; nothing of a step is kept here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.attention.base import AttentionBackend, StepAttention
+from engine.batch import ForwardBatch, LayerPools, PoolSpec
+from engine.layers.linear import Linear, Weights, parameter
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotary
+from engine.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of one forward is handed: the batch's attention and the angles of its positions."""
+
+    attention: StepAttention
+    cos: torch.Tensor  # [T, 1, rotary dim]
+    sin: torch.Tensor  # likewise, signed for `rotate`
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """`targets`: every tensor the checkpoint must hold. `skip`: those it may hold and we know we do not need."""
+
+    targets: Weights
+    skip: re.Pattern[str]
+
+
+class Attention(Protocol):
+    """An attention module, as the decoder sees it."""
+
+    def __call__(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor: ...
+    def weights(self, prefix: str) -> Weights: ...
+    def pools(self) -> list[PoolSpec]: ...
+
+
+class Mlp(Protocol):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def weights(self, prefix: str) -> Weights: ...
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, spec: ModelSpec, attention: Attention, mlp: Mlp, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
+        self.post_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
+        self.attention = attention
+        self.mlp = mlp
+
+    def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
+        """Adds to `hidden` [T, H] in place."""
+        hidden += self.attention(self.input_norm(hidden), step, pools)
+        hidden += self.mlp(self.post_norm(hidden))
+        return hidden
+
+    def weights(self, prefix: str) -> Weights:
+        return {
+            f"{prefix}input_layernorm.weight": self.input_norm.weight,
+            f"{prefix}post_attention_layernorm.weight": self.post_norm.weight,
+            **self.attention.weights(f"{prefix}self_attn."),
+            **self.mlp.weights(f"{prefix}mlp."),
+        }
+
+
+class DecoderModel(nn.Module):
+    """Run it under `torch.inference_mode()`. Weights are empty until a loader has filled what `weights` lists."""
+
+    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype = dtype
+        self.device = device
+        self.backend = backend
+        self.embedding = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, self.make_attention(i), self.make_mlp(i), dtype=dtype, device=device)
+            for i in range(spec.num_layers)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
+        self.lm_head = Linear(spec.hidden_size, spec.vocab_size, dtype=dtype, device=torch.device("meta"))
+        if spec.tie_embeddings:
+            self.lm_head.weight = self.embedding
+        else:
+            self.lm_head.weight = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
+        self.rotary = Rotary(spec.rope, device=device)
+
+    def make_attention(self, index: int) -> Attention:
+        raise NotImplementedError
+
+    def make_mlp(self, index: int) -> Mlp:
+        raise NotImplementedError
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """-> hidden [T, H], final norm applied. Writes this step's KV into the pools of `batch`."""
+        hidden = F.embedding(batch.token_ids, self.embedding)
+        cos, sin = self.rotary(batch.positions)
+        step = Step(self.backend.prepare(batch), cos, sin)
+        for layer, pools in zip(self.layers, batch.kv, strict=True):
+            hidden = layer(hidden, step, pools)
+        out: torch.Tensor = self.norm(hidden)
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, H] -> [N, V] float32"""
+        out: torch.Tensor = self.lm_head(hidden)
+        return out.float()
+
+    def weights(self) -> WeightMap:
+        targets: Weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+        skip = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
+        if self.spec.tie_embeddings:
+            skip.append(r"lm_head\.weight")
+        else:
+            targets["lm_head.weight"] = self.lm_head.weight
+        for i, layer in enumerate(self.decoder_layers()):
+            targets |= layer.weights(f"model.layers.{i}.")
+        return WeightMap(targets, re.compile("|".join([*skip, *self.skipped()])))
+
+    def skipped(self) -> list[str]:
+        """Patterns of further tensors a checkpoint of this family may hold that are not used."""
+        return []
+
+    def kv_pools(self) -> list[list[PoolSpec]]:
+        return [layer.attention.pools() for layer in self.decoder_layers()]
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

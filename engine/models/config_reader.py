@@ -1,0 +1,91 @@
+"""Typed, checked look-ups in a checkpoint's JSON. Each failure is a CheckpointError that names file, key, value and remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.errors import CheckpointError
+
+_REQUIRED: Any = object()
+
+
+class ConfigReader:
+    """One JSON object of the file `source`; `path` is where in the file it stands ("" at the top)."""
+
+    def __init__(self, data: dict[str, Any], source: str, path: str = "") -> None:
+        self.data = data
+        self.source = source
+        self.path = path
+
+    def refuse(self, key: str, why: str) -> NoReturn:
+        """Raise for `key`; `why` completes the sentence "key is value: ..."."""
+        name = self.path + key
+        state = f"{name} is {json.dumps(self.data[key], default=str)}" if key in self.data else f"{name} is missing"
+        raise CheckpointError(f"{self.source}: {state}: {why}", param=name)
+
+    def has(self, key: str) -> bool:
+        return self.data.get(key) is not None
+
+    def _get(self, key: str, default: Any, right: str) -> Any:
+        if self.has(key):
+            return self.data[key]
+        if default is _REQUIRED:
+            self.refuse(key, f"it must be {right}")
+        return default
+
+    def integer(self, key: str, default: int = _REQUIRED, *, low: int = 1) -> int:
+        right = f"an integer of at least {low}"
+        value = self._get(key, default, right)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            self.refuse(key, f"it must be {right}")
+        return value
+
+    def number(self, key: str, default: float = _REQUIRED) -> float:
+        right = "a number above 0"
+        value = self._get(key, default, right)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self.refuse(key, f"it must be {right}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = _REQUIRED) -> bool:
+        value = self._get(key, default, "true or false")
+        if not isinstance(value, bool):
+            self.refuse(key, "it must be true or false")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: str = _REQUIRED) -> str:
+        right = f"supported here: {', '.join(allowed)}"
+        value = self._get(key, default, right)
+        if value not in allowed:
+            self.refuse(key, right)
+        return str(value)
+
+    def section(self, key: str) -> ConfigReader | None:
+        if not self.has(key):
+            return None
+        if not isinstance(self.data[key], dict):
+            self.refuse(key, "it must be an object")
+        return ConfigReader(self.data[key], self.source, f"{self.path}{key}.")
+
+    def token_ids(self, key: str, vocab_size: int) -> list[int]:
+        """A token id, a list of them, or nothing."""
+        value = self.data.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
+            self.refuse(key, f"it must be a token id below vocab_size ({vocab_size}), or a list of them")
+        return ids
+
+
+def read_json(path: Path) -> ConfigReader:
+    """Read a JSON object from `path`."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a checkpoint folder must hold one", param="model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}", param="model") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: it must hold a JSON object, not {type(data).__name__}", param="model")
+    return ConfigReader(data, str(path))

@@ -1,0 +1,65 @@
+"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and a gated MLP.
+
+What sets them apart are three switches of the spec: biases on q, k, v (Qwen2), a bias on o, norms on q and k (Qwen3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.batch import LayerPools, PoolSpec
+from engine.layers.linear import Linear, Weights
+from engine.layers.mlp import GatedMlp
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import rotate
+from engine.models.base import Attention, DecoderModel, Mlp, Step
+from engine.models.spec import ModelSpec
+
+
+class GqaAttention(nn.Module):
+    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.head_dim = spec.head_dim
+        self.scale = spec.head_dim**-0.5
+        self.q_size, self.kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.qkv_proj = Linear(spec.hidden_size, self.q_size + 2 * self.kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
+        self.o_proj = Linear(self.q_size, spec.hidden_size, bias=spec.o_bias, dtype=dtype, device=device)
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
+
+    def forward(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
+        heads: torch.Tensor = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
+        kv_heads = pools["k"].shape[2]
+        q_heads = heads.shape[1] - 2 * kv_heads
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rotate(self.q_norm(heads[:, :q_heads]), step.cos, step.sin)
+            k = rotate(self.k_norm(heads[:, q_heads:-kv_heads]), step.cos, step.sin)
+        else:
+            both = rotate(heads[:, :-kv_heads], step.cos, step.sin)
+            q, k = both[:, :q_heads], both[:, q_heads:]
+        out = step.attention.attend(q, k, heads[:, -kv_heads:], pools, scale=self.scale)
+        projected: torch.Tensor = self.o_proj(out.flatten(1))
+        return projected
+
+    def weights(self, prefix: str) -> Weights:
+        out = self.qkv_proj.weights(
+            {f"{prefix}q_proj": self.q_size, f"{prefix}k_proj": self.kv_size, f"{prefix}v_proj": self.kv_size}
+        )
+        out |= self.o_proj.weights({f"{prefix}o_proj": self.o_proj.weight.shape[0]})
+        if self.q_norm is not None and self.k_norm is not None:
+            out |= {f"{prefix}q_norm.weight": self.q_norm.weight, f"{prefix}k_norm.weight": self.k_norm.weight}
+        return out
+
+    def pools(self) -> list[PoolSpec]:
+        shape = (self.kv_size // self.head_dim, self.head_dim)
+        return [PoolSpec(name=name, shape=shape, dtype=self.dtype) for name in ("k", "v")]
+
+
+class DenseModel(DecoderModel):
+    def make_attention(self, index: int) -> Attention:
+        return GqaAttention(self.spec, dtype=self.dtype, device=self.device)
+
+    def make_mlp(self, index: int) -> Mlp:
+        return GatedMlp(self.spec.hidden_size, self.spec.intermediate_size, dtype=self.dtype, device=self.device)

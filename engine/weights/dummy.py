@@ -1,0 +1,24 @@
+"""Seeded random weights in place of a checkpoint's: norms one, biases zero, the rest N(0, 0.02)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.layers.norm import RMSNorm
+
+STD = 0.02
+
+
+def fill(model: nn.Module, *, seed: int) -> None:
+    """Fill every parameter of `model`."""
+    norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
+    for name, param in model.named_parameters():
+        generator = torch.Generator(param.device).manual_seed(seed)
+        seed += 1
+        if id(param) in norms:
+            param.fill_(1.0)
+        elif name.endswith("bias"):
+            param.zero_()
+        else:
+            param.normal_(0.0, STD, generator=generator)

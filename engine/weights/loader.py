@@ -1,0 +1,148 @@
+"""Safetensors checkpoints, one tensor at a time, straight into a model's allocated parameters. Never pickle.
+
+Names, shapes and types of all tensors are checked against the model before the first byte is copied. A fused parameter is
+filled slice by slice; FP8 block weights are turned into the parameter's type on its device on the way.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import CheckpointError
+from engine.models.base import DecoderModel, WeightMap
+from engine.models.config_reader import read_json
+from engine.models.spec import Fp8Spec
+from engine.quant import fp8
+
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16")
+FP8 = "F8_E4M3"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file, not read yet."""
+
+    name: str
+    file: Path
+    handle: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+    def refuse(self, why: str) -> NoReturn:
+        raise CheckpointError(f"{self.file}: tensor {self.name} {why}", param="model")
+
+    def read(self) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self.handle.get_tensor(self.name)
+        except SafetensorError as error:
+            self.refuse(f"cannot be read: {error}")
+        return tensor
+
+
+def load(model: DecoderModel, folder: str | Path) -> None:
+    """Fill `model` from the checkpoint in `folder`; raises CheckpointError, naming tensor and file."""
+    folder, weights, block = Path(folder), model.weights(), model.spec.fp8
+    with ExitStack() as stack:
+        stored = _open(folder, stack)
+        scales = _take_scales(stored, weights, block)
+        _check(folder, stored, weights, scales)
+        with torch.no_grad():
+            for name, target in weights.targets.items():
+                _copy(stored[name], scales.get(name), target, block)
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
+    """Every tensor of the checkpoint by name, from one file or from the shards its index lists."""
+    index = _read_index(folder)
+    files = sorted({folder / shard for shard in index.values()}) if index else [_single_file(folder)]
+    stored: dict[str, _Stored] = {}
+    for file in files:
+        for tensor in _open_file(file, stack):
+            if tensor.name in stored:
+                tensor.refuse(f"is also in {stored[tensor.name].file}")
+            stored[tensor.name] = tensor
+    for name, shard in index.items():
+        if name not in stored or stored[name].file.name != shard:
+            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, though {INDEX} says it is here", param="model")
+    return stored
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    shards = read_json(path).data.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names", param="model")
+    for name, shard in shards.items():
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{path}: tensor {name} is said to be in {shard!r}, outside this folder", param="model")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard}: no such file, though {INDEX} puts tensor {name} there", param="model")
+    return shards
+
+
+def _single_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    standard = folder / "model.safetensors"
+    if standard in files or len(files) == 1:
+        return standard if standard in files else files[0]
+    found = f"{len(files)} .safetensors files but no {INDEX}" if files else "no .safetensors file (no other format is read)"
+    raise CheckpointError(f"{folder}: {found}", param="model")
+
+
+def _open_file(file: Path, stack: ExitStack) -> list[_Stored]:
+    try:
+        handle = stack.enter_context(safe_open(str(file), framework="pt"))
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        return [_Stored(n, file, handle, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file: {error}", param="model") from None
+
+
+def _take_scales(stored: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None) -> dict[str, _Stored]:
+    """Take the scales out of `stored`; the result is keyed by the name of the weight they belong to."""
+    if block is None:
+        return {}
+    owners = [name for name in weights.targets if name + fp8.SCALE_SUFFIX in stored]
+    return {name: stored.pop(name + fp8.SCALE_SUFFIX) for name in owners}
+
+
+def _check(folder: Path, stored: dict[str, _Stored], weights: WeightMap, scales: dict[str, _Stored]) -> None:
+    missing = sorted(weights.targets.keys() - stored.keys())
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}", param="model")
+    for name, tensor in stored.items():
+        if name in weights.targets:
+            _check_tensor(tensor, tuple(weights.targets[name].shape), scales.get(name))
+        elif not weights.skip.fullmatch(name):
+            tensor.refuse("is unexpected: this architecture has no such tensor")
+
+
+def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None) -> None:
+    if tensor.shape != shape:
+        tensor.refuse(f"has shape {list(tensor.shape)}, but config.json calls for {list(shape)}")
+    if tensor.dtype == FP8:
+        if scale is None:
+            tensor.refuse(f"is {FP8}, but its scales ({tensor.name}{fp8.SCALE_SUFFIX}) or quantization_config are missing")
+    elif tensor.dtype not in FLOATS:
+        tensor.refuse(f"has type {tensor.dtype}; supported are {', '.join((*FLOATS, FP8))}")
+    elif scale is not None:
+        scale.refuse(f"has no use: the weight it would scale is {tensor.dtype}")
+
+
+def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: Fp8Spec | None) -> None:
+    if scale is None or block is None:
+        target.copy_(tensor.read())
+        return
+    expected = fp8.scale_shape(tensor.shape, block.block)
+    if scale.shape != expected or scale.dtype not in FLOATS:
+        scale.refuse(f"is {scale.dtype} {list(scale.shape)}: it must be F32 {list(expected)}, one scale a block of {block.block}")
+    target.copy_(fp8.dequantize(tensor.read().to(target.device), scale.read().to(target.device), block.block))

@@ -1,0 +1,112 @@
+"""Tiny random transformers models: one config for each family and feature, saved as a checkpoint and kept as the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+VOCAB = 256
+DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,  # larger than real: logits of a few units, so that 1e-4 means something
+    "eos_token_id": 2,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MLA = DENSE | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+V3 = MLA | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 1}
+QWEN3 = DENSE | {"head_dim": 24}
+MOE = QWEN3 | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+
+# name -> (model type, config)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", DENSE),
+    "llama-one-kv-head": ("llama", DENSE | {"num_key_value_heads": 1}),
+    "llama-all-kv-heads": ("llama", DENSE | {"num_key_value_heads": 4}),
+    "llama-llama3-rope": ("llama", DENSE | {"rope_parameters": LLAMA3}),
+    "llama-linear-rope": ("llama", DENSE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 3.0}}),
+    "llama-yarn": ("llama", DENSE | {"rope_parameters": YARN}),
+    "llama-tied": ("llama", DENSE | {"tie_word_embeddings": True}),
+    "llama-attention-bias": ("llama", DENSE | {"attention_bias": True}),
+    "mistral-wide-heads": ("mistral", DENSE | {"head_dim": 32, "sliding_window": None}),
+    "qwen2": ("qwen2", DENSE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-yarn-tied": ("qwen2", DENSE | {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", QWEN3),
+    "qwen3-tied-yarn": ("qwen3", QWEN3 | {"tie_word_embeddings": True, "rope_parameters": YARN | {"truncate": False}}),
+    "qwen3-bias": ("qwen3", QWEN3 | {"attention_bias": True}),
+    "qwen3-moe": ("qwen3_moe", MOE),
+    "qwen3-moe-normalized": ("qwen3_moe", MOE | {"norm_topk_prob": True}),
+    "qwen3-moe-some-dense": ("qwen3_moe", MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "deepseek-v2-greedy": ("deepseek_v2", MLA),
+    "deepseek-v2-grouped": (
+        "deepseek_v2",
+        MLA
+        | {
+            "q_lora_rank": 20,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+        },
+    ),
+    "deepseek-v2-yarn": ("deepseek_v2", MLA | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "deepseek-v2-yarn-uneven": ("deepseek_v2", MLA | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+    "deepseek-v3": ("deepseek_v3", V3),
+    "deepseek-v3-no-q-lora": ("deepseek_v3", V3 | {"q_lora_rank": None, "norm_topk_prob": False}),
+    "deepseek-v3-halves": ("deepseek_v3", V3 | {"rope_interleave": False}),
+    "deepseek-v3-yarn": ("deepseek_v3", V3 | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+}
+
+
+def make(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build the case's model with random weights, save it to `folder`, return it."""
+    kind, config = CASES[name]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **(config | changes))).eval()
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            # Transformers starts norms at one and biases at zero, where a mix-up would not show.
+            if "norm" in key:
+                tensor.uniform_(0.5, 1.5)
+            elif key.endswith("bias"):
+                tensor.normal_(0.0, 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def reference_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits

@@ -1,0 +1,80 @@
+"""Logits of every family through the paged cache, against transformers, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged import PagedRun, random_sequences
+from reference import CASES, VOCAB, make, reference_logits
+
+from engine.layers import onednn
+from engine.models import registry
+from engine.models.spec import ModelSpec
+from engine.weights import loader
+
+LENGTHS = (7, 12, 33, 150)
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[list[int]]:
+    return random_sequences(VOCAB, LENGTHS)
+
+
+def load(folder) -> registry.Model:
+    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    loader.load(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_transformers(name, tmp_path, sequences):
+    reference = make(name, tmp_path)
+    found = PagedRun(load(tmp_path), sequences).run(num_decoded=5)
+    for tokens, logits in zip(sequences, found, strict=True):
+        wanted = reference_logits(reference, tokens)
+        assert wanted.abs().max() > 1.0  # else the tolerance would say nothing
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek-v2-yarn", "deepseek-v3"])
+def test_decode_path_equals_chunk_path(name, tmp_path, sequences):
+    """One-token queries as decodes (batched; absorbed in latent space) and as chunks (one by one; expanded)."""
+    make(name, tmp_path)
+    model = load(tmp_path)
+    as_decodes = PagedRun(model, sequences).run(num_decoded=6)
+    as_chunks = PagedRun(model, sequences).run(num_decoded=6, decodes=False)
+    for a, b in zip(as_decodes, as_chunks, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama-tied", "qwen3-moe", "deepseek-v3"])
+def test_packed_weights_change_nothing(name, tmp_path, sequences):
+    make(name, tmp_path)
+    model = load(tmp_path)
+    plain = PagedRun(model, sequences).run(num_decoded=3)
+    assert onednn.pack(model) > 3
+    for a, b in zip(plain, PagedRun(model, sequences).run(num_decoded=3), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied-yarn", "qwen3-moe", "deepseek-v3-yarn"])
+def test_bfloat16_stays_near(name, tmp_path, sequences):
+    """Types meet everywhere they should: a smoke test, since no two bfloat16 models agree closely."""
+    reference = make(name, tmp_path, initializer_range=0.03)
+    model = registry.build(ModelSpec.from_folder(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))
+    loader.load(model, tmp_path)
+    assert {pool.dtype for layer in model.kv_pools() for pool in layer} == {torch.bfloat16}
+    for tokens, logits in zip(sequences, PagedRun(model, sequences).run(num_decoded=3), strict=True):
+        assert logits.dtype == torch.float32
+        wanted = reference_logits(reference, tokens)
+        assert torch.corrcoef(torch.stack((logits.flatten(), wanted.flatten())))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "deepseek-v3"])
+def test_a_sequence_does_not_depend_on_its_batch(name, tmp_path, sequences):
+    make(name, tmp_path)
+    model = load(tmp_path)
+    together = PagedRun(model, sequences).run(num_decoded=6)
+    for tokens, logits in zip(sequences, together, strict=True):
+        (alone,) = PagedRun(model, [tokens], block_size=16).run(num_decoded=6, seed=1)
+        torch.testing.assert_close(alone, logits, atol=1e-5, rtol=1e-5)

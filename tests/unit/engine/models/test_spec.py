@@ -1,0 +1,206 @@
+"""What ModelSpec reads of a config.json, in both ways of writing, and what it refuses by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from engine.errors import CheckpointError
+from engine.models.spec import ModelSpec
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 256,
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+V2 = LLAMA | {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+V3 = V2 | {"architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": 24, "routed_scaling_factor": 2.5}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def test_importing_it_needs_no_torch():
+    code = "import engine.models, engine.models.spec, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_old_and_new_way_of_writing_mean_the_same():
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old = LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}, "torch_dtype": "bfloat16"}
+    new = LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5}, "dtype": "bfloat16"}
+    assert ModelSpec.from_hf(old) == ModelSpec.from_hf(new)
+    assert ModelSpec.from_hf(old).rope.theta == 5e5
+    assert ModelSpec.from_hf(old).dtype == "bfloat16"
+
+
+def test_limits():
+    limits = ModelSpec.from_hf(LLAMA | {"eos_token_id": 7, "dtype": "float16"}).limits()
+    assert (limits.max_model_len, limits.vocab_size, limits.eos_token_ids, limits.dtype) == (256, 256, (7,), "float16")
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "found"),
+    [(None, None, ()), (2, None, (2,)), ([2, 3], None, (2, 3)), (2, [2, 5], (2, 5)), (None, 5, (5,))],
+)
+def test_end_of_sequence_ids_come_from_both_files(tmp_path, config, generation, found):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": config}))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert ModelSpec.from_folder(tmp_path).eos_token_ids == found
+
+
+def test_yarn_lengthens_the_context_and_sharpens_latent_attention():
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
+    spec = ModelSpec.from_hf(V2 | {"rope_scaling": yarn})
+    assert spec.max_model_len == 40 * 64
+    assert spec.rope.magnitude == 1.0
+    assert spec.mla is not None
+    assert spec.mla.softmax_scale == pytest.approx(24**-0.5 * (0.0707 * 3.6888794541139363 + 1) ** 2)
+
+
+def test_layers_of_experts():
+    def layers(config):
+        moe = ModelSpec.from_hf(config).moe
+        return () if moe is None else moe.layers
+
+    assert layers(LLAMA) == ()
+    assert layers(QWEN3_MOE) == (0, 1, 2, 3)
+    assert layers(QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}) == (1,)
+    assert layers(V2) == (1, 2, 3)
+    assert layers(V2 | {"moe_layer_freq": 2}) == (2,)
+    assert layers(V2 | {"n_routed_experts": None}) == ()
+
+
+def test_routing():
+    v2, v3 = ModelSpec.from_hf(V2 | {"topk_method": "group_limited_greedy"}), ModelSpec.from_hf(V3)
+    assert v2.moe is not None
+    assert v3.moe is not None
+    assert (v2.moe.routing.method, v2.moe.routing.n_group, v2.moe.routing.normalize) == ("group_limited_greedy", 4, False)
+    assert (v3.moe.routing.method, v3.moe.routing.scale, v3.moe.routing.normalize) == ("noaux_tc", 2.5, True)
+    assert v3.moe.shared_size == 64
+
+
+def test_fp8_blocks():
+    spec = ModelSpec.from_hf(V3 | {"quantization_config": FP8})
+    assert spec.fp8 is not None
+    assert spec.fp8.block == (128, 128)
+
+
+def without(config, key):
+    return {k: v for k, v in config.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [(LLAMA, k) for k in LLAMA if k != "num_key_value_heads"]
+    + [(QWEN3, "head_dim"), (QWEN3_MOE, "num_experts_per_tok"), (QWEN3_MOE, "moe_intermediate_size")]
+    + [(V3, k) for k in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group")],
+)
+def test_missing_key_is_named(config, key):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key} is missing: it must be|config\.json: {key} is missing"):
+        ModelSpec.from_hf(without(config, key))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (LLAMA, "architectures", ["GPT2LMHeadModel"]),
+        (LLAMA, "architectures", []),
+        (LLAMA, "hidden_size", "64"),
+        (LLAMA, "hidden_size", 0),
+        (LLAMA, "num_hidden_layers", True),
+        (LLAMA, "num_attention_heads", 5),
+        (LLAMA, "num_key_value_heads", 3),
+        (LLAMA, "rms_norm_eps", -1.0),
+        (LLAMA, "hidden_act", "gelu"),
+        (LLAMA, "mlp_bias", True),
+        (LLAMA, "tie_word_embeddings", "yes"),
+        (LLAMA, "dtype", "float64"),
+        (LLAMA, "eos_token_id", 256),
+        (LLAMA, "eos_token_id", ["</s>"]),
+        (LLAMA, "partial_rotary_factor", 0.5),
+        (LLAMA, "layer_types", ["full_attention", "sliding_attention"]),
+        (LLAMA, "rope_theta", 0),
+        (LLAMA, "rope_scaling", "yarn"),
+        (LLAMA, "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        (LLAMA, "rope_scaling", {"type": "longrope", "factor": 2.0}),
+        (LLAMA, "rope_scaling", {"type": "linear"}),
+        (LLAMA, "rope_scaling", {"type": "llama3", "factor": 8.0}),
+        (LLAMA, "rope_parameters", {"full_attention": {"rope_theta": 1e4}}),
+        (LLAMA, "quantization_config", {"quant_method": "compressed-tensors"}),
+        (LLAMA, "quantization_config", FP8 | {"weight_block_size": None}),
+        (LLAMA, "quantization_config", FP8 | {"activation_scheme": "static"}),
+        (MISTRAL, "sliding_window", 128),
+        (QWEN2, "attention_bias", True),
+        (QWEN2, "use_sliding_window", True),
+        (QWEN3_MOE, "num_experts_per_tok", 9),
+        (V2, "attention_bias", True),
+        (V2, "norm_topk_prob", True),
+        (V2, "topk_method", "noaux_tc"),
+        (V2, "scoring_func", "sigmoid"),
+        (V2, "rope_scaling", {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}),
+        (V3, "scoring_func", "softmax"),
+        (V3, "topk_method", "greedy"),
+        (V3, "n_group", 3),
+        (V3, "topk_group", 5),
+        (V3, "num_experts_per_tok", 5),
+        (V3, "qk_rope_head_dim", 7),
+    ],
+    ids=lambda v: str(v)[:30] if not isinstance(v, dict) else "",
+)
+def test_what_cannot_be_served_is_refused_by_name(config, key, value):
+    sliding = {"sliding_window": 128} if key == "use_sliding_window" else {}
+    named = {"num_attention_heads": "head_dim|num_key_value_heads"}.get(key, key)
+    with pytest.raises(CheckpointError, match=rf"config\.json: ({named})\b"):
+        ModelSpec.from_hf(config | sliding | {key: value})
+
+
+def test_a_window_that_is_off_or_never_reached_is_fine():
+    assert ModelSpec.from_hf(MISTRAL | {"sliding_window": None}).max_model_len == 256
+    assert ModelSpec.from_hf(MISTRAL | {"sliding_window": 256}).max_model_len == 256
+    assert ModelSpec.from_hf(QWEN2 | {"use_sliding_window": False, "sliding_window": 64}).qkv_bias
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_unreadable_file_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        ModelSpec.from_folder(tmp_path)
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        ModelSpec.from_folder(tmp_path / "nowhere")
