@@ -1,0 +1,89 @@
+"""Connection: one ZeroMQ socket to an engine, read by asyncio. It ends with the engine; the next one gets a new Connection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from engine.messages import EngineMessage, WorkerMessage, decode_engine_message, encode
+
+log = logging.getLogger("tidegate.client")
+
+SEND_QUEUE = 65536  # messages to an engine that does not read
+
+
+class Connection:
+    """One DEALER socket and its monitor, read by the event loop.
+
+    A ZeroMQ descriptor turns readable at edges only, and sending can swallow one: so every read goes on until the socket is
+    empty, and every send schedules a read.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        loop: asyncio.AbstractEventLoop,
+        endpoint: str,
+        on_message: Callable[[EngineMessage], None],
+        on_disconnect: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._on_message, self._on_disconnect = on_message, on_disconnect
+        self._read_scheduled = False
+        self._closed = False
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)  # milliseconds
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._fds = int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD))
+        self._socket.connect(endpoint)
+        for fd in self._fds:
+            loop.add_reader(fd, self._read)
+        self._schedule_read()
+
+    def send(self, message: WorkerMessage) -> bool:
+        """False where the engine has not read for so long that the queue is full."""
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._schedule_read()
+        return True
+
+    def close(self) -> None:
+        self._closed = True
+        for fd in self._fds:
+            self._loop.remove_reader(fd)
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+
+    def _schedule_read(self) -> None:
+        if not self._read_scheduled:
+            self._read_scheduled = True
+            self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        self._read_scheduled = False
+        while not self._closed:  # a message can lead to a new connection
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                message = decode_engine_message(frame)
+            except msgspec.MsgspecError as error:
+                log.error("the engine's message cannot be read: %s", error)
+                continue
+            self._on_message(message)
+        if not self._closed and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self._on_disconnect()

@@ -1,0 +1,262 @@
+"""EngineClient and a real engine process: what happens when one of them dies, sticks or lies."""
+
+import asyncio
+import contextlib
+import signal
+import time
+
+import msgspec
+import psutil
+import pytest
+import zmq
+
+from engine.config import CacheConfig, EngineConfig, FakeConfig, SchedulerConfig
+from engine.errors import Aborted, ContextTooLong, EngineUnavailable, InternalError, InvalidRequest
+from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode
+from engine.request import FinishReason, SamplingParams
+from server.client import EngineClient
+from server.demo import ensure_demo_checkpoint
+from tests.support.children import EngineChild, wait_until
+
+
+def config(**changes):
+    base = EngineConfig(
+        model=str(ensure_demo_checkpoint()),
+        runner="fake",
+        debug_checks=True,
+        cache=CacheConfig(block_size=16, num_blocks=1024),
+        scheduler=SchedulerConfig(max_num_seqs=64),
+        fake=FakeConfig(step_ms=5),
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+@pytest.fixture
+def engine():
+    with EngineChild(config()) as child:
+        yield child
+
+
+@contextlib.asynccontextmanager
+async def connected(engine, worker="api 0", **options):
+    client = EngineClient(engine.endpoint, worker, **options)
+    await client.start()
+    try:
+        await client.wait_ready(30)
+        yield client
+    finally:
+        await client.close()
+
+
+def ask(number, max_tokens=100, **changes):
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    prompt = [2 + (number * 7 + i) % 200 for i in range(20 + number)]
+    return Submit(request_id=f"r{number}", prompt=prompt, params=params, seed=number, **changes)
+
+
+async def collect(stream, pause=0.0):
+    tokens, finish = [], None
+    async for event in stream:
+        tokens += event.tokens
+        finish = event.finish
+        await asyncio.sleep(pause)
+    return tokens, finish
+
+
+async def until(condition, what, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def test_streams_survive_the_engines_death_with_the_same_tokens(engine):
+    async with connected(engine) as client:
+        undisturbed = await asyncio.gather(*(collect(client.submit(ask(i))) for i in range(32)))
+        tasks = [asyncio.create_task(collect(client.submit(ask(i)))) for i in range(32)]
+        await asyncio.sleep(0.25)
+        killed_at = time.monotonic()
+        engine.kill()
+        await until(lambda: not client.health.ready, "the death is noticed")
+        assert time.monotonic() - killed_at < 1.0
+        assert not any(task.done() for task in tasks), "killed too late: nothing was in flight"
+        with pytest.raises(EngineUnavailable):
+            client.submit(ask(99))
+        engine.start()
+        assert await asyncio.gather(*tasks) == undisturbed
+        assert all(len(tokens) == 100 and finish is FinishReason.LENGTH for tokens, finish in undisturbed)
+        assert client.health.restarts == 1
+        await until(lambda: client.health.ready and client.health.stats.running == 0, "idle again")
+
+
+async def test_a_request_that_engines_die_of_is_ended(engine):
+    async with connected(engine, max_deaths=2) as client:
+        task = asyncio.create_task(collect(client.submit(ask(1, max_tokens=400))))
+        for _ in range(2):
+            await until(lambda: client.health.stats and client.health.stats.running, "running")
+            engine.kill()
+            engine.start()
+            await until(lambda: not client.health.ready, "noticed")
+            await until(lambda: client.health.ready, "back", 20)
+        with pytest.raises(InternalError, match="died 2 times"):
+            await task
+
+
+async def test_streams_end_when_no_engine_comes_back(engine):
+    async with connected(engine, resume_timeout_s=0.5) as client:
+        task = asyncio.create_task(collect(client.submit(ask(1, max_tokens=400))))
+        await asyncio.sleep(0.1)
+        engine.kill()
+        with pytest.raises(EngineUnavailable, match=r"within 0\.5 s"):
+            await asyncio.wait_for(task, 5)
+
+
+async def test_abort_frees_the_blocks_within_two_steps_and_wakes_the_consumer(engine):
+    async with connected(engine) as client:
+        stream = client.submit(ask(1, max_tokens=400))
+        received = 0
+        while received < 20:
+            received += len((await anext(stream)).tokens)
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        stream.abort()
+        stream.abort()
+        with pytest.raises(Aborted):
+            await waiting
+        await until(lambda: client.health.stats.running == 0 and client.health.stats.num_aborted == 1, "freed")
+        assert client.health.stats.blocks_used == 0
+        assert client.health.stats.output_tokens - received <= 2  # one a step
+        assert client.num_streams == 0
+
+
+@pytest.mark.parametrize(
+    ("submit", "error"),
+    [
+        (Submit(request_id="x", prompt=[], params=SamplingParams(), seed=1), InvalidRequest),
+        (Submit(request_id="x", prompt=[10**6], params=SamplingParams(), seed=1), InvalidRequest),
+        (Submit(request_id="x", prompt=[5] * 10**5, params=SamplingParams(), seed=1), ContextTooLong),
+    ],
+    ids=["empty", "unknown token", "too long"],
+)
+async def test_a_refusal_is_raised_by_the_stream(engine, submit, error):
+    async with connected(engine) as client:
+        with pytest.raises(error):
+            await collect(client.submit(submit))
+        assert (await collect(client.submit(ask(1, max_tokens=5))))[1] is FinishReason.LENGTH
+
+
+async def test_events_that_queue_up_come_out_as_one(engine):
+    async with connected(engine) as client:
+        stream = client.submit(ask(1, max_tokens=20))
+        await asyncio.sleep(0.5)
+        events = [event async for event in stream]
+        assert len(events) == 1
+        assert len(events[0].tokens) == 20
+
+
+async def test_a_worker_that_comes_back_starts_clean(engine):
+    """It was killed and began anew under its name: what its earlier self had asked is aborted, its neighbour's is not."""
+    async with connected(engine, "api 1") as neighbour:
+        kept = asyncio.create_task(collect(neighbour.submit(ask(5))))
+        async with connected(engine, "api 0") as first:
+            first.submit(ask(1, max_tokens=450))
+            await until(lambda: first.health.stats and first.health.stats.running == 2, "both run")
+            async with connected(engine, "api 0") as second:
+                stream = second.submit(ask(1, max_tokens=50))  # even under the same request id
+                assert len((await collect(stream))[0]) == 50
+                assert second.health.stats.num_aborted >= 1
+        assert len((await kept)[0]) == 100
+
+
+async def test_a_worker_that_is_gone_leaves_nothing_behind(engine):
+    async with connected(engine, "api 1") as witness:
+        gone = EngineClient(engine.endpoint, "api 0")
+        await gone.start()
+        await gone.wait_ready(10)
+        gone.submit(ask(1, max_tokens=450))
+        await until(lambda: witness.health.stats and witness.health.stats.running == 1, "running")
+        await gone.close()  # says nothing to the engine
+        await until(lambda: witness.health.stats.running == 0, "aborted", 1)
+        assert witness.health.stats.num_aborted == 1
+        assert witness.health.stats.blocks_used == 0
+
+
+async def test_a_stopped_engine_is_not_ready(engine):
+    async with connected(engine, stall_timeout_s=0.5) as client:
+        await until(lambda: client.health.ready, "ready")
+        engine.send(signal.SIGSTOP)
+        await until(lambda: not client.health.ready, "idle and stopped", 4)
+        assert "heartbeat" in client.health.reason
+        engine.send(signal.SIGCONT)
+        await until(lambda: client.health.ready, "ready again")
+        task = asyncio.create_task(collect(client.submit(ask(1, max_tokens=300))))
+        await until(lambda: client.health.stats.running, "busy")
+        engine.send(signal.SIGSTOP)
+        await until(lambda: not client.health.ready, "busy and stopped", 2)
+        assert "step" in client.health.reason
+        engine.send(signal.SIGCONT)
+        assert len((await task)[0]) == 300
+
+
+def test_rubbish_is_dropped_and_a_stuck_worker_holds_up_nobody():
+    """A worker that never reads is dropped once its queue is full; others get their tokens all the while."""
+    with EngineChild(config(debug_checks=False, fake=FakeConfig(step_ms=0))) as engine:
+        context = zmq.Context()
+        stuck, other = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+        for sock in (stuck, other):
+            sock.setsockopt(zmq.LINGER, 0)
+            sock.setsockopt(zmq.RCVTIMEO, 20000)
+        stuck.setsockopt(zmq.RCVHWM, 1)
+        stuck.connect(engine.endpoint)
+        other.connect(engine.endpoint)
+        try:
+            for rubbish in (b"", b"\xc1", b"hello", msgspec.msgpack.encode({"type": "Submit"}), b"\x93\x01"):
+                other.send(rubbish)
+            other.send(encode(Hello("other")))
+            assert isinstance(decode_engine_message(other.recv()), Welcome)
+            stuck.send(encode(Hello("stuck")))
+            for number in range(2000):
+                stuck.send(encode(rename(number)))
+            dropped = False
+            until = time.monotonic() + 60
+            while not dropped and time.monotonic() < until:
+                message = decode_engine_message(other.recv())
+                assert isinstance(message, Heartbeat)
+                dropped = '"worker dropped"' in engine.log.read_text()
+            assert dropped
+            other.send(encode(ask(7, max_tokens=3)))
+            tokens = []
+            while len(tokens) < 3:
+                message = decode_engine_message(other.recv())
+                tokens += [] if isinstance(message, Heartbeat) else message.events[0].tokens
+        finally:
+            stuck.close()
+            other.close()
+            context.term()
+
+
+def rename(number):
+    return msgspec.structs.replace(ask(number % 100, max_tokens=400), request_id=f"stuck-{number}")
+
+
+def test_sigterm_ends_it_cleanly_and_at_once(engine):
+    wait_until(lambda: "engine ready" in engine.log.read_text(), "ready")
+    assert psutil.Process(engine.process.pid).cmdline()[0] == "tidegate: engine 0"
+    engine.send(signal.SIGTERM)
+    assert engine.wait(5) == 0
+    assert "Traceback" not in engine.log.read_text()
+
+
+def test_it_ends_with_its_parent_even_while_stopped(engine):
+    wait_until(lambda: "engine ready" in engine.log.read_text(), "ready")
+    engine.process.stdin.close()
+    assert engine.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("changes", [{"model": "/nowhere"}, {"max_model_len": 10**9}], ids=["checkpoint", "setting"])
+def test_what_no_retry_mends_ends_it_with_one_message(changes):
+    with EngineChild(config(**changes)) as engine:
+        assert engine.wait(30) == 2
+        lines = [line for line in engine.log.read_text().splitlines() if '"error"' in line]
+        assert len(lines) == 1
+        assert "Traceback" not in engine.log.read_text()

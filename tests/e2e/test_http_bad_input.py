@@ -1,0 +1,285 @@
+"""What bad input gets: each its status, its code and the field at fault, in a small body, while neighbours carry on."""
+
+import asyncio
+import time
+
+import pytest
+
+from server.demo import ensure_demo_checkpoint
+from server.text.tokenizer import Tokenizer
+from tests.support.http_api import MODEL, http_api
+
+GENERATE, COMPLETIONS, CHAT = "/v1/generate", "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "x"}]
+PLAIN = {
+    GENERATE: {"prompt": "x"},
+    COMPLETIONS: {"model": MODEL, "prompt": "x"},
+    CHAT: {"model": MODEL, "messages": MESSAGES},
+}
+MANY_DIGITS = int("9" * 4000)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path_factory.mktemp("demo")))
+
+
+@pytest.fixture
+async def api(text):
+    async with http_api(text, max_body_bytes=1 << 20, max_n=8) as api:
+        yield api
+        await api.quiet()
+
+
+def checked(response, status, param=None, code=None):
+    assert response.status_code == status, response.text
+    assert len(response.content) <= 4096
+    error = response.json()["error"]
+    assert set(error) == {"type", "code", "message", "param"}
+    assert error["message"]
+    assert "Traceback" not in error["message"]
+    if param is not None:
+        assert error["param"] == param, error
+    if code is not None:
+        assert error["code"] == code, error
+
+
+# Every generating route refuses these, naming the same field.
+COMMON = [
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "0.5"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": [1]}, "temperature"),
+    ({"temperature": 1e308}, "temperature"),
+    ({"temperature": MANY_DIGITS}, "temperature"),
+    ({"top_p": 1.01}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 9}, "n"),
+    ({"n": 10**9}, "n"),
+    ({"n": "3"}, "n"),
+    ({"n": 2.0}, "n"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": MANY_DIGITS}, "seed"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"max_tokens": 2**63}, "max_tokens"),
+    ({"max_tokens": 513}, "max_tokens"),
+    ({"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream": 1}, "stream"),
+    ({"ignore_eos": "true"}, "ignore_eos"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop[1]"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 257}, "stop"),
+    ({"stop": 5}, "stop"),
+    ({"stop_token_ids": [512]}, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [1] * 257}, "stop_token_ids"),
+    ({"logit_bias": {"512": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"logit_bias": {"1": None}}, "logit_bias.1"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"priority": 10**6}, "priority"),
+    ({"model": 5}, "model"),
+    ({"nope": 1}, "nope"),
+    ({"": 1}, None),
+]
+
+
+@pytest.mark.parametrize("path", PLAIN)
+async def test_fields_out_of_place(api, path):
+    """One test for all of them: a server costs more than a request."""
+    for more, param in COMMON:
+        for stream in ({}, {"stream": True}):
+            response = await api.http.post(path, json={**PLAIN[path], **stream, **more})
+            checked(response, 400, param)
+
+
+OWN = [
+    (GENERATE, {}, 400, "prompt"),
+    (GENERATE, {"prompt": None}, 400, "prompt"),
+    (GENERATE, {"prompt": ""}, 400, "prompt"),
+    (GENERATE, {"prompt": 5}, 400, "prompt"),
+    (GENERATE, {"prompt": ["x"]}, 400, "prompt"),
+    (GENERATE, {"prompt": "x", "prompt_token_ids": [1]}, 400, "prompt_token_ids"),
+    (GENERATE, {"prompt_token_ids": []}, 400, "prompt_token_ids"),
+    (GENERATE, {"prompt_token_ids": [512]}, 400, "prompt"),
+    (GENERATE, {"prompt_token_ids": [-1]}, 400, "prompt_token_ids[0]"),
+    (GENERATE, {"prompt_token_ids": [True]}, 400, "prompt_token_ids[0]"),
+    (GENERATE, {"prompt_token_ids": [1.0]}, 400, "prompt_token_ids[0]"),
+    (GENERATE, {"prompt_token_ids": [2**40]}, 400, "prompt_token_ids[0]"),
+    (GENERATE, {"prompt_token_ids": [5] * 512}, 400, "prompt"),
+    (GENERATE, {"prompt": "x" * 100_000}, 400, "prompt"),
+    (GENERATE, {"prompt": "x", "model": "other"}, 404, "model"),
+    (GENERATE, {"prompt": "x", "model": "m" * 257}, 400, "model"),
+    (GENERATE, {"prompt": "x", "slo_class": "gold"}, 400, "slo_class"),
+    (GENERATE, {"prompt": "x", "cache": "on"}, 400, "cache"),
+    (GENERATE, {"prompt": "x", "deadline_ms": 0}, 400, "deadline_ms"),
+    (GENERATE, {"prompt": "x", "logprobs": 21}, 400, "logprobs"),
+    (GENERATE, {"prompt": "x", "logprobs": True}, 400, "logprobs"),
+    (GENERATE, {"prompt": "x", "request_id": ""}, 400, "request_id"),
+    (GENERATE, {"prompt": "x", "request_id": "a" * 129}, 400, "request_id"),
+    (GENERATE, {"prompt": "x", "request_id": "a\r\nx-evil: 1"}, 400, "request_id"),
+    (GENERATE, {"prompt": "x", "request_id": "\u0661"}, 400, "request_id"),
+    (COMPLETIONS, {"prompt": "x"}, 400, "model"),
+    (COMPLETIONS, {"model": MODEL}, 400, "prompt"),
+    (COMPLETIONS, {"model": MODEL, "prompt": []}, 400, "prompt"),
+    (COMPLETIONS, {"model": MODEL, "prompt": [[]]}, 400, "prompt[0]"),
+    (COMPLETIONS, {"model": MODEL, "prompt": ["x", 1]}, 400, "prompt[1]"),
+    (COMPLETIONS, {"model": MODEL, "prompt": [1, "x"]}, 400, "prompt[1]"),
+    (COMPLETIONS, {"model": MODEL, "prompt": {"a": 1}}, 400, "prompt"),
+    (COMPLETIONS, {"model": MODEL, "prompt": ["x"] * 129}, 400, "prompt"),
+    (COMPLETIONS, {"model": MODEL, "prompt": "x", "suffix": "y"}, 422, "suffix"),
+    (COMPLETIONS, {"model": MODEL, "prompt": "x", "best_of": 2}, 422, "best_of"),
+    (COMPLETIONS, {"model": MODEL, "prompt": "x", "stream_options": {}}, 400, "stream_options"),
+    (COMPLETIONS, {"model": "other", "prompt": "x"}, 404, "model"),
+    (COMPLETIONS, {"model": MODEL, "prompt": [600], "echo": True}, 400, None),
+    (CHAT, {"model": MODEL}, 400, "messages"),
+    (CHAT, {"model": MODEL, "messages": []}, 400, "messages"),
+    (CHAT, {"model": MODEL, "messages": "x"}, 400, "messages"),
+    (CHAT, {"model": MODEL, "messages": ["x"]}, 400, "messages[0]"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "pope", "content": "x"}]}, 400, "messages[0].role"),
+    (CHAT, {"model": MODEL, "messages": [{"role": {}, "content": "x"}]}, 400, "messages[0].role"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user", "content": None}]}, 400, "messages[0].content"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user", "content": [{"type": {}}]}]}, 400, "messages[0].content[0].type"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "tool", "content": "x"}]}, 422, "messages[0].role"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, None),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "tools": [{}]}, 422, "tools"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "tool_choice": "auto"}, 422, "tool_choice"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "response_format": {"type": "json_schema"}}, 422, "response_format"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "chat_template": "{{ 7 * 7 }}"}, 400, "chat_template"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "logprobs": 2}, 400, "logprobs"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens"),
+    (CHAT, {"model": MODEL, "messages": [{"role": "user", "content": "x"}] * 4097}, 400, "messages"),
+    ("/tokenize", {}, 400, "prompt"),
+    ("/tokenize", {"prompt": 1}, 400, "prompt"),
+    ("/tokenize", {"prompt": "x", "model": "other"}, 404, "model"),
+    ("/detokenize", {"tokens": []}, 400, "tokens"),
+    ("/detokenize", {"tokens": [512]}, 400, "tokens"),
+    ("/detokenize", {"tokens": "x"}, 400, "tokens"),
+]
+
+
+async def test_each_routes_own_fields(api):
+    for path, body, status, param in OWN:
+        response = await api.http.post(path, json=body)
+        assert response.status_code == status, (path, str(body)[:200], response.text)
+        checked(response, status, param)
+
+
+BODIES = {
+    "empty": b"",
+    "blank": b"  ",
+    "not JSON": b"prompt=x",
+    "cut off": b'{"prompt": "x"',
+    "an array": b'["x"]',
+    "a string": b'"x"',
+    "null": b"null",
+    "broken UTF-8": b'{"prompt": "\xff\xfe"}',
+    "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
+    "NaN": b'{"prompt": "x", "temperature": NaN}',
+    "Infinity": b'{"prompt": "x", "temperature": Infinity}',
+    "1e999": b'{"prompt": "x", "temperature": 1e999}',
+    "-1e999": b'{"prompt": "x", "temperature": -1e999}',
+    "5000 digits": b'{"prompt": "x", "seed": ' + b"1" * 5000 + b"}",
+    "a key twice": b'{"prompt": "x", "prompt": "y"}',
+    "a lone surrogate": b'{"prompt": "\\ud800"}',
+    "a lone surrogate as a key": b'{"prompt": "x", "\\udfff": 1}',
+    "depth 200,000": b"[" * 200_000,
+    "depth 200,000 in a field": b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "depth 900 in a field": b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+}
+
+
+async def test_bodies_that_cannot_be_read(api):
+    for name, body in BODIES.items():
+        began = time.perf_counter()
+        response = await api.http.post(GENERATE, content=body)
+        assert response.status_code == 400, (name, response.text)
+        checked(response, 400)
+        assert time.perf_counter() - began < 0.5, name
+
+
+async def test_zero_width_and_null_characters_are_text(api):
+    response = await api.http.post(GENERATE, json={"prompt": "a\u0000b\u200b\U0001f30a", "max_tokens": 1})
+    assert response.status_code == 200
+
+
+async def test_minus_zero_is_zero(api):
+    body = b'{"prompt": "x", "temperature": -0.0, "presence_penalty": -0, "max_tokens": 2}'
+    assert (await api.http.post(GENERATE, content=body)).status_code == 200
+
+
+async def test_bodies_over_the_limit(api):
+    async def pieces():
+        for _ in range(40):
+            yield b"x" * 65536
+
+    checked(await api.http.post(GENERATE, content=b"x" * (1 << 20) + b"x"), 413, code="payload_too_large")
+    checked(await api.http.post(GENERATE, content=pieces()), 413, code="payload_too_large")
+    assert (await api.http.post(GENERATE, json=PLAIN[GENERATE])).status_code == 200
+
+
+async def test_a_megabyte_of_errors_is_not_sent_back(api):
+    for body in (
+        {"prompt": "x", "cache": "y" * 1_000_000},
+        {"prompt": "x", "z" * 1_000_000: 1},
+        {"prompt_token_ids": ["q"] * 200_000},
+    ):
+        checked(await api.http.post(GENERATE, json=body), 400)
+
+
+async def test_routes_and_methods_that_are_not_there(api):
+    checked(await api.http.get("/nowhere"), 404, code="unknown_route")
+    checked(await api.http.get("/" + "x" * 5000), 404)
+    checked(await api.http.get("/docs"), 404)
+    response = await api.http.get(GENERATE)
+    checked(response, 405, code="method_not_allowed")
+    assert response.headers["allow"] == "POST"
+    checked(await api.http.get("/v1/models/%ff%00"), 404, code="model_not_found")
+    checked(await api.http.request("BREW", "/v1/models"), 400)
+
+
+async def test_a_deadline_is_408(api):
+    api.engine.pause()
+    checked(await api.http.post(GENERATE, json={"prompt": "x", "deadline_ms": 30}), 408, code="request_timeout")
+    checked(await api.http.post(GENERATE, json={"prompt": "x", "deadline_ms": 30, "stream": True}), 408)
+    api.engine.resume()
+
+
+async def test_an_abort_is_499(api):
+    api.engine.pause()
+    task = asyncio.create_task(api.http.post(GENERATE, json={"prompt": "x"}))
+    async with asyncio.timeout(2):
+        while not api.engine.submitted:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert api.service.abort(api.engine.submitted[0].request_id)
+    checked(await task, 499, code="aborted")
+    api.engine.resume()
+
+
+async def test_neighbours_say_what_they_would_say_alone(api):
+    ask = {"prompt": "the tide", "max_tokens": 60, "seed": 4, "ignore_eos": True}
+    alone = (await api.http.post(GENERATE, json=ask)).json()["outputs"]
+    neighbours = [asyncio.create_task(api.http.post(GENERATE, json=ask)) for _ in range(4)]
+    attacks = [api.http.post(path, json={**PLAIN[path], **more}) for path in PLAIN for more, _ in COMMON[::4]]
+    attacks += [api.http.post(GENERATE, content=body) for body in BODIES.values()]
+    for response in await asyncio.gather(*attacks):
+        assert 400 <= response.status_code < 500
+    for neighbour in neighbours:
+        assert (await neighbour).json()["outputs"] == alone

@@ -1,0 +1,116 @@
+"""Clients that leave, or that do not read, against a real uvicorn: the generation behind them must end, and soon."""
+
+import contextlib
+import json
+import socket
+import time
+
+import pytest
+
+from engine.errors import InternalError
+from server.app import build_app
+from server.generation import Chunk
+from server.http_guard import HttpLimits
+from server.metrics import Metrics
+from server.settings import Settings
+from tests.support.http_server import serving
+from tests.unit.server.routes.scripted import ScriptedService, letters
+
+PATHS = {
+    "/v1/generate": {"prompt": "x"},
+    "/v1/completions": {"model": "tiny", "prompt": ["x", "y"]},
+    "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
+}
+
+
+def request(path, body):
+    data = json.dumps(body).encode()
+    return b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
+
+
+def wait_until(condition, seconds=3.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@contextlib.contextmanager
+def app_server(service, limits=None):
+    with serving(build_app(Settings(), service, Metrics("tiny", service.health)), limits or HttpLimits()) as port:
+        yield port
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_leaving_ends_the_generation(path, stream, started):
+    script = [*letters("ab", finish=None), 60] if started else [60]
+    service = ScriptedService(*script)
+    num_prompts = 2 if path == "/v1/completions" else 1
+    with app_server(service) as port:
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
+            client.sendall(request(path, {**PATHS[path], "stream": stream}))
+            assert wait_until(lambda: len(service.requests) == num_prompts)
+            if stream and started:
+                assert b"200 OK" in client.recv(4096)
+            assert service.closed == []
+        assert wait_until(lambda: len(service.closed) == num_prompts, 1.0)
+
+
+def test_leaving_before_the_body_is_complete_starts_nothing():
+    service = ScriptedService(*letters("x"))
+    with app_server(service) as port:
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
+            client.sendall(request("/v1/generate", {"prompt": "x" * 1000})[:-10])
+            time.sleep(0.1)
+        time.sleep(0.1)
+    assert service.requests == []
+
+
+def test_a_client_that_reads_nothing_is_held_back_and_then_cut_off():
+    made = 0
+
+    class Endless(ScriptedService):
+        async def generate(self, request, *, transport="http"):
+            nonlocal made
+            try:
+                while True:
+                    made += 1
+                    yield Chunk(index=0, text="x" * 10_000, token_ids=[1])
+            finally:
+                self.closed.append(request.request_id)
+
+    service = Endless()
+    limits = HttpLimits(write_seconds=0.7)
+    with app_server(service, limits) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(request("/v1/generate", {"prompt": "x", "stream": True}))
+        time.sleep(0.4)
+        held = made
+        assert held < 2000  # what the kernel's buffers take, and no more
+        time.sleep(0.1)
+        assert made == held
+        assert wait_until(lambda: service.closed)
+
+
+def test_a_connection_serves_on_after_an_error_before_the_first_token():
+    service = ScriptedService(InternalError("x"))
+    with app_server(service) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
+        for _ in range(3):
+            client.sendall(request("/v1/generate", {"prompt": "x", "stream": True}))
+            answer = client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 500")
+            assert b"internal_error" in answer
+
+
+def test_an_error_in_mid_stream_ends_the_body_properly():
+    service = ScriptedService(Chunk(index=0, text="a", token_ids=[1]), InternalError("x"))
+    with app_server(service) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
+        for _ in range(3):
+            client.sendall(request("/v1/generate", {"prompt": "x", "stream": True}))
+            got = b""
+            while not got.endswith(b"0\r\n\r\n"):
+                got += client.recv(65536)
+            assert got.startswith(b"HTTP/1.1 200")
+            assert b'{"error":' in got
+            assert b"[DONE]" not in got

@@ -1,0 +1,272 @@
+"""Hostile clients against `server.http_guard` in a real uvicorn: raw sockets, one small ASGI app behind it."""
+
+import contextlib
+import json
+import socket
+import time
+
+import psutil
+import pytest
+
+from server.http_guard import HttpLimits
+from tests.support.http_server import serving
+
+LIMITS = HttpLimits(head_seconds=0.4, body_seconds=0.6, idle_seconds=1, write_seconds=0.5, body_bytes=100_000)
+
+
+class EchoApp:
+    """Reads the body and says its length; /flood streams without end; /ignore answers without reading."""
+
+    def __init__(self):
+        self.disconnects = 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["path"] == "/flood":
+            await self.flood(receive, send)
+            return
+        num_bytes, more = 0, scope["path"] != "/ignore"
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.disconnects += 1
+                return
+            num_bytes += len(message["body"])
+            more = message["more_body"]
+        body = str(num_bytes).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def flood(self, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(10_000):
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+        self.disconnects += 1
+
+
+@pytest.fixture(scope="module")
+def app():
+    return EchoApp()
+
+
+@pytest.fixture(scope="module")
+def port(app):
+    with serving(app, LIMITS) as port:
+        yield port
+
+
+def talk(port, *pieces, timeout=5.0, pause=0.0):
+    """Send the pieces, and return all that comes back until the server closes (or says enough)."""
+    with socket.create_connection(("127.0.0.1", port), timeout) as client:
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(pause)
+        return read_all(client)
+
+
+def read_all(client):
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := client.recv(65536):
+            got += piece
+    return got
+
+
+def status(answer):
+    return int(answer.split(b" ", 2)[1]) if answer else None
+
+
+def error(answer):
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+CLOSE = b"host: x\r\nconnection: close\r\n"
+
+
+def test_a_plain_request_passes(port):
+    assert talk(port, b"POST / HTTP/1.1\r\n" + CLOSE + b"content-length: 3\r\n\r\nabc").endswith(b"\r\n\r\n3")
+
+
+def test_keep_alive_and_pipelining_pass(port):
+    one = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc"
+    answer = talk(port, one + one + b"POST / HTTP/1.1\r\n" + CLOSE + b"content-length: 1\r\n\r\na")
+    assert answer.count(b"HTTP/1.1 200") == 3
+
+
+def test_no_content_length_means_no_body(port):
+    assert talk(port, b"POST / HTTP/1.1\r\n" + CLOSE + b"\r\n").endswith(b"\r\n\r\n0")
+
+
+def test_one_huge_header(port):
+    before = psutil.Process().memory_info().rss
+    answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\na: ", *[b"y" * 65536] * 64)
+    assert answer == b"" or status(answer) == 431
+    assert psutil.Process().memory_info().rss - before < 30 << 20
+
+
+def test_a_header_just_over_the_limit_gets_its_answer(port):
+    answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"y" * 33_000)
+    assert status(answer) == 431
+    assert error(answer)["code"] == "payload_too_large"
+
+
+def test_two_hundred_thousand_header_lines(port):
+    began = time.monotonic()
+    answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n", b"a: b\r\n" * 200_000)
+    assert answer == b"" or status(answer) == 431
+    assert time.monotonic() - began < 1
+    assert status(talk(port, b"GET / HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 200
+
+
+def test_a_hundred_and_one_headers(port):
+    answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 100 + b"\r\n")
+    assert status(answer) == 431
+    assert "100 headers" in error(answer)["message"]
+
+
+def test_a_long_url(port):
+    assert status(talk(port, b"GET /" + b"u" * 9000 + b" HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 414
+
+
+def test_blank_lines_for_ever(port):
+    assert status(talk(port, *[b"\r\n" * 5000] * 20)) in (408, 431, None)
+
+
+@pytest.mark.parametrize("sent", [b"P", b"POST / HTTP/1.1\r\nhost: x\r\n", b"POST / HTTP/1.1\r\nhost: x\r\na: b"])
+def test_a_half_sent_head_is_408(port, sent):
+    began = time.monotonic()
+    answer = talk(port, sent)
+    assert status(answer) == 408
+    assert error(answer)["type"] == "timeout_error"
+    assert 0.3 < time.monotonic() - began < 2
+
+
+def test_a_head_sent_drop_by_drop_is_408(port):
+    began = time.monotonic()
+    head = b"POST / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 5
+    assert status(talk(port, *[head[i : i + 1] for i in range(len(head))], pause=0.05)) in (408, None)
+    assert time.monotonic() - began < 5
+
+
+def test_a_second_half_sent_head_on_a_kept_connection_is_408(port):
+    """Stock uvicorn drops its keep-alive timer at the first byte, and then waits without end."""
+    answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET", pause=0.1)
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert answer.count(b"HTTP/1.1 408") == 1
+
+
+def test_a_connection_that_says_nothing_is_closed(port):
+    began = time.monotonic()
+    assert talk(port) == b""
+    assert 0.5 < time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 10\r\n\r\nabc", b"transfer-encoding: chunked\r\n\r\na\r\nabc"])
+def test_a_half_sent_body_is_408_and_the_app_hears_of_it(port, app, framing):
+    before = app.disconnects
+    answer = talk(port, b"POST / HTTP/1.1\r\nhost: x\r\n" + framing)
+    assert status(answer) == 408
+    assert "body" in error(answer)["message"]
+    assert app.disconnects == before + 1
+
+
+def test_a_body_over_the_backstop_is_413(port):
+    chunk = b"1000\r\n" + b"x" * 0x1000 + b"\r\n"
+    answer = talk(port, b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n", *[chunk] * 200)
+    assert answer == b"" or status(answer) == 413
+
+
+def test_many_tiny_chunks_are_refused(port):
+    answer = talk(port, b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 3000)
+    assert status(answer) == 400
+    assert "chunks" in error(answer)["message"]
+
+
+def test_chunks_of_a_sane_size_pass(port):
+    body = b"".join(b"40\r\n" + b"x" * 64 + b"\r\n" for _ in range(1200)) + b"0\r\n\r\n"
+    assert talk(port, b"POST / HTTP/1.1\r\n" + CLOSE + b"transfer-encoding: chunked\r\n\r\n" + body).endswith(b"76800")
+
+
+def test_trailers_are_bounded_too(port):
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
+    assert status(talk(port, head + b"t: v\r\n" * 200 + b"\r\n")) == 431
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 3\r\ntransfer-encoding: chunked\r\n",
+        b"content-length: 3\r\ncontent-length: 4\r\n",
+        b"content-length: -1\r\n",
+        b"content-length: 99999999999999999999999\r\n",
+        b"transfer-encoding: chunked, identity\r\n",
+        b"bad header\r\n",
+        b"a: b\nc: d\x00\r\n",
+    ],
+)
+def test_broken_framing_is_400(port, head):
+    answer = talk(port, b"POST / HTTP/1.1\r\nhost: x\r\n" + head + b"\r\nabc")
+    assert status(answer) == 400
+    assert error(answer)["code"] == "malformed_request"
+
+
+@pytest.mark.parametrize("hosts", [b"", b"host: a\r\nhost: b\r\n"])
+def test_no_host_or_two_is_400(port, hosts):
+    assert status(talk(port, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n")) == 400
+
+
+@pytest.mark.parametrize(
+    "line", [b"\x16\x03\x01\x02\x00", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"{}\r\n"]
+)
+def test_what_is_not_http_is_400(port, line):
+    assert status(talk(port, line)) == 400
+
+
+def test_an_upgrade_is_not_followed(port):
+    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: x\r\nsec-websocket-version: 13\r\n"
+    assert status(talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n" + upgrade + b"\r\n")) == 200
+
+
+def test_an_answer_nobody_reads_is_cut_off(port, app):
+    before = app.disconnects
+    with socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
+        deadline = time.monotonic() + 4
+        while app.disconnects == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert app.disconnects == before + 1
+
+
+def test_a_body_sent_after_the_answer_does_not_stay(port):
+    began = time.monotonic()
+    answer = talk(port, b"POST /ignore HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nabc")
+    assert status(answer) == 200
+    assert time.monotonic() - began < 3
+
+
+def test_a_pipelined_request_behind_a_long_answer_hides_no_disconnect():
+    """Stock uvicorn tells only the newest request of a disconnect; the one that runs would go on to its end."""
+    app = EchoApp()
+    with serving(app, HttpLimits()) as port:
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
+            client.sendall(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            client.recv(1000)
+        deadline = time.monotonic() + 4
+        while not app.disconnects and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert app.disconnects == 1
+
+
+def test_three_hundred_slow_clients_do_not_hold_up_a_fast_one(port):
+    slow = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(300)]
+    try:
+        for client in slow:
+            client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\n")
+        began = time.monotonic()
+        assert status(talk(port, b"GET / HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 200
+        assert time.monotonic() - began < 1
+        assert status(read_all(slow[-1])) == 408
+    finally:
+        for client in slow:
+            client.close()

@@ -1,0 +1,207 @@
+"""The openai client, unchanged, against the whole HTTP side."""
+
+import json
+
+import msgspec
+import openai
+import pytest
+
+from server.demo import ensure_demo_checkpoint
+from server.text.tokenizer import Tokenizer
+from tests.support.http_api import MODEL, http_api
+from tests.support.local_engine import CONFIG, LocalEngine
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path_factory.mktemp("demo")))
+
+
+@pytest.fixture
+async def api(text):
+    async with http_api(text) as api:
+        yield api
+        await api.quiet()
+
+
+async def test_models(api):
+    models = await api.openai.models.list()
+    assert [m.id for m in models.data] == [MODEL]
+    assert (await api.openai.models.retrieve(MODEL)).id == MODEL
+    with pytest.raises(openai.NotFoundError) as caught:
+        await api.openai.models.retrieve("other/model")
+    assert caught.value.code == "model_not_found"
+
+
+async def test_completion(api):
+    answer = await api.openai.completions.create(model=MODEL, prompt="Once", max_tokens=8, temperature=0)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.completion_tokens <= 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_streamed_completion_is_the_whole_one(api, n):
+    ask = {
+        "model": MODEL,
+        "prompt": ["Once", "The tide"],
+        "max_tokens": 12,
+        "n": n,
+        "seed": 7,
+        "extra_body": {"ignore_eos": True},
+    }
+    whole = await api.openai.completions.create(**ask)
+    texts = {}
+    async for chunk in await api.openai.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert len(texts) == 2 * n
+    assert usage.completion_tokens == whole.usage.completion_tokens == 12 * 2 * n
+
+
+async def test_chat(api):
+    answer = await api.openai.chat.completions.create(model=MODEL, messages=HELLO, max_completion_tokens=9, seed=1)
+    assert answer.choices[0].message.role == "assistant"
+    assert 1 <= answer.usage.completion_tokens <= 9
+
+
+async def test_a_streamed_chat_is_the_whole_one(api):
+    ask = {"model": MODEL, "messages": HELLO, "max_tokens": 20, "seed": 3, "extra_body": {"ignore_eos": True}}
+    whole = await api.openai.chat.completions.create(**ask)
+    streamed, usage = "", None
+    async for chunk in await api.openai.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        streamed += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert streamed == whole.choices[0].message.content
+    assert usage == whole.usage.model_copy(update={"prompt_tokens_details": usage.prompt_tokens_details})
+
+
+async def test_the_stream_helper_reads_us(api):
+    """It raises for an answer cut off by its length, hence the many stop tokens."""
+    ask = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "seed": 1, "extra_body": {"stop_token_ids": list(range(256))}}
+    async with api.openai.chat.completions.stream(**ask) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].finish_reason == "stop"
+
+
+async def test_an_unlimited_chat_ends_at_the_context(api):
+    answer = await api.openai.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.total_tokens == api.service.max_model_len
+
+
+async def test_chat_logprobs(api):
+    answer = await api.openai.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=3, logprobs=True, top_logprobs=2, extra_body={"ignore_eos": True}
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 3
+    assert all(len(at.top_logprobs) == 2 and at.logprob <= 0 for at in content)
+
+
+async def test_completion_logprobs_with_echo(api):
+    answer = await api.openai.completions.create(model=MODEL, prompt="Once upon", max_tokens=2, logprobs=1, echo=True)
+    choice = answer.choices[0]
+    assert choice.text.startswith("Once upon")
+    assert len(choice.logprobs.tokens) == answer.usage.total_tokens
+    assert choice.logprobs.token_logprobs[0] is None
+
+
+async def test_stop(api):
+    ask = {"model": MODEL, "prompt": "Once", "max_tokens": 40, "seed": 5, "extra_body": {"ignore_eos": True}}
+    text = (await api.openai.completions.create(**ask)).choices[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    answer = await api.openai.completions.create(**ask, stop=stop)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == text.partition(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "param"),
+    [
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"extra_body": {"nope": 1}}, openai.BadRequestError, "nope"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.UnprocessableEntityError, "tools"),
+        ({"response_format": {"type": "json_object"}}, openai.UnprocessableEntityError, "response_format"),
+        ({"model": "gpt-9"}, openai.NotFoundError, "model"),
+        ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x " * 5000}]}, openai.BadRequestError, "prompt"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_are_the_clients_own_classes(api, more, error, param, stream):
+    with pytest.raises(error) as caught:
+        await api.openai.chat.completions.create(**{"model": MODEL, "messages": HELLO, **more}, stream=stream)
+    assert caught.value.param == param
+    assert caught.value.code
+
+
+async def test_an_engine_that_is_gone_is_503(api):
+    api.engine.unavailable = "the engine is restarting"
+    with pytest.raises(openai.InternalServerError) as caught:
+        await api.openai.completions.create(model=MODEL, prompt="x")
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"] == "1"
+    ready = await api.http.get("/health/ready")
+    assert (ready.status_code, ready.json()["reason"]) == (503, "the engine is restarting")
+    assert (await api.http.get("/health/live")).status_code == 200
+
+
+async def test_a_full_queue_is_429(text):
+    scheduler = msgspec.structs.replace(CONFIG.scheduler, max_queue=1, max_num_seqs=1)
+    engine = LocalEngine(msgspec.structs.replace(CONFIG, scheduler=scheduler))
+    async with http_api(text, engine=engine) as api:
+        engine.pause()
+        with pytest.raises(openai.RateLimitError) as caught:
+            await api.openai.completions.create(model=MODEL, prompt=["a", "b", "c"])
+        engine.resume()
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        await api.quiet()
+
+
+async def test_leaving_a_stream_frees_its_request(api):
+    stream = await api.openai.completions.create(
+        model=MODEL, prompt="x", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    async for _ in stream:
+        break
+    await stream.close()
+    await api.quiet(1.0)
+    assert len(api.engine.aborted) <= 1
+
+
+async def test_leaving_a_plain_request_frees_it_too(api):
+    api.engine.pause()
+    with pytest.raises(openai.APITimeoutError):
+        await api.openai.completions.create(model=MODEL, prompt="x", max_tokens=400, timeout=0.2)
+    api.engine.resume()
+    await api.quiet(1.0)
+    assert len(api.engine.aborted) == 1
+
+
+async def test_generate_over_curls_form_type(api):
+    response = await api.http.post(
+        "/v1/generate",
+        content=json.dumps({"prompt": "def fib(n):", "max_tokens": 4}),
+        headers={"content-type": "application/x-www-form-urlencoded"},
+    )
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] >= 1
+
+
+async def test_tokens_there_and_back(api):
+    tokens = (await api.http.post("/tokenize", json={"prompt": "the tide", "add_special_tokens": False})).json()["tokens"]
+    assert (await api.http.post("/detokenize", json={"tokens": tokens})).json() == {"prompt": "the tide"}
+
+
+async def test_metrics(api):
+    await api.openai.completions.create(model=MODEL, prompt="x", max_tokens=4)
+    metrics = (await api.http.get("/metrics")).text
+    assert 'tidegate_requests_started_total{transport="http"} 1.0' in metrics
+    assert "vllm:num_requests_running" in metrics

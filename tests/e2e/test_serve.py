@@ -1,0 +1,274 @@
+"""A whole `tidegate serve`, with the fake engine: its processes are killed, stopped and drained, its clients leave."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import grpc
+import httpx
+import psutil
+import pytest
+
+from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
+from tests.support.children import ROOT, ServerChild, wait_until
+
+
+@pytest.fixture
+def fresh():
+    with ServerChild() as child:
+        yield child
+
+
+def body(number, max_tokens=100, **changes):
+    prompt = [5 + (number * 7 + i) % 200 for i in range(20 + number)]
+    return {"prompt_token_ids": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": number, "ignore_eos": True, **changes}
+
+
+def http(server):
+    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=200))
+
+
+async def stream_tokens(client, number, max_tokens=100, first=None):
+    """The token ids of one SSE stream, or the error it ended in. `first` is set once a token came."""
+    tokens, done = [], False
+    async with client.stream("POST", "/v1/generate", json=body(number, max_tokens, stream=True)) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                done = True
+            elif line.startswith("data: "):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return event["error"]
+                tokens += event.get("token_ids", [])
+                if first is not None:
+                    first.set()
+    assert done
+    return tokens
+
+
+def metrics(server):
+    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    values = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            values[name.partition("{")[0]] = values.get(name.partition("{")[0], 0.0) + float(value)
+    return values
+
+
+def used_blocks(server):
+    return metrics(server).get("tidegate_kv_cache_usage_ratio")  # None until the engine's first heartbeat
+
+
+def engine_running(server):
+    return metrics(server).get("tidegate_engine_requests_running")
+
+
+async def in_thread(function, *args, **kwargs):
+    return await asyncio.to_thread(function, *args, **kwargs)
+
+
+async def test_streams_survive_the_engines_death_with_the_same_tokens(fresh):
+    async with http(fresh) as client:
+        undisturbed = await asyncio.gather(*(stream_tokens(client, i) for i in range(32)))
+        firsts = [asyncio.Event() for _ in range(32)]
+        tasks = [asyncio.create_task(stream_tokens(client, i, first=firsts[i])) for i in range(32)]
+        await asyncio.gather(*(first.wait() for first in firsts))
+        old = fresh.children()["tidegate: engine 0"]
+        os.kill(old, signal.SIGKILL)
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks), "killed too late: nothing was in flight"
+        assert await asyncio.gather(*tasks) == undisturbed
+        assert all(len(tokens) == 100 for tokens in undisturbed)
+        assert fresh.children()["tidegate: engine 0"] != old
+    await in_thread(wait_until, lambda: used_blocks(fresh) == 0, "blocks are free")
+    counts = metrics(fresh)
+    assert counts["tidegate_requests_started_total"] == counts["tidegate_requests_finished_total"] == 64
+
+
+async def test_sigterm_lets_streams_finish_and_refuses_new_connections(fresh):
+    async with http(fresh) as client:
+        first = asyncio.Event()
+        tasks = [asyncio.create_task(stream_tokens(client, i, 300, first=first)) for i in range(8)]
+        await first.wait()
+        fresh.process.send_signal(signal.SIGTERM)
+
+        def refused():
+            try:
+                socket.create_connection(("127.0.0.1", fresh.port), 1).close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        await in_thread(wait_until, refused, "new connections are refused", seconds=2)
+        assert not all(task.done() for task in tasks), "refused only after all had ended"
+        assert all(len(tokens) == 300 for tokens in await asyncio.gather(*tasks))
+    assert await in_thread(fresh.process.wait, 10) == 0
+    assert not any(line["level"] in ("error", "critical") for line in fresh.lines)
+    assert os.listdir(fresh.folder.name) == []
+
+
+async def test_the_time_to_drain_has_an_end():
+    with ServerChild(drain_timeout_s=2, fake_step_ms=50) as server:
+        async with http(server) as client:
+            first = asyncio.Event()
+            task = asyncio.create_task(stream_tokens(client, 1, 400, first=first))
+            await first.wait()
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            error = await task
+            assert error["code"] == "engine_unavailable"
+            assert "shutting down" in error["message"]
+        assert await in_thread(server.process.wait, 10) == 0
+        assert 1.5 < time.monotonic() - began < 4
+
+
+async def test_a_second_signal_hurries():
+    with ServerChild(drain_timeout_s=60, fake_step_ms=50) as server:
+        async with http(server) as client:
+            first = asyncio.Event()
+            task = asyncio.create_task(stream_tokens(client, 1, 400, first=first))
+            await first.wait()
+            server.process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.3)
+            assert not task.done()
+            server.process.send_signal(signal.SIGINT)
+            assert (await task)["code"] == "engine_unavailable"
+        assert await in_thread(server.process.wait, 5) == 0
+
+
+def test_no_child_outlives_the_supervisor():
+    with ServerChild(api_workers=2) as server:
+        children = [psutil.Process(pid) for pid in server.children().values()]
+        assert sorted(server.children()) == ["tidegate: api 0", "tidegate: api 1", "tidegate: engine 0"]
+        os.kill(server.children()["tidegate: api 1"], signal.SIGSTOP)
+        server.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+
+
+async def test_a_dead_worker_comes_back_and_leaves_nothing_in_the_engine(fresh):
+    async with http(fresh) as client:
+        first = asyncio.Event()
+        tasks = [asyncio.create_task(stream_tokens(client, i, 450, first=first)) for i in range(4)]
+        await first.wait()
+        os.kill(fresh.children()["tidegate: api 0"], signal.SIGKILL)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, httpx.HTTPError) for result in results)
+
+    def is_ready():
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(fresh.url + "/health/ready").status_code == 200
+        return False
+
+    await in_thread(wait_until, is_ready, "the worker is back", seconds=10)
+    await in_thread(wait_until, lambda: engine_running(fresh) == 0 and used_blocks(fresh) == 0, "its blocks are free", seconds=2)
+    counts = metrics(fresh)
+    assert counts["tidegate_requests_failed_total"] == 4
+    assert counts.get("tidegate_requests_running", 0) == 0
+
+
+async def leave_http_stream(server):
+    async with http(server) as client:
+        first = asyncio.Event()
+        task = asyncio.create_task(stream_tokens(client, 1, 450, first=first))
+        await first.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def leave_http_plain(server):
+    async with http(server) as client:
+        task = asyncio.create_task(client.post("/v1/generate", json=body(1, 450)))
+        await in_thread(wait_until, lambda: engine_running(server) == 1, "running")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def leave_grpc(server):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        request = pb.GenerateRequest(prompt_token_ids=body(1)["prompt_token_ids"], max_tokens=450, ignore_eos=True)
+        call = pb_grpc.InferenceStub(channel).Generate(request)
+        await call.read()
+        call.cancel()
+
+
+@pytest.mark.parametrize("leave", [leave_http_stream, leave_http_plain, leave_grpc], ids=["sse", "plain", "grpc"])
+async def test_a_client_that_leaves_frees_its_blocks_at_once(server, leave):
+    """Within two steps of 5 ms, and a heartbeat to tell."""
+    aborted = metrics(server).get("tidegate_requests_aborted_total", 0)
+    await leave(server)
+    await in_thread(wait_until, lambda: engine_running(server) == 0 and used_blocks(server) == 0, "freed", seconds=0.6)
+    assert metrics(server)["tidegate_requests_aborted_total"] == aborted + 1
+
+
+def test_a_stopped_engine_is_not_ready(server):
+    engine = server.children()["tidegate: engine 0"]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 503, "not ready", seconds=5)
+        assert httpx.get(server.url + "/health/live").status_code == 200
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 200, "ready again", seconds=5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_servers_on_one_host_do_not_clash(workers):
+    with ServerChild(api_workers=workers) as one, ServerChild(api_workers=workers) as two:
+        assert {one.port, one.grpc_port}.isdisjoint({two.port, two.grpc_port})
+        for server in (one, two):
+            answer = httpx.post(server.url + "/v1/generate", json=body(1, 5), timeout=20).json()
+            assert len(answer["outputs"][0]["token_ids"]) == 5
+        for taken in ({"port": one.port}, {"grpc_port": one.grpc_port}):
+            third = ServerChild(**taken)
+            third.start()
+            assert third.process.wait(20) == 2
+            wait_until(lambda server=third: server.lines, "its one message")
+            third.stop()
+            assert next(iter(taken)) in third.lines[-1]["message"]
+
+
+def test_a_crash_loop_ends_the_server_with_the_reason():
+    """Each new engine is killed as soon as it is there."""
+    with ServerChild(crash_limit=3) as server:
+        killed = set()
+        until = time.monotonic() + 30
+        while server.process.poll() is None and time.monotonic() < until:
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                for name, pid in server.children().items():
+                    if name == "tidegate: engine 0" and pid not in killed:
+                        killed.add(pid)
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        assert server.process.wait(5) == 1
+        assert len(killed) == 3
+        wait_until(lambda: any("died 3 times" in line["message"] for line in server.lines), "the reason")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TIDEGATE_PORT": "many"}, "port is 'many' (from TIDEGATE_PORT): it must be a whole number from 0 to 65535"),
+        ({"TIDEGATE_PROT": "1"}, "TIDEGATE_PROT is set in the environment, but there is no such setting: did you mean 'port'?"),
+        ({"TIDEGATE_MODEL": "/nowhere"}, "model is '/nowhere': it must be a checkpoint folder"),
+        ({"TIDEGATE_HOST": "192.0.2.1"}, "cannot be had on 192.0.2.1"),
+        ({"TIDEGATE_MAX_MODEL_LEN": "100000000"}, "max_model_len is 100000000, but the model was made for"),
+    ],
+    ids=["type", "unknown", "model", "host", "engine"],
+)
+def test_a_wrong_setting_stops_the_start_with_one_message(variables, expected):
+    environment = {**os.environ, "TIDEGATE_PORT": "0", "TIDEGATE_GRPC_PORT": "0", "TIDEGATE_RUNNER": "fake", **variables}
+    command = [sys.executable, "-m", "server.cli", "serve"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count(expected) == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,74 @@
+"""The whole HTTP side in one event loop: our app in a real uvicorn, over the real service, over a LocalEngine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass
+
+import httpx
+import openai
+import uvicorn
+
+from server.app import build_app
+from server.http_guard import HttpLimits, guarded
+from server.metrics import Metrics
+from server.service import GenerateService
+from server.settings import Settings
+from server.text.tokenizer import Tokenizer
+from tests.support.local_engine import LocalEngine
+
+MODEL = "tiny"
+
+
+class _Server(uvicorn.Server):
+    def capture_signals(self):
+        return contextlib.nullcontext()
+
+
+@dataclass
+class HttpApi:
+    port: int
+    engine: LocalEngine
+    service: GenerateService
+    http: httpx.AsyncClient
+    openai: openai.AsyncOpenAI
+
+    async def quiet(self, seconds=3.0):
+        """Wait until nothing is left of any request."""
+        async with asyncio.timeout(seconds):
+            while not self.engine.idle or self.service.num_running:  # noqa: ASYNC110 - no event tells of both
+                await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def http_api(text: Tokenizer, *, engine: LocalEngine | None = None, limits: HttpLimits | None = None, **settings):
+    settings = Settings(served_model_name=MODEL, **settings)
+    engine = engine or LocalEngine()
+    async with engine:
+        metrics = Metrics(MODEL, lambda: engine.health)
+        service = GenerateService(engine, text, settings, metrics)
+        app = build_app(settings, service, metrics)
+        listener = socket.create_server(("127.0.0.1", 0))
+        protocol = guarded(limits or HttpLimits.from_settings(settings))
+        config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", access_log=False, log_level="critical")
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        port = listener.getsockname()[1]
+        base = f"http://127.0.0.1:{port}"
+        try:
+            async with (
+                httpx.AsyncClient(base_url=base, trust_env=False) as http,
+                openai.AsyncOpenAI(
+                    base_url=f"{base}/v1",
+                    api_key="none",
+                    max_retries=0,
+                    http_client=httpx.AsyncClient(trust_env=False),
+                ) as client,
+            ):
+                yield HttpApi(port, engine, service, http, client)
+        finally:
+            server.should_exit = server.force_exit = True
+            await serving
+            listener.close()

@@ -1,0 +1,29 @@
+"""An ASGI application in a real uvicorn with our guard, on a free port, in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+import uvicorn
+
+from server.http_guard import guarded
+
+
+@contextlib.contextmanager
+def serving(app, limits):
+    """Give the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, http=guarded(limits), ws="none", lifespan="off", access_log=False, log_level="critical", loop="uvloop"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+        listener.close()
