@@ -1,0 +1,18 @@
+"""The engine's public names. Importing this package needs no torch: what does is imported when an engine is built."""
+
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.errors import TidegateError
+from engine.llm import LLM, Completion
+from engine.request import FinishReason, SamplingParams, TokenLogprobs
+
+__all__ = [
+    "LLM",
+    "CacheConfig",
+    "Completion",
+    "EngineConfig",
+    "FinishReason",
+    "SamplingParams",
+    "SchedulerConfig",
+    "TidegateError",
+    "TokenLogprobs",
+]

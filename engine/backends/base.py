@@ -1,0 +1,25 @@
+"""A backend owns a whole forward: torch here; another library's runtime would stand beside it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from engine.batch import ForwardBatch, PoolSpec
+
+
+class Backend(Protocol):
+    def kv_pools(self) -> list[list[PoolSpec]]:
+        """The pools that each layer keeps."""
+        ...
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """-> hidden [T, H], one row a token, ready for `logits`. Writes the step's KV into the pools of `batch`."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [N, H] -> [N, V] float32, a tensor that the caller may overwrite."""
+        ...
+
+    def close(self) -> None: ...

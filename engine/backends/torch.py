@@ -1,0 +1,42 @@
+"""The torch backend: a model of `engine.models` with its weights."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.attention import select
+from engine.batch import ForwardBatch, PoolSpec
+from engine.config import EngineConfig
+from engine.models import registry
+from engine.models.spec import ModelSpec
+from engine.weights import dummy, loader
+
+
+class TorchBackend:
+    def __init__(self, model: registry.Model) -> None:
+        self._model = model
+
+    def kv_pools(self) -> list[list[PoolSpec]]:
+        return self._model.kv_pools()
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        return self._model.forward(batch)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)
+
+    def close(self) -> None:
+        """Nothing is held that the garbage collector does not free."""
+
+
+def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBackend:
+    """The model that `config.model` holds, with the checkpoint's weights or with random ones."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    with torch.inference_mode():
+        model = registry.build(spec, dtype=dtype, device=device)
+        model.backend = select.choose(device, model.kv_pools()[0], config.cache.block_size)
+        if config.load_format == "dummy":
+            dummy.fill(model, seed=config.seed)
+        else:
+            loader.load(model, config.model)
+    return TorchBackend(model)

@@ -1,0 +1,92 @@
+"""The sampler's plain twin: one row at a time, on the host, in float64. Slow and obviously right; for tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.request import SamplingParams, TokenLogprobs
+
+Logits = npt.NDArray[np.float64]
+_MASK = 2**64 - 1
+
+
+def sample(
+    logits: Logits, tokens: Sequence[int], num_prompt: int, params: SamplingParams, seed: int, eos_token_ids: Sequence[int] = ()
+) -> tuple[int, TokenLogprobs | None]:
+    """The token that follows `tokens`, and what `params.logprobs` asks to hear of it."""
+    adjusted = adjust(logits.astype(np.float64), tokens, num_prompt, params, eos_token_ids)
+    u = uniform(seed, len(tokens))
+    token = int(adjusted.argmax()) if params.greedy else draw(probabilities(adjusted, params), u)
+    return token, None if params.logprobs is None else logprobs(logits, token, params.logprobs)
+
+
+def adjust(
+    logits: Logits, tokens: Sequence[int], num_prompt: int, params: SamplingParams, eos_token_ids: Sequence[int]
+) -> Logits:
+    out = logits.copy()
+    outputs = list(tokens[num_prompt:])
+    for token in set(tokens):
+        penalty = params.repetition_penalty
+        out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
+    for token in set(outputs):
+        out[token] -= params.frequency_penalty * outputs.count(token) + params.presence_penalty
+    for token, bias in (params.logit_bias or {}).items():
+        out[token] += bias
+    if len(outputs) < params.min_tokens:
+        for token in {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}:
+            out[token] = -math.inf
+    return out
+
+
+def probabilities(logits: Logits, params: SamplingParams) -> Logits:
+    """The distribution that is drawn from, in vocabulary order; filtered tokens have 0."""
+    scaled = (logits - logits.max()) / params.temperature
+    ranked = sorted(scaled.tolist(), reverse=True)
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    total, mass = sum(map(math.exp, ranked)), 0.0
+    kept: list[float] = []
+    for value in ranked:
+        if kept and params.top_p < 1.0 and mass >= params.top_p * total:
+            break
+        kept.append(value)
+        mass += math.exp(value)
+    least = max(kept[-1], math.log(params.min_p) if params.min_p else -math.inf)
+    weights = np.where(scaled >= least, np.exp(scaled), 0.0)
+    return np.asarray(weights / weights.sum())
+
+
+def draw(probs: Logits, u: float) -> int:
+    """First token at which the distribution function exceeds `u`."""
+    running = 0.0
+    for token, p in enumerate(probs.tolist()):
+        running += p
+        if running > u:
+            return token
+    return int(np.flatnonzero(probs)[-1])
+
+
+def uniform(seed: int, position: int) -> float:
+    """splitmix64 in Python's integers; see uniform.py."""
+    return (_splitmix((_splitmix(seed) + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+
+
+def _splitmix(x: int) -> int:
+    z = (x + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def logprobs(logits: Logits, token: int, num_top: int) -> TokenLogprobs:
+    """Log-softmax of the raw logits: of `token`, and of the `num_top` likeliest."""
+    values = logits.astype(np.float64)
+    values = values - values.max()
+    values = values - math.log(np.exp(values).sum())
+    top = np.argsort(-values, kind="stable")[:num_top]
+    rank = 1 + int((values > values[token]).sum())
+    return TokenLogprobs(token, float(values[token]), rank, top.tolist(), values[top].tolist())

@@ -1,0 +1,129 @@
+"""What the sampler remembers of each batch row: its parameters on the host, and its token counts on the device.
+
+Counts are kept only for rows with penalties, in slots handed out as such rows are admitted; the slabs double when they run
+out, so a server that never sees a penalty spends nothing on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.plan import AdmittedRow
+
+Ints = npt.NDArray[np.int64]
+Upload = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
+"""Copies host arrays to the device without waiting for it."""
+
+_RECORD = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("num_prompt", np.int64),
+        ("min_tokens", np.int64),
+        ("temperature", np.float64),
+        ("top_k", np.float64),  # the vocabulary's size where there is no limit
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("repetition", np.float64),
+        ("presence", np.float64),
+        ("frequency", np.float64),
+        ("penalised", np.bool_),
+        ("biased", np.bool_),
+        ("wants_logprobs", np.bool_),
+        ("logprobs", np.int64),
+        ("wants_prompt_logprobs", np.bool_),
+        ("prompt_logprobs", np.int64),
+    ],
+    align=True,
+)
+
+
+class TokenBias(NamedTuple):
+    ids: Ints
+    values: npt.NDArray[np.float32]
+
+
+class RowParams:
+    """`table` has one record a row; token lists, of any length, stand beside it."""
+
+    def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.table: npt.NDArray[Any] = np.zeros(max_rows, _RECORD)
+        self.stop_ids: list[Ints] = [np.zeros(0, np.int64)] * max_rows
+        self.bias: list[TokenBias] = [TokenBias(np.zeros(0, np.int64), np.zeros(0, np.float32))] * max_rows
+        self._vocab_size = vocab_size
+        self._eos = tuple(eos_token_ids)
+
+    def admit(self, admitted: AdmittedRow) -> None:
+        p, row = admitted.params, admitted.row
+        top_k = min(p.top_k, self._vocab_size) if p.top_k else self._vocab_size
+        self.table[row] = (
+            admitted.seed,
+            admitted.num_prompt,
+            p.min_tokens,
+            p.temperature,
+            top_k,
+            p.top_p,
+            p.min_p,
+            p.repetition_penalty,
+            p.presence_penalty,
+            p.frequency_penalty,
+            p.has_penalties,
+            bool(p.logit_bias),
+            p.logprobs is not None,
+            p.logprobs or 0,
+            p.prompt_logprobs is not None,
+            p.prompt_logprobs or 0,
+        )
+        stop = {*p.stop_token_ids, *(() if p.ignore_eos else self._eos)}
+        # A stop id outside the vocabulary is never sampled, so there is nothing to mask.
+        self.stop_ids[row] = np.array(sorted(t for t in stop if 0 <= t < self._vocab_size), np.int64)
+        bias = p.logit_bias or {}
+        self.bias[row] = TokenBias(np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32))
+
+
+class TokenCounts:
+    """For each row with penalties: which tokens its prompt has, and how often each was generated."""
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, upload: Upload) -> None:
+        self._slots: dict[int, int] = {}  # row -> slot
+        self._free: list[int] = []
+        self._max_rows = max_rows
+        self._upload = upload
+        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # [slots, V]
+        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]
+
+    def admit(self, admitted: AdmittedRow) -> None:
+        """Take a slot where the row needs one, count its tokens into it, and free the slot of the row's last owner."""
+        if (old := self._slots.pop(admitted.row, None)) is not None:
+            self._free.append(old)
+        if not admitted.params.has_penalties:
+            return
+        if not self._free:
+            self._grow()
+        slot = self._slots[admitted.row] = self._free.pop()
+        prompt = np.unique(np.array(admitted.tokens[: admitted.num_prompt], np.int64))
+        outputs, counts = np.unique(np.array(admitted.tokens[admitted.num_prompt :], np.int64), return_counts=True)
+        on_device = self._upload([prompt, outputs, counts.astype(np.int32)])
+        self._in_prompt[slot].zero_().index_fill_(0, on_device[0], True)
+        self._generated[slot].zero_().index_copy_(0, on_device[1], on_device[2])
+
+    def slots(self, rows: Ints) -> Ints:
+        return np.array([self._slots[row] for row in rows.tolist()], np.int64)
+
+    def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(in prompt [N, V] bool, times generated [N, V] int32) of `slots`."""
+        return self._in_prompt[slots], self._generated[slots]
+
+    def add(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._generated[slots, tokens] += 1  # a row samples once a step, so no pair occurs twice
+
+    def _grow(self) -> None:
+        old = self._in_prompt.shape[0]
+        new = min(max(1, 2 * old), self._max_rows)
+        self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(new - old, self._in_prompt.shape[1])])
+        self._generated = torch.cat([self._generated, self._generated.new_zeros(new - old, self._generated.shape[1])])
+        self._free.extend(range(old, new))

@@ -1,0 +1,180 @@
+"""The fast sampler against its plain twin, its distribution, and that a row does not feel its neighbours."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.plan import AdmittedRow
+from engine.request import SamplingParams
+from engine.sampling import reference
+from engine.sampling.choose import inverse_cdf
+from engine.sampling.sampler import Sampler
+from engine.sampling.uniform import uniforms
+
+VOCAB = 203  # not a multiple of the chunk of inverse_cdf
+EOS = (5, 7)
+
+
+def upload(arrays):
+    return [torch.from_numpy(a) for a in arrays]
+
+
+def sampler(max_rows=32, vocab=VOCAB):
+    return Sampler(max_rows=max_rows, vocab_size=vocab, eos_token_ids=EOS, device=torch.device("cpu"), upload=upload)
+
+
+def row(number, rng, params):
+    tokens = rng.integers(0, VOCAB, rng.integers(1, 40)).tolist()
+    num_prompt = int(rng.integers(1, len(tokens) + 1))
+    return AdmittedRow(row=number, tokens=tokens, num_prompt=num_prompt, blocks=[], params=params, seed=int(rng.integers(2**63)))
+
+
+def logits_for(n, rng):
+    return torch.from_numpy(rng.normal(0, 3, (n, VOCAB)).astype(np.float32))
+
+
+def run(fast, rows, logits):
+    """Sample every row once; tokens, and logprob records by row index."""
+    for admitted in rows:
+        fast.admit(admitted)
+    numbers = np.array([r.row for r in rows], np.int64)
+    return fast.sample(logits.clone(), numbers, np.array([len(r.tokens) for r in rows], np.int64))
+
+
+params = st.builds(
+    SamplingParams,
+    max_tokens=st.just(100),
+    temperature=st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.5, 100.0]),
+    top_k=st.sampled_from([0, 1, 2, 10, VOCAB, 10**6]),
+    top_p=st.sampled_from([0.0, 0.05, 0.4, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    presence_penalty=st.sampled_from([0.0, 1.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.7, -1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.5]),
+    logit_bias=st.sampled_from([None, {3: 5.0, 9: -100.0, VOCAB - 1: 2.0}]),
+    stop_token_ids=st.sampled_from([(), (2, 10**9)]),
+    min_tokens=st.sampled_from([0, 3, 60]),
+    ignore_eos=st.booleans(),
+    logprobs=st.sampled_from([None, 0, 1, 20]),
+)
+
+
+@given(st.lists(params, min_size=1, max_size=32), st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_equals_the_plain_twin(many, seed):
+    rng = np.random.default_rng(seed)
+    rows = [row(i, rng, p) for i, p in enumerate(many)]
+    logits = logits_for(len(rows), rng)
+    got = run(sampler(), rows, logits)
+    reported = iter(range(len(got.num_top)))
+    for i, r in enumerate(rows):
+        stops = tuple(t for t in r.params.stop_token_ids if t < VOCAB)
+        plain = SamplingParams(**{f: getattr(r.params, f) for f in r.params.__struct_fields__} | {"stop_token_ids": stops})
+        token, logprobs = reference.sample(logits[i].numpy(), r.tokens, r.num_prompt, plain, r.seed, EOS)
+        assert int(got.tokens[i]) == token, r
+        if logprobs is None:
+            continue
+        n, k = next(reported), logprobs.top_ids
+        assert int(got.logprob_rows[n]) == i
+        assert got.num_top[n] == r.params.logprobs
+        assert int(got.logprobs.tokens[n]) == token
+        assert int(got.logprobs.ranks[n]) == logprobs.rank
+        assert float(got.logprobs.logprobs[n]) == pytest.approx(logprobs.logprob, abs=1e-4)
+        assert got.logprobs.top_ids[n][: len(k)].tolist() == k
+        assert got.logprobs.top_logprobs[n][: len(k)].tolist() == pytest.approx(logprobs.top_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_alone_is_the_row_among_31_others(seed):
+    rng = np.random.default_rng(seed)
+    choices = {
+        "temperature": [0.0, 0.7, 1.0],
+        "top_k": [0, 5],
+        "top_p": [0.8, 1.0],
+        "min_p": [0.0, 0.1],
+        "repetition_penalty": [1.0, 1.2],
+        "logit_bias": [None, {1: 4.0}],
+        "min_tokens": [0, 50],
+        "logprobs": [None, 3],
+    }
+    rows = [
+        row(i, rng, SamplingParams(max_tokens=99, **{k: v[rng.integers(len(v))] for k, v in choices.items()})) for i in range(32)
+    ]
+    logits = logits_for(32, rng)
+    together = run(sampler(), rows, logits).tokens.tolist()
+    alone = [int(run(sampler(), [r], logits[i : i + 1]).tokens[0]) for i, r in enumerate(rows)]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8, "temperature": 1.5}],
+    ids=str,
+)
+def test_draws_follow_the_distribution(options):
+    """Chi-square over 20,000 positions of one seed; the bound is the 99.99% quantile by Wilson and Hilferty."""
+    vocab, draws = 12, 20_000
+    p = SamplingParams(max_tokens=99, **options)
+    fast = sampler(1, vocab)
+    fast.admit(AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=1234))
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, vocab).astype(np.float32))
+    rows, ends = np.zeros(draws, np.int64), np.arange(1, draws + 1)
+    tokens = fast.sample(logits.repeat(draws, 1), rows, ends).tokens.numpy()
+    expected = reference.probabilities(logits.numpy().astype(np.float64), p) * draws
+    seen = np.bincount(tokens, minlength=vocab)
+    assert not seen[expected == 0].any()
+    live = expected > 0
+    chi2 = ((seen - expected)[live] ** 2 / expected[live]).sum()
+    free = max(int(live.sum()) - 1, 1)
+    assert chi2 < free * (1 - 2 / (9 * free) + 3.72 * math.sqrt(2 / (9 * free))) ** 3
+
+
+def test_penalties_follow_the_tokens_sampled_since():
+    """Each step's token counts in the next: greedy with a large frequency penalty must walk down the ranking."""
+    fast = sampler(2)
+    p = SamplingParams(max_tokens=99, temperature=0.0, presence_penalty=2.0)
+    fast.admit(AdmittedRow(row=1, tokens=[0], num_prompt=1, blocks=[], params=p, seed=0))
+    logits = -torch.arange(VOCAB, dtype=torch.float32)[None] * 0.5
+    got = [int(fast.sample(logits.clone(), np.array([1]), np.array([1 + i])).tokens[0]) for i in range(4)]
+    assert got == [0, 1, 2, 3]
+
+
+def test_a_new_owner_of_a_row_starts_afresh():
+    fast = sampler(1)
+    p = SamplingParams(max_tokens=99, temperature=0.0, repetition_penalty=2.0)
+    logits = torch.ones(1, VOCAB)
+    logits[0, 3] = 1.5
+    for prompt, expected in [([3], 0), ([8], 3), ([3, 8], 0)]:
+        fast.admit(AdmittedRow(row=0, tokens=prompt, num_prompt=len(prompt), blocks=[], params=p, seed=0))
+        assert int(fast.sample(logits.clone(), np.array([0]), np.array([len(prompt)])).tokens[0]) == expected
+
+
+def test_counts_take_a_slot_only_where_a_row_has_penalties_and_give_it_back():
+    fast = sampler(4)
+    for number in (0, 1, 2, 3, 0, 1):
+        for options in ({"presence_penalty": 1.0}, {}):
+            p = SamplingParams(**options)
+            fast.admit(AdmittedRow(row=number, tokens=[1], num_prompt=1, blocks=[], params=p, seed=0))
+    assert fast._counts._in_prompt.shape[0] == 1
+    plain = sampler(4)
+    plain.admit(AdmittedRow(row=0, tokens=[1], num_prompt=1, blocks=[], params=SamplingParams(), seed=0))
+    assert plain._counts._in_prompt.shape[0] == 0
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31))
+@settings(derandomize=True)
+def test_uniform_equals_its_twin(seed, position):
+    got = float(uniforms(np.array([seed], np.uint64), np.array([position]))[0])
+    assert got == reference.uniform(seed, position)
+    assert 0.0 <= got < 1.0
+
+
+def test_inverse_cdf_never_chooses_a_token_of_weight_zero():
+    weights = torch.zeros(4, 300)
+    weights[0, 299] = weights[1, 0] = weights[2, 128] = weights[3, 127] = 1e-30
+    for u in (0.0, 0.5, 1 - 2**-53):
+        assert inverse_cdf(weights, torch.full((4,), u, dtype=torch.float64)).tolist() == [299, 0, 128, 127]
