@@ -84,6 +84,13 @@ class TorchAttention:
         )
 
 
+def prepare_chunks(batch: ForwardBatch) -> TorchStepAttention:
+    """For a backend with its own decode: what `latent_chunks` needs, and no more."""
+    tables = batch.block_tables.long()
+    reader = _TableReader(tables, None, next(iter(batch.kv[0].values())).shape[1])
+    return TorchStepAttention(batch, order=None, in_pool=None, groups=[], chunks=_chunks(batch, reader))
+
+
 @dataclass(frozen=True, slots=True)
 class _TableReader:
     tables: torch.Tensor  # [B, max_blocks] int64
@@ -185,13 +192,23 @@ class TorchStepAttention:
         nope = q.shape[2] - (latent.shape[1] - rank)
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if decodes:
-            out[:decodes] = self._decode_latent(q[:decodes], kv_b, pool, nope, scale)
+            absorbed = absorb(q[:decodes], kv_b, nope)
+            shared = pool.unsqueeze(2)  # one KV head for all
+            mixed = self._decode(absorbed, shared, shared, scale)[..., :rank]
+            out[:decodes] = expand_output(mixed, kv_b, nope)
+        self.latent_chunks(out, q, latent, kv_b, pool, scale=scale)
+        return out
+
+    def latent_chunks(
+        self, out: torch.Tensor, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, *, scale: float
+    ) -> None:
+        """Fill `out` [T, heads, v_dim] for the tokens of chunks; their latents are in `pool` already."""
+        nope = q.shape[2] - (latent.shape[1] - kv_b.shape[2])
         for c in self._chunks:
             span = slice(c.begin, c.end)
             cached = latent[span] if c.source is None else c.source.read(pool.unsqueeze(2))[0, 0]  # [L, rank + rope]
             keys, values = expand_latent(cached, kv_b, nope)
             out[span] = _attend_chunk(q[span], keys, values, c.mask, scale)
-        return out
 
     def _write(self, pool: torch.Tensor, new: torch.Tensor) -> None:
         pool.flatten(0, 1).index_copy_(0, self._batch.slots, new)
@@ -213,13 +230,16 @@ class TorchStepAttention:
         out = (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1, 2)
         return out if self._order is None else torch.empty_like(out).index_copy_(0, self._order, out)
 
-    def _decode_latent(self, q: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, nope: int, scale: float) -> torch.Tensor:
-        """Keys stay latents: q_nope . (W_k c) = (W_k^T q_nope) . c, and the value expansion moves behind the sum."""
-        rank = kv_b.shape[2]
-        q_latent = torch.bmm(q[..., :nope].transpose(0, 1), kv_b[:, :nope]).transpose(0, 1)  # [D, heads, rank]
-        shared = pool.unsqueeze(2)  # one KV head for all
-        mixed = self._decode(torch.cat((q_latent, q[..., nope:]), -1), shared, shared, scale)[..., :rank]
-        return torch.bmm(mixed.transpose(0, 1), kv_b[:, nope:].transpose(1, 2)).transpose(0, 1)
+
+def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
+    """q [D, heads, nope + rope] -> [D, heads, rank + rope], to meet latents as they are: q . (W_k c) = (W_k^T q) . c"""
+    q_latent = torch.bmm(q[..., :nope].transpose(0, 1), kv_b[:, :nope]).transpose(0, 1)  # [D, heads, rank]
+    return torch.cat((q_latent, q[..., nope:]), -1)
+
+
+def expand_output(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
+    """mixed [D, heads, rank], latents averaged by attention -> [D, heads, v_dim]: the value expansion, behind the sum."""
+    return torch.bmm(mixed.transpose(0, 1), kv_b[:, nope:].transpose(1, 2)).transpose(0, 1)
 
 
 def expand_latent(cached: torch.Tensor, kv_b: torch.Tensor, nope: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,98 @@
+"""Causal attention of prompt chunks over a paged K/V cache, in Triton: every chunk attends its cached prefix and itself.
+
+A program takes TILE_Q tokens of one chunk and the query heads of one K/V head; `tile_query` and `tile_start` say which.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.paged_decode import LOG2_E
+
+
+@triton.jit
+def _prefill(
+    q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, tile_query_ptr, tile_start_ptr,
+    scale, max_blocks, q_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    query = tl.load(tile_query_ptr + tile)
+    first = tl.load(tile_start_ptr + tile)  # first token of the tile within its chunk
+    begin = tl.load(starts_ptr + query)
+    chunk = tl.load(starts_ptr + query + 1) - begin
+    length = tl.load(lens_ptr + query)
+    prefix = length - chunk
+
+    row = tl.arange(0, TILE_Q * GROUP)  # rows are (token, head of the group)
+    dim = tl.arange(0, HEAD)
+    offset = tl.arange(0, TILE_N)
+    token = first + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    live = token < chunk
+    at_q = (begin + token).to(tl.int64) * q_stride + head * HEAD
+    q = tl.load(q_ptr + at_q[:, None] + dim[None, :], mask=live[:, None], other=0.0)
+
+    best = tl.full([TILE_Q * GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q * GROUP], tl.float32)
+    acc = tl.zeros([TILE_Q * GROUP, HEAD], tl.float32)
+    limit = prefix + token  # last position a row may see
+    full = (prefix + first) // TILE_N * TILE_N  # below it every row sees every position
+    end = tl.minimum(prefix + first + TILE_Q, length)
+    for start in range(0, full, TILE_N):
+        block = tl.load(tables_ptr + query * max_blocks + start // BLOCK).to(tl.int64)
+        at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
+        k = tl.load(k_ptr + at[None, :] + dim[:, None])
+        score = tl.dot(q, k) * scale
+        new_best = tl.maximum(best, tl.max(score, 1))
+        p = tl.exp2(score - new_best[:, None])
+        keep = tl.exp2(best - new_best)
+        total = total * keep + tl.sum(p, 1)
+        v = tl.load(v_ptr + at[:, None] + dim[None, :])
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
+        best = new_best
+    for start in range(full, end, TILE_N):
+        block = tl.load(tables_ptr + query * max_blocks + start // BLOCK).to(tl.int64)
+        at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
+        inside = start + offset < length
+        k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=inside[None, :], other=0.0)
+        seen = (start + offset)[None, :] <= limit[:, None]
+        score = tl.where(seen, tl.dot(q, k) * scale, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 1))
+        p = tl.exp2(score - new_best[:, None])
+        keep = tl.exp2(best - new_best)
+        total = total * keep + tl.sum(p, 1)
+        v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
+        best = new_best
+    out = acc / total[:, None]
+    at_out = ((begin + token) * (KV_HEADS * GROUP) + head).to(tl.int64) * HEAD
+    tl.store(out_ptr + at_out[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    tiles: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    tile_q: int,
+) -> torch.Tensor:
+    """Attend from q [T, heads, head_dim], chunks laid end to end, each over its sequence up to itself; returns the same shape."""
+    heads, head_dim = q.shape[1:]
+    _, block_size, kv_heads, _ = k_cache.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tile_query, tile_start = tiles
+    _prefill[(tile_query.shape[0], kv_heads)](
+        q, k_cache, v_cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,
+        scale * LOG2_E, block_tables.stride(0), q.stride(0),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_dim, BLOCK=block_size, TILE_Q=tile_q, TILE_N=min(64, block_size),
+        num_warps=4 if tile_q * heads // kv_heads <= 128 else 8, num_stages=3,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,91 @@
+"""The Triton kernels beside their twin, `attention/torch_ref.py`: one mixed step, same pools, same outputs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.attention.torch_ref import TorchAttention
+from engine.attention.triton_paged import TritonAttention
+from engine.batch import ForwardBatch, LayerPools
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK = 16
+# (tokens in the cache once the step is done, tokens of this step): three decodes, a fresh prompt, chunks behind prefixes
+MIXED = [(1, 1), (33, 1), (100, 1), (20, 20), (70, 37), (64, 3)]
+DECODES = MIXED[:3]
+CHUNKS = MIXED[3:]
+
+
+def make_batch(queries: list[tuple[int, int]], pools: LayerPools, generator: torch.Generator) -> ForwardBatch:
+    width = max(-(-length // BLOCK) for length, _ in queries)
+    tables = torch.randperm(len(queries) * width, generator=generator).view(len(queries), width)
+    positions = [p for length, num in queries for p in range(length - num, length)]
+    owners = [i for i, (_, num) in enumerate(queries) for _ in range(num)]
+    slots = [int(tables[i, p // BLOCK]) * BLOCK + p % BLOCK for i, p in zip(owners, positions, strict=True)]
+    return ForwardBatch(
+        token_ids=torch.zeros(len(positions), dtype=torch.int64, device=DEVICE),
+        positions=torch.tensor(positions, device=DEVICE),
+        slots=torch.tensor(slots, device=DEVICE),
+        query_starts=torch.tensor([0, *itertools.accumulate(n for _, n in queries)], dtype=torch.int32, device=DEVICE),
+        kv_lens=torch.tensor([length for length, _ in queries], dtype=torch.int32, device=DEVICE),
+        block_tables=tables.to(DEVICE, torch.int32),
+        num_decodes=sum(num == 1 for _, num in queries),
+        query_lens_host=[num for _, num in queries],
+        kv_lens_host=[length for length, _ in queries],
+        kv=[pools],
+    )
+
+
+def random(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS], ids=["mixed", "decodes", "chunks"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1)])
+@pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
+def test_grouped_heads(queries, heads, kv_heads, processors):
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
+    cached = {name: random(num_blocks, BLOCK, kv_heads, 32, generator=generator) for name in ("k", "v")}
+    tokens = sum(num for _, num in queries)
+    # As a model hands them over: q, k and v are views of one tensor.
+    qkv = random(tokens, heads + 2 * kv_heads, 32, generator=generator)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+
+    def run(backend: AttentionBackend) -> tuple[torch.Tensor, LayerPools]:
+        pools = {name: pool.clone() for name, pool in cached.items()}
+        batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
+        return backend.prepare(batch).attend(q, k, v, pools, scale=0.2), pools
+
+    expected, written = run(TorchAttention())
+    out, pools = run(TritonAttention(processors))
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+    assert all(torch.equal(pools[name], written[name]) for name in pools)
+
+
+@pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS], ids=["mixed", "decodes", "chunks"])
+@pytest.mark.parametrize("heads", [4, 20])
+@pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
+def test_latent(queries, heads, processors):
+    rank, rope, nope, v_dim = 32, 16, 24, 16
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
+    cached = random(num_blocks, BLOCK, rank + rope, generator=generator)
+    tokens = sum(num for _, num in queries)
+    q = random(tokens, heads, nope + rope, generator=generator)
+    latent = random(tokens, rank + rope, generator=generator)
+    kv_b = random(heads, nope + v_dim, rank, generator=generator) / rank**0.5
+
+    def run(backend: AttentionBackend) -> tuple[torch.Tensor, torch.Tensor]:
+        pools = {"latent": cached.clone()}
+        batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
+        return backend.prepare(batch).attend_latent(q, latent, kv_b, pools, scale=0.2), pools["latent"]
+
+    expected, written = run(TorchAttention())
+    out, pool = run(TritonAttention(processors))
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+    assert torch.equal(pool, written)
