@@ -1,7 +1,8 @@
 """FakeRunner: a peer of the real runner that computes nothing, for tests and for load tests of everything above it.
 
-A row's next token is a hash of all tokens before it and of the row's seed, so it depends on what a request is and never
-on how it was scheduled. A simulated device takes the time that `FakeConfig` says, one step after the other.
+A row's next token is a hash of all tokens before it and, unless it is greedy, of the row's seed, so it depends on what a
+request is and never on how it was scheduled. A simulated device takes the time that `FakeConfig` says, one step after the
+other.
 
 With `verify` it also simulates what the blocks hold: each slot remembers the prefix whose KV was written there, and a
 step that would attend to anything else raises. Wrong block tables, missing copies, shared blocks written to and wrong
@@ -35,7 +36,7 @@ class _Row:
         self.num_prompt = admitted.num_prompt
         self.blocks = admitted.blocks.copy()
         self.params = admitted.params
-        self.salt = admitted.seed * 0x9E3779B97F4A7C15 & _MASK
+        self.salt = 0 if admitted.params.greedy else admitted.seed * 0x9E3779B97F4A7C15 & _MASK
         self.masked = frozenset(admitted.params.stop_token_ids) | frozenset(() if admitted.params.ignore_eos else eos)
         self.chain = xxhash.xxh3_64_intdigest(array("i", self.tokens[: self.num_prompt]).tobytes())
         for token in self.tokens[self.num_prompt :]:

@@ -31,12 +31,14 @@ LADDER: list[list[set[str]]] = [
     [{"engine.messages"}, {"engine.plan"}],
     [{"engine.request"}],
     [{"engine.config"}],
-    [{"engine.errors"}],
+    [{"engine.errors"}, {"engine.lifeline"}, {"engine.logs"}],
 ]
 
 TORCH_FREE = (
     "engine",
     "engine.errors",
+    "engine.lifeline",
+    "engine.logs",
     "engine.config",
     "engine.request",
     "engine.plan",

@@ -1,0 +1,143 @@
+"""Every error's way to the client: one table from error class to HTTP status, OpenAI error type and gRPC status name.
+
+Body of every HTTP error: {"error": {"type", "code", "message", "param"}}, at most about 4 KB: what the client sent is
+named by its path, and never echoed at length. A bug of ours says only that it happened; the log has the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import orjson
+from pydantic import ValidationError
+
+from engine.errors import (
+    Aborted,
+    CheckpointError,
+    ConfigError,
+    ContextTooLong,
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    MalformedRequest,
+    Overloaded,
+    PayloadTooLarge,
+    RequestError,
+    RequestTimeout,
+    TidegateError,
+    Unauthenticated,
+    UnknownModel,
+    UnsupportedField,
+)
+
+
+class ErrorStatus(NamedTuple):
+    http: int
+    type: str  # OpenAI's error type
+    grpc: str  # the name of a grpc.StatusCode
+
+
+_INVALID = ErrorStatus(400, "invalid_request_error", "INVALID_ARGUMENT")
+_BUG = ErrorStatus(500, "server_error", "INTERNAL")
+
+STATUS: dict[type[TidegateError], ErrorStatus] = {
+    TidegateError: _BUG,
+    ConfigError: _BUG,
+    CheckpointError: _BUG,
+    RequestError: _INVALID,
+    InvalidRequest: _INVALID,
+    MalformedRequest: _INVALID,
+    UnsupportedField: ErrorStatus(422, "invalid_request_error", "UNIMPLEMENTED"),
+    ContextTooLong: _INVALID,
+    Unauthenticated: ErrorStatus(401, "authentication_error", "UNAUTHENTICATED"),
+    UnknownModel: ErrorStatus(404, "not_found_error", "NOT_FOUND"),
+    PayloadTooLarge: ErrorStatus(413, "invalid_request_error", "RESOURCE_EXHAUSTED"),
+    RequestTimeout: ErrorStatus(408, "timeout_error", "DEADLINE_EXCEEDED"),
+    Overloaded: ErrorStatus(429, "rate_limit_error", "RESOURCE_EXHAUSTED"),
+    Aborted: ErrorStatus(499, "aborted", "CANCELLED"),
+    EngineUnavailable: ErrorStatus(503, "service_unavailable_error", "UNAVAILABLE"),
+    InternalError: _BUG,
+}
+
+MAX_MESSAGE = 384  # characters; with the param the body stays under 4 KB even when each takes six bytes, as \u0001 does
+MAX_PARAM = 256
+ENGINE_RETRY_SECONDS = 1
+_BUG_MESSAGE = "The server failed on this request. The fault is the server's; its log has the details."
+
+
+def status_of(error: BaseException) -> ErrorStatus:
+    """The row of the nearest class in the table; whatever is not ours is a bug."""
+    for cls in type(error).__mro__:
+        if cls in STATUS:
+            return STATUS[cls]
+    return _BUG
+
+
+def error_object(type_: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {
+        "error": {
+            "type": type_,
+            "code": code,
+            "message": clip(message, MAX_MESSAGE),
+            "param": None if param is None else clip(param, MAX_PARAM),
+        }
+    }
+
+
+def error_body(error: BaseException) -> bytes:
+    status = status_of(error)
+    if status is _BUG or not isinstance(error, TidegateError):
+        return orjson.dumps(error_object(status.type, InternalError.code, _BUG_MESSAGE))
+    return orjson.dumps(error_object(status.type, error.code, error.message, error.param))
+
+
+def error_headers(error: BaseException) -> dict[str, str]:
+    if isinstance(error, Overloaded):
+        return {"retry-after": str(max(1, error.retry_after))}
+    if isinstance(error, EngineUnavailable):
+        return {"retry-after": str(ENGINE_RETRY_SECONDS)}
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": "Bearer"}
+    return {}
+
+
+def clip(text: str, limit: int) -> str:
+    """Shorten `text`, and make it encodable: a lone surrogate becomes a question mark."""
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def field_path(loc: tuple[int | str, ...]) -> str:
+    """("messages", 0, "content") -> "messages[0].content". Pydantic's own words ("[key]", and our union tags) are left out."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "[key]" and not part.startswith("#"):
+            path += f".{part}" if path else part
+    return path
+
+
+_PLAIN_WORDS = {
+    "missing": "{path} is required",
+    "extra_forbidden": "{path} is not a field of this request",
+    "finite_number": "{path} must be a finite number",
+}
+
+
+def from_validation(error: ValidationError) -> InvalidRequest:
+    """The first fault pydantic found, as one sentence that names the field and not its value."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = clip(field_path(first["loc"]), MAX_PARAM)
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")
+    more = error.error_count() - 1
+    template = _PLAIN_WORDS.get(first["type"])
+    if template is not None:
+        message = template.format(path=path or "the body")
+    elif path:
+        message = f"{path}{' ' if said.startswith(('should', 'must')) else ': '}{said[:1].lower() + said[1:]}"
+    else:
+        message = said
+    if more:
+        message += f" (and {more} more fault{'s' if more > 1 else ''})"
+    return InvalidRequest(message, param=path or None)

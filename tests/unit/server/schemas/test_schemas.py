@@ -1,0 +1,89 @@
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from engine.errors import InvalidRequest, UnsupportedField
+from engine.request import BOUNDS, SamplingParams
+from server.errors import from_validation
+from server.schemas.generate import GenerateRequest
+from server.schemas.openai import ChatRequest, CompletionRequest
+
+MESSAGES = [{"role": "user", "content": "x"}]
+PLAIN = [
+    (GenerateRequest, {"prompt": "x"}),
+    (CompletionRequest, {"model": "m", "prompt": "x"}),
+    (ChatRequest, {"model": "m", "messages": MESSAGES}),
+]
+NUMBERS = sorted(set(BOUNDS) - {"logit_bias", "logprobs"})
+
+
+def read(model, value):
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(("model", "plain"), PLAIN)
+def test_the_ends_of_each_range_pass_and_what_lies_beyond_does_not(model, plain, name):
+    low, high = BOUNDS[name]
+    for value in (low, high):
+        assert getattr(read(model, {**plain, name: value}), name) == value
+    for value in (low - 1, high + 1):
+        with pytest.raises(InvalidRequest) as caught:
+            read(model, {**plain, name: value})
+        assert caught.value.param == name
+
+
+def test_every_sampling_parameter_can_be_asked_for():
+    assert set(SamplingParams.__struct_fields__) <= set(GenerateRequest.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "neutral"),
+    [(m, f, v) for m in (CompletionRequest, ChatRequest) for f, values in m.UNSUPPORTED.items() for v in (None, *values)],
+)
+def test_a_refused_field_may_ask_for_nothing(model, field, neutral):
+    plain = dict(PLAIN)[model]
+    assert read(model, {**plain, field: neutral}) == read(model, plain)
+
+
+@pytest.mark.parametrize(("model", "field"), [(m, f) for m in (CompletionRequest, ChatRequest) for f in m.UNSUPPORTED])
+@pytest.mark.parametrize("value", ["something", 7, {"type": "x"}, [1], 1e300])
+def test_a_refused_field_is_refused_by_name(model, field, value):
+    with pytest.raises(UnsupportedField) as caught:
+        read(model, {**dict(PLAIN)[model], field: value})
+    assert caught.value.param == field
+
+
+def test_one_is_not_true_for_a_refused_field():
+    with pytest.raises(UnsupportedField):
+        read(CompletionRequest, {"model": "m", "prompt": "x", "best_of": True})
+
+
+def test_no_refused_field_is_also_a_field():
+    for model in (CompletionRequest, ChatRequest):
+        assert not model.UNSUPPORTED.keys() & model.model_fields.keys()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(("model", "plain"), PLAIN)
+@given(data=st.data())
+def test_whatever_comes_is_read_or_refused_by_one_of_our_errors(model, plain, data):
+    names = st.sampled_from(sorted({*model.model_fields, *model.UNSUPPORTED}))
+    value = {**plain, **data.draw(st.dictionaries(names, json_values, max_size=3))}
+    if model is ChatRequest and data.draw(st.booleans()):
+        keys = st.sampled_from(["role", "content", "name", "type", "tool_calls"])
+        value["messages"] = data.draw(st.lists(st.dictionaries(keys, json_values) | json_values, max_size=3))
+    with contextlib.suppress(InvalidRequest):  # anything else fails the test
+        read(model, value).sampling(max_tokens=4, logprobs=None)

@@ -1,0 +1,97 @@
+"""The table of errors: total, and with bodies that say enough and not more."""
+
+import inspect
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from engine import errors
+from engine.errors import EngineUnavailable, InternalError, InvalidRequest, Overloaded, UnknownModel
+from server.errors import STATUS, error_body, error_headers, field_path, from_validation, status_of
+from server.schemas.generate import GenerateRequest
+
+TREE = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.TidegateError)]
+
+
+@pytest.mark.parametrize("cls", TREE, ids=lambda c: c.__name__)
+def test_every_error_has_a_row_of_its_own(cls):
+    assert cls in STATUS
+
+
+def test_the_table_names_nothing_else():
+    assert set(STATUS) == set(TREE)
+
+
+@pytest.mark.parametrize(
+    ("name", "http"),
+    [
+        ("InvalidRequest", 400),
+        ("MalformedRequest", 400),
+        ("ContextTooLong", 400),
+        ("UnsupportedField", 422),
+        ("Unauthenticated", 401),
+        ("UnknownModel", 404),
+        ("RequestTimeout", 408),
+        ("PayloadTooLarge", 413),
+        ("Overloaded", 429),
+        ("Aborted", 499),
+        ("InternalError", 500),
+        ("EngineUnavailable", 503),
+    ],
+)
+def test_statuses_are_those_promised(name, http):
+    assert status_of(getattr(errors, name)("why")).http == http
+
+
+def test_a_subclass_takes_its_nearest_row():
+    class Odd(UnknownModel):
+        pass
+
+    assert status_of(Odd("x")) == STATUS[UnknownModel]
+
+
+@pytest.mark.parametrize("error", [KeyError("/etc/secret"), InternalError("/etc/secret"), MemoryError()])
+def test_a_bug_tells_nothing_of_itself(error):
+    said = json.loads(error_body(error))["error"]
+    assert status_of(error).http == 500
+    assert said["code"] == "internal_error"
+    assert "secret" not in str(said)
+
+
+def test_retry_after():
+    assert error_headers(Overloaded("x", retry_after=7)) == {"retry-after": "7"}
+    assert error_headers(Overloaded("x", retry_after=0)) == {"retry-after": "1"}
+    assert error_headers(EngineUnavailable("x")) == {"retry-after": "1"}
+    assert error_headers(InvalidRequest("x")) == {}
+
+
+@given(st.text(max_size=20_000), st.none() | st.text(max_size=2000))
+def test_a_body_is_small_and_can_always_be_sent(message, param):
+    body = error_body(InvalidRequest(message * 10, param=param))
+    assert len(body) <= 4096
+    json.loads(body)
+
+
+@pytest.mark.parametrize("huge", ["x" * 2_000_000, "\ud800" * 1000, "\U0001f30a" * 100_000, "\x01" * 100_000])
+def test_what_the_client_sent_is_not_echoed_at_length(huge):
+    for body in ({"prompt": "x", huge: 1}, {"prompt": "x", "cache": huge}, {"prompt": "x", "seed": huge}):
+        with pytest.raises(ValidationError) as caught:
+            GenerateRequest.model_validate(body)
+        assert len(error_body(from_validation(caught.value))) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("loc", "path"),
+    [
+        (("prompt",), "prompt"),
+        (("messages", 0, "content"), "messages[0].content"),
+        (("prompt", "#texts", 3), "prompt[3]"),
+        (("logit_bias", "a", "[key]"), "logit_bias.a"),
+        ((), ""),
+    ],
+)
+def test_field_path(loc, path):
+    assert field_path(loc) == path

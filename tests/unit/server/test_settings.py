@@ -1,0 +1,141 @@
+import os
+
+import pytest
+from pydantic import ValidationError
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from server.settings import Settings, describe, load_settings
+
+HALF_OPEN = "a number greater than 0 and at most 1"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("TIDEGATE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "tidegate.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_flags_win_over_environment_over_file_over_defaults(monkeypatch, yaml_file):
+    path = yaml_file("port: 1\ngrpc_port: 2\nmax_n: 3\n")
+    monkeypatch.setenv("TIDEGATE_PORT", "11")
+    monkeypatch.setenv("TIDEGATE_GRPC_PORT", "12")
+    settings = load_settings({"port": "21"}, config=path)
+    assert (settings.port, settings.grpc_port, settings.max_n, settings.api_workers) == (21, 12, 3, 1)
+
+
+def test_the_file_can_be_named_in_the_environment(monkeypatch, yaml_file):
+    monkeypatch.setenv("TIDEGATE_CONFIG", str(yaml_file("port: 77\n")))
+    assert load_settings().port == 77
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("TIDEGATE_MODEL", "")
+    monkeypatch.setenv("TIDEGATE_PORT", "")
+    assert (load_settings().model, load_settings().port) == (None, 8000)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}\n"])
+def test_a_file_may_say_nothing(yaml_file, text):
+    assert load_settings(config=yaml_file(text)) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"port": "x"}, "port is 'x' (from --port): it must be a whole number from 0 to 65535"),
+        ({"port": "65536"}, "port is '65536' (from --port): it must be a whole number from 0 to 65535"),
+        ({"port": "80.5"}, "port is '80.5' (from --port): it must be a whole number from 0 to 65535"),
+        ({"header_timeout_s": "nan"}, "header_timeout_s is 'nan' (from --header-timeout-s): it must be a number greater than 0"),
+        ({"memory_fraction": 1.5}, "memory_fraction is 1.5 (from --memory-fraction): it must be " + HALF_OPEN),
+        ({"device": "tpu"}, "device is 'tpu' (from --device): it must be one of auto, cpu, cuda"),
+        ({"overlap": "maybe"}, "overlap is 'maybe' (from --overlap): it must be true or false"),
+        ({"max_queue": 0}, "max_queue is 0 (from --max-queue): it must be a whole number, 1 or more"),
+        ({"model": ""}, "model is '' (from --model): it must be a text that is not empty"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_its_place_and_what_would_be_right(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(flags)
+    assert caught.value.message == message
+    assert caught.value.param == next(iter(flags))
+
+
+def test_each_place_is_named(monkeypatch, yaml_file):
+    path = yaml_file("max_n: many\napi-workers: 2\nport: yes\n")
+    monkeypatch.setenv("TIDEGATE_GRPC_PORT", "-1")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config=path)
+    lines = caught.value.message.splitlines()
+    assert f"max_n is 'many' (from {path}): it must be a whole number from 1 to 128" in lines
+    assert f"port is True (from {path}): it must be a whole number from 0 to 65535" in lines
+    assert f"api-workers is set in {path}, but there is no such setting: did you mean 'api_workers'?" in lines
+    assert "grpc_port is '-1' (from TIDEGATE_GRPC_PORT): it must be a whole number from 0 to 65535" in lines
+    assert len(lines) == 4
+
+
+def test_an_unknown_variable_stops_it(monkeypatch):
+    monkeypatch.setenv("TIDEGATE_PROT", "1")
+    with pytest.raises(ConfigError, match=r"TIDEGATE_PROT is set in the environment, .* did you mean 'port'"):
+        load_settings()
+
+
+def test_variables_that_kubernetes_makes_are_explained(monkeypatch):
+    monkeypatch.setenv("TIDEGATE_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(ConfigError, match="enableServiceLinks: false"):
+        load_settings()
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "port\n", "a: [\n"], ids=["list", "word", "broken"])
+def test_a_file_that_is_no_mapping_stops_it(yaml_file, text):
+    with pytest.raises(ConfigError):
+        load_settings(config=yaml_file(text))
+
+
+def test_a_file_that_is_not_there_stops_it(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings(config=tmp_path / "none.yaml")
+
+
+def test_settings_are_frozen_and_cross_processes_whole(monkeypatch):
+    settings = load_settings({"model": "/m", "num_blocks": 7, "max_step_tokens": "99", "overlap": True})
+    with pytest.raises(ValidationError):
+        settings.port = 1
+    monkeypatch.setenv("TIDEGATE_PORT", "5")
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_the_engines_defaults_are_its_own():
+    assert load_settings({"model": "/m"}).engine_config() == EngineConfig(model="/m")
+
+
+def test_every_setting_of_the_engine_reaches_it():
+    given = {"model": "/m", "device": "cpu", "dtype": "float32", "load_format": "dummy", "runner": "fake", "max_model_len": 9}
+    given |= {"seed": 1, "overlap": False, "debug_checks": True, "block_size": 2, "num_blocks": 3, "memory_fraction": 0.4}
+    given |= {"host_bytes": 5, "prefix_caching": False, "max_num_seqs": 6, "max_step_tokens": 7, "max_queue": 8, "max_skips": 10}
+    config = load_settings({**given, "fake_step_ms": 11.0, "fake_token_us": 12.0, "fake_num_blocks": 13}).engine_config()
+    parts = (config, config.cache, config.scheduler)
+    assert all(any(getattr(part, name, None) == value for part in parts) for name, value in given.items())
+    assert (config.fake.step_ms, config.fake.token_us, config.fake.num_blocks) == (11.0, 12.0, 13)
+
+
+def test_an_engine_needs_a_model():
+    with pytest.raises(ConfigError, match="model is not set"):
+        load_settings().engine_config()
+
+
+def test_every_setting_says_what_is_right_and_what_it_is_for():
+    for name, field in Settings.model_fields.items():
+        assert describe(name)
+        assert field.description
