@@ -1,8 +1,15 @@
 """Fixtures that tests of several folders share."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from tests.support.children import ServerChild
+
+if not Path("/dev/nvidiactl").exists():
+    # No GPU: Triton's interpreter runs the kernels. It must be told before anything, torch included, imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")
