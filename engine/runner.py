@@ -23,6 +23,7 @@ from engine.backends.base import Backend
 from engine.backends.torch import load
 from engine.config import EngineConfig, ModelLimits, resolve
 from engine.errors import ConfigError
+from engine.graphs import DecodeGraphs
 from engine.inputs import Ints, Rows, Slices, Uploader
 from engine.kvcache.storage import KVStorage, block_bytes
 from engine.models.spec import ModelSpec
@@ -30,6 +31,9 @@ from engine.plan import AdmittedRow, BuiltRunner, PendingStep, StepPlan, StepRes
 from engine.request import SamplingParams
 from engine.sampling.logprobs import LogprobTensors, of_prompt, to_records
 from engine.sampling.sampler import Sampler
+
+
+MAX_BLOCKS = 1 << 20  # a tiny model on a large device: more blocks than anyone fills would only cost the host memory
 
 
 class TorchRunner:
@@ -40,6 +44,7 @@ class TorchRunner:
         max_rows = config.scheduler.max_num_seqs
         self._backend = backend
         self._storage = storage
+        self._forward = _graphs(backend, storage, config, limits).forward if _use_graphs(backend, config) else backend.forward
         self._upload = Uploader(device)
         self._rows = Rows(
             max_rows=max_rows,
@@ -68,7 +73,7 @@ class TorchRunner:
             self._sampler.admit(admitted)
         slices = Slices.of(plan)
         inputs = self._rows.step(plan, slices, self._storage.layers)
-        hidden = self._backend.forward(inputs.batch)
+        hidden = self._forward(inputs.batch)
         pending = _Pending(plan.step, on_cuda=hidden.is_cuda)
         self._prompt_logprobs(hidden, slices, pending)
         if plan.samples:
@@ -182,6 +187,8 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
             "cache.memory_fraction",
             int(config.cache.memory_fraction * _free_beside_a_step(backend, config, limits)),
         )
+    if available // each > MAX_BLOCKS:
+        return MAX_BLOCKS
     if available < each:
         raise ConfigError(f"{param} leaves {available} bytes for the KV cache, and one block has {each}", param=param)
     return available // each
@@ -213,6 +220,30 @@ def _largest_step(config: EngineConfig, limits: ModelLimits) -> tuple[StepPlan, 
     ]
     plan = StepPlan(0, list(range(rows)), [0] * rows, [each] * rows, 0, list(range(rows)), admitted, [], [])
     return plan, rows * width
+
+
+def _use_graphs(backend: Backend, config: EngineConfig) -> bool:
+    possible = config.device == "cuda" and backend.graphable
+    if config.cuda_graphs and not possible:
+        raise ConfigError(
+            "cuda_graphs is on, but this model cannot be captured here: it takes CUDA, and bfloat16 where the model has "
+            "experts. Leave cuda_graphs unset to use them where they can be",
+            param="cuda_graphs",
+        )
+    return possible if config.cuda_graphs is None else config.cuda_graphs
+
+
+def _graphs(backend: Backend, storage: KVStorage, config: EngineConfig, limits: ModelLimits) -> DecodeGraphs:
+    size = config.cache.block_size
+    return DecodeGraphs(
+        backend,
+        storage.layers,
+        max_rows=config.scheduler.max_num_seqs,
+        width=math.ceil((config.max_model_len or limits.max_model_len) / size),
+        block_size=size,
+        scratch_block=storage.scratch_block,
+        device=torch.device(config.device),
+    )
 
 
 def _num_threads() -> int:

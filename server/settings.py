@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt and output together; by default the model's")
     seed: int = Field(0, ge=0, description="Seeds dummy weights")
     overlap: bool | None = Field(None, description="Submit a step before the last one's tokens are read")
+    cuda_graphs: bool | None = Field(None, description="Replay captured decode steps on CUDA")
     debug_checks: bool = Field(False, description="Check every invariant after each step")
     block_size: int = Field(_CACHE.block_size, ge=1, description="Tokens in a KV-cache block")
     num_blocks: int | None = Field(_CACHE.num_blocks, ge=1, description="KV-cache blocks; wins over memory_fraction")
@@ -110,6 +111,7 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             seed=self.seed,
             overlap=self.overlap,
+            cuda_graphs=self.cuda_graphs,
             debug_checks=self.debug_checks,
             cache=CacheConfig(
                 block_size=self.block_size,

@@ -32,4 +32,7 @@ class StepAttention(Protocol):
 
 
 class AttentionBackend(Protocol):
+    graphable: bool
+    """Whether the decode of a prepared step never waits for the device."""
+
     def prepare(self, batch: ForwardBatch) -> StepAttention: ...

@@ -63,6 +63,8 @@ class _Chunk:
 class TorchAttention:
     """AttentionBackend."""
 
+    graphable = False
+
     def prepare(self, batch: ForwardBatch) -> TorchStepAttention:
         per_token = max(pool[0, 0].numel() for pool in batch.kv[0].values())
         num_blocks, block_size = next(iter(batch.kv[0].values())).shape[:2]

@@ -20,6 +20,8 @@ PREFILL_ROWS = 128  # (tokens x heads of a group) of one tile
 class TritonAttention:
     """AttentionBackend."""
 
+    graphable = True
+
     def __init__(self, num_processors: int) -> None:
         """`num_processors`: of the device, which decides into how many parts a sequence is cut."""
         self._num_processors = num_processors

@@ -10,6 +10,11 @@ from engine.batch import ForwardBatch, PoolSpec
 
 
 class Backend(Protocol):
+    @property
+    def graphable(self) -> bool:
+        """Whether `forward` of a batch of decodes never waits for the device, so that a CUDA graph can hold it."""
+        ...
+
     def kv_pools(self) -> list[list[PoolSpec]]:
         """The pools that each layer keeps."""
         ...

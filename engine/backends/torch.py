@@ -16,6 +16,10 @@ class TorchBackend:
     def __init__(self, model: registry.Model) -> None:
         self._model = model
 
+    @property
+    def graphable(self) -> bool:
+        return self._model.graphable
+
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()
 

@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, merge_splits
+from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, merge_splits, precision
 
 
 @triton.jit
 def _split(
     q_ptr, cache_ptr, tables_ptr, lens_ptr, acc_ptr, lse_ptr, scale, max_blocks,
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     seq, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens_ptr + seq)
@@ -44,13 +44,14 @@ def _split(
         inside = start + offset < end
         c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
         r = tl.load(cache_ptr + at[None, :] + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
-        score = tl.dot(q_r, r, tl.dot(q_c, tl.trans(c))) * scale
+        score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
+        score = tl.dot(q_r, r, score, input_precision=PRECISION) * scale
         score = tl.where(inside[None, :], score, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, 1))
         p = tl.exp2(score - new_best[:, None])
         keep = tl.exp2(best - new_best)
         total = total * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(c.dtype), c, acc * keep[:, None])
+        acc = tl.dot(p.to(c.dtype), c, acc * keep[:, None], input_precision=PRECISION)
         best = new_best
 
     out = (seq * HEADS + head) * SPLITS + split
@@ -82,6 +83,6 @@ def mla_decode(
         q, cache, block_tables, kv_lens, acc, lse, scale * LOG2_E, block_tables.stride(0),
         HEADS=heads, ROWS=rows, LATENT=latent, ROPE=record - latent,
         BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
-        num_warps=4 if rows == MIN_DOT_ROWS else 8, num_stages=2,
+        PRECISION=precision(q.dtype), num_warps=4 if rows == MIN_DOT_ROWS else 8, num_stages=2,
     )  # fmt: skip
     return merge_splits(acc, lse, q.dtype)

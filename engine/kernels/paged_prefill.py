@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.paged_decode import LOG2_E
+from engine.kernels.paged_decode import LOG2_E, precision
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _prefill(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, tile_query_ptr, tile_start_ptr,
     scale, max_blocks, q_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_N: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     query = tl.load(tile_query_ptr + tile)
@@ -46,13 +46,13 @@ def _prefill(
         block = tl.load(tables_ptr + query * max_blocks + start // BLOCK).to(tl.int64)
         at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
         k = tl.load(k_ptr + at[None, :] + dim[:, None])
-        score = tl.dot(q, k) * scale
+        score = tl.dot(q, k, input_precision=PRECISION) * scale
         new_best = tl.maximum(best, tl.max(score, 1))
         p = tl.exp2(score - new_best[:, None])
         keep = tl.exp2(best - new_best)
         total = total * keep + tl.sum(p, 1)
         v = tl.load(v_ptr + at[:, None] + dim[None, :])
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         best = new_best
     for start in range(full, end, TILE_N):
         block = tl.load(tables_ptr + query * max_blocks + start // BLOCK).to(tl.int64)
@@ -60,13 +60,13 @@ def _prefill(
         inside = start + offset < length
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=inside[None, :], other=0.0)
         seen = (start + offset)[None, :] <= limit[:, None]
-        score = tl.where(seen, tl.dot(q, k) * scale, float("-inf"))
+        score = tl.where(seen, tl.dot(q, k, input_precision=PRECISION) * scale, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, 1))
         p = tl.exp2(score - new_best[:, None])
         keep = tl.exp2(best - new_best)
         total = total * keep + tl.sum(p, 1)
         v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         best = new_best
     out = acc / total[:, None]
     at_out = ((begin + token) * (KV_HEADS * GROUP) + head).to(tl.int64) * HEAD
@@ -93,6 +93,6 @@ def paged_prefill(
         q, k_cache, v_cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_dim, BLOCK=block_size, TILE_Q=tile_q, TILE_N=min(64, block_size),
-        num_warps=4 if tile_q * heads // kv_heads <= 128 else 8, num_stages=3,
+        PRECISION=precision(q.dtype), num_warps=4 if tile_q * heads // kv_heads <= 128 else 8, num_stages=3,
     )  # fmt: skip
     return out

@@ -23,12 +23,16 @@ def block_bytes(pools: list[list[PoolSpec]], block_size: int) -> int:
 
 
 class KVStorage:
-    """`layers[i]` has layer i's pools by name, each [num_blocks, block_size, *shape], all zeros at first."""
+    """`layers[i]` has layer i's pools by name, each [num_blocks + 1, block_size, *shape], all zeros at first.
+
+    The last block, `scratch_block`, belongs to no request: rows that only pad a batch write there.
+    """
 
     def __init__(self, pools: list[list[PoolSpec]], *, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.num_blocks = num_blocks
+        self.scratch_block = num_blocks
         self.layers: list[LayerPools] = [
-            {p.name: _zeros((num_blocks, block_size, *p.shape), p.dtype, device) for p in layer} for layer in pools
+            {p.name: _zeros((num_blocks + 1, block_size, *p.shape), p.dtype, device) for p in layer} for layer in pools
         ]
 
     def copy(self, copies: list[BlockCopy], upload: Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]) -> None:

@@ -57,6 +57,25 @@ def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: to
     return out
 
 
+def can_group(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `run_experts_grouped` runs: torch's grouped product wants bfloat16 on CUDA."""
+    return dtype == torch.bfloat16 and device.type == "cuda"
+
+
+def run_experts_grouped(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Like `run_experts`, without waiting for the device: one grouped product over the tokens sorted by expert."""
+    weights, ids = routed
+    num, top_k = ids.shape
+    order = ids.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
+    ones = torch.ones_like(order, dtype=torch.int32)
+    counts = torch.zeros(gate_up.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, ids.flatten(), ones)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    hidden = silu_mul(torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends))
+    sorted_out = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # back in the order of tokens and choices
+    return torch.bmm(weights.to(x.dtype).unsqueeze(1), out.view(num, top_k, -1)).squeeze(1)
+
+
 class MoeMlp(nn.Module):
     """Router, routed experts and, where `shared_size` is not 0, an MLP that every token takes as well."""
 
@@ -84,7 +103,8 @@ class MoeMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         routed = route(linear(x.to(self.router.dtype), self.router), self.routing, self.choice_bias)
-        out = run_experts(x, routed, self.gate_up, self.down)
+        run = run_experts_grouped if can_group(x.dtype, x.device) else run_experts
+        out = run(x, routed, self.gate_up, self.down)
         return out if self.shared is None else out.add_(self.shared(x))
 
     def weights(self, prefix: str) -> Weights:

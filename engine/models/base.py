@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from engine.attention.base import AttentionBackend, StepAttention
 from engine.batch import ForwardBatch, LayerPools, PoolSpec
 from engine.layers.linear import Linear, Weights, parameter
+from engine.layers.moe import can_group
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
@@ -96,6 +97,11 @@ class DecoderModel(nn.Module):
         else:
             self.lm_head.weight = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.rotary = Rotary(spec.rope, device=device)
+
+    @property
+    def graphable(self) -> bool:
+        """Whether a forward of decodes never waits for the device: see `run_experts` for what may."""
+        return self.backend.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
 
     def make_attention(self, index: int) -> Attention:
         raise NotImplementedError
