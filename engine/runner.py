@@ -32,7 +32,6 @@ from engine.request import SamplingParams
 from engine.sampling.logprobs import LogprobTensors, of_prompt, to_records
 from engine.sampling.sampler import Sampler
 
-
 MAX_BLOCKS = 1 << 20  # a tiny model on a large device: more blocks than anyone fills would only cost the host memory
 
 
