@@ -7,7 +7,6 @@ import torch
 from paged import PagedRun, random_sequences
 from reference import CASES, VOCAB, make, reference_logits
 
-from engine.layers import onednn
 from engine.models import registry
 from engine.models.spec import ModelSpec
 from engine.weights import loader
@@ -45,16 +44,6 @@ def test_decode_path_equals_chunk_path(name, tmp_path, sequences):
     as_chunks = PagedRun(model, sequences).run(num_decoded=6, decodes=False)
     for a, b in zip(as_decodes, as_chunks, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["qwen2", "llama-tied", "qwen3-moe", "deepseek-v3"])
-def test_packed_weights_change_nothing(name, tmp_path, sequences):
-    make(name, tmp_path)
-    model = load(tmp_path)
-    plain = PagedRun(model, sequences).run(num_decoded=3)
-    assert onednn.pack(model) > 3
-    for a, b in zip(plain, PagedRun(model, sequences).run(num_decoded=3), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3-tied-yarn", "qwen3-moe", "deepseek-v3-yarn"])
