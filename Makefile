@@ -1,17 +1,22 @@
-# The five commands: serve, test, check, bench, proto. Each installs what it needs into .venv first.
+# The commands: serve, test (unit: its torch-free part), check, bench, proto. Each installs what it needs into .venv first.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO := tidegate/v1/inference.proto
 
-.PHONY: serve test check bench proto clean
+
+.PHONY: serve test unit check bench proto clean
 
 serve: $(VENV)/.serve
 	$(BIN)/tidegate serve $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# What needs no torch and starts no server: seconds.
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest --torch-free $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -25,11 +30,15 @@ bench: $(VENV)/.dev
 proto: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -I server/rpc/pb=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/$(PROTO)
 
-# torch goes first and by itself: where the machine offers a CPU build, this range picks it.
+# On Debian venv is a package of its own; as root it is installed here. A venv that came to nothing is not left behind.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Tidegate needs Python 3.11 or 3.12: install one, or name it with make PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq python3-venv; } || \
+		{ echo "$(PYTHON) cannot make a venv: install its venv package (Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# torch goes first and by itself: where the machine offers a CPU build, this range picks it.
 $(VENV)/.serve: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
 	$(BIN)/python -m pip install --quiet --editable .

@@ -24,7 +24,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_size: int = 64
     num_blocks: int | None = None
     memory_fraction: float = 0.9  # of the device memory that is free once the weights are loaded
-    host_bytes: int = 1 << 30  # the KV cache's size where the device is the CPU
+    host_bytes: int = 4 << 30  # the KV cache's size where the device is the CPU; taken page by page as it is used
     prefix_caching: bool = True
 
 
@@ -92,6 +92,26 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
             config.scheduler,
             max_step_tokens=max(step_tokens, config.scheduler.max_num_seqs),
         ),
+    )
+
+
+def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> EngineConfig:
+    """`config`, resolved, for a cache of `num_blocks`: the context is held to what fits, since a request must fit by itself.
+
+    Raises ConfigError where `asked`, the operator's own max_model_len, is more than that.
+    """
+    size = config.cache.block_size
+    held = num_blocks * size
+    if asked is not None and asked > held:
+        raise ConfigError(
+            f"max_model_len is {asked}, but the KV cache holds {held} tokens ({num_blocks} blocks of {size}): "
+            "set a smaller max_model_len, or give the cache more memory",
+            param="max_model_len",
+        )
+    return msgspec.structs.replace(
+        config,
+        max_model_len=min(config.max_model_len or held, held),
+        cache=msgspec.structs.replace(config.cache, num_blocks=num_blocks),
     )
 
 

@@ -17,7 +17,7 @@ from array import array
 import msgspec
 import xxhash
 
-from engine.config import EngineConfig, FakeConfig, ModelLimits, resolve
+from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
 from engine.errors import InternalError
 from engine.models.spec import ModelSpec
 from engine.plan import AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
@@ -188,6 +188,7 @@ def build_fake(config: EngineConfig, limits: ModelLimits) -> BuiltRunner:
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
     resolved = resolve(config, limits, has_cuda=config.device == "cuda")
     num_blocks = config.cache.num_blocks or config.fake.num_blocks
+    resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
     runner = FakeRunner(
         limits, num_blocks=num_blocks, block_size=config.cache.block_size, times=config.fake, verify=config.debug_checks
     )

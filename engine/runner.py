@@ -10,18 +10,18 @@ device's stream is what makes that right. `result` waits for the copy of the tok
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 
 from engine.backends.base import Backend
 from engine.backends.torch import load
-from engine.config import EngineConfig, ModelLimits, resolve
+from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
 from engine.errors import ConfigError
 from engine.graphs import DecodeGraphs
 from engine.inputs import Ints, Rows, Slices, Uploader
@@ -32,7 +32,9 @@ from engine.request import SamplingParams
 from engine.sampling.logprobs import LogprobTensors, of_prompt, to_records
 from engine.sampling.sampler import Sampler
 
-MAX_BLOCKS = 1 << 20  # a tiny model on a large device: more blocks than anyone fills would only cost the host memory
+log = logging.getLogger("tidegate.engine")
+
+MAX_BLOCKS = 1 << 18  # a tiny model on a large device: more blocks than anyone fills would only cost the host memory
 
 
 class TorchRunner:
@@ -164,6 +166,7 @@ def build(config: EngineConfig) -> BuiltRunner:
     """The runner of `config`: its model with weights, and a cache as large as the memory allows."""
     spec = ModelSpec.from_folder(config.model)
     limits = spec.limits()
+    asked = config.max_model_len
     config = resolve(config, limits, has_cuda=torch.cuda.is_available())
     device = torch.device(config.device)
     if device.type == "cpu":
@@ -171,7 +174,11 @@ def build(config: EngineConfig) -> BuiltRunner:
     backend = load(spec, config, device)
     pools = backend.kv_pools()
     num_blocks = config.cache.num_blocks or _num_blocks(backend, config, limits)
-    config = msgspec.structs.replace(config, cache=msgspec.structs.replace(config.cache, num_blocks=num_blocks))
+    config = fit_cache(config, num_blocks, asked=asked)
+    if config.max_model_len != (asked or limits.max_model_len):
+        log.info(
+            "the context is %d tokens, what the KV cache can hold; the model's is %d", config.max_model_len, limits.max_model_len
+        )
     storage = KVStorage(pools, num_blocks=num_blocks, block_size=config.cache.block_size, device=device)
     return BuiltRunner(TorchRunner(backend, storage, config, limits), config, limits, _describe(device))
 

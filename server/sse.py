@@ -14,7 +14,7 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import Aborted, TidegateError
+from engine.errors import Aborted
 from server.disconnect import while_connected
 from server.errors import error_body, status_of
 
@@ -67,6 +67,9 @@ class EventStream(Response):
 
 
 def _last_words(error: Exception) -> bytes:
-    if status_of(error).http >= 500 or not isinstance(error, TidegateError):
+    status = status_of(error).http
+    if status == 500:
         log.error("a stream ended by an error: %r", error, exc_info=error)
+    elif status > 500:
+        log.warning("a stream ended by an error: %s", error)
     return event(error_body(error))

@@ -12,9 +12,7 @@ from engine.attention.torch_ref import TorchStepAttention, absorb, expand_output
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.mla_decode import mla_decode
 from engine.kernels.paged_decode import choose_splits, paged_decode
-from engine.kernels.paged_prefill import paged_prefill
-
-PREFILL_ROWS = 128  # (tokens x heads of a group) of one tile
+from engine.kernels.paged_prefill import paged_prefill, tile_tokens
 
 
 class TritonAttention:
@@ -46,10 +44,8 @@ class TritonStepAttention:
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         out = None
         if batch.num_queries > decodes:
-            tile_q = max(1, PREFILL_ROWS * kv_heads // heads)
-            out = paged_prefill(
-                q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, self._query_tiles(tile_q), scale, tile_q
-            )
+            tiles = self._query_tiles(tile_tokens(heads, kv_heads))
+            out = paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale)
         if decodes:
             splits = choose_splits(decodes, kv_heads, self._num_processors)
             decoded = paged_decode(q[:decodes], k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits)

@@ -11,12 +11,14 @@ import triton.language as tl
 
 from engine.kernels.paged_decode import LOG2_E, precision
 
+TILE_ROWS = 128  # (token, head of the group) pairs of one tile
+
 
 @triton.jit
 def _prefill(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, tile_query_ptr, tile_start_ptr,
     scale, max_blocks, q_stride,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -27,18 +29,18 @@ def _prefill(
     length = tl.load(lens_ptr + query)
     prefix = length - chunk
 
-    row = tl.arange(0, TILE_Q * GROUP)  # rows are (token, head of the group)
+    row = tl.arange(0, TILE_Q * PADDED)  # rows are (token, head of the group); a range must be a power of two
     dim = tl.arange(0, HEAD)
     offset = tl.arange(0, TILE_N)
-    token = first + row // GROUP
-    head = kv_head * GROUP + row % GROUP
-    live = token < chunk
+    token = first + row // PADDED
+    head = kv_head * GROUP + row % PADDED
+    live = (token < chunk) & (row % PADDED < GROUP)
     at_q = (begin + token).to(tl.int64) * q_stride + head * HEAD
     q = tl.load(q_ptr + at_q[:, None] + dim[None, :], mask=live[:, None], other=0.0)
 
-    best = tl.full([TILE_Q * GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_Q * GROUP], tl.float32)
-    acc = tl.zeros([TILE_Q * GROUP, HEAD], tl.float32)
+    best = tl.full([TILE_Q * PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q * PADDED], tl.float32)
+    acc = tl.zeros([TILE_Q * PADDED, HEAD], tl.float32)
     limit = prefix + token  # last position a row may see
     full = (prefix + first) // TILE_N * TILE_N  # below it every row sees every position
     end = tl.minimum(prefix + first + TILE_Q, length)
@@ -73,6 +75,11 @@ def _prefill(
     tl.store(out_ptr + at_out[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Tokens of a chunk in one tile; `tiles` of `paged_prefill` must be cut so."""
+    return max(1, TILE_ROWS // int(triton.next_power_of_2(heads // kv_heads)))
+
+
 def paged_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -82,17 +89,23 @@ def paged_prefill(
     query_starts: torch.Tensor,
     tiles: tuple[torch.Tensor, torch.Tensor],
     scale: float,
-    tile_q: int,
 ) -> torch.Tensor:
-    """Attend from q [T, heads, head_dim], chunks laid end to end, each over its sequence up to itself; returns the same shape."""
+    """Attend from q [T, heads, head_dim], chunks laid end to end, each over its sequence up to itself; returns the same shape.
+
+    The cache and tables are as in `paged_decode`; query_starts [B + 1] int32. `tiles` are two int32 tensors, one entry a
+    program: a query, and the first of its tokens, a multiple of `tile_tokens`, that the program takes.
+    """
     heads, head_dim = q.shape[1:]
     _, block_size, kv_heads, _ = k_cache.shape
+    group = heads // kv_heads
+    tokens, padded = tile_tokens(heads, kv_heads), triton.next_power_of_2(group)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile_query, tile_start = tiles
     _prefill[(tile_query.shape[0], kv_heads)](
         q, k_cache, v_cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD=head_dim, BLOCK=block_size, TILE_Q=tile_q, TILE_N=min(64, block_size),
-        PRECISION=precision(q.dtype), num_warps=4 if tile_q * heads // kv_heads <= 128 else 8, num_stages=3,
+        KV_HEADS=kv_heads, GROUP=group, PADDED=padded, HEAD=head_dim, BLOCK=block_size,
+        TILE_Q=tokens, TILE_N=min(64, block_size),
+        PRECISION=precision(q.dtype), num_warps=4 if tokens * padded <= TILE_ROWS else 8, num_stages=3,
     )  # fmt: skip
     return out

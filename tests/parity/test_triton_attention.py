@@ -45,7 +45,7 @@ def random(*shape: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS], ids=["mixed", "decodes", "chunks"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1), (6, 2), (7, 1)])
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
 def test_grouped_heads(queries, heads, kv_heads, processors):
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine import errors
+from server.errors import STATUS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,3 +130,12 @@ def test_the_error_tree_in_the_docstring_is_the_tree():
     drawn = errors.__doc__ or ""
     missing = [c.__name__ for c in error_classes() if c.__name__ not in drawn]
     assert not missing, f"draw them in engine/errors.py: {missing}"
+
+
+@pytest.mark.parametrize("cls", error_classes(), ids=lambda c: c.__name__)
+def test_every_error_has_a_row_of_its_own(cls):
+    assert cls in STATUS, "say in server/errors.py what a client gets"
+
+
+def test_the_error_table_names_nothing_else():
+    assert set(STATUS) == set(error_classes())

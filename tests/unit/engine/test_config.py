@@ -1,0 +1,37 @@
+"""What the cache can hold bounds the context."""
+
+import msgspec
+import pytest
+
+from engine.config import CacheConfig, EngineConfig, ModelLimits, fit_cache, resolve
+from engine.errors import ConfigError
+
+LIMITS = ModelLimits(max_model_len=1000, vocab_size=10, eos_token_ids=(), dtype="float32")
+
+
+def fitted(num_blocks, asked=None):
+    config = EngineConfig(model="m", max_model_len=asked, cache=CacheConfig(block_size=16))
+    return fit_cache(resolve(config, LIMITS, has_cuda=False), num_blocks, asked=asked)
+
+
+def test_the_context_is_the_models_where_the_cache_is_large():
+    config = fitted(63)
+    assert config.max_model_len == 1000
+    assert config.cache.num_blocks == 63
+
+
+def test_the_context_is_what_a_small_cache_holds():
+    assert fitted(5).max_model_len == 80
+
+
+def test_a_context_asked_for_must_fit():
+    assert fitted(5, asked=80).max_model_len == 80
+    with pytest.raises(ConfigError, match=r"max_model_len is 81, but the KV cache holds 80 tokens \(5 blocks of 16\)") as caught:
+        fitted(5, asked=81)
+    assert caught.value.param == "max_model_len"
+
+
+def test_a_resolved_config_has_no_choice_left():
+    config = fitted(63)
+    assert None not in (config.max_model_len, config.overlap, config.scheduler.max_step_tokens, config.cache.num_blocks)
+    assert "auto" not in msgspec.to_builtins(config).values()
