@@ -10,6 +10,7 @@ import torch
 
 from engine.attention.torch_ref import TorchStepAttention, absorb, expand_output, prepare_chunks
 from engine.batch import ForwardBatch, LayerPools
+from engine.kernels.elementwise import write_kv
 from engine.kernels.mla_decode import mla_decode
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import paged_prefill, tile_tokens
@@ -39,8 +40,7 @@ class TritonStepAttention:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
         batch, k_pool, v_pool = self._batch, pools["k"], pools["v"]
-        k_pool.flatten(0, 1).index_copy_(0, batch.slots, k)
-        v_pool.flatten(0, 1).index_copy_(0, batch.slots, v)
+        write_kv(k, v, batch.slots, k_pool, v_pool)
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         out = None
         if batch.num_queries > decodes:

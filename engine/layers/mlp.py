@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.layers.linear import Linear, Weights
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[..., 2 I] -> [..., I]"""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+from engine.layers.ops import Ops
 
 
 class GatedMlp(nn.Module):
@@ -22,8 +16,8 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = Linear(hidden, 2 * size, dtype=dtype, device=device)
         self.down_proj = Linear(size, hidden, dtype=dtype, device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
         return out
 
     def weights(self, prefix: str) -> Weights:

@@ -10,7 +10,8 @@ from torch import nn
 
 from engine.layers.kinds import RoutingSpec
 from engine.layers.linear import Weights, linear, parameter
-from engine.layers.mlp import GatedMlp, silu_mul
+from engine.layers.mlp import GatedMlp
+from engine.layers.ops import Ops
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Weights [T, top_k] float32 and expert ids [T, top_k] int64."""
@@ -41,7 +42,7 @@ def _within_best_groups(scores: torch.Tensor, spec: RoutingSpec, *, judged_by: i
     return grouped.masked_fill(shut.unsqueeze(-1), closed).flatten(1)
 
 
-def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor, ops: Ops) -> torch.Tensor:
     """x [T, H], gate_up [E, 2 I, H], down [E, H, I] -> [T, H]. Waits for the device to learn which experts have tokens."""
     weights, ids = routed
     order = ids.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
@@ -51,7 +52,7 @@ def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: to
     for expert, count in enumerate(counts):
         if count:
             mine = tokens[begin : begin + count]
-            y = linear(silu_mul(linear(x[mine], gate_up[expert])), down[expert])
+            y = linear(ops.silu_mul(linear(x[mine], gate_up[expert])), down[expert])
             out.index_add_(0, mine, y.mul_(scales[begin : begin + count]))
             begin += count
     return out
@@ -62,7 +63,7 @@ def can_group(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cuda"
 
 
-def run_experts_grouped(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def run_experts_grouped(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor, ops: Ops) -> torch.Tensor:
     """Like `run_experts`, without waiting for the device: one grouped product over the tokens sorted by expert."""
     weights, ids = routed
     num, top_k = ids.shape
@@ -70,7 +71,7 @@ def run_experts_grouped(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, 
     ones = torch.ones_like(order, dtype=torch.int32)
     counts = torch.zeros(gate_up.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, ids.flatten(), ones)
     ends = counts.cumsum(0, dtype=torch.int32)
-    hidden = silu_mul(torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends))
+    hidden = ops.silu_mul(torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends))
     sorted_out = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
     out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # back in the order of tokens and choices
     return torch.bmm(weights.to(x.dtype).unsqueeze(1), out.view(num, top_k, -1)).squeeze(1)
@@ -101,11 +102,11 @@ class MoeMlp(nn.Module):
         self.down = parameter(experts, hidden, size, dtype=dtype, device=device)
         self.shared = GatedMlp(hidden, shared_size, dtype=dtype, device=device) if shared_size else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
         routed = route(linear(x.to(self.router.dtype), self.router), self.routing, self.choice_bias)
         run = run_experts_grouped if can_group(x.dtype, x.device) else run_experts
-        out = run(x, routed, self.gate_up, self.down)
-        return out if self.shared is None else out.add_(self.shared(x))
+        out = run(x, routed, self.gate_up, self.down, ops)
+        return out if self.shared is None else out.add_(self.shared(x, ops))
 
     def weights(self, prefix: str) -> Weights:
         out: Weights = {f"{prefix}gate.weight": self.router}

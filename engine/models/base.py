@@ -19,6 +19,7 @@ from engine.batch import ForwardBatch, LayerPools, PoolSpec
 from engine.layers.linear import Linear, Weights, parameter
 from engine.layers.moe import can_group
 from engine.layers.norm import RMSNorm
+from engine.layers.ops import Ops, ops_for
 from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
 
@@ -30,6 +31,7 @@ class Step:
     attention: StepAttention
     cos: torch.Tensor  # [T, 1, rotary dim]
     sin: torch.Tensor  # likewise, signed for `rotate`
+    ops: Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Attention(Protocol):
 
 
 class Mlp(Protocol):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor: ...
     def weights(self, prefix: str) -> Weights: ...
 
 
@@ -61,11 +63,11 @@ class DecoderLayer(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
-        """Adds to `hidden` [T, H] in place."""
-        hidden += self.attention(self.input_norm(hidden), step, pools)
-        hidden += self.mlp(self.post_norm(hidden))
-        return hidden
+    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, pools: LayerPools) -> torch.Tensor:
+        """`delta` is what the layer before has yet to add to `hidden` [T, H]: the norm adds it. Returns this layer's own."""
+        add_norm, first, second = step.ops.add_norm, self.input_norm, self.post_norm
+        delta = self.attention(add_norm(hidden, delta, first.weight, first.eps), step, pools)
+        return self.mlp(add_norm(hidden, delta, second.weight, second.eps), step.ops)
 
     def weights(self, prefix: str) -> Weights:
         return {
@@ -85,6 +87,7 @@ class DecoderModel(nn.Module):
         self.dtype = dtype
         self.device = device
         self.backend = backend
+        self.ops = ops_for(device, None if spec.mla is not None else spec.head_dim)
         self.embedding = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, self.make_attention(i), self.make_mlp(i), dtype=dtype, device=device)
@@ -113,11 +116,11 @@ class DecoderModel(nn.Module):
         """-> hidden [T, H], final norm applied. Writes this step's KV into the pools of `batch`."""
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
-        step = Step(self.backend.prepare(batch), cos, sin)
+        step = Step(self.backend.prepare(batch), cos, sin, self.ops)
+        delta: torch.Tensor | None = None
         for layer, pools in zip(self.layers, batch.kv, strict=True):
-            hidden = layer(hidden, step, pools)
-        out: torch.Tensor = self.norm(hidden)
-        return out
+            delta = layer(hidden, delta, step, pools)
+        return self.ops.add_norm(hidden, delta, self.norm.weight, self.norm.eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, H] -> [N, V] float32"""

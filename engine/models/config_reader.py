@@ -8,6 +8,12 @@ from typing import Any, NoReturn
 
 from engine.errors import CheckpointError
 
+# Far past any model there is. A number beyond them would only end in a failure that names no key: memory that no machine
+# has, a list of layers that takes hours to make, a float that overflows.
+MAX_SIZE = 1 << 18
+LEAST, MOST = 1e-15, 1e15
+
+MAX_SHOWN = 200  # characters of a refused value
 _REQUIRED: Any = object()
 
 
@@ -22,7 +28,7 @@ class ConfigReader:
     def refuse(self, key: str, why: str) -> NoReturn:
         """Raise for `key`; `why` completes the sentence "key is value: ..."."""
         name = self.path + key
-        state = f"{name} is {json.dumps(self.data[key], default=str)}" if key in self.data else f"{name} is missing"
+        state = f"{name} is {_shown(self.data[key])}" if key in self.data else f"{name} is missing"
         raise CheckpointError(f"{self.source}: {state}: {why}", param=name)
 
     def has(self, key: str) -> bool:
@@ -35,17 +41,17 @@ class ConfigReader:
             self.refuse(key, f"it must be {right}")
         return default
 
-    def integer(self, key: str, default: int = _REQUIRED, *, low: int = 1) -> int:
-        right = f"an integer of at least {low}"
+    def integer(self, key: str, default: int = _REQUIRED, *, low: int = 1, high: int = MAX_SIZE) -> int:
+        right = f"an integer from {low} to {high}"
         value = self._get(key, default, right)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             self.refuse(key, f"it must be {right}")
         return value
 
-    def number(self, key: str, default: float = _REQUIRED) -> float:
-        right = "a number above 0"
+    def number(self, key: str, default: float = _REQUIRED, *, low: float = LEAST) -> float:
+        right = f"a number from {low:g} to {MOST:g}"
         value = self._get(key, default, right)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= MOST:
             self.refuse(key, f"it must be {right}")
         return float(value)
 
@@ -61,6 +67,13 @@ class ConfigReader:
         if value not in allowed:
             self.refuse(key, right)
         return str(value)
+
+    def integers(self, key: str) -> list[int]:
+        """A list of them; empty where the key is missing or null."""
+        value = self._get(key, [], "")
+        if not isinstance(value, list) or any(type(i) is not int for i in value):
+            self.refuse(key, "it must be a list of integers")
+        return value
 
     def section(self, key: str) -> ConfigReader | None:
         if not self.has(key):
@@ -78,12 +91,22 @@ class ConfigReader:
         return ids
 
 
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
 def read_json(path: Path) -> ConfigReader:
     """Read a JSON object from `path`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint folder must hold one", param="model") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: cannot be read as JSON: it is nested too deeply", param="model") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}", param="model") from None
     if not isinstance(data, dict):

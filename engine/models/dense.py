@@ -1,6 +1,7 @@
-"""Llama, Mistral, Qwen2 and Qwen3: grouped-query attention and a gated MLP.
+"""Llama, Mistral, Qwen2, Qwen3 and SmolLM3: grouped-query attention and a gated MLP.
 
-What sets them apart are three switches of the spec: biases on q, k, v (Qwen2), a bias on o, norms on q and k (Qwen3).
+What sets them apart are four switches of the spec: biases on q, k, v (Qwen2), a bias on o, norms on q and k (Qwen3),
+layers without rotary embedding (SmolLM3).
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Weights
 from engine.layers.mlp import GatedMlp
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import rotate
 from engine.models.base import Attention, DecoderModel, Mlp, Step
 from engine.models.spec import ModelSpec
 
 
 class GqaAttention(nn.Module):
-    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, *, rotary: bool = True, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.rotary = rotary
         self.dtype = dtype
         self.head_dim = spec.head_dim
         self.scale = spec.head_dim**-0.5
@@ -33,15 +34,20 @@ class GqaAttention(nn.Module):
         heads: torch.Tensor = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
         kv_heads = pools["k"].shape[2]
         q_heads = heads.shape[1] - 2 * kv_heads
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rotate(self.q_norm(heads[:, :q_heads]), step.cos, step.sin)
-            k = rotate(self.k_norm(heads[:, q_heads:-kv_heads]), step.cos, step.sin)
-        else:
-            both = rotate(heads[:, :-kv_heads], step.cos, step.sin)
-            q, k = both[:, :q_heads], both[:, q_heads:]
+        q, k = self._positioned(heads, q_heads, kv_heads, step)
         out = step.attention.attend(q, k, heads[:, -kv_heads:], pools, scale=self.scale)
         projected: torch.Tensor = self.o_proj(out.flatten(1))
         return projected
+
+    def _positioned(self, heads: torch.Tensor, q_heads: int, kv_heads: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """The q and the k heads, normed and turned as the family has it."""
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        if not self.rotary:
+            q, k = heads[:, :q_heads], heads[:, q_heads:-kv_heads]
+            return (q, k) if norms is None else (norms[0](q), norms[1](k))
+        weights = None if norms is None else (norms[0].weight, norms[1].weight)
+        eps = 0.0 if norms is None else norms[0].eps
+        return step.ops.norm_rotate(heads, step.cos, step.sin, q_heads=q_heads, kv_heads=kv_heads, weights=weights, eps=eps)
 
     def weights(self, prefix: str) -> Weights:
         out = self.qkv_proj.weights(
@@ -59,7 +65,8 @@ class GqaAttention(nn.Module):
 
 class DenseModel(DecoderModel):
     def make_attention(self, index: int) -> Attention:
-        return GqaAttention(self.spec, dtype=self.dtype, device=self.device)
+        rotary = index not in self.spec.nope_layers
+        return GqaAttention(self.spec, rotary=rotary, dtype=self.dtype, device=self.device)
 
     def make_mlp(self, index: int) -> Mlp:
         return GatedMlp(self.spec.hidden_size, self.spec.intermediate_size, dtype=self.dtype, device=self.device)

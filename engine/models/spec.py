@@ -19,15 +19,25 @@ from engine.models.config_reader import ConfigReader, read_json
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "DeepseekV2ForCausalLM",
-    "DeepseekV3ForCausalLM",
-)
+# Several times the largest model there is; sizes without a line here have ConfigReader's own limit.
+MAX_LAYERS = 1 << 10
+MAX_HEADS = 1 << 12
+MAX_EXPERTS = 1 << 14
+MAX_VOCAB = 1 << 24
+MAX_LEN = 1 << 25
+MIN_THETA = 1.5  # below: the frequencies' base, whose logarithm YaRN divides by
+
+Family = Literal["dense", "qwen3_moe", "deepseek"]
+ARCHITECTURES: dict[str, Family] = {  # family: the file in this folder that computes it
+    "LlamaForCausalLM": "dense",
+    "MistralForCausalLM": "dense",
+    "Qwen2ForCausalLM": "dense",
+    "Qwen3ForCausalLM": "dense",
+    "SmolLM3ForCausalLM": "dense",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
+}
 
 
 class MlaSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +82,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    nope_layers: tuple[int, ...] = ()  # layers without rotary embedding
     mla: MlaSpec | None = None
     moe: MoeSpec | None = None
     fp8: Fp8Spec | None = None
@@ -105,20 +116,26 @@ def _parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
     architecture = _architecture(c)
     _refuse_unsupported(c, architecture)
     mla_family = architecture.startswith("Deepseek")
-    heads = c.integer("num_attention_heads")
-    kv_heads = heads if mla_family else c.integer("num_key_value_heads", heads)
+    heads = c.integer("num_attention_heads", high=MAX_HEADS)
+    kv_heads = heads if mla_family else c.integer("num_key_value_heads", heads, high=MAX_HEADS)
     if heads % kv_heads:
         c.refuse("num_key_value_heads", f"it must divide num_attention_heads ({heads})")
     head_dim = _mla_head_dim(c) if mla_family else _head_dim(c, architecture, heads)
-    rope = _rope(c, c.integer("qk_rope_head_dim") if mla_family else head_dim, interleaved=_interleaved(c, architecture))
-    qwen2, attention_bias = architecture == "Qwen2ForCausalLM", c.flag("attention_bias", False)
-    vocab_size = c.integer("vocab_size")
+    qwen2, smollm3 = architecture == "Qwen2ForCausalLM", architecture == "SmolLM3ForCausalLM"
+    rope = _rope(
+        c,
+        c.integer("qk_rope_head_dim") if mla_family else head_dim,
+        interleaved=_interleaved(c, architecture),
+        default_theta=2e6 if smollm3 else 1e4,
+    )
+    attention_bias = c.flag("attention_bias", False)
+    vocab_size = c.integer("vocab_size", high=MAX_VOCAB)
     return ModelSpec(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=c.integer("hidden_size"),
         intermediate_size=c.integer("intermediate_size"),
-        num_layers=c.integer("num_hidden_layers"),
+        num_layers=_num_layers(c),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -127,10 +144,11 @@ def _parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
         dtype=_dtype(c),
         eos_token_ids=_eos(c, generation, vocab_size),
         rope=rope,
-        tie_embeddings=c.flag("tie_word_embeddings", False),
+        tie_embeddings=c.flag("tie_word_embeddings", smollm3),  # files leave out what is the family's default
         qkv_bias=qwen2 or attention_bias,
         o_bias=attention_bias,
         qk_norm=architecture.startswith("Qwen3"),
+        nope_layers=_nope_layers(c) if smollm3 else (),
         mla=_mla(c, rope) if mla_family else None,
         moe=_moe(c, architecture),
         fp8=_fp8(c),
@@ -140,7 +158,7 @@ def _parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
 
 def _architecture(c: ConfigReader) -> str:
     names = c.data.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    if names not in [[name] for name in ARCHITECTURES]:
         c.refuse("architectures", f"it must be a list of one of: {', '.join(ARCHITECTURES)}")
     return str(names[0])
 
@@ -155,14 +173,27 @@ def _refuse_unsupported(c: ConfigReader, architecture: str) -> None:
         c.refuse("attention_bias", "Qwen2 has biases on q, k and v in any case, and none on o")
     if c.data.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         c.refuse("partial_rotary_factor", "rotary embedding over a part of each head is not supported")
-    if any(kind != "full_attention" for kind in c.data.get("layer_types") or ()):
+    kinds = c.data.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         c.refuse("layer_types", "only full_attention layers are supported")
     if architecture == "MistralForCausalLM":
         window = c.data.get("sliding_window", 4096)  # the family's default where the key is absent
-        if window is not None and window < c.integer("max_position_embeddings"):
+        if window is not None and (type(window) is not int or window < _positions(c)):
             c.refuse("sliding_window", "sliding-window attention is not supported; null or max_position_embeddings is")
-    elif architecture.startswith("Qwen") and c.flag("use_sliding_window", False) and c.has("sliding_window"):
+    elif architecture.startswith(("Qwen", "SmolLM3")) and c.flag("use_sliding_window", False) and c.has("sliding_window"):
         c.refuse("use_sliding_window", "sliding-window attention is not supported; it must be false")
+
+
+def _nope_layers(c: ConfigReader) -> tuple[int, ...]:
+    """`no_rope_layers` has, whatever its name says, a 1 for each layer with rotary embedding and a 0 for each without.
+
+    Where it is missing, each `no_rope_layer_interval`-th layer is without.
+    """
+    count, interval = _num_layers(c), c.integer("no_rope_layer_interval", 4)
+    has_rope = c.integers("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    if len(has_rope) < count or not set(has_rope) <= {0, 1}:
+        c.refuse("no_rope_layers", f"it must be a list of 0 or 1 for each of the {count} layers")
+    return tuple(i for i in range(count) if not has_rope[i])
 
 
 def _head_dim(c: ConfigReader, architecture: str, heads: int) -> int:
@@ -184,7 +215,7 @@ def _interleaved(c: ConfigReader, architecture: str) -> bool:
     return architecture == "DeepseekV2ForCausalLM"
 
 
-def _rope(c: ConfigReader, dim: int, *, interleaved: bool) -> RopeSpec:
+def _rope(c: ConfigReader, dim: int, *, interleaved: bool, default_theta: float) -> RopeSpec:
     if dim % 2:
         c.refuse("qk_rope_head_dim" if c.has("qk_rope_head_dim") else "head_dim", "rotary embedding needs an even number")
     r = c.section("rope_scaling") or c.section("rope_parameters") or ConfigReader({}, c.source, "rope_parameters.")
@@ -192,14 +223,14 @@ def _rope(c: ConfigReader, dim: int, *, interleaved: bool) -> RopeSpec:
         c.refuse(r.path.rstrip("."), "rotary embeddings that differ between layers are not supported")
     if r.data.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         r.refuse("partial_rotary_factor", "rotary embedding over a part of each head is not supported")
-    theta = r.number("rope_theta") if r.has("rope_theta") else c.number("rope_theta", 10000.0)
+    theta = (r if r.has("rope_theta") else c).number("rope_theta", default_theta, low=MIN_THETA)
     kind = r.choice("rope_type" if r.has("rope_type") else "type", ("default", "linear", "llama3", "yarn"), "default")
     plain = RopeSpec(theta=theta, dim=dim, interleaved=interleaved)
     if kind == "default":
         return plain
     if kind == "linear":
         return msgspec.structs.replace(plain, scaling="linear", factor=r.number("factor"))
-    original = r.integer("original_max_position_embeddings", c.integer("max_position_embeddings"))
+    original = r.integer("original_max_position_embeddings", _positions(c), high=MAX_LEN)
     if kind == "yarn":
         return _yarn(c, r, plain, original)
     low, high = r.number("low_freq_factor"), r.number("high_freq_factor")
@@ -211,7 +242,9 @@ def _rope(c: ConfigReader, dim: int, *, interleaved: bool) -> RopeSpec:
 
 
 def _yarn(c: ConfigReader, r: ConfigReader, plain: RopeSpec, original: int) -> RopeSpec:
-    factor = r.number("factor", c.integer("max_position_embeddings") / original)
+    factor = r.number("factor", _positions(c) / original)
+    if original * factor > MAX_LEN:
+        r.refuse("factor", f"times {original} positions it must be at most {MAX_LEN}")
     if r.has("attention_factor"):
         magnitude = r.number("attention_factor")
     elif r.data.get("mscale") and r.data.get("mscale_all_dim"):
@@ -235,8 +268,16 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def _num_layers(c: ConfigReader) -> int:
+    return c.integer("num_hidden_layers", high=MAX_LAYERS)
+
+
+def _positions(c: ConfigReader) -> int:
+    return c.integer("max_position_embeddings", high=MAX_LEN)
+
+
 def _max_model_len(c: ConfigReader, rope: RopeSpec) -> int:
-    length = c.integer("max_position_embeddings")
+    length = _positions(c)
     # Some checkpoints turn YaRN on beside the length they were trained for.
     return max(length, int(rope.original_max_len * rope.factor)) if rope.scaling == "yarn" else length
 
@@ -273,7 +314,7 @@ def _mla(c: ConfigReader, rope: RopeSpec) -> MlaSpec:
 def _mtp_layers(c: ConfigReader, architecture: str) -> int:
     if architecture != "DeepseekV3ForCausalLM":
         return 0
-    return c.integer("num_mtp_layers" if c.has("num_mtp_layers") else "num_nextn_predict_layers", 1, low=0)
+    return c.integer("num_mtp_layers" if c.has("num_mtp_layers") else "num_nextn_predict_layers", 1, low=0, high=MAX_LAYERS)
 
 
 def _moe(c: ConfigReader, architecture: str) -> MoeSpec | None:
@@ -286,12 +327,14 @@ def _moe(c: ConfigReader, architecture: str) -> MoeSpec | None:
 
 def _qwen3_moe(c: ConfigReader) -> MoeSpec:
     count = "num_experts" if c.has("num_experts") else "num_local_experts"
-    step, dense = c.integer("decoder_sparse_step", 1), c.data.get("mlp_only_layers") or []
+    step, dense = c.integer("decoder_sparse_step", 1), c.integers("mlp_only_layers")
     routing = RoutingSpec(
-        num_experts=c.integer(count), top_k=c.integer("num_experts_per_tok"), normalize=c.flag("norm_topk_prob", False)
+        num_experts=c.integer(count, high=MAX_EXPERTS),
+        top_k=c.integer("num_experts_per_tok"),
+        normalize=c.flag("norm_topk_prob", False),
     )
     _check_top_k(c, routing)
-    layers = tuple(i for i in range(c.integer("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
+    layers = tuple(i for i in range(_num_layers(c)) if i not in dense and (i + 1) % step == 0)
     return MoeSpec(routing=routing, intermediate_size=c.integer("moe_intermediate_size"), shared_size=0, layers=layers)
 
 
@@ -306,11 +349,11 @@ def _deepseek_moe(c: ConfigReader, architecture: str) -> MoeSpec:
         c.integer("first_k_dense_replace", 0, low=0),
         c.integer("moe_layer_freq", 1),
     )
-    layers = tuple(i for i in range(c.integer("num_hidden_layers")) if i >= first and i % step == 0)
+    layers = tuple(i for i in range(_num_layers(c)) if i >= first and i % step == 0)
     return MoeSpec(
         routing=_deepseek_routing(c, v3=v3, normalize=normalize),
         intermediate_size=size,
-        shared_size=size * c.integer("n_shared_experts", 0, low=0),
+        shared_size=size * c.integer("n_shared_experts", 0, low=0, high=MAX_EXPERTS),
         layers=layers,
     )
 
@@ -320,7 +363,7 @@ def _deepseek_routing(c: ConfigReader, *, v3: bool, normalize: bool) -> RoutingS
     method = c.choice("topk_method", allowed, allowed[0])
     grouped = method != "greedy"
     routing = RoutingSpec(
-        num_experts=c.integer("n_routed_experts"),
+        num_experts=c.integer("n_routed_experts", high=MAX_EXPERTS),
         top_k=c.integer("num_experts_per_tok"),
         method=method,  # type: ignore[arg-type]
         n_group=c.integer("n_group") if grouped else 1,

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("qwen3_moe", MOE),
     "qwen3-moe-normalized": ("qwen3_moe", MOE | {"norm_topk_prob": True}),
     "qwen3-moe-some-dense": ("qwen3_moe", MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "smollm3": ("smollm3", DENSE | {"no_rope_layers": [1, 0, 1], "pad_token_id": None, "bos_token_id": None}),
     "deepseek-v2-greedy": ("deepseek_v2", MLA),
     "deepseek-v2-grouped": (
         "deepseek_v2",

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from engine.layers.kinds import RopeSpec, RoutingSpec
 from engine.layers.linear import linear
 from engine.layers.moe import route, run_experts
+from engine.layers.ops import PlainOps
 from engine.layers.rotary import Rotary, deinterleave, rotate
 from engine.quant import fp8
 
@@ -51,7 +52,7 @@ def test_experts_get_their_tokens_and_no_others():
         for w, e in zip(weights[t], ids[t], strict=True):
             gate, up = (gate_up[e] @ x[t]).chunk(2)
             wanted[t] += w * (down[e] @ (F.silu(gate) * up))
-    torch.testing.assert_close(run_experts(x, (weights, ids), gate_up, down), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run_experts(x, (weights, ids), gate_up, down, PlainOps()), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_bias_decides_who_is_chosen_but_not_the_weight():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
 from engine.errors import CheckpointError
-from engine.models.spec import ModelSpec
+from engine.layers.rotary import inverse_frequencies
+from engine.models.spec import ARCHITECTURES, ModelSpec
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -26,6 +28,7 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 9}
 QWEN3_MOE = QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "num_experts": 8,
@@ -112,6 +115,16 @@ def test_routing():
     assert v3.moe.shared_size == 64
 
 
+def test_smollm3_has_layers_without_rotary_embedding_and_defaults_of_its_own():
+    spec = ModelSpec.from_hf(SMOLLM3)
+    assert spec.nope_layers == (3, 7)
+    assert spec.rope.theta == 2e6
+    assert spec.tie_embeddings  # the published checkpoints do not say so
+    changed = ModelSpec.from_hf(SMOLLM3 | {"no_rope_layers": [0, *[1] * 8], "rope_theta": 5e6, "tie_word_embeddings": False})
+    assert (changed.nope_layers, changed.rope.theta, changed.tie_embeddings) == ((0,), 5e6, False)
+    assert ModelSpec.from_hf(LLAMA).nope_layers == ()
+
+
 def test_fp8_blocks():
     spec = ModelSpec.from_hf(V3 | {"quantization_config": FP8})
     assert spec.fp8 is not None
@@ -141,6 +154,14 @@ def test_missing_key_is_named(config, key):
         (LLAMA, "hidden_size", "64"),
         (LLAMA, "hidden_size", 0),
         (LLAMA, "num_hidden_layers", True),
+        (LLAMA, "num_hidden_layers", 10**9),
+        (LLAMA, "vocab_size", 10**12),
+        (LLAMA, "intermediate_size", 10**6),
+        (LLAMA, "max_position_embeddings", 10**12),
+        (LLAMA, "rms_norm_eps", 10**400),
+        (LLAMA, "layer_types", 3),
+        (LLAMA, "rope_theta", 1),
+        (LLAMA, "rope_scaling", {"type": "yarn", "factor": 1e14}),
         (LLAMA, "num_attention_heads", 5),
         (LLAMA, "num_key_value_heads", 3),
         (LLAMA, "rms_norm_eps", -1.0),
@@ -165,6 +186,10 @@ def test_missing_key_is_named(config, key):
         (MISTRAL, "sliding_window", 128),
         (QWEN2, "attention_bias", True),
         (QWEN2, "use_sliding_window", True),
+        (SMOLLM3, "use_sliding_window", True),
+        (SMOLLM3, "no_rope_layers", [1] * 8),
+        (SMOLLM3, "no_rope_layers", [2] * 9),
+        (SMOLLM3, "no_rope_layers", 1),
         (QWEN3_MOE, "num_experts_per_tok", 9),
         (V2, "attention_bias", True),
         (V2, "norm_topk_prob", True),
@@ -193,12 +218,79 @@ def test_a_window_that_is_off_or_never_reached_is_fine():
     assert ModelSpec.from_hf(QWEN2 | {"use_sliding_window": False, "sliding_window": 64}).qkv_bias
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", NESTED, "[" * 100_000], ids=["absent", "cut", "list", "nested", "lists"])
 def test_unreadable_file_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         ModelSpec.from_folder(tmp_path)
+
+
+def test_unreadable_generation_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text(NESTED)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read as JSON: it is nested too deeply"):
+        ModelSpec.from_folder(tmp_path)
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**9,
+    10**400,
+    1.5,
+    1e-320,
+    1e300,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    [],
+    [[]],
+    [{}],
+    ["x"],
+    {},
+    {"a": 1},
+]
+ROPE = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 64}
+ROPE |= {"beta_fast": 32, "beta_slow": 1, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "attention_factor": 1.0}
+FAMILIES = {c["architectures"][0]: c for c in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, QWEN3_MOE, V2, V3)}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whatever_a_key_holds_the_answer_is_a_spec_or_a_refusal(name):
+    config = FAMILIES.get(name, LLAMA) | {
+        "architectures": [name],
+        "sliding_window": 4096,
+        "mlp_only_layers": [0],
+        "no_rope_layers": [1] * 9,
+        "layer_types": [],
+    }
+    config |= {"rope_theta": 1e4, "eos_token_id": 2, "quantization_config": FP8, "decoder_sparse_step": 1, "head_dim": 16}
+    changed = [config | {key: value} for key in config for value in ODD]
+    changed += [
+        config | {"rope_scaling": ROPE | {"type": kind, key: value}}
+        for kind in ("yarn", "llama3")
+        for key in ROPE
+        for value in ODD
+    ]
+    messages = []
+    for each in changed:
+        try:
+            spec = ModelSpec.from_hf(each)
+        except CheckpointError as error:
+            messages.append(error.message)
+        else:
+            assert inverse_frequencies(spec.rope).isfinite().all()
+    assert len(messages) > len(changed) / 4
+    assert max(map(len, messages)) < 500
 
 
 def test_folder_that_is_not_there(tmp_path):
