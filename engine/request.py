@@ -16,10 +16,11 @@ from engine.errors import InvalidRequest
 
 
 class Bound(NamedTuple):
-    """Closed range of a number; the API schemas are made from the same table."""
+    """Closed range of a number, and what the API says of it: the request schemas are made from this table."""
 
     low: float
     high: float
+    about: str = ""
 
 
 SEED_MAX = 2**63 - 1
@@ -27,17 +28,17 @@ MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
 BOUNDS: dict[str, Bound] = {
     "max_tokens": Bound(1, 2**31 - 1),
-    "min_tokens": Bound(0, 2**31 - 1),
-    "temperature": Bound(0.0, 100.0),
-    "top_p": Bound(0.0, 1.0),
-    "top_k": Bound(0, 2**31 - 1),
-    "min_p": Bound(0.0, 1.0),
-    "presence_penalty": Bound(-2.0, 2.0),
-    "frequency_penalty": Bound(-2.0, 2.0),
-    "repetition_penalty": Bound(0.01, 100.0),
-    "seed": Bound(0, SEED_MAX),
+    "min_tokens": Bound(0, 2**31 - 1, "No end before this many tokens."),
+    "temperature": Bound(0.0, 100.0, "0 takes the likeliest token each time."),
+    "top_p": Bound(0.0, 1.0, "Sample from the likeliest tokens that make up this probability."),
+    "top_k": Bound(0, 2**31 - 1, "Sample from this many likeliest tokens; 0 for all."),
+    "min_p": Bound(0.0, 1.0, "Drop tokens below this share of the likeliest one's probability."),
+    "presence_penalty": Bound(-2.0, 2.0, "Against tokens already generated."),
+    "frequency_penalty": Bound(-2.0, 2.0, "The same, times how often."),
+    "repetition_penalty": Bound(0.01, 100.0, "Over prompt and output; 1 for none."),
+    "seed": Bound(0, SEED_MAX, "The same seed and request give the same tokens."),
     "logprobs": Bound(0, 20),
-    "prompt_logprobs": Bound(0, 20),
+    "prompt_logprobs": Bound(0, 20, "Alternatives to report at each prompt token, once a prompt."),
     "logit_bias": Bound(-100.0, 100.0),
     "priority": Bound(-1000, 1000),
 }

@@ -15,18 +15,22 @@ from typing import NamedTuple
 
 import torch
 
+COLDEST = 1e-30  # what a lower temperature is taken for: float32 ends at 1e-45, and GPUs flush to 0 from 1e-38 down
 _CHUNK = 128  # tokens summed before the float64 scan: the scan is then short, and most of the work one plain sum
 _PARTIAL_SORT = 1024  # where every row's top_k is at most this, only so many logits are sorted
 
 
 class Choice(NamedTuple):
-    """How each row chooses; all [N] float64, on the logits' device."""
+    """How each row chooses; all [N] float64, on the logits' device. All but `uniform` are named as in SamplingParams."""
 
     uniform: torch.Tensor
-    temperature: torch.Tensor  # > 0
+    temperature: torch.Tensor  # at least COLDEST
     top_k: torch.Tensor  # the vocabulary's size where there is no limit
     top_p: torch.Tensor
     min_p: torch.Tensor
+
+
+COLUMNS = Choice._fields[1:]  # what the sampler keeps of each row; a field added to Choice is kept by that alone
 
 
 def choose(logits: torch.Tensor, choice: Choice, sorted_rows: torch.Tensor | None, max_top_k: int) -> torch.Tensor:

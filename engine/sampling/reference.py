@@ -44,7 +44,8 @@ def adjust(
 
 def probabilities(logits: Logits, params: SamplingParams) -> Logits:
     """The distribution that is drawn from, in vocabulary order; filtered tokens have 0."""
-    scaled = (logits - logits.max()) / params.temperature
+    with np.errstate(over="ignore"):  # near temperature 0 all but the largest become -inf, which is the limit
+        scaled = (logits - logits.max()) / params.temperature
     ranked = sorted(scaled.tolist(), reverse=True)
     if params.top_k:
         ranked = ranked[: params.top_k]

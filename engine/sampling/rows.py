@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from engine.plan import AdmittedRow
+from engine.sampling.choose import COLDEST, COLUMNS
 
 Ints = npt.NDArray[np.int64]
 Upload = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
@@ -24,10 +25,7 @@ _RECORD = np.dtype(
         ("seed", np.uint64),
         ("num_prompt", np.int64),
         ("min_tokens", np.int64),
-        ("temperature", np.float64),
-        ("top_k", np.float64),  # the vocabulary's size where there is no limit
-        ("top_p", np.float64),
-        ("min_p", np.float64),
+        *((name, np.float64) for name in COLUMNS),
         ("repetition", np.float64),
         ("presence", np.float64),
         ("frequency", np.float64),
@@ -59,15 +57,14 @@ class RowParams:
 
     def admit(self, admitted: AdmittedRow) -> None:
         p, row = admitted.params, admitted.row
-        top_k = min(p.top_k, self._vocab_size) if p.top_k else self._vocab_size
+        columns = {name: getattr(p, name) for name in COLUMNS}
+        columns["top_k"] = min(p.top_k, self._vocab_size) if p.top_k else self._vocab_size
+        columns["temperature"] = max(p.temperature, COLDEST) if p.temperature else 0.0
         self.table[row] = (
             admitted.seed,
             admitted.num_prompt,
             p.min_tokens,
-            p.temperature,
-            top_k,
-            p.top_p,
-            p.min_p,
+            *columns.values(),
             p.repetition_penalty,
             p.presence_penalty,
             p.frequency_penalty,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from engine.plan import AdmittedRow
-from engine.sampling.choose import Choice, choose
+from engine.sampling.choose import COLUMNS, Choice, choose
 from engine.sampling.logprobs import LogprobTensors, log_probabilities
 from engine.sampling.rows import Ints, RowParams, TokenCounts, Upload
 from engine.sampling.uniform import uniforms
@@ -103,7 +103,7 @@ class Sampler:
         if not drawn.size:
             return logits.argmax(-1)
         some, r = logits, records[drawn]
-        columns = [r["temperature"], r["top_k"], r["top_p"], r["min_p"]]
+        columns = [r[name] for name in COLUMNS]
         sorting = np.flatnonzero((r["top_k"] < self._vocab_size) | (r["top_p"] < 1.0))
         uniform = uniforms(r["seed"], ends[drawn])
         index, sorted_rows, *choice = self._upload([drawn, sorting, uniform, *(np.ascontiguousarray(c) for c in columns)])

@@ -48,14 +48,28 @@ class _Stored:
 
 def load(model: DecoderModel, folder: str | Path) -> None:
     """Fill `model` from the checkpoint in `folder`; raises CheckpointError, naming tensor and file."""
-    folder, weights, block = Path(folder), model.weights(), model.spec.fp8
+    weights, block = model.weights(), model.spec.fp8
     with ExitStack() as stack:
-        stored = _open(folder, stack)
-        scales = _take_scales(stored, weights, block)
-        _check(folder, stored, weights, scales)
+        stored, scales = _open_checked(Path(folder), weights, block, stack)
         with torch.no_grad():
             for name, target in weights.targets.items():
                 _copy(stored[name], scales.get(name), target, block)
+
+
+def verify(model: DecoderModel, folder: str | Path) -> None:
+    """Raise what `load` would for names, shapes, types and files that are cut short; reads headers only."""
+    with ExitStack() as stack:
+        _open_checked(Path(folder), model.weights(), model.spec.fp8, stack)
+
+
+def _open_checked(
+    folder: Path, weights: WeightMap, block: Fp8Spec | None, stack: ExitStack
+) -> tuple[dict[str, _Stored], dict[str, _Stored]]:
+    """The tensors by name, and the scales by the name of their weight."""
+    stored = _open(folder, stack)
+    scales = _take_scales(stored, weights, block)
+    _check(folder, stored, weights, scales)
+    return stored, scales
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, _Stored]:

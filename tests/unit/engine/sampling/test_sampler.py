@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.plan import AdmittedRow
-from engine.request import SamplingParams
+from engine.request import BOUNDS, SamplingParams
 from engine.sampling import reference
-from engine.sampling.choose import inverse_cdf
+from engine.sampling.choose import COLUMNS, inverse_cdf
 from engine.sampling.sampler import Sampler
 from engine.sampling.uniform import uniforms
 
@@ -45,10 +45,14 @@ def run(fast, rows, logits):
     return fast.sample(logits.clone(), numbers, np.array([len(r.tokens) for r in rows], np.int64))
 
 
+NEW = {
+    name: st.one_of(st.just(0.0), st.floats(*BOUNDS[name][:2]))
+    for name in set(COLUMNS) - {"temperature", "top_k", "top_p", "min_p"}  # those have their own values below
+}
 params = st.builds(
     SamplingParams,
     max_tokens=st.just(100),
-    temperature=st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.5, 100.0]),
+    temperature=st.sampled_from([0.0, 5e-324, 1e-46, 1e-30, 1e-6, 0.3, 1.0, 2.5, 100.0]),
     top_k=st.sampled_from([0, 1, 2, 10, VOCAB, 10**6]),
     top_p=st.sampled_from([0.0, 0.05, 0.4, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
@@ -60,6 +64,7 @@ params = st.builds(
     min_tokens=st.sampled_from([0, 3, 60]),
     ignore_eos=st.booleans(),
     logprobs=st.sampled_from([None, 0, 1, 20]),
+    **NEW,
 )
 
 
@@ -131,6 +136,21 @@ def test_draws_follow_the_distribution(options):
     chi2 = ((seen - expected)[live] ** 2 / expected[live]).sum()
     free = max(int(live.sum()) - 1, 1)
     assert chi2 < free * (1 - 2 / (9 * free) + 3.72 * math.sqrt(2 / (9 * free))) ** 3
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-30, 1e-38, 1e-45, 1e-46, 1e-200, 2.3e-308, 5e-324])
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}, {"logit_bias": {9: -100.0}}], ids=str)
+def test_a_temperature_near_zero_takes_the_largest_and_draws_among_equals(temperature, options):
+    p = SamplingParams(max_tokens=99, temperature=temperature, **options)
+    fast = sampler(1)
+    fast.admit(AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=7))
+    logits = logits_for(1, np.random.default_rng(0))
+    logits[0, [40, 120]] = logits.amax() + 2e-6
+    rows, ends = np.zeros(200, np.int64), np.arange(1, 201)
+    tokens = fast.sample(logits.repeat(200, 1), rows, ends).tokens.tolist()
+    assert set(tokens) == {40, 120}
+    wide = logits[0].numpy().astype(np.float64)
+    assert tokens == [reference.draw(reference.probabilities(wide, p), reference.uniform(7, end)) for end in ends.tolist()]
 
 
 def test_penalties_follow_the_tokens_sampled_since():

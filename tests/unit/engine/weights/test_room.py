@@ -1,0 +1,71 @@
+"""Weights that cannot fit are refused before anything is allocated, and what fits is let through."""
+
+import json
+
+import pytest
+import torch
+
+from engine import LLM
+from engine.errors import CheckpointError
+from engine.models import registry
+from engine.models.spec import ModelSpec
+from engine.weights import room
+from tests.unit.engine.models.test_spec import LLAMA, QWEN3_MOE, SMOLLM3, V3
+
+CPU = torch.device("cpu")
+MEMINFO = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  400 kB\nSwapFree:  100 kB\nHugePages_Total:  0\n"
+
+
+@pytest.mark.parametrize("config", [LLAMA, SMOLLM3, QWEN3_MOE, V3], ids=lambda c: c["architectures"][0])
+def test_what_is_counted_is_what_is_allocated(config):
+    spec = ModelSpec.from_hf(config)
+    model = registry.build(spec, dtype=torch.bfloat16, device=CPU)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert room.weight_bytes(spec, torch.bfloat16) == sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "limit", "found"),
+    [
+        (MEMINFO, "", 500 * 1024),
+        (MEMINFO, "max\n", 500 * 1024),
+        (MEMINFO, "1000\n", 1000),
+        (MEMINFO, "99999999\n", 500 * 1024),
+        ("", "1000\n", None),
+    ],
+)
+def test_free_memory_of_the_host(meminfo, limit, found):
+    assert room.host_bytes(meminfo, limit) == found
+
+
+def test_it_fits_to_the_byte_and_not_beyond(monkeypatch):
+    spec = ModelSpec.from_hf(LLAMA)
+    need = room.weight_bytes(spec, torch.float32)
+    monkeypatch.setattr(room, "free_bytes", lambda device: need)
+    room.check(spec, dtype=torch.float32, device=CPU)
+    monkeypatch.setattr(room, "free_bytes", lambda device: need - 1)
+    with pytest.raises(CheckpointError, match=r"need \d+\.\d GiB as float32, and cpu has \d+\.\d GiB free"):
+        room.check(spec, dtype=torch.float32, device=CPU)
+    room.check(spec, dtype=torch.bfloat16, device=CPU)
+    monkeypatch.setattr(room, "free_bytes", lambda device: None)
+    room.check(spec, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"vocab_size": 1 << 24, "hidden_size": 1 << 18}, {"num_hidden_layers": 1 << 10, "intermediate_size": 1 << 18}],
+    ids=["wide", "deep"],
+)
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_an_engine_of_a_model_that_no_machine_holds_is_refused(tmp_path, load_format, changes):
+    wide = {"hidden_size": 1 << 14, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | wide | changes))
+    with pytest.raises(CheckpointError, match="weights need"):
+        LLM(tmp_path, device="cpu", load_format=load_format)
+
+
+def test_what_torch_holds_back_on_cuda_is_free_too(monkeypatch):
+    figures = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
+    assert room.free_bytes(torch.device("cuda")) == 130
