@@ -43,7 +43,7 @@ def build_app(settings: Settings, service: GenerateService, metrics: Metrics) ->
     app.add_exception_handler(TidegateError, _on_our_error)
     app.add_exception_handler(HTTPException, _on_no_route)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _on_bug)
-    document: dict[str, Any] = openapi_document(app)
+    document: dict[str, Any] = openapi_document(app, [module.router for module in ROUTERS])
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
 

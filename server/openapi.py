@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
-from server.schemas.generate import GenerateRequest
-from server.schemas.openai import ChatRequest, CompletionRequest
-from server.schemas.service import DetokenizeRequest, TokenizeRequest
-
-REQUESTS: tuple[type[BaseModel], ...] = (GenerateRequest, CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+from server.routes.api import Takes
 
 
-def openapi_document(app: FastAPI) -> dict[str, Any]:
+def openapi_document(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
+    """Of `app`, which includes `routers`: asked for by themselves, as how an application keeps them is FastAPI's own affair."""
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-    _, schemas = models_json_schema([(model, "validation") for model in REQUESTS], ref_template="#/components/schemas/{model}")
+    extras = [route.openapi_extra for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    models = dict.fromkeys(extra.model for extra in extras if isinstance(extra, Takes))
+    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template="#/components/schemas/{model}")
     document["components"]["schemas"] |= schemas["$defs"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of error, which no route here answers with
         document["components"]["schemas"].pop(name, None)

@@ -79,7 +79,15 @@ GENERATION_ERRORS = errors(400, 404, 408, 413, 422, 429, 499, 500, 503)
 EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
-def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra=` of a route that reads its body by `server.body.read_json`; `server.openapi` adds the schema."""
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+class Takes(dict[str, Any]):
+    """`openapi_extra=` that knows the model it speaks of, so that `server.openapi` finds the schemas to add by the routes."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+        super().__init__(requestBody={"required": True, "content": {"application/json": {"schema": schema}}})
+        self.model = model
+
+
+def takes(model: type[BaseModel]) -> Takes:
+    """`openapi_extra=` of a route that reads its body by `server.body.read_json`."""
+    return Takes(model)

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import grpc
 import orjson
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from engine.errors import UnsupportedField
+from engine.errors import MalformedRequest, UnsupportedField
 from server.errors import error_body, error_headers, status_of
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 
@@ -24,26 +24,47 @@ MAX_DETAILS_BYTES = 1024  # percent-encoding makes three of each, and clients re
 
 log = logging.getLogger(__name__)
 S = TypeVar("S")
+R = TypeVar("R")
 Q = TypeVar("Q", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
-Method = Callable[[S, Q, Context], Awaitable[Any]]
+Method = Callable[[S, R, Context], Awaitable[Any]]
 
 
-def answers_errors(method: Method[S, Q]) -> Method[S, Q]:
-    """Make what the servicer's `method` raises the status of the call; refuse fields that this server does not know."""
+def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S, Q]], Method[S, bytes]]:
+    """Hand the servicer's method a `kind` read from the call's bytes, and make what it raises the status of the call.
 
-    @functools.wraps(method)
-    async def answering(self: S, request: Q, context: Context) -> Any:
-        try:
-            refuse_unknown_fields(request)
-            return await method(self, request, context)
-        except Exception as error:
-            is_bug = status_of(error).grpc == grpc.StatusCode.INTERNAL.name
-            if is_bug and not isinstance(error, grpc.aio.InternalError):  # a write to a client that is just leaving
-                log.exception("a %s call failed", method.__name__)
-            await abort(context, error)
+    The bytes are read here, since grpc's own answer to a message that is none is UNKNOWN, and a traceback in the log. With
+    `closed`, fields that this server does not know are refused.
+    """
 
-    return answering
+    def decorate(method: Method[S, Q]) -> Method[S, bytes]:
+        @functools.wraps(method)
+        async def answering(self: S, message: bytes, context: Context) -> Any:
+            try:
+                return await method(self, read(kind, message, closed=closed), context)
+            except grpc.aio.AbortError:  # the method has given its status itself
+                raise
+            except Exception as error:
+                is_bug = status_of(error).grpc == grpc.StatusCode.INTERNAL.name
+                if is_bug and not isinstance(error, grpc.aio.InternalError):  # a write to a client that is just leaving
+                    log.exception("a %s call failed", method.__name__)
+                await abort(context, error)
+
+        return answering
+
+    return decorate
+
+
+def read(kind: type[Q], message: bytes, *, closed: bool) -> Q:
+    """Raises MalformedRequest, or UnsupportedField where `closed`."""
+    try:
+        request = kind.FromString(message)
+    except DecodeError:
+        why = "it is cut short, is no protobuf, or has text that is not UTF-8"
+        raise MalformedRequest(f"the message cannot be read as a {kind.DESCRIPTOR.full_name}: {why}") from None
+    if closed:
+        refuse_unknown_fields(request)
+    return request
 
 
 async def abort(context: Context, error: Exception) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from server.rpc.errors import Context
+from server.rpc.errors import Context, answers_errors
 
 WATCH_SECONDS = 0.25
 SERVING: int = health_pb2.HealthCheckResponse.SERVING
@@ -32,12 +32,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # t
         """NOT_SERVING from here on; every Watch stream says so and ends."""
         self._draining.set()
 
+    @answers_errors(health_pb2.HealthCheckRequest, closed=False)
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         status = self._status(request.service)
         if status == SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
         return health_pb2.HealthCheckResponse(status=status)
 
+    @answers_errors(health_pb2.HealthCheckRequest, closed=False)
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         sent = None
         while True:
@@ -54,6 +56,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # t
             except TimeoutError:
                 continue
 
+    @answers_errors(health_pb2.HealthListRequest, closed=False)
     async def List(self, request: health_pb2.HealthListRequest, context: Context) -> health_pb2.HealthListResponse:
         statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in self._services}
         return health_pb2.HealthListResponse(statuses=statuses)

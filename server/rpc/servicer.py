@@ -24,7 +24,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._service = service
         self._send_timeout_s = send_timeout_s
 
-    @answers_errors
+    @answers_errors(pb.GenerateRequest)
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Writes by itself: a method that yields would be left hanging at its `yield` when the client cancels."""
         asked = translate.checked(request, GenerateRequest)
@@ -48,7 +48,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         except TimeoutError:
             raise RequestTimeout(f"the client read nothing for {self._send_timeout_s:g} seconds") from None
 
-    @answers_errors
+    @answers_errors(pb.TokenizeRequest)
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         asked = translate.checked(request, TokenizeRequest)
         tokens = await self._service.tokenize(
@@ -56,12 +56,12 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         )
         return pb.TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=self._service.max_model_len)
 
-    @answers_errors
+    @answers_errors(pb.DetokenizeRequest)
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         asked = translate.checked(request, DetokenizeRequest)
         return pb.DetokenizeResponse(prompt=await self._service.detokenize(asked.tokens, model=asked.model))
 
-    @answers_errors
+    @answers_errors(pb.ListModelsRequest)
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         models = [
             pb.Model(id=model.id, created=model.created, owned_by=model.owned_by, max_model_len=model.max_model_len)
@@ -69,6 +69,6 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         ]
         return pb.ListModelsResponse(models=models)
 
-    @answers_errors
+    @answers_errors(pb.AbortRequest)
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         return pb.AbortResponse(aborted=self._service.abort(request.id))

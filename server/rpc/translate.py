@@ -40,6 +40,7 @@ def generation_request(asked: GenerateRequest, request_id: str, time_remaining: 
     return GenerationRequest(
         request_id=request_id,
         prompt=asked.text_or_tokens,
+        client_names=asked.client_names,
         params=asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs),
         model=asked.model,
         n=asked.num_outputs,

@@ -1,6 +1,7 @@
 """What the servicer makes of a scripted service: over real connections, since statuses and cancellation are grpc's own."""
 
 import inspect
+import random
 
 import grpc
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from engine import errors
 from server.errors import STATUS
 from server.generation import Chunk
+from server.rpc.errors import DETAIL_KEY
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from tests.support.rpc import detail_of, serving, until
 from tests.unit.server.routes.scripted import ScriptedService, letters
@@ -108,6 +110,55 @@ async def test_a_field_from_the_future_is_refused():
             [r async for r in rpc.stub.Generate(newer)]
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert detail_of(caught.value).code == "unsupported_field"
+
+
+BROKEN = {
+    "not UTF-8": b"\x0a\x02\xff\xfe",
+    "cut short": b"\x0a\x7fabc",
+    "random": random.Random(1).randbytes(1000),
+    "groups without an end": b"\x0b" * 100_000,
+    "wrong wire type": b"\x0f",
+}
+
+
+def logged(caplog):
+    """By us or grpc's calls. Its poller, one a process, may mourn an earlier test's event loop on asyncio's logger."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith(("server", "grpc"))]
+
+
+@pytest.mark.parametrize("message", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(
+    "method", ["tidegate.v1.Inference/Generate", "tidegate.v1.Inference/Abort", "grpc.health.v1.Health/Check"]
+)
+async def test_a_message_that_is_none_is_the_clients_fault(caplog, method, message):
+    async with serving(ScriptedService(*letters("a"))) as rpc:
+        call = rpc.channel.unary_stream(f"/{method}")(message)  # whatever it gives: what counts is how it ends
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "cannot be read as a " in await call.details()
+        detail = dict(await call.trailing_metadata())[DETAIL_KEY]
+    assert pb.ErrorDetail.FromString(detail).code == "malformed_request"
+    assert logged(caplog) == []
+
+
+async def test_a_message_that_is_none_ends_a_call_of_reflection(caplog):
+    async with serving(ScriptedService()) as rpc:
+        info = rpc.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        call = info(iter([BROKEN["cut short"]]))
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "cannot be read as a " in await call.details()
+    assert logged(caplog) == []
+
+
+async def test_random_messages_never_look_like_bugs(caplog):
+    rng = random.Random(2)
+    codes = set()
+    async with serving(ScriptedService(*letters("a") * 200)) as rpc:
+        generate = rpc.channel.unary_stream("/tidegate.v1.Inference/Generate")
+        for _ in range(200):
+            call = generate(rng.randbytes(rng.randrange(40)))
+            codes.add(await call.code())
+    assert codes <= {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED}
+    assert logged(caplog) == []
 
 
 async def test_cancelling_closes_the_service_stream_at_once():
