@@ -2,7 +2,11 @@
 
 Output i of n runs as a request of its own: `id` itself for the first, `id-1`, `id-2`, ... for the others, which name the first in
 `fork_of` so that the engine shares its prompt's blocks. Output i samples with seed + i (mod 2^63); where the client gave no
-seed, one is drawn. So output i of a seeded call of n equals the one output of a call with seed + i.
+seed, one is drawn. So output i of a seeded call of n equals the one output of a call with seed + i. The prompt's
+log-probabilities come with the first output only.
+
+What nobody takes stays in the streams, where it can grow: the queue that brings the siblings together holds one event of each.
+A call that has left more than UNREAD_LIMIT there for a while ends with RequestTimeout.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+
+import msgspec
 
 from engine.errors import InternalError, RequestTimeout, TidegateError
 from engine.messages import Submit, check_submit
@@ -20,6 +26,9 @@ from server.metrics import RequestMeter
 from server.output import Output
 from server.text.stop import StopScanner, StopStrings
 from server.text.tokenizer import Tokenizer
+
+UNREAD_LIMIT = 1 << 17  # in `size_of`'s units: some 13 MB
+UNREAD_SECONDS = 0.25  # between looks; the second one in a row decides, since any call falls behind while the loop itself does
 
 
 class Call:
@@ -37,7 +46,9 @@ class Call:
         self._only: TokenStream | None = None  # the one stream, which then needs no queue
         self._outputs: dict[str, Output] = {}
         self._pumps: list[asyncio.Task[None]] = []
-        self._queue: asyncio.Queue[tuple[str, TokenEvent | BaseException]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[str, TokenEvent | BaseException]] = asyncio.Queue(request.n)
+        self._fell_behind = False
+        self._watch: asyncio.TimerHandle | None = None
         self._deadline: asyncio.TimerHandle | None = None
         if request.deadline_s is not None:
             self._deadline = asyncio.get_running_loop().call_later(request.deadline_s, self._pass_deadline)
@@ -62,6 +73,7 @@ class Call:
             (self._only,) = self._streams.values()
         else:
             self._pumps = [asyncio.create_task(self._pump(*item)) for item in self._streams.items()]
+        self._watch_again()
 
     async def next_event(self) -> TokenEvent | None:
         """The next event of any sibling; None for one that says nothing."""
@@ -119,8 +131,9 @@ class Call:
 
     def close(self) -> None:
         """Leave nothing behind in the engine or the loop."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._watch):
+            if timer is not None:
+                timer.cancel()
         for pump in self._pumps:
             pump.cancel()
         if self.unfinished:
@@ -134,6 +147,18 @@ class Call:
     def _pass_deadline(self) -> None:
         self.end(RequestTimeout(f"the request passed its deadline of {self.request.deadline_s:g} s", param="deadline_ms"))
 
+    def _watch_again(self) -> None:
+        self._watch = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self._check_unread)
+
+    def _check_unread(self) -> None:
+        unread = sum(stream.unread for stream in self._streams.values())
+        behind = unread > UNREAD_LIMIT // self.request.num_prompts
+        if behind and self._fell_behind:
+            self.end(RequestTimeout("the client does not read its stream: too much of it waits to be sent"))
+            return
+        self._fell_behind = behind
+        self._watch_again()
+
     def _raise_if_ended(self) -> None:
         if self.ended_by is not None:
             raise self.ended_by
@@ -141,13 +166,14 @@ class Call:
     def _submits(self, prompt: list[int]) -> list[Submit]:
         request = self.request
         given = request.params.seed
+        others = msgspec.structs.replace(request.params, prompt_logprobs=None)  # they have the first one's prompt
         seed = secrets.randbelow(SEED_MAX + 1) if given is None else given
         first = request.request_id
         return [
             Submit(
                 request_id=first if i == 0 else f"{first}-{i}",
                 prompt=prompt,
-                params=request.params,
+                params=request.params if i == 0 else others,
                 seed=(seed + i) % (SEED_MAX + 1),
                 priority=request.priority,
                 fork_of=None if i == 0 else first,
@@ -164,10 +190,10 @@ class Call:
     async def _pump(self, id: str, stream: TokenStream) -> None:
         try:
             async for event in stream:
-                self._queue.put_nowait((id, event))
-            self._queue.put_nowait((id, _ended_early(id)))  # read only where the last event did not end the output
+                await self._queue.put((id, event))
+            await self._queue.put((id, _ended_early(id)))  # read only where the last event did not end the output
         except Exception as error:  # noqa: BLE001 - raised again in the task that reads the queue
-            self._queue.put_nowait((id, error))
+            await self._queue.put((id, error))
 
 
 def _ended_early(id: str) -> InternalError:

@@ -14,6 +14,7 @@ from engine.messages import EngineMessage, WorkerMessage, decode_engine_message,
 
 log = logging.getLogger("tidegate.client")
 
+READ_SECONDS = 0.01  # at a stretch: what was read must also be sent on, however fast the engine is
 SEND_QUEUE = 65536  # messages to an engine that does not read
 
 
@@ -21,7 +22,7 @@ class Connection:
     """One DEALER socket and its monitor, read by the event loop.
 
     A ZeroMQ descriptor turns readable at edges only, and sending can swallow one: so every read goes on until the socket is
-    empty, and every send schedules a read.
+    empty, or schedules the next one, and every send schedules a read.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Connection:
 
     def _read(self) -> None:
         self._read_scheduled = False
+        until = self._loop.time() + READ_SECONDS
         while not self._closed:  # a message can lead to a new connection
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
@@ -84,6 +86,9 @@ class Connection:
                 log.error("the engine's message cannot be read: %s", error)
                 continue
             self._on_message(message)
+            if self._loop.time() > until:
+                self._schedule_read()
+                return
         if not self._closed and self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             self._on_disconnect()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from engine.errors import InvalidRequest, UnknownModel
+from engine.request import SamplingParams
 from server.generation import GenerationRequest
 
 
@@ -19,6 +20,10 @@ class ServiceSettings(Protocol):
     def model_name(self) -> str: ...
     @property
     def max_n(self) -> int: ...
+    @property
+    def max_logprobs(self) -> int: ...
+    @property
+    def max_prompt_logprobs(self) -> int: ...
     @property
     def max_stop_strings(self) -> int: ...
     @property
@@ -58,6 +63,26 @@ def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)
+
+
+def check_logprobs(params: SamplingParams, settings: ServiceSettings, *, prompt_tokens: int, outputs: int) -> None:
+    """The log-probabilities that the answer would hold, each alternative counted: they are made into text all at once."""
+    if params.prompt_logprobs is not None:
+        num = prompt_tokens * (1 + params.prompt_logprobs)
+        if num > settings.max_prompt_logprobs:
+            raise InvalidRequest(
+                f"prompt_logprobs {params.prompt_logprobs} over {prompt_tokens} prompt tokens would report {num} "
+                f"log-probabilities: at most {settings.max_prompt_logprobs} are allowed",
+                param="prompt_logprobs",
+            )
+    if params.logprobs is not None:
+        num = outputs * params.max_tokens * (1 + params.logprobs)
+        if num > settings.max_logprobs:
+            raise InvalidRequest(
+                f"logprobs {params.logprobs} over {outputs} outputs of {params.max_tokens} tokens would report {num} "
+                f"log-probabilities: at most {settings.max_logprobs} are allowed",
+                param="logprobs",
+            )
 
 
 def _check_stops(stops: tuple[str, ...], settings: ServiceSettings) -> None:

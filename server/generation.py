@@ -22,6 +22,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     deadline_s: float | None = None  # seconds from admission after which it ends with RequestTimeout
     add_special_tokens: bool = True  # False where a chat template has put them in already
+    client_names: dict[str, str] = {}  # what the client calls a field of ours, where that is another name: for errors
+    num_prompts: int = 1  # of the client's call that this is one of: together they may leave so much unread
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +49,7 @@ class Chunk(msgspec.Struct, kw_only=True, gc=False):
     finish_reason: str | None = None  # "stop" | "length"
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, where asked for
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of output 0 alone
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):

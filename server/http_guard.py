@@ -14,10 +14,12 @@ Everything refused here closes the connection.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 import msgspec
 import orjson
+from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from engine.errors import MalformedRequest, PayloadTooLarge, RequestTimeout
@@ -68,6 +70,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """Use a subclass made by `guarded`, which carries the limits."""
 
     limits = HttpLimits()
+    count: Callable[[int], None]  # is told the status of each request that is refused here
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -111,9 +114,19 @@ class GuardedProtocol(HttpToolsProtocol):
             if self.phase == "idle":
                 self._enter("head", self.limits.head_seconds)
         if self.refusal is None:
-            super().data_received(data)
+            self._parse(data)
         if self.refusal is None and self.phase == "head" and self.head_bytes > self.limits.head_bytes:
             self._refuse(431, PayloadTooLarge.code, "the request's headers are too large")
+
+    def _parse(self, data: bytes) -> None:
+        """uvicorn's data_received, less the line that it logs for each malformed request: a stranger could fill the log."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except HttpParserError:
+            self.send_400_response("")
+        except HttpParserUpgrade:
+            pass  # an Upgrade header is the client's affair: it gets its answer by HTTP/1.1
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -194,11 +207,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def _should_upgrade_to_ws(self) -> bool:
         return False
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """An Upgrade header is the client's affair, and no line in our log."""
-
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls it when the parser stops, be it by its own judgement or by ours."""
+        """For when the parser stops, be it by its own judgement or by ours."""
         self._refuse(*(self.refusal or (400, MalformedRequest.code, "this is not a valid HTTP/1.1 request")))
 
     # -- refusing --------------------------------------------------------------------------------------------------
@@ -213,6 +223,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._cancel_phase_timer()
         if self.transport.is_closing():
             return
+        self.count(status)
         running = self._answering
         if running is not None:
             if running is not self.cycle or running.response_started:
@@ -270,6 +281,6 @@ class GuardedProtocol(HttpToolsProtocol):
             self.write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
 
-def guarded(limits: HttpLimits) -> type[GuardedProtocol]:
+def guarded(limits: HttpLimits, count: Callable[[int], None] = lambda status: None) -> type[GuardedProtocol]:
     """The protocol class to give to uvicorn as `http=`."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"limits": limits})
+    return type("GuardedProtocol", (GuardedProtocol,), {"limits": limits, "count": staticmethod(count)})

@@ -176,6 +176,9 @@ class Metrics:
             registry=r,
             multiprocess_mode="livesum",
         )
+        self.unreadable = Counter(
+            "tidegate_http_unreadable", "Malformed, oversized or too slow HTTP, by the status it got.", ["status"], registry=r
+        )
         self.prompt_tokens = Counter("tidegate_prompt_tokens", "Prompt tokens of requests that got a first token.", registry=r)
         self.cached_tokens = Counter("tidegate_cached_tokens", "Of these, found in the prefix cache.", registry=r)
         self.output_tokens = Counter("tidegate_output_tokens", "Tokens sent to clients.", registry=r)
@@ -200,6 +203,10 @@ class Metrics:
         self.started.labels(transport).inc()
         self.running.labels(transport).inc()
         return RequestMeter(self, transport, time.monotonic())
+
+    def unreadable_http(self, status: int) -> None:
+        """A client's bytes were refused before they made a request; only this tells of it, and no line in the log."""
+        self.unreadable.labels(str(status)).inc()
 
     def render(self) -> tuple[bytes, str]:
         """The answer to a scrape, and its content type."""

@@ -15,9 +15,10 @@ from collections.abc import AsyncGenerator, Sequence
 import msgspec
 
 from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError
+from engine.request import SamplingParams
 from server.call import Call
 from server.client_base import EngineClientProtocol, EngineHealth
-from server.door import ServiceSettings, check_ids, check_model, check_request, check_text
+from server.door import ServiceSettings, check_ids, check_logprobs, check_model, check_request, check_text
 from server.generation import Chunk, Ending, GenerationRequest
 from server.metrics import Metrics
 from server.text.chat import Message
@@ -65,7 +66,9 @@ class GenerateService:
         try:
             check_request(request, self._settings)
             self._enter(call)
-            call.submit(self._client, self._text, await self._prompt_of(request))
+            prompt = await self._prompt_of(request)
+            check_logprobs(request.params, self._settings, prompt_tokens=len(prompt), outputs=request.n)
+            call.submit(self._client, self._text, prompt)
             while call.unfinished:
                 event = await call.next_event()
                 if event is not None:
@@ -78,6 +81,7 @@ class GenerateService:
         except TidegateError as error:
             # A stream that we aborted ourselves raises Aborted; the call knows why.
             reason = call.ended_by if isinstance(error, Aborted) and call.ended_by is not None else error
+            _use_client_names(reason, request.client_names)
             if isinstance(reason, Aborted):
                 meter.aborted()
             else:
@@ -91,6 +95,10 @@ class GenerateService:
         finally:
             call.close()
             self._leave(call)
+
+    def check_logprobs(self, params: SamplingParams, *, prompt_tokens: int, outputs: int) -> None:
+        """For a call of several prompts, whose answer is one: `generate` knows of one prompt each."""
+        check_logprobs(params, self._settings, prompt_tokens=prompt_tokens, outputs=outputs)
 
     def abort(self, request_id: str) -> bool:
         """End a call of this worker: its generator raises Aborted. False where there is none of that id."""
@@ -162,6 +170,17 @@ class GenerateService:
         if len(text) > THREAD_CHARS:
             return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
         return self._text.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _use_client_names(error: TidegateError, names: dict[str, str]) -> None:
+    """Have `error` name the field that the client sent, where it knows it by another name than we do."""
+    ours = error.param
+    if ours is None or ours not in names:
+        return
+    error.param = names[ours]
+    if error.message.startswith(f"{ours} "):
+        error.message = names[ours] + error.message[len(ours) :]
+        error.args = (error.message,)
 
 
 def _texts(message: Message) -> list[str]:

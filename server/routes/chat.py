@@ -57,6 +57,7 @@ async def _call(api: Api, asked: ChatRequest, id: str) -> GenerationRequest:
         stop=asked.stop_strings,
         priority=asked.priority or 0,
         add_special_tokens=False,
+        client_names=asked.client_names,
     )
 
 

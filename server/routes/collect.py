@@ -11,8 +11,6 @@ from engine.errors import InternalError
 from engine.request import TokenLogprobs
 from server.generation import Chunk, Ending, Usage
 
-_MAX_WAITING = 64  # items a prompt's stream may be ahead of the client
-
 
 @dataclass(slots=True)
 class Output:
@@ -80,7 +78,9 @@ async def merge(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> 
             async for item in only:
                 yield item
         return
-    queue: asyncio.Queue[Chunk | Ending | BaseException | None] = asyncio.Queue(_MAX_WAITING)
+    queue: asyncio.Queue[Chunk | Ending | BaseException | None] = asyncio.Queue(
+        len(streams)
+    )  # the rest waits where `Call` counts it
     tasks = [asyncio.create_task(_feed(queue, stream, i * n)) for i, stream in enumerate(streams)]
     try:
         running = len(tasks)

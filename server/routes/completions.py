@@ -44,7 +44,10 @@ async def completions(request: Request) -> Response:
     asked = await read_json(request, CompletionRequest, api.max_body_bytes)
     prompts = [await _prompt(api, asked, ask) for ask in asked.prompts]
     id = new_id("cmpl")
-    streams = [api.service.generate(call) for call in _calls(asked, prompts, id)]
+    calls = _calls(asked, prompts, id)
+    if len(calls) > 1:
+        _check_together(api, calls)
+    streams = [api.service.generate(call) for call in calls]
     writer = _Writer(api, asked, prompts, id)
     if asked.stream:
         return EventStream(writer.events(merge(streams, asked.num_outputs)))
@@ -53,9 +56,11 @@ async def completions(request: Request) -> Response:
 
 
 async def _prompt(api: Api, asked: CompletionRequest, ask: str | list[int]) -> Prompt:
-    if not asked.echo:
+    if not asked.echo and asked.prompt_logprobs is None:
         return Prompt(ask)
     tokens = await api.service.tokenize(ask, model=asked.model) if isinstance(ask, str) else ask
+    if not asked.echo:
+        return Prompt(tokens)
     text = ask if isinstance(ask, str) else await api.service.detokenize(ask, model=asked.model)
     return Prompt(tokens, text, tokens[0] if tokens else None)
 
@@ -73,9 +78,20 @@ def _calls(asked: CompletionRequest, prompts: list[Prompt], id: str) -> list[Gen
             n=asked.num_outputs,
             stop=asked.stop_strings,
             priority=asked.priority or 0,
+            client_names={} if len(prompts) == 1 else {"prompt": f"prompt[{i}]"},
+            num_prompts=len(prompts),
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _check_together(api: Api, calls: list[GenerationRequest]) -> None:
+    """Where log-probabilities of prompts are asked for, `_prompt` has made tokens of them all."""
+    api.service.check_logprobs(
+        calls[0].params,
+        prompt_tokens=sum(len(call.prompt) for call in calls),
+        outputs=sum(call.n for call in calls),
+    )
 
 
 class _Writer:
@@ -131,7 +147,7 @@ class _Writer:
         choice = {
             "index": chunk.index,
             "text": text,
-            "logprobs": self._logprobs(chunk, prompt, self.offsets.get(chunk.index, 0)),
+            "logprobs": self._logprobs(chunk, prompt, self._offset(chunk, prompt)),
             "finish_reason": chunk.finish_reason,
         }
         self.offsets[chunk.index] = self.offsets.get(chunk.index, 0) + len(text)
@@ -140,6 +156,12 @@ class _Writer:
         if chunk.prompt_logprobs is not None and self.asked.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_form(chunk.prompt_logprobs, self.text_of)
         return choice
+
+    def _offset(self, chunk: Chunk, prompt: Prompt) -> int:
+        """Where in the choice's text the chunk's log-probabilities begin: past an echoed prompt that has none in it."""
+        if chunk.prompt_logprobs is None and chunk.index not in self.offsets:
+            return len(prompt.echo_text or "")
+        return self.offsets.get(chunk.index, 0)
 
     def _logprobs(self, chunk: Chunk, prompt: Prompt, offset: int) -> dict[str, Any] | None:
         if self.asked.logprobs is None or chunk.logprobs is None:

@@ -43,6 +43,7 @@ async def generate(request: Request) -> Response:
         stop=asked.stop_strings,
         priority=asked.priority or 0,
         deadline_s=None if asked.deadline_ms is None else asked.deadline_ms / 1000,
+        client_names=asked.client_names,
     )
     model = api.service.model_name
     names = {"id": id} if asked.request_id is None else {"id": id, "request_id": asked.request_id}

@@ -1,6 +1,7 @@
 """GET /health/live, /health/ready and /health/startup, for probes.
 
 live says that this process turns its event loop; ready, that a token can be made here now; startup, that one once could.
+HEAD answers as GET does, without the body: some load balancers probe so.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ _PROBE = {
 }
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", responses={200: {"model": Health, "description": "Yes."}})
 async def live() -> Response:
     """Does the process run?"""
     return json_response({"status": "ok", "reason": None})
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses=_PROBE)  # type: ignore[arg-type]
 async def ready(request: Request) -> Response:
     """Can it serve now: is the engine reached, its heartbeat fresh, and its work going on?"""
@@ -32,6 +35,7 @@ async def ready(request: Request) -> Response:
     return _answer(health.ready, health.reason)
 
 
+@router.head("/health/startup", include_in_schema=False)
 @router.get("/health/startup", responses=_PROBE)  # type: ignore[arg-type]
 async def startup(request: Request) -> Response:
     """Has it been ready once since it started?"""

@@ -2,13 +2,27 @@
 
 Strict means that "3" is no number, 1 is no boolean and an unknown field is an error. A field that may be left out may also
 be null, with the same meaning, as OpenAI clients send it.
+
+A body within the size limit can hold a million faults, and pydantic would collect them all, for seconds. So long lists stop at
+the first fault (`fail_fast`), and objects with too many keys are cut short or refused before their keys are looked at.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from engine.errors import UnsupportedField
 from engine.request import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
@@ -22,14 +36,14 @@ MAX_PROMPT_TOKENS = 1 << 21  # a list longer than any context; the body's limit 
 TOKEN_ID_MAX = 2**31 - 1
 
 
-def bounded(name: str, description: str, **more: Any) -> Any:
+def bounded(name: str, description: str = "", **more: Any) -> Any:
     """A Field in the closed range that `BOUNDS` gives to `name`."""
-    low, high = BOUNDS[name]
-    return Field(ge=low, le=high, description=description, **more)
+    low, high, about = BOUNDS[name]
+    return Field(ge=low, le=high, description=description or about, **more)
 
 
 TokenId = Annotated[int, Field(ge=0, le=TOKEN_ID_MAX)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -38,11 +52,22 @@ def _stop_kind(value: Any) -> str | None:
 
 
 Stop = Annotated[
-    Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Field(max_length=MAX_STOP), Tag("#texts")],
+    Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP), Tag("#texts")],
     Discriminator(_stop_kind, custom_error_type="stop_kind", custom_error_message="must be a string or a list of strings"),
 ]
-TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # so that no token can be named twice
 Bias = Annotated[float, bounded("logit_bias", "Added to the token's logit.")]
+
+
+def at_most(num_keys: int) -> BeforeValidator:
+    """For a dict: pydantic's own max_length counts only what it has validated, key by key."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > num_keys:
+            raise PydanticCustomError("too_many_keys", "should have at most {most} entries", {"most": num_keys})
+        return value
+
+    return BeforeValidator(check)
 
 
 def without_unsupported(value: dict[Any, Any], table: dict[str, tuple[Any, ...]], *, path: str = "") -> dict[Any, Any]:
@@ -67,31 +92,39 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, value: Any) -> Any:
-        return without_unsupported(value, cls.UNSUPPORTED) if isinstance(value, dict) else value
+        return cls._with_one_unknown(without_unsupported(value, cls.UNSUPPORTED)) if isinstance(value, dict) else value
+
+    @classmethod
+    def _with_one_unknown(cls, value: dict[Any, Any]) -> dict[Any, Any]:
+        """Of more keys than there are fields, pydantic gets to see one that is unknown: enough to refuse them all."""
+        fields = cls.model_fields
+        if len(value) <= len(fields):
+            return value
+        unknown = next(name for name in value if name not in fields)
+        return {name: given for name, given in value.items() if name in fields or name is unknown}
 
 
-class SamplingFields(Schema):
+_OWN = ("max_tokens", "logprobs", "logit_bias")  # differ from route to route, or are no plain number
+_KINDS = get_type_hints(SamplingParams)
+_NUMBERS = tuple(name for name in SamplingParams.__struct_fields__ if name in BOUNDS and name not in _OWN)
+_PLAIN = (*_NUMBERS, "ignore_eos")
+_fields: dict[str, Any] = {name: (Annotated[_KINDS[name] | None, bounded(name)], None) for name in _NUMBERS}
+_Numbers: Any = create_model("_Numbers", __base__=Schema, **_fields)
+
+
+class SamplingFields(_Numbers):  # type: ignore[misc]
     """How to choose tokens and when to stop: the fields common to all generating routes."""
 
-    temperature: Annotated[float | None, bounded("temperature", "0 takes the likeliest token each time.")] = None
-    top_p: Annotated[float | None, bounded("top_p", "Sample from the likeliest tokens that make up this probability.")] = None
-    top_k: Annotated[int | None, bounded("top_k", "Sample from this many likeliest tokens; 0 for all.")] = None
-    min_p: Annotated[float | None, bounded("min_p", "Drop tokens below this share of the likeliest one's probability.")] = None
-    seed: Annotated[int | None, bounded("seed", "The same seed and request give the same tokens.")] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_N, description="Number of outputs of each prompt.")] = None
     stop: Annotated[Stop | None, Field(description="Text that ends an output and is left out of it.", examples=[["\n\n"]])] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_IDS, description="Tokens that end an output.")] = (
         None
     )
-    min_tokens: Annotated[int | None, bounded("min_tokens", "No end before this many tokens.")] = None
     ignore_eos: Annotated[bool | None, Field(description="Go on past the model's end-of-sequence tokens.")] = None
-    presence_penalty: Annotated[float | None, bounded("presence_penalty", "Against tokens already generated.")] = None
-    frequency_penalty: Annotated[float | None, bounded("frequency_penalty", "The same, times how often.")] = None
-    repetition_penalty: Annotated[float | None, bounded("repetition_penalty", "Over prompt and output; 1 for none.")] = None
     logit_bias: Annotated[
-        dict[TokenKey, Bias] | None, Field(max_length=MAX_LOGIT_BIAS, description="Token id -> what to add to its logit.")
+        Annotated[dict[TokenKey, Bias], at_most(MAX_LOGIT_BIAS), Field(max_length=MAX_LOGIT_BIAS)] | None,
+        Field(description="Token id -> what to add to its logit."),
     ] = None
-    prompt_logprobs: Annotated[int | None, bounded("prompt_logprobs", "Alternatives to report at each prompt token.")] = None
     stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
     priority: Annotated[int | None, bounded("priority", "A smaller number runs first.")] = None
 
@@ -111,18 +144,3 @@ class SamplingFields(Schema):
         if self.logit_bias:
             given["logit_bias"] = {int(token): float(bias) for token, bias in self.logit_bias.items()}
         return SamplingParams(**given, stop_token_ids=tuple(self.stop_token_ids or ()), logprobs=logprobs)
-
-
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "min_tokens",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "prompt_logprobs",
-)

@@ -47,6 +47,11 @@ class GenerateRequest(SamplingFields):
         return self
 
     @property
+    def client_names(self) -> dict[str, str]:
+        """See `GenerationRequest.client_names`."""
+        return {} if self.prompt is not None else {"prompt": "prompt_token_ids"}
+
+    @property
     def text_or_tokens(self) -> str | list[int]:
         return self.prompt if self.prompt is not None else list(self.prompt_token_ids or ())
 
@@ -74,7 +79,7 @@ class GenerateOutput(BaseModel):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = Field(default=None, description="The stop string or token that ended it.")
     logprobs: list[TokenInfo] | None = None
-    prompt_logprobs: list[TokenInfo | None] | None = None
+    prompt_logprobs: list[TokenInfo | None] | None = Field(default=None, description="With the first output only.")
 
 
 class GenerateUsage(BaseModel):

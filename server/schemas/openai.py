@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from engine.errors import InvalidRequest, UnsupportedField
-from server.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, bounded, without_unsupported
+from server.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded, without_unsupported
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(max_length=512)]
@@ -62,9 +62,9 @@ def _prompt_kind(value: Any) -> str | None:
 
 Prompt = Annotated[
     Annotated[Text, Tag("#text")]
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("#texts")]
+    | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("#texts")]
     | Annotated[TokenIds, Tag("#tokens")]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("#token_lists")],
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("#token_lists")],
     Discriminator(
         _prompt_kind,
         custom_error_type="prompt_kind",
@@ -81,7 +81,10 @@ class CompletionRequest(OpenAIFields):
     prompt: Annotated[Prompt, Field(description="One prompt or several, as text or token ids.", examples=["Once upon a time"])]
     max_tokens: Annotated[int | None, bounded("max_tokens", "Tokens to generate at most; 16 if left out.")] = None
     logprobs: Annotated[int | None, bounded("logprobs", "Report log-probabilities, with this many alternatives.")] = None
-    echo: Annotated[bool | None, Field(description="Begin each choice with its prompt.")] = None
+    echo: Annotated[
+        bool | None,
+        Field(description="Begin each choice with its prompt; with logprobs, each prompt's first choice has the prompt's too."),
+    ] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -102,7 +105,7 @@ def _content_kind(value: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[list[TextPart], Field(min_length=1), Tag("#parts")],
+    Annotated[str, Tag("#text")] | Annotated[list[TextPart], Field(fail_fast=True, min_length=1), Tag("#parts")],
     Discriminator(
         _content_kind, custom_error_type="content_kind", custom_error_message="must be a string or a list of text parts"
     ),
@@ -118,6 +121,8 @@ class Message(Schema):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+MAX_MESSAGES = 4096
+_METADATA = 16  # labels
 _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
@@ -168,22 +173,26 @@ class ChatRequest(OpenAIFields):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, examples=[[{"role": "user", "content": "Hello"}]])]
+    messages: Annotated[
+        list[Message],
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "Hello"}]]),
+    ]
     max_tokens: Annotated[
         int | None, bounded("max_tokens", "Tokens to generate at most; the rest of the context if left out.")
     ] = None
     max_completion_tokens: Annotated[int | None, bounded("max_tokens", "The newer name of max_tokens.")] = None
     logprobs: Annotated[bool | None, Field(description="Report log-probabilities of the chosen tokens.")] = None
     top_logprobs: Annotated[int | None, bounded("logprobs", "How many alternatives to report; needs logprobs true.")] = None
-    metadata: Annotated[dict[Label, Label] | None, Field(max_length=16, description="Labels of yours; they change nothing.")] = (
-        None
-    )
+    metadata: Annotated[
+        Annotated[dict[Label, Label], at_most(_METADATA), Field(max_length=_METADATA)] | None,
+        Field(description="Labels of yours; they change nothing."),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_other_messages(cls, value: Any) -> Any:
         messages = value.get("messages") if isinstance(value, dict) else None
-        if not isinstance(messages, list):
+        if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
             return value
         return {**value, "messages": [_readable_message(message, f"messages[{i}]") for i, message in enumerate(messages)]}
 
@@ -195,6 +204,12 @@ class ChatRequest(OpenAIFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs may only be given with logprobs true", param="top_logprobs")
         return self
+
+    @property
+    def client_names(self) -> dict[str, str]:
+        """See `GenerationRequest.client_names`."""
+        names = {"prompt": "messages", "logprobs": "top_logprobs"}
+        return names if self.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
     @property
     def output_limit(self) -> int | None:
@@ -225,7 +240,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
-    prompt_logprobs: list[dict[str, Any] | None] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = Field(default=None, description="With each prompt's first choice.")
 
 
 class CompletionResponse(BaseModel):

@@ -1,10 +1,12 @@
 """What bad input gets: each its status, its code and the field at fault, in a small body, while neighbours carry on."""
 
 import asyncio
+import threading
 import time
 
 import pytest
 
+from server import strict_json
 from server.demo import ensure_demo_checkpoint
 from server.text.tokenizer import Tokenizer
 from tests.support.http_api import MODEL, http_api
@@ -116,12 +118,12 @@ OWN = [
     (GENERATE, {"prompt": ["x"]}, 400, "prompt"),
     (GENERATE, {"prompt": "x", "prompt_token_ids": [1]}, 400, "prompt_token_ids"),
     (GENERATE, {"prompt_token_ids": []}, 400, "prompt_token_ids"),
-    (GENERATE, {"prompt_token_ids": [512]}, 400, "prompt"),
+    (GENERATE, {"prompt_token_ids": [512]}, 400, "prompt_token_ids"),
     (GENERATE, {"prompt_token_ids": [-1]}, 400, "prompt_token_ids[0]"),
     (GENERATE, {"prompt_token_ids": [True]}, 400, "prompt_token_ids[0]"),
     (GENERATE, {"prompt_token_ids": [1.0]}, 400, "prompt_token_ids[0]"),
     (GENERATE, {"prompt_token_ids": [2**40]}, 400, "prompt_token_ids[0]"),
-    (GENERATE, {"prompt_token_ids": [5] * 512}, 400, "prompt"),
+    (GENERATE, {"prompt_token_ids": [5] * 512}, 400, "prompt_token_ids"),
     (GENERATE, {"prompt": "x" * 100_000}, 400, "prompt"),
     (GENERATE, {"prompt": "x", "model": "other"}, 404, "model"),
     (GENERATE, {"prompt": "x", "model": "m" * 257}, 400, "model"),
@@ -244,6 +246,30 @@ async def test_a_megabyte_of_errors_is_not_sent_back(api):
         checked(await api.http.post(GENERATE, json=body), 400)
 
 
+async def test_the_param_is_the_field_that_the_client_sent(api):
+    long_chat = {"model": MODEL, "messages": [{"role": "user", "content": "x y z " * 500}]}
+    for path, body, param in (
+        (GENERATE, {"prompt_token_ids": [512]}, "prompt_token_ids"),
+        (GENERATE, {"prompt_token_ids": [5] * 600}, "prompt_token_ids"),
+        (GENERATE, {"prompt": "x y z " * 500}, "prompt"),
+        (COMPLETIONS, {"model": MODEL, "prompt": [[1], [512]]}, "prompt[1]"),
+        (COMPLETIONS, {"model": MODEL, "prompt": [512]}, "prompt"),
+        (CHAT, long_chat, "messages"),
+        (CHAT, {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 512}, "max_completion_tokens"),
+    ):
+        checked(await api.http.post(path, json=body), 400, param)
+
+
+async def test_a_large_body_is_read_while_the_loop_turns(api, monkeypatch):
+    threads = []
+    loads = strict_json.loads
+    monkeypatch.setattr(strict_json, "loads", lambda body: threads.append(threading.current_thread().name) or loads(body))
+    bodies = [{"prompt_token_ids": [5] * 100}, {"prompt_token_ids": [5] * 300_000}]
+    for body in bodies:
+        await api.http.post(GENERATE, json=body)
+    assert ["tidegate-body" in name for name in threads] == [False, True]
+
+
 async def test_routes_and_methods_that_are_not_there(api):
     checked(await api.http.get("/nowhere"), 404, code="unknown_route")
     checked(await api.http.get("/" + "x" * 5000), 404)
@@ -253,6 +279,15 @@ async def test_routes_and_methods_that_are_not_there(api):
     assert response.headers["allow"] == "POST"
     checked(await api.http.get("/v1/models/%ff%00"), 404, code="model_not_found")
     checked(await api.http.request("BREW", "/v1/models"), 400)
+
+
+async def test_what_is_not_http_is_counted(api):
+    for said in (b"{}\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(said)
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+    assert 'tidegate_http_unreadable_total{status="400"} 2.0' in (await api.http.get("/metrics")).text
 
 
 async def test_a_deadline_is_408(api):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import socket
 import time
 
@@ -221,6 +222,14 @@ def test_no_host_or_two_is_400(port, hosts):
 )
 def test_what_is_not_http_is_400(port, line):
     assert status(talk(port, line)) == 400
+
+
+def test_what_is_not_http_leaves_no_line_in_the_log(port, monkeypatch):
+    """Where it did, a stranger could fill the disk."""
+    lines = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", lambda *said: lines.append(said))
+    assert status(talk(port, b"\x16\x03\x01\x02\x00")) == 400
+    assert not lines
 
 
 def test_an_upgrade_is_not_followed(port):

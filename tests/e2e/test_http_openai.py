@@ -131,7 +131,7 @@ async def test_stop(api):
         ({"response_format": {"type": "json_object"}}, openai.UnprocessableEntityError, "response_format"),
         ({"model": "gpt-9"}, openai.NotFoundError, "model"),
         ({"max_tokens": 100_000}, openai.BadRequestError, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "x " * 5000}]}, openai.BadRequestError, "prompt"),
+        ({"messages": [{"role": "user", "content": "x " * 5000}]}, openai.BadRequestError, "messages"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

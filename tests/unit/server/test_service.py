@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import time
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from engine.errors import (
 )
 from engine.fake import expected_tokens
 from engine.request import SEED_MAX, SamplingParams, TokenEvent
+from server import call as call_module
 from server.demo import CHAT_TEMPLATE, demo_tokenizer
 from server.generation import Chunk, Ending, GenerationRequest
 from server.metrics import Metrics
@@ -171,6 +173,79 @@ async def test_logprobs_are_one_for_each_token(service):
     chunks = [c async for c in service.generate(request(max_tokens=5, logprobs=2, prompt_logprobs=0)) if isinstance(c, Chunk)]
     assert all([lp.token for lp in chunk.logprobs] == chunk.token_ids for chunk in chunks)
     assert [len(c.prompt_logprobs) for c in chunks if c.prompt_logprobs is not None] == [3]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_prompts_logprobs_come_once(service, engine, n):
+    items = [item async for item in service.generate(request(max_tokens=2, n=n, prompt_logprobs=2, logprobs=1))]
+    with_prompt = [item for item in items if isinstance(item, Chunk) and item.prompt_logprobs is not None]
+    assert [(chunk.index, len(chunk.prompt_logprobs)) for chunk in with_prompt] == [(0, len(PROMPT))]
+    assert [submit.params.prompt_logprobs for submit in engine.submitted] == [2] + [None] * (n - 1)
+    assert {submit.params.logprobs for submit in engine.submitted} == {1}
+
+
+@pytest.mark.parametrize(
+    ("fits", "too_many", "param"),
+    [
+        ({"prompt_logprobs": 3}, {"prompt_logprobs": 4}, "prompt_logprobs"),
+        ({"logprobs": 4, "max_tokens": 5, "n": 4}, {"logprobs": 4, "max_tokens": 6, "n": 4}, "logprobs"),
+    ],
+)
+async def test_log_probabilities_of_one_answer_are_bounded(engine, fits, too_many, param):
+    limits = Settings(served_model_name="tiny", max_n=4, max_prompt_logprobs=4 * len(PROMPT), max_logprobs=100)
+    service = GenerateService(engine, TEXT, limits, Metrics("tiny", lambda: engine.health))
+    await outputs_of(service, request(**fits))
+    with pytest.raises(InvalidRequest, match="at most") as caught:
+        await outputs_of(service, request(**too_many))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(("n", "num_prompts"), [(1, 1), (3, 1), (1, 8)])
+async def test_a_call_whose_client_does_not_read_is_ended(service, engine, monkeypatch, n, num_prompts):
+    """What waits for it is let go at once, though the client learns why only when it reads on."""
+    monkeypatch.setattr(call_module, "UNREAD_LIMIT", 600)
+    monkeypatch.setattr(call_module, "UNREAD_SECONDS", 0.01)
+    asked = msgspec.structs.replace(request(max_tokens=400, n=n, logprobs=5), num_prompts=num_prompts)
+    async with contextlib.aclosing(service.generate(asked)) as stream:
+        await anext(stream)
+        await until(lambda: len(engine.aborted) == n or engine.idle)
+        assert all(held.unread == 0 for held in service._calls["r"]._streams.values())
+        with pytest.raises(RequestTimeout, match="does not read"):
+            await anext(stream)
+    assert counts(service)["failed"] == 1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_falling_behind_once_is_no_reason_to_end_a_call(service, engine, monkeypatch, n):
+    """Where the loop itself was held up, everybody's events have come at once."""
+    monkeypatch.setattr(call_module, "UNREAD_LIMIT", 100)
+    monkeypatch.setattr(call_module, "UNREAD_SECONDS", 60)
+    stream = service.generate(request(max_tokens=400, n=n))
+    num_tokens = len((await anext(stream)).token_ids)
+    await until(lambda: engine.idle)
+    call = service._calls["r"]
+    assert sum(held.unread for held in call._streams.values()) > 100
+    call._check_unread()
+    async for item in stream:
+        if isinstance(item, Chunk):
+            num_tokens += len(item.token_ids)
+    assert num_tokens == n * 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": [1, 512]}, "messages", "^messages has token id 512"),
+        ({"max_tokens": 510}, "max_completion_tokens", "the prompt's 3 tokens"),
+        ({"prompt": [7] * 600}, "messages", "the prompt has 600 tokens"),
+        ({"n": 5}, "n", "n is 5"),
+    ],
+)
+async def test_errors_name_fields_as_the_client_does(service, fields, param, message):
+    names = {"prompt": "messages", "max_tokens": "max_completion_tokens"}
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        await outputs_of(service, msgspec.structs.replace(request(**fields), client_names=names))
+    assert caught.value.param == param
 
 
 async def test_text_is_tokenised_with_and_without_special_tokens(service, engine):

@@ -42,6 +42,9 @@ class ScriptedService:
         finally:
             self.closed.append(request.request_id)
 
+    def check_logprobs(self, params, *, prompt_tokens, outputs):
+        self.checked = (params.prompt_logprobs, prompt_tokens, outputs)
+
     async def chat_tokens(self, messages):
         return list(range(10 + len(messages)))
 

@@ -121,3 +121,30 @@ async def test_prompt_logprobs_as_vllm_gives_them():
             "90": {"logprob": -3.0, "rank": 2, "decoded_token": "Z"},
         },
     ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_first_choice_alone_has_an_echoed_prompts_logprobs(stream):
+    chunks = [*letters("d", logprobs=odds), *letters("e", index=1, logprobs=odds)]
+    chunks[0].prompt_logprobs = [None, odds(98)]
+    body = {**ASK, "prompt": [97, 98], "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2}
+    if stream:
+        events = await events_of(ScriptedService(*chunks), "/v1/completions", body)
+        first, second = (e["choices"][0] for e in events[:-1])
+    else:
+        first, second = (await post(ScriptedService(*chunks), "/v1/completions", body))[1]["choices"]
+    assert (first["text"], first["logprobs"]["tokens"], first["logprobs"]["text_offset"]) == ("abd", ["a", "b", "d"], [0, 1, 2])
+    assert (second["text"], second["logprobs"]["tokens"], second["logprobs"]["text_offset"]) == ("abe", ["e"], [2])
+
+
+async def test_log_probabilities_of_several_prompts_are_counted_together():
+    service = ScriptedService(*letters("x"))
+    await post(service, "/v1/completions", {**ASK, "prompt": ["abc", "de"], "prompt_logprobs": 3})
+    assert service.checked == (3, 4 + 3, 2)  # each prompt has a first token more
+
+
+async def test_the_prompt_at_fault_is_named():
+    service = ScriptedService(*letters("x"))
+    await post(service, "/v1/completions", {**ASK, "prompt": [[1], [512]]})
+    assert [call.client_names for call in service.requests] == [{"prompt": "prompt[0]"}, {"prompt": "prompt[1]"}]
+    assert [call.num_prompts for call in service.requests] == [2, 2]

@@ -51,6 +51,23 @@ async def test_health_of_a_server_whose_engine_loads():
             assert response.json() == {"status": "unavailable", "reason": "the engine is loading"}
 
 
+@pytest.mark.parametrize(("ready", "status"), [(True, 200), (False, 503)])
+async def test_health_can_be_asked_for_by_head(ready, status):
+    async with client_of(ScriptedService(ready=ready)) as client:
+        assert (await client.head("/health/live")).status_code == 200
+        for probe in ("ready", "startup"):
+            assert (await client.head(f"/health/{probe}")).status_code == status
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 400), ("br, identity", 400), ("identity", 200), ("", 200)])
+async def test_a_compressed_body_is_refused_by_its_header(encoding, status):
+    async with client_of(ScriptedService()) as client:
+        answer = await client.post("/tokenize", json={"prompt": "h"}, headers={"content-encoding": encoding})
+    assert answer.status_code == status
+    if status == 400:
+        assert answer.json()["error"]["param"] == "content-encoding"
+
+
 async def test_version_and_metrics():
     async with client_of(ScriptedService()) as client:
         assert (await client.get("/version")).json()["version"]

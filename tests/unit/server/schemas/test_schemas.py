@@ -10,6 +10,7 @@ from engine.request import BOUNDS, SamplingParams
 from server.errors import from_validation
 from server.schemas.generate import GenerateRequest
 from server.schemas.openai import ChatRequest, CompletionRequest
+from server.schemas.service import DetokenizeRequest
 
 MESSAGES = [{"role": "user", "content": "x"}]
 PLAIN = [
@@ -30,7 +31,7 @@ def read(model, value):
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize(("model", "plain"), PLAIN)
 def test_the_ends_of_each_range_pass_and_what_lies_beyond_does_not(model, plain, name):
-    low, high = BOUNDS[name]
+    low, high, _ = BOUNDS[name]
     for value in (low, high):
         assert getattr(read(model, {**plain, name: value}), name) == value
     for value in (low - 1, high + 1):
@@ -87,3 +88,55 @@ def test_whatever_comes_is_read_or_refused_by_one_of_our_errors(model, plain, da
         value["messages"] = data.draw(st.lists(st.dictionaries(keys, json_values) | json_values, max_size=3))
     with contextlib.suppress(InvalidRequest):  # anything else fails the test
         read(model, value).sampling(max_tokens=4, logprobs=None)
+
+
+def faults(model, value):
+    """How many faults pydantic finds in `value`: each one costs it time."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(value)
+    return caught.value.error_count()
+
+
+MANY = 50_000
+LONG_LISTS = [
+    (GenerateRequest, {"prompt_token_ids": [-1] * MANY}),
+    (GenerateRequest, {"prompt": "x", "stop": [1] * MANY}),
+    (CompletionRequest, {"model": "m", "prompt": [-1] * MANY}),
+    (CompletionRequest, {"model": "m", "prompt": [[-1] * MANY] * 3}),
+    (CompletionRequest, {"model": "m", "prompt": ["", *[1] * MANY]}),
+    (ChatRequest, {"model": "m", "messages": [1] * MANY}),
+    (ChatRequest, {"model": "m", "messages": [1] * 4000}),
+    (ChatRequest, {"model": "m", "messages": [{"role": "user", "content": [1] * MANY}] * 3}),
+    (DetokenizeRequest, {"tokens": [-1] * MANY}),
+]
+
+
+@pytest.mark.parametrize(("model", "value"), LONG_LISTS)
+def test_a_long_list_is_refused_at_its_first_fault(model, value):
+    assert faults(model, value) == 1
+
+
+KEYS = {f"k{i}": 1 for i in range(MANY)}
+LARGE_OBJECTS = [
+    (GenerateRequest, {"prompt": "x", **KEYS}, "k0"),
+    (GenerateRequest, {"prompt": "x", "logit_bias": KEYS}, "logit_bias"),
+    (ChatRequest, {"model": "m", "messages": MESSAGES, "metadata": KEYS}, "metadata"),
+    (ChatRequest, {"model": "m", "messages": MESSAGES, "stream": True, "stream_options": KEYS}, "stream_options.k0"),
+    (ChatRequest, {"model": "m", "messages": [{**MESSAGES[0], **KEYS}]}, "messages[0].k0"),
+]
+
+
+@pytest.mark.parametrize(("model", "value", "param"), LARGE_OBJECTS)
+def test_an_object_of_many_keys_is_refused_for_one_of_them(model, value, param):
+    assert faults(model, value) == 1
+    with pytest.raises(InvalidRequest) as caught:
+        read(model, value)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("key", ["01", "00", "+1", "-1", "1 ", "1_0", "٣", "1.0", ""])
+def test_a_token_of_logit_bias_has_one_way_of_writing(key):
+    with pytest.raises(InvalidRequest) as caught:
+        read(GenerateRequest, {"prompt": "x", "logit_bias": {key: 1, "1": 2}})
+    assert caught.value.param.startswith("logit_bias")
+    assert read(GenerateRequest, {"prompt": "x", "logit_bias": {"0": 1, "10": 2}}).logit_bias == {"0": 1, "10": 2}
