@@ -101,7 +101,7 @@ class Outputs(msgspec.Struct, frozen=True, tag=True, gc=False):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters since start (num_* of requests, tokens, steps) and gauges now. Conservation:
 
-    num_accepted = num_finished + num_aborted + num_failed + running + waiting
+    num_accepted = num_finished + num_aborted + running + waiting
     """
 
     step: int = 0
@@ -113,7 +113,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
-    num_failed: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0  # of admitted requests, counted once each
     cached_tokens: int = 0  # of those, found in the prefix cache

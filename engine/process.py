@@ -2,6 +2,9 @@
 
     forever:  read what workers sent  ->  core.step()  ->  one Outputs to each worker concerned, Heartbeats when due
 
+With the heartbeats the supervisor is told that the engine gets on: that it is idle, or that a step has ended since. It kills
+an engine that has not said so for long.
+
 An exception in a step ends the process: the supervisor starts another, and the workers submit again what they have in
 flight. Exit codes: 0 after SIGTERM, 2 for a setting or checkpoint that is wrong (not worth another try), 1 for the rest.
 """
@@ -71,6 +74,7 @@ class EngineProcess:
         self._dropped: set[bytes] = set()  # did not read; to be told so once they do
         self._owners: dict[str, bytes] = {}  # request under way -> who asked for it
         self._heartbeat_at = 0.0
+        self._told_step = -1  # the step counter when the supervisor last heard of us
         self._stopping = False
 
     def stop(self) -> None:
@@ -170,6 +174,9 @@ class EngineProcess:
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
         heartbeat = Heartbeat(self._core.stats())
+        if not self._core.has_work or heartbeat.stats.step != self._told_step:
+            self._told_step = heartbeat.stats.step
+            lifeline.tell(lifeline.ALIVE)
         for identity in list(self._workers):
             self._send(identity, heartbeat)
         for identity in list(self._dropped):
@@ -183,7 +190,7 @@ class EngineProcess:
         outcome = self._try_send(identity, message)
         if outcome == "sent":
             return
-        level = logging.WARNING if outcome == "full" else logging.INFO
+        level = logging.WARNING if outcome == "full" else logging.DEBUG
         log.log(level, "worker dropped", extra={"worker": self._workers[identity], "why": outcome})
         self._lost.add(identity)
         if outcome == "full":

@@ -6,6 +6,10 @@ death costs its streams nothing but time.
                   |            '-- resume_timeout_s later, still connecting: every stream ends with EngineUnavailable
                   '-- every live stream is submitted again, with the tokens it has as `outputs`
 
+A request that comes meanwhile waits in the same way. A death counts against the streams that the engine may have begun; one
+that can afford no further death is a suspect. Suspects are sent one at a time, each once the one before has a token, and with a
+token it is cleared for that engine: of many streams that shared a few deaths, only the one that engines die of is ended.
+
 Each connection is a fresh socket with a Hello as its first message, so nothing of an older one is ever delivered late.
 The event loop reads the socket itself: one decode a step and one dictionary look-up an event.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 
 import zmq
 
@@ -51,13 +56,17 @@ class EngineClient:
         stall_timeout_s: float = 30.0,
         resume_timeout_s: float = 120.0,
         max_deaths: int = 3,
+        max_queue: int = 4096,
     ) -> None:
         self._endpoint = endpoint
         self._worker = worker
         self._stall_timeout = stall_timeout_s
         self._resume_timeout = resume_timeout_s
         self._max_deaths = max_deaths
+        self._max_queue = max_queue
         self._streams: dict[str, EngineStream] = {}
+        self._suspects: deque[EngineStream] = deque()  # not yet sent to this engine
+        self._probe: EngineStream | None = None  # the suspect sent last, while it has no answer
         self._unsent_aborts: list[str] = []
         self._pulse = Pulse(stall_timeout_s)
         self._info: EngineInfo | None = None
@@ -65,7 +74,8 @@ class EngineClient:
         self._restarts = 0
         self._draining = False
         self._closed = False
-        self._give_up: asyncio.TimerHandle | None = None
+        self._give_up: asyncio.TimerHandle | None = None  # set while connecting again
+        self._gave_up = False
         self._context = zmq.Context(io_threads=1)
         self._connection: Connection | None = None
         self._arrived = asyncio.Event()  # a first Welcome came
@@ -122,16 +132,23 @@ class EngineClient:
         )
 
     def submit(self, submit: Submit) -> EngineStream:
-        """Send a request off. Raises EngineUnavailable while there is no engine to send it to."""
+        """Send a request off, or keep it for an engine that is being started again. Raises EngineUnavailable where there was
+        none yet, or there will be none."""
         if not self._synced:
-            raise EngineUnavailable(self._why_not_synced())
+            self._check_may_wait()
         if submit.request_id in self._streams:
             raise InternalError(f"request {submit.request_id!r} is under way already")
         stream = EngineStream(submit, self._abort)
-        if not self._send(submit):
+        if self._synced and not self._send_off(stream):
             raise Overloaded("the engine does not keep up with new requests: try again later")
         self._streams[submit.request_id] = stream
         return stream
+
+    def _check_may_wait(self) -> None:
+        if self._info is None or self._draining or self._gave_up:
+            raise EngineUnavailable(self._why_not_synced())
+        if len(self._streams) >= self._max_queue + self._info.max_num_seqs:
+            raise Overloaded("the engine is restarting, and its queue is full already: try again later")
 
     def _why_not_ready(self) -> str | None:
         if self._draining:
@@ -145,26 +162,44 @@ class EngineClient:
 
     def _abort(self, request_id: str) -> None:
         """A stream that has ended by itself; the engine is told, or learns it by not getting it again."""
-        if self._streams.pop(request_id, None) is not None and self._synced and not self._send(Abort([request_id])):
+        stream = self._streams.pop(request_id, None)
+        if stream is None or not self._synced:
+            return
+        if stream.sent and not self._send(Abort([request_id])):
             self._unsent_aborts.append(request_id)
+        self._cleared(stream)
 
     def _connect(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._synced = False
         self._unsent_aborts.clear()
+        self._suspects.clear()
+        self._probe = None
+        for stream in self._streams.values():
+            stream.lose_engine()
         self._connection = Connection(self._context, self._loop, self._endpoint, self._on_message, self._on_disconnect)
         self._connection.send(Hello(self._worker))
 
     def _send(self, message: WorkerMessage) -> bool:
         return self._connection is not None and self._connection.send(message)
 
+    def _send_off(self, stream: EngineStream) -> bool:
+        stream.sent = self._send(stream.submission())
+        return stream.sent
+
     def _on_disconnect(self) -> None:
         if self._synced:
             log.warning("engine lost", extra={"streams": len(self._streams)})
-            for stream in self._streams.values():
-                stream.deaths += 1
+            self._count_death()
         self._reconnect()
+
+    def _count_death(self) -> None:
+        """Streams that only waited are spared: the engine begins them in this order, and has so many at a time at most."""
+        sent = sorted((stream for stream in self._streams.values() if stream.sent), key=_order)
+        for stream in sent[: self.info.max_num_seqs]:
+            if not (stream.answered and self._is_suspect(stream)):
+                stream.deaths += 1
 
     def _reconnect(self) -> None:
         if self._give_up is None:
@@ -172,6 +207,7 @@ class EngineClient:
         self._connect()
 
     def _no_engine_came(self) -> None:
+        self._gave_up = True
         self._end_all(EngineUnavailable(f"the engine died, and none took its place within {self._resume_timeout:g} s"))
 
     def _end_all(self, error: TidegateError) -> None:
@@ -202,11 +238,13 @@ class EngineClient:
             return  # aborted meanwhile
         if event.finish is FinishReason.ERROR and stream.resumed and event.failure and event.failure.error == "Overloaded":
             # It was admitted once and is not to be refused now, for a queue that is full of its neighbours.
-            self._loop.call_later(RETRY_SECONDS, self._retry, stream)
+            stream.sent = False
+            self._loop.call_later(RETRY_SECONDS, self._retry, stream, self._connection)
             return
         if event.finish is not None:
             del self._streams[event.request_id]
         stream.put(event)
+        self._cleared(stream)
 
     def _on_welcome(self, message: Welcome) -> None:
         if self._info is not None and message.info.pid != self._info.pid:
@@ -216,14 +254,36 @@ class EngineClient:
             self._give_up = None
         self._info = message.info
         self._synced = True
+        self._gave_up = False
         self._pulse = Pulse(self._stall_timeout)
         self._arrived.set()
         for stream in list(self._streams.values()):
-            self._resume(stream)
+            if self._is_suspect(stream):
+                self._suspects.append(stream)
+            else:
+                self._resume(stream)
+        self._send_suspect()
         log.info("engine found", extra={"engine_pid": message.info.pid, "resumed": len(self._streams)})
 
-    def _retry(self, stream: EngineStream) -> None:
-        if self._synced and self._streams.get(stream.request_id) is stream:
+    def _is_suspect(self, stream: EngineStream) -> bool:
+        return stream.deaths >= max(1, self._max_deaths - 1)
+
+    def _send_suspect(self) -> None:
+        self._probe = None
+        while self._suspects and self._probe is None:
+            stream = self._suspects.popleft()
+            if self._streams.get(stream.request_id) is stream:
+                self._resume(stream)
+                self._probe = stream if stream.sent else None
+
+    def _cleared(self, stream: EngineStream) -> None:
+        """It has an answer or is gone, and the next suspect may go."""
+        if stream is self._probe:
+            self._send_suspect()
+
+    def _retry(self, stream: EngineStream, connection: Connection | None) -> None:
+        """Unless a new engine came meanwhile, which has been sent everything."""
+        if self._connection is connection and self._streams.get(stream.request_id) is stream:
             self._resume(stream)
 
     def _resume(self, stream: EngineStream) -> None:
@@ -231,9 +291,10 @@ class EngineClient:
             del self._streams[stream.request_id]
             log.error("a request is ended, since engines die of it", extra={"request_id": stream.request_id})
             stream.end(InternalError(f"the engine died {stream.deaths} times while it ran this request"))
-        elif stream.complete(self.info.limits.max_model_len):
-            del self._streams[stream.request_id]
-            stream.put(TokenEvent(stream.request_id, [], FinishReason.LENGTH))
-        elif not self._send(stream.resubmission()):
+        elif not self._send_off(stream):
             del self._streams[stream.request_id]
             stream.end(EngineUnavailable("the engine does not take requests"))
+
+
+def _order(stream: EngineStream) -> tuple[bool, int]:
+    return not stream.answered, stream.priority

@@ -34,6 +34,10 @@ class TokenStream(Protocol):
 
     def abort(self) -> None: ...
 
+    @property
+    def unread(self) -> int:
+        """`size_of` all events that came and were not taken."""
+
 
 class EngineClientProtocol(Protocol):
     @property
@@ -45,6 +49,12 @@ class EngineClientProtocol(Protocol):
 
     def submit(self, submit: Submit) -> TokenStream:
         """Send a request off. A refusal is raised here or by the stream's first `__anext__`."""
+
+
+def size_of(event: TokenEvent) -> int:
+    """What an event holds in memory, in units of about 100 bytes. The prompt's log-probabilities have their own limit."""
+    logprobs = event.logprobs
+    return 2 + len(event.tokens) + (len(logprobs) * (2 + len(logprobs[0].top_ids)) if logprobs else 0)
 
 
 def error_of(event: TokenEvent) -> errors.TidegateError | None:

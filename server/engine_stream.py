@@ -11,18 +11,33 @@ import msgspec
 from engine.errors import Aborted, TidegateError
 from engine.messages import Submit
 from engine.request import TokenEvent
-from server.client_base import error_of
+from server.client_base import error_of, size_of
 
 
 class EngineStream:
     """See `server.client_base.TokenStream`. Events that queue up while the consumer is busy come out as one."""
 
-    __slots__ = ("_ended", "_error", "_events", "_on_abort", "_received", "_submit", "_waiter", "deaths", "request_id", "resumed")
+    __slots__ = (
+        "_ended",
+        "_error",
+        "_events",
+        "_on_abort",
+        "_received",
+        "_submit",
+        "_waiter",
+        "answered",
+        "deaths",
+        "request_id",
+        "resumed",
+        "sent",
+    )
 
     def __init__(self, submit: Submit, on_abort: Callable[[str], None]) -> None:
         self.request_id = submit.request_id
         self.deaths = 0  # of engines that had this request
-        self.resumed = False
+        self.sent = False  # to the engine there is now
+        self.answered = False  # by it
+        self.resumed = False  # an earlier engine had this request
         self._on_abort = on_abort
         self._submit = submit
         self._received: list[int] = []
@@ -44,6 +59,10 @@ class EngineStream:
             await self._waiter
         return self._events.popleft() if len(self._events) == 1 else self._drain()
 
+    @property
+    def unread(self) -> int:
+        return sum(map(size_of, self._events))
+
     def abort(self) -> None:
         if not self._ended:
             self._on_abort(self.request_id)
@@ -51,6 +70,7 @@ class EngineStream:
             self.end(Aborted("the request was aborted"))
 
     def put(self, event: TokenEvent) -> None:
+        self.answered = True
         error = error_of(event) if event.finish is not None else None
         if error is not None:
             self.end(error)
@@ -68,14 +88,19 @@ class EngineStream:
             self._ended = True
             self._wake()
 
-    def complete(self, max_model_len: int) -> bool:
-        """Whether nothing is left to generate, and only the word that it ended was lost."""
-        num_outputs = len(self._submit.outputs) + len(self._received)
-        return num_outputs >= self._submit.params.max_tokens or len(self._submit.prompt) + num_outputs >= max_model_len
+    @property
+    def priority(self) -> int:
+        return self._submit.priority
 
-    def resubmission(self) -> Submit:
-        self.resumed = True
+    def lose_engine(self) -> None:
+        self.resumed = self.resumed or self.sent
+        self.sent = self.answered = False
+
+    def submission(self) -> Submit:
+        """What to send: the request as it came or, where an engine had it before, with the tokens that are here already."""
         submit, params = self._submit, self._submit.params
+        if not self.resumed:
+            return submit
         if self._received:
             params = msgspec.structs.replace(params, prompt_logprobs=None)
         return msgspec.structs.replace(submit, outputs=submit.outputs + self._received, params=params, fork_of=None)

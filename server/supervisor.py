@@ -10,7 +10,6 @@ holds the claim to it. A child that exits with code 2 has said what is wrong wit
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import shutil
@@ -26,12 +25,14 @@ from pathlib import Path
 import msgspec
 import setproctitle
 
-from engine import logs
+from engine import lifeline, logs
 from engine.errors import ConfigError
 from engine.process import EXIT_BAD_SETTINGS, EngineStart
+from server.child_process import ChildProcess
 from server.demo import NOTICE, ensure_demo_checkpoint
 from server.metrics import worker_died
 from server.settings import Settings
+from server.watchdog import Watchdog
 from server.worker_start import WorkerStart
 
 log = logging.getLogger("tidegate.supervisor")
@@ -40,6 +41,7 @@ BACKOFF_SECONDS = 0.1  # before the first new start; twice as long each further 
 MAX_BACKOFF_SECONDS = 5.0
 KILL_MARGIN_SECONDS = 4.0  # past the time to drain, until a child that has not ended is killed
 ENGINE_STOP_SECONDS = 5.0
+CUT_SECONDS = 2.0  # for the streams' last words, where the server cannot go on
 KILL_SECONDS = 1.0  # for killed children to be seen dead
 MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
 
@@ -54,7 +56,8 @@ class Fatal(Exception):
 
 
 class Child:
-    """A process that is started again when it dies, ever later, until it has died too often."""
+    """A process that is started again when it dies, ever later, until it has died too often. One that has said that it gets on,
+    as engines do, is killed once it has not said so for stall_timeout_s."""
 
     def __init__(self, name: str, module: str, start: bytes, settings: Settings, *, fds: tuple[int, ...] = ()) -> None:
         self.name = name
@@ -63,20 +66,24 @@ class Child:
         self._module, self._start, self._fds = module, start, fds
         self._limit, self._window = settings.crash_limit, settings.crash_window_s
         self._deaths: deque[float] = deque()
-        self._process: asyncio.subprocess.Process | None = None
+        self._stall_timeout = settings.stall_timeout_s
+        self._watchdog = Watchdog(settings.stall_timeout_s, self._stalled)
+        self._process: ChildProcess | None = None
         self._stopping = False
+        self._killed = False
 
     async def run(self) -> None:
         """Returns after `stop`. Raises Fatal when there is no use in another start."""
         while not self._stopping:
             process = self._process = await self._spawn()
             if self._stopping:  # asked while the process began
-                process.terminate()
-            await self._listen(process)
+                process.send_signal(signal.SIGKILL if self._killed else signal.SIGTERM)
             code = await process.wait()
+            self._watchdog.stop()
+            self.ready.clear()
             self.on_death(process.pid)
             if self._stopping:
-                if code != 0:
+                if code != 0 and not self._killed:  # whoever kills it has said why
                     log.warning("%s ended badly", self.name, extra={"exit_code": code})
                 return
             if code == EXIT_BAD_SETTINGS:
@@ -88,34 +95,32 @@ class Child:
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._stopping = True
+        self._stopping = self._killed = True
         self._signal(signal.SIGKILL)
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            self._module,
-            stdin=asyncio.subprocess.PIPE,  # stays open for as long as we live
-            stdout=asyncio.subprocess.PIPE,
-            pass_fds=self._fds,
-            start_new_session=True,  # Ctrl-C at a terminal is for us alone
-        )
-        if process.stdin is not None:
-            process.stdin.write(self._start + b"\n")
-            with contextlib.suppress(ConnectionError):  # it died at once, which `run` sees
-                await process.stdin.drain()
-        return process
+    def cut(self) -> bool:
+        """Have a worker end what it runs, now. False where it is not ready, and so runs nothing."""
+        if not self.ready.is_set():
+            return False
+        self.stop()
+        self._signal(signal.SIGINT)  # the second request to stop; two of one signal can become one
+        return True
 
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Until the process closes its output, which is when it ends."""
-        if process.stdout is None:
-            return
-        while chunk := await process.stdout.read(4096):
-            if b"ready\n" in chunk:
-                self.ready.set()
-            else:
-                log.info("%s printed: %s", self.name, chunk.decode(errors="replace").strip())
+    async def _spawn(self) -> ChildProcess:
+        command = (sys.executable, "-m", self._module)
+        return await ChildProcess.spawn(command, self._start + b"\n", self._on_line, fds=self._fds)
+
+    def _on_line(self, line: bytes) -> None:
+        if line == lifeline.ALIVE:
+            self._watchdog.feed()
+        elif line == lifeline.READY:
+            self.ready.set()
+        else:
+            log.info("%s printed: %s", self.name, line.decode(errors="replace").strip())
+
+    def _stalled(self) -> None:
+        log.error("%s makes no progress and is killed", self.name, extra={"stall_timeout_s": self._stall_timeout})
+        self._signal(signal.SIGKILL)
 
     def _backoff(self, code: int) -> float:
         now = time.monotonic()
@@ -130,7 +135,7 @@ class Child:
         return pause
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None:
             self._process.send_signal(number)
 
 
@@ -163,6 +168,9 @@ class Supervisor:
             for task in tasks:
                 if task.done():
                     task.result()  # raises its Fatal
+        except Fatal:
+            await self._cut(tasks[1:])
+            raise
         finally:
             for child in children:
                 child.kill()
@@ -193,8 +201,16 @@ class Supervisor:
         if late:
             raise Fatal(1, f"{len(late)} API workers did not end in time and are killed")
         self._engine.stop()  # the streams that ran to their ends needed it until here
-        await asyncio.wait({engine}, timeout=ENGINE_STOP_SECONDS)
+        _, late = await asyncio.wait({engine}, timeout=ENGINE_STOP_SECONDS)
+        if late:
+            log.warning("%s did not end in time and is killed", self._engine.name)
         log.info("stopped")
+
+    async def _cut(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Have the workers end their streams with an error that says so, rather than in the middle of a line."""
+        running = [task for worker, task in zip(self._workers, tasks, strict=True) if not task.done() and worker.cut()]
+        if running:
+            await asyncio.wait(running, timeout=CUT_SECONDS)
 
     async def _tell_ready(self) -> None:
         for worker in self._workers:
@@ -227,6 +243,8 @@ def serve(settings: Settings) -> int:
         metrics = folder / "metrics"
         metrics.mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+        # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         asyncio.run(_run(with_model(settings), folder))
     except ConfigError as error:
         log.error(error.message)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -38,6 +38,8 @@ log = logging.getLogger("tidegate.worker")
 
 CUT_SHARE = 0.9  # of drain_timeout_s, after which streams are cut short: the rest is for their last words to arrive
 BACKLOG = 2048
+# Python's own, (700, 10, 10), walks the heap several times over while a body of a million small lists is read.
+GC_THRESHOLD = (50_000, 20, 100)
 
 
 class HttpServer(uvicorn.Server):
@@ -57,6 +59,7 @@ class Worker:
             stall_timeout_s=settings.stall_timeout_s,
             resume_timeout_s=settings.resume_timeout_s,
             max_deaths=settings.max_deaths,
+            max_queue=settings.max_queue,
         )
         self._socket = socket.socket(fileno=start.http_fd)
         self._draining = asyncio.Event()
@@ -90,7 +93,7 @@ class Worker:
     def _http_config(self, service: GenerateService, metrics: Metrics) -> uvicorn.Config:
         return uvicorn.Config(
             build_app(self._settings, service, metrics),
-            http=guarded(HttpLimits.from_settings(self._settings)),
+            http=guarded(HttpLimits.from_settings(self._settings), metrics.unreadable_http),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -102,7 +105,7 @@ class Worker:
     async def _tell_ready(self) -> None:
         """One line on standard output, once tokens can be made."""
         await self._client.wait_ready()
-        os.write(1, b"ready\n")
+        lifeline.tell(lifeline.READY)
 
     async def _drain(self, http: HttpServer, rpc: RpcServer, serving: asyncio.Task[None]) -> None:
         log.info("draining", extra={"streams": self._client.num_streams})
@@ -133,6 +136,7 @@ def main() -> None:
     setproctitle.setproctitle(f"tidegate: {name}")
     logs.set_up(settings.log_level, settings.log_format, name)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    gc.set_threshold(*GC_THRESHOLD)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(start))

@@ -17,18 +17,21 @@ from tests.support.local_engine import LocalEngine
 from tests.support.rpc import serving
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/grpc.md").read_text()
 
 
 @pytest.fixture
-def generated(tmp_path):
-    """A folder with the client code that the page has its reader make."""
-    protoc = ["grpc_tools.protoc", "-I", ROOT / "protos", "--python_out=.", "--grpc_python_out=.", "tidegate/v1/inference.proto"]
-    subprocess.run([sys.executable, "-m", *map(str, protoc)], cwd=tmp_path, check=True)
-    return tmp_path
+def client(tmp_path):
+    """A folder with the client code that the page has its reader make, by its own commands."""
+    (commands,) = re.findall(r"```sh\n(mkdir.*?)```", PAGE, re.DOTALL)
+    folder = tmp_path / "client"
+    commands = commands.replace("/tmp/tidegate-client", str(folder)).replace(".venv/bin/python", sys.executable)
+    subprocess.run(["sh", "-ec", commands], cwd=ROOT, check=True)
+    return folder / "client.py"
 
 
-async def test_the_python_example_runs(generated, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/grpc.md").read_text(), re.DOTALL)
+async def test_the_python_example_runs(client, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     text = Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path / "cache"))
     async with LocalEngine() as engine:
         service = GenerateService(engine, text, Settings(), Metrics("tidegate-demo", lambda: engine.health))
@@ -36,8 +39,9 @@ async def test_the_python_example_runs(generated, tmp_path):
             for prompt, said in (("The tide comes in", "tokens in"), ("", "INVALID_ARGUMENT prompt")):
                 script = code.replace("localhost:9000", f"127.0.0.1:{rpc.server.port}").replace("The tide comes in", prompt)
                 assert prompt in script
+                client.write_text(script)
                 child = await asyncio.create_subprocess_exec(
-                    sys.executable, "-c", script, cwd=generated, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+                    sys.executable, client, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
                 )
                 out, err = await asyncio.wait_for(child.communicate(), 30)
                 assert child.returncode == 0, err.decode()

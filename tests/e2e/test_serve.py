@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from server.demo import ensure_demo_checkpoint
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.children import ROOT, ServerChild, wait_until
@@ -85,7 +87,7 @@ async def test_streams_survive_the_engines_death_with_the_same_tokens(fresh):
         old = fresh.children()["tidegate: engine 0"]
         os.kill(old, signal.SIGKILL)
         await asyncio.sleep(0)
-        assert not any(task.done() for task in tasks), "killed too late: nothing was in flight"
+        assert not all(task.done() for task in tasks), "killed too late: nothing was in flight"
         assert await asyncio.gather(*tasks) == undisturbed
         assert all(len(tokens) == 100 for tokens in undisturbed)
         assert fresh.children()["tidegate: engine 0"] != old
@@ -108,7 +110,7 @@ async def test_sigterm_lets_streams_finish_and_refuses_new_connections(fresh):
                 return True
             return False
 
-        await in_thread(wait_until, refused, "new connections are refused", seconds=2)
+        await in_thread(wait_until, refused, "new connections are refused")
         assert not all(task.done() for task in tasks), "refused only after all had ended"
         assert all(len(tokens) == 300 for tokens in await asyncio.gather(*tasks))
     assert await in_thread(fresh.process.wait, 10) == 0
@@ -128,7 +130,7 @@ async def test_the_time_to_drain_has_an_end():
             assert error["code"] == "engine_unavailable"
             assert "shutting down" in error["message"]
         assert await in_thread(server.process.wait, 10) == 0
-        assert 1.5 < time.monotonic() - began < 4
+        assert 1.5 < time.monotonic() - began < 15  # the stream has work for 20
 
 
 async def test_a_second_signal_hurries():
@@ -138,11 +140,11 @@ async def test_a_second_signal_hurries():
             task = asyncio.create_task(stream_tokens(client, 1, 400, first=first))
             await first.wait()
             server.process.send_signal(signal.SIGINT)
-            await asyncio.sleep(0.3)
+            await in_thread(wait_until, lambda: server.said("draining"), "the worker drains")
             assert not task.done()
             server.process.send_signal(signal.SIGINT)
             assert (await task)["code"] == "engine_unavailable"
-        assert await in_thread(server.process.wait, 5) == 0
+        assert await in_thread(server.process.wait, 20) == 0
 
 
 def test_no_child_outlives_the_supervisor():
@@ -153,6 +155,41 @@ def test_no_child_outlives_the_supervisor():
         server.process.kill()
         _, alive = psutil.wait_procs(children, timeout=5)
         assert not alive
+
+
+async def test_a_hung_engine_is_replaced_and_its_streams_go_on():
+    """An engine that is stopped in the middle of a stream is as good as dead after stall_timeout_s."""
+    with ServerChild(stall_timeout_s=1) as server:
+        async with http(server) as client:
+            undisturbed = await stream_tokens(client, 1, 120)
+            first = asyncio.Event()
+            task = asyncio.create_task(stream_tokens(client, 1, 120, first=first))
+            await first.wait()
+            old = server.children()["tidegate: engine 0"]
+            os.kill(old, signal.SIGSTOP)
+            assert not task.done(), "stopped too late"
+            assert await asyncio.wait_for(task, 30) == undisturbed
+            assert server.children()["tidegate: engine 0"] != old
+        assert server.said("engine 0 makes no progress and is killed")
+
+
+async def test_streams_end_with_an_error_where_the_server_gives_up():
+    with ServerChild(crash_limit=1, fake_step_ms=50) as server:
+        async with http(server) as client:
+            first = asyncio.Event()
+            task = asyncio.create_task(stream_tokens(client, 1, 400, first=first))
+            await first.wait()
+            os.kill(server.children()["tidegate: engine 0"], signal.SIGKILL)
+            assert (await asyncio.wait_for(task, 30))["code"] == "engine_unavailable"
+        assert await in_thread(server.process.wait, 20) == 1
+        await in_thread(wait_until, lambda: any("died 1 times" in line["message"] for line in server.lines), "the reason")
+
+
+async def test_a_request_that_comes_while_the_engine_restarts_is_answered(fresh):
+    os.kill(fresh.children()["tidegate: engine 0"], signal.SIGKILL)
+    await in_thread(wait_until, lambda: httpx.get(fresh.url + "/health/ready").status_code == 503, "the death is noticed")
+    async with http(fresh) as client:
+        assert len(await stream_tokens(client, 1, 5)) == 5
 
 
 async def test_a_dead_worker_comes_back_and_leaves_nothing_in_the_engine(fresh):
@@ -170,7 +207,7 @@ async def test_a_dead_worker_comes_back_and_leaves_nothing_in_the_engine(fresh):
         return False
 
     await in_thread(wait_until, is_ready, "the worker is back", seconds=10)
-    await in_thread(wait_until, lambda: engine_running(fresh) == 0 and used_blocks(fresh) == 0, "its blocks are free", seconds=2)
+    await in_thread(wait_until, lambda: engine_running(fresh) == 0 and used_blocks(fresh) == 0, "its blocks are free")
     counts = metrics(fresh)
     assert counts["tidegate_requests_failed_total"] == 4
     assert counts.get("tidegate_requests_running", 0) == 0
@@ -203,22 +240,25 @@ async def leave_grpc(server):
 
 @pytest.mark.parametrize("leave", [leave_http_stream, leave_http_plain, leave_grpc], ids=["sse", "plain", "grpc"])
 async def test_a_client_that_leaves_frees_its_blocks_at_once(server, leave):
-    """Within two steps of 5 ms, and a heartbeat to tell."""
-    aborted = metrics(server).get("tidegate_requests_aborted_total", 0)
+    """Long before the 450 steps that it asked for."""
+    await in_thread(wait_until, lambda: engine_running(server) == 0, "idle")
+    before = metrics(server)
     await leave(server)
-    await in_thread(wait_until, lambda: engine_running(server) == 0 and used_blocks(server) == 0, "freed", seconds=0.6)
-    assert metrics(server)["tidegate_requests_aborted_total"] == aborted + 1
+    await in_thread(wait_until, lambda: engine_running(server) == 0 and used_blocks(server) == 0, "freed")
+    after = metrics(server)
+    assert after["tidegate_requests_aborted_total"] == before.get("tidegate_requests_aborted_total", 0) + 1
+    assert after["tidegate_engine_steps_total"] - before["tidegate_engine_steps_total"] < 400
 
 
 def test_a_stopped_engine_is_not_ready(server):
     engine = server.children()["tidegate: engine 0"]
     os.kill(engine, signal.SIGSTOP)
     try:
-        wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 503, "not ready", seconds=5)
+        wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 503, "not ready")
         assert httpx.get(server.url + "/health/live").status_code == 200
     finally:
         os.kill(engine, signal.SIGCONT)
-    wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 200, "ready again", seconds=5)
+    wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 200, "ready again")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -241,17 +281,37 @@ def test_a_crash_loop_ends_the_server_with_the_reason():
     """Each new engine is killed as soon as it is there."""
     with ServerChild(crash_limit=3) as server:
         killed = set()
-        until = time.monotonic() + 30
-        while server.process.poll() is None and time.monotonic() < until:
+
+        def ended():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 for name, pid in server.children().items():
                     if name == "tidegate: engine 0" and pid not in killed:
                         killed.add(pid)
                         os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        assert server.process.wait(5) == 1
+            return server.pid_gone
+
+        wait_until(ended, "the server gives up", seconds=40)
+        assert server.process.wait() == 1
         assert len(killed) == 3
         wait_until(lambda: any("died 3 times" in line["message"] for line in server.lines), "the reason")
+
+
+def test_garbage_on_the_grpc_port_puts_nothing_but_json_into_the_log(fresh):
+    """gRPC's core has a line of its own for each; this one it wrote for a request with a response's header."""
+
+    def frame(kind, flags, stream, payload=b""):
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    headers = frame(1, 5, 1, b"\x08\x03abc")  # :status "abc"
+    for garbage in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + headers, b"\x00" * 500):
+        with socket.create_connection(("127.0.0.1", fresh.grpc_port), 5) as client:
+            client.sendall(garbage)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(4096):
+                pass
+    fresh.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: fresh.said("stopped"), "all that was logged has been read")
+    assert [line for line in fresh.text if not line.startswith("{")] == []
 
 
 @pytest.mark.parametrize(
@@ -266,9 +326,40 @@ def test_a_crash_loop_ends_the_server_with_the_reason():
     ids=["type", "unknown", "model", "host", "engine"],
 )
 def test_a_wrong_setting_stops_the_start_with_one_message(variables, expected):
+    done = refused_start(variables)
+    assert done.stderr.count(expected) == 1
+
+
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        ("config.json", NESTED, "config.json: cannot be read as JSON: it is nested too deeply"),
+        ("generation_config.json", NESTED, "generation_config.json: cannot be read as JSON: it is nested too deeply"),
+        ("config.json", {"vocab_size": 10**12}, "vocab_size is 1000000000000: it must be an integer from 1 to"),
+        ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: it must be an integer from 1 to"),
+        ("config.json", {"vocab_size": 1 << 24, "hidden_size": 1 << 17}, "the model's weights need"),
+    ],
+    ids=["nested", "nested generation", "vocabulary", "layers", "memory"],
+)
+def test_a_faulty_checkpoint_stops_the_start_with_one_message(tmp_path, file, changes, expected):
+    folder = tmp_path / "model"
+    shutil.copytree(ensure_demo_checkpoint(tmp_path / "demo"), folder)
+    text = changes if isinstance(changes, str) else json.dumps(json.loads((folder / file).read_text()) | changes)
+    (folder / file).write_text(text)
+    done = refused_start({"TIDEGATE_MODEL": str(folder), "TIDEGATE_RUNNER": "torch", "TIDEGATE_DEVICE": "cpu"})
+    (line,) = done.stderr.splitlines()
+    assert expected in json.loads(line)["message"]
+
+
+def refused_start(variables):
+    """The whole of a `serve` that ends by itself."""
     environment = {**os.environ, "TIDEGATE_PORT": "0", "TIDEGATE_GRPC_PORT": "0", "TIDEGATE_RUNNER": "fake", **variables}
     command = [sys.executable, "-m", "server.cli", "serve"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40, check=False)
     assert done.returncode == 2
-    assert done.stderr.count(expected) == 1
     assert "Traceback" not in done.stderr
+    assert "ended badly" not in done.stderr
+    return done

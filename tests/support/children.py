@@ -55,7 +55,9 @@ class EngineChild:
     def start(self) -> None:
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "engine.process"]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
         assert self.process.stdin is not None
         self.process.stdin.write(self._start + b"\n")
         self.process.stdin.flush()

@@ -17,7 +17,7 @@ from engine.errors import Aborted, EngineUnavailable, TidegateError
 from engine.fake import build_fake
 from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
-from server.client_base import EngineHealth, error_of
+from server.client_base import EngineHealth, error_of, size_of
 
 LIMITS = ModelLimits(max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32")  # the vocabulary of `server.demo`
 CONFIG = EngineConfig(
@@ -57,6 +57,10 @@ class LocalStream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._events.popleft()
+
+    @property
+    def unread(self) -> int:
+        return sum(map(size_of, self._events))
 
     def abort(self) -> None:
         if not self._ended:
