@@ -6,13 +6,17 @@ the line. Prompts and outputs belong in no log.
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 import time
 from types import TracebackType
 from typing import Literal
 
 import msgspec
+
+_PLAIN = re.compile(r"[^\s,;=\"']+")
 
 LogFormat = Literal["auto", "human", "json"]
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
@@ -24,6 +28,7 @@ def set_up(level: str, form: LogFormat, process: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(HumanFormatter(process) if human else JsonFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("grpc._cython").setLevel(logging.WARNING)  # at debug it tells of each poll
     sys.excepthook = _log_uncaught
 
 
@@ -54,7 +59,7 @@ class HumanFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        extra = "".join(f" {key}={value}" for key, value in _extra(record).items())
+        extra = "".join(f" {key}={_readable(value)}" for key, value in _extra(record).items())
         line = f"{clock} {self._process:<10} {level}{record.getMessage()}{extra}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -65,6 +70,12 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
     return {key: value for key, value in vars(record).items() if key not in _RESERVED}
+
+
+def _readable(value: object) -> str:
+    """In quotes where a reader could not tell its end."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _utc(seconds: float) -> str:

@@ -1,12 +1,14 @@
 """`tidegate bench offline`: how fast an engine in this process works off a workload that is all there at once.
 
-The prefix cache is off, every request runs to its full length, and at most 256 run at a time. Time counts from the
-submission of the first request to the last token; start-up and a warm-up are measured apart and before.
+The prefix cache is off, every request runs to its full length, and at most `max_num_seqs` (256) run at a time. Time counts
+from the submission of the first request to the last token; start-up and a warm-up are measured apart and before. Of several
+rounds the best counts.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import random
 import shlex
 import subprocess
@@ -14,21 +16,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engine import LLM, CacheConfig, SamplingParams, SchedulerConfig
-from engine.config import Device, DType, LoadFormat
+from engine import LLM, SamplingParams
+from engine.config import EngineConfig, ModelLimits
 from engine.errors import ConfigError
+from engine.messages import EngineInfo
+from engine.models.spec import ModelSpec
 from engine.request import TokenEvent
+from server.settings import Settings
 
-MAX_NUM_SEQS = 256
-_WARM_UP_REQUESTS = 16
-_WARM_UP_TOKENS = 8
+VOCAB = 10_000  # ids are drawn from 0 to this, or to the model's last one where it has fewer
+_WARM_UP_PROMPT = 8  # tokens of a request in the warm-up, and
+_WARM_UP_TOKENS = 8  # those that it generates at least
+_WARM_UP_SHRINK = 0.85  # of the requests that still run, each step ends the rest: no size between CUDA graphs is passed over
 _REDRAW_SECONDS = 0.25
 
 
@@ -37,7 +43,7 @@ class Work(NamedTuple):
     num_outputs: int
 
 
-def mixed(n: int, *, low: int = 100, high: int = 1024, vocab: int = 10_000, seed: int = 0) -> list[Work]:
+def mixed(n: int, *, low: int = 100, high: int = 1024, vocab: int = VOCAB, seed: int = 0) -> list[Work]:
     """`n` requests whose prompt and output lengths are each drawn from low..high; all prompts are drawn before any output."""
     draw = random.Random(seed).randint
     prompts = []
@@ -47,18 +53,18 @@ def mixed(n: int, *, low: int = 100, high: int = 1024, vocab: int = 10_000, seed
     return [Work(prompt, draw(low, high)) for prompt in prompts]
 
 
-def fixed(n: int, num_prompt: int, num_outputs: int, *, vocab: int = 10_000, seed: int = 1) -> list[Work]:
+def fixed(n: int, num_prompt: int, num_outputs: int, *, vocab: int = VOCAB, seed: int = 1) -> list[Work]:
     draw = random.Random(seed).randint
     return [Work([draw(0, vocab) for _ in range(num_prompt)], num_outputs) for _ in range(n)]
 
 
 # The same token lists for every engine that is measured on them: a changed seed or order makes old figures incomparable.
-WORKLOADS: dict[str, Callable[[], list[Work]]] = {
-    "single": lambda: fixed(1, 1024, 256),
-    "decode64": lambda: fixed(64, 128, 256),
-    "mixed256": lambda: mixed(256),
-    "mixed1024": lambda: mixed(1024),
-    "prefill": lambda: fixed(32, 8192, 1),
+WORKLOADS: dict[str, Callable[[int], list[Work]]] = {  # each takes the highest token id that it may draw
+    "single": lambda vocab: fixed(1, 1024, 256, vocab=vocab),
+    "decode64": lambda vocab: fixed(64, 128, 256, vocab=vocab),
+    "mixed256": lambda vocab: mixed(256, vocab=vocab),
+    "mixed1024": lambda vocab: mixed(1024, vocab=vocab),
+    "prefill": lambda vocab: fixed(32, 8192, 1, vocab=vocab),
 }
 
 
@@ -84,65 +90,116 @@ class BenchLine(msgspec.Struct, kw_only=True):
     num_steps: int
     exposed_cpu_s: float
     load_format: str
+    rounds: list[float]  # seconds of each; `seconds` is the least
 
 
-def offline(
-    model: str,
-    workload: str,
-    *,
-    load_format: LoadFormat = "safetensors",
-    precision: DType = "auto",
-    device: Device = "auto",
-) -> BenchLine:
-    """Run `workload`, draw the table on stderr, and print the line on stdout, last."""
-    work = build_workload(workload)
+class _Round(NamedTuple):
+    seconds: float
+    num_steps: int
+    exposed_seconds: float
+
+
+def offline(settings: Settings, workload: str, *, rounds: int = 1) -> BenchLine:
+    """Run `workload`, draw the table on stderr, and print the line on stdout, last. `settings` name a model."""
+    if rounds < 1:
+        raise ConfigError(f"rounds is {rounds}: it must be at least 1", param="rounds")
+    config = settings.engine_config()
+    limits = ModelSpec.from_folder(config.model).limits()
+    work = build_workload(workload, limits.vocab_size)
+    context = _context_of(workload, work, limits, settings.max_model_len)
     console = Console(stderr=True)
     began = time.perf_counter()
-    with LLM(
-        model,
-        load_format=load_format,
-        dtype=precision,
-        device=device,
-        max_model_len=max(len(w.prompt) + w.num_outputs for w in work),
-        cache=CacheConfig(prefix_caching=False),
-        scheduler=SchedulerConfig(max_num_seqs=MAX_NUM_SEQS),
-    ) as llm:
+    with LLM(**_options(config, context)) as llm:
         startup = time.perf_counter() - began
         console.print(f"{llm.info.model} on {llm.info.device}: up in {startup:.1f} s; warming up")
-        _generate(llm, [Work(w.prompt, min(w.num_outputs, _WARM_UP_TOKENS)) for w in work[:_WARM_UP_REQUESTS]], None)
-        before = llm.stats()
-        seconds = _measure(llm, work, workload, console)
-        after, info = llm.stats(), llm.info
-    outputs, prompts = sum(w.num_outputs for w in work), sum(len(w.prompt) for w in work)
-    line = BenchLine(
-        date=datetime.date.today().isoformat(),
-        commit=_commit(),
-        device=info.device,
-        model=info.model,
-        precision=_precision(precision, info.limits.dtype, info.device),
-        workload=workload,
-        seconds=round(seconds, 3),
-        out_tok_s=round(outputs / seconds, 1),
-        total_tok_s=round((outputs + prompts) / seconds, 1),
-        startup_s=round(startup, 2),
-        bound_share=None,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        num_requests=len(work),
-        prompt_tokens=prompts,
-        output_tokens=outputs,
-        num_steps=after.step - before.step,
-        exposed_cpu_s=round(after.exposed_cpu_seconds - before.exposed_cpu_seconds, 3),
-        load_format=load_format,
-    )
+        for part in warm_up_of(work, settings.max_num_seqs):
+            _generate(llm, part, None)
+        measured = [_run_round(llm, work, workload, console) for _ in range(rounds)]
+        line = _line(settings, workload, work, measured, llm.info)
+    line = msgspec.structs.replace(line, startup_s=round(startup, 2))
     console.print(_table(line))
     sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
     return line
 
 
-def build_workload(name: str) -> list[Work]:
+def build_workload(name: str, vocab_size: int = VOCAB + 1) -> list[Work]:
+    """The same lists for every model of more than 10,000 tokens; ids that a smaller one has for the others."""
     if name not in WORKLOADS:
         raise ConfigError(f"workload is {name!r}: it must be one of {', '.join(WORKLOADS)}", param="workload")
-    return WORKLOADS[name]()
+    return WORKLOADS[name](min(VOCAB, vocab_size - 1))
+
+
+def warm_up_of(work: list[Work], max_num_seqs: int) -> list[list[Work]]:
+    """What to run before: the longest prompt, whose steps are the largest, and then as many requests at once as the workload has,
+    in few tokens and ever fewer at the end, so that the CUDA graphs of all batch sizes are captured."""
+    num = min(len(work), max_num_seqs)
+    at_once = []
+    for rank, w in enumerate(work[:num], 1):
+        extra = int(math.log(num / rank) / -math.log(_WARM_UP_SHRINK))
+        at_once.append(Work(w.prompt[:_WARM_UP_PROMPT], min(w.num_outputs, _WARM_UP_TOKENS + extra)))
+    longest = max(work, key=lambda w: len(w.prompt))
+    return [[Work(longest.prompt, min(longest.num_outputs, _WARM_UP_TOKENS))], at_once]
+
+
+def _context_of(workload: str, work: list[Work], limits: ModelLimits, asked: int | None) -> int:
+    """Tokens of the longest request. Raises ConfigError where the model has no room for it."""
+    need = _longest(work)
+    if need > limits.max_model_len:
+        fitting = [name for name in WORKLOADS if _longest(build_workload(name, limits.vocab_size)) <= limits.max_model_len]
+        or_else = f"choose one that fits ({', '.join(fitting)}) or" if fitting else "choose"
+        raise ConfigError(
+            f"workload {workload} takes a context of {need} tokens, and the model has {limits.max_model_len}: "
+            f"{or_else} a model with a longer context",
+            param="workload",
+        )
+    if asked is not None and asked < need:
+        raise ConfigError(
+            f"max_model_len is {asked}, but workload {workload} takes {need} tokens: set it to {need} or more, or not at all",
+            param="max_model_len",
+        )
+    return need if asked is None else asked
+
+
+def _longest(work: list[Work]) -> int:
+    return max(len(w.prompt) + w.num_outputs for w in work)
+
+
+def _options(config: EngineConfig, max_model_len: int) -> dict[str, Any]:
+    cache = msgspec.structs.replace(config.cache, prefix_caching=False)
+    return msgspec.structs.asdict(msgspec.structs.replace(config, max_model_len=max_model_len, cache=cache))
+
+
+def _line(settings: Settings, workload: str, work: list[Work], rounds: list[_Round], info: EngineInfo) -> BenchLine:
+    best = min(rounds)
+    outputs, prompts = sum(w.num_outputs for w in work), sum(len(w.prompt) for w in work)
+    return BenchLine(
+        date=datetime.date.today().isoformat(),
+        commit=_commit(),
+        device=info.device,
+        model=info.model,
+        precision=_precision(settings.dtype, info.limits.dtype, info.device),
+        workload=workload,
+        seconds=round(best.seconds, 3),
+        out_tok_s=round(outputs / best.seconds, 1),
+        total_tok_s=round((outputs + prompts) / best.seconds, 1),
+        startup_s=0.0,
+        bound_share=None,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        num_requests=len(work),
+        prompt_tokens=prompts,
+        output_tokens=outputs,
+        num_steps=best.num_steps,
+        exposed_cpu_s=round(best.exposed_seconds, 3),
+        load_format=settings.load_format,
+        rounds=[round(r.seconds, 3) for r in rounds],
+    )
+
+
+def _run_round(llm: LLM, work: list[Work], workload: str, console: Console) -> _Round:
+    before = llm.stats()
+    seconds = _measure(llm, work, workload, console)
+    after = llm.stats()
+    return _Round(seconds, after.step - before.step, after.exposed_cpu_seconds - before.exposed_cpu_seconds)
 
 
 def _measure(llm: LLM, work: list[Work], name: str, console: Console) -> float:

@@ -3,59 +3,92 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
+from rich.markup import escape
 
-from engine.config import Device, DType, LoadFormat
-from engine.errors import TidegateError
+from engine.errors import InvalidRequest, TidegateError
 from engine.request import SamplingParams
-from server.settings import Settings, describe, flag, load_settings
+from server.settings import Settings, describe, flag, in_settings_names, load_settings
 
 EXIT_FAILED = 1
 EXIT_BAD_SETTINGS = 2
+EXIT_INTERRUPTED = 130
 
-app = typer.Typer(name="tidegate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="tidegate", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast this machine is.")
 app.add_typer(bench, name="bench")
 
-Model = Annotated[str | None, typer.Option(help="Checkpoint folder; without one, a tiny random demo model.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
+ENGINE_FLAGS = ("model", "device", "dtype", "load_format", "max_model_len")  # of commands that run an engine in this process
+ALIASES = {"dtype": ["--precision"]}
 
 
-def with_settings_flags(command: Callable[[Settings], None]) -> Callable[..., None]:
-    """`command` with a flag for every field of Settings, and --config."""
+def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose first argument is Settings, with a flag for each of the fields `names`, and --config."""
 
-    def run(config: Path | None, **flags: object) -> None:
-        command(load_settings({name: value for name, value in flags.items() if value is not None}, config=config))
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(config: Path | None, **given: Any) -> None:
+            flags = {name: value for name in names if (value := given.pop(name)) is not None}
+            try:
+                command(load_settings(flags, config=config), **given)
+            except KeyboardInterrupt:
+                raise typer.Exit(EXIT_INTERRUPTED) from None
 
-    parameters = [_parameter("config", ConfigFile)]
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f" [default: {field.default}]"
-        is_switch = describe(name) == "true or false"
-        kind: Any = bool if is_switch else str  # Settings reads the text, so that an error reads alike from wherever it came
-        words = [f"{flag(name)}/{flag('no_' + name)}"] if is_switch else [flag(name)]
-        option = typer.Option(
-            *words, help=f"{field.description}.{default}", show_default=False, metavar=None if is_switch else ""
-        )
-        parameters.append(_parameter(name, Annotated[kind | None, option]))
-    run.__name__ = command.__name__
-    run.__doc__ = command.__doc__
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        parameters += [_parameter("config", ConfigFile), *(_parameter(name, _option(name)) for name in names)]
+        run.__name__ = command.__name__
+        run.__doc__ = command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _option(name: str) -> Any:
+    field, right = Settings.model_fields[name], describe(name)
+    is_switch, is_text = right == "true or false", right.startswith("a text")
+    kind: Any = bool if is_switch else str  # Settings reads the text, so that an error reads alike from wherever it came
+    words = [f"{flag(name)}/{flag('no_' + name)}"] if is_switch else [flag(name), *ALIASES.get(name, [])]
+    says = field.description if is_switch or is_text else f"{field.description} ({right})"
+    default = "" if field.default is None else f" [default: {str(field.default).lower() if is_switch else field.default}]"
+    option = typer.Option(
+        *words, help=escape(f"{says}.{default}"), show_default=False, metavar=None if is_switch else "TEXT" if is_text else ""
+    )
+    return Annotated[kind | None, option]
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidegate {importlib.metadata.version('tidegate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def tidegate(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """An inference server for large language models."""
+
+
 @app.command()
-@with_settings_flags
+@with_settings(Settings.model_fields)
 def serve(settings: Settings) -> None:
     """Serve a model over HTTP and gRPC.
 
@@ -65,7 +98,7 @@ def serve(settings: Settings) -> None:
 
 
 @app.command()
-@with_settings_flags
+@with_settings(Settings.model_fields)
 def doctor(settings: Settings) -> None:
     """Say what this machine can run with these settings, and why not the rest."""
     module = _load("server.doctor")
@@ -73,48 +106,63 @@ def doctor(settings: Settings) -> None:
 
 
 @app.command()
+@with_settings(ENGINE_FLAGS)
 def generate(
+    settings: Settings,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
-    model: Model = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Share of the probability to choose from.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Generate from one prompt in this process, and print the text as it comes."""
+    """Generate from one prompt in this process, and print the text as it comes.
+
+    The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included.
+    """
     # What may be said here is said by Settings and SamplingParams, in the words that `serve` uses.
-    settings = load_settings({"device": device} | ({"model": model} if model is not None else {}))
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    folder = _folder(settings.model)
-    text = _load("server.text.tokenizer").Tokenizer.from_folder(folder)
-    ids = text.encode(sys.stdin.read() if prompt == "-" else prompt)
+    words = _prompt(prompt)
+    config = _with_model(settings).engine_config()
+    text = _load("server.text.tokenizer").Tokenizer.from_folder(config.model)
+    ids = text.encode(words)
     detokenizer = text.detokenizer(ids)
-    with _load("engine.llm").LLM(folder, device=settings.device) as llm:
+    with _load("engine.llm").LLM(**msgspec.structs.asdict(config)) as llm:
         for event in llm.stream(ids, params):
             typer.echo(detokenizer.add(event.tokens), nl=False)
     typer.echo(detokenizer.flush())
 
 
 @bench.command()
+@with_settings(ENGINE_FLAGS)
 def offline(
-    model: Model = None,
+    settings: Settings,
     workload: Annotated[str, typer.Option(help="Its name; a wrong one lists them all.")] = "mixed256",
-    load_format: Annotated[LoadFormat, typer.Option(help="dummy: random weights of the right shapes.")] = "safetensors",
-    precision: Annotated[DType, typer.Option(help="Number format of weights and activations.")] = "auto",
-    device: Annotated[Device, typer.Option(help="Where to run.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="How often to run it; the best counts.")] = 1,
 ) -> None:
-    """Run a workload through an engine in this process; the last line on standard output is JSON."""
-    run = _load("server.bench").offline
-    run(_folder(model), workload, load_format=load_format, precision=precision, device=device)
+    """Run a workload through an engine in this process; the last line on standard output is JSON.
+
+    The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included; the prefix cache is off.
+    """
+    _load("server.bench").offline(_with_model(settings), workload, rounds=rounds)
 
 
-def _folder(model: str | None) -> str:
-    if model is not None:
-        return model
+def _prompt(given: str) -> str:
+    """The text itself, or that of standard input."""
+    raw = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = "standard input" if given == "-" else "the prompt"
+        raise InvalidRequest(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}", param="prompt") from None
+
+
+def _with_model(settings: Settings) -> Settings:
+    """With the demo's folder in it, where no model is named."""
+    if settings.model is not None:
+        return settings
     demo = _load("server.demo")
     typer.echo(demo.NOTICE, err=True)
-    return str(demo.ensure_demo_checkpoint())
+    return settings.model_copy(update={"model": str(demo.ensure_demo_checkpoint())})
 
 
 def _load(module: str) -> Any:
@@ -125,7 +173,7 @@ def main() -> None:
     try:
         app()
     except TidegateError as error:
-        typer.echo(f"tidegate: {error.message}", err=True)
+        typer.echo(f"tidegate: {in_settings_names(error.message)}", err=True)
         settings_wrong = error.code in ("bad_config", "bad_checkpoint")
         sys.exit(EXIT_BAD_SETTINGS if settings_wrong else EXIT_FAILED)
 

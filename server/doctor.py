@@ -1,7 +1,11 @@
-"""`tidegate doctor`: what this machine can run, and why not the rest."""
+"""`tidegate doctor`: what this machine can run, and why not the rest.
+
+It refuses what `serve` would refuse, by the same code, as far as that can be told without reading a weight.
+"""
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import os
@@ -15,32 +19,22 @@ from typing import Literal, NamedTuple
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from engine.errors import ConfigError
+from engine.config import ModelLimits, check
+from engine.errors import CheckpointError, ConfigError
+from engine.models.spec import ModelSpec
 from server.demo import ensure_demo_checkpoint
-from server.settings import Settings
+from server.settings import Settings, in_settings_names
+from server.text.tokenizer import Tokenizer
 
 State = Literal["ok", "missing", "note"]  # "missing": the server cannot run as it is set up
 
 NEEDED = ("torch", "safetensors", "tokenizers", "msgspec", "zmq", "fastapi", "uvicorn", "uvloop", "grpc", "prometheus_client")
-OPTIONAL = {
-    "triton": "faster kernels on a CUDA device",
-    "flashinfer": "faster attention on a CUDA device",
-    "onnxruntime": "the ONNX backend",
-    "tensorrt": "the TensorRT backend",
-    "opentelemetry.sdk": "tracing",
-}
+OPTIONAL = {"triton": "faster kernels on a CUDA device"}
 LOW_DISK_BYTES = 1 << 30
 TORCH_SECONDS = 120
-
-# In a process of its own: importing torch takes seconds, and a broken CUDA installation can end the process.
-_ASK_TORCH = """
-import json, torch
-devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
-    "devices": [{"name": d.name, "bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in devices]}))
-"""
 
 
 class Finding(NamedTuple):
@@ -59,16 +53,28 @@ class TorchAnswer(msgspec.Struct, frozen=True):
     version: str
     cuda: str | None
     devices: list[TorchDevice]
+    problem: str | None  # with the checkpoint or the engine's settings
+
+
+class Checkpoint(NamedTuple):
+    """What could be read of the model. `limits` is None where it cannot be served."""
+
+    findings: list[Finding]
+    settings: Settings  # with a model in them
+    limits: ModelLimits | None
 
 
 def examine(settings: Settings) -> list[Finding]:
+    checkpoint = _model(settings)
+    answer = _ask_torch(checkpoint)
     return [
         _python(),
         *_packages(),
-        *_torch(settings),
-        _memory(),
+        *([answer] if isinstance(answer, Finding) else _torch(settings, answer)),
+        _memory(settings, has_cuda=isinstance(answer, TorchAnswer) and bool(answer.devices)),
         _disk(),
-        _model(settings),
+        *checkpoint.findings,
+        *_engine(checkpoint, answer),
         _port("HTTP port", settings.host, settings.port),
         _port("gRPC port", settings.host, settings.grpc_port),
         *_optional(),
@@ -76,13 +82,23 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> int:
-    """Print a table; returns the exit code."""
+    """Print a table at a terminal, and plain lines elsewhere; returns the exit code."""
+    console = Console()
+    if console.is_terminal:
+        _print_table(console, findings)
+    else:
+        words = {"ok": "ok", "missing": "MISSING", "note": "-"}
+        for finding in findings:
+            sys.stdout.write(f"{words[finding.state]} {finding.what}: {finding.text}\n")
+    return int(any(finding.state == "missing" for finding in findings))
+
+
+def _print_table(console: Console, findings: list[Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     marks = {"ok": "[green]ok[/]", "missing": "[red]MISSING[/]", "note": "[yellow]-[/]"}
     for finding in findings:
-        table.add_row(marks[finding.state], finding.what, finding.text)
-    Console().print(table)
-    return int(any(finding.state == "missing" for finding in findings))
+        table.add_row(marks[finding.state], escape(finding.what), escape(finding.text))
+    console.print(table)
 
 
 def _python() -> Finding:
@@ -98,15 +114,26 @@ def _packages() -> list[Finding]:
     return [Finding("packages", "ok", "all that are needed are installed")]
 
 
-def _torch(settings: Settings) -> list[Finding]:
+def _ask_torch(checkpoint: Checkpoint) -> TorchAnswer | Finding:
+    command = [sys.executable, "-m", "engine.weights.probe", _question(checkpoint)]
     try:
-        asked = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, timeout=TORCH_SECONDS, check=True)
-        answer = msgspec.json.decode(asked.stdout, type=TorchAnswer)
+        asked = subprocess.run(command, capture_output=True, timeout=TORCH_SECONDS, check=True)
+        return msgspec.json.decode(asked.stdout, type=TorchAnswer)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
-        return [Finding("torch", "missing", f"cannot be imported: {lines[-1] if lines else error}")]
+        return Finding("torch", "missing", f"cannot be used: {lines[-1] if lines else error}")
     except (subprocess.TimeoutExpired, msgspec.MsgspecError) as error:
-        return [Finding("torch", "missing", f"gives no answer: {error}")]
+        return Finding("torch", "missing", f"gives no answer: {error}")
+
+
+def _question(checkpoint: Checkpoint) -> str:
+    """The engine's config, where there is more to find out about it."""
+    if checkpoint.limits is None or checkpoint.settings.runner == "fake":
+        return ""
+    return msgspec.json.encode(checkpoint.settings.engine_config()).decode()
+
+
+def _torch(settings: Settings, answer: TorchAnswer) -> list[Finding]:
     built = f"built for CUDA {answer.cuda}" if answer.cuda else "built without CUDA"
     devices = [
         Finding(f"CUDA device {i}", "ok", f"{d.name}, {_gib(d.bytes)}, compute capability {d.capability}")
@@ -117,10 +144,34 @@ def _torch(settings: Settings) -> list[Finding]:
     return [Finding("torch", "ok", f"{answer.version}, {built}"), *(devices or [Finding("CUDA", state, f"none: {why}")])]
 
 
-def _memory() -> Finding:
-    pages, free = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
+def _engine(checkpoint: Checkpoint, answer: TorchAnswer | Finding) -> list[Finding]:
+    """What the engine would say of its settings, its memory and the checkpoint's files."""
+    if checkpoint.limits is None:
+        return []
+    if isinstance(answer, TorchAnswer) and answer.problem is not None:
+        return [Finding("engine", "missing", in_settings_names(answer.problem))]
+    settings = checkpoint.settings
+    try:
+        # Whether there is CUDA is told above.
+        check(settings.engine_config(), checkpoint.limits, has_cuda=True)
+    except ConfigError as error:
+        return [Finding("engine", "missing", in_settings_names(error.message))]
+    if settings.runner == "fake" or isinstance(answer, Finding):
+        why = "runner is fake" if settings.runner == "fake" else "torch is needed for it"
+        return [Finding("engine", "note", f"settings fit the model; its weights are not looked at: {why}")]
+    read = "random, as load_format is dummy" if settings.load_format == "dummy" else "have the names and shapes that it takes"
+    return [Finding("engine", "ok", f"settings fit the model; weights {read}")]
+
+
+def _memory(settings: Settings, *, has_cuda: bool) -> Finding:
     size = os.sysconf("SC_PAGE_SIZE")
-    return Finding("memory", "ok", f"{_gib(pages * size)}, of it free {_gib(free * size)}")
+    total, free = os.sysconf("SC_PHYS_PAGES") * size, os.sysconf("SC_AVPHYS_PAGES") * size
+    text = f"{_gib(total)}, of it free {_gib(free)}"
+    on_host = settings.device == "cpu" or (settings.device == "auto" and not has_cuda)
+    if on_host and settings.num_blocks is None and settings.host_bytes > total:
+        cache = _gib(settings.host_bytes)
+        return Finding("memory", "note", f"{text}: a KV cache of host_bytes, {cache}, may not fill up; set a smaller one")
+    return Finding("memory", "ok", text)
 
 
 def _disk() -> Finding:
@@ -129,15 +180,22 @@ def _disk() -> Finding:
     return Finding("disk", "ok" if free > LOW_DISK_BYTES else "note", f"{_gib(free)} free at {folder}")
 
 
-def _model(settings: Settings) -> Finding:
-    if settings.model is not None:
-        if (Path(settings.model) / "config.json").is_file():
-            return Finding("model", "ok", settings.model)
-        return Finding("model", "missing", f"{settings.model} is no checkpoint folder: there is no config.json in it")
+def _model(settings: Settings) -> Checkpoint:
     try:
-        return Finding("model", "note", f"none is set: the random demo model at {ensure_demo_checkpoint()} would be served")
-    except ConfigError as error:
-        return Finding("model", "missing", error.message)
+        is_demo, folder = settings.model is None, settings.model or str(ensure_demo_checkpoint())
+        settings = settings.model_copy(update={"model": folder})
+        spec = ModelSpec.from_folder(folder)
+        text = Tokenizer.from_folder(folder)
+    except (ConfigError, CheckpointError) as error:
+        return Checkpoint([Finding("model", "missing", error.message)], settings, None)
+    if is_demo:
+        found = [Finding("model", "note", f"none is set: the random demo model at {folder} would be served")]
+    else:
+        what = f"{spec.architecture}, {spec.num_layers} layers, context {spec.max_model_len}, at {folder}"
+        found = [Finding("model", "ok", what)]
+    if text.chat is None:
+        found.append(Finding("chat template", "note", "the model has none: /v1/chat/completions will refuse every request"))
+    return Checkpoint(found, settings, spec.limits())
 
 
 def _port(what: str, host: str, port: int) -> Finding:
@@ -147,8 +205,10 @@ def _port(what: str, host: str, port: int) -> Finding:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding(what, "missing", f"{host}:{port} is in use already; if that is your own Tidegate, all is well")
         return Finding(what, "missing", f"{host}:{port} cannot be had: {error.strerror}")
-    return Finding(what, "ok", f"{host}:{port} is free")
+    return Finding(what, "ok", f"{host}:{port} is free" if port else f"{host}: any that is free")
 
 
 def _optional() -> list[Finding]:

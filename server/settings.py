@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,9 @@ PREFIX = "TIDEGATE_"
 CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the YAML file's path; `--config` wins over it
 
 _CACHE, _SCHEDULER, _FAKE = CacheConfig(), SchedulerConfig(), FakeConfig()
+_ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # a group of EngineConfig -> how the names of its settings begin
+_GROUPED = {f"{group}.{name}" for group in _ENGINE_PREFIX for name in getattr(EngineConfig(model=""), group).__struct_fields__}
+_ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
 
 
 class Settings(BaseSettings):
@@ -52,10 +56,14 @@ class Settings(BaseSettings):
     max_n: int = Field(16, ge=1, le=128, description="Most outputs of one request")
     max_stop_strings: int = Field(16, ge=0, le=1024, description="Most stop strings of one request")
     max_stop_len: int = Field(256, ge=1, le=65536, description="Longest stop string, in characters")
+    max_logprobs: int = Field(1 << 22, ge=0, description="Most log-probabilities of one answer, alternatives counted")
+    max_prompt_logprobs: int = Field(1 << 17, ge=0, description="Most of them for prompts, which come all at once")
 
     # Starting, failing and stopping.
     drain_timeout_s: float = Field(30, ge=0, description="Seconds that running requests have to finish after SIGTERM")
-    stall_timeout_s: float = Field(30, gt=0, description="Seconds without a step, while work is running, until not ready")
+    stall_timeout_s: float = Field(
+        30, gt=0, description="Seconds without a step ended, with work to do, until an engine is replaced"
+    )
     resume_timeout_s: float = Field(120, gt=0, description="Seconds that streams wait for a dead engine's successor")
     max_deaths: int = Field(3, ge=1, description="Engine deaths that a request may be part of before it is ended")
     crash_limit: int = Field(5, ge=1, description="Deaths of one process within crash_window_s that end the server")
@@ -148,11 +156,23 @@ def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Pa
         origins |= names
         values |= layer
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
         problems = error.errors()
         lines = [_explain(problem, origins) for problem in problems]
         raise ConfigError("\n".join(dict.fromkeys(lines)), param=str(problems[0]["loc"][0])) from None
+    _check_together(settings, origins)
+    return settings
+
+
+def in_settings_names(message: str) -> str:
+    """An engine's message with the names that an operator sets: `cache.block_size` is `block_size` here."""
+
+    def as_set(found: re.Match[str]) -> str:
+        group, _, name = found[0].partition(".")
+        return _ENGINE_PREFIX[group] + name
+
+    return _ENGINE_NAME.sub(as_set, message)
 
 
 def describe(name: str) -> str:
@@ -176,6 +196,21 @@ def _kinds(name: str) -> list[dict[str, Any]]:
 
 def _is_bool(name: str) -> bool:
     return any(kind.get("type") == "boolean" for kind in _kinds(name))
+
+
+def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
+    """What each value by itself cannot show."""
+    if settings.port and settings.port == settings.grpc_port:
+        raise ConfigError(
+            f"port and grpc_port are both {settings.port}: HTTP and gRPC each need a port of their own", param="grpc_port"
+        )
+    tokens, seqs = settings.max_step_tokens, settings.max_num_seqs
+    if tokens is not None and tokens < seqs:
+        origin = origins.get("max_step_tokens", "the call")
+        raise ConfigError(
+            f"max_step_tokens is {tokens} (from {origin}): it must be at least max_num_seqs, which is {seqs}",
+            param="max_step_tokens",
+        )
 
 
 def _in_words(kind: dict[str, Any]) -> str:
@@ -242,4 +277,5 @@ def _explain(problem: ErrorDetails, origins: Mapping[str, str]) -> str:
     if name not in Settings.model_fields:
         return f"{name} is set in {origin}, but there is no such setting" + _closest(name)
     value = problem["input"]
-    return f"{name} is {value!r} (from {origin}): it must be {describe(name)}" + _service_links(value)
+    shown = "empty" if value is None else repr(value)
+    return f"{name} is {shown} (from {origin}): it must be {describe(name)}" + _service_links(value)

@@ -169,7 +169,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold one object")
@@ -190,7 +190,8 @@ def _chat_template(folder: Path, config: dict[str, Any], named: dict[str, str]) 
         return ChatTemplate(path.read_text(encoding="utf-8"), named, origin=str(path))
     source = config.get("chat_template")
     if isinstance(source, list):
-        source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}.get("default")
+        named_so = (entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default")
+        source = next(named_so, {}).get("template")
     if source is None:
         return None
     if not isinstance(source, str):

@@ -131,7 +131,7 @@ class Plant:
     def check(self) -> None:
         self.scheduler.check()
         s = self.core.stats()
-        assert s.num_accepted == s.num_finished + s.num_aborted + s.num_failed + s.running + s.waiting
+        assert s.num_accepted == s.num_finished + s.num_aborted + s.running + s.waiting
         assert s.num_accepted == len(self.submits)
         assert s.cached_tokens <= s.prompt_tokens
 

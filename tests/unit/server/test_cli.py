@@ -1,11 +1,16 @@
+import importlib.metadata
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
 
-from server import cli
+from engine.errors import ConfigError, TidegateError
+from server import __main__ as entry
+from server import bench, cli
+from server.demo import ensure_demo_checkpoint
 from server.settings import Settings, flag
 from tests.support.children import ROOT
 
@@ -44,11 +49,105 @@ def test_flags_become_settings(served):
     assert served[0].grpc_port == 9000
 
 
-def run(*words, **variables):
-    command = [sys.executable, "-m", "server.cli", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False, timeout=120
-    )
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_help_shows_defaults_and_what_is_allowed(command):
+    shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "300"}).output
+    assert "HTTP port; 0 picks a free one (a whole number from 0 to 65535). [default: 8000]" in shown
+    assert "Where to run (one of auto, cpu, cuda). [default: auto]" in shown
+    assert "Share KV blocks of equal prompt prefixes. [default: true]" in shown
+    defaults = [field.default for field in Settings.model_fields.values() if field.default is not None]
+    assert shown.count("[default: ") == len(defaults)
+
+
+def test_ctrl_c_ends_a_command_quietly(monkeypatch):
+    class Interrupted:
+        @staticmethod
+        def serve(settings):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", lambda module: Interrupted)
+    done = CliRunner().invoke(cli.app, ["serve"])
+    assert (done.exit_code, done.output) == (130, "")
+
+
+def test_ctrl_c_during_the_imports_ends_quietly(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        entry.main()
+    assert caught.value.code == 130
+
+
+def run(*words, stdin=None, **variables):
+    command = [sys.executable, "-m", "server", *words]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=stdin, capture_output=True, check=False, timeout=120)
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_the_version_is_told():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"tidegate {importlib.metadata.version('tidegate')}\n")
+
+
+class Engine:
+    """In place of LLM: keeps what it was built with, and stops there."""
+
+    seen: ClassVar[list[dict]] = []
+
+    def __init__(self, **options):
+        self.seen.append(options)
+        raise TidegateError("stop")
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """The options that `generate` or `bench offline` would have begun an engine with."""
+    monkeypatch.setenv("TIDEGATE_MODEL", str(ensure_demo_checkpoint(tmp_path)))
+    monkeypatch.setattr(bench, "LLM", Engine)
+    monkeypatch.setattr("engine.llm.LLM", Engine)
+    monkeypatch.setattr(Engine, "seen", [])
+    return Engine.seen
+
+
+@pytest.mark.parametrize("command", [["generate", "hello"], ["bench", "offline", "--workload", "single"]])
+def test_commands_without_a_server_take_every_setting_too(engine, monkeypatch, tmp_path, command):
+    (tmp_path / "tidegate.yaml").write_text("max_model_len: 9\nmax_queue: 7\ndtype: float16\n")
+    monkeypatch.setenv("TIDEGATE_DTYPE", "bfloat16")
+    monkeypatch.setenv("TIDEGATE_MAX_MODEL_LEN", "1500")
+    monkeypatch.setenv("TIDEGATE_DEVICE", "cuda")
+    CliRunner().invoke(cli.app, [*command, "--config", str(tmp_path / "tidegate.yaml"), "--device", "cpu"])
+    (options,) = engine
+    assert (options["device"], options["dtype"], options["max_model_len"]) == ("cpu", "bfloat16", 1500)
+    assert options["scheduler"].max_queue == 7
+    assert options["model"] == os.environ["TIDEGATE_MODEL"]
+    assert options["cache"].prefix_caching == (command[0] == "generate")
+
+
+@pytest.mark.parametrize("command", [["generate", "hello"], ["bench", "offline"]])
+def test_commands_without_a_server_refuse_a_misspelt_variable(command, monkeypatch):
+    monkeypatch.setenv("TIDEGATE_MODL", "x")
+    with pytest.raises(ConfigError, match="did you mean 'model'"):
+        CliRunner().invoke(cli.app, command, catch_exceptions=False)
+
+
+def test_a_prompt_that_is_no_text_is_one_message():
+    done = run("generate", "-", stdin=b"caf\xe9")
+    assert done.returncode == 1
+    assert done.stderr == "tidegate: standard input is not UTF-8 text: unexpected end of data at byte 3\n"
+
+
+def test_names_of_the_engine_are_told_as_settings(monkeypatch, capsys):
+    def refuse():
+        raise ConfigError("scheduler.max_skips is -1: it must be at least 0")
+
+    monkeypatch.setattr(cli, "app", refuse)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "tidegate: max_skips is -1: it must be at least 0\n"
 
 
 def test_a_wrong_setting_is_one_message_and_exit_code_2():
@@ -60,8 +159,8 @@ def test_a_wrong_setting_is_one_message_and_exit_code_2():
 def test_doctor_names_what_is_missing():
     done = run("doctor", "--model", "/nowhere", "--port", "0", "--grpc-port", "0")
     assert done.returncode == 1
-    assert "/nowhere is no checkpoint folder" in done.stdout
-    assert "torch" in done.stdout
+    assert "MISSING model: /nowhere: no such folder" in done.stdout
+    assert "\nok torch: " in done.stdout
 
 
 def test_doctor_is_content_with_the_demo():

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.settings import Settings, describe, load_settings
+from server.settings import Settings, describe, in_settings_names, load_settings
 
 HALF_OPEN = "a number greater than 0 and at most 1"
 
@@ -109,7 +109,7 @@ def test_a_file_that_is_not_there_stops_it(tmp_path):
 
 
 def test_settings_are_frozen_and_cross_processes_whole(monkeypatch):
-    settings = load_settings({"model": "/m", "num_blocks": 7, "max_step_tokens": "99", "overlap": True})
+    settings = load_settings({"model": "/m", "num_blocks": 7, "max_step_tokens": "999", "overlap": True})
     with pytest.raises(ValidationError):
         settings.port = 1
     monkeypatch.setenv("TIDEGATE_PORT", "5")
@@ -139,3 +139,32 @@ def test_every_setting_says_what_is_right_and_what_it_is_for():
     for name, field in Settings.model_fields.items():
         assert describe(name)
         assert field.description
+
+
+def test_both_ports_may_not_be_one(yaml_file):
+    with pytest.raises(ConfigError, match=r"^port and grpc_port are both 9100: HTTP and gRPC each need a port of their own$"):
+        load_settings({"port": "9100", "grpc_port": "9100"})
+    assert load_settings({"port": "0", "grpc_port": "0"}).port == 0
+
+
+def test_a_step_must_hold_every_request():
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"max_step_tokens": "100"})
+    wanted = "max_step_tokens is 100 (from --max-step-tokens): it must be at least max_num_seqs, which is 256"
+    assert caught.value.message == wanted
+
+
+def test_an_empty_yaml_value_is_said_to_be_empty(yaml_file):
+    path = yaml_file("device:\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config=path)
+    assert caught.value.message == f"device is empty (from {path}): it must be one of auto, cpu, cuda"
+
+
+def test_the_engines_names_become_those_of_settings():
+    message = (
+        "cache.host_bytes leaves 5 bytes, fake.num_blocks too: scheduler.max_queue is 1, and so is cache.json or prefix_caching"
+    )
+    assert in_settings_names(message) == (
+        "host_bytes leaves 5 bytes, fake_num_blocks too: max_queue is 1, and so is cache.json or prefix_caching"
+    )

@@ -50,9 +50,10 @@ def test_a_missing_file_is_named(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", '{"a":' * 100_000 + "1" + "}" * 100_000], ids=["cut", "nested"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_broken_file_is_named(copy, name):
-    (copy / name).write_text("{")
+def test_a_broken_file_is_named(copy, name, content):
+    (copy / name).write_text(content)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         Tokenizer.from_folder(copy)
 

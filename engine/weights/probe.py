@@ -1,0 +1,65 @@
+"""What this machine's torch says, and whether a checkpoint's files fit its config.json: asked by `tidegate doctor`.
+
+Run in a process of its own, `python -m engine.weights.probe CONFIG`: importing torch takes seconds, and a broken CUDA
+installation can end the process. CONFIG is an EngineConfig as JSON, or empty: then only torch is looked at. The answer is one
+JSON object on standard output. No weight is read: the model stands on the meta device, and of the files only the headers count.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import msgspec
+import torch
+
+from engine.config import EngineConfig, fit_cache, resolve
+from engine.errors import ConfigError, TidegateError
+from engine.models import registry
+from engine.models.spec import ModelSpec
+from engine.weights import loader, room
+
+
+def torch_facts() -> dict[str, Any]:
+    num = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [torch.cuda.get_device_properties(i) for i in range(num)]
+    devices = [{"name": d.name, "bytes": d.total_memory, "capability": f"{d.major}.{d.minor}"} for d in found]
+    return {"version": str(torch.__version__), "cuda": torch.version.cuda, "devices": devices}
+
+
+def problem_with(asked: EngineConfig) -> str | None:
+    """Why the engine of `asked` would not start, as far as can be known before any weight is read."""
+    try:
+        spec = ModelSpec.from_folder(asked.model)
+        config = resolve(asked, spec.limits(), has_cuda=torch.cuda.is_available())
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        room.check(spec, dtype=dtype, device=torch.device(config.device))
+        model = registry.build(spec, dtype=dtype, device=torch.device("meta"))
+        if config.load_format == "safetensors":
+            loader.verify(model, config.model)
+        _check_cache(config, model, asked=asked.max_model_len)
+    except TidegateError as error:
+        return error.message
+    return None
+
+
+def _check_cache(config: EngineConfig, model: registry.Model, *, asked: int | None) -> None:
+    """On CUDA, the room for the cache is measured by running a step, and so is not known here."""
+    cache = config.cache
+    each = cache.block_size * sum(math.prod(p.shape) * p.dtype.itemsize for layer in model.kv_pools() for p in layer)
+    num_blocks = cache.num_blocks or (cache.host_bytes // each if config.device == "cpu" else None)
+    if num_blocks == 0:
+        raise ConfigError(f"host_bytes is {cache.host_bytes}, but one block of the KV cache has {each}", param="host_bytes")
+    if num_blocks is not None:
+        fit_cache(config, num_blocks, asked=asked)
+
+
+def main() -> None:
+    text = sys.argv[1]
+    problem = problem_with(msgspec.json.decode(text, type=EngineConfig)) if text else None
+    sys.stdout.write(msgspec.json.encode({**torch_facts(), "problem": problem}).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Checkpoints and settings that the engine would refuse, found without reading a weight."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from engine.config import CacheConfig, EngineConfig
+from engine.weights.probe import problem_with, torch_facts
+from server.demo import ensure_demo_checkpoint
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return ensure_demo_checkpoint(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def model(demo, tmp_path):
+    return Path(shutil.copytree(demo, tmp_path / "model"))
+
+
+def problem(folder, **options):
+    return problem_with(EngineConfig(model=str(folder), device="cpu", **options))
+
+
+def test_a_whole_checkpoint_is_well(model):
+    assert problem(model) is None
+
+
+def test_a_file_that_is_cut_short_is_told(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model.safetensors: not a whole safetensors file" in problem(model)
+    assert problem(model, load_format="dummy") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [("drop", "1 tensors are missing"), ("cut", "has shape [63]"), ("add", "is unexpected")]
+)
+def test_tensors_that_the_model_does_not_take_are_told(model, change, told):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.kv_a_layernorm.weight"
+    if change == "drop":
+        del tensors[name]
+    elif change == "cut":
+        tensors[name] = tensors[name][1:]
+    else:
+        tensors["model.layers.0.extra"] = tensors[name]
+    save_file(tensors, model / "model.safetensors")
+    assert told in problem(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"cache": CacheConfig(host_bytes=5)}, "host_bytes is 5, but one block of the KV cache has"),
+        ({"cache": CacheConfig(num_blocks=2), "max_model_len": 129}, "max_model_len is 129, but the KV cache holds 128 tokens"),
+        ({"max_model_len": 5000}, "the model was made for 4096 tokens at most"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(model, options, told):
+    assert told in problem(model, **options)
+
+
+def test_torch_tells_of_itself():
+    assert set(torch_facts()) == {"version", "cuda", "devices"}
