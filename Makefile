@@ -14,9 +14,9 @@ serve: $(VENV)/.serve
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# What needs no torch and starts no server: seconds.
+# What needs no torch and starts no server: seconds, on all cores.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest --torch-free $(ARGS)
+	$(BIN)/python -m pytest --torch-free -n auto $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("shared")
 
 NEED_TORCH = ("model", "parity", "e2e")  # folders whose tests run models or start servers
 IMPORTS_TORCH = re.compile(
-    r"^(import|from) (torch|engine\.(attention|inputs|kernels|kvcache\.storage|layers|runner|sampling))\b", re.M
+    r"^(import|from) (torch|engine\.(attention|inputs|kernels|kvcache\.storage|layers|runner|sampling|weights))\b", re.M
 )
 
 
@@ -31,6 +31,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--torch-free"):
         sys.modules["torch"] = None  # type: ignore[assignment]  # any import of it raises
+        hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("shared"), max_examples=25)
+        hypothesis.settings.load_profile("quick")
 
 
 def pytest_ignore_collect(collection_path, config):

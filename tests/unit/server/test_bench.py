@@ -35,6 +35,7 @@ def test_an_unknown_workload_is_an_error():
         bench.build_workload("double")
 
 
+@pytest.mark.torch
 def test_offline_prints_its_line_last_from_a_folder_with_only_a_config(tmp_path, capsys, monkeypatch):
     """Dummy weights, real runner, a workload small enough for a test."""
     config = {

@@ -156,6 +156,7 @@ def test_a_wrong_setting_is_one_message_and_exit_code_2():
     assert done.stderr == "tidegate: port is 'many' (from --port): it must be a whole number from 0 to 65535\n"
 
 
+@pytest.mark.torch
 def test_doctor_names_what_is_missing():
     done = run("doctor", "--model", "/nowhere", "--port", "0", "--grpc-port", "0")
     assert done.returncode == 1
@@ -163,12 +164,14 @@ def test_doctor_names_what_is_missing():
     assert "\nok torch: " in done.stdout
 
 
+@pytest.mark.torch
 def test_doctor_is_content_with_the_demo():
     done = run("doctor", "--port", "0", "--grpc-port", "0")
     assert done.returncode == 0, done.stdout
     assert "MISSING" not in done.stdout
 
 
+@pytest.mark.torch
 def test_generate_prints_the_text_alone():
     done = run("generate", "hello", "--max-tokens", "8", "--temperature", "0")
     assert done.returncode == 0, done.stderr

@@ -43,6 +43,7 @@ def missing(**settings):
     return {what: text for what, (state, text) in findings(**settings).items() if state == "missing"}
 
 
+@pytest.mark.torch
 def test_a_whole_model_is_well(torch, model):
     found = findings(model=str(model))
     assert not missing(model=str(model))
@@ -88,6 +89,7 @@ def test_more_cache_than_memory_is_a_note(torch, model):
     assert findings(model=str(model), host_bytes=1 << 60)["memory"][0] == "note"
 
 
+@pytest.mark.torch
 def test_a_port_in_use_is_told(torch, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

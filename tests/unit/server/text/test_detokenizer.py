@@ -23,7 +23,7 @@ def pieces_of(detokenizer, ids, cuts):
 
 
 @CASES
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(IDS, CUTS)
 def test_the_pieces_joined_are_the_text_of_all_tokens(make, ids, cuts):
     tokenizer = make()
@@ -33,7 +33,7 @@ def test_the_pieces_joined_are_the_text_of_all_tokens(make, ids, cuts):
 
 
 @pytest.mark.parametrize("make", [byte_level, llama2, metaspace])
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=30), st.lists(st.integers(0, 760), max_size=4), CUTS)
 def test_random_bytes_are_replaced_as_the_library_replaces_them(make, values, others, cuts):
     """Most of these are not UTF-8, with other tokens before and behind."""

@@ -1,0 +1,70 @@
+"""schemathesis over the OpenAPI document, against the real service: whatever it makes up gets what the document says."""
+
+import pytest
+import schemathesis
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import events, from_schema
+
+from server.app import build_app
+from server.demo import ensure_demo_checkpoint
+from server.metrics import Metrics
+from server.routes.api import Api
+from server.service import GenerateService
+from server.settings import Settings
+from server.text.tokenizer import Tokenizer
+from tests.contract.test_openapi import OPERATIONS
+from tests.support.local_engine import LocalEngine
+from tests.unit.server.routes.scripted import ScriptedService
+
+
+def whole_app(text):
+    """Our application over the real service. schemathesis gives each request an event loop, so each has an engine of its own."""
+    settings = Settings(served_model_name="tiny")
+    health = []
+    metrics = Metrics("tiny", lambda: health[-1])
+    app = build_app(settings, ScriptedService(), metrics)
+
+    async def with_engine(scope, receive, send):
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        async with LocalEngine() as engine:
+            health[:] = [engine.health]
+            service = GenerateService(engine, text, settings, metrics)
+            app.state.api = Api(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+            await app(scope, receive, send)
+
+    return with_engine
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_made_up_requests_get_what_the_document_says(tmp_path):
+    text = Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path))
+    config = SchemathesisConfig.from_dict(
+        {
+            "seed": 1,
+            "phases": {"stateful": {"enabled": False}},
+            "generation": {"max-examples": 20, "database": "none"},
+            "checks": {
+                # A context may be too short for a request that the schema allows, and the like.
+                "positive_data_acceptance": {"enabled": False},
+                "negative_data_rejection": {"expected-statuses": [400, 404, 405, 413, 422]},
+            },
+        }
+    )
+    faults, num_cases, labels = [], 0, set()
+    schema = schemathesis.openapi.from_asgi("/openapi.json", whole_app(text), config=config)
+    for event in from_schema(schema).execute():
+        if isinstance(event, events.NonFatalError | events.FatalError):
+            faults.append(str(event))
+        if not isinstance(event, events.ScenarioFinished):
+            continue
+        labels.add(event.label)
+        for id, checks in event.recorder.checks.items():
+            num_cases += 1
+            failed = [check.failure_info.failure for check in checks if check.failure_info]
+            case = event.recorder.cases[id].value
+            faults += [f"{event.label}: {f.title}: {f.message[:500]} | {str(case.body)[:300]}" for f in failed]
+    assert not faults, "\n".join(faults[:10])
+    assert labels >= OPERATIONS
+    assert num_cases > 500
