@@ -212,7 +212,7 @@ def test_ten_thousand_random_operations(overlap):
     for seed in range(25):
         plant = Plant(random.Random(seed), overlap=overlap, prefix_caching=seed % 5 != 0)
         plant.core._runner = CountCopies(plant.core._runner)
-        run(plant, 200)
+        run(plant, 400)
         stats = plant.core.stats()
         ends.update(finished=stats.num_finished, aborted=stats.num_aborted, preempted=stats.num_preemptions)
         ends.update(refused=plant.refused, cached=stats.cached_tokens)
