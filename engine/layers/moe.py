@@ -47,15 +47,17 @@ def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: to
     weights, ids = routed
     order = ids.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
     counts = ids.flatten().bincount(minlength=gate_up.shape[0]).tolist()
-    tokens, scales = order // ids.shape[1], weights.flatten()[order].to(x.dtype).unsqueeze(1)
-    out, begin = torch.zeros_like(x), 0
-    for expert, count in enumerate(counts):
-        if count:
-            mine = tokens[begin : begin + count]
-            y = linear(ops.silu_mul(linear(x[mine], gate_up[expert])), down[expert])
-            out.index_add_(0, mine, y.mul_(scales[begin : begin + count]))
-            begin += count
-    return out
+    parts = torch.split(x[order // ids.shape[1]], counts)
+    outs = [linear(ops.silu_mul(linear(p, gate_up[e])), down[e]) for e, p in enumerate(parts) if counts[e]]
+    return _weighted_sum(torch.cat(outs), order, weights)
+
+
+def _weighted_sum(sorted_out: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Experts' outputs [T * top_k, H] in `order`, weights [T, top_k] -> [T, H]. In one product: adding expert by expert into
+    the tokens' rows made layers of 1 to 64 tokens a sixth slower on a CPU.
+    """
+    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # back in the order of tokens and choices
+    return torch.bmm(weights.to(out.dtype).unsqueeze(1), out.view(*weights.shape, -1)).squeeze(1)
 
 
 def can_group(dtype: torch.dtype, device: torch.device) -> bool:
@@ -66,15 +68,13 @@ def can_group(dtype: torch.dtype, device: torch.device) -> bool:
 def run_experts_grouped(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor, ops: Ops) -> torch.Tensor:
     """Like `run_experts`, without waiting for the device: one grouped product over the tokens sorted by expert."""
     weights, ids = routed
-    num, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
     ones = torch.ones_like(order, dtype=torch.int32)
     counts = torch.zeros(gate_up.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, ids.flatten(), ones)
     ends = counts.cumsum(0, dtype=torch.int32)
-    hidden = ops.silu_mul(torch._grouped_mm(x[order // top_k], gate_up.transpose(1, 2), offs=ends))
+    hidden = ops.silu_mul(torch._grouped_mm(x[order // ids.shape[1]], gate_up.transpose(1, 2), offs=ends))
     sorted_out = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
-    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # back in the order of tokens and choices
-    return torch.bmm(weights.to(x.dtype).unsqueeze(1), out.view(num, top_k, -1)).squeeze(1)
+    return _weighted_sum(sorted_out, order, weights)
 
 
 class MoeMlp(nn.Module):

@@ -7,7 +7,7 @@ A family's file brings the attention and MLP modules of each layer. `weights` sa
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -36,10 +36,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """`targets`: every tensor the checkpoint must hold. `skip`: those it may hold and we know we do not need."""
+    """`targets`: every tensor the checkpoint must hold. `skip`: those it may hold and we know we do not need. `copies`: those
+    it may hold a second time, and what they must then be equal to."""
 
     targets: Weights
     skip: re.Pattern[str]
+    copies: Weights = field(default_factory=dict)
 
 
 class Attention(Protocol):

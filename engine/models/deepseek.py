@@ -5,7 +5,7 @@
             \\-> key   [rope] --turn--/
     kv_b expands a latent to each head's key (nope) and value: where and when is up to the attention backend.
 
-The layers past num_hidden_layers that V3 checkpoints carry (multi-token prediction) are not loaded.
+The layers past num_hidden_layers that V3 checkpoints carry (multi-token prediction) are `deepseek_mtp.py`'s and skipped here.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class DeepseekModel(DecoderModel):
         return MlaAttention(self.spec, self.spec.mla, dtype=self.dtype, device=self.device)
 
     def make_mlp(self, index: int) -> Mlp:
+        """A layer past the last is one of multi-token prediction, which has experts where the model has any."""
         spec, moe = self.spec, self.spec.moe
-        if moe is None or index not in moe.layers:
+        if moe is None or (index < spec.num_layers and index not in moe.layers):
             return GatedMlp(spec.hidden_size, spec.intermediate_size, dtype=self.dtype, device=self.device)
         return MoeMlp(
             moe.routing,

@@ -9,15 +9,17 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
-from engine.models.base import DecoderModel, WeightMap
+from engine.models import registry
+from engine.models.base import WeightMap
 from engine.models.config_reader import read_json
-from engine.models.spec import Fp8Spec
+from engine.models.deepseek_mtp import DeepseekMtp, mtp_prefix
+from engine.models.spec import Fp8Spec, ModelSpec
 from engine.quant import fp8
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +48,15 @@ class _Stored:
         return tensor
 
 
-def load(model: DecoderModel, folder: str | Path) -> None:
+class Loadable(Protocol):
+    """A model, or a part of one that a checkpoint's file holds beside the rest."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    def weights(self) -> WeightMap: ...
+
+
+def load(model: Loadable, folder: str | Path) -> None:
     """Fill `model` from the checkpoint in `folder`; raises CheckpointError, naming tensor and file."""
     weights, block = model.weights(), model.spec.fp8
     with ExitStack() as stack:
@@ -54,12 +64,38 @@ def load(model: DecoderModel, folder: str | Path) -> None:
         with torch.no_grad():
             for name, target in weights.targets.items():
                 _copy(stored[name], scales.get(name), target, block)
+            for name, original in weights.copies.items():
+                if name in stored and not torch.equal(stored[name].read().to(original), original):
+                    stored[name].refuse("differs from the main model's, which is used in its place: the two must be equal")
 
 
-def verify(model: DecoderModel, folder: str | Path) -> None:
+def verify(model: Loadable, folder: str | Path) -> None:
     """Raise what `load` would for names, shapes, types and files that are cut short; reads headers only."""
     with ExitStack() as stack:
         _open_checked(Path(folder), model.weights(), model.spec.fp8, stack)
+
+
+def has_mtp(spec: ModelSpec, folder: str | Path) -> bool:
+    """Whether the checkpoint has a module for multi-token prediction: config.json may promise one that was left out."""
+    with ExitStack() as stack:
+        names = _open(Path(folder), stack)
+    return spec.num_mtp_layers > 0 and any(name.startswith(mtp_prefix(spec)) for name in names)
+
+
+def load_mtp(model: registry.Model, folder: str | Path) -> DeepseekMtp:
+    """The multi-token prediction module of the checkpoint that `model` was loaded from, filled.
+
+    Raises CheckpointError where architecture or checkpoint has none, and what `load` raises.
+    """
+    mtp = registry.build_mtp(model)
+    if not has_mtp(model.spec, folder):
+        raise CheckpointError(
+            f"{folder}: no multi-token prediction: config.json says num_nextn_predict_layers {model.spec.num_mtp_layers}, "
+            f"but there is no tensor {mtp_prefix(model.spec)}*",
+            param="model",
+        )
+    load(mtp, folder)
+    return mtp
 
 
 def _open_checked(
@@ -134,8 +170,9 @@ def _check(folder: Path, stored: dict[str, _Stored], weights: WeightMap, scales:
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}", param="model")
     for name, tensor in stored.items():
-        if name in weights.targets:
-            _check_tensor(tensor, tuple(weights.targets[name].shape), scales.get(name))
+        wanted = weights.targets.get(name, weights.copies.get(name))
+        if wanted is not None:
+            _check_tensor(tensor, tuple(wanted.shape), scales.get(name))
         elif not weights.skip.fullmatch(name):
             tensor.refuse("is unexpected: this architecture has no such tensor")
 

@@ -14,13 +14,14 @@ E4M3_MAX = 448.0
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> e4m3 [N, M] and the scale of each block, block by block."""
+    """-> e4m3 [N, M] and the scale of each block, block by block; the slow twin of the engine's."""
     rows, columns = (-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True))
     out, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
     for r in range(rows):
         for c in range(columns):
             part = (slice(r * BLOCK[0], (r + 1) * BLOCK[0]), slice(c * BLOCK[1], (c + 1) * BLOCK[1]))
-            scales[r, c] = weight[part].abs().max() / E4M3_MAX
+            largest = weight[part].abs().max()
+            scales[r, c] = largest / E4M3_MAX if largest > 0 else 1.0
             out[part] = (weight[part] / scales[r, c]).to(torch.float8_e4m3fn)
     return out, scales
 
