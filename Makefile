@@ -1,4 +1,4 @@
-# The commands: serve, test (unit: its torch-free part), check, bench, proto. Each installs what it needs into .venv first.
+# The commands: serve, test (unit: its torch-free part), check, bench, tidepool, proto. Each installs what it needs into .venv first.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO := tidegate/v1/inference.proto
 
 
-.PHONY: serve test unit check bench proto clean
+.PHONY: serve test unit check bench tidepool proto clean
 
 serve: $(VENV)/.serve
 	$(BIN)/tidegate serve $(ARGS)
@@ -25,6 +25,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m loadtest.bench $(ARGS)
+
+# The bundled model from its sources: see train/README.md.
+tidepool: $(VENV)/.dev
+	$(BIN)/python -m train $(ARGS)
 
 # The mapped include root makes the generated code import itself as server.rpc.pb.tidegate.v1, with no path set up.
 proto: $(VENV)/.dev

@@ -18,7 +18,7 @@ if not Path("/dev/nvidiactl").exists():
 hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared")
 
-NEED_TORCH = ("model", "parity", "e2e")  # folders whose tests run models or start servers
+NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests run models or start servers
 IMPORTS_TORCH = re.compile(
     r"^(import|from) (torch|engine\.(attention|inputs|kernels|kvcache\.storage|layers|runner|sampling|weights))\b", re.M
 )

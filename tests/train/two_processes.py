@@ -1,0 +1,13 @@
+"""Run under torchrun by test_training.py: four steps of the tiny model, into the folder given."""
+
+import sys
+from pathlib import Path
+
+from tiny_models import TINY_TIDEPOOL, make, plan, stream
+
+from train.loop import Devices, Training
+from train.pretrain import Pretraining
+
+devices = Devices("cpu")
+Training(Pretraining(make(TINY_TIDEPOOL)), plan(4), stream(), devices, Path(sys.argv[1])).train()
+devices.close()

@@ -1,0 +1,244 @@
+"""The corpus: unpacked files in, filtered, without duplicates, and split into held-out text and 16 shards to train on.
+
+    unpacked files --filters--> documents --hash--> no exact duplicates --MinHash--> no near-duplicates
+        --rank of hash--> held out: HELDOUT_BYTES, to train/heldout.jsonl.xz
+        +-- the rest --> corpus/train-00.jsonl.xz ... train-15.jsonl.xz
+
+What is held out depends only on the paths that are left after the duplicates are gone, so nothing in it has a near-duplicate
+among what is trained on. For every source, files found = files kept + files dropped for each reason (`Tally.check`). The same
+sources give the same files, byte for byte. Not here: the sources (`train.fetch`), what makes a file good (`train.filters`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import typer
+
+from engine.errors import ConfigError
+from train import shards
+from train.fetch import WORK, Source, Work, load_sources, progress, wanted
+from train.filters import clean, why_dropped, why_refused
+from train.htmltext import html_to_text
+from train.neardup import near_duplicates, signature
+from train.shards import Document
+
+HELDOUT = Path(__file__).with_name("heldout.jsonl.xz")
+NOTICES = "heldout-copyright.txt.xz"  # beside it: what the licences of the held-out files ask to keep with them
+HELDOUT_BYTES = 1_000_000  # of text: the first files in order of rank that reach it
+SEED = 2026  # of every rank
+SHARDS = 16
+MAX_COMPRESSED = 44_000_000  # bytes of all shards, so that they are quickly carried to where a GPU is
+CODE_BYTES = 200_000_000  # of text to train on: past it, files with the highest ranks are left out
+PROSE_BYTES = 58_000_000
+PROCESSES = 2
+
+
+class Tally(msgspec.Struct):
+    """What became of one source's files."""
+
+    licence: str
+    files: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    dropped: Counter[str] = msgspec.field(default_factory=Counter)
+
+    def check(self, name: str) -> None:
+        assert self.files == self.kept + self.dropped.total(), (
+            f"{name}: {self.files} files, {self.kept} kept, {self.dropped} dropped"
+        )
+
+
+class Split(NamedTuple):
+    heldout: list[Document]
+    train: list[Document]
+    left_out: list[Document]  # over CODE_BYTES or PROSE_BYTES
+
+
+def read_document(file: Path, source: str, path: str) -> Document | str:
+    """The document at `file`, or the reason why it is not one."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return "not_utf8"
+    if path.endswith(".html"):
+        text = html_to_text(text)
+    refused = why_refused(text)
+    if refused:
+        return refused
+    text = clean(text)
+    return why_dropped(text, python=path.endswith(".py")) or Document(source, path, text, signature(text))
+
+
+def read_source(name: str, source: Source, unpacked: Path) -> tuple[Tally, list[Document]]:
+    tally, documents = Tally(source.licence), []
+    folder = unpacked / name
+    for file in sorted(folder.rglob("*")):
+        path = file.relative_to(folder).as_posix()
+        if not file.is_file() or not wanted(path, source):
+            continue
+        tally.files += 1
+        result = read_document(file, name, path)
+        if isinstance(result, str):
+            tally.dropped[result] += 1
+        else:
+            documents.append(result)
+    return tally, documents
+
+
+def deduplicate(documents: Iterable[Document], tallies: dict[str, Tally]) -> list[Document]:
+    """The documents in order without those whose text, or most of it, came before."""
+    seen: set[bytes] = set()
+    distinct = []
+    for document in documents:
+        digest = hashlib.sha256(document.text.encode()).digest()
+        if digest in seen:
+            tallies[document.source].dropped["exact_duplicate"] += 1
+        else:
+            seen.add(digest)
+            distinct.append(document)
+    kept = []
+    for document, near in zip(distinct, near_duplicates([each.signature for each in distinct]), strict=True):
+        if near:
+            tallies[document.source].dropped["near_duplicate"] += 1
+        else:
+            kept.append(document)
+    return kept
+
+
+def rank(document: Document) -> bytes:
+    """Where a document stands in the order that decides what is held out: a hash of its name, so that no choice enters."""
+    return hashlib.sha256(f"{SEED}/{document.source}/{document.path}".encode()).digest()
+
+
+def split(documents: Sequence[Document], heldout_bytes: int, code_bytes: int, prose_bytes: int) -> Split:
+    result = Split([], [], [])
+    held, budget = 0, {True: code_bytes, False: prose_bytes}
+    for document in sorted(documents, key=rank):
+        if held < heldout_bytes:
+            result.heldout.append(document)
+            held += document.size
+        elif document.size <= budget[document.is_code]:
+            result.train.append(document)
+            budget[document.is_code] -= document.size
+        else:
+            result.left_out.append(document)
+    for part in result:
+        part.sort(key=lambda document: (document.source, document.path))
+    return result
+
+
+def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, Tally], list[Document]]:
+    """Every source's documents, in the order of `sources` whichever is read first."""
+    absent = [name for name in sources if not (unpacked / f"{name}.ok").is_file()]
+    if absent:
+        raise ConfigError(
+            f"{len(absent)} sources are not in {unpacked} ({', '.join(absent[:3])}, ...): run `python -m train.fetch`"
+        )
+    results: dict[str, tuple[Tally, list[Document]]] = {}
+    with progress() as bar, ProcessPoolExecutor(PROCESSES) as pool:
+        task = bar.add_task("read", total=len(sources))
+        calls = {pool.submit(read_source, name, source, unpacked): name for name, source in sources.items()}
+        for call in as_completed(calls):
+            results[calls[call]] = call.result()
+            bar.advance(task)
+    tallies = {name: results[name][0] for name in sources}
+    return tallies, [document for name in sources for document in results[name][1]]
+
+
+def write_shards(documents: Sequence[Document], folder: Path) -> dict[str, Any]:
+    """Write the shards; return what the manifest says of each."""
+    written = {}
+    with progress() as bar, ProcessPoolExecutor(PROCESSES) as pool:
+        task = bar.add_task("compress", total=SHARDS)
+        calls = {}
+        for index, run in enumerate(shards.cut(documents, SHARDS)):
+            path = folder / f"train-{index:02d}.jsonl.xz"
+            rows = [{"source": document.source, "path": document.path, "text": document.text} for document in run]
+            calls[pool.submit(shards.write, path, rows)] = (path.name, run)
+        for call in as_completed(calls):
+            name, run = calls[call]
+            digest, compressed = call.result()
+            written[name] = {**_size(run), "compressed_bytes": compressed, "sha256_uncompressed": digest}
+            bar.advance(task)
+    return dict(sorted(written.items()))
+
+
+def write_heldout(documents: Sequence[Document], licences: dict[str, str], path: Path) -> dict[str, Any]:
+    rows = (
+        {"source": document.source, "licence": licences[document.source], "path": document.path, "text": document.text}
+        for document in documents
+    )
+    digest, compressed = shards.write(path, rows)
+    return {**_size(documents), "compressed_bytes": compressed, "sha256_uncompressed": digest}
+
+
+def write_notices(documents: Sequence[Document], sources: dict[str, Source], unpacked: Path, path: Path) -> None:
+    """The copyright file of each package that a held-out document is from."""
+    names = sorted({sources[document.source].copyright or document.source for document in documents})
+    texts = [(unpacked / name / "usr/share/doc" / name / "copyright").read_text("utf-8") for name in names]
+    parts = [f"==== {name} ====\n\n{text}\n" for name, text in zip(names, texts, strict=True)]
+    path.write_bytes(lzma.compress("".join(parts).encode(), preset=shards.PRESET))
+
+
+def build(sources: dict[str, Source], unpacked: Path, folder: Path, heldout: Path) -> dict[str, Any]:
+    """Write shards, held-out text with its notices, and manifest; return the manifest."""
+    tallies, documents = read_sources(sources, unpacked)
+    parts = split(deduplicate(documents, tallies), HELDOUT_BYTES, CODE_BYTES, PROSE_BYTES)
+    for document in parts.left_out:
+        tallies[document.source].dropped["over_budget"] += 1
+    for document in parts.heldout + parts.train:
+        tallies[document.source].kept += 1
+        tallies[document.source].kept_bytes += document.size
+    for name, tally in tallies.items():
+        tally.check(name)
+    write_notices(parts.heldout, sources, unpacked, heldout.with_name(NOTICES))
+    manifest = {
+        "seed": SEED,
+        "heldout": write_heldout(parts.heldout, {name: source.licence for name, source in sources.items()}, heldout),
+        "train": _size(parts.train),
+        "shards": write_shards(parts.train, folder),
+        "dropped": dict(sum((tally.dropped for tally in tallies.values()), Counter[str]()).most_common()),
+        "sources": {name: msgspec.to_builtins(tally) for name, tally in tallies.items()},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    return manifest
+
+
+def check_compressed(manifest: dict[str, Any]) -> int:
+    """The bytes of all shards, or ConfigError where they are too many to carry."""
+    total = sum(shard["compressed_bytes"] for shard in manifest["shards"].values())
+    if total > MAX_COMPRESSED:
+        raise ConfigError(f"the shards have {total} bytes, over {MAX_COMPRESSED}: lower CODE_BYTES and PROSE_BYTES in {__name__}")
+    return int(total)
+
+
+def _size(documents: Sequence[Document]) -> dict[str, int]:
+    code = sum(document.size for document in documents if document.is_code)
+    total = sum(document.size for document in documents)
+    return {"files": len(documents), "bytes": total, "code_bytes": code, "prose_bytes": total - code}
+
+
+def main(work: Work = WORK) -> None:
+    """Make the corpus of what `python -m train.fetch` unpacked."""
+    try:
+        manifest = build(load_sources(), work / "unpacked", work / "corpus", HELDOUT)
+        compressed = check_compressed(manifest)
+    except ConfigError as e:
+        raise SystemExit(f"train.corpus: {e.message}") from e
+    for part in ("train", "heldout"):
+        size = manifest[part]
+        typer.echo(f"{part}: {size['files']} files, {size['bytes']} bytes, {size['code_bytes'] / size['bytes']:.1%} code")
+    typer.echo(f"compressed: {compressed} bytes in {SHARDS} shards; dropped: {manifest['dropped']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

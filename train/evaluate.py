@@ -1,0 +1,267 @@
+"""How good a model is: `python -m train.evaluate --model checkpoints/tidepool`, or `--model http://host:port` for a server's.
+
+A table on stderr; the last line on stdout is JSON. Bits per byte are over the UTF-8 bytes of the held-out texts, so that
+models of other vocabularies, and xz, compare. What runs is the engine; nothing here needs the training code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from engine import LLM
+from engine.config import EngineConfig, resolve
+from engine.errors import ConfigError, TidegateError
+from engine.models.spec import ModelSpec
+from train.acceptance import Balance, TeacherForced, choose_prompts, continue_greedily, draft_acceptance
+from train.scoring import EngineScorer, Score, Scorer, ServerFailure, ServerScorer, read_documents, score, windows, xz_size
+
+BALANCE_SEQUENCES, BALANCE_TOKENS = 64, 512  # at most so many pieces of text, of at most so many tokens
+EXIT_FAILED = 1
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """The result as one JSON line. What cannot be had of a model is null; `mtp_reason` says why for the MTP module."""
+
+    date: str
+    model: str
+    precision: str | None  # how the weights are stored
+    compute: str | None  # what they are computed in
+    device: str | None
+    bits_per_byte: float
+    xz_bits_per_byte: float  # all texts as one stream, `xz -9e`
+    xz_per_file_bits_per_byte: float
+    top1: float  # share of tokens that are the likeliest
+    mtp_acceptance: float | None
+    mtp_reason: str | None = None
+    draft: str | None = None
+    draft_acceptance: float | None
+    expert_layers: list[int] | None  # those that have experts, the MTP module's as the last
+    expert_max_over_mean: list[float] | None  # the busiest expert's load over the mean load, by layer
+    expert_max_over_mean_max: float | None
+    expert_utilisation: float | None  # share of all layers' experts that have half the mean load or more
+    heldout_bytes: int
+    heldout_files: int
+    heldout_sha256: str  # of the held-out file
+    tokens: int
+    context: int  # tokens in a window at most
+    seconds: float
+    command: str
+
+
+class Beside(NamedTuple):
+    """What is measured beside the score, where the model is at hand."""
+
+    precision: str | None = None
+    compute: str | None = None
+    device: str | None = None
+    mtp_acceptance: float | None = None
+    mtp_reason: str | None = None
+    draft_acceptance: float | None = None
+    balance: Balance | None = None
+
+
+class Asked(NamedTuple):
+    model: str
+    heldout: Path
+    precision: str
+    context: int | None
+    max_bytes: int | None
+    draft: str | None
+    num_prompts: int
+
+    @property
+    def is_url(self) -> bool:
+        return self.model.startswith(("http://", "https://"))
+
+
+def evaluate(asked: Asked, console: Console) -> Report:
+    """Raises TidegateError for what was asked wrongly, ServerFailure where a server does not answer."""
+    began = time.perf_counter()
+    documents = read_documents(asked.heldout, asked.max_bytes)
+    texts = [document.text for document in documents]
+    raw = [text.encode() for text in texts]
+    num_bytes = sum(map(len, raw))
+    if asked.is_url:
+        scorer, files, size, scored, beside = _by_server(asked, texts, console)
+    else:
+        scorer, files, size, scored, beside = _by_engine(asked, texts, console)
+    balance = beside.balance
+    return Report(
+        date=datetime.date.today().isoformat(),
+        model=scorer.name,
+        precision=beside.precision,
+        compute=beside.compute,
+        device=beside.device,
+        bits_per_byte=round(scored.bits_per_byte(num_bytes), 5),
+        xz_bits_per_byte=round(8 * xz_size(b"".join(raw)) / num_bytes, 5),
+        xz_per_file_bits_per_byte=round(8 * sum(map(xz_size, raw)) / num_bytes, 5),
+        top1=round(scored.top1, 5),
+        mtp_acceptance=_rounded(beside.mtp_acceptance),
+        mtp_reason=beside.mtp_reason,
+        draft=asked.draft,
+        draft_acceptance=_rounded(beside.draft_acceptance),
+        expert_layers=None if balance is None else balance.layers,
+        expert_max_over_mean=None if balance is None else balance.max_over_mean,
+        expert_max_over_mean_max=None if balance is None else max(balance.max_over_mean),
+        expert_utilisation=None if balance is None else round(balance.utilisation, 5),
+        heldout_bytes=num_bytes,
+        heldout_files=len(files),
+        heldout_sha256=hashlib.sha256(asked.heldout.read_bytes()).hexdigest(),
+        tokens=scored.tokens,
+        context=size,
+        seconds=round(time.perf_counter() - began, 2),
+        command=shlex.join(["python", "-m", "train.evaluate", *sys.argv[1:]]),
+    )
+
+
+_Scored = tuple[Scorer, list[list[int]], int, Score, Beside]
+
+
+def _by_server(asked: Asked, texts: Sequence[str], console: Console) -> _Scored:
+    if asked.draft is not None:
+        raise ConfigError("draft goes with a model in a folder: a server does not say what it would have guessed", param="draft")
+    scorer = ServerScorer(asked.model)
+    files, size, scored = _score(scorer, texts, asked.context, console)
+    return scorer, files, size, scored, Beside(mtp_reason="the model is a server's: its MTP module cannot be asked from here")
+
+
+def _by_engine(asked: Asked, texts: Sequence[str], console: Console) -> _Scored:
+    with _llm(asked.model, asked.precision) as llm:
+        scorer = EngineScorer(llm)
+        files, size, scored = _score(scorer, texts, asked.context, console)
+        with console.status("guesses and experts"):
+            beside = _beside(asked, llm, files)
+    return scorer, files, size, scored, beside
+
+
+def _llm(folder: str, precision: str) -> LLM:
+    # No prompt comes twice, and prompt log-probabilities want every position computed anyway.
+    return LLM(folder, dtype=precision, cache={"prefix_caching": False})
+
+
+def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: Console) -> tuple[list[list[int]], int, Score]:
+    """-> tokens of each file, window size, sums"""
+    size = min(context or scorer.max_window, scorer.max_window)
+    files = [scorer.encode(text) for text in texts]
+    total = sum(span.end - span.start for ids in files for span in windows(len(ids), size))
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"{scorer.name}: {total:,} tokens", total=total)
+        return files, size, score(scorer, files, size, lambda n: bar.advance(task, n))
+
+
+def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
+    spec = ModelSpec.from_folder(asked.model)
+    config = msgspec.convert({"model": asked.model, "dtype": asked.precision}, EngineConfig)
+    config = resolve(config, spec.limits(), has_cuda=torch.cuda.is_available())
+    own = TeacherForced(Path(asked.model), dtype=getattr(torch, config.dtype), device=torch.device(config.device))
+    continued = continue_greedily(llm, choose_prompts(files, asked.num_prompts))
+    beside = Beside(
+        precision="fp8" if spec.fp8 is not None else spec.dtype,
+        compute=config.dtype,
+        device=llm.info.device,
+        mtp_acceptance=own.mtp_acceptance(continued),
+        mtp_reason=_why_no_mtp(spec, own),
+        balance=own.expert_balance(_spread(files)),
+    )
+    if asked.draft is None:
+        return beside
+    _check_draft(ModelSpec.from_folder(asked.draft), spec, asked)
+    with _llm(asked.draft, asked.precision) as draft:
+        return beside._replace(draft_acceptance=draft_acceptance(draft, continued))
+
+
+def _why_no_mtp(spec: ModelSpec, own: TeacherForced) -> str | None:
+    if own.mtp is not None:
+        return None
+    if not spec.num_mtp_layers:
+        return f"config.json of this {spec.architecture} names no MTP layer"
+    return "the checkpoint has no tensor of the MTP layer that its config.json names"
+
+
+def _check_draft(draft: ModelSpec, target: ModelSpec, asked: Asked) -> None:
+    if draft.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"draft {asked.draft} has {draft.vocab_size} tokens and {asked.model} has {target.vocab_size}: "
+            "a draft must have the model's own vocabulary",
+            param="draft",
+        )
+
+
+def _spread(files: Sequence[list[int]]) -> list[list[int]]:
+    """Some pieces, taken evenly from all of the text: the beginnings of files, say, are all imports, which few experts know."""
+    pieces = [ids[at : at + BALANCE_TOKENS] for ids in files for at in range(0, len(ids), BALANCE_TOKENS)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    step = max(1, len(pieces) // BALANCE_SEQUENCES)
+    return pieces[::step][:BALANCE_SEQUENCES]
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 5)
+
+
+def table_of(report: Report) -> Table:
+    held = f"{report.heldout_bytes:,} bytes, {report.tokens:,} tokens in {report.heldout_files:,} files"
+    table = Table(title=f"{report.model}, {report.precision or 'precision unknown'}: {held}", show_header=False)
+    rows: dict[str, Any] = {
+        "bits per byte": f"{report.bits_per_byte:.4f}",
+        "xz -9e, one stream": f"{report.xz_bits_per_byte:.4f}",
+        "xz -9e, file by file": f"{report.xz_per_file_bits_per_byte:.4f}",
+        "likeliest token right": f"{report.top1:.1%}",
+        "MTP acceptance": report.mtp_reason if report.mtp_acceptance is None else f"{report.mtp_acceptance:.1%}",
+        "draft acceptance": None if report.draft_acceptance is None else f"{report.draft_acceptance:.1%}",
+        "busiest expert / mean": report.expert_max_over_mean_max and f"{report.expert_max_over_mean_max:.2f} at most",
+        "experts in use": None if report.expert_utilisation is None else f"{report.expert_utilisation:.1%}",
+        "computed in": report.compute and f"{report.compute} on {report.device}",
+        "seconds": f"{report.seconds:.1f}",
+    }
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, value)
+    return table
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or the address of a server.")],
+    heldout: Annotated[Path, typer.Option(help="Xz-compressed JSON lines with path and text.")] = Path("train/heldout.jsonl.xz"),
+    precision: Annotated[str, typer.Option(help="Compute in it: auto, float32, bfloat16 or float16.")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Tokens in a window at most; by default what the model takes.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Score only so many bytes of text, the first.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Checkpoint folder of a draft model, to measure its guesses.")] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Greedy continuations that guesses are measured on.")] = 32,
+    record: Annotated[Path | None, typer.Option(help="File to append the JSON line to as well.")] = None,
+) -> None:
+    """Measure a model on held-out text; the last line on standard output is JSON.
+
+    `auto` computes in float32 on a CPU and in the checkpoint's type on a GPU: few CPUs multiply bfloat16 fast.
+    """
+    console = Console(stderr=True)
+    try:
+        report = evaluate(Asked(model, heldout, precision, context, max_bytes, draft, prompts), console)
+    except (TidegateError, ServerFailure) as error:
+        typer.echo(f"evaluate: {error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from None
+    console.print(table_of(report))
+    line = msgspec.json.encode(report).decode() + "\n"
+    sys.stdout.write(line)
+    if record is not None:
+        with record.open("a") as file:
+            file.write(line)
+
+
+if __name__ == "__main__":
+    typer.run(main)

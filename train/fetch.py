@@ -1,0 +1,183 @@
+"""The packages of `sources.toml`: downloaded with apt, checked, and their text files unpacked.
+
+    <work>/debs/NAME_VERSION_ARCH.deb      what apt gave
+    <work>/unpacked/NAME/usr/...           the files `wanted` chose, and the package's copyright file
+    <work>/unpacked/NAME.ok                written last: the sha256 of the .deb and the choice it was unpacked with
+
+Nothing is installed. Both steps skip what is there, so a run that was cut off goes on where it stopped. Not here: which of the
+unpacked files are good enough to train on (`train.filters`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tarfile
+import tomllib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import IO, Annotated, Literal, cast
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from engine.errors import ConfigError
+
+SOURCES = Path(__file__).with_name("sources.toml")
+WORK = Path(".cache/train")
+BATCH = 16  # packages in one call of apt, which reads its whole index (about a second) for each
+CALLS = 4  # of apt at once
+UNPACKERS = 2  # dpkg-deb processes at once
+
+Work = Annotated[Path, typer.Option("--work", metavar="FOLDER", help="Where packages, corpus and tokenizer are kept.")]
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One package. The patterns are fnmatch's, over paths such as `usr/share/doc/NAME/index.html`."""
+
+    version: str
+    licence: str
+    kind: Literal["code", "docs"]
+    sha256: str
+    what: str
+    html: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    copyright: str = ""  # the package that has this one's copyright file, where it is another
+
+
+class _Table(msgspec.Struct, forbid_unknown_fields=True):
+    packages: dict[str, Source]
+
+
+def load_sources(path: Path = SOURCES) -> dict[str, Source]:
+    """The packages by name, in order of their names."""
+    try:
+        packages = msgspec.convert(tomllib.loads(path.read_text("utf-8")), _Table).packages
+    except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as e:
+        raise ConfigError(f"{path} cannot be used as the table of sources: {e}") from e
+    return dict(sorted(packages.items()))
+
+
+def wanted(path: str, source: Source) -> bool:
+    """Whether `path` is text to train on, by its name alone."""
+    if _matches(path, source.exclude):
+        return False
+    if path.endswith(".html"):
+        return _matches(path, source.html)
+    if path.endswith(".py"):
+        return True
+    if source.kind == "docs" and path.endswith((".rst", ".rst.txt")):
+        return True
+    return path.endswith(".txt") and _matches(path, source.text)
+
+
+def progress() -> Progress:
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def download(sources: dict[str, Source], debs: Path) -> None:
+    """Fetch what is missing from `debs`, then check every file there against its sha256."""
+    debs.mkdir(parents=True, exist_ok=True)
+    missing = [name for name, source in sources.items() if find_deb(name, source, debs) is None]
+    batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
+    with progress() as bar, ThreadPoolExecutor(CALLS) as pool:
+        task = bar.add_task("download", total=len(sources), completed=len(sources) - len(missing))
+        calls = {pool.submit(_apt_download, batch, sources, debs): len(batch) for batch in batches}
+        for call in as_completed(calls):
+            call.result()
+            bar.advance(task, calls[call])
+        for name, source in bar.track(sources.items(), description="check"):
+            _check(name, source, debs)
+
+
+def find_deb(name: str, source: Source, debs: Path) -> Path | None:
+    version = source.version.replace(":", "%3a")  # how apt writes an epoch in a file's name
+    return next(iter(sorted(debs.glob(f"{name}_{version}_*.deb"))), None)
+
+
+def unpack(sources: dict[str, Source], debs: Path, unpacked: Path) -> None:
+    unpacked.mkdir(parents=True, exist_ok=True)
+    with progress() as bar, ThreadPoolExecutor(UNPACKERS) as pool:
+        task = bar.add_task("unpack", total=len(sources))
+        for call in as_completed([pool.submit(_unpack_one, name, source, debs, unpacked) for name, source in sources.items()]):
+            call.result()
+            bar.advance(task)
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _apt_download(names: Sequence[str], sources: dict[str, Source], debs: Path) -> None:
+    """Exactly these versions or an error: another version would be another corpus, under the same name."""
+    asked = [f"{name}={sources[name].version}" for name in names]
+    try:
+        done = subprocess.run(["apt-get", "download", "-q", *asked], cwd=debs, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise ConfigError("apt-get is not here: the sources are Debian packages, fetch them on Debian 12 (bookworm)") from e
+    if done.returncode != 0:
+        raise ConfigError(
+            f"apt-get download {' '.join(asked)} failed: {done.stderr.strip()}. Run apt-get update first; where a version is no "
+            f"longer offered, write the one that `apt-cache policy` shows, and its sha256, into {SOURCES.name}"
+        )
+
+
+def _check(name: str, source: Source, debs: Path) -> None:
+    deb = find_deb(name, source, debs)
+    if deb is None:
+        raise ConfigError(f"apt-get download reported no error and left no {name}_{source.version}_*.deb in {debs}")
+    with deb.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
+        raise ConfigError(
+            f"{deb} has sha256 {found}, {SOURCES.name} says {source.sha256}: delete the file and run again; if it comes back "
+            "the same, this machine is not amd64 or the package was rebuilt"
+        )
+
+
+def _unpack_one(name: str, source: Source, debs: Path, unpacked: Path) -> None:
+    mark, chosen = unpacked / f"{name}.ok", msgspec.json.encode(source)
+    if mark.is_file() and mark.read_bytes() == chosen:
+        return
+    deb = find_deb(name, source, debs)
+    if deb is None:
+        raise ConfigError(f"{name} {source.version} is not in {debs}: run `python -m train.fetch`")
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
+        with tarfile.open(fileobj=cast(IO[bytes], process.stdout), mode="r|") as tar:
+            _write_wanted(tar, name, source, unpacked / name)
+        if process.wait() != 0:
+            raise ConfigError(f"dpkg-deb cannot read {deb}: delete it and run again")
+    mark.write_bytes(chosen)
+
+
+def _write_wanted(tar: tarfile.TarFile, name: str, source: Source, folder: Path) -> None:
+    for member in tar:
+        path = member.name.removeprefix("./")
+        if not member.isfile() or ".." in PurePosixPath(path).parts:
+            continue
+        if not wanted(path, source) and path != f"usr/share/doc/{name}/copyright":
+            continue
+        content = tar.extractfile(member)
+        if content is not None:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content.read())
+
+
+def main(work: Work = WORK) -> None:
+    """Download the packages of train/sources.toml and unpack their text."""
+    try:
+        sources = load_sources()
+        download(sources, work / "debs")
+        unpack(sources, work / "debs", work / "unpacked")
+    except ConfigError as e:
+        raise SystemExit(f"train.fetch: {e.message}") from e
+
+
+if __name__ == "__main__":
+    typer.run(main)

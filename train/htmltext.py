@@ -1,0 +1,146 @@
+"""The words of a documentation page: HTML in, plain text out, with paragraphs, list items and preformatted blocks kept.
+
+Made for what Sphinx, DocBook and the projects of `sources.toml` write. Navigation, scripts and page furniture go by their tag,
+class or id. It is not a renderer: tables become lines of cells, images and the targets of links vanish.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from html.parser import HTMLParser
+
+WIDTH = 80  # columns of a paragraph, as in the hand-written documentation that the corpus has beside these pages
+SKIPPED_TAGS = frozenset(["script", "style", "head", "nav", "header", "footer", "form", "button", "select", "svg", "noscript"])
+SKIPPED_CLASSES = frozenset(
+    [
+        "sphinxsidebar",
+        "related",
+        "nav",
+        "navheader",
+        "navfooter",
+        "headerlink",
+        "footer",
+        "toc",
+        "global-nav",
+        "breadcrumb",
+        "breadcrumbs",
+        "sidebar",
+        "top",
+        "bottom",
+        "up",
+        "copyright",
+        "skip-link",
+        "navbar",
+        "fancy_toc",
+        "rightmenu",
+        "leftmenu",
+        "menu",
+        "linenos",
+        "tagline",
+        "srclinks",
+        "api_stability",
+        "pageheader",
+        "toplang",
+        "quickview",
+        "site-title",
+        "modal",
+    ]
+)
+SKIPPED_IDS = frozenset(["column2", "footer", "sidebar", "ft", "hd", "path", "page-header", "comments_section", "leftnav", "toc"])
+BLOCKS = frozenset(
+    [
+        "p",
+        "div",
+        "section",
+        "article",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "ul",
+        "ol",
+        "dl",
+        "dt",
+        "dd",
+        "li",
+        "table",
+        "tr",
+        "pre",
+        "blockquote",
+        "br",
+        "hr",
+    ]
+)
+SPACED = frozenset(
+    ["p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "dt"]
+)  # an empty line before and after
+VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
+
+
+def html_to_text(html: str) -> str:
+    page = _Page()
+    page.feed(html)
+    page.close()
+    page.end_line()
+    return "\n".join(page.lines).strip("\n") + "\n"
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.lines: list[str] = []  # complete
+        self.line: list[str] = []  # pieces of the one that is being read
+        self.indent = ""  # of that line's continuation
+        self.skipped: list[str] = []  # tags like that of the skipped element that are open in it, itself first
+        self.pre = 0  # <pre> that are open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if self.skipped:
+            if tag == self.skipped[0]:  # only these are counted: pages leave <p> and <li> open
+                self.skipped.append(tag)
+        elif tag not in VOID and _is_furniture(tag, dict(attrs)):
+            self.skipped.append(tag)
+        elif tag in BLOCKS:
+            self.end_line(spaced=tag in SPACED)
+            self.pre += tag == "pre"
+            if tag == "li":
+                self.line, self.indent = ["- "], "  "
+        elif tag in ("td", "th"):
+            self.line.append("  ")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.skipped:
+            if tag == self.skipped[0]:
+                self.skipped.pop()
+        elif tag in BLOCKS:
+            self.end_line(spaced=tag in SPACED)
+            self.pre -= tag == "pre" and self.pre > 0
+
+    def handle_data(self, data: str) -> None:
+        if not self.skipped:
+            self.line.append(data if self.pre else re.sub(r"\s+", " ", data))
+
+    def end_line(self, *, spaced: bool = False) -> None:
+        """Put the line that is being read among the complete ones, and an empty one after it where `spaced`."""
+        text = "".join(self.line)
+        if self.pre:
+            self.lines += [line.rstrip() for line in text.strip("\n").split("\n")] if text.strip() else []
+        elif text.strip() == "-" and self.indent:
+            return  # an item whose text stands in a paragraph of its own
+        else:
+            self.lines += _wrap(text.strip(), self.indent)
+        self.line, self.indent = [], ""
+        if spaced and self.lines and self.lines[-1]:
+            self.lines.append("")
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _is_furniture(tag: str, attrs: dict[str, str | None]) -> bool:
+    classes = (attrs.get("class") or "").split()
+    return tag in SKIPPED_TAGS or not SKIPPED_CLASSES.isdisjoint(classes) or attrs.get("id") in SKIPPED_IDS

@@ -1,0 +1,160 @@
+"""The trainable decoder: a trunk of blocks, a tied head, and where the spec has one a module for multi-token prediction (MTP).
+
+    tokens  t0 t1 t2 ... --trunk, norm--> hidden h0 h1 ...      head(h_i) is asked for t_(i+1)
+    MTP:    eh_proj(enorm(embed(t_(i+1))) | hnorm(h_i)) --block, norm--> head is asked for t_(i+2)
+
+Source of the MTP module: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2. As in the servers that speculate with
+it, h is the trunk's output after its final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.layers.rotary import Rotary
+from engine.models.spec import ModelSpec
+from train.layers import Angles, Block, GatedMlp, Linear, MoeMlp, RMSNorm
+
+COMPILED_VARIANTS = 32  # of a block's code: its kinds, times the lengths of windows, times with and without gradients
+
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Losses(NamedTuple):
+    """Means over tokens, in nats."""
+
+    next_token: torch.Tensor
+    second_token: torch.Tensor | None  # of the MTP module
+    load: torch.Tensor | None  # [MoE layers, E]: tokens that each expert got
+
+
+class MtpBlock(Block):
+    def __init__(self, spec: ModelSpec, mlp: GatedMlp | MoeMlp, *, out_scale: float) -> None:
+        super().__init__(spec, mlp, out_scale=out_scale)
+        self.enorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.hnorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.eh_proj = Linear(2 * spec.hidden_size, spec.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(spec.hidden_size, spec.norm_eps)})
+
+    def join(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's input, of what the tokens after are and what the trunk made of those before. All [B, T, H]."""
+        joined: torch.Tensor = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
+        return joined
+
+
+class Trunk(nn.Module):
+    """`layers` past spec.num_layers are MTP blocks."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        if not spec.tie_embeddings or spec.num_mtp_layers > 1:
+            raise ValueError("trained here are models with tied embeddings and at most one MTP layer")
+        out_scale = (2 * spec.num_layers) ** -0.5  # what goes into the residual stream starts small, as GPT-2's did
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=spec.hidden_size**-0.5)  # as the head, it gives logits of about 1
+        kinds = [Block] * spec.num_layers + [MtpBlock] * spec.num_mtp_layers
+        self.layers = nn.ModuleList(kind(spec, _mlp(spec, i, out_scale), out_scale=out_scale) for i, kind in enumerate(kinds))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+
+
+class Decoder(nn.Module):
+    """`dtype` is of the activations; parameters are float32."""
+
+    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        self.model = Trunk(spec)
+        self.rotary = Rotary(spec.rope, device=torch.device("cpu"))
+        self.cross_entropy: CrossEntropy = cross_entropy
+
+    def compile(self) -> None:
+        """Each block by itself, so that one compilation serves all of a kind; and the loss, so that no logits are stored."""
+        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+        for block in self.model.layers:
+            block.compile(fullgraph=True, dynamic=False)
+        self.cross_entropy = torch.compile(cross_entropy, fullgraph=True, dynamic=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
+    def moe_layers(self) -> Iterator[MoeMlp]:
+        """In the order of the rows of `Losses.load`."""
+        return (block.mlp for block in self.blocks if isinstance(block.mlp, MoeMlp))
+
+    def hidden(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """ids [B, T] -> the trunk's output after the final norm [B, T, H], and each MoE layer's load."""
+        angles, loads = self._angles(ids), []
+        x = self._embed(ids)
+        for block in self.blocks[: self.spec.num_layers]:
+            x, load = block(x, angles)
+            loads += [] if load is None else [load]
+        return self.model.norm(x), loads
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
+
+    def second_hidden(self, hidden: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The MTP module: `after` [B, T] holds the token that follows each position of `hidden`. Its load comes second."""
+        block = self.blocks[-1]
+        assert isinstance(block, MtpBlock)
+        out, load = block(block.join(self._embed(after), hidden), self._angles(after))
+        normed: torch.Tensor = block.shared_head["norm"](out)
+        return normed, load
+
+    def forward(self, ids: torch.Tensor) -> Losses:
+        """ids [B, T + 1], or [B, T + 2] with MTP."""
+        with_mtp = self.spec.num_mtp_layers > 0
+        length = ids.shape[1] - 1 - with_mtp
+        hidden, loads = self.hidden(ids[:, :length])
+        head = self.model.embed_tokens.weight
+        first, second = self.cross_entropy(hidden, head, ids[:, 1 : length + 1]), None
+        if with_mtp:
+            guessed, load = self.second_hidden(hidden, ids[:, 1 : length + 1])
+            second = self.cross_entropy(guessed, head, ids[:, 2:])
+            loads += [] if load is None else [load]
+        return Losses(first, second, torch.stack(loads) if loads else None)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.model.embed_tokens(ids)
+        return embedded.to(self.dtype)
+
+    def _angles(self, ids: torch.Tensor) -> Angles:
+        cos, sin = self.rotary(torch.arange(ids.shape[1], device=ids.device))
+        return cos, sin
+
+
+def _mlp(spec: ModelSpec, index: int, out_scale: float) -> GatedMlp | MoeMlp:
+    moe = spec.moe
+    if moe is None or (index not in moe.layers and index < spec.num_layers):
+        return GatedMlp(spec.hidden_size, spec.intermediate_size, out_scale=out_scale)
+    return MoeMlp(spec, moe.routing, moe.intermediate_size, moe.shared_size, out_scale=out_scale)
+
+
+def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """hidden [B, T, H], head [V, H], targets [B, T] -> mean over tokens, in nats"""
+    logits = F.linear(hidden.flatten(0, 1), head.to(hidden.dtype)).float()
+    return F.cross_entropy(logits, targets.flatten())
+
+
+def active_parameters(spec: ModelSpec, model: Decoder) -> int:
+    """Weights that one token is multiplied with, the head once for each prediction; experts that it does not go to left out."""
+    total = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and ".experts." not in name)
+    total += spec.num_mtp_layers * model.model.embed_tokens.weight.numel()
+    if spec.moe is not None:
+        routing = spec.moe.routing
+        stacked = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        total += stacked * routing.top_k // routing.num_experts
+    return total
+
+
+def flops_per_token(spec: ModelSpec, model: Decoder, length: int) -> float:
+    """Of training: forward and backward of every product a token needs (6 a weight), and of causal attention over `length`."""
+    head_dims = spec.head_dim + (spec.mla.v_dim if spec.mla is not None else spec.head_dim)
+    scores = spec.num_heads * head_dims * length / 2  # multiply-adds, on average, since a token sees half of the window
+    return 6.0 * (active_parameters(spec, model) + (spec.num_layers + spec.num_mtp_layers) * scores)

@@ -1,0 +1,63 @@
+"""What a run of training does, as frozen numbers: how many steps, how large, how fast, on windows of which length."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Phase(msgspec.Struct, frozen=True):
+    """From `start` (a share of the run) on, windows have `length` tokens."""
+
+    start: float
+    length: int
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Learning rate: a linear warm-up, a constant, and a linear decay to zero over the last `decay` of the run (WSD: S. Hu et
+    al., MiniCPM, arXiv 2404.06395). Raises ValueError for numbers that do not fit together."""
+
+    steps: int
+    tokens_per_step: int  # over all devices
+    micro_tokens: int  # of one forward on one device; what is left is gradient accumulation
+    lr: float
+    phases: tuple[Phase, ...]
+    warmup: int = 100  # steps
+    decay: float = 0.35  # share of the steps
+    clip: float = 1.0  # most norm of the gradient
+    seed: int = 2026
+    log_every: int = 20  # steps
+    measure_every: int = 500  # steps: loss on held-out text
+    save_every: int = 1000  # steps
+
+    def __post_init__(self) -> None:
+        if not self.phases or self.phases[0].start != 0.0 or list(self.phases) != sorted(self.phases, key=lambda p: p.start):
+            raise ValueError("phases must start at 0 and be in order")
+        for phase in self.phases:
+            if self.micro_tokens % phase.length or self.tokens_per_step % self.micro_tokens:
+                raise ValueError(
+                    f"tokens_per_step ({self.tokens_per_step}) must be a multiple of micro_tokens ({self.micro_tokens}), and "
+                    f"that of each phase's length ({phase.length})"
+                )
+
+    def with_steps(self, steps: int, **changes: float) -> Plan:
+        return msgspec.structs.replace(self, steps=steps, **changes)
+
+    def learning_rate(self, step: int) -> float:
+        """Of step 0, 1, ..."""
+        return self.lr * min((step + 1) / self.warmup, 1.0, self.left_of_decay(step))
+
+    def left_of_decay(self, step: int) -> float:
+        """1 until the decay begins, then down to nearly 0."""
+        return min((self.steps - step) / (self.decay * self.steps), 1.0)
+
+    def phase(self, step: int) -> tuple[Phase, int]:
+        """The phase that `step` is in, and the first step of it."""
+        begun = [(p, round(p.start * self.steps)) for p in self.phases]
+        return [(p, first) for p, first in begun if first <= step][-1]
+
+    def accumulation(self, num_devices: int) -> int:
+        """Forwards that one device does in a step."""
+        micro_steps = self.tokens_per_step // self.micro_tokens
+        if micro_steps % num_devices:
+            raise ValueError(f"{micro_steps} forwards a step cannot be shared out among {num_devices} devices")
+        return micro_steps // num_devices

@@ -1,0 +1,208 @@
+"""Held-out text, and how well a model predicts it: windows over each file's tokens, scored by an engine or by a server.
+
+Each token is scored exactly once, the first of a file from <|begin|>. A file longer than a window is read in windows of which
+each overlaps the one before by half, so that a token has at least half a window before it, or all of its file.
+
+    tokens    |b 1 2 3 4 5 6 7 8 9 a b c|
+    window 0  |. x x x x x x x|                  x: scored, .: context only
+    window 1          |. . . . x x x x|
+    window 2                  |. . . . x|
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from engine import LLM, SamplingParams
+from engine.errors import ConfigError
+
+TIMEOUT_S = 600.0
+CONCURRENT = 4  # requests to a server at once: while one is turned into JSON, others are computed
+
+
+class Document(NamedTuple):
+    path: str
+    text: str
+
+
+class Span(NamedTuple):
+    """Tokens [start, end) go through the model; those from `scored` on count."""
+
+    start: int
+    end: int
+    scored: int
+
+
+class Position(NamedTuple):
+    """What a model said of one token: its log-probability in nats, and its rank, 1 for the likeliest."""
+
+    logprob: float
+    rank: int
+
+
+class Score(NamedTuple):
+    """Sums over tokens: of their log-probabilities in nats, of how many there are, of how many were the likeliest."""
+
+    logprob: float
+    tokens: int
+    first: int
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        return -self.logprob / math.log(2) / num_bytes
+
+    @property
+    def top1(self) -> float:
+        return self.first / self.tokens
+
+
+class Scorer(Protocol):
+    """A model that scores. `max_window` is the most tokens of one prompt."""
+
+    name: str
+    max_window: int
+
+    def encode(self, text: str) -> list[int]:
+        """With what the tokenizer puts before a prompt."""
+        ...
+
+    def positions(self, prompts: Sequence[list[int]], done: Callable[[int], None]) -> Iterator[list[Position]]:
+        """For each prompt, in order, its tokens from the second on. `done` is told the tokens of each that is ready."""
+        ...
+
+
+def read_documents(path: Path, max_bytes: int | None = None) -> list[Document]:
+    """Of xz-compressed JSON lines; with `max_bytes`, the first so many bytes of text, the last document cut to fit.
+
+    Raises ConfigError for a file that is not there or has another form.
+    """
+    documents, left = [], max_bytes
+    for document in _read(path):
+        raw = document.text.encode()[:left]
+        if left is not None:
+            left -= len(raw)
+        text = raw.decode(errors="ignore")  # a character that was cut goes
+        if text:
+            documents.append(Document(document.path, text))
+        if left == 0:
+            break
+    if not documents:
+        raise ConfigError(f"{path}: there is no text in it to score", param="heldout")
+    return documents
+
+
+def _read(path: Path) -> Iterator[Document]:
+    try:
+        with lzma.open(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _document(line, f"{path}: line {number}")
+    except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a whole xz file of UTF-8 text: {error}", param="heldout") from None
+
+
+def _document(line: str, where: str) -> Document:
+    try:
+        record = json.loads(line)
+        return Document(record["path"], record["text"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f'{where} must be a JSON object with "path" and "text": {error!r}', param="heldout") from None
+
+
+def windows(num_tokens: int, size: int) -> list[Span]:
+    """Cover `num_tokens` tokens with windows of at most `size`; each token but the first is scored once."""
+    if size < 2:
+        raise ConfigError(f"context is {size}: a window must have at least 2 tokens, one to predict from", param="context")
+    if num_tokens < 2:
+        return []
+    spans = [Span(0, min(size, num_tokens), 1)]
+    while (end := spans[-1].end) < num_tokens:
+        start = end - size // 2
+        spans.append(Span(start, min(start + size, num_tokens), end))
+    return spans
+
+
+def score(scorer: Scorer, files: Sequence[list[int]], size: int, done: Callable[[int], None] = lambda _: None) -> Score:
+    """Score the tokens of each file in windows of at most `size`."""
+    spans = [(ids, span) for ids in files for span in windows(len(ids), size)]
+    logprob, tokens, first = 0.0, 0, 0
+    found = scorer.positions([ids[span.start : span.end] for ids, span in spans], done)
+    for (_, span), positions in zip(spans, found, strict=True):
+        mine = positions[span.scored - span.start - 1 :]
+        logprob += math.fsum(p.logprob for p in mine)
+        tokens += len(mine)
+        first += sum(p.rank == 1 for p in mine)
+    if not tokens:
+        raise ConfigError("no file has a token to score", param="heldout")
+    return Score(logprob, tokens, first)
+
+
+def xz_size(raw: bytes) -> int:
+    """Bytes of what `xz -9e` makes of `raw`."""
+    return len(lzma.compress(raw, format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME))
+
+
+class EngineScorer:
+    """An engine in this process."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self.name = llm.info.model
+        self.max_window = llm.info.limits.max_model_len - 1  # a request generates one token at least
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._llm.tokenizer.encode(text).ids
+        return ids
+
+    def positions(self, prompts: Sequence[list[int]], done: Callable[[int], None]) -> Iterator[list[Position]]:
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        for completion in self._llm.generate(prompts, params, progress=lambda index, _: done(len(prompts[index]))):
+            yield [Position(p.logprob, p.rank) for p in completion.prompt_logprobs or () if p is not None]
+
+
+class ServerFailure(Exception):
+    """A server cannot be reached, or does not answer as Tidegate does."""
+
+
+class ServerScorer:
+    """A server's POST /v1/generate and /tokenize."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        card = self._ask("/v1/models")["data"][0]
+        self.name: str = card["id"]
+        self.max_window: int = card["max_model_len"] - 1
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self._ask("/tokenize", {"prompt": text})["tokens"]
+        return tokens
+
+    def positions(self, prompts: Sequence[list[int]], done: Callable[[int], None]) -> Iterator[list[Position]]:
+        with ThreadPoolExecutor(CONCURRENT) as pool:
+            for prompt, positions in zip(prompts, pool.map(self._positions, prompts), strict=True):
+                done(len(prompt))
+                yield positions
+
+    def _positions(self, prompt: list[int]) -> list[Position]:
+        body = {"prompt_token_ids": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "cache": "off"}
+        found = self._ask("/v1/generate", body)["outputs"][0]["prompt_logprobs"]
+        return [Position(p["logprob"], p["rank"]) for p in found if p is not None]
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self._url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=TIMEOUT_S) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            with error:
+                said = error.read(2000).decode(errors="replace")
+            raise ServerFailure(f"{self._url}{path} answered {error.code}: {said}") from None
+        except (URLError, OSError, ValueError) as error:
+            raise ServerFailure(f"{self._url}{path}: {error}; it must be the address of a Tidegate server") from None

@@ -1,0 +1,54 @@
+"""Files of documents: one JSON object a line, {"source", "path", "text"} and what else the writer adds, compressed with xz."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.neardup import Signature
+
+PRESET = 9  # its dictionary of 64 MiB holds a whole shard
+
+
+class Document(NamedTuple):
+    source: str  # name of the package
+    path: str  # inside the package
+    text: str
+    signature: Signature
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return len(self.text.encode())
+
+    @property
+    def is_code(self) -> bool:
+        return self.path.endswith(".py")
+
+
+def cut(documents: Sequence[Document], count: int) -> list[list[Document]]:
+    """`count` runs of about the same size, in the order given: neighbours are alike, and compress well together."""
+    total, done = max(1, sum(document.size for document in documents)), 0
+    runs: list[list[Document]] = [[] for _ in range(count)]
+    for document in documents:
+        runs[done * count // total].append(document)
+        done += document.size
+    return runs
+
+
+def write(path: Path, rows: Iterable[dict[str, str]]) -> tuple[str, int]:
+    """Write `rows`; return the sha256 of the uncompressed content and the compressed size in bytes."""
+    content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(lzma.compress(content, preset=PRESET))
+    return hashlib.sha256(content).hexdigest(), path.stat().st_size
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    with lzma.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,74 @@
+"""The corpus as one stream of token ids: `python -m train.tokens`. Documents are shuffled; each begins with <|begin|> and ends
+with <|end|>. The held-out files become a stream of their own, which only measures.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from rich.progress import track
+from tokenizers import Tokenizer
+
+from train import shards
+from train.shapes import BEGIN, END
+
+TRAIN, HELDOUT, FACTS = "train.bin", "heldout.bin", "tokens.json"
+SEED = 2026
+Ids = npt.NDArray[np.int16]  # ids stay below 8192, and torch indexes int16 on every device, as it does not uint16
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Ids]:
+    encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array([BEGIN, *e.ids, END], dtype=np.int16) for e in encoded]
+
+
+def _encoded_shards(tokenizer: Tokenizer, files: list[Path]) -> Iterator[list[Ids]]:
+    """Decompressing and tokenising both let other threads run."""
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(lambda shard: encode(tokenizer, _texts(shard)), files)
+
+
+def _texts(file: Path) -> list[str]:
+    return [row["text"] for row in shards.read(file)]
+
+
+def write(work: Path, heldout: Path, tokenizer_file: Path) -> dict[str, int]:
+    """Write the two streams and their facts to `work`; the same corpus and tokenizer give the same bytes."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    files = sorted((work / "corpus").glob("train-*.jsonl.xz"))
+    if not files:
+        raise SystemExit(f"{work / 'corpus'}: no train-*.jsonl.xz here; `python -m train.corpus` writes them")
+    documents: list[Ids] = []
+    for part in track(_encoded_shards(tokenizer, files), "tokenising", total=len(files)):
+        documents += part
+    random.Random(SEED).shuffle(documents)
+    stream = np.concatenate(documents)
+    texts = _texts(heldout)
+    held = np.concatenate(encode(tokenizer, texts))
+    stream.tofile(work / TRAIN)
+    held.tofile(work / HELDOUT)
+    facts = {
+        "documents": len(documents),
+        "tokens": len(stream),
+        "heldout_tokens": len(held),
+        "heldout_bytes": sum(len(text.encode()) for text in texts),
+    }
+    (work / FACTS).write_text(json.dumps(facts) + "\n")
+    return facts
+
+
+def main(work: Path = Path(".cache/train"), heldout: Path = Path("train/heldout.jsonl.xz")) -> None:
+    """Tokenise the corpus in WORK/corpus with WORK/tokenizer/tokenizer.json."""
+    facts = write(work, heldout, work / "tokenizer" / "tokenizer.json")
+    typer.echo(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    typer.run(main)

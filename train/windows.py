@@ -1,0 +1,38 @@
+"""Which tokens a step is trained on, as a function of seed and step alone: a run that is resumed sees what it would have seen."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Windows:
+    """A stream of token ids cut into windows of `length` tokens and `ahead` more, which are only to be predicted.
+
+    Each epoch goes through all windows in an order of its own, and cuts the stream at another offset.
+    """
+
+    def __init__(self, stream: torch.Tensor, *, length: int, ahead: int, seed: int) -> None:
+        """`stream` [N], any integer type, on any device. Raises ValueError where it has no two windows' worth of tokens."""
+        self.num = (len(stream) - ahead) // length - 1  # one less, so that every offset leaves as many
+        if self.num < 1:
+            raise ValueError(f"{len(stream)} tokens are too few for windows of {length}: there must be at least two windows")
+        self.stream, self.length, self.seed = stream, length, seed
+        self.within = torch.arange(length + ahead, device=stream.device)
+        self._epoch: tuple[int, torch.Tensor] | None = None
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows `first` to `first + count` of the endless sequence of windows -> [count, length + ahead] int64"""
+        starts = []
+        while count > 0:
+            epoch, at = divmod(first, self.num)
+            starts.append(self._starts(epoch)[at : at + count])
+            first, count = first + len(starts[-1]), count - len(starts[-1])
+        return self.stream[torch.cat(starts).unsqueeze(1) + self.within].long()
+
+    def _starts(self, epoch: int) -> torch.Tensor:
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 40) + (self.length << 20) + epoch)
+            offset = int(torch.randint(self.length, (1,), generator=generator))
+            order = torch.randperm(self.num, generator=generator) * self.length + offset
+            self._epoch = epoch, order.to(self.stream.device)
+        return self._epoch[1]
