@@ -1,6 +1,6 @@
 """LLM: an engine in this process, for Python users, benchmarks and tests.
 
-    llm = LLM("checkpoints/demo", cache={"num_blocks": 256})
+    llm = LLM("checkpoints/tidepool", cache={"num_blocks": 256})
     for completion in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
         print(completion.text)
 

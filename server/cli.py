@@ -157,12 +157,12 @@ def _prompt(given: str) -> str:
 
 
 def _with_model(settings: Settings) -> Settings:
-    """With the demo's folder in it, where no model is named."""
+    """With the bundled model's folder in it, where no model is named."""
     if settings.model is not None:
         return settings
-    demo = _load("server.demo")
-    typer.echo(demo.NOTICE, err=True)
-    return settings.model_copy(update={"model": str(demo.ensure_demo_checkpoint())})
+    bundled = _load("server.bundled")
+    typer.echo(bundled.NOTICE, err=True)
+    return settings.model_copy(update={"model": str(bundled.bundled_checkpoint())})
 
 
 def _load(module: str) -> Any:

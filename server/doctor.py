@@ -25,7 +25,7 @@ from rich.table import Table
 from engine.config import ModelLimits, check
 from engine.errors import CheckpointError, ConfigError
 from engine.models.spec import ModelSpec
-from server.demo import ensure_demo_checkpoint
+from server.bundled import bundled_checkpoint
 from server.settings import Settings, in_settings_names
 from server.text.tokenizer import Tokenizer
 
@@ -182,14 +182,14 @@ def _disk() -> Finding:
 
 def _model(settings: Settings) -> Checkpoint:
     try:
-        is_demo, folder = settings.model is None, settings.model or str(ensure_demo_checkpoint())
+        is_bundled, folder = settings.model is None, settings.model or str(bundled_checkpoint())
         settings = settings.model_copy(update={"model": folder})
         spec = ModelSpec.from_folder(folder)
         text = Tokenizer.from_folder(folder)
     except (ConfigError, CheckpointError) as error:
         return Checkpoint([Finding("model", "missing", error.message)], settings, None)
-    if is_demo:
-        found = [Finding("model", "note", f"none is set: the random demo model at {folder} would be served")]
+    if is_bundled:
+        found = [Finding("model", "note", f"none is set: the bundled model Tidepool at {folder} would be served")]
     else:
         what = f"{spec.architecture}, {spec.num_layers} layers, context {spec.max_model_len}, at {folder}"
         found = [Finding("model", "ok", what)]

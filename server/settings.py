@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, FakeConfig, LoadFormat, RunnerKind, SchedulerConfig
 from engine.errors import ConfigError
+from server import bundled
 
 PREFIX = "TIDEGATE_"
 CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the YAML file's path; `--config` wins over it
@@ -39,7 +40,7 @@ class Settings(BaseSettings):
 
     # What is served, and where. The loopback address is the default since keys are off by default: whoever can reach the
     # port can use the accelerator. In a container, set 0.0.0.0.
-    model: str | None = Field(None, min_length=1, description="Checkpoint folder; without one, a tiny random demo model")
+    model: str | None = Field(None, min_length=1, description="Checkpoint folder; without one, the bundled model Tidepool")
     served_model_name: str | None = Field(None, min_length=1, description="Name in the API; by default the folder's")
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 or :: for every interface")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 picks a free one")
@@ -105,7 +106,7 @@ class Settings(BaseSettings):
     @property
     def model_name(self) -> str:
         """The model's name in the API."""
-        return self.served_model_name or (Path(self.model).resolve().name if self.model else "tidegate-demo")
+        return self.served_model_name or (Path(self.model).resolve().name if self.model else bundled.NAME)
 
     def engine_config(self) -> EngineConfig:
         if self.model is None:

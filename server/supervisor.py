@@ -28,8 +28,8 @@ import setproctitle
 from engine import lifeline, logs
 from engine.errors import ConfigError
 from engine.process import EXIT_BAD_SETTINGS, EngineStart
+from server.bundled import NOTICE, bundled_checkpoint
 from server.child_process import ChildProcess
-from server.demo import NOTICE, ensure_demo_checkpoint
 from server.metrics import worker_died
 from server.settings import Settings
 from server.watchdog import Watchdog
@@ -263,10 +263,10 @@ async def _run(settings: Settings, folder: Path) -> None:
 
 
 def with_model(settings: Settings) -> Settings:
-    """The settings with a checkpoint folder in them: the demo's, where none is named."""
+    """The settings with a checkpoint folder in them: the bundled one, where none is named."""
     if settings.model is None:
-        log.warning(NOTICE)
-        return settings.model_copy(update={"model": str(ensure_demo_checkpoint()), "served_model_name": settings.model_name})
+        log.info(NOTICE)
+        return settings.model_copy(update={"model": str(bundled_checkpoint())})
     if not (Path(settings.model) / "config.json").is_file():
         raise ConfigError(f"model is {settings.model!r}: it must be a checkpoint folder, with a config.json in it", param="model")
     return settings

@@ -14,14 +14,14 @@ from engine.config import CacheConfig, EngineConfig, FakeConfig, SchedulerConfig
 from engine.errors import Aborted, ContextTooLong, EngineUnavailable, InternalError, InvalidRequest
 from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode
 from engine.request import FinishReason, SamplingParams
+from server.bundled import bundled_checkpoint
 from server.client import EngineClient
-from server.demo import ensure_demo_checkpoint
 from tests.support.children import EngineChild, wait_until
 
 
 def config(**changes):
     base = EngineConfig(
-        model=str(ensure_demo_checkpoint()),
+        model=str(bundled_checkpoint()),
         runner="fake",
         debug_checks=True,
         cache=CacheConfig(block_size=16, num_blocks=1024),

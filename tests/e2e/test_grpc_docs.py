@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from server.demo import ensure_demo_checkpoint
 from server.metrics import Metrics
 from server.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LocalEngine
 from tests.support.rpc import serving
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/grpc.md").read_text()
@@ -32,9 +32,9 @@ def client(tmp_path):
 
 async def test_the_python_example_runs(client, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    text = Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path / "cache"))
+    text = Tokenizer.from_folder(write_tiny_checkpoint(tmp_path / "cache"))
     async with LocalEngine() as engine:
-        service = GenerateService(engine, text, Settings(), Metrics("tidegate-demo", lambda: engine.health))
+        service = GenerateService(engine, text, Settings(), Metrics("tiny", lambda: engine.health))
         async with serving(service) as rpc:
             for prompt, said in (("The tide comes in", "tokens in"), ("", "INVALID_ARGUMENT prompt")):
                 script = code.replace("localhost:9000", f"127.0.0.1:{rpc.server.port}").replace("The tide comes in", prompt)

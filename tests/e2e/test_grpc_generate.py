@@ -8,7 +8,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.request import SamplingParams
-from server.demo import ensure_demo_checkpoint
 from server.generation import Chunk, GenerationRequest
 from server.metrics import Metrics
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
@@ -17,20 +16,21 @@ from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LIMITS, LocalEngine
 from tests.support.rpc import detail_of, serving, until
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 PROMPT = "The tide comes in"
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path_factory.mktemp("cache")))
+    return Tokenizer.from_folder(write_tiny_checkpoint(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
 async def up(text):
     """engine, service, and a client's stub and channel."""
     async with LocalEngine() as engine:
-        metrics = Metrics("tidegate-demo", lambda: engine.health)
+        metrics = Metrics("tiny", lambda: engine.health)
         service = GenerateService(engine, text, Settings(), metrics)
         async with serving(service) as rpc:
             yield SimpleNamespace(engine=engine, service=service, stub=rpc.stub, channel=rpc.channel, server=rpc.server)

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from server import strict_json
-from server.demo import ensure_demo_checkpoint
 from server.text.tokenizer import Tokenizer
 from tests.support.http_api import MODEL, http_api
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 GENERATE, COMPLETIONS, CHAT = "/v1/generate", "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -23,7 +23,7 @@ MANY_DIGITS = int("9" * 4000)
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path_factory.mktemp("demo")))
+    return Tokenizer.from_folder(write_tiny_checkpoint(tmp_path_factory.mktemp("demo")))
 
 
 @pytest.fixture

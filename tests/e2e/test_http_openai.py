@@ -6,17 +6,17 @@ import msgspec
 import openai
 import pytest
 
-from server.demo import ensure_demo_checkpoint
 from server.text.tokenizer import Tokenizer
 from tests.support.http_api import MODEL, http_api
 from tests.support.local_engine import CONFIG, LocalEngine
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path_factory.mktemp("demo")))
+    return Tokenizer.from_folder(write_tiny_checkpoint(tmp_path_factory.mktemp("demo")))
 
 
 @pytest.fixture

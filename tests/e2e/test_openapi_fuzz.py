@@ -6,7 +6,6 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 
 from server.app import build_app
-from server.demo import ensure_demo_checkpoint
 from server.metrics import Metrics
 from server.routes.api import Api
 from server.service import GenerateService
@@ -14,6 +13,7 @@ from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.contract.test_openapi import OPERATIONS
 from tests.support.local_engine import LocalEngine
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 from tests.unit.server.routes.scripted import ScriptedService
 
 
@@ -39,7 +39,7 @@ def whole_app(text):
 
 @pytest.mark.filterwarnings("ignore")
 def test_made_up_requests_get_what_the_document_says(tmp_path):
-    text = Tokenizer.from_folder(ensure_demo_checkpoint(tmp_path))
+    text = Tokenizer.from_folder(write_tiny_checkpoint(tmp_path))
     config = SchemathesisConfig.from_dict(
         {
             "seed": 1,

@@ -1,4 +1,4 @@
-"""The demo model on the torch runner, end to end: the same tokens in-process, over HTTP and over gRPC, and through a death."""
+"""The bundled model on the torch runner, end to end: the same tokens in-process, over HTTP and over gRPC, and through a death."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from engine import LLM, SamplingParams
-from server.demo import ensure_demo_checkpoint
+from server.bundled import bundled_checkpoint
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.children import ServerChild
@@ -31,7 +31,7 @@ def one_thread():
 def expected(one_thread):
     """Each prompt by itself, one after the other, with no server in between."""
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    with LLM(ensure_demo_checkpoint(), overlap=False, cache={"prefix_caching": False, "num_blocks": 64}) as llm:
+    with LLM(bundled_checkpoint(), overlap=False, cache={"prefix_caching": False, "num_blocks": 64}) as llm:
         return [llm.generate([prompt], params)[0].token_ids for prompt in PROMPTS]
 
 

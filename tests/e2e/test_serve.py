@@ -16,10 +16,10 @@ import httpx
 import psutil
 import pytest
 
-from server.demo import ensure_demo_checkpoint
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.children import ROOT, ServerChild, wait_until
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture
@@ -346,7 +346,7 @@ NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
 )
 def test_a_faulty_checkpoint_stops_the_start_with_one_message(tmp_path, file, changes, expected):
     folder = tmp_path / "model"
-    shutil.copytree(ensure_demo_checkpoint(tmp_path / "demo"), folder)
+    shutil.copytree(write_tiny_checkpoint(tmp_path / "demo"), folder)
     text = changes if isinstance(changes, str) else json.dumps(json.loads((folder / file).read_text()) | changes)
     (folder / file).write_text(text)
     done = refused_start({"TIDEGATE_MODEL": str(folder), "TIDEGATE_RUNNER": "torch", "TIDEGATE_DEVICE": "cpu"})

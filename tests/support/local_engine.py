@@ -19,7 +19,7 @@ from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
 from server.client_base import EngineHealth, error_of, size_of
 
-LIMITS = ModelLimits(max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32")  # the vocabulary of `server.demo`
+LIMITS = ModelLimits(max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32")  # the tiny checkpoint's vocabulary
 CONFIG = EngineConfig(
     model="demo",
     runner="fake",

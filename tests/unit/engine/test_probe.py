@@ -8,12 +8,12 @@ from safetensors.numpy import load_file, save_file
 
 from engine.config import CacheConfig, EngineConfig
 from engine.weights.probe import problem_with, torch_facts
-from server.demo import ensure_demo_checkpoint
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return ensure_demo_checkpoint(tmp_path_factory.mktemp("demo"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import xxhash
 
 from engine.errors import ConfigError
 from server import bench
-from server.demo import ensure_demo_checkpoint
 from server.settings import Settings
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 # (requests, output tokens, hash), of the list that the peers' figures were measured on.
 DIGESTS = {
@@ -79,7 +79,7 @@ def test_a_smaller_vocabulary_draws_ids_that_it_has(vocab_size):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return str(ensure_demo_checkpoint(tmp_path_factory.mktemp("demo")))
+    return str(write_tiny_checkpoint(tmp_path_factory.mktemp("demo")))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from engine.errors import ConfigError, TidegateError
 from server import __main__ as entry
 from server import bench, cli
-from server.demo import ensure_demo_checkpoint
 from server.settings import Settings, flag
 from tests.support.children import ROOT
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
     """The options that `generate` or `bench offline` would have begun an engine with."""
-    monkeypatch.setenv("TIDEGATE_MODEL", str(ensure_demo_checkpoint(tmp_path)))
+    monkeypatch.setenv("TIDEGATE_MODEL", str(write_tiny_checkpoint(tmp_path)))
     monkeypatch.setattr(bench, "LLM", Engine)
     monkeypatch.setattr("engine.llm.LLM", Engine)
     monkeypatch.setattr(Engine, "seen", [])
@@ -165,7 +165,7 @@ def test_doctor_names_what_is_missing():
 
 
 @pytest.mark.torch
-def test_doctor_is_content_with_the_demo():
+def test_doctor_is_content_with_the_bundled_model():
     done = run("doctor", "--port", "0", "--grpc-port", "0")
     assert done.returncode == 0, done.stdout
     assert "MISSING" not in done.stdout

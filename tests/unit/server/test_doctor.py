@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from server import doctor
-from server.demo import ensure_demo_checkpoint
 from server.settings import Settings
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 NO_CUDA = doctor.TorchAnswer(version="2.11", cuda=None, devices=[], problem=None)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return ensure_demo_checkpoint(tmp_path_factory.mktemp("demo"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture

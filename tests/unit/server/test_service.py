@@ -20,7 +20,6 @@ from engine.errors import (
 from engine.fake import expected_tokens
 from engine.request import SEED_MAX, SamplingParams, TokenEvent
 from server import call as call_module
-from server.demo import CHAT_TEMPLATE, demo_tokenizer
 from server.generation import Chunk, Ending, GenerationRequest
 from server.metrics import Metrics
 from server.service import THREAD_CHARS, GenerateService
@@ -28,9 +27,10 @@ from server.settings import Settings
 from server.text.chat import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LIMITS, LocalEngine, until
+from tests.support.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
 from tests.unit.server.test_metrics import conserved, samples, total
 
-TEXT = Tokenizer(demo_tokenizer(), chat=ChatTemplate(CHAT_TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|end|>"}))
+TEXT = Tokenizer(tiny_tokenizer(), chat=ChatTemplate(CHAT_TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|end|>"}))
 SETTINGS = Settings(served_model_name="tiny", max_n=4)
 PROMPT = [7, 8, 9]
 
@@ -460,7 +460,7 @@ async def test_chat(service):
 
 
 async def test_a_model_without_a_chat_template_says_so(engine):
-    service = GenerateService(engine, Tokenizer(demo_tokenizer()), SETTINGS, Metrics("tiny", lambda: engine.health))
+    service = GenerateService(engine, Tokenizer(tiny_tokenizer()), SETTINGS, Metrics("tiny", lambda: engine.health))
     with pytest.raises(InvalidRequest, match="no chat template"):
         await service.chat_tokens([{"role": "user", "content": "Hi"}])
 

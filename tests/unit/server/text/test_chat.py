@@ -1,9 +1,9 @@
 import pytest
 
 from engine.errors import CheckpointError, InvalidRequest
-from server.demo import CHAT_TEMPLATE
 from server.text import chat
 from server.text.chat import ChatTemplate
+from tests.support.tiny_checkpoint import CHAT_TEMPLATE
 
 USER = [{"role": "user", "content": "Hi"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

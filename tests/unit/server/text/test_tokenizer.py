@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError
-from server.demo import BOS, ensure_demo_checkpoint
 from server.text.tokenizer import Tokenizer
+from tests.support.tiny_checkpoint import BOS, write_tiny_checkpoint
 from tests.unit.server.text.tokenizers_for_tests import byte_level, llama2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return ensure_demo_checkpoint(tmp_path_factory.mktemp("demo"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from server.demo import CORPUS, demo_tokenizer
 from server.text.tokenizer import Tokenizer as ServerTokenizer
+from tests.support.tiny_checkpoint import CORPUS, tiny_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 @cache
 def byte_level():
-    tokenizer = demo_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("été", normalized=False), AddedToken("日本 語", normalized=False)])
     return ServerTokenizer(tokenizer)
 

@@ -1,34 +1,20 @@
-"""The demo checkpoint: a tiny DeepSeek-V3-shaped model with random weights, so that a first start needs no download.
+"""A tiny DeepSeek-V3-shaped checkpoint with random weights, for tests of what does not depend on a model making sense.
 
 It has every part of the real architecture (MLA with low-rank queries and keys, a dense first layer, sigmoid routing limited
-to groups of experts, a shared expert, YaRN), 1.8 M parameters, and a tokenizer of 512 tokens trained on the text below. What it
-writes is noise. The same numpy gives the same files; the folder's name changes whenever what is in it does.
-
-Not here: how a checkpoint is read (`engine.weights`), or the trained model that the project bundles (`train/`).
+to groups of experts, a shared expert, YaRN), 1.8 M parameters, and a tokenizer of 512 tokens trained on the text below. The same
+numpy gives the same files.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from engine.errors import ConfigError
-
-NAME = "demo-v1"  # raise the number with any change to what is written
-FILES = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
-NOTICE = (
-    "serving the built-in demo model: its weights are random, so its answers are noise. "
-    "Point --model (or TIDEGATE_MODEL) at a checkpoint folder to serve a real one."
-)
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 4
 BOS, EOS = 0, 1
 WEIGHT_STD = 0.08  # wide enough that greedy tokens depend on the whole prompt
@@ -85,19 +71,13 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the demo model knows the roles system, user and assistant') }}"
+    "{{ raise_exception('the model knows the roles system, user and assistant') }}"
     "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-README = """# Tidegate demo model
-
-The weights in this folder are random numbers: the model's answers are noise. It is here so that `tidegate serve` starts
-without a download, and so that every part of the server can be tried. `server/demo.py` wrote it; delete it whenever you like.
-"""
 
 # What the tokenizer learns its merges from. Its own words, so that every machine and Python version gets the same tokens.
 CORPUS = """\
@@ -130,28 +110,27 @@ class Server:
 """
 
 
-def ensure_demo_checkpoint(cache_dir: Path | None = None) -> Path:
-    """Return the demo checkpoint's folder under `cache_dir`, writing it if it is not there whole.
-
-    It is written beside its place and renamed into it, so neither a crash nor a second start at once leaves half a folder.
-    Raises ConfigError where it cannot be written. Callers should log `NOTICE`.
-    """
-    root = cache_dir or _default_cache_dir()
-    folder = root / NAME
-    if not _is_whole(folder):
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _write_beside(folder)
-        except OSError as e:
-            raise ConfigError(
-                f"model is the built-in demo, which cannot be written to {folder} ({e.strerror or e}): set XDG_CACHE_HOME to a "
-                "folder that can be written, or model to a checkpoint folder",
-                param="model",
-            ) from e
+def write_tiny_checkpoint(folder: Path) -> Path:
+    """Write it to `folder`, and return that."""
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[BOS],
+        "eos_token": SPECIAL_TOKENS[EOS],
+        "add_bos_token": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str())
+    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def demo_tokenizer() -> Tokenizer:
+def tiny_tokenizer() -> Tokenizer:
     """A byte-level BPE: every text goes in and comes back unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -168,71 +147,6 @@ def demo_tokenizer() -> Tokenizer:
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, BOS)]
     )
     return tokenizer
-
-
-def _default_cache_dir() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(given).is_absolute():  # the specification has relative ones ignored
-        return Path(given) / "tidegate"
-    try:
-        return Path.home() / ".cache" / "tidegate"
-    except RuntimeError as e:
-        raise ConfigError(
-            "model is the built-in demo, and there is no home folder to write it to: set XDG_CACHE_HOME, or model to a "
-            "checkpoint folder",
-            param="model",
-        ) from e
-
-
-def _contents() -> Iterator[tuple[str, bytes]]:
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL_TOKENS[BOS],
-        "eos_token": SPECIAL_TOKENS[EOS],
-        "add_bos_token": True,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": CONFIG["max_position_embeddings"],
-        "chat_template": CHAT_TEMPLATE,
-    }
-    yield "README.md", README.encode()
-    yield "config.json", _json(CONFIG)
-    yield "generation_config.json", _json({"bos_token_id": BOS, "eos_token_id": EOS})
-    yield "tokenizer_config.json", _json(tokenizer_config)
-    yield "tokenizer.json", demo_tokenizer().to_str(pretty=True).encode()
-    yield "model.safetensors", save(_weights(), metadata={"format": "pt"})
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _is_whole(folder: Path) -> bool:
-    """False also where something that cleans caches took a file out."""
-    return all((folder / name).is_file() for name in FILES)
-
-
-def _write_beside(folder: Path) -> None:
-    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
-    try:
-        new.mkdir()
-        for name, content in _contents():
-            _write(new / name, content)
-        if folder.exists() and not _is_whole(folder):
-            os.rename(folder, new / "broken")
-        os.rename(new, folder)
-        shutil.rmtree(folder / "broken", ignore_errors=True)
-    except OSError:
-        if not _is_whole(folder):  # otherwise another start was quicker, and its folder is as good
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # a rename must not reach the disk before what it names
 
 
 def _weights() -> dict[str, np.ndarray]:

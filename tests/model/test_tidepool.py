@@ -1,0 +1,115 @@
+"""The checkpoints that are shipped: as small as promised, read alike by transformers and the engine, and a model of text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+from fp8_checkpoint import dequantize
+from paged import PagedRun
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import LLM
+from engine.models import registry
+from engine.models.spec import ModelSpec
+from engine.weights import loader
+from server.text.tokenizer import Tokenizer
+from train.acceptance import TeacherForced, choose_prompts, continue_greedily, draft_acceptance
+from train.scoring import EngineScorer, read_documents, score
+
+ROOT = Path(__file__).parents[2]
+TIDEPOOL, DRAFT = ROOT / "checkpoints" / "tidepool", ROOT / "checkpoints" / "tidepool-draft"
+HELDOUT = ROOT / "train" / "heldout.jsonl.xz"
+BOTH = pytest.mark.parametrize("folder", [TIDEPOOL, DRAFT], ids=lambda folder: folder.name)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A few of the shorter held-out files."""
+    return [document.text for document in read_documents(HELDOUT) if len(document.text) < 3000][:6]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(TIDEPOOL, device="cpu", cache={"num_blocks": 128, "prefix_caching": False}) as llm:
+        yield llm
+
+
+def test_they_are_small():
+    size = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in (TIDEPOOL, DRAFT)}
+    assert size["tidepool"] <= 26_000_000
+    assert size["tidepool-draft"] <= 4_000_000
+
+
+@BOTH
+def test_transformers_gives_the_engines_logits(folder, texts, tmp_path):
+    tokens = Tokenizer.from_folder(str(folder)).encode(texts[0])[:400]
+    engine = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    loader.load(engine, folder)
+    (found,) = PagedRun(engine, [tokens], block_size=64).run(num_decoded=4)
+    reference, info = load_in_transformers(folder, tmp_path)
+    assert not any(info[key] for key in ("missing_keys", "mismatched_keys", "error_msgs"))
+    assert all(name.startswith("model.layers.9.") for name in info["unexpected_keys"])  # the MTP module: transformers has none
+    with torch.inference_mode():
+        wanted = reference(torch.tensor([tokens])).logits[0]
+    assert wanted.abs().max() > 10
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0.0)
+
+
+def load_in_transformers(folder, plain):
+    """The folder's weights, dequantised number by number, written to `plain` and loaded from there -> model, loading info"""
+    stored, tensors = load_file(folder / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        if not name.endswith("_scale_inv"):
+            scale = stored.get(name + "_scale_inv")
+            tensors[name] = tensor.float() if scale is None else dequantize(tensor, scale)
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
+
+
+@BOTH
+def test_transformers_reads_the_tokenizer_alike(folder, texts):
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(str(folder))
+    for text in texts:
+        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == text
+
+
+def test_held_out_text_is_the_one_the_card_names():
+    digest = hashlib.sha256(lzma.decompress(HELDOUT.read_bytes())).hexdigest()
+    assert digest in (TIDEPOOL / "README.md").read_text()
+
+
+def test_it_knows_text_better_than_xz_does(llm, texts):
+    """The figures of the whole set are in the card; this holds the checkpoint and the engine to them on a few files."""
+    scorer = EngineScorer(llm)
+    found = score(scorer, [scorer.encode(text) for text in texts], scorer.max_window)
+    raw = "".join(texts).encode()
+    assert found.bits_per_byte(len(raw)) < 8 * len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)) / len(raw) / 2
+    assert found.top1 > 0.5
+
+
+def test_guesses_of_mtp_and_draft_are_mostly_right(llm, texts):
+    files = [llm.tokenizer.encode(text).ids for text in texts]
+    continued = continue_greedily(llm, choose_prompts(files, 4))
+    own = TeacherForced(TIDEPOOL, dtype=torch.float32, device=torch.device("cpu"))
+    assert own.mtp_acceptance(continued) > 0.5
+    with LLM(DRAFT, device="cpu", cache={"num_blocks": 64, "prefix_caching": False}) as draft:
+        assert draft_acceptance(draft, continued) > 0.4
+
+
+def test_every_layer_uses_its_experts(texts, llm):
+    own = TeacherForced(TIDEPOOL, dtype=torch.float32, device=torch.device("cpu"))
+    balance = own.expert_balance([llm.tokenizer.encode(text).ids for text in texts[:3]])
+    config = json.loads((TIDEPOOL / "config.json").read_text())
+    assert balance.layers == list(range(1, config["num_hidden_layers"] + 1))
+    assert max(balance.max_over_mean) < 3.0  # of a few files; the card has it over all of them
+    assert balance.utilisation > 0.8
