@@ -1,0 +1,42 @@
+"""`python -m train`: each stage's command exists and takes what it is given. The stages themselves are tested by their parts."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from train.__main__ import stages
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [(stage, command) for stage, commands in stages(Path("work")).items() for command in commands]
+
+
+def parse(name, arguments):
+    """Raises click's UsageError where the command would."""
+    module = importlib.import_module(name)
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(module.main)
+    command = typer.main.get_command(app)
+    if hasattr(command, "commands"):
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    command.make_context(name, list(arguments))
+
+
+@pytest.mark.parametrize(("stage", "command"), COMMANDS, ids=[f"{s}-{i}" for i, (s, _) in enumerate(COMMANDS)])
+def test_each_command_takes_its_arguments(stage, command):
+    parse(command[0], command[1:])
+
+
+def test_a_stage_that_is_none_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--first", "bake"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "fetch, corpus" in done.stderr
