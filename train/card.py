@@ -103,6 +103,7 @@ def tidepool_card(work: Path, folder: Path) -> str:
             licences=licences(manifest),
             heldout_files=manifest["heldout"]["files"],
             heldout_bytes=manifest["heldout"]["bytes"],
+        heldout_code=manifest["heldout"]["code_bytes"] / manifest["heldout"]["bytes"],
             heldout_sha256=manifest["heldout"]["sha256_uncompressed"],
             steps=run["plan"]["steps"],
             per_step=run["plan"]["tokens_per_step"],

@@ -29,7 +29,7 @@ EVALUATION = {
 def folders(tmp_path):
     work, checkpoints = tmp_path / "work", tmp_path / "checkpoints"
     manifest = {
-        "heldout": {"files": 7, "bytes": 1234, "sha256_uncompressed": "feed"},
+        "heldout": {"files": 7, "bytes": 1200, "code_bytes": 300, "sha256_uncompressed": "feed"},
         "sources": {
             "a": {"licence": "MIT", "kept_bytes": 5_000_000},
             "b": {"licence": "PSF-2.0", "kept_bytes": 9_000_000},
@@ -77,6 +77,7 @@ def test_they_are_filled_from_the_records(folders):
         "2.0 times as many",
         "1.34 times",
         "87.5% of the experts",
+        "1,200 bytes (25% code)",
         "`feed`",
     ):
         assert said in text
