@@ -18,6 +18,7 @@ if not Path("/dev/nvidiactl").exists():
 hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared")
 
+TESTS = Path(__file__).parent
 NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests run models or start servers
 IMPORTS_TORCH = re.compile(
     r"^(import|from) (torch|engine\.(attention|inputs|kernels|kvcache\.storage|layers|runner|sampling|weights))\b", re.M
@@ -39,7 +40,7 @@ def pytest_ignore_collect(collection_path, config):
     if not config.getoption("--torch-free"):
         return None
     if collection_path.is_dir():
-        return True if collection_path.name in NEED_TORCH else None
+        return True if collection_path.parent == TESTS and collection_path.name in NEED_TORCH else None
     return True if collection_path.suffix == ".py" and IMPORTS_TORCH.search(collection_path.read_text()) else None
 
 

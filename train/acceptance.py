@@ -64,8 +64,10 @@ def choose_prompts(files: Sequence[list[int]], num: int, *, seed: int = SEED) ->
 
 
 def continue_greedily(llm: LLM, prompts: Sequence[list[int]], num_tokens: int = OUTPUT_TOKENS) -> list[Continued]:
-    """Prompts are cut where the context has no room for `num_tokens` more."""
-    room = llm.info.limits.max_model_len - num_tokens
+    """Prompts are cut where the context has no room for `num_tokens` more; where it has none for a prompt, for half of them."""
+    most = llm.info.limits.max_model_len
+    num_tokens = min(num_tokens, most // 2)
+    room = most - num_tokens
     prompts = [prompt[:room] for prompt in prompts]
     completions = llm.generate(prompts, SamplingParams(max_tokens=num_tokens, temperature=0.0))
     return [Continued(p + c.token_ids, len(p)) for p, c in zip(prompts, completions, strict=True)]

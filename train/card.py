@@ -1,11 +1,12 @@
 """The model cards of Tidepool and of its draft: `python -m train.card` fills the texts in `cards/` with what was recorded. Every
-figure in them is read from a file; none is typed in.
+figure of a run or a measurement is read from a file; none is typed in.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,11 +46,12 @@ def draw_curve(log: list[Line], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def rates(log: list[Line], length: int) -> tuple[float, float]:
-    """Medians of million tokens/s and of model FLOP utilisation over the lines with windows of `length`."""
+def rate(log: list[Line], length: int) -> str:
+    """Medians over the lines with windows of `length`: tokens/s and, where the GPU's peak is known, model FLOP utilisation."""
     lines = [line for line in log if line["length"] == length]
-    speed = sorted(line["tok_s"] for line in lines)[len(lines) // 2]
-    return speed / 1e6, sorted(line.get("mfu", 0.0) for line in lines)[len(lines) // 2]
+    said = f"{statistics.median(line['tok_s'] for line in lines) / 1e6:.2f} million tokens/s"
+    used = [line["mfu"] for line in lines if "mfu" in line]
+    return f"{said} and a model FLOP utilisation of {statistics.median(used):.1%}" if used else said
 
 
 def latest(lines: list[Line]) -> dict[str, Line]:
@@ -85,8 +87,6 @@ def tidepool_card(work: Path, folder: Path) -> str:
     manifest = json.loads((work / "corpus" / "manifest.json").read_text())
     shipped = evaluation["fp8"]
     short, long = int(log[0]["length"]), int(log[-1]["length"])
-    short_rate, short_mfu = rates(log, short)
-    long_rate, long_mfu = rates(log, long)
     return (
         (TEMPLATES / "tidepool.md")
         .read_text()
@@ -101,9 +101,11 @@ def tidepool_card(work: Path, folder: Path) -> str:
             documents=facts["documents"],
             tokens=facts["tokens"] / 1e6,
             licences=licences(manifest),
+            left_out=manifest["dropped"].get("over_budget", 0),
+            nearest=manifest["nearest"],
             heldout_files=manifest["heldout"]["files"],
             heldout_bytes=manifest["heldout"]["bytes"],
-        heldout_code=manifest["heldout"]["code_bytes"] / manifest["heldout"]["bytes"],
+            heldout_code=manifest["heldout"]["code_bytes"] / manifest["heldout"]["bytes"],
             heldout_sha256=manifest["heldout"]["sha256_uncompressed"],
             steps=run["plan"]["steps"],
             per_step=run["plan"]["tokens_per_step"],
@@ -112,11 +114,9 @@ def tidepool_card(work: Path, folder: Path) -> str:
             minutes=run["seconds"] / 60,
             gpus=f"{run['devices']} {run['device']}",
             short=short,
-            short_rate=short_rate,
-            short_mfu=short_mfu,
+            short_rate=rate(log, short),
             long=long,
-            long_rate=long_rate,
-            long_mfu=long_mfu,
+            long_rate=rate(log, long),
             table=evaluation_table(evaluation.values()),
             xz=shipped["xz_bits_per_byte"],
             xz_ratio=shipped["xz_bits_per_byte"] / shipped["bits_per_byte"],

@@ -4,9 +4,10 @@
         --rank of hash--> held out: HELDOUT_BYTES, to train/heldout.jsonl.xz
         +-- the rest --> corpus/train-00.jsonl.xz ... train-15.jsonl.xz
 
-What is held out depends only on the paths that are left after the duplicates are gone, so nothing in it has a near-duplicate
-among what is trained on. For every source, files found = files kept + files dropped for each reason (`Tally.check`). The same
-sources give the same files, byte for byte. Not here: the sources (`train.fetch`), what makes a file good (`train.filters`).
+What is held out depends only on the paths that are left after the duplicates are gone. How near it comes to what is trained on
+is measured (`nearest`) and in the manifest. For every source, files found = files kept + files dropped for each reason
+(`Tally.check`). The same sources give the same files, byte for byte. Not here: the sources (`train.fetch`), what makes a file
+good (`train.filters`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
+import numpy as np
 import typer
 
 from engine.errors import ConfigError
 from train import shards
-from train.fetch import WORK, Source, Work, load_sources, progress, wanted
+from train.fetch import WORK, Source, Work, is_unpacked, load_sources, progress, wanted
 from train.filters import clean, why_dropped, why_refused
 from train.htmltext import html_to_text
 from train.neardup import near_duplicates, signature
@@ -36,7 +38,7 @@ NOTICES = "heldout-copyright.txt.xz"  # beside it: what the licences of the held
 HELDOUT_BYTES = 1_000_000  # of text: the first files in order of rank that reach it
 SEED = 2026  # of every rank
 SHARDS = 16
-MAX_COMPRESSED = 44_000_000  # bytes of all shards, so that they are quickly carried to where a GPU is
+MAX_COMPRESSED = 44_000_000  # bytes of all shards: copied to a machine with a GPU in seconds
 CODE_BYTES = 200_000_000  # of text to train on: past it, files with the highest ranks are left out
 PROSE_BYTES = 58_000_000
 PROCESSES = 2
@@ -136,9 +138,15 @@ def split(documents: Sequence[Document], heldout_bytes: int, code_bytes: int, pr
     return result
 
 
+def nearest(heldout: Sequence[Document], train: Sequence[Document]) -> float:
+    """The highest similarity of a held-out document to one that is trained on, every pair compared."""
+    signatures = np.stack([document.signature for document in train])
+    return max(float((signatures == document.signature).mean(1).max()) for document in heldout)
+
+
 def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, Tally], list[Document]]:
     """Every source's documents, in the order of `sources` whichever is read first."""
-    absent = [name for name in sources if not (unpacked / f"{name}.ok").is_file()]
+    absent = [name for name, source in sources.items() if not is_unpacked(name, source, unpacked)]
     if absent:
         raise ConfigError(
             f"{len(absent)} sources are not in {unpacked} ({', '.join(absent[:3])}, ...): run `python -m train.fetch`"
@@ -191,6 +199,7 @@ def write_notices(documents: Sequence[Document], sources: dict[str, Source], unp
 
 def build(sources: dict[str, Source], unpacked: Path, folder: Path, heldout: Path) -> dict[str, Any]:
     """Write shards, held-out text with its notices, and manifest; return the manifest."""
+    (folder / "manifest.json").unlink(missing_ok=True)  # written last: without it there is no corpus
     tallies, documents = read_sources(sources, unpacked)
     parts = split(deduplicate(documents, tallies), HELDOUT_BYTES, CODE_BYTES, PROSE_BYTES)
     for document in parts.left_out:
@@ -203,6 +212,7 @@ def build(sources: dict[str, Source], unpacked: Path, folder: Path, heldout: Pat
     write_notices(parts.heldout, sources, unpacked, heldout.with_name(NOTICES))
     manifest = {
         "seed": SEED,
+        "nearest": nearest(parts.heldout, parts.train),
         "heldout": write_heldout(parts.heldout, {name: source.licence for name, source in sources.items()}, heldout),
         "train": _size(parts.train),
         "shards": write_shards(parts.train, folder),
@@ -227,10 +237,10 @@ def _size(documents: Sequence[Document]) -> dict[str, int]:
     return {"files": len(documents), "bytes": total, "code_bytes": code, "prose_bytes": total - code}
 
 
-def main(work: Work = WORK) -> None:
+def main(work: Work = WORK, heldout: Annotated[Path, typer.Option(help="Where to write the held-out files.")] = HELDOUT) -> None:
     """Make the corpus of what `python -m train.fetch` unpacked."""
     try:
-        manifest = build(load_sources(), work / "unpacked", work / "corpus", HELDOUT)
+        manifest = build(load_sources(), work / "unpacked", work / "corpus", heldout)
         compressed = check_compressed(manifest)
     except ConfigError as e:
         raise SystemExit(f"train.corpus: {e.message}") from e

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import lzma
 import shlex
 import sys
 import time
@@ -55,7 +56,7 @@ class Report(msgspec.Struct, kw_only=True):
     expert_utilisation: float | None  # share of all layers' experts that have half the mean load or more
     heldout_bytes: int
     heldout_files: int
-    heldout_sha256: str  # of the held-out file
+    heldout_sha256: str  # of the held-out file's lines, whatever xz made of them
     tokens: int
     context: int  # tokens in a window at most
     seconds: float
@@ -77,7 +78,7 @@ class Beside(NamedTuple):
 class Asked(NamedTuple):
     model: str
     heldout: Path
-    precision: str
+    dtype: str
     context: int | None
     max_bytes: int | None
     draft: str | None
@@ -120,7 +121,7 @@ def evaluate(asked: Asked, console: Console) -> Report:
         expert_utilisation=None if balance is None else round(balance.utilisation, 5),
         heldout_bytes=num_bytes,
         heldout_files=len(files),
-        heldout_sha256=hashlib.sha256(asked.heldout.read_bytes()).hexdigest(),
+        heldout_sha256=hashlib.sha256(lzma.decompress(asked.heldout.read_bytes())).hexdigest(),
         tokens=scored.tokens,
         context=size,
         seconds=round(time.perf_counter() - began, 2),
@@ -134,13 +135,15 @@ _Scored = tuple[Scorer, list[list[int]], int, Score, Beside]
 def _by_server(asked: Asked, texts: Sequence[str], console: Console) -> _Scored:
     if asked.draft is not None:
         raise ConfigError("draft goes with a model in a folder: a server does not say what it would have guessed", param="draft")
+    if asked.dtype != "auto":
+        raise ConfigError("dtype goes with a model in a folder: a server computes in what it was started with", param="dtype")
     scorer = ServerScorer(asked.model)
     files, size, scored = _score(scorer, texts, asked.context, console)
     return scorer, files, size, scored, Beside(mtp_reason="the model is a server's: its MTP module cannot be asked from here")
 
 
 def _by_engine(asked: Asked, texts: Sequence[str], console: Console) -> _Scored:
-    with _llm(asked.model, asked.precision) as llm:
+    with _llm(asked.model, asked.dtype) as llm:
         scorer = EngineScorer(llm)
         files, size, scored = _score(scorer, texts, asked.context, console)
         with console.status("guesses and experts"):
@@ -148,14 +151,14 @@ def _by_engine(asked: Asked, texts: Sequence[str], console: Console) -> _Scored:
     return scorer, files, size, scored, beside
 
 
-def _llm(folder: str, precision: str) -> LLM:
+def _llm(folder: str, dtype: str) -> LLM:
     # No prompt comes twice, and prompt log-probabilities want every position computed anyway.
-    return LLM(folder, dtype=precision, cache={"prefix_caching": False})
+    return LLM(folder, dtype=dtype, cache={"prefix_caching": False})
 
 
 def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: Console) -> tuple[list[list[int]], int, Score]:
     """-> tokens of each file, window size, sums"""
-    size = min(context or scorer.max_window, scorer.max_window)
+    size = scorer.max_window if context is None else min(context, scorer.max_window)
     files = [scorer.encode(text) for text in texts]
     total = sum(span.end - span.start for ids in files for span in windows(len(ids), size))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -166,7 +169,7 @@ def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: C
 
 def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
     spec = ModelSpec.from_folder(asked.model)
-    config = msgspec.convert({"model": asked.model, "dtype": asked.precision}, EngineConfig)
+    config = msgspec.convert({"model": asked.model, "dtype": asked.dtype}, EngineConfig)
     config = resolve(config, spec.limits(), has_cuda=torch.cuda.is_available())
     own = TeacherForced(Path(asked.model), dtype=getattr(torch, config.dtype), device=torch.device(config.device))
     continued = continue_greedily(llm, choose_prompts(files, asked.num_prompts))
@@ -181,7 +184,7 @@ def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
     if asked.draft is None:
         return beside
     _check_draft(ModelSpec.from_folder(asked.draft), spec, asked)
-    with _llm(asked.draft, asked.precision) as draft:
+    with _llm(asked.draft, asked.dtype) as draft:
         return beside._replace(draft_acceptance=draft_acceptance(draft, continued))
 
 
@@ -206,8 +209,8 @@ def _spread(files: Sequence[list[int]]) -> list[list[int]]:
     """Some pieces, taken evenly from all of the text: the beginnings of files, say, are all imports, which few experts know."""
     pieces = [ids[at : at + BALANCE_TOKENS] for ids in files for at in range(0, len(ids), BALANCE_TOKENS)]
     pieces = [piece for piece in pieces if len(piece) > 1]
-    step = max(1, len(pieces) // BALANCE_SEQUENCES)
-    return pieces[::step][:BALANCE_SEQUENCES]
+    num = min(BALANCE_SEQUENCES, len(pieces))
+    return [pieces[i * len(pieces) // num] for i in range(num)]
 
 
 def _rounded(share: float | None) -> float | None:
@@ -238,11 +241,13 @@ def table_of(report: Report) -> Table:
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint folder, or the address of a server.")],
     heldout: Annotated[Path, typer.Option(help="Xz-compressed JSON lines with path and text.")] = Path("train/heldout.jsonl.xz"),
-    precision: Annotated[str, typer.Option(help="Compute in it: auto, float32, bfloat16 or float16.")] = "auto",
-    context: Annotated[int | None, typer.Option(help="Tokens in a window at most; by default what the model takes.")] = None,
+    dtype: Annotated[str, typer.Option(help="Compute in it: auto, float32, bfloat16 or float16.")] = "auto",
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window at most; by default what the model takes.")
+    ] = None,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Score only so many bytes of text, the first.")] = None,
     draft: Annotated[str | None, typer.Option(help="Checkpoint folder of a draft model, to measure its guesses.")] = None,
-    prompts: Annotated[int, typer.Option(min=0, help="Greedy continuations that guesses are measured on.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Continuations to measure guesses on, of a folder's model.")] = 32,
     record: Annotated[Path | None, typer.Option(help="File to append the JSON line to as well.")] = None,
 ) -> None:
     """Measure a model on held-out text; the last line on standard output is JSON.
@@ -250,8 +255,10 @@ def main(
     `auto` computes in float32 on a CPU and in the checkpoint's type on a GPU: few CPUs multiply bfloat16 fast.
     """
     console = Console(stderr=True)
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
     try:
-        report = evaluate(Asked(model, heldout, precision, context, max_bytes, draft, prompts), console)
+        report = evaluate(Asked(model, heldout, dtype, context, max_bytes, draft, prompts), console)
     except (TidegateError, ServerFailure) as error:
         typer.echo(f"evaluate: {error}", err=True)
         raise typer.Exit(EXIT_FAILED) from None

@@ -11,6 +11,7 @@ unpacked files are good enough to train on (`train.filters`).
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import tarfile
 import tomllib
@@ -142,18 +143,37 @@ def _check(name: str, source: Source, debs: Path) -> None:
 
 
 def _unpack_one(name: str, source: Source, debs: Path, unpacked: Path) -> None:
-    mark, chosen = unpacked / f"{name}.ok", msgspec.json.encode(source)
-    if mark.is_file() and mark.read_bytes() == chosen:
+    if is_unpacked(name, source, unpacked):
         return
     deb = find_deb(name, source, debs)
     if deb is None:
         raise ConfigError(f"{name} {source.version} is not in {debs}: run `python -m train.fetch`")
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
-        with tarfile.open(fileobj=cast(IO[bytes], process.stdout), mode="r|") as tar:
+    mark = _mark(name, unpacked)
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(unpacked / name, ignore_errors=True)  # of another version, or of a run that was cut off
+    try:
+        with (
+            subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process,
+            tarfile.open(fileobj=cast(IO[bytes], process.stdout), mode="r|") as tar,
+        ):
             _write_wanted(tar, name, source, unpacked / name)
-        if process.wait() != 0:
-            raise ConfigError(f"dpkg-deb cannot read {deb}: delete it and run again")
-    mark.write_bytes(chosen)
+    except FileNotFoundError as e:
+        raise ConfigError("dpkg-deb is not here: the sources are Debian packages, unpack them on Debian") from e
+    except tarfile.TarError as e:
+        raise ConfigError(f"dpkg-deb cannot read {deb}: delete it and run again") from e
+    if process.returncode != 0:
+        raise ConfigError(f"dpkg-deb cannot read {deb}: delete it and run again")
+    mark.write_bytes(msgspec.json.encode(source))
+
+
+def is_unpacked(name: str, source: Source, unpacked: Path) -> bool:
+    """Whether all that `source` asks for is there, of that very version."""
+    mark = _mark(name, unpacked)
+    return mark.is_file() and mark.read_bytes() == msgspec.json.encode(source)
+
+
+def _mark(name: str, unpacked: Path) -> Path:
+    return unpacked / f"{name}.ok"
 
 
 def _write_wanted(tar: tarfile.TarFile, name: str, source: Source, folder: Path) -> None:

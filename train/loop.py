@@ -80,18 +80,19 @@ class Devices:
 class Training:
     def __init__(self, objective: Objective, plan: Plan, stream: torch.Tensor, devices: Devices, run: Path) -> None:
         self.objective, self.plan, self.devices, self.run = objective, plan, devices, run
-        self.accumulation = plan.accumulation(devices.num)
+        self.share = plan.share(devices.num)
         self.windows = {
             phase.length: Windows(stream, length=phase.length, ahead=objective.ahead, seed=plan.seed) for phase in plan.phases
         }
         self.optimizers = make_optimizers(objective.trained, lr=plan.lr)
-        self.start = state.resume(run, objective.trained, self.optimizers)
+        self.kind = {"plan": msgspec.json.encode(plan).decode(), "tokens": str(len(stream))}
+        self.start, self.seconds = state.resume(run, objective.trained, self.optimizers, self.kind)
         # Buffers are not broadcast: each process makes the same changes to its own.
         self.forward: Any = DistributedDataParallel(objective, broadcast_buffers=False) if devices.num > 1 else objective
 
     def train(self, measure: Measure | None = None, *, until: int | None = None) -> None:
         """All steps that are left, or those before `until`."""
-        log, began = _Log(self), time.perf_counter()
+        log, clock = _Log(self), time.perf_counter() - self.seconds
         with _progress(self) as advance:
             for step in range(self.start, self.plan.steps if until is None else until):
                 metrics = self._step(step)
@@ -103,12 +104,11 @@ class Training:
                     log.write(line)
                     advance(done, line)
                 if self.devices.rank == 0 and (done % self.plan.save_every == 0 or done == self.plan.steps):
-                    state.save(self.run, self.objective.trained, self.optimizers, done)
-        if self.devices.rank == 0:
-            self._write_facts(time.perf_counter() - began)
+                    self._save(done, time.perf_counter() - clock)
 
-    def _write_facts(self, seconds: float) -> None:
-        """`seconds` is all that this process spent on steps: compiling, measuring and saving too."""
+    def _save(self, done: int, seconds: float) -> None:
+        """`seconds` is all that was spent on the steps so far, by every process that ran some: compiling and measuring too."""
+        state.save(self.run, self.objective.trained, self.optimizers, state.Progress(done, seconds), self.kind)
         device = self.devices.device
         facts = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -116,7 +116,7 @@ class Training:
             "torch": torch.__version__,
             "parameters": sum(p.numel() for p in self.objective.trained.parameters()),
             "flops_per_token": {str(phase.length): self.objective.flops_per_token(phase.length) for phase in self.plan.phases},
-            "steps_before": self.start,
+            "steps": done,
             "seconds": round(seconds, 1),
             "plan": msgspec.to_builtins(self.plan),
         }
@@ -128,11 +128,11 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate(step) * group["share"]
         total: Metrics = {}
-        for micro in range(self.accumulation):
-            last = micro == self.accumulation - 1
+        for micro in range(self.share.forwards):
+            last = micro == self.share.forwards - 1
             with contextlib.nullcontext() if last or self.devices.num == 1 else self.forward.no_sync():
                 loss, metrics = self.forward(self._rows(step, micro))
-                (loss / self.accumulation).backward()
+                (loss / self.share.forwards).backward()
             for name, value in metrics.items():
                 total[name] = total[name] + value if name in total else value
         total = self.devices.sum(total)
@@ -145,8 +145,8 @@ class Training:
 
     def _rows(self, step: int, micro: int) -> torch.Tensor:
         phase, first = self.plan.phase(step)
-        rows = self.plan.micro_tokens // phase.length
-        index = ((step - first) * self.accumulation + micro) * self.devices.num + self.devices.rank
+        rows = self.share.tokens // phase.length
+        index = ((step - first) * self.share.forwards + micro) * self.devices.num + self.devices.rank
         return self.windows[phase.length].rows(index * rows, rows)
 
 
@@ -171,7 +171,7 @@ class _Log:
     def line(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Waits for the device. Times count since the line before, what was measured between them left out."""
         t, plan = self.training, self.training.plan
-        forwards = t.accumulation * t.devices.num
+        forwards = t.share.forwards * t.devices.num
         norm = float(metrics.pop("grad_norm"))
         summary = t.objective.summary({name: value / forwards for name, value in metrics.items()})
         seconds = time.perf_counter() - self.clock

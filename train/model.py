@@ -142,19 +142,21 @@ def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tenso
     return F.cross_entropy(logits, targets.flatten())
 
 
-def active_parameters(spec: ModelSpec, model: Decoder) -> int:
+def active_parameters(model: Decoder, *, mtp: bool = True) -> int:
     """Weights that one token is multiplied with, the head once for each prediction; experts that it does not go to left out."""
-    total = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and ".experts." not in name)
-    total += spec.num_mtp_layers * model.model.embed_tokens.weight.numel()
-    if spec.moe is not None:
-        routing = spec.moe.routing
-        stacked = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        total += stacked * routing.top_k // routing.num_experts
-    return total
+    moe, layers = model.spec.moe, model.spec.num_layers
+    share = 1.0 if moe is None else moe.routing.top_k / moe.routing.num_experts
+    total = 0.0
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and (mtp or not name.startswith(f"model.layers.{layers}.")):
+            total += p.numel() * (share if ".experts." in name else 1.0)
+    heads = model.spec.num_mtp_layers if mtp else 0  # beside the one that is the embedding
+    return round(total) + heads * model.model.embed_tokens.weight.numel()
 
 
-def flops_per_token(spec: ModelSpec, model: Decoder, length: int) -> float:
+def flops_per_token(model: Decoder, length: int, *, mtp: bool = True) -> float:
     """Of training: forward and backward of every product a token needs (6 a weight), and of causal attention over `length`."""
+    spec = model.spec
     head_dims = spec.head_dim + (spec.mla.v_dim if spec.mla is not None else spec.head_dim)
     scores = spec.num_heads * head_dims * length / 2  # multiply-adds, on average, since a token sees half of the window
-    return 6.0 * (active_parameters(spec, model) + (spec.num_layers + spec.num_mtp_layers) * scores)
+    return 6.0 * (active_parameters(model, mtp=mtp) + (spec.num_layers + (spec.num_mtp_layers if mtp else 0)) * scores)

@@ -1,7 +1,9 @@
 """Near-duplicates: files that share most of their lines, found by MinHash and locality-sensitive hashing (datasketch).
 
 A file is the set of its pairs of consecutive non-empty lines, stripped; two files are near-duplicates where the Jaccard
-similarity of those sets is estimated at THRESHOLD or more. The first in the order given stays. Not here: exact duplicates.
+similarity of those sets is estimated at THRESHOLD or more. The first in the order given stays. The hashing's bands (8 of
+8 rows, datasketch's choice) find 99% of the pairs that share nine tenths, 77% of those that share eight, 38% right at the
+threshold: this removes copies, and does not prove that there are none. Not here: exact duplicates.
 """
 
 from __future__ import annotations

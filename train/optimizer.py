@@ -57,6 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_alike(self, params: list[nn.Parameter], lr: float) -> None:
         grads = [p.grad for p in params if p.grad is not None]
+        assert len(grads) == len(params), "every matrix has a part in the loss"
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's

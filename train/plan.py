@@ -12,13 +12,20 @@ class Phase(msgspec.Struct, frozen=True):
     length: int
 
 
+class Share(msgspec.Struct, frozen=True):
+    """What one device does in a step: so many forwards of so many tokens."""
+
+    forwards: int
+    tokens: int
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Learning rate: a linear warm-up, a constant, and a linear decay to zero over the last `decay` of the run (WSD: S. Hu et
     al., MiniCPM, arXiv 2404.06395). Raises ValueError for numbers that do not fit together."""
 
     steps: int
     tokens_per_step: int  # over all devices
-    micro_tokens: int  # of one forward on one device; what is left is gradient accumulation
+    micro_tokens: int  # of one forward on one device at most; what is left is gradient accumulation
     lr: float
     phases: tuple[Phase, ...]
     warmup: int = 100  # steps
@@ -55,9 +62,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         begun = [(p, round(p.start * self.steps)) for p in self.phases]
         return [(p, first) for p, first in begun if first <= step][-1]
 
-    def accumulation(self, num_devices: int) -> int:
-        """Forwards that one device does in a step."""
-        micro_steps = self.tokens_per_step // self.micro_tokens
-        if micro_steps % num_devices:
-            raise ValueError(f"{micro_steps} forwards a step cannot be shared out among {num_devices} devices")
-        return micro_steps // num_devices
+    def share(self, num_devices: int) -> Share:
+        """One device's part of a step, out of `num_devices`. Raises ValueError where a step cannot be cut that finely."""
+        each, odd = divmod(self.tokens_per_step, num_devices)
+        tokens = min(self.micro_tokens, each)
+        if odd or each % tokens or any(tokens % phase.length for phase in self.phases):
+            raise ValueError(
+                f"{self.tokens_per_step} tokens a step cannot be shared out among {num_devices} devices in whole windows of "
+                f"{' and '.join(str(phase.length) for phase in self.phases)} tokens"
+            )
+        return Share(forwards=each // tokens, tokens=tokens)

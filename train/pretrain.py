@@ -64,7 +64,7 @@ class Pretraining(Objective):
             layer.gate.e_score_correction_bias += BIAS_SPEED * left_of_decay * (load.mean() - load).sign()
 
     def flops_per_token(self, length: int) -> float:
-        return flops_per_token(self.model.spec, self.model, length)
+        return flops_per_token(self.model, length)
 
     def summary(self, metrics: Metrics) -> dict[str, float]:
         load = metrics.pop("load", None)
@@ -128,7 +128,7 @@ def main(
     started = time.perf_counter()
     training.train(HeldOut(model, work, length=CONTEXT) if devices.rank == 0 else None)
     if devices.rank == 0:
-        typer.echo(f"{plan.steps - training.start} steps in {time.perf_counter() - started:.0f} s")
+        typer.echo(f"steps {training.start} to {plan.steps} in {time.perf_counter() - started:.0f} s")
     devices.close()
 
 

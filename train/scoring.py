@@ -16,13 +16,18 @@ import lzma
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+import msgspec
+
 from engine import LLM, SamplingParams
 from engine.errors import ConfigError
+
+_Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
 TIMEOUT_S = 600.0
 CONCURRENT = 4  # requests to a server at once: while one is turned into JSON, others are computed
@@ -170,18 +175,43 @@ class ServerFailure(Exception):
     """A server cannot be reached, or does not answer as Tidegate does."""
 
 
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: int
+
+
+class _Models(msgspec.Struct):
+    data: Annotated[list[_Model], msgspec.Meta(min_length=1)]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Output(msgspec.Struct):
+    prompt_logprobs: list[_Logprob | None]
+
+
+class _Logprob(msgspec.Struct):
+    logprob: float
+    rank: int
+
+
+class _Generated(msgspec.Struct):
+    outputs: Annotated[list[_Output], msgspec.Meta(min_length=1)]
+
+
 class ServerScorer:
     """A server's POST /v1/generate and /tokenize."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        card = self._ask("/v1/models")["data"][0]
-        self.name: str = card["id"]
-        self.max_window: int = card["max_model_len"] - 1
+        card = self._ask("/v1/models", _Models).data[0]
+        self.name = card.id
+        self.max_window = card.max_model_len - 1
 
     def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._ask("/tokenize", {"prompt": text})["tokens"]
-        return tokens
+        return self._ask("/tokenize", _Tokens, {"prompt": text}).tokens
 
     def positions(self, prompts: Sequence[list[int]], done: Callable[[int], None]) -> Iterator[list[Position]]:
         with ThreadPoolExecutor(CONCURRENT) as pool:
@@ -191,18 +221,18 @@ class ServerScorer:
 
     def _positions(self, prompt: list[int]) -> list[Position]:
         body = {"prompt_token_ids": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "cache": "off"}
-        found = self._ask("/v1/generate", body)["outputs"][0]["prompt_logprobs"]
-        return [Position(p["logprob"], p["rank"]) for p in found if p is not None]
+        found = self._ask("/v1/generate", _Generated, body).outputs[0].prompt_logprobs
+        return [Position(p.logprob, p.rank) for p in found if p is not None]
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _ask(self, path: str, kind: type[_Answer], body: dict[str, Any] | None = None) -> _Answer:
         data = None if body is None else json.dumps(body).encode()
         request = Request(self._url + path, data, {"Content-Type": "application/json"})
         try:
             with urlopen(request, timeout=TIMEOUT_S) as answer:
-                return json.load(answer)
+                return msgspec.json.decode(answer.read(), type=kind)
         except HTTPError as error:
             with error:
                 said = error.read(2000).decode(errors="replace")
             raise ServerFailure(f"{self._url}{path} answered {error.code}: {said}") from None
-        except (URLError, OSError, ValueError) as error:
+        except (URLError, OSError, HTTPException, msgspec.MsgspecError) as error:
             raise ServerFailure(f"{self._url}{path}: {error}; it must be the address of a Tidegate server") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +45,19 @@ def write(path: Path, rows: Iterable[dict[str, str]]) -> tuple[str, int]:
     """Write `rows`; return the sha256 of the uncompressed content and the compressed size in bytes."""
     content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(lzma.compress(content, preset=PRESET))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(lzma.compress(content, preset=PRESET))
+    os.replace(partial, path)
     return hashlib.sha256(content).hexdigest(), path.stat().st_size
+
+
+def training_files(corpus: Path) -> list[Path]:
+    """The shards that the manifest in `corpus` lists. Raises SystemExit where there is none: a corpus that is not whole may
+    hold text that is held out by now."""
+    manifest = corpus / "manifest.json"
+    if not manifest.is_file():
+        raise SystemExit(f"{manifest}: no such file; `python -m train.corpus` writes it last")
+    return [corpus / name for name in json.loads(manifest.read_text("utf-8"))["shards"]]
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

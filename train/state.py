@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -13,31 +14,47 @@ from torch import nn
 STATE = "state.safetensors"
 
 
-def save(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """`step` is the next one to do."""
+class Progress(NamedTuple):
+    step: int  # the next one to do
+    seconds: float  # spent on those before it
+
+
+def save(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, kind: dict[str, str]) -> None:
+    """`kind` says what run this is: only one of the same kind may go on with it."""
     partial = run / (STATE + ".partial")
     tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(model, optimizers).items()}
-    save_file(tensors, partial, metadata={"step": str(step)})
+    save_file(tensors, partial, metadata={"step": str(progress.step), "seconds": str(progress.seconds), **kind})
     os.replace(partial, run / STATE)
 
 
-def resume(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Put the saved state back -> the step to go on with; 0 where nothing is saved. Raises SystemExit where it is of another
-    model."""
+def resume(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], kind: dict[str, str]) -> Progress:
+    """Put the saved state back; nothing is done where none is saved. Raises SystemExit where it is of another kind of run."""
     file = run / STATE
     if not file.exists():
-        return 0
+        return Progress(0, 0.0)
     for optimizer in optimizers:
         _ensure_state(optimizer)
     targets = _tensors(model, optimizers)
     with safe_open(str(file), framework="pt") as saved, torch.no_grad():
-        names, step = set(saved.keys()), int(saved.metadata()["step"])
-        if names != set(targets):
-            odd = sorted(names.symmetric_difference(targets))
-            raise SystemExit(f"{file} is of another model (for one, {odd[0]}): give another --run, or delete the file")
+        found = saved.metadata()
+        _check_same(file, {name: str(saved.get_slice(name).get_shape()) for name in saved.keys()}, _shapes(targets))  # noqa: SIM118
+        _check_same(file, {key: found.get(key, "nothing") for key in kind}, kind)
         for name, target in targets.items():
             target.copy_(saved.get_tensor(name))
-    return step
+    return Progress(int(found["step"]), float(found["seconds"]))
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: str(list(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _check_same(file: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    for key in sorted(saved.keys() | wanted.keys()):
+        was, now = saved.get(key, "nothing"), wanted.get(key, "nothing")
+        if was != now:
+            raise SystemExit(
+                f"{file} is of another run: {key} was {was}, and is {now} now. Give another --run, or delete the file"
+            )
 
 
 def load_model(run: Path, model: nn.Module) -> None:
@@ -46,6 +63,8 @@ def load_model(run: Path, model: nn.Module) -> None:
     if not file.exists():
         raise SystemExit(f"{file}: no such file; a run of training writes it")
     with safe_open(str(file), framework="pt") as saved:
+        shapes = {name: str(saved.get_slice(name).get_shape()) for name in saved.keys() if ":" not in name}  # noqa: SIM118
+        _check_same(file, shapes, _shapes(model.state_dict()))
         model.load_state_dict({name: saved.get_tensor(name) for name in model.state_dict()})
 
 

@@ -92,9 +92,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
 
 def main(work: Annotated[Path, typer.Option(help="Folder of the corpus.")] = Path(".cache/train")) -> None:
     """Write WORK/tokenizer."""
-    files = sorted((work / "corpus").glob("train-*.jsonl.xz"))
-    if not files:
-        raise SystemExit(f"{work / 'corpus'}: no train-*.jsonl.xz here; `python -m train.corpus` writes them")
+    files = shards.training_files(work / "corpus")
     tokenizer = learn(sample(files, SAMPLE_BYTES))
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise SystemExit(f"the text taught {tokenizer.get_vocab_size()} tokens instead of {VOCAB_SIZE}: more of it is needed")

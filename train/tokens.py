@@ -42,9 +42,7 @@ def _texts(file: Path) -> list[str]:
 def write(work: Path, heldout: Path, tokenizer_file: Path) -> dict[str, int]:
     """Write the two streams and their facts to `work`; the same corpus and tokenizer give the same bytes."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    files = sorted((work / "corpus").glob("train-*.jsonl.xz"))
-    if not files:
-        raise SystemExit(f"{work / 'corpus'}: no train-*.jsonl.xz here; `python -m train.corpus` writes them")
+    files = shards.training_files(work / "corpus")
     documents: list[Ids] = []
     for part in track(_encoded_shards(tokenizer, files), "tokenising", total=len(files)):
         documents += part

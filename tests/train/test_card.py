@@ -29,6 +29,8 @@ EVALUATION = {
 def folders(tmp_path):
     work, checkpoints = tmp_path / "work", tmp_path / "checkpoints"
     manifest = {
+        "nearest": 0.64,
+        "dropped": {"over_budget": 1234, "size": 5},
         "heldout": {"files": 7, "bytes": 1200, "code_bytes": 300, "sha256_uncompressed": "feed"},
         "sources": {
             "a": {"licence": "MIT", "kept_bytes": 5_000_000},
@@ -79,6 +81,9 @@ def test_they_are_filled_from_the_records(folders):
         "87.5% of the experts",
         "1,200 bytes (25% code)",
         "`feed`",
+        "1,234 that",
+        "more than 64% of its lines",
+        "1.50 million tokens/s, then",
     ):
         assert said in text
     assert (checkpoints / "tidepool" / "curve.png").read_bytes().startswith(b"\x89PNG")

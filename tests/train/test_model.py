@@ -53,13 +53,12 @@ def test_a_prediction_sees_nothing_that_is_later():
     changed = ids.clone()
     changed[0, 12:] = (changed[0, 12:] + 1) % VOCAB
     with torch.no_grad():
-        for tokens, other in ((ids, changed),):
-            (a, _), (b, _) = model.hidden(tokens), model.hidden(other)
-            torch.testing.assert_close(a[:, :12], b[:, :12])
-            assert not torch.allclose(a[:, 12:], b[:, 12:])
-            (a, _), (b, _) = model.second_hidden(a[:, :-1], tokens[:, 1:]), model.second_hidden(b[:, :-1], other[:, 1:])
-            torch.testing.assert_close(a[:, :11], b[:, :11])
-            assert not torch.allclose(a[:, 11:], b[:, 11:])
+        (a, _), (b, _) = model.hidden(ids), model.hidden(changed)
+        torch.testing.assert_close(a[:, :12], b[:, :12])
+        assert not torch.allclose(a[:, 12:], b[:, 12:])
+        (a, _), (b, _) = model.second_hidden(a[:, :-1], ids[:, 1:]), model.second_hidden(b[:, :-1], changed[:, 1:])
+        torch.testing.assert_close(a[:, :11], b[:, :11])
+        assert not torch.allclose(a[:, 11:], b[:, 11:])
 
 
 def test_load_counts_every_choice_of_every_moe_layer():
@@ -86,6 +85,6 @@ def test_flops_count_what_a_token_touches():
     """By hand for the draft: every matrix once, the embedding as the head; attention over half a window on average."""
     model, length = make(TINY_DRAFT), 64
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    assert active_parameters(model.spec, model) == matrices
+    assert active_parameters(model) == matrices
     attention = 2 * 4 * (16 + 16) * length / 2  # layers, heads, numbers of a query and a value
-    assert flops_per_token(model.spec, model, length) == 6 * (matrices + attention)
+    assert flops_per_token(model, length) == 6 * (matrices + attention)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import TINY_DRAFT, TINY_TIDEPOOL, make, plan
 
-from train import export
+from train import distill, export, pretrain
 from train.optimizer import make_optimizers, orthogonalize
-from train.plan import Phase, Plan
+from train.plan import Phase, Plan, Share
 from train.windows import Windows
 
 
@@ -62,10 +62,18 @@ def test_numbers_that_do_not_fit_are_refused(changes, says):
 
 
 def test_forwards_are_shared_out_among_devices():
-    assert plan(1).accumulation(1) == 4
-    assert plan(1).accumulation(4) == 1
+    assert plan(1).share(1) == Share(forwards=4, tokens=64)
+    assert plan(1).share(4) == Share(forwards=1, tokens=64)
+    assert plan(1).share(8) == Share(forwards=1, tokens=32)
     with pytest.raises(ValueError, match="3 devices"):
-        plan(1).accumulation(3)
+        plan(1).share(3)
+
+
+@pytest.mark.parametrize("default", [pretrain.DEFAULT, distill.DEFAULT])
+@pytest.mark.parametrize("num", [1, 2, 4, 8])
+def test_the_real_runs_can_be_shared_out(default, num):
+    share = default.share(num)
+    assert share.forwards * share.tokens * num == default.tokens_per_step
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])

@@ -31,6 +31,8 @@ def parse(name, arguments):
 
 @pytest.mark.parametrize(("stage", "command"), COMMANDS, ids=[f"{s}-{i}" for i, (s, _) in enumerate(COMMANDS)])
 def test_each_command_takes_its_arguments(stage, command):
+    if "-m" in command:  # where there are several GPUs, torch's launcher comes first
+        command = command[command.index("-m") + 1 :]
     parse(command[0], command[1:])
 
 

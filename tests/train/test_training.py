@@ -57,8 +57,25 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, config):
 
 def test_the_state_of_another_model_is_refused(tmp_path):
     train(tmp_path, 3, config=TINY_DRAFT)
-    with pytest.raises(SystemExit, match="another model"):
-        train(tmp_path, 6, config=TINY_TIDEPOOL)
+    with pytest.raises(SystemExit, match="another run"):
+        train(tmp_path, 3, config=TINY_TIDEPOOL)
+
+
+def test_the_state_of_another_plan_is_refused(tmp_path):
+    train(tmp_path, 3, total=7)
+    with pytest.raises(SystemExit, match=r"plan was .* and is .* now"):
+        train(tmp_path, 6, total=7, lr=1e-2)
+
+
+def test_what_was_spent_adds_up_and_a_run_that_is_done_stays_as_it_is(tmp_path):
+    train(tmp_path, 3, total=6)
+    before = json.loads((tmp_path / "run.json").read_text())
+    train(tmp_path, 6)
+    after = (tmp_path / "run.json").read_text()
+    assert json.loads(after)["seconds"] > before["seconds"] > 0
+    assert (before["steps"], json.loads(after)["steps"]) == (3, 6)
+    train(tmp_path, 6)
+    assert (tmp_path / "run.json").read_text() == after
 
 
 def test_two_processes_do_what_one_does(tmp_path):
@@ -94,10 +111,14 @@ def test_experts_with_too_little_become_likelier():
     assert biases[1][2] < 0 < biases[1][3]
 
 
-def test_balancing_evens_the_load(tmp_path):
-    train(tmp_path, 80, lr=1e-3)
-    measured = [line["max_over_mean"] for line in log(tmp_path)]
-    assert min(measured[40:]) < measured[0]
+def test_balancing_evens_the_load(tmp_path, monkeypatch):
+    train(tmp_path / "balanced", 80, lr=1e-3)
+    monkeypatch.setattr("train.pretrain.BIAS_SPEED", 0.0)
+    train(tmp_path / "left alone", 80, lr=1e-3)
+    balanced, left_alone = (
+        sum(line["max_over_mean"] for line in log(tmp_path / run)[-30:]) for run in ("balanced", "left alone")
+    )
+    assert balanced < 0.95 * left_alone
 
 
 def test_a_draft_comes_near_its_teacher(tmp_path):

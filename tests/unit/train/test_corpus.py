@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 
+import msgspec
 import pytest
 
 from engine.errors import ConfigError
@@ -31,6 +31,9 @@ def source(kind="code", **changes):
     return Source(**{"version": "1", "licence": "MIT", "kind": kind, "sha256": "0", "what": "", **changes})
 
 
+SOURCES = {"code": source(), "pages": source("docs")}
+
+
 @pytest.fixture
 def unpacked(tmp_path):
     """Two packages: 30 modules and a few bad ones, and 12 pages."""
@@ -43,15 +46,15 @@ def unpacked(tmp_path):
     for path, text in files.items():
         (tmp_path / "unpacked" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "unpacked" / path).write_text(text)
-    for name in ("code", "pages"):
-        (tmp_path / "unpacked" / f"{name}.ok").touch()
+    for name, each in SOURCES.items():
+        (tmp_path / "unpacked" / f"{name}.ok").write_bytes(msgspec.json.encode(each))
     return tmp_path / "unpacked"
 
 
 def build(unpacked, folder, monkeypatch):
     monkeypatch.setattr(corpus, "HELDOUT_BYTES", 4000)
     folder.mkdir()
-    return corpus.build({"code": source(), "pages": source("docs")}, unpacked, folder, folder / "heldout.jsonl.xz")
+    return corpus.build(SOURCES, unpacked, folder, folder / "heldout.jsonl.xz")
 
 
 def rows(folder, pattern):
@@ -91,6 +94,28 @@ def test_the_same_sources_give_the_same_bytes(unpacked, tmp_path, monkeypatch):
 def test_a_source_that_was_not_fetched_is_named(unpacked, tmp_path):
     with pytest.raises(ConfigError, match=r"absent.*train\.fetch"):
         corpus.build({"absent": source()}, unpacked, tmp_path, tmp_path / "heldout.jsonl.xz")
+
+
+def test_what_was_unpacked_for_another_choice_does_not_count(unpacked, tmp_path):
+    with pytest.raises(ConfigError, match=r"1 sources.*code"):
+        corpus.build(SOURCES | {"code": source(version="2")}, unpacked, tmp_path, tmp_path / "heldout.jsonl.xz")
+
+
+def test_a_corpus_that_was_cut_off_is_none(unpacked, tmp_path, monkeypatch):
+    """Its shards may hold what is held out by now."""
+    build(unpacked, tmp_path / "out", monkeypatch)
+    assert len(shards.training_files(tmp_path / "out")) == corpus.SHARDS
+    monkeypatch.setattr(corpus, "read_sources", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        corpus.build(SOURCES, unpacked, tmp_path / "out", tmp_path / "out" / "heldout.jsonl.xz")
+    with pytest.raises(SystemExit, match="writes it last"):
+        shards.training_files(tmp_path / "out")
+
+
+def test_how_near_held_out_text_comes_is_measured(unpacked, tmp_path, monkeypatch):
+    assert 0 <= build(unpacked, tmp_path / "out", monkeypatch)["nearest"] < 0.7
+    twin = shards.Document("a", "b", prose(1), signature(prose(1)))
+    assert corpus.nearest([twin], [twin]) == 1.0
 
 
 def test_more_than_is_wanted_is_left_out_and_counted():
@@ -203,4 +228,3 @@ def test_the_held_out_file_is_what_corpus_writes():
     assert corpus.HELDOUT_BYTES <= size < corpus.HELDOUT_BYTES + 100_000
     notices = lzma.decompress(corpus.HELDOUT.with_name(corpus.NOTICES).read_bytes()).decode()
     assert all(f"==== {sources[row['source']].copyright or row['source']} ====" in notices for row in held)
-    assert json.dumps(held)

@@ -91,7 +91,7 @@ def heldout(tmp_path_factory):
 
 def asked(model, heldout, **more):
     return Asked(
-        **({"precision": "auto", "context": None, "max_bytes": None, "draft": None, "num_prompts": 3} | more),
+        **({"dtype": "auto", "context": None, "max_bytes": None, "draft": None, "num_prompts": 3} | more),
         model=str(model),
         heldout=heldout,
     )
@@ -264,7 +264,7 @@ def test_nothing_is_left_in_the_model(with_mtp):
     own = acceptance.TeacherForced(with_mtp, dtype=torch.float32, device=torch.device("cpu"))
     balance = own.expert_balance([[1, 2, 3, 4], [5, 6]])
     assert all(1.0 <= ratio <= 16 / 4 for ratio in balance.max_over_mean)
-    assert not any(module._forward_pre_hooks for module in own._model.modules())
+    assert not any(module._forward_pre_hooks for part in (own._model, own.mtp) for module in part.modules())
 
 
 # --- the report
@@ -295,12 +295,12 @@ def test_without_an_mtp_module_the_reason_is_given(plain, uniform, heldout, tmp_
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"model": "/no/such/folder"}, "/no/such/folder"), ({"precision": "int4"}, "int4"), ({"context": 1}, "context is 1")],
+    [({"model": "/no/such/folder"}, "/no/such/folder"), ({"dtype": "int4"}, "int4"), ({"context": 1}, "context is 1")],
 )
 def test_what_is_asked_wrongly_is_named(plain, heldout, capsys, wrong, words):
-    given = {"model": str(plain), "precision": "auto", "context": None} | wrong
+    given = {"model": str(plain), "dtype": "auto", "context": None} | wrong
     with pytest.raises(typer.Exit) as ended:
-        main(given["model"], heldout, given["precision"], given["context"], None, None, 3)
+        main(given["model"], heldout, given["dtype"], given["context"], None, None, 3)
     assert ended.value.exit_code == 1
     assert words in capsys.readouterr().err
 
