@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import msgspec
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -176,7 +177,7 @@ class _Log:
         summary = t.objective.summary({name: value / forwards for name, value in metrics.items()})
         seconds = time.perf_counter() - self.clock
         if not math.isfinite(norm):
-            raise SystemExit(f"step {step + 1}: the gradient is {norm}; resume from {t.run / state.STATE} with a lower --lr")
+            raise SystemExit(f"step {step + 1}: the gradient is {norm}: start again in another --run with a lower learning rate")
         rate = (step + 1 - self.last) * plan.tokens_per_step / seconds
         phase, _ = plan.phase(step)
         line = {"step": step + 1, "tokens": (step + 1) * plan.tokens_per_step, "length": phase.length, **summary}
@@ -198,7 +199,7 @@ class _Log:
 @contextlib.contextmanager
 def _progress(training: Training) -> Iterator[Any]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, disable=training.devices.rank != 0) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=training.devices.rank != 0) as progress:
         task = progress.add_task("", total=training.plan.steps, completed=training.start)
 
         def advance(done: int, line: dict[str, float]) -> None:

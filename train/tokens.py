@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import typer
+from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 
@@ -44,7 +45,7 @@ def write(work: Path, heldout: Path, tokenizer_file: Path) -> dict[str, int]:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     files = shards.training_files(work / "corpus")
     documents: list[Ids] = []
-    for part in track(_encoded_shards(tokenizer, files), "tokenising", total=len(files)):
+    for part in track(_encoded_shards(tokenizer, files), "tokenising", total=len(files), console=Console(stderr=True)):
         documents += part
     random.Random(SEED).shuffle(documents)
     stream = np.concatenate(documents)

@@ -136,5 +136,5 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
     model = make(TINY_DRAFT)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(SystemExit, match="lower --lr"):
+    with pytest.raises(SystemExit, match="lower learning rate"):
         Training(Pretraining(model), plan(2), stream(), Devices("cpu"), tmp_path).train()
