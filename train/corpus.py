@@ -6,8 +6,8 @@
 
 What is held out depends only on the paths that are left after the duplicates are gone. How near it comes to what is trained on
 is measured (`nearest`) and in the manifest. For every source, files found = files kept + files dropped for each reason
-(`Tally.check`). The same sources give the same files, byte for byte. Not here: the sources (`train.fetch`), what makes a file
-good (`train.filters`).
+(`Tally.check`). The same sources give the same files, byte for byte. Not here: the sources (`train.fetch`), how a file
+is read (`train.reading`) and what makes it good (`train.filters`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ import typer
 
 from engine.errors import ConfigError
 from train import shards
-from train.fetch import WORK, Source, Work, is_unpacked, load_sources, progress, wanted
-from train.filters import clean, why_dropped, why_refused
-from train.htmltext import html_to_text
-from train.neardup import near_duplicates, signature
+from train.fetch import WORK, Source, Work, is_unpacked, load_sources, progress
+from train.neardup import near_duplicates
+from train.reading import Tally, read_once
 from train.shards import Document
 
 HELDOUT = Path(__file__).with_name("heldout.jsonl.xz")
@@ -44,56 +43,10 @@ PROSE_BYTES = 58_000_000
 PROCESSES = 2
 
 
-class Tally(msgspec.Struct):
-    """What became of one source's files."""
-
-    licence: str
-    files: int = 0
-    kept: int = 0
-    kept_bytes: int = 0
-    dropped: Counter[str] = msgspec.field(default_factory=Counter)
-
-    def check(self, name: str) -> None:
-        assert self.files == self.kept + self.dropped.total(), (
-            f"{name}: {self.files} files, {self.kept} kept, {self.dropped} dropped"
-        )
-
-
 class Split(NamedTuple):
     heldout: list[Document]
     train: list[Document]
     left_out: list[Document]  # over CODE_BYTES or PROSE_BYTES
-
-
-def read_document(file: Path, source: str, path: str) -> Document | str:
-    """The document at `file`, or the reason why it is not one."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return "not_utf8"
-    if path.endswith(".html"):
-        text = html_to_text(text)
-    refused = why_refused(text)
-    if refused:
-        return refused
-    text = clean(text)
-    return why_dropped(text, python=path.endswith(".py")) or Document(source, path, text, signature(text))
-
-
-def read_source(name: str, source: Source, unpacked: Path) -> tuple[Tally, list[Document]]:
-    tally, documents = Tally(source.licence), []
-    folder = unpacked / name
-    for file in sorted(folder.rglob("*")):
-        path = file.relative_to(folder).as_posix()
-        if not file.is_file() or not wanted(path, source):
-            continue
-        tally.files += 1
-        result = read_document(file, name, path)
-        if isinstance(result, str):
-            tally.dropped[result] += 1
-        else:
-            documents.append(result)
-    return tally, documents
 
 
 def deduplicate(documents: Iterable[Document], tallies: dict[str, Tally]) -> list[Document]:
@@ -154,7 +107,8 @@ def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, 
     results: dict[str, tuple[Tally, list[Document]]] = {}
     with progress() as bar, ProcessPoolExecutor(PROCESSES) as pool:
         task = bar.add_task("read", total=len(sources))
-        calls = {pool.submit(read_source, name, source, unpacked): name for name, source in sources.items()}
+        kept = unpacked.parent / "documents"
+        calls = {pool.submit(read_once, name, source, unpacked, kept): name for name, source in sources.items()}
         for call in as_completed(calls):
             results[calls[call]] = call.result()
             bar.advance(task)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engine.errors import ConfigError
-from train import corpus, shards
+from train import corpus, reading, shards
 from train.fetch import Source, load_sources, wanted
 from train.filters import clean, why_dropped, why_refused
 from train.htmltext import html_to_text
@@ -89,6 +89,23 @@ def test_the_same_sources_give_the_same_bytes(unpacked, tmp_path, monkeypatch):
     assert first == second
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_a_package_is_read_once_and_again_when_it_has_changed(unpacked, tmp_path, monkeypatch):
+    read: list[str] = []
+    real = reading.read_source
+    monkeypatch.setattr(reading, "read_source", lambda name, *rest: read.append(name) or real(name, *rest))
+    kept = tmp_path / "documents"
+    first = reading.read_once("code", SOURCES["code"], unpacked, kept)
+    second = reading.read_once("code", SOURCES["code"], unpacked, kept)
+    assert read == ["code"]
+    assert first[0] == second[0]
+    for one, other in zip(first[1], second[1], strict=True):
+        assert one[:3] == other[:3]
+        assert (one.signature == other.signature).all()
+    reading.read_once("code", source(version="2"), unpacked, kept)
+    assert read == ["code", "code"]
+    assert len(list(kept.iterdir())) == 1
 
 
 def test_a_source_that_was_not_fetched_is_named(unpacked, tmp_path):
