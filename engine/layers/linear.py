@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
+ONEDNN_FROM = 1 << 19  # numbers in a weight: see `linear`
+
 Weights = dict[str, torch.Tensor]
 """Checkpoint name -> the tensor, often a slice of a fused parameter, that holds it."""
 
@@ -21,10 +23,10 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Param
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear. In float32 on a CPU it goes to oneDNN: torch's default there, MKL, runs one-row products on one core and
-    was half as fast on AMD with 1, 16 and 64 rows.
+    """F.linear. In float32 on a CPU a large weight goes to oneDNN: torch's default there, MKL, runs one-row products on one core
+    and was half as fast on AMD with 1, 16 and 64 rows. Each call of oneDNN costs 20 us, which a small weight does not earn back.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN:
+    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN and weight.numel() >= ONEDNN_FROM:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out
     return F.linear(x, weight, bias)
