@@ -1,5 +1,5 @@
 """The two models that are trained here, as their `config.json` says it. Sizes follow from 26 MB in all for Tidepool (FP8
-matrices, bfloat16 embedding) and 4 MB for its draft; matrices are multiples of 128 wide, so that no FP8 block is cut.
+matrices, bfloat16 embedding) and 4 MB for its draft. Inputs of matrices are multiples of 128 wide, as kernels for FP8 blocks ask.
 """
 
 from __future__ import annotations
