@@ -37,6 +37,8 @@ class ForwardBatch:
     query_lens_host: list[int]  # [B], for the paths that loop on the host
     kv_lens_host: list[int]  # [B]
     kv: list[LayerPools]  # one entry a layer
+    by_length: bool = False  # of a captured step: lengths change from replay to replay, so only `query_starts` tells decodes
+    # (one token each) from chunks; num_decodes is 0 and the host's lists are empty
 
     @property
     def num_tokens(self) -> int:

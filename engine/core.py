@@ -26,6 +26,7 @@ from engine.messages import EngineInfo, EngineStats, Submit, check_submit
 from engine.plan import BuiltRunner, PendingStep, StepPlan
 from engine.request import Request, TokenEvent
 from engine.scheduler.scheduler import Scheduler
+from engine.startup import StartupClock
 
 RUNNERS = {"torch": "engine.runner", "fake": "engine.fake"}
 
@@ -33,6 +34,7 @@ RUNNERS = {"torch": "engine.runner", "fake": "engine.fake"}
 class _Submitted(NamedTuple):
     plan: StepPlan
     pending: PendingStep
+    followed: bool  # it was submitted while another was under way: what the device waited for it, we could have hidden
 
 
 class Core:
@@ -43,6 +45,7 @@ class Core:
     """
 
     def __init__(self, built: BuiltRunner) -> None:
+        self.startup: dict[str, float] = {}  # seconds by phase, for `info`; who builds a core knows them
         self._runner = built.runner
         self._config = built.config
         self._device = built.device
@@ -95,6 +98,10 @@ class Core:
         self._step_seconds += time.perf_counter() - began
         return events
 
+    def prepare(self) -> bool:
+        """While there is no work: do a short piece of what later steps will want. False: nothing is left to do."""
+        return not self.has_work and self._runner.prepare()
+
     def stats(self) -> EngineStats:
         scheduler, cache, counts = self._scheduler, self._scheduler.cache, self._scheduler.counts
         return EngineStats(
@@ -124,6 +131,7 @@ class Core:
             max_num_seqs=self._config.scheduler.max_num_seqs,
             device=self._device,
             pid=os.getpid(),
+            startup=self.startup,
         )
 
     def close(self) -> None:
@@ -146,13 +154,15 @@ class Core:
     def _overlapped_step(self, began: float) -> list[TokenEvent]:
         previous = self._in_flight
         plan = self._scheduler.schedule()
-        self._in_flight = None if plan is None else _Submitted(plan, self._runner.submit(plan))
+        self._in_flight = None if plan is None else _Submitted(plan, self._runner.submit(plan), previous is not None)
         if previous is None:
             self._exposed_seconds += time.perf_counter() - began
             return [] if plan is not None else self._nothing_to_run()
         result = previous.pending.result()
         known = time.perf_counter()
         events = self._scheduler.commit(previous.plan, result)
+        if previous.followed:
+            self._exposed_seconds += result.idle_seconds
         if self._in_flight is None:
             self._exposed_seconds += time.perf_counter() - known
         return events
@@ -163,8 +173,12 @@ class Core:
         return []
 
 
-def build_core(config: EngineConfig) -> Core:
-    """Import the runner that `config` names, build it and put a scheduler on it."""
+def build_core(config: EngineConfig, clock: StartupClock | None = None) -> Core:
+    """Import the runner that `config` names, build it and put a scheduler on it. `clock` may have run since before."""
+    clock = clock or StartupClock()
     module = importlib.import_module(RUNNERS[config.runner])
-    built: BuiltRunner = module.build(config)
-    return Core(built)
+    clock.end("imports")
+    core = Core(module.build(config, clock))
+    clock.end("ready")
+    core.startup = clock.seconds
+    return core

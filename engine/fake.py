@@ -22,6 +22,7 @@ from engine.errors import InternalError
 from engine.models.spec import ModelSpec
 from engine.plan import AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
+from engine.startup import StartupClock
 
 _MASK = (1 << 64) - 1
 
@@ -80,6 +81,9 @@ class FakeRunner:
         for index in plan.samples:
             self._sample(plan, index, result)
         return _FakePending(result, self._finish_time(plan))
+
+    def prepare(self) -> bool:
+        return False
 
     def close(self) -> None:
         self._rows.clear()
@@ -176,9 +180,11 @@ class SimulatedBlocks:
         self._slots[copy.dst] = self._slots[copy.src].copy()
 
 
-def build(config: EngineConfig) -> BuiltRunner:
+def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
     """A FakeRunner with the limits of the model in `config.model`; it verifies the blocks where `debug_checks` is on."""
     limits = ModelSpec.from_folder(config.model).limits()
+    if clock is not None:
+        clock.end("config")
     return build_fake(config, limits)
 
 

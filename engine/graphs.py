@@ -1,103 +1,176 @@
-"""CUDA graphs of decode steps: one launch in place of a few hundred. The backend's own forward is the plain twin.
+"""CUDA graphs of whole steps: one launch in place of a few hundred. The backend's own forward is the plain twin.
 
-    batch of 13 decodes --> static inputs of 16 rows --> replay --> static hidden [16, H] --> first 13
+    decodes       rows, positions --upload--> [ gather -> forward -> logits -> likeliest ] --> logits, tokens
+    mixed step    the same of each token and each query ^                        |
+                                 '---------- each row's latest token ------------'
 
-A graph is captured when a step first wants its size, so none delays start-up. Rows that only pad write to a scratch block
-that no request owns. All graphs share one memory pool: they run one after the other, and what one returns is used up, in
-the same stream, before the next begins.
+All else that a step needs is on the device: the rows' block tables and latest tokens (`inputs.py`). A graph is captured
+when a step first wants its size, or before that by `capture_next` while there is nothing else to do, so none delays
+start-up. What only pads a batch is the scratch row's, whose one block no request owns. All graphs share one memory pool:
+they run one after the other, and what one returns is used up, in the same stream, before the next begins.
+
+A large mixed step is left to the plain path: its kernels take longer than their launches.
 """
 
 from __future__ import annotations
 
+import importlib
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from engine.backends.base import Backend
 from engine.batch import ForwardBatch, LayerPools
+from engine.inputs import Ints, MixedInputs, Rows, RowState, Slices
+from engine.plan import StepPlan
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 LARGER = 64  # past the last of SIZES, rows between graphs
+TOKENS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+QUERIES = (16, 64)  # and as many as there can be
+
+Key = tuple[int, int]
+"""(tokens, queries) of a mixed step; (rows, 0) of decodes alone."""
+
+
+class Decoded(NamedTuple):
+    logits: torch.Tensor  # [B, V] after each query's last token; may be overwritten
+    tokens: torch.Tensor  # [B] int64: the likeliest, which are the rows' latest already
 
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    hidden: torch.Tensor  # [size, H]
+    inputs: torch.Tensor  # int32
+    decoded: Decoded
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Sizes to capture, ascending; the last holds `max_rows`."""
+    """Sizes of decodes to capture, ascending; the last holds `max_rows`."""
     larger = range(SIZES[-1] + LARGER, max_rows + LARGER, LARGER)
     sizes = [size for size in (*SIZES, *larger) if size < max_rows]
     return [*sizes, max_rows]
 
 
-class DecodeGraphs:
-    """`scratch_block` is one that no request owns; `width` the most blocks a request may have."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        kv: list[LayerPools],
-        *,
-        max_rows: int,
-        width: int,
-        block_size: int,
-        scratch_block: int,
-        device: torch.device,
-    ) -> None:
+class StepGraphs:
+    def __init__(self, backend: Backend, kv: list[LayerPools], rows: Rows, *, block_size: int) -> None:
         self._backend = backend
         self._kv = kv
+        self._rows = rows
+        self._state: RowState = rows.state
+        self._block_size = block_size
+        self._device = self._state.latest.device
+        max_rows = self._state.scratch_row
         self._sizes = graph_sizes(max_rows)
-        self._captured: dict[int, _Captured] = {}
+        # The tokens that pad are a query too, whose table holds so many.
+        self._tokens = [num for num in TOKENS if num <= self._state.tables.shape[1] * block_size]
+        self._queries = [*(num for num in QUERIES if num <= max_rows), max_rows + 1]
+        self._captured: dict[Key, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._scratch_slot = scratch_block * block_size
-        self._token_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._slots = torch.full((max_rows,), self._scratch_slot, dtype=torch.int64, device=device)
-        self._kv_lens = torch.ones(max_rows, dtype=torch.int32, device=device)
-        self._tables = torch.full((max_rows, width), scratch_block, dtype=torch.int32, device=device)
-        self._starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        # Not at the top: what is imported there runs without Triton too.
+        self._kernels = importlib.import_module("engine.kernels.graph_step")
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """-> hidden [T, H], as the backend's forward gives it, from a graph where the batch has decodes alone."""
-        if batch.num_decodes != batch.num_queries:
-            return self._backend.forward(batch)
-        num = batch.num_decodes
+    def run(self, slices: Slices, begins: Callable[[], None]) -> Decoded | None:
+        """Run the step of `slices`; None, and nothing is done, where no graph does such a step. `begins` is called right before
+        the replay."""
+        num = slices.rows.size
+        if slices.first[-1] == num == slices.samples.size and self._rows.all_sampled(slices):
+            return self._decode(slices.rows, slices.starts, begins)
+        if not self._backend.graphable_chunks or not self._tokens or slices.first[-1] > self._tokens[-1]:
+            return None
+        return self._mixed(slices, begins)
+
+    def capture_next(self) -> bool:
+        """Capture the graph of decodes that is missing and smallest. False: none is."""
+        missing = next((size for size in self._sizes if (size, 0) not in self._captured), None)
+        if missing is not None:
+            self._graph((missing, 0))
+        return missing is not None
+
+    def _decode(self, rows: Ints, positions: Ints, begins: Callable[[], None]) -> Decoded:
+        """A decode of `rows` [B], whose latest tokens stand at `positions` [B]."""
+        num = rows.size
         size = self._sizes[bisect_left(self._sizes, num)]
-        self._fill(batch, num, size)
-        if size not in self._captured:
-            self._captured[size] = self._capture(size)
-        captured = self._captured[size]
-        captured.graph.replay()
-        return captured.hidden[:num]
+        graph, inputs, decoded = self._graph((size, 0))
+        # From torch's cache of pinned memory, which keeps the buffer until the copy out of it is done.
+        staging = torch.empty(2 * size, dtype=torch.int32, pin_memory=True)
+        values = staging.numpy()
+        values[:num], values[num:size] = rows, self._state.scratch_row
+        values[size : size + num], values[size + num :] = positions, 0
+        inputs.copy_(staging, non_blocking=True)
+        begins()
+        graph.replay()
+        return Decoded(decoded.logits[:num], decoded.tokens[:num])
 
-    def _fill(self, batch: ForwardBatch, num: int, size: int) -> None:
-        self._token_ids[:num].copy_(batch.token_ids)
-        self._positions[:num].copy_(batch.positions)
-        self._slots[:num].copy_(batch.slots)
-        self._kv_lens[:num].copy_(batch.kv_lens)
-        self._tables[:num, : batch.block_tables.shape[1]].copy_(batch.block_tables)
-        if num < size:
-            self._slots[num:size].fill_(self._scratch_slot)
-            self._kv_lens[num:size].fill_(1)  # of whatever block: nobody reads what they give
+    def _mixed(self, slices: Slices, begins: Callable[[], None]) -> Decoded:
+        num = slices.rows.size
+        tokens = self._tokens[bisect_left(self._tokens, int(slices.first[-1]))]
+        queries = self._queries[bisect_left(self._queries, num + 1)]  # one more for the tokens that pad
+        graph, inputs, decoded = self._graph((tokens, queries))
+        scratch = self._state.scratch_row
+        packed = MixedInputs.of(self._rows.mixed(slices), slices, num_tokens=tokens, num_queries=queries, scratch_row=scratch)
+        staging = torch.empty(packed.values.size, dtype=torch.int32, pin_memory=True)
+        staging.numpy()[:] = packed.values
+        inputs.copy_(staging, non_blocking=True)
+        begins()
+        graph.replay()
+        return Decoded(decoded.logits[:num], decoded.tokens[:num])
 
-    def _capture(self, size: int) -> _Captured:
-        batch = ForwardBatch(
-            token_ids=self._token_ids[:size],
-            positions=self._positions[:size],
-            slots=self._slots[:size],
-            query_starts=self._starts[: size + 1],
-            kv_lens=self._kv_lens[:size],
-            block_tables=self._tables[:size],
-            num_decodes=size,
-            query_lens_host=[1] * size,
-            kv_lens_host=[1] * size,
-            kv=self._kv,
-        )
-        self._backend.forward(batch)  # compiles kernels and fills the libraries' caches; writes what the replay writes again
+    def _graph(self, key: Key) -> _Captured:
+        if key not in self._captured:
+            num, queries = key
+            self._captured[key] = self._capture_mixed(num, queries) if queries else self._capture_decode(num)
+        return self._captured[key]
+
+    def _capture_decode(self, size: int) -> _Captured:
+        inputs = torch.zeros(2 * size, dtype=torch.int32, device=self._device)
+        inputs[:size].fill_(self._state.scratch_row)
+        starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
+
+        def run() -> Decoded:
+            rows, positions = inputs[:size], inputs[size:]
+            gathered = self._kernels.gather_decodes(rows, positions, self._state.latest, self._state.tables, self._block_size)
+            ones = [1] * size
+            batch = ForwardBatch(
+                **gathered._asdict(), query_starts=starts, num_decodes=size, query_lens_host=ones, kv_lens_host=ones, kv=self._kv
+            )
+            return self._likeliest(self._backend.forward(batch), rows)
+
+        return self._capture(inputs, run)
+
+    def _capture_mixed(self, num_tokens: int, num_queries: int) -> _Captured:
+        none = Slices.of(StepPlan(0, [], [], [], 0, [], [], [], []))
+        scratch = self._state.scratch_row
+        packed = MixedInputs.of(self._rows.mixed(none), none, num_tokens=num_tokens, num_queries=num_queries, scratch_row=scratch)
+        inputs = torch.from_numpy(packed.values).to(self._device)
+
+        def run() -> Decoded:
+            tokens, positions, owners, rows, kv_lens, starts = packed.parts(inputs)
+            gathered = self._kernels.gather_mixed(
+                tokens, positions, owners, rows, kv_lens, self._state.latest, self._state.tables, self._block_size
+            )
+            batch = ForwardBatch(
+                **gathered._asdict(),
+                query_starts=starts,
+                num_decodes=0,
+                query_lens_host=[],
+                kv_lens_host=[],
+                kv=self._kv,
+                by_length=True,
+            )
+            last = starts[1:].long() - 1
+            return self._likeliest(self._backend.forward(batch).index_select(0, last), rows)
+
+        return self._capture(inputs, run)
+
+    def _likeliest(self, hidden: torch.Tensor, rows: torch.Tensor) -> Decoded:
+        logits = self._backend.logits(hidden)
+        return Decoded(logits, self._kernels.choose_likeliest(logits, rows, self._state.latest))
+
+    def _capture(self, inputs: torch.Tensor, run: Callable[[], Decoded]) -> _Captured:
+        run()  # compiles kernels and fills the libraries' caches, on the scratch row alone
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            hidden = self._backend.forward(batch)
-        return _Captured(graph, hidden)
+            decoded = run()
+        return _Captured(graph, inputs, decoded)

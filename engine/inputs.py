@@ -69,6 +69,56 @@ class Slices(NamedTuple):
         )
 
 
+class RowState(NamedTuple):
+    """What the device remembers of each row. The last row is nobody's: batches are padded with it."""
+
+    tables: torch.Tensor  # [rows + 1, width] int32; entries past a row's own blocks are some old ones
+    latest: torch.Tensor  # [rows + 1] int64: the token sampled last
+
+    @property
+    def scratch_row(self) -> int:
+        return self.latest.shape[0] - 1
+
+
+class MixedInputs(NamedTuple):
+    """All that a captured step of chunks and decodes is told by the host, in one array of int32.
+
+    tokens, positions, owners [T] | rows, kv_lens [B] | query_starts [B + 1]. The tokens that only pad are one more query, of the
+    scratch row; the queries that only pad have no token.
+    """
+
+    values: npt.NDArray[np.int32]
+    num_tokens: int  # T
+    num_queries: int  # B
+
+    @staticmethod
+    def of(
+        tokens: tuple[Ints, Ints, Ints], slices: Slices, *, num_tokens: int, num_queries: int, scratch_row: int
+    ) -> MixedInputs:
+        """`tokens` as `Rows.mixed` gives them. There must be room for one more query than `slices` has."""
+        used, padding = tokens[0].size, num_tokens - tokens[0].size
+        values = np.zeros(MixedInputs.size(num_tokens, num_queries), np.int32)
+        inputs = MixedInputs(values, num_tokens, num_queries)
+        token_ids, positions, owners, rows, kv_lens, starts = inputs.parts(values)
+        token_ids[:used], positions[:used], owners[:used] = tokens
+        positions[used:], owners[used:] = np.arange(padding), scratch_row
+        num = slices.rows.size
+        rows[:num], rows[num:] = slices.rows, scratch_row
+        kv_lens[:num], kv_lens[num], kv_lens[num + 1 :] = slices.ends, max(1, padding), 1
+        starts[: num + 1], starts[num + 1 :] = slices.first, num_tokens
+        return inputs
+
+    @staticmethod
+    def size(num_tokens: int, num_queries: int) -> int:
+        return 3 * num_tokens + 3 * num_queries + 1
+
+    def parts(self, values: Any) -> list[Any]:
+        """tokens, positions, owners, rows, kv_lens, query_starts: views of `values`, this array or its like on a device."""
+        sizes = [self.num_tokens] * 3 + [self.num_queries] * 2 + [self.num_queries + 1]
+        ends = np.cumsum(sizes).tolist()
+        return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
 class StepInputs(NamedTuple):
     batch: ForwardBatch
     sampled_rows: torch.Tensor  # [S] int64
@@ -78,22 +128,32 @@ class StepInputs(NamedTuple):
 class Rows:
     """The rows' tokens and blocks. `tokens[row]` are those known at admission; later ones exist on the device alone."""
 
-    def __init__(self, *, max_rows: int, max_len: int, block_size: int, device: torch.device, upload: Uploader) -> None:
+    def __init__(
+        self, *, max_rows: int, max_len: int, block_size: int, scratch_block: int, device: torch.device, upload: Uploader
+    ) -> None:
         self._block_size = block_size
         self._upload = upload
         width = -(-max_len // block_size)
         self.tokens: list[Ints] = [np.zeros(0, np.int64)] * max_rows
         self._num_known = np.zeros(max_rows, np.int64)
         self._tables = np.zeros((max_rows, width), np.int64)  # entries past a row's own blocks are some old ones
-        self._device_tables = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
-        self._latest = torch.zeros(max_rows, dtype=torch.int64, device=device)  # the token sampled last
+        self.state = RowState(
+            torch.full((max_rows + 1, width), scratch_block, dtype=torch.int32, device=device),
+            torch.zeros(max_rows + 1, dtype=torch.int64, device=device),
+        )
 
     def set_latest(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        self._latest.index_copy_(0, rows, tokens)
+        self.state.latest.index_copy_(0, rows, tokens)
 
-    def step(self, plan: StepPlan, slices: Slices, kv: list[LayerPools]) -> StepInputs:
-        """Take in the plan's changes and build its batch. A plan has at least one slice."""
-        changed, blocks = self._change(plan)
+    def change(self, plan: StepPlan) -> None:
+        """Take in the rows that the plan admits and the blocks that it adds."""
+        if not plan.admitted and not plan.grown:
+            return
+        indices, blocks = self._upload(self._change(plan))
+        self.state.tables.view(-1).index_copy_(0, indices, blocks)
+
+    def batch(self, plan: StepPlan, slices: Slices, kv: list[LayerPools]) -> StepInputs:
+        """The batch of a plan that is taken in. A plan has at least one slice."""
         positions = self._positions(slices)
         owners = np.repeat(slices.rows, slices.nums)
         block, offset = np.divmod(positions, self._block_size)
@@ -109,12 +169,10 @@ class Rows:
             kv_lens.astype(np.int32),
             slices.rows,
         ]
-        arrays += [slices.rows[slices.samples], last, slices.first[from_device], slices.rows[from_device], changed, blocks]
+        arrays += [slices.rows[slices.samples], last, slices.first[from_device], slices.rows[from_device]]
         t = self._upload(arrays)
-        if changed.size:
-            self._device_tables.view(-1).index_copy_(0, t[10], t[11])
         if from_device.size:
-            t[0].index_copy_(0, t[8], self._latest.index_select(0, t[9]))
+            t[0].index_copy_(0, t[8], self.state.latest.index_select(0, t[9]))
         width = -(-int(kv_lens.max()) // self._block_size)
         batch = ForwardBatch(
             token_ids=t[0],
@@ -122,7 +180,7 @@ class Rows:
             slots=t[2],
             query_starts=t[3],
             kv_lens=t[4],
-            block_tables=self._device_tables[:, :width].index_select(0, t[5]),
+            block_tables=self.state.tables[:, :width].index_select(0, t[5]),
             num_decodes=plan.num_decodes,
             query_lens_host=plan.nums,
             kv_lens_host=kv_lens.tolist(),
@@ -130,9 +188,19 @@ class Rows:
         )
         return StepInputs(batch, t[6], None if last.size == positions.size else t[7])
 
+    def all_sampled(self, slices: Slices) -> bool:
+        """Whether each slice begins with its row's latest sample: a decode, and no prompt of one token."""
+        return bool(np.all(slices.starts >= self._num_known[slices.rows]))
+
+    def mixed(self, slices: Slices) -> tuple[Ints, Ints, Ints]:
+        """Of each token of the step: itself (-1: its row's latest sample), its position and its row."""
+        token_ids, from_device = self._tokens(slices)
+        token_ids[slices.first[from_device]] = -1
+        return token_ids, self._positions(slices), np.repeat(slices.rows, slices.nums)
+
     def _change(self, plan: StepPlan) -> tuple[Ints, npt.NDArray[np.int32]]:
         """Write admissions and growth into the host's tables; (flat indices, blocks) for the device's."""
-        indices, blocks = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        indices, blocks = [], []
         for a in plan.admitted:
             self.tokens[a.row] = np.array(a.tokens, np.int64)
             self._num_known[a.row] = len(a.tokens)

@@ -86,6 +86,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     device: str
     pid: int
+    startup: dict[str, float] = {}  # seconds of each of `engine.startup.PHASES` that there was
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -118,7 +119,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0  # of those, found in the prefix cache
     output_tokens: int = 0
     step_seconds: float = 0.0  # summed over all steps
-    exposed_cpu_seconds: float = 0.0  # of it, time in which the runner had nothing submitted
+    exposed_cpu_seconds: float = 0.0  # of it, time in which the device had nothing to do
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -78,6 +78,7 @@ class StepResult(msgspec.Struct, gc=False):
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    idle_seconds: float = 0.0  # the device had none of ours to do before this step, and after the one before
 
 
 class PendingStep(Protocol):
@@ -93,6 +94,10 @@ class Runner(Protocol):
     def num_blocks(self) -> int: ...
 
     def submit(self, plan: StepPlan) -> PendingStep: ...
+
+    def prepare(self) -> bool:
+        """Called while there is nothing to run: do a short piece of what later steps will want. False: nothing is left."""
+        ...
 
     def close(self) -> None: ...
 

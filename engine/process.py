@@ -20,7 +20,7 @@ import msgspec
 import setproctitle
 import zmq
 
-from engine import lifeline, logs
+from engine import lifeline, logs, startup
 from engine.config import EngineConfig
 from engine.core import Core, build_core
 from engine.errors import CheckpointError, ConfigError, TidegateError
@@ -84,7 +84,7 @@ class EngineProcess:
     def run(self) -> None:
         was_busy = False
         while not self._stopping:
-            self._read(wait=not self._core.has_work)
+            self._read(wait=not self._core.has_work and not self._core.prepare())
             while self._lost:
                 self._forget(self._lost.pop())
             # Also where work begins, as the first step may be long, and where it ends: the workers judge an engine that has
@@ -215,9 +215,9 @@ def main() -> None:
     setproctitle.setproctitle(f"tidegate: {name}")
     logs.set_up(start.log_level, start.log_format, name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to hear
-    began = time.monotonic()
+    startup.keep_kernels()
     try:
-        core = build_core(start.config)
+        core = build_core(start.config, startup.StartupClock(before=startup.process_seconds()))
     except (ConfigError, CheckpointError) as error:
         log.error(error.message)
         sys.exit(EXIT_BAD_SETTINGS)
@@ -230,7 +230,8 @@ def main() -> None:
             "model": info.model,
             "device": info.device,
             "blocks": info.num_blocks,
-            "seconds": round(time.monotonic() - began, 2),
+            "seconds": round(sum(info.startup.values()), 2),
+            **{f"{phase}_seconds": round(seconds, 2) for phase, seconds in info.startup.items()},
         },
     )
     process.run()

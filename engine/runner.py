@@ -4,6 +4,8 @@
                                 ^                                                                        |
                                 '--- each row's latest token, on the device <----------------------------'
 
+On CUDA a step that is not large is one graph of all this (`graphs.py`), up to the sampler where that is more than greedy.
+
 Nothing in `submit` waits for the device, so with overlap the next plan is on its way while this one runs; the order of the
 device's stream is what makes that right. `result` waits for the copy of the tokens, and for nothing that came later.
 """
@@ -23,7 +25,7 @@ from engine.backends.base import Backend
 from engine.backends.torch import load
 from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
 from engine.errors import ConfigError
-from engine.graphs import DecodeGraphs
+from engine.graphs import Decoded, StepGraphs
 from engine.inputs import Ints, Rows, Slices, Uploader
 from engine.kvcache.storage import KVStorage, block_bytes
 from engine.models.spec import ModelSpec
@@ -31,6 +33,7 @@ from engine.plan import AdmittedRow, BuiltRunner, PendingStep, StepPlan, StepRes
 from engine.request import SamplingParams
 from engine.sampling.logprobs import LogprobTensors, of_prompt, to_records
 from engine.sampling.sampler import Sampler
+from engine.startup import StartupClock
 
 log = logging.getLogger("tidegate.engine")
 
@@ -42,18 +45,23 @@ class TorchRunner:
 
     def __init__(self, backend: Backend, storage: KVStorage, config: EngineConfig, limits: ModelLimits) -> None:
         device = torch.device(config.device)
+        self._on_cuda = device.type == "cuda"
+        self._last_done: torch.cuda.Event | None = None  # of the step submitted last
         max_rows = config.scheduler.max_num_seqs
         self._backend = backend
         self._storage = storage
-        self._forward = _graphs(backend, storage, config, limits).forward if _use_graphs(backend, config) else backend.forward
         self._upload = Uploader(device)
         self._rows = Rows(
             max_rows=max_rows,
             max_len=config.max_model_len or limits.max_model_len,
             block_size=config.cache.block_size,
+            scratch_block=storage.scratch_block,
             device=device,
             upload=self._upload,
         )
+        self._graphs: StepGraphs | None = None
+        if _use_graphs(backend, config):
+            self._graphs = StepGraphs(backend, storage.layers, self._rows, block_size=config.cache.block_size)
         self._sampler = Sampler(
             max_rows=max_rows,
             vocab_size=limits.vocab_size,
@@ -72,25 +80,62 @@ class TorchRunner:
         self._storage.copy(plan.copies, self._upload)
         for admitted in plan.admitted:
             self._sampler.admit(admitted)
+        self._rows.change(plan)
         slices = Slices.of(plan)
-        inputs = self._rows.step(plan, slices, self._storage.layers)
-        hidden = self._forward(inputs.batch)
-        pending = _Pending(plan.step, on_cuda=hidden.is_cuda)
+        pending = _Pending(plan.step, on_cuda=self._on_cuda, after=self._last_done)
+        decoded = None
+        if self._graphs is not None and not self._wants_hidden(slices):
+            decoded = self._graphs.run(slices, pending.begins)
+        if decoded is not None:
+            self._take(decoded, slices, pending)
+        else:
+            self._run(plan, slices, pending)
+        pending.submitted()
+        self._last_done = pending.done
+        return pending
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture a graph that steps will want; False where all are there."""
+        return self._graphs is not None and self._graphs.capture_next()
+
+    def _take(self, decoded: Decoded, slices: Slices, pending: _Pending) -> None:
+        """What a graph gave: for all slices, of which some may not sample."""
+        if not slices.samples.size:
+            return
+        rows, everyone = slices.rows[slices.samples], slices.samples.size == slices.rows.size
+        if self._sampler.takes_likeliest(rows, slices.ends[slices.samples]):
+            pending.tokens = _to_host(decoded.tokens)
+            pending.sampling = None if everyone else slices.samples.tolist()
+            return
+        which, on_device = self._upload([slices.samples, rows])
+        self._sample(decoded.logits if everyone else decoded.logits.index_select(0, which), slices, on_device, pending)
+
+    def _run(self, plan: StepPlan, slices: Slices, pending: _Pending) -> None:
+        inputs = self._rows.batch(plan, slices, self._storage.layers)
+        pending.begins()
+        hidden = self._backend.forward(inputs.batch)
         self._prompt_logprobs(hidden, slices, pending)
         if plan.samples:
             last = hidden if inputs.last_index is None else hidden.index_select(0, inputs.last_index)
-            sampled_rows = slices.rows[slices.samples]
-            sampled = self._sampler.sample(self._backend.logits(last), sampled_rows, slices.ends[slices.samples])
-            self._rows.set_latest(inputs.sampled_rows, sampled.tokens)
-            pending.tokens = _to_host(sampled.tokens)
-            if sampled.logprobs is not None:
-                which = slices.samples[sampled.logprob_rows].tolist()
-                pending.logprobs = _Reported(which, sampled.num_top, LogprobTensors(*map(_to_host, sampled.logprobs)))
-        pending.submitted()
-        return pending
+            self._sample(self._backend.logits(last), slices, inputs.sampled_rows, pending)
+
+    def _sample(self, logits: torch.Tensor, slices: Slices, sampled_rows: torch.Tensor, pending: _Pending) -> None:
+        """`logits` [S, V] and `sampled_rows` [S] are of the slices that sample."""
+        sampled = self._sampler.sample(logits, slices.rows[slices.samples], slices.ends[slices.samples])
+        self._rows.set_latest(sampled_rows, sampled.tokens)
+        pending.tokens = _to_host(sampled.tokens)
+        if sampled.logprobs is not None:
+            which = slices.samples[sampled.logprob_rows].tolist()
+            pending.logprobs = _Reported(which, sampled.num_top, LogprobTensors(*map(_to_host, sampled.logprobs)))
 
     def close(self) -> None:
         self._backend.close()
+
+    def _wants_hidden(self, slices: Slices) -> bool:
+        """Whether somebody wants log-probabilities of prompt tokens, which take hidden states that graphs do not hand out."""
+        records = self._sampler.params.table[slices.rows]
+        return bool(np.any(records["wants_prompt_logprobs"] & (slices.starts < records["num_prompt"])))
 
     def _prompt_logprobs(self, hidden: torch.Tensor, slices: Slices, pending: _Pending) -> None:
         """For each slice that lies in a prompt whose log-probabilities are wanted: those of the tokens after its positions."""
@@ -133,24 +178,40 @@ class _Reported(NamedTuple):
 class _Pending:
     """PendingStep."""
 
-    def __init__(self, step: int, *, on_cuda: bool) -> None:
+    def __init__(self, step: int, *, on_cuda: bool, after: torch.cuda.Event | None) -> None:
+        """`after`: the end of the step before, on CUDA."""
         self._step = step
         self._on_cuda = on_cuda
-        self._done: torch.cuda.Event | None = None
+        self._after = after
+        self._began: torch.cuda.Event | None = None
+        self.done: torch.cuda.Event | None = None
         self.tokens: torch.Tensor | None = None
+        self.sampling: list[int] | None = None  # which of `tokens` count; None: all
         self.logprobs: _Reported | None = None
         self.prompt_logprobs: _Reported | None = None
         self.prompt_slices: list[int] = []
 
+    def begins(self) -> None:
+        """The next thing in the stream is the model's."""
+        if self._on_cuda:
+            self._began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._began.record()
+
     def submitted(self) -> None:
         """All of the step, copies to the host included, is in the stream."""
         if self._on_cuda:
-            self._done = torch.cuda.current_stream().record_event()
+            self.done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.done.record()
 
     def result(self) -> StepResult:
-        if self._done is not None:
-            self._done.synchronize()
-        result = StepResult(self._step, [] if self.tokens is None else self.tokens.tolist(), {}, {})
+        if self.done is not None:
+            self.done.synchronize()
+        tokens: list[int] = [] if self.tokens is None else self.tokens.tolist()
+        if self.sampling is not None:
+            tokens = [tokens[i] for i in self.sampling]
+        result = StepResult(self._step, tokens, {}, {})
+        if self._after is not None and self._began is not None:
+            result.idle_seconds = self._after.elapsed_time(self._began) / 1e3
         if self.logprobs is not None:
             records = to_records(self.logprobs.values, self.logprobs.num_top)
             result.logprobs = dict(zip(self.logprobs.slices, records, strict=True))
@@ -162,8 +223,9 @@ class _Pending:
         return result
 
 
-def build(config: EngineConfig) -> BuiltRunner:
+def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
     """The runner of `config`: its model with weights, and a cache as large as the memory allows."""
+    clock = clock or StartupClock()
     spec = ModelSpec.from_folder(config.model)
     limits = spec.limits()
     asked = config.max_model_len
@@ -171,7 +233,9 @@ def build(config: EngineConfig) -> BuiltRunner:
     device = torch.device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(_num_threads())
+    clock.end("config")
     backend = load(spec, config, device)
+    clock.end("weights")
     pools = backend.kv_pools()
     num_blocks = config.cache.num_blocks or _num_blocks(backend, config, limits)
     config = fit_cache(config, num_blocks, asked=asked)
@@ -180,7 +244,10 @@ def build(config: EngineConfig) -> BuiltRunner:
             "the context is %d tokens, what the KV cache can hold; the model's is %d", config.max_model_len, limits.max_model_len
         )
     storage = KVStorage(pools, num_blocks=num_blocks, block_size=config.cache.block_size, device=device)
-    return BuiltRunner(TorchRunner(backend, storage, config, limits), config, limits, _describe(device))
+    clock.end("memory")
+    runner = TorchRunner(backend, storage, config, limits)
+    clock.end("graphs")
+    return BuiltRunner(runner, config, limits, _describe(device))
 
 
 def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
@@ -237,19 +304,6 @@ def _use_graphs(backend: Backend, config: EngineConfig) -> bool:
             param="cuda_graphs",
         )
     return possible if config.cuda_graphs is None else config.cuda_graphs
-
-
-def _graphs(backend: Backend, storage: KVStorage, config: EngineConfig, limits: ModelLimits) -> DecodeGraphs:
-    size = config.cache.block_size
-    return DecodeGraphs(
-        backend,
-        storage.layers,
-        max_rows=config.scheduler.max_num_seqs,
-        width=math.ceil((config.max_model_len or limits.max_model_len) / size),
-        block_size=size,
-        scratch_block=storage.scratch_block,
-        device=torch.device(config.device),
-    )
 
 
 def _num_threads() -> int:

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from engine.errors import InvalidRequest, TidegateError
 from engine.request import SamplingParams
+from engine.startup import keep_kernels
 from server.settings import Settings, describe, flag, in_settings_names, load_settings
 
 EXIT_FAILED = 1
@@ -30,6 +31,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure how fast this machine is
 app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
+Record = Annotated[Path | None, typer.Option(metavar="FILE", help="Append the lines of JSON to it as well.")]
 ENGINE_FLAGS = ("model", "device", "dtype", "load_format", "max_model_len")  # of commands that run an engine in this process
 ALIASES = {"dtype": ["--precision"]}
 
@@ -123,6 +125,7 @@ def generate(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     words = _prompt(prompt)
     config = _with_model(settings).engine_config()
+    keep_kernels()
     text = _load("server.text.tokenizer").Tokenizer.from_folder(config.model)
     ids = text.encode(words)
     detokenizer = text.detokenizer(ids)
@@ -133,17 +136,38 @@ def generate(
 
 
 @bench.command()
-@with_settings(ENGINE_FLAGS)
+@with_settings([name for name in ENGINE_FLAGS if name != "model"])
 def offline(
     settings: Settings,
-    workload: Annotated[str, typer.Option(help="Its name; a wrong one lists them all.")] = "mixed256",
-    rounds: Annotated[int, typer.Option(help="How often to run it; the best counts.")] = 1,
+    model: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="A checkpoint; may be given several times.")] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="May be given several times; a wrong one lists them all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often to run each; the best counts.")] = 3,
+    record: Record = None,
 ) -> None:
-    """Run a workload through an engine in this process; the last line on standard output is JSON.
+    """Run workloads through engines in this process; each model has one for all of its own.
+
+    Without --workload: single, decode64, mixed256 and prefill, as far as the model has the context. A row on standard error
+    and a line of JSON on standard output tell of each model and workload as it is done.
 
     The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included; the prefix cache is off.
     """
-    _load("server.bench").offline(_with_model(settings), workload, rounds=rounds)
+    keep_kernels()
+    named = [settings.model_copy(update={"model": folder}) for folder in model or ()] or [_with_model(settings)]
+    _load("server.bench.offline").run(named, workload or (), rounds=rounds, record=record)
+
+
+@bench.command()
+def kernels(
+    kernel: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="May be given several times; a wrong one lists them all.")
+    ] = None,
+    record: Record = None,
+) -> None:
+    """Measure each of our kernels at shapes of real models, against the device's bandwidth and rate. Takes CUDA."""
+    keep_kernels()
+    _load("server.bench.kernels").run(kernel or (), record=record)
 
 
 def _prompt(given: str) -> str:

@@ -129,6 +129,7 @@ class EngineClient:
             started=self._info is not None,
             restarts=self._restarts,
             stats=self._pulse.stats,
+            startup={} if self._info is None else self._info.startup,
         )
 
     def submit(self, submit: Submit) -> EngineStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
@@ -19,6 +20,7 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     started: bool = False  # ready was true once
     restarts: int = 0  # engines seen since this worker began, less one
     stats: EngineStats | None = None  # of the latest heartbeat
+    startup: Mapping[str, float] = {}  # seconds of each phase of the latest engine's start
 
 
 class TokenStream(Protocol):

@@ -242,6 +242,7 @@ def engine_families(health: EngineHealth) -> list[Metric]:
     families: list[Metric] = [
         GaugeMetricFamily("tidegate_engine_up", "Whether the engine is reached and turning.", float(health.ready)),
         CounterMetricFamily("tidegate_engine_restarts", "Engines seen, less one.", float(health.restarts)),
+        _startup(health),
     ]
     stats = health.stats
     if stats is None:
@@ -265,6 +266,14 @@ def engine_families(health: EngineHealth) -> list[Metric]:
     families += [GaugeMetricFamily(name, text, float(value)) for name, text, value in gauges]
     families += [CounterMetricFamily(name, text, float(value)) for name, text, value in counters]
     return families
+
+
+def _startup(health: EngineHealth) -> Metric:
+    """Phases follow one another: they sum to the time from the process's start until a request could come."""
+    family = GaugeMetricFamily("tidegate_startup_seconds", "Of the engine's start, by phase.", labels=["phase"])
+    for phase, seconds in health.startup.items():
+        family.add_metric([phase], seconds)
+    return family
 
 
 def worker_died(pid: int) -> None:

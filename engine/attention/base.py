@@ -17,7 +17,9 @@ class StepAttention(Protocol):
     """Attention for one ForwardBatch."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
-        """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]. Pools "k" and "v": [kv_heads, dim] a token."""
+        """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]. Pools "k" and "v", [kv_heads, dim] a token, hold the
+        step's own k and v already.
+        """
         ...
 
     def attend_latent(
@@ -25,8 +27,9 @@ class StepAttention(Protocol):
     ) -> torch.Tensor:
         """Multi-head latent attention -> [T, heads, v_dim].
 
-        q [T, heads, nope + rope]; latent [T, rank + rope] is what pool "latent" keeps of a token: the normalised latent,
-        then the rotated key all heads share. kv_b [heads, nope + v_dim, rank] expands a latent to each head's key and value.
+        q [T, heads, nope + rope]; latent [T, rank + rope] is what pool "latent" keeps of a token, and of the step's own tokens
+        holds already: the normalised latent, then the rotated key all heads share. kv_b [heads, nope + v_dim, rank] expands a
+        latent to each head's key and value.
         """
         ...
 
@@ -34,5 +37,7 @@ class StepAttention(Protocol):
 class AttentionBackend(Protocol):
     graphable: bool
     """Whether the decode of a prepared step never waits for the device."""
+    graphable_chunks: bool
+    """Whether that holds for a batch `by_length` too, and the backend takes such a batch."""
 
     def prepare(self, batch: ForwardBatch) -> StepAttention: ...

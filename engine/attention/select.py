@@ -31,5 +31,7 @@ def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> Atte
         log.warning("no kernel for heads of %d numbers yet: attention runs in plain torch, which is slow", odd[0].shape[-1])
         return TorchAttention()
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    backend: AttentionBackend = importlib.import_module("engine.attention.triton_paged").TritonAttention(processors)
+    latent = any(p.name == "latent" for p in pools)
+    kind = importlib.import_module("engine.attention.triton_paged").TritonAttention
+    backend: AttentionBackend = kind(processors, latent=latent)
     return backend

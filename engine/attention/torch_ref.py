@@ -64,6 +64,7 @@ class TorchAttention:
     """AttentionBackend."""
 
     graphable = False
+    graphable_chunks = False
 
     def prepare(self, batch: ForwardBatch) -> TorchStepAttention:
         per_token = max(pool[0, 0].numel() for pool in batch.kv[0].values())
@@ -84,13 +85,6 @@ class TorchAttention:
             groups=[] if in_pool else _groups(order, batch, reader, max_tokens=GROUP_NUMBERS // per_token),
             chunks=_chunks(batch, reader),
         )
-
-
-def prepare_chunks(batch: ForwardBatch) -> TorchStepAttention:
-    """For a backend with its own decode: what `latent_chunks` needs, and no more."""
-    tables = batch.block_tables.long()
-    reader = _TableReader(tables, None, next(iter(batch.kv[0].values())).shape[1])
-    return TorchStepAttention(batch, order=None, in_pool=None, groups=[], chunks=_chunks(batch, reader))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +163,6 @@ class TorchStepAttention:
         self._chunks = chunks
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
-        self._write(pools["k"], k)
-        self._write(pools["v"], v)
         if not self._chunks:
             return self._decode(q, pools["k"], pools["v"], scale)
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
@@ -189,7 +181,6 @@ class TorchStepAttention:
         self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
     ) -> torch.Tensor:
         pool = pools["latent"]
-        self._write(pool, latent)
         decodes, rank = self._batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
@@ -198,22 +189,12 @@ class TorchStepAttention:
             shared = pool.unsqueeze(2)  # one KV head for all
             mixed = self._decode(absorbed, shared, shared, scale)[..., :rank]
             out[:decodes] = expand_output(mixed, kv_b, nope)
-        self.latent_chunks(out, q, latent, kv_b, pool, scale=scale)
-        return out
-
-    def latent_chunks(
-        self, out: torch.Tensor, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, *, scale: float
-    ) -> None:
-        """Fill `out` [T, heads, v_dim] for the tokens of chunks; their latents are in `pool` already."""
-        nope = q.shape[2] - (latent.shape[1] - kv_b.shape[2])
         for c in self._chunks:
             span = slice(c.begin, c.end)
             cached = latent[span] if c.source is None else c.source.read(pool.unsqueeze(2))[0, 0]  # [L, rank + rope]
             keys, values = expand_latent(cached, kv_b, nope)
             out[span] = _attend_chunk(q[span], keys, values, c.mask, scale)
-
-    def _write(self, pool: torch.Tensor, new: torch.Tensor) -> None:
-        pool.flatten(0, 1).index_copy_(0, self._batch.slots, new)
+        return out
 
     def _decode(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]"""

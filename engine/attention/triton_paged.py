@@ -1,19 +1,27 @@
 """Paged attention by our Triton kernels: the CUDA backend. `torch_ref.py` is its twin.
 
-Decodes of K/V and of latents read the paged pools directly, and so do chunks of K/V. A chunk of latent attention is
-expanded to keys and values as in the twin, whose code it shares.
+Decodes of K/V and of latents read the paged pools directly, and so do chunks of K/V. The latents of chunks are expanded to
+keys and values, all of a step together (`latent_chunks.py`).
 """
 
 from __future__ import annotations
 
-import torch
+import itertools
 
-from engine.attention.torch_ref import TorchStepAttention, absorb, expand_output, prepare_chunks
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools
-from engine.kernels.elementwise import write_kv
-from engine.kernels.mla_decode import mla_decode
+from engine.kernels.latent import absorb, build_keys, expand
+from engine.kernels.mla_decode import decode_splits, mla_decode
+from engine.kernels.mla_prefill import choose_tile, mla_prefill
 from engine.kernels.paged_decode import choose_splits, paged_decode
-from engine.kernels.paged_prefill import paged_prefill, tile_tokens
+from engine.kernels.paged_prefill import map_tiles, paged_prefill, tile_tokens
+
+MIN_PROMPT = 1024  # tokens of a prompt that cuDNN attends to: below, our kernel does all chunks of a step in one launch
+LENGTH_STEP = 512
 
 
 class TritonAttention:
@@ -21,9 +29,10 @@ class TritonAttention:
 
     graphable = True
 
-    def __init__(self, num_processors: int) -> None:
-        """`num_processors`: of the device, which decides into how many parts a sequence is cut."""
+    def __init__(self, num_processors: int, *, latent: bool = False) -> None:
+        """`num_processors`: of the device, which decides into how many parts a sequence is cut. `latent`: what pools hold."""
         self._num_processors = num_processors
+        self.graphable_chunks = not latent  # chunks of latents are laid out by the host
 
     def prepare(self, batch: ForwardBatch) -> TritonStepAttention:
         return TritonStepAttention(batch, self._num_processors)
@@ -35,56 +44,121 @@ class TritonStepAttention:
     def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
         self._batch = batch
         self._num_processors = num_processors
-        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by tokens a tile
-        self._chunks: TorchStepAttention | None = None
+        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # by tokens a tile
+        self._groups: list[LatentGroup] | None = None
+        self._prompts: list[range] | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
         batch, k_pool, v_pool = self._batch, pools["k"], pools["v"]
-        write_kv(k, v, batch.slots, k_pool, v_pool)
+        if batch.by_length:
+            return self._attend_by_length(q, k_pool, v_pool, scale)
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
-        out = None
-        if batch.num_queries > decodes:
-            tiles = self._query_tiles(tile_tokens(heads, kv_heads))
-            out = paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale)
+        fresh = self._long_prompts(q.dtype)
+        if fresh == [range(q.shape[0])]:
+            return attend_prompt(q, k, v, scale)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for span in fresh:
+            part = slice(span.start, span.stop)
+            out[part] = attend_prompt(q[part], k[part], v[part], scale)
+        tiles = self._query_tiles(tile_tokens(heads, kv_heads), q.dtype)
+        if tiles is not None:
+            paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale, out)
         if decodes:
             splits = choose_splits(decodes, kv_heads, self._num_processors)
-            decoded = paged_decode(q[:decodes], k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits)
-            if out is None:
-                return decoded
-            out[:decodes] = decoded
-        assert out is not None
+            paged_decode(q[:decodes], k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits, out[:decodes])
         return out
+
+    def _attend_by_length(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
+        batch, heads, kv_heads = self._batch, q.shape[1], k_pool.shape[2]
+        tile_q = tile_tokens(heads, kv_heads)
+        if tile_q not in self._tiles:
+            self._tiles[tile_q] = map_tiles(batch.query_starts, q.shape[0], tile_q)
+        tiles = self._tiles[tile_q]
+        assert tiles is not None
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale, out)
+        splits = choose_splits(batch.kv_lens.shape[0], kv_heads, self._num_processors)
+        starts = batch.query_starts
+        return paged_decode(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits, out, starts)
 
     def attend_latent(
         self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
     ) -> torch.Tensor:
         batch, pool = self._batch, pools["latent"]
-        pool.flatten(0, 1).index_copy_(0, batch.slots, latent)
+        assert not batch.by_length  # the latents of chunks are expanded by what the host knows
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if decodes:
-            absorbed = absorb(q[:decodes], kv_b, nope)
-            splits = choose_splits(decodes, 1, self._num_processors)
-            mixed = mla_decode(absorbed, pool, batch.block_tables, batch.kv_lens, scale, rank, splits)
-            out[:decodes] = expand_output(mixed, kv_b, nope)
+            splits = decode_splits(decodes, q.shape[1], self._num_processors)
+            q_latent, q_rope = absorb(q[:decodes], kv_b, nope), q[:decodes, :, nope:]
+            mixed = mla_decode(q_latent, q_rope, pool, batch.block_tables, batch.kv_lens, scale, splits)
+            expand(mixed, kv_b, nope, out[:decodes])
         if batch.num_queries > decodes:
-            self._chunks = self._chunks or prepare_chunks(batch)
-            self._chunks.latent_chunks(out, q, latent, kv_b, pool, scale=scale)
+            self._latent_chunks(out, q, latent, kv_b, pool, scale)
         return out
 
-    def _query_tiles(self, tile_q: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(query, first token within its chunk) of each tile of the step's chunks, those with most work first."""
+    def _latent_chunks(
+        self, out: torch.Tensor, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, scale: float
+    ) -> None:
+        batch, (heads, width, rank) = self._batch, kv_b.shape
+        nope, tile, prompts = width - out.shape[2], choose_tile(q.dtype), self._long_prompts(q.dtype)
+        if self._groups is None:
+            self._groups = plan_groups(batch, prompts, tile_q=tile.queries, token_numbers=heads * width)
+        for group in self._groups:
+            rows = group.rows
+            cached = latent[rows.start : rows.stop] if group.slots is None else pool.flatten(0, 1).index_select(0, group.slots)
+            expanded = F.linear(cached[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
+            if group.tiles is not None:
+                k_rope = cached[:, rank:]
+                mla_prefill(out, q, expanded, k_rope, batch.query_starts, batch.kv_lens, group.tiles, scale, tile)
+            for span in prompts if group.slots is None else []:
+                tokens, part = slice(span.start, span.stop), slice(span.start - rows.start, span.stop - rows.start)
+                keys = build_keys(expanded[part], cached[part], nope, rank)
+                out[tokens] = attend_prompt(q[tokens], keys, expanded[part, :, nope:], scale)
+
+    def _long_prompts(self, dtype: torch.dtype) -> list[range]:
+        """The tokens of each chunk that goes to cuDNN: a whole prompt from its start, long enough to pay for its own call."""
+        if self._prompts is None:
+            batch = self._batch
+            ends = itertools.accumulate(batch.query_lens_host)
+            lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
+            able = batch.slots.is_cuda and dtype != torch.float32
+            self._prompts = [range(end - num, end) for end, num, length in lens if able and num == length >= MIN_PROMPT]
+        return self._prompts
+
+    def _query_tiles(self, tile_q: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(query, first token within its chunk) of each tile of the step's other chunks, those with most work first."""
         if tile_q not in self._tiles:
             batch = self._batch
+            starts = list(itertools.accumulate(batch.query_lens_host, initial=0))
+            elsewhere = {span.start for span in self._long_prompts(dtype)}
             tiles = [
                 (query, first)
                 for query in range(batch.num_decodes, batch.num_queries)
+                if starts[query] not in elsewhere
                 for first in range(0, batch.query_lens_host[query], tile_q)
             ]
+            if not tiles:
+                self._tiles[tile_q] = None
+                return None
             tiles.sort(key=lambda t: batch.query_lens_host[t[0]] - batch.kv_lens_host[t[0]] - t[1])
             both = torch.tensor(tiles, dtype=torch.int32).T.contiguous()
             if batch.slots.is_cuda:
                 both = both.pin_memory().to(batch.slots.device, non_blocking=True)
             self._tiles[tile_q] = (both[0], both[1])
         return self._tiles[tile_q]
+
+
+def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of one whole prompt: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]. cuDNN's kernel is
+    a third faster than ours on long prompts (docs/gpu.md). T is rounded up to whole LENGTH_STEPs, since each length it has not
+    seen costs it a plan (50 to 100 ms); what the padding rows give is cut off, and no other row sees them.
+    """
+    tokens = q.shape[0]
+    padding = -tokens % LENGTH_STEP
+    padded = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in (q, k, v))
+    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in padded)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1)[:tokens]

@@ -15,6 +15,11 @@ class Backend(Protocol):
         """Whether `forward` of a batch of decodes never waits for the device, so that a CUDA graph can hold it."""
         ...
 
+    @property
+    def graphable_chunks(self) -> bool:
+        """Whether that holds for a batch `by_length` too, of decodes and chunks."""
+        ...
+
     def kv_pools(self) -> list[list[PoolSpec]]:
         """The pools that each layer keeps."""
         ...
@@ -24,7 +29,7 @@ class Backend(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, H] -> [N, V] float32, a tensor that the caller may overwrite."""
+        """hidden [N, H] -> [N, V] in the model's own type, a tensor that the caller may overwrite."""
         ...
 
     def close(self) -> None: ...

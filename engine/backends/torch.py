@@ -20,6 +20,10 @@ class TorchBackend:
     def graphable(self) -> bool:
         return self._model.graphable
 
+    @property
+    def graphable_chunks(self) -> bool:
+        return self._model.graphable_chunks
+
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()
 

@@ -5,20 +5,35 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
+
+from engine.kernels.latent import latent_prepare as latent_prepare  # this module is an Ops, whole
+from engine.kernels.latent import norm as norm
+from engine.kernels.launch import pdl
+from engine.kernels.linear import fits
+from engine.kernels.linear import gated as gated_of_few
+
+HEADS_A_PROGRAM = 8  # of `norm_rotate`: they share a load of the angles
 
 
 @triton.jit
-def _add_norm(hidden_ptr, delta_ptr, weight_ptr, out_ptr, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr):
+def _add_norm(
+    hidden_ptr, delta_ptr, weight_ptr, out_ptr, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * SIZE
     col = tl.arange(0, PADDED)
     inside = col < SIZE
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(hidden_ptr + row + col, mask=inside, other=0.0)
     if ADD:
         x += tl.load(delta_ptr + row + col, mask=inside, other=0.0)  # in the residual's own type, as the twin adds
         tl.store(hidden_ptr + row + col, x, mask=inside)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row + col, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -29,16 +44,19 @@ def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Ten
     padded = triton.next_power_of_2(size)
     _add_norm[(hidden.shape[0],)](
         hidden, hidden if delta is None else delta, weight, out, eps,
-        SIZE=size, PADDED=padded, ADD=delta is not None, num_warps=min(16, max(1, padded // 512)),
+        SIZE=size, PADDED=padded, ADD=delta is not None, num_warps=4 if padded <= 2048 else 8, **pdl(hidden.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr):
+def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = col < SIZE
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     gate = tl.load(x_ptr + row * 2 * SIZE + col, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * SIZE + SIZE + col, mask=inside, other=0.0).to(tl.float32)
     out = gate / (1.0 + tl.exp(-gate)) * up
@@ -49,71 +67,112 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `Ops.silu_mul`; gate_up [T, 2 I] is contiguous."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    tile = min(2048, triton.next_power_of_2(size))
-    _silu_mul[(rows, triton.cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=4)
+    tile = min(1024 if rows <= 256 else 2048, triton.next_power_of_2(size))  # few rows want more programs
+    _silu_mul[(rows, triton.cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=8, **pdl(gate_up.device))
     return out
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See `Ops.gated`: one kernel for few rows, torch's product and `silu_mul` for more."""
+    return gated_of_few(x, weight) if fits(x, weight) else silu_mul(F.linear(x, weight))
 
 
 @triton.jit
 def _norm_rotate(
-    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps, stride,
-    Q_HEADS: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, slots_ptr, k_pool_ptr, v_pool_ptr, eps, stride,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
+    ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD // 2
-    low = tl.arange(0, HALF)
+    head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    low = tl.arange(0, HALF)[None, :]
+    is_q = head < Q_HEADS
+    is_v = head >= Q_HEADS + KV_HEADS
+    live = (head < Q_HEADS + 2 * KV_HEADS) & (low >= 0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     at = x_ptr + token * stride + head * HEAD + low
-    a, b = tl.load(at).to(tl.float32), tl.load(at + HALF).to(tl.float32)
+    raw_a, raw_b = tl.load(at, mask=live, other=0.0), tl.load(at + HALF, mask=live, other=0.0)
+    a, b = raw_a.to(tl.float32), raw_b.to(tl.float32)
     if NORM:
-        scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / HEAD + eps)
-        is_q = head < Q_HEADS
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD + eps)[:, None]
         weight_a = tl.where(is_q, tl.load(q_weight_ptr + low), tl.load(k_weight_ptr + low))
         weight_b = tl.where(is_q, tl.load(q_weight_ptr + HALF + low), tl.load(k_weight_ptr + HALF + low))
         a *= scale * weight_a.to(tl.float32)
         b *= scale * weight_b.to(tl.float32)
         a, b = a.to(x_ptr.dtype.element_ty).to(tl.float32), b.to(x_ptr.dtype.element_ty).to(tl.float32)
-    turn = token * HEAD + low
-    cos_a, cos_b = tl.load(cos_ptr + turn), tl.load(cos_ptr + turn + HALF)
-    sin_a, sin_b = tl.load(sin_ptr + turn), tl.load(sin_ptr + turn + HALF)  # signed for the twin's swap of the halves
-    tl.store(at, (a * cos_a + b * sin_a).to(x_ptr.dtype.element_ty))
-    tl.store(at + HALF, (b * cos_b + a * sin_b).to(x_ptr.dtype.element_ty))
+    if ROTATE:
+        turn = token * HEAD + low
+        cos = tl.load(cos_ptr + turn)
+        sin = tl.load(sin_ptr + turn + HALF)  # the twin's is signed: this half is not negated
+        a, b = a * cos - b * sin, b * cos + a * sin
+    new_a = tl.where(is_v, raw_a, a.to(x_ptr.dtype.element_ty))
+    new_b = tl.where(is_v, raw_b, b.to(x_ptr.dtype.element_ty))
+    if NORM or ROTATE:
+        turned = live & (head < Q_HEADS + KV_HEADS)
+        tl.store(at, new_a, mask=turned)
+        tl.store(at + HALF, new_b, mask=turned)
+    slot = tl.load(slots_ptr + token)
+    k_at = k_pool_ptr + (slot * KV_HEADS + head - Q_HEADS) * HEAD + low
+    v_at = v_pool_ptr + (slot * KV_HEADS + head - Q_HEADS - KV_HEADS) * HEAD + low
+    is_k = live & (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
+    tl.store(k_at, new_a, mask=is_k)
+    tl.store(k_at + HALF, new_b, mask=is_k)
+    tl.store(v_at, new_a, mask=live & is_v)
+    tl.store(v_at + HALF, new_b, mask=live & is_v)
 
 
 def norm_rotate(
     heads: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    q_heads: int,
-    kv_heads: int,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
     weights: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Ops.norm_rotate`; a token's heads lie side by side, a head's size is a power of two, and the heads are overwritten."""
+    slots: torch.Tensor,
+    pools: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `Ops.norm_rotate`; a token's heads lie side by side, a head's size is a power of two, q and k are overwritten."""
+    tokens, num_heads, head_dim = heads.shape
+    kv_heads = pools["k"].shape[2]
+    q_heads = num_heads - 2 * kv_heads
+    cos, sin = angles or (heads, heads)
     q_weight, k_weight = weights or (heads, heads)
-    _norm_rotate[(heads.shape[0], q_heads + kv_heads)](
-        heads, cos, sin, q_weight, k_weight, eps, heads.stride(0),
-        Q_HEADS=q_heads, HEAD=heads.shape[2], NORM=weights is not None, num_warps=1,
+    _norm_rotate[(tokens, triton.cdiv(num_heads, HEADS_A_PROGRAM))](
+        heads, cos, sin, q_weight, k_weight, slots, pools["k"], pools["v"], eps, heads.stride(0),
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD=head_dim, TILE=HEADS_A_PROGRAM,
+        NORM=weights is not None, ROTATE=angles is not None, num_warps=4, **pdl(heads.device),
     )  # fmt: skip
-    return heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads]
+    return heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
 
 
 @triton.jit
-def _write_kv(
-    k_ptr, v_ptr, slots_ptr, k_pool_ptr, v_pool_ptr, k_stride, v_stride, SIZE: tl.constexpr, PADDED: tl.constexpr
-):  # fmt: skip
+def _angles(
+    positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, magnitude, HALF: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
     col = tl.arange(0, PADDED)
-    inside = col < SIZE
-    tl.store(k_pool_ptr + slot * SIZE + col, tl.load(k_ptr + token * k_stride + col, mask=inside), mask=inside)
-    tl.store(v_pool_ptr + slot * SIZE + col, tl.load(v_ptr + token * v_stride + col, mask=inside), mask=inside)
+    inside = col < HALF
+    inv_freq = tl.load(inv_freq_ptr + col, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    angle = tl.load(positions_ptr + token).to(tl.float32) * inv_freq
+    cos, sin = tl.cos(angle) * magnitude, tl.sin(angle) * magnitude
+    at = token * 2 * HALF + col
+    tl.store(cos_ptr + at, cos, mask=inside)
+    tl.store(cos_ptr + at + HALF, cos, mask=inside)
+    tl.store(sin_ptr + at, -sin, mask=inside)
+    tl.store(sin_ptr + at + HALF, sin, mask=inside)
 
 
-def write_kv(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor) -> None:
-    """Write k and v [T, kv_heads, head_dim], a token's heads side by side, to their slots [T] of the pools."""
-    size = k.shape[1] * k.shape[2]
-    padded = triton.next_power_of_2(size)
-    _write_kv[(k.shape[0],)](
-        k, v, slots, k_pool, v_pool, k.stride(0), v.stride(0), SIZE=size, PADDED=padded, num_warps=min(8, max(1, padded // 256))
-    )
+def angles(positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Rotary.forward`: positions [T] int64 and inv_freq [dim / 2] float32 -> cos and signed sin, [T, 1, dim] float32."""
+    half = inv_freq.shape[0]
+    cos = torch.empty(positions.shape[0], 1, 2 * half, dtype=torch.float32, device=positions.device)
+    sin = torch.empty_like(cos)
+    _angles[(positions.shape[0],)](
+        positions, inv_freq, cos, sin, magnitude,
+        HALF=half, PADDED=triton.next_power_of_2(half), num_warps=1, **pdl(positions.device),
+    )  # fmt: skip
+    return cos, sin

@@ -1,88 +1,155 @@
 """MLA decode in latent space over a paged latent cache, in Triton: every head reads the same [latent | rope] record.
 
 The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): scores are q_latent . c + q_rope . k_rope, and the output is
-the weighted sum of c, to be expanded by the caller. The latent part is read once and used as key and value.
+the weighted sum of c, which `latent.expand` merges and expands. The latent part is read once and used as key and value.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, merge_splits, precision
+from engine.kernels.launch import pdl
+from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
+
+MANY_ROWS = 64  # heads of one program where there are more than a few: what Hopper's matrix unit takes at once
+FEW_SEQUENCES = 8  # below, heads are spread over more programs instead
+MAX_SPLITS = 16
+
+
+class Tile(NamedTuple):
+    """How a program of the decode is cut."""
+
+    rows: int  # heads
+    tokens: int  # of one pass of the loop; at most a block
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit
 def _split(
-    q_ptr, cache_ptr, tables_ptr, lens_ptr, acc_ptr, lse_ptr, scale, max_blocks,
+    q_ptr, rope_ptr, cache_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr, scale, max_blocks, rope_token, rope_head,
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    seq, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq, part, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    RECORD: tl.constexpr = LATENT + ROPE
+    head = part * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, LATENT)
+    rope = tl.arange(0, ROPE)
+    offset = tl.arange(0, TILE)
+    live = head < HEADS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
     length = tl.load(lens_ptr + seq)
     per_split = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
     begin = split * per_split
     end = tl.minimum(begin + per_split, length)
-    RECORD: tl.constexpr = LATENT + ROPE
-
-    head = part * ROWS + tl.arange(0, ROWS)
-    dim = tl.arange(0, LATENT)
-    rope = LATENT + tl.arange(0, ROPE)
-    offset = tl.arange(0, TILE)
-    live = head < HEADS
-    q_at = (seq * HEADS + head) * RECORD
-    q_c = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=live[:, None], other=0.0)
-    q_r = tl.load(q_ptr + q_at[:, None] + rope[None, :], mask=live[:, None], other=0.0)
+    pair = seq * HEADS + head
+    at_rope = seq * rope_token + head * rope_head
+    q_c = tl.load(q_ptr + pair[:, None] * LATENT + dim[None, :], mask=live[:, None], other=0.0)
+    q_r = tl.load(rope_ptr + at_rope[:, None] + rope[None, :], mask=live[:, None], other=0.0)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, LATENT], tl.float32)
+    # A block's number is fetched a pass ahead: a load that depends on another in the same pass is pipelined half as deep.
+    tables_ptr += seq * max_blocks
+    block = tl.load(tables_ptr + begin // BLOCK, mask=begin < end, other=0).to(tl.int64)
     for start in range(begin, end, TILE):
-        block = tl.load(tables_ptr + seq * max_blocks + start // BLOCK).to(tl.int64)
         at = (block * BLOCK + start % BLOCK + offset) * RECORD
         inside = start + offset < end
+        block = tl.load(tables_ptr + (start + TILE) // BLOCK, mask=start + TILE < end, other=0).to(tl.int64)
         c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
-        r = tl.load(cache_ptr + at[None, :] + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
+        r = tl.load(cache_ptr + at[None, :] + LATENT + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
         score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
-        score = tl.dot(q_r, r, score, input_precision=PRECISION) * scale
+        score = tl.dot(q_r, r, score, input_precision=PRECISION)
         score = tl.where(inside[None, :], score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1))
-        p = tl.exp2(score - new_best[:, None])
+        new_best = tl.maximum(best, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - new_best[:, None])
         keep = tl.exp2(best - new_best)
         total = total * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(c.dtype), c, acc * keep[:, None], input_precision=PRECISION)
         best = new_best
 
-    out = (seq * HEADS + head) * SPLITS + split
-    empty = total == 0.0  # the sequence is too short for this split to have a part of it
-    total = tl.where(empty, 1.0, total)
-    tl.store(lse_ptr + out, tl.where(empty, float("-inf"), best + tl.log2(total)), mask=live)
-    tl.store(acc_ptr + out[:, None] * LATENT + dim[None, :], acc / total[:, None], mask=live[:, None])
+    if SPLITS == 1:
+        mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + pair[:, None] * LATENT + dim[None, :], mixed, mask=live[:, None])
+    else:
+        # A sequence may be too short for this split to have a part of it: then the log-sum-exp alone says so.
+        at_out = pair * SPLITS + split
+        empty = begin >= end
+        total = tl.where(empty, 1.0, total)
+        tl.store(lse_ptr + at_out, tl.where(empty, float("-inf"), best + tl.log2(total)), mask=live)
+        if begin < end:
+            tl.store(out_ptr + at_out[:, None] * LATENT + dim[None, :], acc / total[:, None], mask=live[:, None])
 
 
 def mla_decode(
-    q: torch.Tensor,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
     cache: torch.Tensor,
     block_tables: torch.Tensor,
     kv_lens: torch.Tensor,
     scale: float,
-    latent: int,
     num_splits: int,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """q [B, heads, latent + rope] over cache [num_blocks, block_size, latent + rope] -> [B, heads, latent].
+    """q_latent [B, heads, latent], contiguous, and q_rope [B, heads, rope] over cache [num_blocks, block_size, latent + rope].
 
-    block_tables [B, max_blocks] int32 and kv_lens [B] int32, each at least 1. latent, rope and block_size are powers of two.
+    Returns the averaged latents [B, heads, latent]. block_tables [B, max_blocks] int32
+    and kv_lens [B] int32, each at least 1. latent, rope, block_size and num_splits are powers of two.
     """
-    num_seqs, heads, record = q.shape
+    num_seqs, heads, latent = q_latent.shape
     block_size = cache.shape[1]
-    rows = MIN_DOT_ROWS if heads <= 16 or num_seqs < 8 else 64
-    acc = torch.empty(num_seqs, heads, num_splits, latent, dtype=torch.float32, device=q.device)
-    lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q.device)
-    _split[(num_seqs, triton.cdiv(heads, rows), num_splits)](
-        q, cache, block_tables, kv_lens, acc, lse, scale * LOG2_E, block_tables.stride(0),
-        HEADS=heads, ROWS=rows, LATENT=latent, ROPE=record - latent,
-        BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
-        PRECISION=precision(q.dtype), num_warps=4 if rows == MIN_DOT_ROWS else 8, num_stages=2,
+    tile = tile or decode_tile(num_seqs, heads)
+    out = torch.empty_like(q_latent)
+    parts = lse = out  # where nothing is split, nobody looks at them
+    if num_splits > 1:
+        parts = torch.empty(num_seqs, heads, num_splits, latent, dtype=torch.float32, device=q_latent.device)
+        lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q_latent.device)
+    _split[(num_seqs, triton.cdiv(heads, tile.rows), num_splits)](
+        q_latent, q_rope, cache, block_tables, kv_lens, parts, lse,
+        scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
+        HEADS=heads, ROWS=tile.rows, LATENT=latent, ROPE=q_rope.shape[2],
+        BLOCK=block_size, TILE=min(tile.tokens, block_size), SPLITS=num_splits,
+        PRECISION=precision(q_latent.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(q_latent.device),
     )  # fmt: skip
-    return merge_splits(acc, lse, q.dtype)
+    if num_splits > 1:
+        _merge[(num_seqs * heads,)](
+            parts, lse, out, LATENT=latent, SPLITS=num_splits, num_warps=8 if num_splits > 8 else 4, **pdl(out.device)
+        )
+    return out
+
+
+@triton.jit
+def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)  # sequence * heads + head
+    split = tl.arange(0, SPLITS)
+    dim = tl.arange(0, LATENT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    lse = tl.load(lse_ptr + pair * SPLITS + split)
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    used = weight > 0.0  # a split past a sequence's end has written nothing
+    parts = tl.load(parts_ptr + (pair * SPLITS + split[:, None]) * LATENT + dim[None, :], mask=used[:, None], other=0.0)
+    out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + pair * LATENT + dim, out.to(out_ptr.dtype.element_ty))
+
+
+def decode_tile(num_seqs: int, heads: int) -> Tile:
+    if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES:
+        return Tile(MIN_DOT_ROWS, 32, 4, 3)
+    return Tile(MANY_ROWS, 32, 8, 3)
+
+
+def decode_splits(num_seqs: int, heads: int, num_processors: int) -> int:
+    """Splits (a power of two, at most MAX_SPLITS) that give each processor about a program."""
+    programs = num_seqs * int(triton.cdiv(heads, decode_tile(num_seqs, heads).rows))
+    return min(MAX_SPLITS, int(triton.next_power_of_2(max(1, num_processors // programs))))

@@ -1,77 +1,100 @@
 """Attention of one query token a sequence over a paged K/V cache, in Triton: split-KV with the heads of a group packed.
 
-The cache of a sequence is cut into `num_splits` ranges, one program each, so that few sequences still fill the device;
-a second kernel merges the ranges by their log-sum-exp (the "flash-decoding" scheme: Dao et al., 2023). All query heads
-that share a K/V head are rows of one tile, so K and V are read once for them. The grid depends on shapes only, never on
-lengths, so a captured graph stays right as sequences grow.
+The cache of a sequence is cut into `num_splits` ranges, one program each, so that few sequences still fill the device; the
+program that is last to finish merges the ranges by their log-sum-exp (the "flash-decoding" scheme: Dao et al., 2023). All
+query heads that share a K/V head are rows of one tile, so K and V are read once for them. The grid depends on shapes only,
+never on lengths, so a captured graph stays right as sequences grow.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.launch import pdl
+
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
+MAX_GROUPS = 1 << 16  # (sequence, K/V head) pairs of one launch
 
 
 @triton.jit
-def _split(
-    q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, acc_ptr, lse_ptr,
+def _decode(
+    q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, acc_ptr, lse_ptr, arrived_ptr,
     scale, max_blocks, q_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lens_ptr + seq)
-    per_split = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, length)
-
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD)
     offset = tl.arange(0, TILE)
     heads = KV_HEADS * GROUP
     head = kv_head * GROUP + row
     live = row < GROUP
-    q = tl.load(q_ptr + seq * q_stride + head[:, None] * HEAD + dim[None, :], mask=live[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    token = seq
+    if BY_LENGTH:
+        token = tl.load(starts_ptr + seq)
+        if tl.load(starts_ptr + seq + 1) - token != 1:
+            return
+    length = tl.load(lens_ptr + seq)
+    per_split = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, length)
+    q = tl.load(q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD + dim[None, :], mask=live[:, None], other=0.0)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
+    # A block's number is fetched a pass ahead: loads that depend on one of the same pass are pipelined half as deep.
+    tables_ptr += seq.to(tl.int64) * max_blocks
+    block = tl.load(tables_ptr + begin // BLOCK, mask=begin < end, other=0).to(tl.int64)
     for start in range(begin, end, TILE):
-        block = tl.load(tables_ptr + seq * max_blocks + start // BLOCK).to(tl.int64)
-        slot = block * BLOCK + start % BLOCK + offset
         inside = start + offset < end
-        at = (slot * KV_HEADS + kv_head) * HEAD
+        at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
+        block = tl.load(tables_ptr + (start + TILE) // BLOCK, mask=start + TILE < end, other=0).to(tl.int64)
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=inside[None, :], other=0.0)  # [HEAD, TILE]
+        v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, HEAD]
         score = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION) * scale, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, 1))
         p = tl.exp2(score - new_best[:, None])
         keep = tl.exp2(best - new_best)
         total = total * keep + tl.sum(p, 1)
-        v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, HEAD]
-        acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         best = new_best
 
-    out = (seq * heads + head) * SPLITS + split
+    if PDL:  # not before: programs that wait would take the room of ours
+        tl.extra.cuda.gdc_launch_dependents()
     empty = total == 0.0  # the sequence is too short for this split to have a part of it
     total = tl.where(empty, 1.0, total)
-    tl.store(lse_ptr + out, tl.where(empty, float("-inf"), best + tl.log2(total)), mask=live)
-    tl.store(acc_ptr + out[:, None] * HEAD + dim[None, :], acc / total[:, None], mask=live[:, None])
-
-
-@triton.jit
-def _merge(acc_ptr, lse_ptr, out_ptr, HEAD: tl.constexpr, SPLITS: tl.constexpr):
-    pair = tl.program_id(0)  # sequence * heads + head
-    split = tl.arange(0, SPLITS)
-    dim = tl.arange(0, HEAD)
-    lse = tl.load(lse_ptr + pair * SPLITS + split)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    acc = tl.load(acc_ptr + (pair * SPLITS + split[:, None]) * HEAD + dim[None, :])
-    out = tl.sum(acc * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out_ptr + pair * HEAD + dim, out.to(out_ptr.dtype.element_ty))
+    acc = acc / total[:, None]
+    if SPLITS == 1:
+        at_out = (token * heads + head[:, None]) * HEAD + dim[None, :]
+        tl.store(out_ptr + at_out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    else:
+        part = (seq * heads + head) * SPLITS + split
+        tl.store(lse_ptr + part, tl.where(empty, float("-inf"), best + tl.log2(total)), mask=live)
+        tl.store(acc_ptr + part[:, None] * HEAD + dim[None, :], acc, mask=live[:, None])
+        tl.debug_barrier()  # all of the program's parts are written before it says so
+        arrived = tl.atomic_add(arrived_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            tl.store(arrived_ptr + seq * KV_HEADS + kv_head, 0)  # for the next launch
+            first = seq * heads + kv_head * GROUP
+            splits = tl.arange(0, SPLITS)
+            for i in range(GROUP):
+                lse = tl.load(lse_ptr + (first + i) * SPLITS + splits, cache_modifier=".cg")
+                weight = tl.exp2(lse - tl.max(lse, 0))
+                at_acc = ((first + i) * SPLITS + splits[:, None]) * HEAD + dim[None, :]
+                parts = tl.load(acc_ptr + at_acc, cache_modifier=".cg")
+                merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+                at_out = (token * heads + kv_head * GROUP + i) * HEAD
+                tl.store(out_ptr + at_out + dim, merged.to(out_ptr.dtype.element_ty))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -86,6 +109,14 @@ def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
     return min(32, splits)
 
 
+@cache
+def arrivals(device: torch.device) -> torch.Tensor:
+    """Counters [MAX_GROUPS] int32 of the programs that are done with a part. Every launch leaves them at 0, and launches follow
+    one another, so all share them.
+    """
+    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
+
+
 def paged_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -94,31 +125,34 @@ def paged_decode(
     kv_lens: torch.Tensor,
     scale: float,
     num_splits: int,
+    out: torch.Tensor | None = None,
+    query_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from q [B, heads, head_dim], each token's heads side by side, to the first kv_lens[b] tokens of each sequence.
 
-    Returns [B, heads, head_dim]. k_cache and v_cache are [num_blocks, block_size, kv_heads, head_dim], block_tables
-    [B, max_blocks] int32, kv_lens [B] int32 (each at least 1). head_dim, block_size (at least 16) and num_splits must be
-    powers of two.
+    Returns [B, heads, head_dim], in `out` where that is given. k_cache and v_cache are [num_blocks, block_size, kv_heads,
+    head_dim], block_tables [B, max_blocks] int32, kv_lens [B] int32 (each at least 1). head_dim, block_size (at least 16)
+    and num_splits must be powers of two; what is split has at most MAX_GROUPS pairs of sequence and K/V head.
+
+    With `query_starts` [B + 1] int32, q and `out` are [T, heads, head_dim], and only the sequences of one token are served.
     """
-    num_seqs, heads, head_dim = q.shape
+    _, heads, head_dim = q.shape
+    num_seqs = q.shape[0] if query_starts is None else kv_lens.shape[0]
     _, block_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
-    acc = torch.empty(num_seqs, heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q.device)
-    _split[(num_seqs, kv_heads, num_splits)](
-        q, k_cache, v_cache, block_tables, kv_lens, acc, lse,
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    acc = lse = out  # where nothing is split, nobody looks at them
+    if num_splits > 1:
+        acc = torch.empty(num_seqs, heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q.device)
+    _decode[(num_seqs, kv_heads, num_splits)](
+        q, k_cache, v_cache, out, block_tables, kv_lens, kv_lens if query_starts is None else query_starts,
+        acc, lse, arrivals(q.device),
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
         HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
-        PRECISION=precision(q.dtype), num_warps=4, num_stages=3,
+        BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
+        num_warps=2 if num_splits > 4 else 4, num_stages=3, **pdl(q.device),
     )  # fmt: skip
-    return merge_splits(acc, lse, q.dtype)
-
-
-def merge_splits(acc: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """acc [B, heads, splits, dim] float32, each split's own average; lse [B, heads, splits] base 2 -> [B, heads, dim]."""
-    num_seqs, heads, splits, dim = acc.shape
-    out = torch.empty(num_seqs, heads, dim, dtype=dtype, device=acc.device)
-    _merge[(num_seqs * heads,)](acc, lse, out, HEAD=dim, SPLITS=splits, num_warps=max(1, dim // 128))
     return out

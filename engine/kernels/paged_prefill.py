@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.launch import pdl
 from engine.kernels.paged_decode import LOG2_E, precision
 
 TILE_ROWS = 128  # (token, head of the group) pairs of one tile
@@ -19,10 +20,15 @@ def _prefill(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, tile_query_ptr, tile_start_ptr,
     scale, max_blocks, q_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, kv_head = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     query = tl.load(tile_query_ptr + tile)
+    if query < 0:  # a graph has programs for more tiles than most steps have
+        return
     first = tl.load(tile_start_ptr + tile)  # first token of the tile within its chunk
     begin = tl.load(starts_ptr + query)
     chunk = tl.load(starts_ptr + query + 1) - begin
@@ -44,22 +50,25 @@ def _prefill(
     limit = prefix + token  # last position a row may see
     full = (prefix + first) // TILE_N * TILE_N  # below it every row sees every position
     end = tl.minimum(prefix + first + TILE_Q, length)
+    # A block's number is fetched a pass ahead: loads that depend on one of the same pass are pipelined half as deep.
+    tables_ptr += query.to(tl.int64) * max_blocks
+    block = tl.load(tables_ptr).to(tl.int64)
     for start in range(0, full, TILE_N):
-        block = tl.load(tables_ptr + query * max_blocks + start // BLOCK).to(tl.int64)
         at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
+        block = tl.load(tables_ptr + (start + TILE_N) // BLOCK, mask=start + TILE_N < end, other=0).to(tl.int64)
         k = tl.load(k_ptr + at[None, :] + dim[:, None])
-        score = tl.dot(q, k, input_precision=PRECISION) * scale
-        new_best = tl.maximum(best, tl.max(score, 1))
-        p = tl.exp2(score - new_best[:, None])
+        score = tl.dot(q, k, input_precision=PRECISION)
+        new_best = tl.maximum(best, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - new_best[:, None])  # one fused multiply-add before the exponential
         keep = tl.exp2(best - new_best)
         total = total * keep + tl.sum(p, 1)
         v = tl.load(v_ptr + at[:, None] + dim[None, :])
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
         best = new_best
     for start in range(full, end, TILE_N):
-        block = tl.load(tables_ptr + query * max_blocks + start // BLOCK).to(tl.int64)
-        at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
         inside = start + offset < length
+        at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
+        block = tl.load(tables_ptr + (start + TILE_N) // BLOCK, mask=start + TILE_N < end, other=0).to(tl.int64)
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=inside[None, :], other=0.0)
         seen = (start + offset)[None, :] <= limit[:, None]
         score = tl.where(seen, tl.dot(q, k, input_precision=PRECISION) * scale, float("-inf"))
@@ -73,6 +82,45 @@ def _prefill(
     out = acc / total[:, None]
     at_out = ((begin + token) * (KV_HEADS * GROUP) + head).to(tl.int64) * HEAD
     tl.store(out_ptr + at_out[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def _map_tiles(
+    starts_ptr, tile_query_ptr, tile_start_ptr, num_queries, num_tiles,
+    TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    mine = tl.program_id(0)
+    query = tl.arange(0, QUERIES)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inside = query < num_queries
+    tokens = tl.load(starts_ptr + query + 1, mask=inside, other=0) - tl.load(starts_ptr + query, mask=inside, other=0)
+    tiles = tl.where(tokens > 1, tl.cdiv(tokens, TILE_Q), 0)
+    before = tl.sum(tl.where(query < mine, tiles, 0), 0)
+    own = tl.sum(tl.where(query == mine, tiles, 0), 0)
+    i = tl.arange(0, TILES)
+    tl.store(tile_query_ptr + before + i, mine, mask=i < own)
+    tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)  # those with most work first
+    if mine == 0:
+        surplus = (i >= tl.sum(tiles, 0)) & (i < num_tiles)
+        tl.store(tile_query_ptr + i, -1, mask=surplus)
+
+
+def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tiles` for `paged_prefill`, made on the device, of the queries of more than one token.
+
+    There are as many as `num_tokens` tokens can need; the surplus ones have query -1.
+    """
+    num_queries = query_starts.shape[0] - 1
+    num_tiles = num_tokens // tile_q + min(num_queries, num_tokens // 2)
+    tile_query, tile_start = torch.empty(2, num_tiles, dtype=torch.int32, device=query_starts.device)
+    _map_tiles[(num_queries,)](
+        query_starts, tile_query, tile_start, num_queries, num_tiles,
+        TILE_Q=tile_q, QUERIES=triton.next_power_of_2(num_queries), TILES=triton.next_power_of_2(num_tiles), num_warps=4,
+        **pdl(query_starts.device),
+    )  # fmt: skip
+    return tile_query, tile_start
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
@@ -89,23 +137,22 @@ def paged_prefill(
     query_starts: torch.Tensor,
     tiles: tuple[torch.Tensor, torch.Tensor],
     scale: float,
-) -> torch.Tensor:
-    """Attend from q [T, heads, head_dim], chunks laid end to end, each over its sequence up to itself; returns the same shape.
+    out: torch.Tensor,
+) -> None:
+    """Attend from q [T, heads, head_dim], chunks laid end to end, each over its sequence up to itself, into `out`, like q.
 
     The cache and tables are as in `paged_decode`; query_starts [B + 1] int32. `tiles` are two int32 tensors, one entry a
-    program: a query, and the first of its tokens, a multiple of `tile_tokens`, that the program takes.
+    program: a query (-1: nothing to do), and the first of its tokens, a multiple of `tile_tokens`, that the program takes.
     """
     heads, head_dim = q.shape[1:]
     _, block_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
     tokens, padded = tile_tokens(heads, kv_heads), triton.next_power_of_2(group)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile_query, tile_start = tiles
     _prefill[(tile_query.shape[0], kv_heads)](
         q, k_cache, v_cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=group, PADDED=padded, HEAD=head_dim, BLOCK=block_size,
         TILE_Q=tokens, TILE_N=min(64, block_size),
-        PRECISION=precision(q.dtype), num_warps=4 if tokens * padded <= TILE_ROWS else 8, num_stages=3,
+        PRECISION=precision(q.dtype), num_warps=4 if tokens * padded <= TILE_ROWS else 8, num_stages=3, **pdl(q.device),
     )  # fmt: skip
-    return out

@@ -5,6 +5,10 @@ Our own, so that quantisation, tensor parallelism and LoRA can replace it in a f
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+from typing import Protocol
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,10 +26,26 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Param
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+class _Kernels(Protocol):
+    def fits(self, x: torch.Tensor, weight: torch.Tensor) -> bool: ...
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+@cache
+def _kernels() -> _Kernels:
+    kernels: _Kernels = importlib.import_module("engine.kernels.linear")  # a machine without CUDA may have no Triton
+    return kernels
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear. In float32 on a CPU a large weight goes to oneDNN: torch's default there, MKL, runs one-row products on one core
+    """F.linear. On CUDA, few rows in bfloat16 go to kernels of our own.
+
+    In float32 on a CPU a large weight goes to oneDNN: torch's default there, MKL, runs one-row products on one core
     and was half as fast on AMD with 1, 16 and 64 rows. Each call of oneDNN costs 20 us, which a small weight does not earn back.
     """
+    if x.is_cuda and _kernels().fits(x, weight):
+        return _kernels().linear(x, weight, bias)
     if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN and weight.numel() >= ONEDNN_FROM:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out

@@ -17,7 +17,7 @@ class GatedMlp(nn.Module):
         self.down_proj = Linear(size, hidden, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
+        out: torch.Tensor = self.down_proj(ops.gated(x, self.gate_up_proj.weight))
         return out
 
     def weights(self, prefix: str) -> Weights:

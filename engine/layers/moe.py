@@ -5,6 +5,10 @@ No expert has a capacity: what a token gets does not depend on the tokens beside
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -61,20 +65,18 @@ def _weighted_sum(sorted_out: torch.Tensor, order: torch.Tensor, weights: torch.
 
 
 def can_group(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `run_experts_grouped` runs: torch's grouped product wants bfloat16 on CUDA."""
+    """Whether all of a layer runs by `moe_cuda.py`, which never waits for the device."""
     return dtype == torch.bfloat16 and device.type == "cuda"
 
 
-def run_experts_grouped(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor, ops: Ops) -> torch.Tensor:
-    """Like `run_experts`, without waiting for the device: one grouped product over the tokens sorted by expert."""
-    weights, ids = routed
-    order = ids.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
-    ones = torch.ones_like(order, dtype=torch.int32)
-    counts = torch.zeros(gate_up.shape[0], dtype=torch.int32, device=x.device).scatter_add_(0, ids.flatten(), ones)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    hidden = ops.silu_mul(torch._grouped_mm(x[order // ids.shape[1]], gate_up.transpose(1, 2), offs=ends))
-    sorted_out = torch._grouped_mm(hidden, down.transpose(1, 2), offs=ends)
-    return _weighted_sum(sorted_out, order, weights)
+class _OnCuda(Protocol):
+    def forward(self, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> torch.Tensor: ...
+
+
+@cache
+def _on_cuda() -> _OnCuda:
+    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # by name: it needs Triton
+    return on_cuda
 
 
 class MoeMlp(nn.Module):
@@ -103,9 +105,10 @@ class MoeMlp(nn.Module):
         self.shared = GatedMlp(hidden, shared_size, dtype=dtype, device=device) if shared_size else None
 
     def forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+        if can_group(x.dtype, x.device):
+            return _on_cuda().forward(self, x, ops)
         routed = route(linear(x.to(self.router.dtype), self.router), self.routing, self.choice_bias)
-        run = run_experts_grouped if can_group(x.dtype, x.device) else run_experts
-        out = run(x, routed, self.gate_up, self.down, ops)
+        out = run_experts(x, routed, self.gate_up, self.down, ops)
         return out if self.shared is None else out.add_(self.shared(x, ops))
 
     def weights(self, prefix: str) -> Weights:

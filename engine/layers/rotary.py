@@ -6,7 +6,9 @@ halves of a head swapped by `roll`, that is x * cos + roll(x) * (-sin | sin), th
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -25,6 +27,14 @@ class Rotary(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin, each [T, 1, dim] float32, for `rotate`."""
+        if positions.is_cuda:
+            kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+            kernel = importlib.import_module("engine.kernels.elementwise").angles
+            return kernel(positions, self.inv_freq, self.magnitude)
+        return self.plain(positions)
+
+    def plain(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in torch: the kernel's twin."""
         angles = torch.outer(positions.float(), self.inv_freq)  # [T, dim / 2]
         cos, sin = angles.cos(), angles.sin()
         if self.magnitude != 1.0:

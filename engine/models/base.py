@@ -31,6 +31,7 @@ class Step:
     attention: StepAttention
     cos: torch.Tensor  # [T, 1, rotary dim]
     sin: torch.Tensor  # likewise, signed for `rotate`
+    slots: torch.Tensor  # [T] int64: where each token's records go in a layer's pools
     ops: Ops
 
 
@@ -108,6 +109,10 @@ class DecoderModel(nn.Module):
         """Whether a forward of decodes never waits for the device: see `run_experts` for what may."""
         return self.backend.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
 
+    @property
+    def graphable_chunks(self) -> bool:
+        return self.graphable and self.backend.graphable_chunks
+
     def make_attention(self, index: int) -> Attention:
         raise NotImplementedError
 
@@ -118,16 +123,16 @@ class DecoderModel(nn.Module):
         """-> hidden [T, H], final norm applied. Writes this step's KV into the pools of `batch`."""
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
-        step = Step(self.backend.prepare(batch), cos, sin, self.ops)
+        step = Step(self.backend.prepare(batch), cos, sin, batch.slots, self.ops)
         delta: torch.Tensor | None = None
         for layer, pools in zip(self.layers, batch.kv, strict=True):
             delta = layer(hidden, delta, step, pools)
         return self.ops.add_norm(hidden, delta, self.norm.weight, self.norm.eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, H] -> [N, V] float32"""
+        """hidden [N, H] -> [N, V]"""
         out: torch.Tensor = self.lm_head(hidden)
-        return out.float()
+        return out
 
     def weights(self) -> WeightMap:
         targets: Weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}

@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V3: multi-head latent attention, and from some layer on a mixture of routed and shared experts.
 
-    x --q_a, norm, q_b (or q)------------> q [heads, nope | rope]
+    x --q_a, norm, q_b (or q)--> q [heads, nope | rope], the second part turned
     x --kv_a--> latent [rank] --norm--+--> cached: [rank | rope], one record for all heads
             \\-> key   [rope] --turn--/
     kv_b expands a latent to each head's key (nope) and value: where and when is up to the attention backend.
@@ -18,7 +18,6 @@ from engine.layers.linear import Linear, Weights, parameter
 from engine.layers.mlp import GatedMlp
 from engine.layers.moe import MoeMlp
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import deinterleave, rotate
 from engine.models.base import Attention, DecoderModel, Mlp, Step
 from engine.models.spec import MlaSpec, ModelSpec
 
@@ -31,49 +30,44 @@ class MlaAttention(nn.Module):
         self.mla = mla
         self.interleaved = spec.rope.interleaved
         hidden, q_size = spec.hidden_size, spec.num_heads * (mla.nope_dim + mla.rope_dim)
-        rank = mla.q_lora_rank
-        self.q_a_proj = Linear(hidden, rank, dtype=dtype, device=device) if rank is not None else None
-        self.q_a_norm = RMSNorm(rank, LATENT_EPS, dtype=dtype, device=device) if rank is not None else None
-        self.q_proj = Linear(hidden if rank is None else rank, q_size, dtype=dtype, device=device)
-        self.kv_a_proj = Linear(hidden, mla.kv_lora_rank + mla.rope_dim, dtype=dtype, device=device)
-        self.kv_a_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
+        rank, self.record = mla.q_lora_rank, mla.kv_lora_rank + mla.rope_dim
+        self.q_norm = RMSNorm(rank, LATENT_EPS, dtype=dtype, device=device) if rank is not None else None
+        self.q_b_proj = Linear(rank, q_size, dtype=dtype, device=device) if rank is not None else None
+        # What has x for input is one product: q, or what q is projected from, then the latent and its key.
+        self.in_size = q_size if rank is None else rank
+        self.in_proj = Linear(hidden, self.in_size + self.record, dtype=dtype, device=device)
+        self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
         # Not a Linear: the attention backend decides what to multiply it with.
         self.kv_b = parameter(spec.num_heads, mla.nope_dim + mla.v_dim, mla.kv_lora_rank, dtype=dtype, device=device)
         self.o_proj = Linear(spec.num_heads * mla.v_dim, hidden, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
-        m = self.mla
-        q_in = x if self.q_a_proj is None or self.q_a_norm is None else self.q_a_norm(self.q_a_proj(x))
-        q: torch.Tensor = self.q_proj(q_in).view(x.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
-        q = torch.cat((q[..., : m.nope_dim], self._turn(q[..., m.nope_dim :], step)), -1)
-        kv = self.kv_a_proj(x)  # [T, rank + rope]
-        key = self._turn(kv[:, None, m.kv_lora_rank :], step)[:, 0]  # [T, rope]
-        latent = torch.cat((self.kv_a_norm(kv[:, : m.kv_lora_rank]), key), -1)
+        m, pool = self.mla, pools["latent"]
+        q, kv = torch.split(self.in_proj(x), [self.in_size, self.record], -1)  # kv [T, rank + rope]
+        if self.q_norm is not None and self.q_b_proj is not None:
+            q = self.q_b_proj(step.ops.norm(q, self.q_norm.weight, self.q_norm.eps))
+        q = q.view(x.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
+        norm, angles = (self.kv_norm.weight, self.kv_norm.eps), (step.cos, step.sin)
+        q, latent = step.ops.latent_prepare(q, kv, norm, angles, step.slots, pool, interleaved=self.interleaved)
         out = step.attention.attend_latent(q, latent, self.kv_b, pools, scale=m.softmax_scale)
         projected: torch.Tensor = self.o_proj(out.flatten(1))
         return projected
 
-    def _turn(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        return rotate(deinterleave(x) if self.interleaved else x, step.cos, step.sin)
-
     def weights(self, prefix: str) -> Weights:
+        q_in = "q_proj" if self.q_b_proj is None else "q_a_proj"
         out: Weights = {
-            f"{prefix}kv_a_layernorm.weight": self.kv_a_norm.weight,
+            f"{prefix}kv_a_layernorm.weight": self.kv_norm.weight,
             f"{prefix}kv_b_proj.weight": self.kv_b.view(-1, self.mla.kv_lora_rank),
+            **self.in_proj.weights({f"{prefix}{q_in}": self.in_size, f"{prefix}kv_a_proj_with_mqa": self.record}),
+            **self.o_proj.weights({f"{prefix}o_proj": self.o_proj.weight.shape[0]}),
         }
-        linears = {"kv_a_proj_with_mqa": self.kv_a_proj, "o_proj": self.o_proj}
-        if self.q_a_proj is not None and self.q_a_norm is not None:
-            out[f"{prefix}q_a_layernorm.weight"] = self.q_a_norm.weight
-            linears |= {"q_a_proj": self.q_a_proj, "q_b_proj": self.q_proj}
-        else:
-            linears["q_proj"] = self.q_proj
-        for name, linear in linears.items():
-            out |= linear.weights({prefix + name: linear.weight.shape[0]})
+        if self.q_norm is not None and self.q_b_proj is not None:
+            out[f"{prefix}q_a_layernorm.weight"] = self.q_norm.weight
+            out |= self.q_b_proj.weights({f"{prefix}q_b_proj": self.q_b_proj.weight.shape[0]})
         return out
 
     def pools(self) -> list[PoolSpec]:
-        shape = (self.mla.kv_lora_rank + self.mla.rope_dim,)
-        return [PoolSpec(name="latent", shape=shape, dtype=self.kv_b.dtype)]
+        return [PoolSpec(name="latent", shape=(self.record,), dtype=self.kv_b.dtype)]
 
 
 class DeepseekModel(DecoderModel):

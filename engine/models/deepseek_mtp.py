@@ -69,7 +69,7 @@ class DeepseekMtp(nn.Module):
         joined = self.join(torch.cat((embedded, self.hidden_norm(hidden)), -1))  # [T, H]
         cos, sin = shared.rotary(batch.positions)
         (pools,) = batch.kv
-        delta = self.layer(joined, None, Step(shared.backend.prepare(batch), cos, sin, shared.ops), pools)
+        delta = self.layer(joined, None, Step(shared.backend.prepare(batch), cos, sin, batch.slots, shared.ops), pools)
         out: torch.Tensor = joined + delta
         return out
 

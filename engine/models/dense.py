@@ -24,6 +24,7 @@ class GqaAttention(nn.Module):
         self.dtype = dtype
         self.head_dim = spec.head_dim
         self.scale = spec.head_dim**-0.5
+        self.norm_eps = spec.norm_eps
         self.q_size, self.kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Linear(spec.hidden_size, self.q_size + 2 * self.kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
         self.o_proj = Linear(self.q_size, spec.hidden_size, bias=spec.o_bias, dtype=dtype, device=device)
@@ -32,22 +33,12 @@ class GqaAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
         heads: torch.Tensor = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
-        kv_heads = pools["k"].shape[2]
-        q_heads = heads.shape[1] - 2 * kv_heads
-        q, k = self._positioned(heads, q_heads, kv_heads, step)
-        out = step.attention.attend(q, k, heads[:, -kv_heads:], pools, scale=self.scale)
+        angles = (step.cos, step.sin) if self.rotary else None
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        q, k, v = step.ops.norm_rotate(heads, angles, norms, self.norm_eps, step.slots, pools)
+        out = step.attention.attend(q, k, v, pools, scale=self.scale)
         projected: torch.Tensor = self.o_proj(out.flatten(1))
         return projected
-
-    def _positioned(self, heads: torch.Tensor, q_heads: int, kv_heads: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """The q and the k heads, normed and turned as the family has it."""
-        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
-        if not self.rotary:
-            q, k = heads[:, :q_heads], heads[:, q_heads:-kv_heads]
-            return (q, k) if norms is None else (norms[0](q), norms[1](k))
-        weights = None if norms is None else (norms[0].weight, norms[1].weight)
-        eps = 0.0 if norms is None else norms[0].eps
-        return step.ops.norm_rotate(heads, step.cos, step.sin, q_heads=q_heads, kv_heads=kv_heads, weights=weights, eps=eps)
 
     def weights(self, prefix: str) -> Weights:
         out = self.qkv_proj.weights(

@@ -39,7 +39,7 @@ def of_prompt(
     """What is reported about prompt `tokens` [N], given the hidden states before them [N, H]; chunked to bound memory."""
     size = max(1, _CHUNK_ELEMENTS // vocab_size)
     parts = [
-        log_probabilities(logits(h).log_softmax(-1), t, num_top)
+        log_probabilities(logits(h).float().log_softmax(-1), t, num_top)
         for h, t in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
     ]
     return LogprobTensors(*(torch.cat(field) for field in zip(*parts, strict=True)))

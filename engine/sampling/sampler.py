@@ -47,8 +47,16 @@ class Sampler:
         self.params.admit(admitted)
         self._counts.admit(admitted)
 
+    def takes_likeliest(self, rows: Ints, ends: Ints) -> bool:
+        """Whether `sample` would give each of these the largest of its logits as they are, and nothing else is asked for."""
+        records = self.params.table[rows]
+        return bool(np.all(records["greedy"] & (ends - records["num_prompt"] >= records["min_tokens"])))
+
     def sample(self, logits: torch.Tensor, rows: Ints, ends: Ints) -> Sampled:
-        """Choose the token at position `ends[i]` of row `rows[i]` from `logits[i]`; `logits` [S, V] float32 is overwritten."""
+        """Choose the token at position `ends[i]` of row `rows[i]` from `logits[i]`; `logits` [S, V] may be overwritten."""
+        if self.takes_likeliest(rows, ends):
+            return Sampled(logits.argmax(-1), None, np.zeros(0, np.int64), [])
+        logits = logits.float()
         records = self.params.table[rows]
         wanting = np.flatnonzero(records["wants_logprobs"])
         plain = logits[self._upload([wanting])[0]].log_softmax(-1) if wanting.size else None

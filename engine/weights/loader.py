@@ -1,13 +1,15 @@
-"""Safetensors checkpoints, one tensor at a time, straight into a model's allocated parameters. Never pickle.
+"""Safetensors checkpoints straight into a model's allocated parameters. Never pickle.
 
 Names, shapes and types of all tensors are checked against the model before the first byte is copied. A fused parameter is
-filled slice by slice; FP8 block weights are turned into the parameter's type on its device on the way.
+filled slice by slice; FP8 block weights are turned into the parameter's type on its device on the way. To a CUDA device the
+bytes are streamed (`stream.py`); elsewhere tensors are read one at a time.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -21,10 +23,12 @@ from engine.models.config_reader import read_json
 from engine.models.deepseek_mtp import DeepseekMtp, mtp_prefix
 from engine.models.spec import Fp8Spec, ModelSpec
 from engine.quant import fp8
+from engine.weights import stream
 
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8: torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,7 @@ def load(model: Loadable, folder: str | Path) -> None:
     with ExitStack() as stack:
         stored, scales = _open_checked(Path(folder), weights, block, stack)
         with torch.no_grad():
-            for name, target in weights.targets.items():
-                _copy(stored[name], scales.get(name), target, block)
+            _fill(stored, scales, weights, block)
             for name, original in weights.copies.items():
                 if name in stored and not torch.equal(stored[name].read().to(original), original):
                     stored[name].refuse("differs from the main model's, which is used in its place: the two must be equal")
@@ -189,11 +192,46 @@ def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None
         scale.refuse(f"has no use: the weight it would scale is {tensor.dtype}")
 
 
-def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: Fp8Spec | None) -> None:
-    if scale is None or block is None:
-        target.copy_(tensor.read())
+def _fill(stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None) -> None:
+    for name, scale in scales.items():
+        _check_scale(scale, stored[name], block)
+    devices = {target.device for target in weights.targets.values()}
+    if len(devices) == 1 and (device := devices.pop()).type == "cuda":
+        stream.fill(transfers(stored, scales, weights, block), device)
+        return
+    for name, target in weights.targets.items():
+        _copy(stored[name], scales.get(name), target, block)
+
+
+def _check_scale(scale: _Stored, tensor: _Stored, block: Fp8Spec | None) -> None:
+    if block is None:
         return
     expected = fp8.scale_shape(tensor.shape, block.block)
     if scale.shape != expected or scale.dtype not in FLOATS:
         scale.refuse(f"is {scale.dtype} {list(scale.shape)}: it must be F32 {list(expected)}, one scale a block of {block.block}")
+
+
+def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: Fp8Spec | None) -> None:
+    if scale is None or block is None:
+        target.copy_(tensor.read())
+        return
     target.copy_(fp8.dequantize(tensor.read().to(target.device), scale.read().to(target.device), block.block))
+
+
+def transfers(
+    stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None
+) -> list[stream.Transfer]:
+    """What `_copy` does for each target, for `stream.fill`."""
+    offsets = {file: stream.offsets(file) for file in {tensor.file for tensor in stored.values()}}
+
+    def source(tensor: _Stored) -> stream.Source:
+        return stream.Source(tensor.name, tensor.file, offsets[tensor.file][tensor.name], tensor.shape, DTYPES[tensor.dtype])
+
+    out = []
+    for name, target in weights.targets.items():
+        if (scale := scales.get(name)) is None or block is None:
+            out.append(stream.Transfer(target, (source(stored[name]),)))
+        else:
+            decode = partial(fp8.dequantize, block=block.block)
+            out.append(stream.Transfer(target, (source(stored[name]), source(scale)), decode))
+    return out

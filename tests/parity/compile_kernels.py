@@ -7,25 +7,41 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import mla_decode, paged_decode, paged_prefill
+from engine.kernels import (
+    elementwise,
+    experts,
+    latent,
+    launch,
+    linear,
+    mla_decode,
+    mla_prefill,
+    paged_decode,
+    paged_prefill,
+    routing,
+)
+from engine.layers import moe_cuda
+from engine.layers.kinds import RoutingSpec
+from engine.layers.moe import MoeMlp
+from engine.layers.ops import PlainOps
 
 
 def record(kernel):
     """Stand in for the launcher: compile what would have been launched."""
 
-    def launch(*args, num_warps=4, num_stages=3, grid=None, warmup=False, **constants):
+    def launch(*args, num_warps=4, num_stages=3, grid=None, warmup=False, launch_pdl=False, **constants):
         names = kernel.arg_names
         values = dict(zip(names, args, strict=False))
         signature = {n: kind(v) for n, v in values.items()} | dict.fromkeys(constants, "constexpr")
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
         source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()})
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
     return launch
 
 
 def kind(value):
     if isinstance(value, torch.Tensor):
-        return {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}[value.dtype]
+        return {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -37,15 +53,76 @@ class Recorder:
         return self.launch
 
 
-for module, name in ((paged_decode, "_split"), (paged_decode, "_merge"), (paged_prefill, "_prefill"), (mla_decode, "_split")):
+launch._has_pdl = lambda device: True
+for module, name in ((paged_decode, "_decode"), (paged_prefill, "_prefill"), (mla_decode, "_split"), (mla_decode, "_merge")):
     setattr(module, name, Recorder(getattr(module, name)))
 tables, lens = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
 starts = torch.tensor([0, 1, 2], dtype=torch.int32)
 for heads, kv_heads in ((28, 4), (24, 8), (40, 8)):
     q, cache = torch.zeros(2, heads, 128, dtype=torch.bfloat16), torch.zeros(8, 64, kv_heads, 128, dtype=torch.bfloat16)
-    paged_prefill.paged_prefill(q, cache, cache, tables, lens, starts, (lens, lens), 0.1)
+    paged_prefill.paged_prefill(q, cache, cache, tables, lens, starts, (lens, lens), 0.1, q)
+    paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 1)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 4)
-for heads in (16, 20):
-    q, cache = torch.zeros(2, heads, 576, dtype=torch.bfloat16), torch.zeros(8, 64, 576, dtype=torch.bfloat16)
-    mla_decode.mla_decode(q, cache, tables, lens, 0.1, 512, 4)
+for name in ("_add_norm", "_silu_mul", "_norm_rotate", "_angles"):
+    setattr(elementwise, name, Recorder(getattr(elementwise, name)))
+hidden, weight = torch.zeros(2, 2048, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16)
+elementwise.add_norm(hidden, hidden, weight, 1e-6)
+elementwise.silu_mul(hidden)
+qkv, angle, slots = torch.zeros(2, 32, 128, dtype=torch.bfloat16), torch.zeros(2, 1, 128), torch.zeros(2, dtype=torch.int64)
+pools = {name: torch.zeros(4, 64, 8, 128, dtype=torch.bfloat16) for name in ("k", "v")}
+elementwise.norm_rotate(qkv, (angle, angle), (weight, weight), 1e-6, slots, pools)
+elementwise.angles(slots, torch.zeros(64), 1.0)
+for module, names in (
+    (mla_prefill, ("_prefill",)),
+    (latent, ("_prepare", "_norm", "_absorb", "_build_keys")),
+):
+    for name in names:
+        setattr(module, name, Recorder(getattr(module, name)))
+for heads, num in ((16, 2), (16, 256), (128, 64)):
+    q, kv = torch.zeros(num, heads, 192, dtype=torch.bfloat16), torch.zeros(num, 576, dtype=torch.bfloat16)
+    kv_b, pool = torch.zeros(heads, 256, 512, dtype=torch.bfloat16), torch.zeros(8, 64, 576, dtype=torch.bfloat16)
+    angle, slots, out = torch.zeros(num, 1, 64), torch.zeros(num, dtype=torch.int64), q[..., :128].contiguous()
+    latent.latent_prepare(q, kv, (kv_b[0, 0], 1e-6), (angle, angle), slots, pool, interleaved=True)
+    q_latent = latent.absorb(q, kv_b, 128)
+    for splits in (1, 4):
+        mla_decode.mla_decode(q_latent, q[..., 128:], pool, tables, lens, 0.1, splits)
+    expanded = torch.zeros(num, heads, 256, dtype=torch.bfloat16)
+    latent.build_keys(expanded, kv, 128, 512)
+    tiles, tile = torch.zeros(3, 1, dtype=torch.int32), mla_prefill.choose_tile(torch.bfloat16)
+    mla_prefill.mla_prefill(out, q, expanded, kv[:, 512:], starts, lens, tiles, 0.1, tile)
+latent.norm(torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(1536, dtype=torch.bfloat16), 1e-6)
+for name in ("_gemv", "_skinny"):
+    setattr(linear, name, Recorder(getattr(linear, name)))
+for rows, outputs, size in ((1, 1024, 2048), (4, 3648, 2048), (5, 1024, 3072), (33, 2048, 10944), (64, 5632, 2048)):
+    x, w = torch.zeros(rows, size, dtype=torch.bfloat16), torch.zeros(outputs, size, dtype=torch.bfloat16)
+    linear.linear(x, w, x[0])  # of the bias, only its type counts here
+    linear.gated(x, w)
+for module, names in (
+    (routing, ("_logits", "_route", "_sort_few", "_count", "_scan", "_sort_chunk")),
+    (experts, ("_few_up", "_few_down", "_tiles_up", "_tiles_down", "_gather", "_weighted_sum")),
+):
+    for name in names:
+        setattr(module, name, Recorder(getattr(module, name)))
+routing_of = {
+    "deepseek-v2-lite": RoutingSpec(num_experts=64, top_k=6),
+    "qwen3-moe": RoutingSpec(num_experts=128, top_k=8, normalize=True),
+    "deepseek-v3": RoutingSpec(num_experts=256, top_k=8, method="noaux_tc", n_group=8, topk_group=4, normalize=True, scale=2.5),
+}
+meta, bf16 = torch.device("meta"), torch.bfloat16
+for name, hidden_size, size, shared_size, router_dtype in (
+    ("deepseek-v2-lite", 2048, 1408, 2816, torch.float32),
+    ("qwen3-moe", 2048, 768, 0, bf16),
+    ("deepseek-v3", 7168, 2048, 2048, torch.float32),
+):
+    spec = routing_of[name]
+    moe = MoeMlp(spec, hidden_size, size, shared_size=shared_size, router_dtype=router_dtype, dtype=bf16, device=meta)
+    for tokens in (1, 64):
+        x = torch.empty(tokens, hidden_size, dtype=bf16, device=meta)
+        routed = moe_cuda.route(moe, x)
+    if name == "deepseek-v2-lite":
+        moe_cuda.run_few(moe, x, routed, moe_cuda.STRIPS)
+        for _, cut in moe_cuda.CUTS:
+            moe_cuda.run_cut(moe, x, routed, cut, PlainOps())
+        experts.gather(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
+    routing.sort_pairs(torch.zeros(8192, spec.top_k, dtype=torch.int32), spec.num_experts, 128, at_once=0)
 sys.stdout.write("compiled\n")

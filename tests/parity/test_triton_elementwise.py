@@ -12,6 +12,7 @@ from engine.layers.rotary import Rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN = PlainOps()
+POSITIONS = torch.tensor([0, 1, 5, 9, 2, 30001], device=DEVICE)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -35,17 +36,25 @@ def test_silu_mul(size):
     torch.testing.assert_close(elementwise.silu_mul(gate_up), PLAIN.silu_mul(gate_up.clone()))
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 3)])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 3), (14, 1)])
 @pytest.mark.parametrize("normed", [True, False])
-def test_norm_rotate(q_heads, kv_heads, normed):
+@pytest.mark.parametrize("turned", [True, False])
+def test_norm_rotate(q_heads, kv_heads, normed, turned):
     heads = random(6, q_heads + 2 * kv_heads, 16)
     weights = (random(16), random(16) + 1) if normed else None
-    rotary = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE)
-    cos, sin = rotary(torch.tensor([0, 1, 5, 9, 2, 77], device=DEVICE))
-    shape = {"q_heads": q_heads, "kv_heads": kv_heads, "weights": weights, "eps": 1e-6}
-    expected = PLAIN.norm_rotate(heads.clone(), cos, sin, **shape)
-    values = heads[:, q_heads + kv_heads :].clone()
-    found = elementwise.norm_rotate(heads, cos, sin, **shape)
-    for a, b in zip(found, expected, strict=True):
+    angles = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE).plain(POSITIONS) if turned else None
+    slots = torch.tensor([7, 0, 3, 11, 5, 2], device=DEVICE)
+    plain = {name: torch.zeros(3, 4, kv_heads, 16, device=DEVICE) for name in ("k", "v")}
+    pools = {name: pool.clone() for name, pool in plain.items()}
+    expected = PLAIN.norm_rotate(heads.clone(), angles, weights, 1e-6, slots, plain)
+    found = elementwise.norm_rotate(heads, angles, weights, 1e-6, slots, pools)
+    for a, b in zip((*found, *pools.values()), (*expected, *plain.values()), strict=True):
         torch.testing.assert_close(a, b)
-    assert torch.equal(heads[:, q_heads + kv_heads :], values)
+
+
+@pytest.mark.parametrize("dim", [16, 24])
+def test_angles(dim):
+    rotary = Rotary(RopeSpec(dim=dim, theta=100.0, magnitude=1.25), device=DEVICE)
+    found = elementwise.angles(POSITIONS, rotary.inv_freq, rotary.magnitude)
+    for a, b in zip(found, rotary.plain(POSITIONS), strict=True):
+        torch.testing.assert_close(a, b)

@@ -32,7 +32,7 @@ LADDER: list[list[set[str]]] = [
     [{"engine.messages"}, {"engine.plan"}],
     [{"engine.request"}],
     [{"engine.config"}],
-    [{"engine.errors"}, {"engine.lifeline"}, {"engine.logs"}],
+    [{"engine.errors"}, {"engine.lifeline"}, {"engine.logs"}, {"engine.startup"}],
 ]
 
 TORCH_FREE = (
@@ -40,6 +40,7 @@ TORCH_FREE = (
     "engine.errors",
     "engine.lifeline",
     "engine.logs",
+    "engine.startup",
     "engine.config",
     "engine.request",
     "engine.plan",

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def rows(max_rows=8, max_len=64, block_size=4):
-    return Rows(max_rows=max_rows, max_len=max_len, block_size=block_size, device=CPU, upload=Uploader(CPU))
+    return Rows(max_rows=max_rows, max_len=max_len, block_size=block_size, scratch_block=999, device=CPU, upload=Uploader(CPU))
 
 
 def admitted(row, tokens, blocks):
@@ -27,7 +27,8 @@ def plan(slices, *, decodes=0, samples=(), admitted=(), grown=()):
 
 
 def step(state, p):
-    return state.step(p, Slices.of(p), [])
+    state.change(p)
+    return state.batch(p, Slices.of(p), [])
 
 
 def test_chunks_read_the_admitted_tokens_and_write_the_rows_blocks():

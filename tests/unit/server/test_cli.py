@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from engine.errors import ConfigError, TidegateError
 from server import __main__ as entry
-from server import bench, cli
+from server import cli
+from server.bench import offline
 from server.settings import Settings, flag
 from tests.support.children import ROOT
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
@@ -106,7 +107,7 @@ class Engine:
 def engine(monkeypatch, tmp_path):
     """The options that `generate` or `bench offline` would have begun an engine with."""
     monkeypatch.setenv("TIDEGATE_MODEL", str(write_tiny_checkpoint(tmp_path)))
-    monkeypatch.setattr(bench, "LLM", Engine)
+    monkeypatch.setattr(offline, "LLM", Engine)
     monkeypatch.setattr("engine.llm.LLM", Engine)
     monkeypatch.setattr(Engine, "seen", [])
     return Engine.seen
@@ -131,6 +132,55 @@ def test_commands_without_a_server_refuse_a_misspelt_variable(command, monkeypat
     monkeypatch.setenv("TIDEGATE_MODL", "x")
     with pytest.raises(ConfigError, match="did you mean 'model'"):
         CliRunner().invoke(cli.app, command, catch_exceptions=False)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What a command of `bench` would have run."""
+    seen = []
+
+    class Bench:
+        @staticmethod
+        def run(*args, **kwargs):
+            seen.append((*args, kwargs))
+
+    monkeypatch.setattr(cli, "_load", lambda module: Bench)
+    return seen
+
+
+def test_bench_offline_takes_several_models_and_workloads(measured, tmp_path):
+    words = [
+        "--model",
+        "a",
+        "--model",
+        "b",
+        "--workload",
+        "single",
+        "--workload",
+        "prefill",
+        "--rounds",
+        "2",
+        "--dtype",
+        "float16",
+    ]
+    done = CliRunner().invoke(cli.app, ["bench", "offline", *words, "--record", str(tmp_path / "x")])
+    assert done.exit_code == 0, done.output
+    settings, workloads, options = measured[0]
+    assert [(s.model, s.dtype) for s in settings] == [("a", "float16"), ("b", "float16")]
+    assert list(workloads) == ["single", "prefill"]
+    assert options == {"rounds": 2, "record": tmp_path / "x"}
+
+
+def test_bench_offline_without_a_model_takes_that_of_the_settings(measured, monkeypatch):
+    monkeypatch.setenv("TIDEGATE_MODEL", "named")
+    CliRunner().invoke(cli.app, ["bench", "offline"])
+    settings, workloads, options = measured[0]
+    assert ([s.model for s in settings], list(workloads), options) == (["named"], [], {"rounds": 3, "record": None})
+
+
+def test_bench_kernels_takes_names(measured):
+    CliRunner().invoke(cli.app, ["bench", "kernels", "--kernel", "linear", "--kernel", "gated"])
+    assert measured == [(["linear", "gated"], {"record": None})]
 
 
 def test_a_prompt_that_is_no_text_is_one_message():

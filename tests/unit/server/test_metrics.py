@@ -192,3 +192,13 @@ def test_several_workers_are_added_up_and_a_dead_one_keeps_the_law(tmp_path):
     assert total(found, "tidegate_requests_running") == 0
     assert found["tidegate_requests_failed_total", (("code", "worker_died"), ("transport", "grpc"))] == 2
     assert total(found, "tidegate_output_tokens_total") == 8
+
+
+def test_the_engines_start_is_told_by_phase():
+    started = EngineHealth(ready=True, startup={"imports": 3.5, "weights": 2.25})
+    found = {
+        labels: value
+        for (name, labels), value in samples(Metrics("m", lambda: started)).items()
+        if name == "tidegate_startup_seconds"
+    }
+    assert found == {(("phase", "imports"),): 3.5, (("phase", "weights"),): 2.25}

@@ -1,0 +1,170 @@
+"""The two ends of a captured step, in Triton: its inputs from the rows' state, and the likeliest tokens back into it.
+
+`graphs.py` puts both into its graphs, so that a step's rows and positions, and prompt tokens where it has any, are all that
+the host sends.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.launch import pdl
+from engine.kernels.paged_decode import arrivals
+
+TABLE_TILE = 128  # blocks copied at once
+VOCAB_TILE = 4096  # logits that one program looks at
+
+
+class GatheredInputs(NamedTuple):
+    """T tokens of B queries, as in ForwardBatch; T = B where all are decodes."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slots: torch.Tensor  # [T] int64
+    kv_lens: torch.Tensor  # [B] int32
+    block_tables: torch.Tensor  # [B, width] int32; only the blocks in use are written
+
+
+@triton.jit
+def _gather_decodes(
+    rows_ptr, positions_ptr, latest_ptr, tables_ptr, token_out, position_out, slot_out, len_out, table_out, width,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.load(rows_ptr + seq).to(tl.int64)
+    position = tl.load(positions_ptr + seq)
+    last_block = position // BLOCK
+    slot = tl.load(tables_ptr + row * width + last_block).to(tl.int64) * BLOCK + position % BLOCK
+    tl.store(token_out + seq, tl.load(latest_ptr + row))
+    tl.store(position_out + seq, position.to(tl.int64))
+    tl.store(slot_out + seq, slot)
+    tl.store(len_out + seq, position + 1)
+    for begin in range(0, last_block + 1, TILE):
+        at = begin + tl.arange(0, TILE)
+        blocks = tl.load(tables_ptr + row * width + at, mask=at <= last_block)
+        tl.store(table_out + seq.to(tl.int64) * width + at, blocks, mask=at <= last_block)
+
+
+def gather_decodes(
+    rows: torch.Tensor, positions: torch.Tensor, latest: torch.Tensor, tables: torch.Tensor, block_size: int
+) -> GatheredInputs:
+    """What sequences need that go on from `rows` [B] int32, each with its latest token at `positions` [B] int32.
+
+    latest [R] int64 and tables [R, width] int32 are the rows' state.
+    """
+    num, width = rows.shape[0], tables.shape[1]
+    token_ids, positions_out, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
+    kv_lens = torch.empty(num, dtype=torch.int32, device=rows.device)
+    block_tables = torch.empty(num, width, dtype=torch.int32, device=rows.device)
+    _gather_decodes[(num,)](
+        rows, positions, latest, tables, token_ids, positions_out, slots, kv_lens, block_tables, width,
+        BLOCK=block_size, TILE=TABLE_TILE, num_warps=1, **pdl(rows.device),
+    )  # fmt: skip
+    return GatheredInputs(token_ids, positions_out, slots, kv_lens, block_tables)
+
+
+@triton.jit
+def _gather_mixed(
+    tokens_ptr, positions_ptr, owners_ptr, rows_ptr, lens_ptr, latest_ptr, tables_ptr,
+    token_out, position_out, slot_out, table_out, num_tokens, num_token_tiles, width,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if program < num_token_tiles:
+        at = program * TILE + tl.arange(0, TILE)
+        inside = at < num_tokens
+        owner = tl.load(owners_ptr + at, mask=inside, other=0).to(tl.int64)
+        position = tl.load(positions_ptr + at, mask=inside, other=0)
+        token = tl.load(tokens_ptr + at, mask=inside, other=0).to(tl.int64)
+        sampled = tl.load(latest_ptr + owner, mask=inside & (token < 0), other=0)
+        block = tl.load(tables_ptr + owner * width + position // BLOCK, mask=inside, other=0).to(tl.int64)
+        tl.store(token_out + at, tl.where(token < 0, sampled, token), mask=inside)
+        tl.store(position_out + at, position.to(tl.int64), mask=inside)
+        tl.store(slot_out + at, block * BLOCK + position % BLOCK, mask=inside)
+    else:
+        query = program - num_token_tiles
+        row = tl.load(rows_ptr + query).to(tl.int64)
+        num_blocks = tl.cdiv(tl.load(lens_ptr + query), BLOCK)
+        for begin in range(0, num_blocks, TILE):
+            at = begin + tl.arange(0, TILE)
+            blocks = tl.load(tables_ptr + row * width + at, mask=at < num_blocks)
+            tl.store(table_out + query.to(tl.int64) * width + at, blocks, mask=at < num_blocks)
+
+
+def gather_mixed(
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    owners: torch.Tensor,
+    rows: torch.Tensor,
+    kv_lens: torch.Tensor,
+    latest: torch.Tensor,
+    tables: torch.Tensor,
+    block_size: int,
+) -> GatheredInputs:
+    """The inputs of a step of any queries. Of each token [T] int32: itself (-1: its row's latest), its position and its row.
+    Of each query [B] int32: its row, and its tokens in the cache once the step is done. `latest` and `tables` as above.
+    """
+    num, width = tokens.shape[0], tables.shape[1]
+    token_ids, positions_out, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
+    block_tables = torch.empty(rows.shape[0], width, dtype=torch.int32, device=rows.device)
+    token_tiles = triton.cdiv(num, TABLE_TILE)
+    _gather_mixed[(token_tiles + rows.shape[0],)](
+        tokens, positions, owners, rows, kv_lens, latest, tables,
+        token_ids, positions_out, slots, block_tables, num, token_tiles, width,
+        BLOCK=block_size, TILE=TABLE_TILE, num_warps=1, **pdl(rows.device),
+    )  # fmt: skip
+    return GatheredInputs(token_ids, positions_out, slots, kv_lens, block_tables)
+
+
+@triton.jit
+def _likeliest(
+    logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
+    TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    seq, tile = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    col = tile * TILE + tl.arange(0, TILE)
+    logits = tl.load(logits_ptr + seq.to(tl.int64) * vocab + col, mask=col < vocab, other=float("-inf")).to(tl.float32)
+    best = tl.max(logits, 0)
+    # Of equals the first, as torch's argmax has it. A row of NaN alone gives the first token there is.
+    index = tl.min(tl.where(logits == best, col, vocab), 0)
+    tl.store(best_ptr + seq * TILES + tile, best)
+    tl.store(index_ptr + seq * TILES + tile, index)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr + seq, 1, sem="acq_rel")
+    if arrived == TILES - 1:
+        tl.store(arrived_ptr + seq, 0)
+        tiles = tl.arange(0, PADDED)
+        inside = tiles < TILES
+        bests = tl.load(best_ptr + seq * TILES + tiles, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        indices = tl.load(index_ptr + seq * TILES + tiles, mask=inside, other=0, cache_modifier=".cg")
+        token = tl.min(tl.where(inside & (bests == tl.max(bests, 0)), indices, vocab), 0)
+        token = tl.where(token < vocab, token, 0).to(tl.int64)
+        tl.store(tokens_ptr + seq, token)
+        tl.store(latest_ptr + tl.load(rows_ptr + seq), token)
+
+
+def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
+    """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too."""
+    num, vocab = logits.shape
+    tiles = triton.cdiv(vocab, VOCAB_TILE)
+    tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
+    best = torch.empty(num, tiles, dtype=torch.float32, device=logits.device)
+    index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
+    _likeliest[(num, tiles)](
+        logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
+        TILE=VOCAB_TILE, TILES=tiles, PADDED=triton.next_power_of_2(tiles), num_warps=4, **pdl(logits.device),
+    )  # fmt: skip
+    return tokens

@@ -1,0 +1,50 @@
+"""What this CUDA device can do at most, measured: the two figures that a bound is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_COPIED = 256 << 20  # bytes; several times any L2 cache
+_COPIES = 40
+_SIDE = 8192  # of the square matrices
+_PRODUCTS = 8
+_TRIES = 3  # the first also warms up; the best counts
+
+
+def name() -> str | None:
+    """Of the device; None where torch sees none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def measure() -> tuple[float, float]:
+    """Bytes a second of a copy, read and written ones counted both, and floating-point operations a second of a bfloat16 matrix
+    product. Takes a fraction of a second, and a gigabyte of the device's memory for as long.
+    """
+    return _bandwidth(), _rate()
+
+
+def _bandwidth() -> float:
+    source = torch.zeros(_COPIED, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * _COPIED * _COPIES / _seconds(lambda: target.copy_(source), _COPIES)
+
+
+def _rate() -> float:
+    a, b = (torch.randn(_SIDE, _SIDE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * _SIDE**3 * _PRODUCTS / _seconds(lambda: torch.mm(a, b, out=out), _PRODUCTS)
+
+
+def _seconds(run: Callable[[], object], times: int) -> float:
+    best = float("inf")
+    for _ in range(_TRIES):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(times):
+            run()
+        ended.record()
+        ended.synchronize()
+        best = min(best, began.elapsed_time(ended) / 1000)
+    return best

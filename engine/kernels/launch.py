@@ -1,0 +1,30 @@
+"""How kernels follow each other: programmatic dependent launch (PDL), where the device has it.
+
+With PDL a kernel's programs may start while the last ones of the kernel before still run, which hides most of a launch.
+Each such kernel waits (`gdc_wait`) before it reads what an earlier one wrote; what it reads before that must be weights.
+The kernel after may start once all programs have said `gdc_launch_dependents` or ended.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NotRequired, TypedDict
+
+import torch
+
+_HOPPER = 9  # compute capability; PDL begins there
+
+
+class PdlOptions(TypedDict):
+    PDL: bool  # the kernel's own constexpr
+    launch_pdl: NotRequired[bool]  # Triton's launch option, which its interpreter does not know
+
+
+def pdl(device: torch.device) -> PdlOptions:
+    """Keyword arguments for a launch on `device` of a kernel that has a `PDL: tl.constexpr` and waits."""
+    return {"PDL": True, "launch_pdl": True} if _has_pdl(device) else {"PDL": False}
+
+
+@cache
+def _has_pdl(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _HOPPER

@@ -1,0 +1,322 @@
+"""Matrix products of few rows, y = x W^T, in Triton: what a decode step spends most of its time on.
+
+Such a product is as fast as its weights arrive, so both kernels are about bytes in flight:
+
+    rows of x   kernel     how
+    1, 2        `_gemv`    plain arithmetic: a program takes a few rows of W, whole, for all rows of x
+    3 .. 64     `_skinny`  tensor cores, W as the left operand; where N gives too few programs, they share out K as well
+
+More rows, and other types, are torch's: see `fits`. The weights' first bytes are asked for before the kernel before has ended
+(see `launch`). Which kernel and which tiles depend on a bucket of row counts, so within a bucket a row's result does not
+depend on how many rows there are.
+
+A split of K is summed by whichever of a tile's programs comes last, in the order of the splits: the result does not depend on
+who it was. Partial sums pass through one workspace per device, so these kernels must not run in two streams at once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.launch import pdl
+
+MAX_ROWS = 64
+GEMV_ROWS = 2  # with more, tensor cores win
+BUCKETS = (1, GEMV_ROWS, 16, 32, MAX_ROWS)
+K_MULTIPLE = 16  # numbers: every row of W then begins on a 32-byte boundary, and loads are wide
+
+_COUNTERS = 4096  # output tiles that a split product may have
+_WORKSPACE = 1 << 22  # float32 numbers, 16 MiB
+_WARP = 256  # numbers that one 16-byte load of a warp's 32 threads brings
+_WAVE = 132  # multiprocessors of a Hopper GPU
+
+
+class Gemv(NamedTuple):
+    rows: int  # of W per program
+    columns: int  # numbers of a row that the warps load at once: 256 for each warp that shares a row
+    parts: int  # such loads, one behind the other, that are under way together; best 1 where all warps share a row
+    warps: int
+
+
+class Skinny(NamedTuple):
+    rows: int  # of W per program, at least 64 for the wide tensor-core instructions
+    columns: int  # numbers of a row in a stage
+    splits: int  # of K
+    warps: int
+    stages: int  # of loads under way, less one
+
+
+@triton.jit
+def _rows_of(tile, r, outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """Row r of a tile is which row of W? Gated: half of them are the gate's, then come their partners, up's. Past the end: the
+    last."""
+    if GATED:
+        HALF: tl.constexpr = ROWS // 2
+        row = tl.minimum(tile * HALF + r % HALF, outputs - 1) + tl.where(r < HALF, 0, outputs)
+    else:
+        row = tl.minimum(tile * ROWS + r, outputs - 1)
+    return row
+
+
+@triton.jit
+def _silu_product(both, SHAPE: tl.constexpr, ORDER: tl.constexpr):
+    """Gate rows then up rows along the first axis -> silu(gate) * up, half as many."""
+    gate, up = tl.split(tl.permute(tl.reshape(both, SHAPE), ORDER))
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _add_products(acc, w, x_at, inside, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """acc [ROWS, COLUMNS / 8] += w * x, summed over the eight numbers of each load and the parts, which are a thread's own."""
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    products = tl.reshape(w.to(tl.float32) * x, (PARTS, ROWS, COLUMNS // 8, 8))
+    return acc + tl.sum(tl.sum(products, 3), 0)
+
+
+@triton.jit
+def _finish_gemv(acc, bias, out_at, outputs, tile, ROWS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr):
+    y = tl.sum(acc, 1)
+    if BIAS:
+        y += bias
+    if GATED:
+        y = _silu_product(y, (2, ROWS // 2), (1, 0))
+    WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
+    n = tile * WIDTH + tl.arange(0, WIDTH)
+    tl.store(out_at + n, y.to(out_at.dtype.element_ty), mask=n < outputs)
+
+
+@triton.jit
+def _gemv(
+    x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, outputs, K,
+    M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, OWN_ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    TILE: tl.constexpr = PARTS * COLUMNS
+    # The parts lie below each other, in a matrix: that gives each warp all parts of its rows, whatever the compiler's version.
+    r = tl.arange(0, PARTS * ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    k = r // ROWS * COLUMNS + column
+    w_at = w_ptr + _rows_of(tile, r % ROWS, outputs, ROWS, GATED).to(tl.int64) * K + k
+    w = tl.load(w_at, mask=k < K, other=0.0, eviction_policy="evict_first")  # used once: it need not stay in a cache
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + _rows_of(tile, tl.arange(0, ROWS), outputs, ROWS, GATED)).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    acc0 = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
+    for start in range(0, K, TILE):
+        following = start + TILE + k
+        w_next = tl.load(w_at + (start + TILE), mask=following < K, other=0.0, eviction_policy="evict_first")
+        at = start + (k if OWN_ROWS else column)  # a warp with rows of its own loads x for itself: no exchange with others
+        x_at, inside = x_ptr + at, at < K
+        acc0 = _add_products(acc0, w, x_at, inside, PARTS, ROWS, COLUMNS)
+        if M > 1:
+            acc1 = _add_products(acc1, w, x_at + x_stride, inside, PARTS, ROWS, COLUMNS)
+        if M > 2:
+            acc2 = _add_products(acc2, w, x_at + 2 * x_stride, inside, PARTS, ROWS, COLUMNS)
+        if M > 3:
+            acc3 = _add_products(acc3, w, x_at + 3 * x_stride, inside, PARTS, ROWS, COLUMNS)
+        w = w_next
+    _finish_gemv(acc0, bias, out_ptr, outputs, tile, ROWS, GATED, BIAS)
+    if M > 1:
+        _finish_gemv(acc1, bias, out_ptr + outputs, outputs, tile, ROWS, GATED, BIAS)
+    if M > 2:
+        _finish_gemv(acc2, bias, out_ptr + 2 * outputs, outputs, tile, ROWS, GATED, BIAS)
+    if M > 3:
+        _finish_gemv(acc3, bias, out_ptr + 3 * outputs, outputs, tile, ROWS, GATED, BIAS)
+
+
+@triton.jit
+def _prefetch(w_at, row_offset, left, ROWS: tl.constexpr, LINES: tl.constexpr):
+    """Ask for the first LINES x 128 bytes of each row, of which `left` numbers are ours, to be brought to the L2."""
+    line = tl.minimum(tl.arange(0, LINES) * 64, left - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [w_at + row_offset[:, None] + line[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_skinny(
+    acc, bias_ptr, row, out_ptr, tile, outputs, M,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    if BIAS:
+        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    if GATED:
+        acc = _silu_product(acc, (2, ROWS // 2, BLOCK_M), (1, 2, 0))
+    WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
+    n = tile * WIDTH + tl.arange(0, WIDTH)
+    m = tl.arange(0, BLOCK_M)
+    at = out_ptr + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(n < outputs)[:, None] & (m < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _skinny(
+    x_ptr, w_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, x_stride, outputs, K, share, M,
+    BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = _rows_of(tile, tl.arange(0, ROWS), outputs, ROWS, GATED)
+    k, m = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_M)
+    begin = split * share
+    end = tl.minimum(begin + share, K)
+    row_offset = row.to(tl.int64) * K
+    if PDL:
+        if LINES > 0:
+            _prefetch(w_ptr + begin, row_offset, end - begin, ROWS, LINES)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    w_at = w_ptr + row_offset[:, None] + k[None, :]
+    x_at = x_ptr + m[None, :] * x_stride + k[:, None]
+    acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
+    for start in range(begin, end, COLUMNS):
+        if EVEN_K:
+            w = tl.load(w_at + start, eviction_policy="evict_first")
+            x = tl.load(x_at + start, mask=(m < M)[None, :], other=0.0)
+        else:
+            inside = start + k < K
+            w = tl.load(w_at + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_at + start, mask=(m < M)[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(w, x, acc)
+    if SPLITS == 1:
+        _finish_skinny(acc, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
+    else:
+        own = tl.arange(0, ROWS)[:, None] * BLOCK_M + m[None, :]
+        first = partial_ptr + tile * (SPLITS * ROWS * BLOCK_M) + own
+        tl.store(first + split * (ROWS * BLOCK_M), acc)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros((ROWS, BLOCK_M), tl.float32)
+            for s in tl.static_range(SPLITS):
+                total += tl.load(first + s * (ROWS * BLOCK_M), cache_modifier=".cg")  # the L1 may hold an older launch's
+            tl.store(arrived_ptr + tile, 0)  # as the next launch wants it
+            _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` and `gated` take x [..., K] and weight [N, K]: bfloat16 on CUDA, 1 to 64 rows, K a multiple of 16."""
+    size = x.shape[-1]
+    return (
+        0 < x.numel() <= MAX_ROWS * size
+        and x.is_cuda
+        and x.dtype == weight.dtype == torch.bfloat16
+        and size % K_MULTIPLE == 0
+        and weight.is_contiguous()
+    )
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> x W^T + bias [..., N], summed in float32, for what `fits`."""
+    return _product(x, weight, bias, gated=False)
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., K], weight [2 I, K] -> silu(x G^T) * x U^T [..., I], for what `fits`. G is weight's first half, U the second."""
+    return _product(x, weight, None, gated=True)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    out = torch.empty(flat.shape[0], outputs, dtype=x.dtype, device=x.device)
+    launch(flat, weight, bias, out, _config(flat.shape[0], *weight.shape, gated=gated), gated=gated)
+    return out.view(*x.shape[:-1], outputs)
+
+
+def launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Gemv | Skinny, *, gated: bool
+) -> None:
+    """Write the product of x [M, K], whose rows may lie apart, to out [M, outputs] by the kernel that `config` is of."""
+    if isinstance(config, Gemv):
+        _launch_gemv(x, weight, bias, out, config, gated)
+    else:
+        _launch_skinny(x, weight, bias, out, config, gated)
+
+
+def _launch_gemv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Gemv, gated: bool
+) -> None:
+    rows, columns, parts, warps = config
+    _gemv[(triton.cdiv(weight.shape[0], rows),)](
+        x, weight, weight if bias is None else bias, out, x.stride(0), out.shape[1], x.shape[1],
+        M=x.shape[0], GATED=gated, BIAS=bias is not None,
+        ROWS=rows, COLUMNS=columns, PARTS=parts, OWN_ROWS=parts > 1 or columns < _WARP * warps,
+        num_warps=warps, **pdl(x.device),
+    )  # fmt: skip
+
+
+def _launch_skinny(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Skinny, gated: bool
+) -> None:
+    (num_rows, size), (rows, columns, splits, warps, stages) = x.shape, config
+    tiles, block_m = triton.cdiv(weight.shape[0], rows), _bucket(max(num_rows, GEMV_ROWS + 1))  # tensor cores: from 16
+    if splits > 1 and (tiles > _COUNTERS or tiles * splits * rows * block_m > _WORKSPACE):
+        raise ValueError(f"{config} for {tuple(weight.shape)}: the partial sums exceed the workspace")
+    partial, arrived = _workspace(x.device) if splits > 1 else (out, out)
+    _skinny[(tiles, splits)](
+        x, weight, weight if bias is None else bias, out, partial, arrived,
+        x.stride(0), out.shape[1], size, triton.cdiv(triton.cdiv(size, columns), splits) * columns, num_rows,
+        BLOCK_M=block_m, GATED=gated, BIAS=bias is not None, EVEN_K=size % columns == 0,
+        ROWS=rows, COLUMNS=columns, SPLITS=splits, LINES=_LINES, num_warps=warps, num_stages=stages, **pdl(x.device),
+    )  # fmt: skip
+
+
+@cache
+def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums, and of each tile how many splits have arrived: zero between launches, whatever was launched."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the first product with a split K was captured in a graph: run the step once before its capture")
+    partial = torch.empty(_WORKSPACE, dtype=torch.float32, device=device)
+    return partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+
+
+# Choice of tiles
+
+_LINES = 8  # of 128 bytes that a program of `_skinny` asks for in each of its rows before it waits
+
+
+def _bucket(num_rows: int) -> int:
+    return next(bucket for bucket in BUCKETS if num_rows <= bucket)
+
+
+@cache
+def _config(m: int, n: int, k: int, *, gated: bool) -> Gemv | Skinny:
+    """Kernel and tiles for m rows of x and W [n, k]; m counts by its bucket alone. From `loadtest/results/kernels.jsonl`: within
+    6% of the best of 15 to 20 for the shapes of Qwen3 0.6B, Llama 8B and DeepSeek-V2-Lite.
+    """
+    bucket = _bucket(m)
+    return _gemv_rule(n, k) if bucket <= GEMV_ROWS else _skinny_rule(bucket, n, k)
+
+
+def _gemv_rule(n: int, k: int) -> Gemv:
+    """All warps of a program share each row of W."""
+    if k <= 4 * _WARP and n >= 64 * _WAVE:
+        return Gemv(rows=4, columns=_WARP, parts=2, warps=4)
+    if k >= 32 * _WARP or n <= 16 * _WAVE:  # long rows, or few: more bytes under way in each program
+        return Gemv(rows=8 if k <= 8 * _WARP else 4, columns=8 * _WARP, parts=1, warps=8)
+    return Gemv(rows=4, columns=4 * _WARP, parts=1, warps=4)
+
+
+def _skinny_rule(bucket: int, n: int, k: int) -> Skinny:
+    """A program for each multiprocessor, by splitting K where n gives fewer and K is long enough to pay for the sum."""
+    tiles, splits = triton.cdiv(n, 64), 1
+    while splits < 8 and 2 * splits * tiles <= _WAVE and k >= max(2048, 384 * 2 * splits):
+        splits *= 2
+    if bucket < MAX_ROWS:
+        return Skinny(64, 128, splits, 4, 4 if tiles >= 2 * _WAVE else 6)
+    if splits > 1:
+        return Skinny(64, 128, splits, 4, 4)
+    return Skinny(128, 64, 1, 8, 6) if n >= 128 * _WAVE else Skinny(64, 64, 1, 4, 8)

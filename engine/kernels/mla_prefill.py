@@ -1,0 +1,141 @@
+"""Causal attention of prompt chunks over expanded latents, in Triton: all chunks of a step in one launch.
+
+Keys are in two parts, as they come: those that a matrix product has expanded for each head, and the rotary one that all heads
+share. A program takes TILE_Q tokens of one chunk and one head; `tiles` say which.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
+
+
+class Tile(NamedTuple):
+    """How a program is cut."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+TILE = Tile(128, 64, 8, 3)
+TILE_FLOAT32 = Tile(32, 32, 4, 1)  # numbers twice as large, and products in three passes
+
+
+@triton.jit
+def _step(
+    q_n, q_r, best, total, acc, expanded_ptr, rope_ptr, expanded_stride, rope_stride, start, length, limit, scale,
+    dim, rope, v_dim, offset, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr,
+    EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    at = start + offset
+    row = at.to(tl.int64)
+    n_ptr = expanded_ptr + row[None, :] * expanded_stride + dim[:, None]
+    r_ptr = rope_ptr + row[None, :] * rope_stride + rope[:, None]
+    v_ptr = expanded_ptr + row[:, None] * expanded_stride + NOPE + v_dim[None, :]
+    inside = at < length
+    n_mask = inside[None, :] & (dim < NOPE)[:, None]
+    k_n = tl.load(n_ptr, mask=n_mask, other=0.0) if EDGE or NOPE != NOPE_PADDED else tl.load(n_ptr)
+    k_r = tl.load(r_ptr, mask=inside[None, :], other=0.0) if EDGE else tl.load(r_ptr)
+    score = tl.dot(q_n, k_n, input_precision=PRECISION)
+    score = tl.dot(q_r, k_r, score, input_precision=PRECISION)
+    if EDGE:
+        score = tl.where(at[None, :] <= limit[:, None], score, float("-inf"))
+    new_best = tl.maximum(best, tl.max(score, 1) * scale)
+    p = tl.exp2(score * scale - new_best[:, None])  # one fused multiply-add before the exponential
+    keep = tl.exp2(best - new_best)
+    total = total * keep + tl.sum(p, 1)
+    v_mask = inside[:, None] & (v_dim < V)[None, :]
+    v = tl.load(v_ptr, mask=v_mask, other=0.0) if EDGE or V != V_PADDED else tl.load(v_ptr)
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return new_best, total, acc
+
+
+@triton.jit
+def _prefill(
+    q_ptr, expanded_ptr, rope_ptr, out_ptr, starts_ptr, lens_ptr, tile_query_ptr, tile_start_ptr, tile_key_ptr,
+    scale, q_stride, rope_stride,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, ROPE: tl.constexpr,
+    V: tl.constexpr, V_PADDED: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, tile = tl.program_id(0), tl.program_id(1)
+    query = tl.load(tile_query_ptr + tile)
+    first = tl.load(tile_start_ptr + tile)  # first token of the tile within its chunk
+    key = tl.load(tile_key_ptr + tile).to(tl.int64)  # where the chunk's keys begin
+    begin = tl.load(starts_ptr + query)
+    chunk = tl.load(starts_ptr + query + 1) - begin
+    length = tl.load(lens_ptr + query)
+    prefix = length - chunk
+    expanded_ptr += key * (HEADS * (NOPE + V)) + head * (NOPE + V)
+    rope_ptr += key * rope_stride
+
+    token = first + tl.arange(0, TILE_Q)
+    dim = tl.arange(0, NOPE_PADDED)
+    rope = tl.arange(0, ROPE)
+    v_dim = tl.arange(0, V_PADDED)
+    offset = tl.arange(0, TILE_N)
+    live = token < chunk
+    at_q = (begin + token).to(tl.int64) * q_stride + head * (NOPE + ROPE)
+    known = live[:, None] & (dim < NOPE)[None, :]
+    q_n = tl.load(q_ptr + at_q[:, None] + dim[None, :], mask=known, other=0.0)
+    q_r = tl.load(q_ptr + at_q[:, None] + NOPE + rope[None, :], mask=live[:, None], other=0.0)
+
+    best = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
+    limit = prefix + token  # last position a row may see
+    full = (prefix + first) // TILE_N * TILE_N  # below it every row sees every position
+    end = tl.minimum(prefix + first + TILE_Q, length)
+    for start in range(0, full, TILE_N):
+        best, total, acc = _step(
+            q_n, q_r, best, total, acc, expanded_ptr, rope_ptr, HEADS * (NOPE + V), rope_stride, start, length, limit, scale,
+            dim, rope, v_dim, offset, NOPE, NOPE_PADDED, V, V_PADDED, False, PRECISION,
+        )  # fmt: skip
+    for start in range(full, end, TILE_N):
+        best, total, acc = _step(
+            q_n, q_r, best, total, acc, expanded_ptr, rope_ptr, HEADS * (NOPE + V), rope_stride, start, length, limit, scale,
+            dim, rope, v_dim, offset, NOPE, NOPE_PADDED, V, V_PADDED, True, PRECISION,
+        )  # fmt: skip
+    out = acc / total[:, None]
+    at_out = ((begin + token).to(tl.int64) * HEADS + head) * V
+    inside = live[:, None] & (v_dim < V)[None, :]
+    tl.store(out_ptr + at_out[:, None] + v_dim[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def choose_tile(dtype: torch.dtype) -> Tile:
+    return TILE_FLOAT32 if dtype == torch.float32 else TILE
+
+
+def mla_prefill(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    expanded: torch.Tensor,
+    k_rope: torch.Tensor,
+    query_starts: torch.Tensor,
+    kv_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    tile: Tile,
+) -> None:
+    """Attend from the tokens of `tiles`, each over its sequence up to itself, into their rows of `out` [T, heads, v_dim].
+
+    q [T, heads, nope + rope], a token's heads side by side; expanded [L, heads, nope + v_dim], contiguous, and k_rope [L, rope]
+    of all the sequences' tokens, end to end. query_starts [B + 1] and kv_lens [B] int32. `tiles` [3, N] int32 has a column a
+    program: a query, the first of its `tile.queries` tokens within the chunk, and the row of `expanded` of its first key.
+    """
+    heads, v_dim = out.shape[1:]
+    rope = k_rope.shape[1]
+    nope = q.shape[2] - rope
+    _prefill[(heads, tiles.shape[1])](
+        q, expanded, k_rope, out, query_starts, kv_lens, tiles[0], tiles[1], tiles[2],
+        scale * LOG2_E, q.stride(0), k_rope.stride(0),
+        HEADS=heads, NOPE=nope, NOPE_PADDED=max(MIN_DOT_ROWS, triton.next_power_of_2(nope)), ROPE=rope,
+        V=v_dim, V_PADDED=max(MIN_DOT_ROWS, triton.next_power_of_2(v_dim)), TILE_Q=tile.queries, TILE_N=tile.keys,
+        PRECISION=precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""A mixture of experts on CUDA in bfloat16: which kernels run it is decided by shapes alone. `moe.py` has the plain twin.
+
+Nothing here waits for the device, so that a step may be captured in a graph: grids are for the most blocks there can be.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from engine.kernels import experts as kernels
+from engine.kernels import routing
+from engine.kernels.experts import Strip, Tile
+from engine.layers.moe import MoeMlp
+from engine.layers.ops import Ops
+
+Routed = tuple[torch.Tensor, torch.Tensor]
+"""Weights [T, top_k] float32 and expert ids [T, top_k] int32."""
+
+# What follows is chosen by measurement on DeepSeek-V2-Lite's layer (docs/gpu.md).
+FEW_TOKENS = 2  # up to which a token reads its own experts, though another may have just read them
+STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # gate_up, down
+
+
+class Cut(NamedTuple):
+    """Products in blocks of one expert's pairs."""
+
+    block: int
+    gate_up: Tile
+    down: Tile
+    with_shared: bool  # the shared experts' tokens are blocks too; else they are an MLP of their own
+
+
+TILE = Tile(128, 64, 8, 4, 99)
+CUTS: tuple[tuple[int, Cut], ...] = (  # up to how many pairs an expert, evenly spread
+    (10, Cut(16, TILE, TILE, True)),
+    (16, Cut(32, TILE, TILE, True)),
+    (32, Cut(32, TILE, TILE, False)),
+    (64, Cut(64, TILE, TILE, False)),
+    (192, Cut(128, Tile(128, 64, 8, 4, 1), Tile(128, 64, 8, 3, 99), False)),
+)
+SORT_BLOCK = 128  # where nothing is cut: torch's grouped product wants the experts' ends, not blocks
+
+
+def forward(moe: MoeMlp, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+    """x [T, H] -> [T, H]"""
+    return run_experts(moe, x, route(moe, x), ops)
+
+
+def route(moe: MoeMlp, x: torch.Tensor) -> Routed:
+    spec = moe.routing
+    return routing.route(
+        routing.router_logits(x, moe.router),
+        moe.choice_bias,
+        method=spec.method,
+        top_k=spec.top_k,
+        groups=(spec.n_group, spec.topk_group),
+        normalize=spec.normalize,
+        scale=spec.scale,
+        router_dtype=moe.router.dtype,
+    )
+
+
+def run_experts(moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> torch.Tensor:
+    """Routed and shared experts, summed."""
+    if x.shape[0] <= FEW_TOKENS and (moe.shared is None or _shared_weights(moe) is not None):
+        return run_few(moe, x, routed, STRIPS)
+    mean = routed[1].numel() / moe.routing.num_experts
+    cut = next((c for most, c in CUTS if mean <= most), None)
+    return run_grouped(moe, x, routed, ops) if cut is None else run_cut(moe, x, routed, cut, ops)
+
+
+def _shared_weights(moe: MoeMlp) -> kernels.Pair | None:
+    """gate_up and down of the shared experts, if they can be taken as experts of the routed ones' size."""
+    if moe.shared is None or moe.shared.size % moe.size:
+        return None
+    return moe.shared.gate_up_proj.weight, moe.shared.down_proj.weight
+
+
+def run_few(moe: MoeMlp, x: torch.Tensor, routed: Routed, strips: tuple[Strip, Strip]) -> torch.Tensor:
+    experts, shared = (moe.gate_up, moe.down), _shared_weights(moe)
+    hidden = kernels.few_up(x, routed[1], experts, shared, strips[0])
+    return kernels.few_down(hidden, routed, experts, shared, strips[1])
+
+
+def run_cut(moe: MoeMlp, x: torch.Tensor, routed: Routed, cut: Cut, ops: Ops) -> torch.Tensor:
+    weights, ids = routed
+    experts, shared = (moe.gate_up, moe.down), _shared_weights(moe) if cut.with_shared else None
+    by_expert = routing.sort_pairs(ids, moe.routing.num_experts, cut.block, kernels.count_shared(shared, moe.size))
+    hidden = kernels.tiles_up(x, ids.shape[1], by_expert, cut.block, experts, shared, cut.gate_up)
+    rows = kernels.tiles_down(hidden, by_expert, cut.block, experts, shared, cut.down)
+    extra = moe.shared(x, ops) if moe.shared is not None and shared is None else None
+    return kernels.weighted_sum(rows, by_expert.place, weights, extra)
+
+
+def run_grouped(moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> torch.Tensor:
+    """The products by torch, which is the faster where each expert has many tokens."""
+    weights, ids = routed
+    by_expert = routing.sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
+    at_places = kernels.gather(x, by_expert.order, ids.shape[1])
+    hidden = ops.silu_mul(torch._grouped_mm(at_places, moe.gate_up.transpose(1, 2), offs=by_expert.ends))
+    rows = torch._grouped_mm(hidden, moe.down.transpose(1, 2), offs=by_expert.ends)
+    extra = None if moe.shared is None else moe.shared(x, ops)
+    return kernels.weighted_sum(rows, by_expert.place, weights, extra)

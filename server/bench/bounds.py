@@ -1,0 +1,147 @@
+"""The least time that a workload can take on given hardware: a roofline (Williams et al., 2009) for each step, summed.
+
+A step reads every weight that it uses once and the KV of every token that is attended, and computes each product once:
+
+    bound of a step = max(bytes / bandwidth, floating-point operations / rate)
+
+The steps are those of an ideal scheduler. Norms, biases, activations and the writes of KV are left out, as are launches. Of
+experts a step reads as many as tokens that choose at random are expected to pick: where a model's tokens agree, it reads fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.models.spec import MlaSpec, ModelSpec
+
+MAX_STEP_TOKENS = 8192
+MAX_ROWS = 256
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+
+
+class Hardware(NamedTuple):
+    bandwidth: float  # bytes a second, to and from the device's memory
+    rate: float  # floating-point operations a second, of a matrix product
+
+
+class Length(NamedTuple):
+    """A request, as far as its time goes."""
+
+    prompt: int
+    outputs: int
+
+
+class Step(NamedTuple):
+    """What one step has to do. A pair is a token and a token that it attends to, itself included."""
+
+    tokens: int
+    samples: int
+    decode_pairs: int  # also the tokens whose KV decodes read
+    chunk_pairs: int
+    chunk_kv: int  # tokens whose KV chunks of prompts read
+
+
+def steps(lengths: Iterable[Length], *, max_tokens: int = MAX_STEP_TOKENS, max_rows: int = MAX_ROWS) -> Iterator[Step]:
+    """Those of an ideal scheduler: each has a token of every request that decodes, and as much of prompts as still fits."""
+    waiting = list(lengths)[::-1]
+    prompts: list[tuple[Length, int]] = []  # under way, with what of each is computed
+    decodes: list[tuple[int, int]] = []  # tokens that the next one attends to, outputs left
+    while waiting or prompts or decodes:
+        while waiting and len(prompts) + len(decodes) < max_rows:
+            prompts.append((waiting.pop(), 0))
+        budget = max_tokens - len(decodes)
+        tokens = samples = len(decodes)
+        decode_pairs = sum(context for context, _ in decodes)
+        decodes = [(context + 1, left - 1) for context, left in decodes if left > 1]
+        chunk_pairs = chunk_kv = 0
+        unfinished = []
+        for length, start in prompts:
+            end = min(length.prompt, start + budget)
+            budget -= end - start
+            tokens += end - start
+            chunk_pairs += (end * (end + 1) - start * (start + 1)) // 2
+            chunk_kv += end if end > start else 0
+            if end < length.prompt:
+                unfinished.append((length, end))
+                continue
+            samples += 1
+            if length.outputs > 1:
+                decodes.append((length.prompt + 1, length.outputs - 1))
+        prompts = unfinished
+        yield Step(tokens, samples, decode_pairs, chunk_pairs, chunk_kv)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of a model, in numbers (weights, entries of the cache) and in multiply-adds; all layers together."""
+
+    weights: int  # that every token uses: attention, dense and shared MLPs, routers
+    expert: int  # weights of one expert
+    num_experts: int  # of a layer, and those that a token picks
+    top_k: int
+    moe_layers: int
+    head: int
+    hidden: int
+    kv: int  # of a token
+    decode_pair: int
+    chunk_pair: int
+
+    @staticmethod
+    def of(spec: ModelSpec) -> Costs:
+        hidden, moe, layers = spec.hidden_size, spec.moe, spec.num_layers
+        attention, kv, decode_pair, chunk_pair = _attention(spec) if spec.mla is None else _latent(spec, spec.mla)
+        moe_layers = len(moe.layers) if moe else 0
+        mlp = (layers - moe_layers) * 3 * hidden * spec.intermediate_size
+        if moe:
+            mlp += moe_layers * hidden * (moe.routing.num_experts + 3 * moe.shared_size)
+        return Costs(
+            weights=layers * attention + mlp,
+            expert=3 * hidden * moe.intermediate_size if moe else 0,
+            num_experts=moe.routing.num_experts if moe else 1,
+            top_k=moe.routing.top_k if moe else 0,
+            moe_layers=moe_layers,
+            head=hidden * spec.vocab_size,
+            hidden=hidden,
+            kv=layers * kv,
+            decode_pair=layers * decode_pair,
+            chunk_pair=layers * chunk_pair,
+        )
+
+    def numbers_read(self, step: Step) -> float:
+        experts = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** step.tokens)  # distinct ones, as expected
+        weights = self.weights + self.moe_layers * experts * self.expert + (self.head if step.samples else 0)
+        return weights + step.tokens * self.hidden + (step.decode_pairs + step.chunk_kv) * self.kv
+
+    def operations(self, step: Step) -> float:
+        """Two for each multiply-add."""
+        products = step.tokens * (self.weights + self.moe_layers * self.top_k * self.expert) + step.samples * self.head
+        return 2.0 * (products + step.decode_pairs * self.decode_pair + step.chunk_pairs * self.chunk_pair)
+
+
+def _attention(spec: ModelSpec) -> tuple[int, int, int, int]:
+    """Of a layer: weights, numbers cached of a token, multiply-adds for a pair in a decode and in a chunk."""
+    heads = spec.num_heads * spec.head_dim
+    kv = 2 * spec.num_kv_heads * spec.head_dim
+    return spec.hidden_size * (2 * heads + kv), kv, 2 * heads, 2 * heads
+
+
+def _latent(spec: ModelSpec, mla: MlaSpec) -> tuple[int, int, int, int]:
+    """A decode attends in latent space; for a chunk keys and values are expanded, each once."""
+    hidden, heads, rank = spec.hidden_size, spec.num_heads, mla.kv_lora_rank
+    q_size = heads * (mla.nope_dim + mla.rope_dim)
+    queries = hidden * q_size if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + q_size)
+    record = rank + mla.rope_dim
+    weights = queries + hidden * record + rank * heads * (mla.nope_dim + mla.v_dim) + heads * mla.v_dim * hidden
+    return weights, record, heads * (record + rank), heads * (mla.nope_dim + mla.rope_dim + mla.v_dim)
+
+
+def step_seconds(costs: Costs, step: Step, hardware: Hardware, *, number_size: int) -> float:
+    return max(number_size * costs.numbers_read(step) / hardware.bandwidth, costs.operations(step) / hardware.rate)
+
+
+def workload_seconds(spec: ModelSpec, lengths: Iterable[Length], hardware: Hardware, *, number_size: int) -> float:
+    """The bound of a workload; `number_size` is the bytes of a weight and of an entry of the cache."""
+    costs = Costs.of(spec)
+    return sum(step_seconds(costs, step, hardware, number_size=number_size) for step in steps(lengths))

@@ -1,0 +1,75 @@
+"""`tidegate bench kernels`: each of our kernels at shapes of real models, against what this device could do at most."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from engine.errors import ConfigError
+from server.bench import lines
+from server.bench.bounds import Hardware
+from server.bench.lines import KernelLine
+
+_ROW = "{:<14} {:<52} {:>10} {:>8} {:>9} {:>9}"
+_HEAD = _ROW.format("kernel", "shape", "us", "of bound", "TB/s", "TFLOP/s")
+
+
+def run(kernels: Sequence[str] = (), *, record: Path | None = None) -> list[KernelLine]:
+    """Measure `kernels`, or all; a row on stderr and a line on stdout, also appended to `record`, tell of each as it is done.
+
+    Raises ConfigError where there is no CUDA device, and for a kernel that there is not.
+    """
+    measured = importlib.import_module("engine.kernels.hardware")
+    device: str | None = measured.name()
+    if device is None:
+        raise ConfigError("bench kernels takes a CUDA device, and torch sees none here: `tidegate doctor` says what there is")
+    lines.check_record(record)
+    bench = importlib.import_module("engine.kernels.bench")  # imports Triton, which not every machine has
+    cases = choose(bench.CASES, kernels)
+    hardware = Hardware(*measured.measure())
+    console = Console(stderr=True)
+    _say(console, f"{device}: {hardware.bandwidth / 1e12:.2f} TB/s, {hardware.rate / 1e12:.0f} TFLOP/s in bfloat16")
+    _say(console, _HEAD)
+    return [_run_case(bench, case, hardware, device, console, record) for case in cases]
+
+
+def choose(cases: Sequence[Any], kernels: Sequence[str]) -> list[Any]:
+    """Those of `cases` that are of one of `kernels`, or all where none is named."""
+    known = {case.kernel: None for case in cases}
+    for kernel in kernels:
+        if kernel not in known:
+            raise ConfigError(f"kernel is {kernel!r}: it must be one of {', '.join(known)}", param="kernel")
+    return [case for case in cases if not kernels or case.kernel in kernels]
+
+
+def _run_case(bench: Any, case: Any, hardware: Hardware, device: str, console: Console, record: Path | None) -> KernelLine:
+    timing = bench.measure(case)
+    bound = max(timing.num_bytes / hardware.bandwidth, timing.operations / hardware.rate)
+    line = KernelLine(
+        date=lines.today(),
+        commit=lines.commit(),
+        device=device,
+        kernel=case.kernel,
+        shape=case.shape,
+        seconds=timing.seconds,
+        bound_share=round(bound / timing.seconds, 3),
+        bytes_s=round(timing.num_bytes / timing.seconds),
+        flop_s=round(timing.operations / timing.seconds),
+        command=lines.command(),
+    )
+    _say(console, row(line))
+    lines.write(line, record)
+    return line
+
+
+def row(line: KernelLine) -> str:
+    numbers = (f"{line.seconds * 1e6:.1f}", f"{line.bound_share:.0%}", f"{line.bytes_s / 1e12:.2f}", f"{line.flop_s / 1e12:.0f}")
+    return _ROW.format(line.kernel, line.shape, *numbers)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

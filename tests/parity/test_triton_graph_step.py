@@ -1,0 +1,84 @@
+"""The two ends of a decode step beside what the host's path makes of the same plan, and beside torch's argmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.inputs import MixedInputs, Rows, Slices, Uploader
+from engine.kernels.graph_step import VOCAB_TILE, choose_likeliest, gather_decodes, gather_mixed
+from engine.plan import AdmittedRow, StepPlan
+from engine.request import SamplingParams
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK = 4
+
+
+LENS = {4: 7, 0: 1, 2: 1500, 3: 8}
+
+
+@pytest.fixture
+def rows():
+    """Four rows with LENS known tokens, the next one sampled."""
+    state = Rows(max_rows=5, max_len=2000, block_size=BLOCK, scratch_block=777, device=DEVICE, upload=Uploader(DEVICE))
+    draw = np.random.default_rng(0)
+    admitted = [
+        AdmittedRow(row, draw.integers(0, 90, n).tolist(), n, draw.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
+        for row, n in LENS.items()
+    ]
+    state.change(StepPlan(1, [], [], [], 0, [], admitted, [], []))
+    state.set_latest(torch.arange(5, device=DEVICE), torch.tensor([10, 11, 12, 13, 14], device=DEVICE))
+    return state
+
+
+def expect(rows, slices, num_decodes):
+    which, starts, nums = (list(column) for column in zip(*slices, strict=True))
+    plan = StepPlan(2, which, starts, nums, num_decodes, list(range(len(slices))), [], [], [])
+    return Slices.of(plan), rows.batch(plan, Slices.of(plan), []).batch
+
+
+def compare(found, expected, tokens, queries):
+    for name in ("token_ids", "positions", "slots"):
+        assert getattr(found, name)[:tokens].tolist() == getattr(expected, name).tolist(), name
+    assert found.kv_lens[:queries].tolist() == expected.kv_lens_host
+    for i, n in enumerate(expected.kv_lens_host):
+        used = -(-n // BLOCK)
+        assert found.block_tables[i, :used].tolist() == expected.block_tables[i, :used].tolist()
+    assert set(found.slots[tokens:].tolist()) <= set(range(777 * BLOCK, 778 * BLOCK))
+
+
+def test_inputs_of_decodes_are_those_of_the_hosts_path(rows):
+    _, expected = expect(rows, [(row, n, 1) for row, n in LENS.items()], 4)
+    which = torch.tensor([*LENS, rows.state.scratch_row], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([*LENS.values(), 0], dtype=torch.int32, device=DEVICE)
+    found = gather_decodes(which, positions, rows.state.latest, rows.state.tables, BLOCK)
+    compare(found, expected, 4, 4)
+    assert found.kv_lens[4] == 1
+
+
+def test_inputs_of_a_mixed_step_are_those_of_the_hosts_path(rows):
+    slices, expected = expect(rows, [(4, 7, 1), (0, 1, 1), (2, 1000, 300), (3, 2, 6)], 2)
+    packed = MixedInputs.of(rows.mixed(slices), slices, num_tokens=320, num_queries=6, scratch_row=rows.state.scratch_row)
+    tokens, positions, owners, which, lens, starts = packed.parts(torch.from_numpy(packed.values).to(DEVICE))
+    assert starts.tolist() == [0, 1, 2, 302, 308, 320, 320]
+    found = gather_mixed(tokens, positions, owners, which, lens, rows.state.latest, rows.state.tables, BLOCK)
+    compare(found, expected, 308, 4)
+
+
+@pytest.mark.parametrize("vocab", [70, VOCAB_TILE, 2 * VOCAB_TILE + 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likeliest(vocab, dtype):
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    logits[1, vocab - 1] = 50.0
+    logits[2, [3, vocab // 2, vocab - 2]] = 60.0  # of equals the first
+    logits[3] = float("-inf")
+    rows = torch.tensor([6, 0, 2, 5, 1], dtype=torch.int32, device=DEVICE)
+    latest = torch.full((8,), 99, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):  # a launch leaves its counters as it found them
+        tokens = choose_likeliest(logits, rows, latest)
+        assert tokens[:3].tolist() == logits[:3].float().argmax(-1).tolist()
+        assert tokens[2] == 3
+        assert all(0 <= token < vocab for token in tokens.tolist())
+        assert latest[rows.long()].tolist() == tokens.tolist()
+        assert latest[[3, 4, 7]].tolist() == [99, 99, 99]

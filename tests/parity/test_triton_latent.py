@@ -1,0 +1,116 @@
+"""Latent attention's Triton kernels beside their twins: what is between the products, and one mixed step of attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.attention import latent_chunks, torch_ref, triton_paged
+from engine.attention.base import AttentionBackend
+from engine.attention.torch_ref import TorchAttention
+from engine.attention.triton_paged import TritonAttention
+from engine.kernels import elementwise, latent
+from engine.layers.ops import PlainOps, write
+from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random
+
+RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
+FRESH = [(40, 40), (3, 3), (33, 33)]
+
+
+def close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
+@pytest.mark.parametrize(("heads", "rank"), [(4, 32), (20, 24)])
+def test_prepare(heads, rank, interleaved, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tokens, q_size = 5, heads * (NOPE + ROPE)
+    # As a model hands them over: views of one tensor.
+    both = random(tokens, q_size + rank + ROPE, generator=generator).to(dtype)
+    norm = (random(rank, generator=generator).to(dtype), 1e-6)
+    angles = (random(tokens, 1, ROPE, generator=generator), random(tokens, 1, ROPE, generator=generator))
+    slots = torch.randperm(3 * BLOCK, generator=generator)[:tokens].to(DEVICE)
+    results = []
+    for ops in (PlainOps(), elementwise):
+        q, kv = both.clone().split([q_size, rank + ROPE], 1)
+        pool = torch.zeros(3, BLOCK, rank + ROPE, dtype=dtype, device=DEVICE)
+        q = q.view(tokens, heads, NOPE + ROPE)
+        results.append((*ops.latent_prepare(q, kv, norm, angles, slots, pool, interleaved=interleaved), pool))
+    for out, expected in zip(results[1], results[0], strict=True):
+        # A fused multiply-add may round the last bit of a bfloat16 the other way.
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_norm_of_rows_that_lie_apart():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = random(3, 40, generator=generator)[:, :24], random(24, generator=generator)
+    close(elementwise.norm(x, weight, 1e-6), PlainOps().norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("num", [3, 70])
+def test_products_around_a_decode(num):
+    heads = 3
+    generator = torch.Generator().manual_seed(0)
+    q = random(num, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(num, heads, NOPE + ROPE)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
+    close(latent.absorb(q, kv_b, NOPE), torch_ref.absorb(q, kv_b, NOPE)[..., :RANK])
+    mixed = random(num, heads, RANK, generator=generator)
+    out = torch.empty(num, heads, V_DIM, device=DEVICE)
+    latent.expand(mixed, kv_b, NOPE, out)
+    close(out, torch_ref.expand_output(mixed, kv_b, NOPE))
+
+
+def test_keys_are_those_of_the_twin():
+    heads, tokens = 3, 5
+    generator = torch.Generator().manual_seed(0)
+    cached = random(tokens, RANK + ROPE + 8, generator=generator)[:, :-8]
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
+    keys, values = torch_ref.expand_latent(cached, kv_b, NOPE)
+    expanded = torch.cat((keys[..., :NOPE], values), -1).transpose(0, 1).contiguous()
+    assert torch.equal(latent.build_keys(expanded, cached, NOPE, RANK), keys.transpose(0, 1))
+
+
+@pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS, FRESH], ids=["mixed", "decodes", "chunks", "fresh"])
+@pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
+def test_a_step(queries, heads, processors, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
+    cached = random(num_blocks, BLOCK, RANK + ROPE, generator=generator)
+    tokens = sum(num for _, num in queries)
+    q = random(tokens, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(tokens, heads, NOPE + ROPE)
+    records = random(tokens, RANK + ROPE + 8, generator=generator)[:, :-8]
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    # Room for one of the two chunks behind a prefix at a time.
+    monkeypatch.setattr(latent_chunks, "EXPANDED_NUMBERS", 100 * heads * (NOPE + V_DIM))
+
+    def run(backend: AttentionBackend) -> torch.Tensor:
+        pools = {"latent": cached.clone()}
+        batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
+        write(pools["latent"], records, batch.slots)
+        return backend.prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+
+    close(run(TritonAttention(processors)), run(TorchAttention()))
+
+
+def test_long_prompts_beside_the_rest(monkeypatch):
+    """Prompts that a library attends to take no tiles; the library's place is taken by torch's own attention."""
+    queries, heads = [(33, 1), (20, 20), (70, 37), (40, 40), (5, 5)], 2
+    generator = torch.Generator().manual_seed(0)
+    cached = random(5 * 5, BLOCK, RANK + ROPE, generator=generator)
+    tokens = sum(num for _, num in queries)
+    q, records = random(tokens, heads, NOPE + ROPE, generator=generator), random(tokens, RANK + ROPE, generator=generator)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    pools = {"latent": cached}
+    batch = make_batch(queries, pools, generator)
+    write(cached, records, batch.slots)
+    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+
+    def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch_ref._attend_chunk(q, k.transpose(0, 1), v.transpose(0, 1), None, scale)
+
+    monkeypatch.setattr(triton_paged, "attend_prompt", attend_prompt)
+    step = TritonAttention(132).prepare(batch)
+    monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(1, 21), range(58, 98)])
+    close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)

@@ -1,0 +1,153 @@
+"""Products of few rows beside torch's own in float64. On a CPU in float16: Triton's interpreter cannot multiply bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.kernels import elementwise, linear
+from engine.kernels.linear import Gemv, Skinny
+from engine.layers.linear import linear as plain_linear
+from engine.layers.mlp import GatedMlp
+from engine.layers.ops import PlainOps
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+
+GEMV = (
+    Gemv(rows=4, columns=256, parts=2, warps=4),
+    Gemv(rows=2, columns=512, parts=1, warps=4),
+    Gemv(rows=4, columns=1024, parts=1, warps=4),
+)
+SKINNY = (
+    Skinny(rows=64, columns=64, splits=1, warps=4, stages=3),
+    Skinny(rows=32, columns=128, splits=2, warps=4, stages=3),
+    Skinny(rows=64, columns=64, splits=3, warps=4, stages=3),
+)
+
+
+def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))).to(DEVICE, DTYPE)
+
+
+def weights(n: int, k: int) -> torch.Tensor:
+    return random(n, k, scale=k**-0.5)
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return PlainOps().silu_mul(y) if gated else y
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 4e-3) -> None:
+    assert found.dtype == DTYPE
+    assert found.shape == expected.shape
+    assert (found.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("config", "rows"),
+    [
+        *((GEMV[0], m) for m in (1, 2, 3, 4)),
+        *((c, 2) for c in GEMV[1:]),
+        (SKINNY[0], 4),
+        (SKINNY[1], 16),
+        (SKINNY[1], 64),
+        (SKINNY[2], 33),
+    ],
+)
+def test_a_product_of_any_tiles(config, rows, gated):
+    """N is no multiple of any tile, K of some, and K is more than one step."""
+    x, weight = random(rows, 1296), weights(78, 1296)
+    out = torch.full((rows, 39 if gated else 78), float("nan"), dtype=DTYPE, device=DEVICE)
+    linear.launch(x, weight, None, out, config, gated=gated)
+    assert_near(out, exact(x, weight, None, gated=gated))
+
+
+@pytest.mark.parametrize("config", [GEMV[0], SKINNY[0], SKINNY[1]])
+def test_a_bias_and_rows_of_x_that_lie_apart(config):
+    x, weight, bias = random(3, 272)[:, :208], weights(52, 208), random(52)
+    out = torch.empty(3, 52, dtype=DTYPE, device=DEVICE)
+    linear.launch(x, weight, bias, out, config, gated=False)
+    assert_near(out, exact(x, weight, bias, gated=False))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+def test_the_chosen_tiles(rows):
+    x, weight, bias = random(rows, 1, 512), weights(96, 512), random(96)
+    assert_near(linear.linear(x, weight, bias), exact(x, weight, bias, gated=False))
+    assert_near(linear.gated(x, weight), exact(x, weight, None, gated=True))
+    assert_near(linear.linear(x[..., ::2], weight[:, ::2].contiguous()), exact(x[..., ::2], weight[:, ::2], None, gated=False))
+
+
+def test_a_split_product_can_follow_another():
+    """Each leaves the workspace's counters at zero, and gives the same numbers each time."""
+    x, weight = random(9, 512), weights(130, 512)
+    outs = [torch.empty(9, 130, dtype=DTYPE, device=DEVICE) for _ in range(3)]
+    for out in outs:
+        linear.launch(x, weight, None, out, SKINNY[1], gated=False)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    assert not linear._workspace(DEVICE)[1].any()
+
+
+def test_a_split_past_the_workspace_is_refused():
+    x, weight = random(64, 16), random(1, 16).expand(1 << 20, 16)
+    with pytest.raises(ValueError, match="workspace"):
+        linear.launch(x, weight, None, x, SKINNY[1], gated=False)
+
+
+@pytest.mark.parametrize("rows", [3, 16])
+def test_a_row_does_not_depend_on_others_of_its_bucket(rows):
+    x, weight = random(rows, 512), weights(48, 512)
+    assert torch.equal(linear.linear(x, weight)[:-1], linear.linear(x[:-1], weight))
+
+
+MODELS = (  # rows of W, K, gated
+    *((4096, 1024, False), (1024, 2048, False), (6144, 1024, True), (1024, 3072, False), (151936, 1024, False)),
+    *((6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False)),
+    *((3648, 2048, False), (2048, 2048, False), (21888, 2048, True), (2048, 10944, False), (5632, 2048, True)),
+    *((2048, 2816, False), (102400, 2048, False), (64, 2048, False), (1, 16, False), (2, 16, True)),
+)
+
+
+@pytest.mark.parametrize(("n", "k", "gated"), MODELS)
+@pytest.mark.parametrize("rows", [1, 4, 5, 17, 64])
+def test_chosen_tiles_keep_within_the_workspace(rows, n, k, gated):
+    config = linear._config(rows, n, k, gated=gated)
+    if isinstance(config, Skinny) and config.splits > 1:
+        tiles = -(-n // config.rows)
+        assert tiles <= linear._COUNTERS
+        assert tiles * config.splits * config.rows * linear._bucket(max(rows, 5)) <= linear._WORKSPACE
+        assert -(-k // config.columns) >= config.splits
+
+
+def test_what_fits():
+    x, weight = (torch.zeros(n, 32, dtype=torch.bfloat16, device=DEVICE) for n in (64, 8))
+    assert linear.fits(x, weight) == (DEVICE.type == "cuda")
+    assert not linear.fits(torch.cat((x, x)), weight)
+    assert not linear.fits(x[:0], weight)
+    assert not linear.fits(x.float(), weight.float())
+    assert not linear.fits(x[:, :24], weight[:, :24].contiguous())
+    assert not linear.fits(x[:, :16], weight[:, :16])
+
+
+@pytest.mark.parametrize("rows", [2, 70])
+def test_gated_of_the_two_ops(rows):
+    """Where a product does not fit, whatever the reason, the steps are torch's."""
+    x, weight = random(rows, 48), weights(20, 48)
+    expected = exact(x, weight, None, gated=True)
+    assert_near(elementwise.gated(x, weight), expected, 1e-2)  # gate and up are rounded before they are used
+    assert_near(PlainOps().gated(x, weight), expected, 1e-2)
+
+
+def test_the_mlp_takes_them():
+    mlp = GatedMlp(32, 48, dtype=DTYPE, device=DEVICE)
+    for parameter in mlp.parameters():
+        parameter.copy_(weights(*parameter.shape))
+    x = random(3, 32)
+    gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+    expected = plain_linear(PlainOps().silu_mul(plain_linear(x, gate_up)), down)
+    torch.testing.assert_close(mlp(x, PlainOps()), expected, rtol=0.01, atol=0.01)

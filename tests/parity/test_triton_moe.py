@@ -1,0 +1,151 @@
+"""The kernels of a mixture of experts beside their plain twins, `route` and `run_experts`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels import routing
+from engine.kernels.experts import Strip, Tile
+from engine.layers import moe_cuda
+from engine.layers.kinds import RoutingSpec
+from engine.layers.moe import MoeMlp, route, run_experts
+from engine.layers.moe_cuda import Cut
+from engine.layers.ops import PlainOps
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PLAIN = PlainOps()
+SPECS = [
+    RoutingSpec(num_experts=6, top_k=2),
+    RoutingSpec(num_experts=8, top_k=3, normalize=True, scale=0.5),
+    RoutingSpec(num_experts=12, top_k=3, method="group_limited_greedy", n_group=3, topk_group=2, scale=2.0),
+    RoutingSpec(num_experts=12, top_k=5, method="noaux_tc", n_group=4, topk_group=2, normalize=True, scale=2.5),
+    RoutingSpec(num_experts=10, top_k=1, method="noaux_tc", n_group=1, topk_group=1),
+]
+TILE = Tile(rows=16, columns=32, num_warps=4, num_stages=2, programs=1)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed)).to(DEVICE)
+
+
+def choose(parts: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None, dtype: torch.dtype = torch.float32):
+    return routing.route(
+        parts,
+        bias,
+        method=spec.method,
+        top_k=spec.top_k,
+        groups=(spec.n_group, spec.topk_group),
+        normalize=spec.normalize,
+        scale=spec.scale,
+        router_dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_router_logits(tokens, exact):
+    half = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # Triton's interpreter cannot multiply bfloat16
+    x, router = random(tokens, 300).to(half), random(20, 300)
+    router = router if exact else router.to(half)
+    parts = routing.router_logits(x, router)
+    assert parts.shape[0] == 3  # 300 numbers by 128
+    torch.testing.assert_close(parts.sum(0), x.float() @ router.float().T, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.method}-{s.num_experts}")
+def test_route(spec, biased):
+    bias = random(spec.num_experts) / 4 if biased and spec.method == "noaux_tc" else None
+    parts = random(3, 7, spec.num_experts)
+    weights, ids = route(parts.sum(0), spec, bias)
+    found_weights, found_ids = choose(parts, spec, bias)
+    assert torch.equal(found_ids.long(), ids)
+    torch.testing.assert_close(found_weights, weights)
+
+
+def test_route_rounds_like_a_bfloat16_router_and_takes_the_lowest_of_equals():
+    logits = torch.tensor([[[0.5, 1.0, 1.0 + 2**-10, 0.25, 1.0]]], device=DEVICE)
+    spec = RoutingSpec(num_experts=5, top_k=2)
+    assert choose(logits, spec, None)[1].tolist() == [[2, 1]]
+    assert choose(logits, spec, None, torch.bfloat16)[1].tolist() == [[1, 2]]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_route_stays_inside_the_experts_whatever_the_logits():
+    logits = torch.full((1, 2, 5), float("nan"), device=DEVICE)
+    logits[0, 1] = float("-inf")
+    ids = choose(logits, RoutingSpec(num_experts=5, top_k=3), None)[1]
+    assert ((ids >= 0) & (ids < 5)).all()
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 0])
+@pytest.mark.parametrize(("tokens", "num_experts", "shared"), [(1, 6, 0), (7, 6, 2), (160, 5, 1)])
+def test_sort_pairs(tokens, num_experts, shared, at_once):
+    ids = random(tokens, num_experts).topk(2).indices
+    found = routing.sort_pairs(ids.int(), num_experts, 16, shared, at_once=at_once)
+    order = ids.flatten().argsort(stable=True)
+    assert torch.equal(found.order.long(), order)
+    assert torch.equal(found.place.long()[order], torch.arange(2 * tokens, device=DEVICE))
+    counts = [*ids.flatten().bincount(minlength=num_experts).tolist(), *[tokens] * shared]
+    ends = torch.tensor(counts).cumsum(0)
+    assert found.ends.tolist() == ends.tolist()
+    blocks = [(e, int(ends[e]) - n + start) for e, n in enumerate(counts) for start in range(0, n, 16)]
+    num = int(found.num_blocks)
+    assert list(zip(found.block_expert[:num].tolist(), found.block_start[:num].tolist(), strict=True)) == blocks
+
+
+def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:
+    spec = RoutingSpec(num_experts=5, top_k=2, normalize=True, scale=1.5)
+    moe = MoeMlp(spec, hidden, size, shared_size=shared_size, router_dtype=torch.float32, dtype=torch.float32, device=DEVICE)
+    for i, weight in enumerate(moe.parameters()):
+        weight.data = random(*weight.shape, seed=i) / 4
+    return moe
+
+
+def plain(moe: MoeMlp, x: torch.Tensor, routed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    out = run_experts(x, (routed[0], routed[1].long()), moe.gate_up, moe.down, PLAIN)
+    return out if moe.shared is None else out + moe.shared(x, PLAIN)
+
+
+def routed_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(tokens, 2).abs(), random(tokens, 5).topk(2).indices.int()
+
+
+@pytest.mark.parametrize("shared_size", [0, 48])
+@pytest.mark.parametrize("columns", [16, 8])
+def test_few(shared_size, columns):
+    moe, x, routed = mixture(shared_size), random(2, 40), routed_of(2)
+    strip = Strip(rows=16, columns=columns, num_warps=1)
+    torch.testing.assert_close(moe_cuda.run_few(moe, x, routed, (strip, strip)), plain(moe, x, routed))
+
+
+@pytest.mark.parametrize("with_shared", [True, False])
+@pytest.mark.parametrize(("tokens", "shared_size"), [(1, 48), (23, 48), (23, 36), (23, 0)])
+def test_run_cut(tokens, shared_size, with_shared):
+    moe, x, routed = mixture(shared_size), random(tokens, 40), routed_of(tokens)
+    cut = Cut(block=16, gate_up=TILE, down=TILE, with_shared=with_shared)
+    torch.testing.assert_close(moe_cuda.run_cut(moe, x, routed, cut, PLAIN), plain(moe, x, routed))
+
+
+def test_rows_fit_the_tiles():
+    moe, x, routed = mixture(64, size=32, hidden=64), random(9, 64), routed_of(9)
+    cut = Cut(block=16, gate_up=TILE, down=TILE, with_shared=True)
+    torch.testing.assert_close(moe_cuda.run_cut(moe, x, routed, cut, PLAIN), plain(moe, x, routed))
+
+
+@pytest.mark.parametrize("shared_size", [0, 32])
+def test_run_grouped(shared_size):
+    moe, routed = mixture(shared_size, size=32, hidden=64).bfloat16(), routed_of(19)
+    x = random(19, 64).bfloat16()
+    found = moe_cuda.run_grouped(moe, x, routed, PLAIN)
+    torch.testing.assert_close(found, plain(moe, x, routed), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_forward(tokens, monkeypatch):
+    monkeypatch.setattr(moe_cuda, "FEW_TOKENS", 1)
+    monkeypatch.setattr(moe_cuda, "STRIPS", (Strip(16, 16, 1), Strip(16, 16, 1)))
+    monkeypatch.setattr(moe_cuda, "CUTS", ((10, Cut(16, TILE, TILE, with_shared=True)),))
+    moe, x = mixture(24), random(tokens, 40)
+    torch.testing.assert_close(moe_cuda.forward(moe, x, PLAIN), moe(x, PLAIN), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,137 @@
+"""Bounds for models that were worked out by hand, on hardware of 4.25 TB/s and 780 TFLOP/s."""
+
+import pytest
+
+from engine.models.spec import ModelSpec
+from server.bench.bounds import Costs, Hardware, Length, Step, step_seconds, steps, workload_seconds
+from server.bench.workloads import build_workload
+
+H200 = Hardware(bandwidth=4.25e12, rate=780e12)
+COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "eos_token_id": 1, "torch_dtype": "bfloat16"}
+CONFIGS = {
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    },
+    "deepseek-v2-lite": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+        "max_position_embeddings": 163840,
+    },
+}
+SPECS = {name: ModelSpec.from_hf(COMMON | config) for name, config in CONFIGS.items()}
+
+
+def bound(model, workload):
+    """Seconds, tokens that come out, tokens that go in."""
+    work = build_workload(workload)
+    lengths = [Length(len(w.prompt), w.num_outputs) for w in work]
+    seconds = workload_seconds(SPECS[model], lengths, H200, number_size=2)
+    return seconds, sum(length.outputs for length in lengths), sum(length.prompt for length in lengths)
+
+
+@pytest.mark.parametrize(("model", "ms"), [("llama-8b", 3.5), ("qwen3-0.6b", 0.28), ("deepseek-v2-lite", 1.1)])
+def test_one_token_costs_the_weights_that_it_reads(model, ms):
+    one = Step(tokens=1, samples=1, decode_pairs=1, chunk_pairs=0, chunk_kv=0)
+    assert step_seconds(Costs.of(SPECS[model]), one, H200, number_size=2) == pytest.approx(ms / 1000, rel=0.06)
+
+
+# Those of the prompts' own step included, which a figure for decoding alone leaves out.
+@pytest.mark.parametrize(("model", "tok_s"), [("llama-8b", 15_500), ("deepseek-v2-lite", 9_000)])
+def test_decode64(model, tok_s):
+    seconds, outputs, _ = bound(model, "decode64")
+    assert outputs / seconds == pytest.approx(tok_s, rel=0.12)
+
+
+@pytest.mark.parametrize(("model", "expected"), [("llama-8b", 10.0), ("qwen3-0.6b", 3.6), ("deepseek-v2-lite", 9.0)])
+def test_mixed256(model, expected):
+    assert bound(model, "mixed256")[0] == pytest.approx(expected, rel=0.04)
+
+
+# By hand, the head was counted for every token and, for the second, the embedding as well: a sixth of its 2.7 billion weights.
+@pytest.mark.parametrize(("model", "tok_s", "tolerance"), [("llama-8b", 46_000, 0.06), ("deepseek-v2-lite", 116_000, 0.21)])
+def test_prefill(model, tok_s, tolerance):
+    seconds, outputs, prompts = bound(model, "prefill")
+    assert (outputs + prompts) / seconds == pytest.approx(tok_s, rel=tolerance)
+
+
+def test_weights_are_those_of_the_published_models():
+    dense = {name: Costs.of(SPECS[name]) for name in ("qwen3-0.6b", "llama-8b")}
+    assert dense["qwen3-0.6b"].weights + dense["qwen3-0.6b"].head == pytest.approx(596e6, rel=0.001)  # embedding tied
+    assert dense["llama-8b"].weights + 2 * dense["llama-8b"].head == pytest.approx(8.03e9, rel=0.001)
+    c = Costs.of(SPECS["deepseek-v2-lite"])
+    assert c.weights + c.moe_layers * c.num_experts * c.expert + 2 * c.head == pytest.approx(15.7e9, rel=0.002)
+    assert c.weights + c.moe_layers * c.top_k * c.expert + 2 * c.head == pytest.approx(2.66e9, rel=0.02)
+
+
+def test_few_tokens_read_few_experts_and_many_read_all():
+    c = Costs.of(SPECS["deepseek-v2-lite"])
+
+    def experts(tokens):
+        step = Step(tokens, 0, 0, 0, 0)
+        return (c.numbers_read(step) - c.weights - tokens * c.hidden) / (c.moe_layers * c.expert)
+
+    assert experts(1) == pytest.approx(6)
+    assert experts(2) == pytest.approx(12 - 36 / 64)
+    assert experts(1000) == pytest.approx(64)
+
+
+def test_no_sample_reads_no_head():
+    c = Costs.of(SPECS["llama-8b"])
+    with_one, without = (c.numbers_read(Step(8, samples, 0, 0, 0)) for samples in (1, 0))
+    assert with_one - without == c.head
+
+
+@pytest.mark.parametrize(("max_tokens", "max_rows"), [(8192, 256), (7, 3), (1, 1), (5, 2)])
+def test_the_steps_compute_each_token_once_and_attend_each_pair_once(max_tokens, max_rows):
+    lengths = [Length(5, 3), Length(12, 1), Length(1, 9), Length(7, 2), Length(30, 4)]
+    found = list(steps(lengths, max_tokens=max_tokens, max_rows=max_rows))
+    assert sum(s.samples for s in found) == sum(length.outputs for length in lengths)
+    assert sum(s.tokens for s in found) == sum(length.prompt + length.outputs - 1 for length in lengths)
+    assert sum(s.chunk_pairs for s in found) == sum(n * (n + 1) // 2 for n, _ in lengths)
+    assert sum(s.decode_pairs for s in found) == sum(n + i for n, outputs in lengths for i in range(1, outputs))
+    assert max(s.tokens for s in found) <= max_tokens
+    assert max(s.samples for s in found) <= max_rows
+
+
+def test_a_prompt_that_is_cut_reads_its_beginning_again():
+    first, second = steps([Length(10, 1)], max_tokens=6)
+    assert (first.chunk_kv, first.samples, second.chunk_kv, second.samples) == (6, 0, 10, 1)
+
+
+def test_a_decode_goes_before_prompts():
+    found = list(steps([Length(2, 3), Length(9, 1)], max_tokens=4))
+    assert [s.tokens for s in found] == [4, 4, 4, 1]
+    assert [s.samples for s in found] == [1, 1, 1, 1]
