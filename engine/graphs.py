@@ -30,6 +30,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 LARGER = 64  # past the last of SIZES, rows between graphs
 TOKENS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 QUERIES = (16, 64)  # and as many as there can be
+ALIGN = 4  # numbers: 16 bytes
 
 Key = tuple[int, int]
 """(tokens, queries) of a mixed step; (rows, 0) of decodes alone."""
@@ -64,8 +65,12 @@ class StepGraphs:
         max_rows = self._state.scratch_row
         self._sizes = graph_sizes(max_rows)
         # The tokens that pad are a query too, whose table holds so many.
-        self._tokens = [num for num in TOKENS if num <= self._state.tables.shape[1] * block_size]
-        self._queries = [*(num for num in QUERIES if num <= max_rows), max_rows + 1]
+        most = min(backend.graph_tokens, self._state.tables.shape[1] * block_size)
+        self._tokens = [num for num in TOKENS if num <= most]
+        self._queries = [*(num for num in QUERIES if num <= max_rows), -(-(max_rows + 1) // ALIGN) * ALIGN]
+        fewest = [1, *self._queries]  # a step of more queries than a graph holds has as many tokens
+        mixed = [(t, q) for t in self._tokens for q, least in zip(self._queries, fewest, strict=False) if t >= least]
+        self._keys: list[Key] = [*((size, 0) for size in self._sizes), *mixed]
         self._captured: dict[Key, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # Not at the top: what is imported there runs without Triton too.
@@ -77,15 +82,15 @@ class StepGraphs:
         num = slices.rows.size
         if slices.first[-1] == num == slices.samples.size and self._rows.all_sampled(slices):
             return self._decode(slices.rows, slices.starts, begins)
-        if not self._backend.graphable_chunks or not self._tokens or slices.first[-1] > self._tokens[-1]:
+        if not self._tokens or slices.first[-1] > self._tokens[-1]:
             return None
         return self._mixed(slices, begins)
 
     def capture_next(self) -> bool:
-        """Capture the graph of decodes that is missing and smallest. False: none is."""
-        missing = next((size for size in self._sizes if (size, 0) not in self._captured), None)
+        """Capture the smallest graph that is missing, those of decodes first. False: none is."""
+        missing = next((key for key in self._keys if key not in self._captured), None)
         if missing is not None:
-            self._graph((missing, 0))
+            self._graph(missing)
         return missing is not None
 
     def _decode(self, rows: Ints, positions: Ints, begins: Callable[[], None]) -> Decoded:
@@ -94,10 +99,10 @@ class StepGraphs:
         size = self._sizes[bisect_left(self._sizes, num)]
         graph, inputs, decoded = self._graph((size, 0))
         # From torch's cache of pinned memory, which keeps the buffer until the copy out of it is done.
-        staging = torch.empty(2 * size, dtype=torch.int32, pin_memory=True)
+        staging = torch.empty(inputs.shape, dtype=torch.int32, pin_memory=True)
         values = staging.numpy()
-        values[:num], values[num:size] = rows, self._state.scratch_row
-        values[size : size + num], values[size + num :] = positions, 0
+        values[0, :num], values[0, num:] = rows, self._state.scratch_row
+        values[1, :num], values[1, num:] = positions, 0
         inputs.copy_(staging, non_blocking=True)
         begins()
         graph.replay()
@@ -124,12 +129,12 @@ class StepGraphs:
         return self._captured[key]
 
     def _capture_decode(self, size: int) -> _Captured:
-        inputs = torch.zeros(2 * size, dtype=torch.int32, device=self._device)
-        inputs[:size].fill_(self._state.scratch_row)
+        inputs = torch.zeros(2, max(size, ALIGN), dtype=torch.int32, device=self._device)
+        inputs[0].fill_(self._state.scratch_row)
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
 
         def run() -> Decoded:
-            rows, positions = inputs[:size], inputs[size:]
+            rows, positions = inputs[0, :size], inputs[1, :size]
             gathered = self._kernels.gather_decodes(rows, positions, self._state.latest, self._state.tables, self._block_size)
             ones = [1] * size
             batch = ForwardBatch(

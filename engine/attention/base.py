@@ -37,7 +37,7 @@ class StepAttention(Protocol):
 class AttentionBackend(Protocol):
     graphable: bool
     """Whether the decode of a prepared step never waits for the device."""
-    graphable_chunks: bool
-    """Whether that holds for a batch `by_length` too, and the backend takes such a batch."""
+    graph_tokens: int
+    """Tokens of the largest batch `by_length` that it takes, without waiting for the device; 0: none."""
 
     def prepare(self, batch: ForwardBatch) -> StepAttention: ...

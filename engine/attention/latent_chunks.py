@@ -75,6 +75,7 @@ def _tiles(batch: ForwardBatch, key_starts: dict[int, int], tile_q: int) -> torc
     if not tiles:
         return None
     tiles.sort(key=lambda t: lens[t[0]] - kv_lens[t[0]] - t[1])
+    tiles += [(-1, 0, 0)] * (-len(tiles) % 4)  # so that each row begins on 16 bytes
     return _to_device(torch.tensor(tiles, dtype=torch.int32).T.contiguous(), batch)
 
 

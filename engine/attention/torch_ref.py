@@ -64,7 +64,7 @@ class TorchAttention:
     """AttentionBackend."""
 
     graphable = False
-    graphable_chunks = False
+    graph_tokens = 0
 
     def prepare(self, batch: ForwardBatch) -> TorchStepAttention:
         per_token = max(pool[0, 0].numel() for pool in batch.kv[0].values())

@@ -16,6 +16,8 @@ from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.latent import absorb, build_keys, expand
 from engine.kernels.mla_decode import decode_splits, mla_decode
+from engine.kernels.mla_mixed import mla_mixed
+from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.mla_prefill import choose_tile, mla_prefill
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import map_tiles, paged_prefill, tile_tokens
@@ -32,7 +34,8 @@ class TritonAttention:
     def __init__(self, num_processors: int, *, latent: bool = False) -> None:
         """`num_processors`: of the device, which decides into how many parts a sequence is cut. `latent`: what pools hold."""
         self._num_processors = num_processors
-        self.graphable_chunks = not latent  # chunks of latents are laid out by the host
+        # A larger step takes longer than its launches; and without expansion, chunks of latents cost more arithmetic.
+        self.graph_tokens = 1024 if latent else 2048
 
     def prepare(self, batch: ForwardBatch) -> TritonStepAttention:
         return TritonStepAttention(batch, self._num_processors)
@@ -72,7 +75,7 @@ class TritonStepAttention:
         batch, heads, kv_heads = self._batch, q.shape[1], k_pool.shape[2]
         tile_q = tile_tokens(heads, kv_heads)
         if tile_q not in self._tiles:
-            self._tiles[tile_q] = map_tiles(batch.query_starts, q.shape[0], tile_q)
+            self._tiles[tile_q] = map_tiles(batch.query_starts, q.shape[0], tile_q, least=2)
         tiles = self._tiles[tile_q]
         assert tiles is not None
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -85,10 +88,17 @@ class TritonStepAttention:
         self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
     ) -> torch.Tensor:
         batch, pool = self._batch, pools["latent"]
-        assert not batch.by_length  # the latents of chunks are expanded by what the host knows
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
+        if not batch.by_length and self._long_prompts(q.dtype) == [range(q.shape[0])]:
+            return attend_latent_prompt(q, latent, expand_all(latent, kv_b), rank, scale)
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
+        if batch.by_length:
+            tiles, starts = self._latent_tiles(q), batch.query_starts
+            q_latent, q_rope = absorb(q, kv_b, nope), q[:, :, nope:]
+            mixed = mla_mixed(q_latent, q_rope, pool, batch.block_tables, batch.kv_lens, starts, tiles, scale)
+            expand(mixed, kv_b, nope, out)
+            return out
         if decodes:
             splits = decode_splits(decodes, q.shape[1], self._num_processors)
             q_latent, q_rope = absorb(q[:decodes], kv_b, nope), q[:decodes, :, nope:]
@@ -98,24 +108,32 @@ class TritonStepAttention:
             self._latent_chunks(out, q, latent, kv_b, pool, scale)
         return out
 
+    def _latent_tiles(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For `mla_mixed`: made once a step, for all layers."""
+        tile_q = latent_tile_tokens(q.shape[1], q.dtype)
+        if tile_q not in self._tiles:
+            self._tiles[tile_q] = map_tiles(self._batch.query_starts, q.shape[0], tile_q, least=1)
+        tiles = self._tiles[tile_q]
+        assert tiles is not None
+        return tiles
+
     def _latent_chunks(
         self, out: torch.Tensor, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, scale: float
     ) -> None:
         batch, (heads, width, rank) = self._batch, kv_b.shape
-        nope, tile, prompts = width - out.shape[2], choose_tile(q.dtype), self._long_prompts(q.dtype)
+        tile, prompts = choose_tile(q.dtype), self._long_prompts(q.dtype)
         if self._groups is None:
             self._groups = plan_groups(batch, prompts, tile_q=tile.queries, token_numbers=heads * width)
         for group in self._groups:
             rows = group.rows
             cached = latent[rows.start : rows.stop] if group.slots is None else pool.flatten(0, 1).index_select(0, group.slots)
-            expanded = F.linear(cached[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
+            expanded = expand_all(cached, kv_b)
             if group.tiles is not None:
                 k_rope = cached[:, rank:]
                 mla_prefill(out, q, expanded, k_rope, batch.query_starts, batch.kv_lens, group.tiles, scale, tile)
             for span in prompts if group.slots is None else []:
                 tokens, part = slice(span.start, span.stop), slice(span.start - rows.start, span.stop - rows.start)
-                keys = build_keys(expanded[part], cached[part], nope, rank)
-                out[tokens] = attend_prompt(q[tokens], keys, expanded[part, :, nope:], scale)
+                out[tokens] = attend_latent_prompt(q[tokens], cached[part], expanded[part], rank, scale)
 
     def _long_prompts(self, dtype: torch.dtype) -> list[range]:
         """The tokens of each chunk that goes to cuDNN: a whole prompt from its start, long enough to pay for its own call."""
@@ -143,11 +161,24 @@ class TritonStepAttention:
                 self._tiles[tile_q] = None
                 return None
             tiles.sort(key=lambda t: batch.query_lens_host[t[0]] - batch.kv_lens_host[t[0]] - t[1])
+            tiles += [(-1, 0)] * (-len(tiles) % 4)  # the second row begins on 16 bytes
             both = torch.tensor(tiles, dtype=torch.int32).T.contiguous()
             if batch.slots.is_cuda:
                 both = both.pin_memory().to(batch.slots.device, non_blocking=True)
             self._tiles[tile_q] = (both[0], both[1])
         return self._tiles[tile_q]
+
+
+def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
+    """latents [L, rank + rope] -> every head's key (nope) and value, [L, heads, nope + v_dim], in one product."""
+    heads, width, rank = kv_b.shape
+    return F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
+
+
+def attend_latent_prompt(q: torch.Tensor, latents: torch.Tensor, expanded: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
+    """`attend_prompt` of latents [T, rank + rope] and what they expand to -> [T, heads, v_dim]."""
+    nope = q.shape[2] - (latents.shape[1] - rank)
+    return attend_prompt(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale)
 
 
 def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -16,8 +16,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def graphable_chunks(self) -> bool:
-        """Whether that holds for a batch `by_length` too, of decodes and chunks."""
+    def graph_tokens(self) -> int:
+        """Tokens of the largest batch `by_length`, of decodes and chunks, of which that holds too; 0: of none."""
         ...
 
     def kv_pools(self) -> list[list[PoolSpec]]:

@@ -21,8 +21,8 @@ class TorchBackend:
         return self._model.graphable
 
     @property
-    def graphable_chunks(self) -> bool:
-        return self._model.graphable_chunks
+    def graph_tokens(self) -> int:
+        return self._model.graph_tokens
 
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()

@@ -29,7 +29,7 @@ class GatheredInputs(NamedTuple):
     block_tables: torch.Tensor  # [B, width] int32; only the blocks in use are written
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _gather_decodes(
     rows_ptr, positions_ptr, latest_ptr, tables_ptr, token_out, position_out, slot_out, len_out, table_out, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
@@ -70,7 +70,7 @@ def gather_decodes(
     return GatheredInputs(token_ids, positions_out, slots, kv_lens, block_tables)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_token_tiles", "width"])
 def _gather_mixed(
     tokens_ptr, positions_ptr, owners_ptr, rows_ptr, lens_ptr, latest_ptr, tables_ptr,
     token_out, position_out, slot_out, table_out, num_tokens, num_token_tiles, width,

@@ -131,7 +131,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _absorb(
     q_ptr, w_ptr, out_ptr, num_tokens, q_stride,
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,

@@ -3,6 +3,9 @@
 With PDL a kernel's programs may start while the last ones of the kernel before still run, which hides most of a launch.
 Each such kernel waits (`gdc_wait`) before it reads what an earlier one wrote; what it reads before that must be weights.
 The kernel after may start once all programs have said `gdc_launch_dependents` or ended.
+
+Triton compiles a kernel again for an integer argument that is 1, or divisible by 16, and for a pointer that is not aligned to
+16 bytes. Arguments that differ from step to step are therefore `do_not_specialize`, and arrays begin on 16 bytes.
 """
 
 from __future__ import annotations

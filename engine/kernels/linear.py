@@ -4,11 +4,11 @@ Such a product is as fast as its weights arrive, so both kernels are about bytes
 
     rows of x   kernel     how
     1, 2        `_gemv`    plain arithmetic: a program takes a few rows of W, whole, for all rows of x
-    3 .. 64     `_skinny`  tensor cores, W as the left operand; where N gives too few programs, they share out K as well
+    3 .. 128    `_skinny`  tensor cores, W as the left operand; where N gives too few programs, they share out K as well
 
-More rows, and other types, are torch's: see `fits`. The weights' first bytes are asked for before the kernel before has ended
-(see `launch`). Which kernel and which tiles depend on a bucket of row counts, so within a bucket a row's result does not
-depend on how many rows there are.
+Above 64 rows only the largest W are for `_skinny`: see `is_ours`. More rows, and other types, are torch's. The weights' first
+bytes are asked for before the kernel before has ended (see `launch`). Which kernel and which tiles depend on a bucket of
+row counts, so within a bucket a row's result does not depend on how many rows there are.
 
 A split of K is summed by whichever of a tile's programs comes last, in the order of the splits: the result does not depend on
 who it was. Partial sums pass through one workspace per device, so these kernels must not run in two streams at once.
@@ -25,15 +25,16 @@ import triton.language as tl
 
 from engine.kernels.launch import pdl
 
-MAX_ROWS = 64
 GEMV_ROWS = 2  # with more, tensor cores win
-BUCKETS = (1, GEMV_ROWS, 16, 32, MAX_ROWS)
+BUCKETS = (1, GEMV_ROWS, 16, 32, 64, 128)
+MAX_ROWS = BUCKETS[-1]
+WIDE_NUMBERS = 100 << 20  # of W, from which it is ours with more than 64 rows
 K_MULTIPLE = 16  # numbers: every row of W then begins on a 32-byte boundary, and loads are wide
 
 _COUNTERS = 4096  # output tiles that a split product may have
-_WORKSPACE = 1 << 22  # float32 numbers, 16 MiB
 _WARP = 256  # numbers that one 16-byte load of a warp's 32 threads brings
 _WAVE = 132  # multiprocessors of a Hopper GPU
+_WORKSPACE = 1 << 22  # float32 numbers, 16 MiB
 
 
 class Gemv(NamedTuple):
@@ -205,7 +206,9 @@ def _skinny(
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` and `gated` take x [..., K] and weight [N, K]: bfloat16 on CUDA, 1 to 64 rows, K a multiple of 16."""
+    """Whether x [..., K] and weight [N, K] are for `linear` and `gated`: bfloat16 on CUDA, K a multiple of 16, 1 to 256 rows,
+    and no such W that cuBLAS is faster.
+    """
     size = x.shape[-1]
     return (
         0 < x.numel() <= MAX_ROWS * size
@@ -213,6 +216,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.dtype == weight.dtype == torch.bfloat16
         and size % K_MULTIPLE == 0
         and weight.is_contiguous()
+        and is_ours(x.numel() // size, *weight.shape)
     )
 
 
@@ -283,7 +287,7 @@ def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
-# Choice of tiles
+# Choice of kernel and tiles
 
 _LINES = 8  # of 128 bytes that a program of `_skinny` asks for in each of its rows before it waits
 
@@ -292,10 +296,17 @@ def _bucket(num_rows: int) -> int:
     return next(bucket for bucket in BUCKETS if num_rows <= bucket)
 
 
+def is_ours(m: int, n: int, k: int) -> bool:
+    """Whether m rows of x, at most MAX_ROWS, and W [n, k] are for these kernels rather than for cuBLAS. Above 64 rows cuBLAS is
+    the faster for all but the largest W (of Llama 8B, gate and up in one).
+    """
+    return m <= 64 or n * k >= WIDE_NUMBERS
+
+
 @cache
 def _config(m: int, n: int, k: int, *, gated: bool) -> Gemv | Skinny:
-    """Kernel and tiles for m rows of x and W [n, k]; m counts by its bucket alone. From `loadtest/results/kernels.jsonl`: within
-    6% of the best of 15 to 20 for the shapes of Qwen3 0.6B, Llama 8B and DeepSeek-V2-Lite.
+    """Kernel and tiles for m rows of x and W [n, k]; m counts by its bucket alone. From `loadtest/results/kernels.jsonl`: for
+    the shapes of Qwen3 0.6B, Llama 8B and DeepSeek-V2-Lite mostly within 6% of the best of 15 to 20, and 14% at worst.
     """
     bucket = _bucket(m)
     return _gemv_rule(n, k) if bucket <= GEMV_ROWS else _skinny_rule(bucket, n, k)
@@ -311,12 +322,20 @@ def _gemv_rule(n: int, k: int) -> Gemv:
 
 
 def _skinny_rule(bucket: int, n: int, k: int) -> Skinny:
-    """A program for each multiprocessor, by splitting K where n gives fewer and K is long enough to pay for the sum."""
-    tiles, splits = triton.cdiv(n, 64), 1
-    while splits < 8 and 2 * splits * tiles <= _WAVE and k >= max(2048, 384 * 2 * splits):
-        splits *= 2
-    if bucket < MAX_ROWS:
+    if bucket > 64:
+        return Skinny(256, 64, 1, 8, 4)  # each program reads all of x, from the L2: the more rows of W it has, the less often
+    tiles = triton.cdiv(n, 64)
+    splits = _splits(tiles, k)
+    if bucket < 64:
         return Skinny(64, 128, splits, 4, 4 if tiles >= 2 * _WAVE else 6)
     if splits > 1:
         return Skinny(64, 128, splits, 4, 4)
     return Skinny(128, 64, 1, 8, 6) if n >= 128 * _WAVE else Skinny(64, 64, 1, 4, 8)
+
+
+def _splits(tiles: int, k: int) -> int:
+    """A program for each multiprocessor, by splitting K where the tiles are fewer and K is long enough to pay for the sum."""
+    splits = 1
+    while splits < 8 and 2 * splits * tiles <= _WAVE and k >= max(2048, 384 * 2 * splits):
+        splits *= 2
+    return splits

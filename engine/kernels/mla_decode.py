@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def _split(
     q_ptr, rope_ptr, cache_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr, scale, max_blocks, rope_token, rope_head,
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,

@@ -66,6 +66,8 @@ def _prefill(
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     query = tl.load(tile_query_ptr + tile)
+    if query < 0:
+        return
     first = tl.load(tile_start_ptr + tile)  # first token of the tile within its chunk
     key = tl.load(tile_key_ptr + tile).to(tl.int64)  # where the chunk's keys begin
     begin = tl.load(starts_ptr + query)
@@ -127,7 +129,8 @@ def mla_prefill(
 
     q [T, heads, nope + rope], a token's heads side by side; expanded [L, heads, nope + v_dim], contiguous, and k_rope [L, rope]
     of all the sequences' tokens, end to end. query_starts [B + 1] and kv_lens [B] int32. `tiles` [3, N] int32 has a column a
-    program: a query, the first of its `tile.queries` tokens within the chunk, and the row of `expanded` of its first key.
+    program: a query (-1: nothing to do), the first of its `tile.queries` tokens within the chunk, and the row of `expanded` of
+    its first key.
     """
     heads, v_dim = out.shape[1:]
     rope = k_rope.shape[1]

@@ -21,7 +21,7 @@ MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MAX_GROUPS = 1 << 16  # (sequence, K/V head) pairs of one launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def _decode(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, acc_ptr, lse_ptr, arrived_ptr,
     scale, max_blocks, q_stride,

@@ -15,7 +15,7 @@ from engine.kernels.paged_decode import LOG2_E, precision
 TILE_ROWS = 128  # (token, head of the group) pairs of one tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def _prefill(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, tile_query_ptr, tile_start_ptr,
     scale, max_blocks, q_stride,
@@ -84,10 +84,10 @@ def _prefill(
     tl.store(out_ptr + at_out[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_tiles"])
 def _map_tiles(
     starts_ptr, tile_query_ptr, tile_start_ptr, num_queries, num_tiles,
-    TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     mine = tl.program_id(0)
     query = tl.arange(0, QUERIES)
@@ -96,7 +96,7 @@ def _map_tiles(
         tl.extra.cuda.gdc_launch_dependents()
     inside = query < num_queries
     tokens = tl.load(starts_ptr + query + 1, mask=inside, other=0) - tl.load(starts_ptr + query, mask=inside, other=0)
-    tiles = tl.where(tokens > 1, tl.cdiv(tokens, TILE_Q), 0)
+    tiles = tl.where(tokens >= LEAST, tl.cdiv(tokens, TILE_Q), 0)
     before = tl.sum(tl.where(query < mine, tiles, 0), 0)
     own = tl.sum(tl.where(query == mine, tiles, 0), 0)
     i = tl.arange(0, TILES)
@@ -107,17 +107,18 @@ def _map_tiles(
         tl.store(tile_query_ptr + i, -1, mask=surplus)
 
 
-def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tiles` for `paged_prefill`, made on the device, of the queries of more than one token.
+def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tiles` for `paged_prefill`, made on the device, of the queries of at least `least` tokens.
 
     There are as many as `num_tokens` tokens can need; the surplus ones have query -1.
     """
     num_queries = query_starts.shape[0] - 1
-    num_tiles = num_tokens // tile_q + min(num_queries, num_tokens // 2)
+    num_tiles = triton.cdiv(num_tokens // tile_q + min(num_queries, num_tokens // least), 4) * 4  # rows begin on 16 bytes
     tile_query, tile_start = torch.empty(2, num_tiles, dtype=torch.int32, device=query_starts.device)
     _map_tiles[(num_queries,)](
         query_starts, tile_query, tile_start, num_queries, num_tiles,
-        TILE_Q=tile_q, QUERIES=triton.next_power_of_2(num_queries), TILES=triton.next_power_of_2(num_tiles), num_warps=4,
+        LEAST=least, TILE_Q=tile_q, QUERIES=triton.next_power_of_2(num_queries), TILES=triton.next_power_of_2(num_tiles),
+        num_warps=4,
         **pdl(query_starts.device),
     )  # fmt: skip
     return tile_query, tile_start

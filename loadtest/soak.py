@@ -1,0 +1,138 @@
+"""Mixed random requests for minutes, aborts included, in one engine: it must hold together and hold nothing back.
+
+    python -m loadtest.soak --model DIR [--load-format dummy] [--seconds 300]
+
+Prompts of 1 to 2,000 tokens, some of which begin like others, 1 to 500 outputs, all kinds of sampling, up to twice as many
+requests as there are rows; now and then one is aborted. `check()` runs after each step. At the end no block may be in use and
+every request must have ended once; and after the first minute (or fifth of the time, if that is less) the device's memory must
+not have grown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+
+import torch
+
+from engine.config import CacheConfig, EngineConfig
+from engine.core import Core, build_core
+from engine.messages import Submit
+from engine.request import SamplingParams
+
+TEXT = 4000  # tokens that prompts are cut from: those that begin at the same place share a prefix
+STARTS = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Minutes of random requests.")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", default="safetensors")
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--num-blocks", type=int, default=None, help="of the KV cache: few of them, and requests are preempted")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    cache = CacheConfig(num_blocks=args.num_blocks)
+    core = build_core(EngineConfig(model=args.model, load_format=args.load_format, debug_checks=True, cache=cache))
+    while core.prepare():
+        pass
+    print(json.dumps(Soak(core, args.seed).run(args.seconds)))
+    core.close()
+
+
+class Soak:
+    def __init__(self, core: Core, seed: int) -> None:
+        self._core = core
+        self._draw = random.Random(seed)
+        self._limits = core.info().limits
+        self._text = [self._draw.randrange(self._limits.vocab_size) for _ in range(TEXT)]
+        self._ends: Counter[str] = Counter()  # by request
+        self._under_way: list[str] = []
+        self._submitted = 0
+
+    def run(self, seconds: float) -> dict[str, object]:
+        """Raises AssertionError where something does not hold; the line of figures otherwise."""
+        began, settled, early, late, tokens = time.monotonic(), min(60.0, seconds / 5), 0, 0, 0
+        while (elapsed := time.monotonic() - began) < seconds:
+            self._submit_some()
+            self._abort_some()
+            tokens += self._step()
+            used = _memory()
+            early, late = (max(early, used), late) if elapsed < settled else (early, max(late, used))
+        while self._core.has_work:
+            tokens += self._step()
+        stats = self._core.stats()
+        assert stats.running == stats.waiting == stats.blocks_used == 0, stats
+        assert len(self._ends) == self._submitted, f"{self._submitted} submitted, {len(self._ends)} ended"
+        assert set(self._ends.values()) == {1}, "a request ended more than once"
+        assert late <= early, f"device memory grew from {early} to {late} bytes"
+        return {
+            "seconds": seconds,
+            "requests": self._submitted,
+            "aborted": stats.num_aborted,
+            "preemptions": stats.num_preemptions,
+            "cached_tokens": stats.cached_tokens,
+            "output_tokens": tokens,
+            "steps": stats.step,
+            "memory_bytes": [early, late],
+        }
+
+    def _submit_some(self) -> None:
+        most = 2 * self._core.info().max_num_seqs
+        if len(self._under_way) >= most or self._draw.random() < 0.5:
+            return
+        for _ in range(self._draw.randint(1, 20)):
+            request_id = f"soak-{self._submitted}"
+            self._core.submit(
+                Submit(request_id=request_id, prompt=self._prompt(), params=self._params(), seed=self._draw.randrange(1 << 60))
+            )
+            self._submitted += 1
+            self._under_way.append(request_id)
+
+    def _prompt(self) -> list[int]:
+        longest = min(2000, self._limits.max_model_len - 501)
+        begin = self._draw.randrange(STARTS) * (TEXT // 2 // STARTS)
+        length = self._draw.choice([1, self._draw.randint(1, 64), self._draw.randint(1, longest)])
+        own = [self._draw.randrange(self._limits.vocab_size)] if self._draw.random() < 0.5 else []
+        return self._text[begin : begin + length] + own
+
+    def _params(self) -> SamplingParams:
+        draw = self._draw
+        kind = draw.randrange(4)
+        most = draw.choice([1, draw.randint(1, 50), draw.randint(1, 500)])
+        if kind < 2:
+            return SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=kind == 0)
+        if kind == 2:
+            return SamplingParams(max_tokens=most, temperature=draw.uniform(0.1, 1.5), top_p=draw.uniform(0.5, 1.0), top_k=50)
+        return SamplingParams(
+            max_tokens=most, temperature=1.0, repetition_penalty=1.1, logprobs=draw.choice([None, 3]), min_tokens=min(3, most)
+        )
+
+    def _abort_some(self) -> None:
+        if self._under_way and self._draw.random() < 0.3:
+            self._core.abort(self._draw.choice(self._under_way))
+
+    def _step(self) -> int:
+        num = 0
+        for event in self._core.step():
+            num += len(event.tokens)
+            if event.finish is not None:
+                assert event.failure is None, event.failure
+                self._ends[event.request_id] += 1
+                self._under_way.remove(event.request_id)
+        return num
+
+
+def _memory() -> int:
+    """Bytes of the device in use, by whomever; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+if __name__ == "__main__":
+    main()
