@@ -1,13 +1,14 @@
 """CUDA graphs of whole steps: one launch in place of a few hundred. The backend's own forward is the plain twin.
 
-    decodes       rows, positions --upload--> [ gather -> forward -> logits -> likeliest ] --> logits, tokens
+    decodes       rows, positions --upload--> [ gather -> forward -> logits -> choice ] --> logits, tokens
     mixed step    the same of each token and each query ^                        |
                                  '---------- each row's latest token ------------'
 
-All else that a step needs is on the device: the rows' block tables and latest tokens (`inputs.py`). A graph is captured
-when a step first wants its size, or before that by `capture_next` while there is nothing else to do, so none delays
-start-up. What only pads a batch is the scratch row's, whose one block no request owns. All graphs share one memory pool:
-they run one after the other, and what one returns is used up, in the same stream, before the next begins.
+A random number for each row goes with them. All else that a step needs is on the device: the rows' block tables and latest
+tokens (`inputs.py`), and how they choose (`sampling/draw_rows.py`). A graph is captured when a step first wants its size, or
+before that by `capture_next` while there is nothing else to do, so none delays start-up. What only pads a batch is the scratch
+row's, whose one block no request owns. All graphs share one memory pool: they run one after the other, and what one returns
+is used up, in the same stream, before the next begins.
 
 A large mixed step is left to the plain path: its kernels take longer than their launches.
 """
@@ -19,6 +20,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.backends.base import Backend
@@ -32,13 +35,16 @@ TOKENS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 102
 QUERIES = (16, 64)  # and as many as there can be
 ALIGN = 4  # numbers: 16 bytes
 
+Numbers = npt.NDArray[np.float64]
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits [B, V], rows [B] int32, latest [R], uniform [B] float64) -> tokens [B] int64, which it writes to `latest` too."""
 Key = tuple[int, int]
 """(tokens, queries) of a mixed step; (rows, 0) of decodes alone."""
 
 
 class Decoded(NamedTuple):
     logits: torch.Tensor  # [B, V] after each query's last token; may be overwritten
-    tokens: torch.Tensor  # [B] int64: the likeliest, which are the rows' latest already
+    tokens: torch.Tensor  # [B] int64: chosen from the logits as they are; the rows' latest already
 
 
 class _Captured(NamedTuple):
@@ -55,10 +61,11 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 class StepGraphs:
-    def __init__(self, backend: Backend, kv: list[LayerPools], rows: Rows, *, block_size: int) -> None:
+    def __init__(self, backend: Backend, kv: list[LayerPools], rows: Rows, choose: Choose, *, block_size: int) -> None:
         self._backend = backend
         self._kv = kv
         self._rows = rows
+        self._choose_tokens = choose
         self._state: RowState = rows.state
         self._block_size = block_size
         self._device = self._state.latest.device
@@ -74,17 +81,19 @@ class StepGraphs:
         self._captured: dict[Key, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # Not at the top: what is imported there runs without Triton too.
-        self._kernels = importlib.import_module("engine.kernels.graph_step")
+        self._kernels = importlib.import_module("engine.kernels.step_inputs")
 
-    def run(self, slices: Slices, begins: Callable[[], None]) -> Decoded | None:
-        """Run the step of `slices`; None, and nothing is done, where no graph does such a step. `begins` is called right before
-        the replay."""
+    def run(self, slices: Slices, uniform: Numbers, begins: Callable[[], None]) -> Decoded | None:
+        """Run the step of `slices` with a random number for each; None, and nothing is done, where no graph does such a step.
+
+        `begins` is called right before the replay.
+        """
         num = slices.rows.size
         if slices.first[-1] == num == slices.samples.size and self._rows.all_sampled(slices):
-            return self._decode(slices.rows, slices.starts, begins)
+            return self._decode(slices.rows, slices.starts, uniform, begins)
         if not self._tokens or slices.first[-1] > self._tokens[-1]:
             return None
-        return self._mixed(slices, begins)
+        return self._mixed(slices, uniform, begins)
 
     def capture_next(self) -> bool:
         """Capture the smallest graph that is missing, those of decodes first. False: none is."""
@@ -93,7 +102,7 @@ class StepGraphs:
             self._graph(missing)
         return missing is not None
 
-    def _decode(self, rows: Ints, positions: Ints, begins: Callable[[], None]) -> Decoded:
+    def _decode(self, rows: Ints, positions: Ints, uniform: Numbers, begins: Callable[[], None]) -> Decoded:
         """A decode of `rows` [B], whose latest tokens stand at `positions` [B]."""
         num = rows.size
         size = self._sizes[bisect_left(self._sizes, num)]
@@ -103,18 +112,21 @@ class StepGraphs:
         values = staging.numpy()
         values[0, :num], values[0, num:] = rows, self._state.scratch_row
         values[1, :num], values[1, num:] = positions, 0
+        values[2:].reshape(-1).view(np.float64)[:num] = uniform
         inputs.copy_(staging, non_blocking=True)
         begins()
         graph.replay()
         return Decoded(decoded.logits[:num], decoded.tokens[:num])
 
-    def _mixed(self, slices: Slices, begins: Callable[[], None]) -> Decoded:
+    def _mixed(self, slices: Slices, uniform: Numbers, begins: Callable[[], None]) -> Decoded:
         num = slices.rows.size
         tokens = self._tokens[bisect_left(self._tokens, int(slices.first[-1]))]
         queries = self._queries[bisect_left(self._queries, num + 1)]  # one more for the tokens that pad
         graph, inputs, decoded = self._graph((tokens, queries))
         scratch = self._state.scratch_row
-        packed = MixedInputs.of(self._rows.mixed(slices), slices, num_tokens=tokens, num_queries=queries, scratch_row=scratch)
+        packed = MixedInputs.of(
+            self._rows.mixed(slices), slices, uniform, num_tokens=tokens, num_queries=queries, scratch_row=scratch
+        )
         staging = torch.empty(packed.values.size, dtype=torch.int32, pin_memory=True)
         staging.numpy()[:] = packed.values
         inputs.copy_(staging, non_blocking=True)
@@ -129,29 +141,31 @@ class StepGraphs:
         return self._captured[key]
 
     def _capture_decode(self, size: int) -> _Captured:
-        inputs = torch.zeros(2, max(size, ALIGN), dtype=torch.int32, device=self._device)
+        inputs = torch.zeros(4, max(size, ALIGN), dtype=torch.int32, device=self._device)  # the last two are float64
         inputs[0].fill_(self._state.scratch_row)
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
 
         def run() -> Decoded:
-            rows, positions = inputs[0, :size], inputs[1, :size]
+            rows, positions, uniform = inputs[0, :size], inputs[1, :size], inputs[2:].flatten().view(torch.float64)
             gathered = self._kernels.gather_decodes(rows, positions, self._state.latest, self._state.tables, self._block_size)
             ones = [1] * size
             batch = ForwardBatch(
                 **gathered._asdict(), query_starts=starts, num_decodes=size, query_lens_host=ones, kv_lens_host=ones, kv=self._kv
             )
-            return self._likeliest(self._backend.forward(batch), rows)
+            return self._choose(self._backend.forward(batch), rows, uniform)
 
         return self._capture(inputs, run)
 
     def _capture_mixed(self, num_tokens: int, num_queries: int) -> _Captured:
         none = Slices.of(StepPlan(0, [], [], [], 0, [], [], [], []))
         scratch = self._state.scratch_row
-        packed = MixedInputs.of(self._rows.mixed(none), none, num_tokens=num_tokens, num_queries=num_queries, scratch_row=scratch)
+        packed = MixedInputs.of(
+            self._rows.mixed(none), none, np.zeros(0), num_tokens=num_tokens, num_queries=num_queries, scratch_row=scratch
+        )
         inputs = torch.from_numpy(packed.values).to(self._device)
 
         def run() -> Decoded:
-            tokens, positions, owners, rows, kv_lens, starts = packed.parts(inputs)
+            uniform, tokens, positions, owners, rows, kv_lens, starts = packed.parts(inputs)
             gathered = self._kernels.gather_mixed(
                 tokens, positions, owners, rows, kv_lens, self._state.latest, self._state.tables, self._block_size
             )
@@ -165,13 +179,13 @@ class StepGraphs:
                 by_length=True,
             )
             last = starts[1:].long() - 1
-            return self._likeliest(self._backend.forward(batch).index_select(0, last), rows)
+            return self._choose(self._backend.forward(batch).index_select(0, last), rows, uniform)
 
         return self._capture(inputs, run)
 
-    def _likeliest(self, hidden: torch.Tensor, rows: torch.Tensor) -> Decoded:
+    def _choose(self, hidden: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor) -> Decoded:
         logits = self._backend.logits(hidden)
-        return Decoded(logits, self._kernels.choose_likeliest(logits, rows, self._state.latest))
+        return Decoded(logits, self._choose_tokens(logits, rows, self._state.latest, uniform))
 
     def _capture(self, inputs: torch.Tensor, run: Callable[[], Decoded]) -> _Captured:
         run()  # compiles kernels and fills the libraries' caches, on the scratch row alone

@@ -4,7 +4,8 @@
                                 ^                                                                        |
                                 '--- each row's latest token, on the device <----------------------------'
 
-On CUDA a step that is not large is one graph of all this (`graphs.py`), up to the sampler where that is more than greedy.
+On CUDA a step that is not large is one graph of all this (`graphs.py`), up to the sampler where a row has penalties, a bias
+or stop tokens forbidden, or wants log-probabilities.
 
 Nothing in `submit` waits for the device, so with overlap the next plan is on its way while this one runs; the order of the
 device's stream is what makes that right. `result` waits for the copy of the tokens, and for nothing that came later.
@@ -18,6 +19,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
@@ -59,9 +61,6 @@ class TorchRunner:
             device=device,
             upload=self._upload,
         )
-        self._graphs: StepGraphs | None = None
-        if _use_graphs(backend, config):
-            self._graphs = StepGraphs(backend, storage.layers, self._rows, block_size=config.cache.block_size)
         self._sampler = Sampler(
             max_rows=max_rows,
             vocab_size=limits.vocab_size,
@@ -69,6 +68,11 @@ class TorchRunner:
             device=device,
             upload=self._upload,
         )
+        self._graphs: StepGraphs | None = None
+        if _use_graphs(backend, config):
+            self._graphs = StepGraphs(
+                backend, storage.layers, self._rows, self._sampler.on_device.choose, block_size=config.cache.block_size
+            )
         self._vocab_size = limits.vocab_size
 
     @property
@@ -78,14 +82,13 @@ class TorchRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> PendingStep:
         self._storage.copy(plan.copies, self._upload)
-        for admitted in plan.admitted:
-            self._sampler.admit(admitted)
+        self._sampler.admit(plan.admitted)
         self._rows.change(plan)
         slices = Slices.of(plan)
         pending = _Pending(plan.step, on_cuda=self._on_cuda, after=self._last_done)
         decoded = None
         if self._graphs is not None and not self._wants_hidden(slices):
-            decoded = self._graphs.run(slices, pending.begins)
+            decoded = self._graphs.run(slices, self._sampler.uniforms(slices.rows, slices.ends), pending.begins)
         if decoded is not None:
             self._take(decoded, slices, pending)
         else:
@@ -104,7 +107,7 @@ class TorchRunner:
         if not slices.samples.size:
             return
         rows, everyone = slices.rows[slices.samples], slices.samples.size == slices.rows.size
-        if self._sampler.takes_likeliest(rows, slices.ends[slices.samples]):
+        if self._sampler.is_plain(rows, slices.ends[slices.samples]):
             pending.tokens = _to_host(decoded.tokens)
             pending.sampling = None if everyone else slices.samples.tolist()
             return
@@ -275,7 +278,8 @@ def _free_beside_a_step(backend: Backend, config: EngineConfig, limits: ModelLim
     )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    TorchRunner(backend, storage, config, limits).submit(plan).result()
+    plainly = msgspec.structs.replace(config, cuda_graphs=False)  # a graph would be of this storage
+    TorchRunner(backend, storage, plainly, limits).submit(plan).result()
     peak = torch.cuda.max_memory_allocated() - before
     del storage
     torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """What a model asks of attention. A backend is chosen once; each step it prepares what all layers share, then serves them.
 
-Both methods write this step's records into the layer's pools first, then attend over everything the pools hold of each
+The model has written the step's records into the layer's pools. Both methods attend over everything that the pools hold of each
 query: the cached prefix and the chunk itself, causally.
 """
 

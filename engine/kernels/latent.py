@@ -2,7 +2,7 @@
 
     latent_prepare  norm of the latent, rotary embedding of keys and queries, the write into the pool
     absorb          q_nope of each head times its key expansion, before a decode
-    expand          the merge of a decode's splits, and the value expansion behind it
+    expand          averaged latents of each head times its value expansion, behind a decode
     build_keys      expanded keys beside the shared rotary one, for attention that wants them as one tensor
 
 The first has its twin in `layers/ops.py`, the others in `attention/torch_ref.py`.
@@ -179,8 +179,8 @@ def expand(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor
     torch.bmm(mixed.transpose(0, 1), kv_b[:, nope:].transpose(1, 2), out=out.transpose(0, 1))
 
 
-def _token_tile(num: int, most: int = MAX_TOKENS) -> int:
-    return min(most, max(MIN_DOT_ROWS, int(triton.next_power_of_2(num))))
+def _token_tile(num: int) -> int:
+    return min(MAX_TOKENS, max(MIN_DOT_ROWS, int(triton.next_power_of_2(num))))
 
 
 @triton.jit

@@ -206,7 +206,7 @@ def _skinny(
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [..., K] and weight [N, K] are for `linear` and `gated`: bfloat16 on CUDA, K a multiple of 16, 1 to 256 rows,
+    """Whether x [..., K] and weight [N, K] are for `linear` and `gated`: bfloat16 on CUDA, K a multiple of 16, 1 to 128 rows,
     and no such W that cuBLAS is faster.
     """
     size = x.shape[-1]

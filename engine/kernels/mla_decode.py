@@ -1,7 +1,7 @@
 """MLA decode in latent space over a paged latent cache, in Triton: every head reads the same [latent | rope] record.
 
 The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): scores are q_latent . c + q_rope . k_rope, and the output is
-the weighted sum of c, which `latent.expand` merges and expands. The latent part is read once and used as key and value.
+the weighted sum of c, for `latent.expand`. The latent part is read once and used as key and value.
 """
 
 from __future__ import annotations
@@ -102,12 +102,12 @@ def mla_decode(
 ) -> torch.Tensor:
     """q_latent [B, heads, latent], contiguous, and q_rope [B, heads, rope] over cache [num_blocks, block_size, latent + rope].
 
-    Returns the averaged latents [B, heads, latent]. block_tables [B, max_blocks] int32
-    and kv_lens [B] int32, each at least 1. latent, rope, block_size and num_splits are powers of two.
+    Returns the averaged latents [B, heads, latent]. block_tables [B, max_blocks] int32 and kv_lens [B] int32, each at least 1.
+    latent, rope, block_size and num_splits are powers of two.
     """
     num_seqs, heads, latent = q_latent.shape
     block_size = cache.shape[1]
-    tile = tile or decode_tile(num_seqs, heads)
+    tile = tile or decode_tile(num_seqs, heads, q_latent.dtype)
     out = torch.empty_like(q_latent)
     parts = lse = out  # where nothing is split, nobody looks at them
     if num_splits > 1:
@@ -143,8 +143,9 @@ def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constex
     tl.store(out_ptr + pair * LATENT + dim, out.to(out_ptr.dtype.element_ty))
 
 
-def decode_tile(num_seqs: int, heads: int) -> Tile:
-    if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES:
+def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
+    # In float32 more rows do not fit into shared memory.
+    if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32:
         return Tile(MIN_DOT_ROWS, 32, 4, 3)
     return Tile(MANY_ROWS, 32, 8, 3)
 

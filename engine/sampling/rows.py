@@ -29,7 +29,7 @@ _RECORD = np.dtype(
         ("repetition", np.float64),
         ("presence", np.float64),
         ("frequency", np.float64),
-        ("greedy", np.bool_),  # and no more: the likeliest token as the logits stand
+        ("plain", np.bool_),  # chosen from the logits as they are, and nothing is reported of them
         ("penalised", np.bool_),
         ("biased", np.bool_),
         ("wants_logprobs", np.bool_),
@@ -69,7 +69,7 @@ class RowParams:
             p.repetition_penalty,
             p.presence_penalty,
             p.frequency_penalty,
-            p.greedy and not (p.has_penalties or p.logit_bias or p.logprobs is not None),
+            not (p.has_penalties or p.logit_bias or p.logprobs is not None),
             p.has_penalties,
             bool(p.logit_bias),
             p.logprobs is not None,

@@ -21,6 +21,7 @@ import torch
 
 from engine.plan import AdmittedRow
 from engine.sampling.choose import COLUMNS, Choice, choose
+from engine.sampling.draw_rows import DrawRows
 from engine.sampling.logprobs import LogprobTensors, log_probabilities
 from engine.sampling.rows import Ints, RowParams, TokenCounts, Upload
 from engine.sampling.uniform import uniforms
@@ -41,29 +42,44 @@ class Sampler:
         self._counts = TokenCounts(max_rows, vocab_size, device, upload)
         self._vocab_size = vocab_size
         self._upload = upload
+        self._on_device = DrawRows(max_rows, device, upload) if device.type == "cuda" else None
 
-    def admit(self, admitted: AdmittedRow) -> None:
-        """Forget the row's last owner and learn the new one's parameters, seed and tokens so far."""
-        self.params.admit(admitted)
-        self._counts.admit(admitted)
+    @property
+    def on_device(self) -> DrawRows:
+        """How rows choose, for the kernels; on CUDA alone."""
+        assert self._on_device is not None
+        return self._on_device
 
-    def takes_likeliest(self, rows: Ints, ends: Ints) -> bool:
-        """Whether `sample` would give each of these the largest of its logits as they are, and nothing else is asked for."""
+    def admit(self, admitted: Sequence[AdmittedRow]) -> None:
+        """Forget the rows' last owners and learn the new ones' parameters, seeds and tokens so far."""
+        for a in admitted:
+            self.params.admit(a)
+            self._counts.admit(a)
+        if admitted and self._on_device is not None:
+            self._on_device.admit(self.params, np.array([a.row for a in admitted], np.int64))
+
+    def is_plain(self, rows: Ints, ends: Ints) -> bool:
+        """Whether `sample` chooses from the logits as they are for each of these, and reports nothing."""
         records = self.params.table[rows]
-        return bool(np.all(records["greedy"] & (ends - records["num_prompt"] >= records["min_tokens"])))
+        return bool(np.all(records["plain"] & (ends - records["num_prompt"] >= records["min_tokens"])))
+
+    def uniforms(self, rows: Ints, ends: Ints) -> npt.NDArray[np.float64]:
+        """The random number of each row for the token at its end; zeros where nobody draws."""
+        records = self.params.table[rows]
+        return uniforms(records["seed"], ends) if records["temperature"].any() else np.zeros(rows.size)
 
     def sample(self, logits: torch.Tensor, rows: Ints, ends: Ints) -> Sampled:
         """Choose the token at position `ends[i]` of row `rows[i]` from `logits[i]`; `logits` [S, V] may be overwritten."""
-        if self.takes_likeliest(rows, ends):
-            return Sampled(logits.argmax(-1), None, np.zeros(0, np.int64), [])
-        logits = logits.float()
         records = self.params.table[rows]
+        if self.is_plain(rows, ends):
+            return Sampled(self._choose(logits, rows, records, ends), None, np.zeros(0, np.int64), [])
+        logits = logits.float()
         wanting = np.flatnonzero(records["wants_logprobs"])
         plain = logits[self._upload([wanting])[0]].log_softmax(-1) if wanting.size else None
         penalised = self._penalise(logits, rows, records)
         self._bias(logits, rows, records)
         self._forbid_stops(logits, rows, records, ends)
-        tokens = self._choose(logits, records, ends)
+        tokens = self._choose(logits, rows, records, ends)
         if penalised is not None:
             self._counts.add(penalised.slots, tokens[penalised.indices])
         num_top = records["logprobs"][wanting].tolist()
@@ -106,18 +122,20 @@ class Sampler:
         i, token = self._upload([np.repeat(which, [s.size for s in stops]), np.concatenate(stops)])
         logits.view(-1).index_fill_(0, i * self._vocab_size + token, float("-inf"))
 
-    def _choose(self, logits: torch.Tensor, records: npt.NDArray[Any], ends: Ints) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any], ends: Ints) -> torch.Tensor:
         drawn = np.flatnonzero(records["temperature"] > 0.0)
         if not drawn.size:
             return logits.argmax(-1)
-        some, r = logits, records[drawn]
+        if self._on_device is not None:
+            return self._on_device.draw(logits, *self._upload([rows.astype(np.int32), self.uniforms(rows, ends)]))
+        some, r = logits.float(), records[drawn]
         columns = [r[name] for name in COLUMNS]
         sorting = np.flatnonzero((r["top_k"] < self._vocab_size) | (r["top_p"] < 1.0))
         uniform = uniforms(r["seed"], ends[drawn])
         index, sorted_rows, *choice = self._upload([drawn, sorting, uniform, *(np.ascontiguousarray(c) for c in columns)])
         everyone = drawn.size == len(records)
         if not everyone:
-            some = logits[index]
+            some = some[index]
         max_top_k = int(r["top_k"][sorting].max()) if sorting.size else 0
         chosen = choose(some, Choice(*choice), sorted_rows if sorting.size else None, max_top_k)
         return chosen if everyone else logits.argmax(-1).index_copy_(0, index, chosen)

@@ -25,6 +25,8 @@ from engine.layers.kinds import RoutingSpec
 from engine.layers.moe import MoeMlp
 from engine.layers.ops import PlainOps
 
+SHARED_MEMORY = 227 << 10  # bytes that a program may have on Hopper
+
 
 def record(kernel):
     """Stand in for the launcher: compile what would have been launched."""
@@ -34,8 +36,10 @@ def record(kernel):
         values = dict(zip(names, args, strict=False))
         signature = {n: kind(v) for n, v in values.items()} | dict.fromkeys(constants, "constexpr")
         options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()})
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, v in values.items() if isinstance(v, torch.Tensor)}
+        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.metadata.shared <= SHARED_MEMORY, f"{names}: {compiled.metadata.shared} bytes of shared memory"
 
     return launch
 
@@ -98,6 +102,8 @@ for heads, num in ((16, 2), (16, 256), (128, 64)):
     latent.build_keys(expanded, kv, 128, 512)
     tiles, tile = torch.zeros(3, 1, dtype=torch.int32), mla_prefill.choose_tile(torch.bfloat16)
     mla_prefill.mla_prefill(out, q, expanded, kv[:, 512:], starts, lens, tiles, 0.1, tile)
+q, rope, pool = torch.zeros(64, 128, 512), torch.zeros(64, 128, 64), torch.zeros(8, 64, 576)
+mla_decode.mla_decode(q, rope, pool, tables, lens, 0.1, 1)  # in float32 a tile has to be smaller
 latent.norm(torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(1536, dtype=torch.bfloat16), 1e-6)
 for name in ("_gemv", "_skinny"):
     setattr(linear, name, Recorder(getattr(linear, name)))

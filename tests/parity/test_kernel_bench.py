@@ -6,33 +6,84 @@ import pytest
 import torch
 
 from engine.kernels import bench
+from engine.kernels.cases import attention, base, experts
+from engine.kernels.experts import Strip
+from engine.layers import moe_cuda
 
 TINY = {
     "seqs": 2,
     "context": 70,
+    "chunk": 33,
+    "tile": 4,
     "rows": 2,
     "heads": 4,
     "kv_heads": 2,
-    "latent": 32,
+    "nope": 16,
     "rope": 16,
+    "latent": 128,
     "hidden": 32,
     "size": 32,
     "outputs": 32,
     "inputs": 64,
+    "vocab": 5000,
+    "tokens": 2,
+    "experts": 8,
+    "block": 16,
+    "shared": 1,
+    "top_k": 7,
+    "top_percent": 90,
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STRIP = experts.STRIP
+
+
+@pytest.fixture(autouse=True)
+def _for_the_interpreter(monkeypatch):
+    monkeypatch.setattr(base, "DTYPE", torch.float16)  # it cannot add in bfloat16
+    monkeypatch.setattr(experts, "STRIP", Strip(32, 32, 1))  # and takes long over many programs
 
 
 @pytest.mark.parametrize("case", {case.kernel: case for case in bench.CASES}.values(), ids=lambda case: case.kernel)
-def test_a_kernel_of_the_table_runs(case, monkeypatch):
-    monkeypatch.setattr(bench, "_DTYPE", torch.float16)  # the interpreter cannot add in bfloat16
+def test_a_kernel_of_the_table_runs(case):
     launch = case.make(DEVICE, **{name: TINY[name] for name in case.sizes})
     out = launch.run()
     for tensor in out if isinstance(out, tuple) else (out,):
-        assert tensor is None or bool(tensor.isfinite().all())
+        assert bool(tensor.isfinite().all())
     assert launch.num_bytes > 0
 
 
+def test_lines_of_a_kernel_differ_in_their_sizes_alone():
+    assert len({case.kernel for case in bench.CASES}) == len({(case.kernel, case.make, *case.sizes) for case in bench.CASES})
+    assert len({(case.kernel, case.shape) for case in bench.CASES}) == len(bench.CASES)
+
+
 def test_prompts_tiles_cover_every_token_once():
-    launch = bench.prefill(DEVICE, seqs=2, context=70, heads=4, kv_heads=2)
+    launch = attention.prefill(DEVICE, seqs=2, context=70, heads=4, kv_heads=2)
     assert launch.operations == 4 * 2 * (70 * 71 // 2) * 4 * 128
+
+
+@pytest.mark.parametrize("tokens", [case.sizes["tokens"] for case in bench.CASES if case.kernel.startswith("moe")])
+def test_experts_are_launched_as_the_layer_does_it(tokens):
+    kernel = next(case.kernel for case in bench.CASES if case.kernel.startswith("moe") and case.sizes["tokens"] == tokens)
+    mean = tokens * experts.TOP_K / 64
+    cut = next((cut for most, cut in moe_cuda.CUTS if mean <= most), None)
+    if tokens <= moe_cuda.FEW_TOKENS:
+        assert (kernel, moe_cuda.STRIPS) == ("moe_few", (STRIP, STRIP))
+    elif cut is None:
+        assert (kernel, moe_cuda.SORT_BLOCK) == ("moe_grouped", experts.SORT_BLOCK)
+    else:
+        block, num_shared = experts.cut(tokens, 64)
+        assert (kernel, cut) == ("moe_tiles", moe_cuda.Cut(block, experts.TILE, experts.TILE, num_shared > 0))
+
+
+def test_the_three_ways_of_experts_agree(monkeypatch):
+    sizes = {"tokens": 3, "experts": 8, "hidden": 32, "size": 32}
+
+    def run(make, shared):
+        torch.manual_seed(1)
+        monkeypatch.setattr(experts, "NUM_SHARED", shared)
+        return make(DEVICE, **sizes).run().float()
+
+    for shared, other in ((2, experts.tiles), (0, experts.tiles), (0, experts.grouped)):
+        found, expected = run(other, shared), run(experts.few, shared)
+        assert (found - expected).norm() < 1e-2 * expected.norm()

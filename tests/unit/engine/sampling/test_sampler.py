@@ -40,7 +40,7 @@ def logits_for(n, rng):
 def run(fast, rows, logits):
     """Sample every row once; tokens, and logprob records by row index."""
     for admitted in rows:
-        fast.admit(admitted)
+        fast.admit([admitted])
     numbers = np.array([r.row for r in rows], np.int64)
     return fast.sample(logits.clone(), numbers, np.array([len(r.tokens) for r in rows], np.int64))
 
@@ -125,7 +125,7 @@ def test_draws_follow_the_distribution(options):
     vocab, draws = 12, 20_000
     p = SamplingParams(max_tokens=99, **options)
     fast = sampler(1, vocab)
-    fast.admit(AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=1234))
+    fast.admit([AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=1234)])
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, vocab).astype(np.float32))
     rows, ends = np.zeros(draws, np.int64), np.arange(1, draws + 1)
     tokens = fast.sample(logits.repeat(draws, 1), rows, ends).tokens.numpy()
@@ -143,7 +143,7 @@ def test_draws_follow_the_distribution(options):
 def test_a_temperature_near_zero_takes_the_largest_and_draws_among_equals(temperature, options):
     p = SamplingParams(max_tokens=99, temperature=temperature, **options)
     fast = sampler(1)
-    fast.admit(AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=7))
+    fast.admit([AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=7)])
     logits = logits_for(1, np.random.default_rng(0))
     logits[0, [40, 120]] = logits.amax() + 2e-6
     rows, ends = np.zeros(200, np.int64), np.arange(1, 201)
@@ -157,7 +157,7 @@ def test_penalties_follow_the_tokens_sampled_since():
     """Each step's token counts in the next: greedy with a large frequency penalty must walk down the ranking."""
     fast = sampler(2)
     p = SamplingParams(max_tokens=99, temperature=0.0, presence_penalty=2.0)
-    fast.admit(AdmittedRow(row=1, tokens=[0], num_prompt=1, blocks=[], params=p, seed=0))
+    fast.admit([AdmittedRow(row=1, tokens=[0], num_prompt=1, blocks=[], params=p, seed=0)])
     logits = -torch.arange(VOCAB, dtype=torch.float32)[None] * 0.5
     got = [int(fast.sample(logits.clone(), np.array([1]), np.array([1 + i])).tokens[0]) for i in range(4)]
     assert got == [0, 1, 2, 3]
@@ -169,7 +169,7 @@ def test_a_new_owner_of_a_row_starts_afresh():
     logits = torch.ones(1, VOCAB)
     logits[0, 3] = 1.5
     for prompt, expected in [([3], 0), ([8], 3), ([3, 8], 0)]:
-        fast.admit(AdmittedRow(row=0, tokens=prompt, num_prompt=len(prompt), blocks=[], params=p, seed=0))
+        fast.admit([AdmittedRow(row=0, tokens=prompt, num_prompt=len(prompt), blocks=[], params=p, seed=0)])
         assert int(fast.sample(logits.clone(), np.array([0]), np.array([len(prompt)])).tokens[0]) == expected
 
 
@@ -178,10 +178,10 @@ def test_counts_take_a_slot_only_where_a_row_has_penalties_and_give_it_back():
     for number in (0, 1, 2, 3, 0, 1):
         for options in ({"presence_penalty": 1.0}, {}):
             p = SamplingParams(**options)
-            fast.admit(AdmittedRow(row=number, tokens=[1], num_prompt=1, blocks=[], params=p, seed=0))
+            fast.admit([AdmittedRow(row=number, tokens=[1], num_prompt=1, blocks=[], params=p, seed=0)])
     assert fast._counts._in_prompt.shape[0] == 1
     plain = sampler(4)
-    plain.admit(AdmittedRow(row=0, tokens=[1], num_prompt=1, blocks=[], params=SamplingParams(), seed=0))
+    plain.admit([AdmittedRow(row=0, tokens=[1], num_prompt=1, blocks=[], params=SamplingParams(), seed=0)])
     assert plain._counts._in_prompt.shape[0] == 0
 
 

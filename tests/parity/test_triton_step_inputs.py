@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.inputs import MixedInputs, Rows, Slices, Uploader
-from engine.kernels.graph_step import VOCAB_TILE, choose_likeliest, gather_decodes, gather_mixed
+from engine.kernels.step_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
 
@@ -59,26 +59,11 @@ def test_inputs_of_decodes_are_those_of_the_hosts_path(rows):
 
 def test_inputs_of_a_mixed_step_are_those_of_the_hosts_path(rows):
     slices, expected = expect(rows, [(4, 7, 1), (0, 1, 1), (2, 1000, 300), (3, 2, 6)], 2)
-    packed = MixedInputs.of(rows.mixed(slices), slices, num_tokens=320, num_queries=6, scratch_row=rows.state.scratch_row)
-    tokens, positions, owners, which, lens, starts = packed.parts(torch.from_numpy(packed.values).to(DEVICE))
+    numbers = np.linspace(0.1, 0.4, 4)
+    scratch = rows.state.scratch_row
+    packed = MixedInputs.of(rows.mixed(slices), slices, numbers, num_tokens=320, num_queries=6, scratch_row=scratch)
+    uniform, tokens, positions, owners, which, lens, starts = packed.parts(torch.from_numpy(packed.values).to(DEVICE))
+    assert uniform.tolist() == [*numbers, 0.0, 0.0]
     assert starts.tolist() == [0, 1, 2, 302, 308, 320, 320]
     found = gather_mixed(tokens, positions, owners, which, lens, rows.state.latest, rows.state.tables, BLOCK)
     compare(found, expected, 308, 4)
-
-
-@pytest.mark.parametrize("vocab", [70, VOCAB_TILE, 2 * VOCAB_TILE + 13])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_likeliest(vocab, dtype):
-    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    logits[1, vocab - 1] = 50.0
-    logits[2, [3, vocab // 2, vocab - 2]] = 60.0  # of equals the first
-    logits[3] = float("-inf")
-    rows = torch.tensor([6, 0, 2, 5, 1], dtype=torch.int32, device=DEVICE)
-    latest = torch.full((8,), 99, dtype=torch.int64, device=DEVICE)
-    for _ in range(2):  # a launch leaves its counters as it found them
-        tokens = choose_likeliest(logits, rows, latest)
-        assert tokens[:3].tolist() == logits[:3].float().argmax(-1).tolist()
-        assert tokens[2] == 3
-        assert all(0 <= token < vocab for token in tokens.tolist())
-        assert latest[rows.long()].tolist() == tokens.tolist()
-        assert latest[[3, 4, 7]].tolist() == [99, 99, 99]

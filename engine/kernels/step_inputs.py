@@ -1,7 +1,7 @@
-"""The two ends of a captured step, in Triton: its inputs from the rows' state, and the likeliest tokens back into it.
+"""The inputs of a captured step from the rows' state, in Triton.
 
-`graphs.py` puts both into its graphs, so that a step's rows and positions, and prompt tokens where it has any, are all that
-the host sends.
+`graphs.py` begins its graphs with it, so that a step's rows and positions, and prompt tokens where it has any, are all that the
+host sends.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import pdl
-from engine.kernels.paged_decode import arrivals
 
 TABLE_TILE = 128  # blocks copied at once
-VOCAB_TILE = 4096  # logits that one program looks at
 
 
 class GatheredInputs(NamedTuple):
@@ -124,47 +122,3 @@ def gather_mixed(
         BLOCK=block_size, TILE=TABLE_TILE, num_warps=1, **pdl(rows.device),
     )  # fmt: skip
     return GatheredInputs(token_ids, positions_out, slots, kv_lens, block_tables)
-
-
-@triton.jit
-def _likeliest(
-    logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
-    TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    seq, tile = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    col = tile * TILE + tl.arange(0, TILE)
-    logits = tl.load(logits_ptr + seq.to(tl.int64) * vocab + col, mask=col < vocab, other=float("-inf")).to(tl.float32)
-    best = tl.max(logits, 0)
-    # Of equals the first, as torch's argmax has it. A row of NaN alone gives the first token there is.
-    index = tl.min(tl.where(logits == best, col, vocab), 0)
-    tl.store(best_ptr + seq * TILES + tile, best)
-    tl.store(index_ptr + seq * TILES + tile, index)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrived_ptr + seq, 1, sem="acq_rel")
-    if arrived == TILES - 1:
-        tl.store(arrived_ptr + seq, 0)
-        tiles = tl.arange(0, PADDED)
-        inside = tiles < TILES
-        bests = tl.load(best_ptr + seq * TILES + tiles, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        indices = tl.load(index_ptr + seq * TILES + tiles, mask=inside, other=0, cache_modifier=".cg")
-        token = tl.min(tl.where(inside & (bests == tl.max(bests, 0)), indices, vocab), 0)
-        token = tl.where(token < vocab, token, 0).to(tl.int64)
-        tl.store(tokens_ptr + seq, token)
-        tl.store(latest_ptr + tl.load(rows_ptr + seq), token)
-
-
-def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
-    """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too."""
-    num, vocab = logits.shape
-    tiles = triton.cdiv(vocab, VOCAB_TILE)
-    tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
-    best = torch.empty(num, tiles, dtype=torch.float32, device=logits.device)
-    index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
-    _likeliest[(num, tiles)](
-        logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
-        TILE=VOCAB_TILE, TILES=tiles, PADDED=triton.next_power_of_2(tiles), num_warps=4, **pdl(logits.device),
-    )  # fmt: skip
-    return tokens

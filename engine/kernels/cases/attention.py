@@ -1,0 +1,159 @@
+"""Attention of K/V and of latents, and what latents need before and behind it.
+
+rope, where it is not given, is an eighth of the latent, and values are as long as keys without it: as in DeepSeek's models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels import latent as kernels
+from engine.kernels import mla_prefill
+from engine.kernels.cases.base import BLOCK, Launch, block_tables, processors, random
+from engine.kernels.mla_decode import decode_splits, mla_decode
+from engine.kernels.mla_mixed import mla_mixed
+from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
+from engine.kernels.paged_decode import choose_splits, paged_decode
+from engine.kernels.paged_prefill import map_tiles, paged_prefill, tile_tokens
+
+HEAD = 128
+
+
+def _lens(device: torch.device, *lens: int) -> torch.Tensor:
+    return torch.tensor(lens, dtype=torch.int32, device=device)
+
+
+def _pairs(tokens: int) -> int:
+    """(query, key) pairs of a whole prompt."""
+    return tokens * (tokens + 1) // 2
+
+
+def decode(device: torch.device, seqs: int, context: int, heads: int, kv_heads: int) -> Launch:
+    tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
+    k, v = (random(device, tables.numel(), BLOCK, kv_heads, HEAD) for _ in range(2))
+    q = random(device, seqs, heads, HEAD)
+    splits = choose_splits(seqs, kv_heads, processors(device))
+    num_bytes = 2 * q.nbytes + 2 * seqs * context * kv_heads * HEAD * q.itemsize
+    return Launch(lambda: paged_decode(q, k, v, tables, lens, HEAD**-0.5, splits), num_bytes, 4 * seqs * context * heads * HEAD)
+
+
+def _prompt_tiles(device: torch.device, seqs: int, context: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and first token of each tile of whole prompts, those with most work first."""
+    first = torch.arange(0, context, tile, dtype=torch.int32, device=device).flip(0)
+    return torch.arange(seqs, dtype=torch.int32, device=device).repeat(len(first)), first.repeat_interleave(seqs)
+
+
+def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads: int) -> Launch:
+    """Whole prompts."""
+    tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
+    k, v = (random(device, tables.numel(), BLOCK, kv_heads, HEAD) for _ in range(2))
+    q = random(device, seqs * context, heads, HEAD)
+    out = torch.empty_like(q)
+    starts = torch.arange(seqs + 1, dtype=torch.int32, device=device) * context
+    tiles = _prompt_tiles(device, seqs, context, tile_tokens(heads, kv_heads))
+    num_bytes = 2 * q.nbytes + 2 * seqs * context * kv_heads * HEAD * q.itemsize
+
+    def run() -> torch.Tensor:
+        paged_prefill(q, k, v, tables, lens, starts, tiles, HEAD**-0.5, out)
+        return out
+
+    return Launch(run, num_bytes, 4 * seqs * _pairs(context) * heads * HEAD)
+
+
+def tiles_of_step(device: torch.device, seqs: int, chunk: int, tile: int) -> Launch:
+    """Decodes and one chunk."""
+    starts = _mixed_starts(device, seqs, chunk)
+    tiles = map_tiles(starts, seqs + chunk, tile, least=1)
+    num_bytes = starts.nbytes + sum(t.nbytes for t in tiles)
+    return Launch(lambda: map_tiles(starts, seqs + chunk, tile, least=1), num_bytes, 0)
+
+
+def _mixed_starts(device: torch.device, seqs: int, chunk: int) -> torch.Tensor:
+    return _lens(device, *range(seqs + 1), seqs + chunk)
+
+
+def latent_prepare(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
+    q, kv, weight = random(device, rows, heads, nope + rope), random(device, rows, latent + rope), random(device, latent)
+    angle = torch.randn(rows, 1, rope, device=device)
+    pool = random(device, -(-rows // BLOCK), BLOCK, latent + rope)
+    slots = torch.randperm(rows, device=device)
+    num_bytes = 2 * rows * heads * rope * q.itemsize + 3 * kv.nbytes + weight.nbytes + 2 * angle.nbytes + slots.nbytes
+    return Launch(
+        lambda: kernels.latent_prepare(q, kv, (weight, 1e-6), (angle, angle), slots, pool, interleaved=True), num_bytes, 0
+    )
+
+
+def latent_norm(device: torch.device, rows: int, size: int) -> Launch:
+    x, weight = random(device, rows, size), random(device, size)
+    return Launch(lambda: kernels.norm(x, weight, 1e-6), 2 * x.nbytes + weight.nbytes, 0)
+
+
+def absorb(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
+    q, kv_b = random(device, rows, heads, nope + rope), random(device, heads, 2 * nope, latent)
+    num_bytes = q.itemsize * heads * (rows * (nope + latent) + nope * latent)
+    return Launch(lambda: kernels.absorb(q, kv_b, nope), num_bytes, 2 * rows * heads * nope * latent)
+
+
+def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) -> Launch:
+    mixed, kv_b = random(device, rows, heads, latent), random(device, heads, 2 * nope, latent)
+    out = random(device, rows, heads, nope)
+
+    def run() -> torch.Tensor:
+        kernels.expand(mixed, kv_b, nope, out)
+        return out
+
+    num_bytes = mixed.nbytes + out.nbytes + kv_b.nbytes // 2
+    return Launch(run, num_bytes, 2 * rows * heads * nope * latent)
+
+
+def build_keys(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
+    expanded, records = random(device, rows, heads, 2 * nope), random(device, rows, latent + rope)
+    num_bytes = rows * expanded.itemsize * (heads * (2 * nope + rope) + rope)
+    return Launch(lambda: kernels.build_keys(expanded, records, nope, latent), num_bytes, 0)
+
+
+def latent_decode(device: torch.device, seqs: int, context: int, heads: int, latent: int, rope: int) -> Launch:
+    tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
+    cache = random(device, tables.numel(), BLOCK, latent + rope)
+    q_latent, q_rope = random(device, seqs, heads, latent), random(device, seqs, heads, rope)
+    splits = decode_splits(seqs, heads, processors(device))
+    num_bytes = 2 * q_latent.nbytes + q_rope.nbytes + seqs * context * (latent + rope) * cache.itemsize
+    return Launch(
+        lambda: mla_decode(q_latent, q_rope, cache, tables, lens, 0.1, splits),
+        num_bytes,
+        2 * seqs * context * heads * (2 * latent + rope),
+    )
+
+
+def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, nope: int, rope: int) -> Launch:
+    """Whole prompts, from expanded latents on."""
+    rows = seqs * context
+    q, k_rope = random(device, rows, heads, nope + rope), random(device, rows, rope)
+    expanded, out = random(device, rows, heads, 2 * nope), random(device, rows, heads, nope)
+    tile = mla_prefill.choose_tile(q.dtype)
+    starts, lens = torch.arange(seqs + 1, dtype=torch.int32, device=device) * context, _lens(device, *[context] * seqs)
+    query, first = _prompt_tiles(device, seqs, context, tile.queries)
+    tiles = torch.stack((query, first, query * context))
+
+    def run() -> torch.Tensor:
+        mla_prefill.mla_prefill(out, q, expanded, k_rope, starts, lens, tiles, 0.1, tile)
+        return out
+
+    num_bytes = q.nbytes + expanded.nbytes + k_rope.nbytes + out.nbytes
+    return Launch(run, num_bytes, 2 * seqs * _pairs(context) * heads * (2 * nope + rope))
+
+
+def latent_mixed(device: torch.device, seqs: int, chunk: int, context: int, heads: int, latent: int) -> Launch:
+    """Decodes of `context` tokens and one whole prompt of `chunk`."""
+    rope, tokens = latent // 8, seqs + chunk
+    tables, lens = block_tables(device, seqs + 1, max(context, chunk)), _lens(device, *[context] * seqs, chunk)
+    cache = random(device, tables.numel(), BLOCK, latent + rope)
+    q_latent, q_rope = random(device, tokens, heads, latent), random(device, tokens, heads, rope)
+    starts = _mixed_starts(device, seqs, chunk)
+    tiles = map_tiles(starts, tokens, latent_tile_tokens(heads, q_latent.dtype), least=1)
+    num_bytes = 2 * q_latent.nbytes + q_rope.nbytes + (seqs * context + chunk) * (latent + rope) * cache.itemsize
+    return Launch(
+        lambda: mla_mixed(q_latent, q_rope, cache, tables, lens, starts, tiles, 0.1),
+        num_bytes,
+        2 * (seqs * context + _pairs(chunk)) * heads * (2 * latent + rope),
+    )

@@ -1,0 +1,115 @@
+"""Routing and experts of DeepSeek-V2-Lite's layer: 6 experts a token, 2 shared ones, a router in float32.
+
+Launched as `layers.moe_cuda` does it. Its tiles stand here again, for kernels import no layers; a test compares them. Of the
+experts a token takes, those that some token chose are read once, and that is the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from engine.kernels import elementwise, routing
+from engine.kernels import experts as kernels
+from engine.kernels.cases.base import Launch, random
+
+TOP_K = 6
+NUM_SHARED = 2
+STRIP = kernels.Strip(1, 512, 1)
+TILE = kernels.Tile(128, 64, 8, 4, 99)
+SORT_BLOCK = 128  # for torch's grouped product
+
+
+class Drawn(NamedTuple):
+    x: torch.Tensor  # [tokens, hidden]
+    experts: kernels.Pair
+    shared: kernels.Pair | None
+    weights: torch.Tensor  # [tokens, TOP_K] float32
+    ids: torch.Tensor  # likewise, int32
+
+    def launch(self, run: Callable[[], object]) -> Launch:
+        """The bound counts weights, tokens and results."""
+        gate_up, down = self.experts
+        tokens, num_shared = self.x.shape[0], kernels.count_shared(self.shared, down.shape[2])
+        expert = gate_up[0].numel() + down[0].numel()
+        num_read = int(self.ids.unique().numel()) + num_shared
+        num_bytes = num_read * expert * down.itemsize + 2 * self.x.nbytes + self.weights.nbytes + self.ids.nbytes
+        return Launch(run, num_bytes, 2 * tokens * (TOP_K + num_shared) * expert)
+
+
+def _draw(device: torch.device, tokens: int, experts: int, hidden: int, size: int, *, shared: int) -> Drawn:
+    pair = random(device, experts, 2 * size, hidden), random(device, experts, hidden, size)
+    weights, ids = torch.rand(tokens, experts, device=device).topk(TOP_K)
+    together = (random(device, 2 * shared * size, hidden), random(device, hidden, shared * size)) if shared else None
+    return Drawn(random(device, tokens, hidden), pair, together, weights, ids.int())
+
+
+def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
+    """With the shared experts."""
+    drawn = _draw(device, tokens, experts, hidden, size, shared=NUM_SHARED)
+    x, pair, shared, weights, ids = drawn
+
+    def run() -> torch.Tensor:
+        hidden_rows = kernels.few_up(x, ids, pair, shared, STRIP)
+        return kernels.few_down(hidden_rows, (weights, ids), pair, shared, STRIP)
+
+    return drawn.launch(run)
+
+
+def cut(tokens: int, experts: int) -> tuple[int, int]:
+    """Pairs of a block, and shared experts among the others; up to 10 or 32 pairs an expert, of what the layer knows."""
+    return (16, NUM_SHARED) if tokens * TOP_K <= 10 * experts else (32, 0)
+
+
+def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
+    """Behind the sort. With the shared experts where `cut` says so: else the layer has them as an MLP of their own."""
+    block, num_shared = cut(tokens, experts)
+    drawn = _draw(device, tokens, experts, hidden, size, shared=num_shared)
+    x, pair, shared, weights, ids = drawn
+    by_expert = routing.sort_pairs(ids, experts, block, num_shared)
+
+    def run() -> torch.Tensor:
+        hidden_rows = kernels.tiles_up(x, TOP_K, by_expert, block, pair, shared, TILE)
+        rows = kernels.tiles_down(hidden_rows, by_expert, block, pair, shared, TILE)
+        return kernels.weighted_sum(rows, by_expert.place, weights, None)
+
+    return drawn.launch(run)
+
+
+def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
+    """Routed experts by torch's grouped product, behind the sort."""
+    drawn = _draw(device, tokens, experts, hidden, size, shared=0)
+    x, (gate_up, down), _, weights, ids = drawn
+    by_expert = routing.sort_pairs(ids, experts, SORT_BLOCK)
+
+    def run() -> torch.Tensor:
+        at_places = kernels.gather(x, by_expert.order, TOP_K)
+        hidden_rows = elementwise.silu_mul(torch._grouped_mm(at_places, gate_up.transpose(1, 2), offs=by_expert.ends))
+        rows = torch._grouped_mm(hidden_rows, down.transpose(1, 2), offs=by_expert.ends)
+        return kernels.weighted_sum(rows, by_expert.place, weights, None)
+
+    return drawn.launch(run)
+
+
+def logits(device: torch.device, tokens: int, experts: int, hidden: int) -> Launch:
+    x, router = random(device, tokens, hidden), torch.randn(experts, hidden, device=device)
+    num_bytes = x.nbytes + router.nbytes + tokens * experts * router.itemsize
+    return Launch(lambda: routing.router_logits(x, router), num_bytes, 3 * 2 * tokens * experts * hidden)  # in three parts
+
+
+def route(device: torch.device, tokens: int, experts: int, hidden: int) -> Launch:
+    parts = routing.router_logits(random(device, tokens, hidden), torch.randn(experts, hidden, device=device))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return routing.route(
+            parts, None, method="greedy", top_k=TOP_K, groups=(1, 1), normalize=False, scale=1.0, router_dtype=torch.float32
+        )
+
+    return Launch(run, parts.nbytes + tokens * TOP_K * 8, 0)
+
+
+def sort(device: torch.device, tokens: int, experts: int, block: int, shared: int) -> Launch:
+    ids = torch.rand(tokens, experts, device=device).topk(TOP_K).indices.int()
+    return Launch(lambda: routing.sort_pairs(ids, experts, block, shared), 3 * ids.nbytes + 4 * (experts + shared), 0)

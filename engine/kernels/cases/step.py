@@ -1,0 +1,57 @@
+"""Both ends of a step: its inputs from the state of the rows, and its tokens back into it."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels import step_inputs
+from engine.kernels.cases.base import BLOCK, Launch, block_tables, random
+from engine.kernels.sample import DrawParams, choose_likeliest
+from engine.kernels.sample import draw as draw_tokens
+
+
+def gather_decodes(device: torch.device, seqs: int, context: int) -> Launch:
+    tables, latest, rows = _rows(device, seqs, context)
+    positions = torch.full((seqs,), context - 1, dtype=torch.int32, device=device)
+    num_bytes = rows.nbytes + positions.nbytes + 2 * tables.nbytes + latest.nbytes + seqs * (8 + 8 + 8 + 4)
+    return Launch(lambda: step_inputs.gather_decodes(rows, positions, latest, tables, BLOCK), num_bytes, 0)
+
+
+def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> Launch:
+    """Decodes of `context` tokens and the last `chunk` of one prompt as long."""
+    tables, latest, rows = _rows(device, seqs + 1, context)
+    lens = torch.full((seqs + 1,), context, dtype=torch.int32, device=device)
+    chunk_positions = torch.arange(context - chunk, context, dtype=torch.int32, device=device)
+    positions = torch.cat((lens[:seqs] - 1, chunk_positions))
+    owners = torch.cat((rows[:seqs], rows[seqs:].expand(chunk)))
+    tokens = torch.cat((torch.full_like(rows[:seqs], -1), chunk_positions))
+    num_bytes = 3 * tokens.nbytes + 3 * tokens.shape[0] * 8 + rows.nbytes + lens.nbytes + latest.nbytes + 2 * tables.nbytes
+    return Launch(lambda: step_inputs.gather_mixed(tokens, positions, owners, rows, lens, latest, tables, BLOCK), num_bytes, 0)
+
+
+def _rows(device: torch.device, seqs: int, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Block tables and latest tokens of all rows, and those rows that a step has."""
+    rows = torch.randperm(seqs, device=device).to(torch.int32)
+    return block_tables(device, seqs, context), torch.zeros(seqs, dtype=torch.int64, device=device), rows
+
+
+def likeliest(device: torch.device, rows: int, vocab: int) -> Launch:
+    logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
+    at = torch.arange(rows, dtype=torch.int32, device=device)
+    num_bytes = logits.nbytes + at.nbytes + 2 * latest.nbytes
+    return Launch(lambda: choose_likeliest(logits, at, latest), num_bytes, 0)
+
+
+def draw(device: torch.device, rows: int, vocab: int, top_k: int, top_percent: int) -> Launch:
+    """Bound: one pass. The kernel makes 3, and 8 more (in bfloat16) for each of top_k and top_p that leaves anything out."""
+    logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
+    at = torch.arange(rows, dtype=torch.int32, device=device)
+    half, one = (torch.full((rows,), x, dtype=torch.float64, device=device) for x in (0.5, 1.0))
+    params = DrawParams(one, one * top_k, one * (top_percent / 100), one * 0.0)
+    tokens = choose_likeliest(logits, at, latest)
+
+    def run() -> torch.Tensor:
+        draw_tokens(logits, at, latest, tokens, half, params)
+        return tokens
+
+    return Launch(run, logits.nbytes, 0)

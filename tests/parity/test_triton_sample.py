@@ -1,0 +1,143 @@
+"""The choice of tokens beside torch's argmax and beside `sampling/choose.py`, the twins."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from engine.inputs import Uploader
+from engine.kernels import sample
+from engine.kernels.sample import VOCAB_TILE, DrawParams, choose_likeliest, draw
+from engine.plan import AdmittedRow
+from engine.request import SamplingParams
+from engine.sampling.choose import Choice, choose
+from engine.sampling.draw_rows import DrawRows
+from engine.sampling.sampler import Sampler
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("vocab", [70, VOCAB_TILE, 2 * VOCAB_TILE + 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_likeliest(vocab, dtype):
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    logits[1, vocab - 1] = 50.0
+    logits[2, [3, vocab // 2, vocab - 2]] = 60.0  # of equals the first
+    logits[3] = float("-inf")
+    rows = torch.tensor([6, 0, 2, 5, 1], dtype=torch.int32, device=DEVICE)
+    latest = torch.full((8,), 99, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):  # a launch leaves its counters as it found them
+        tokens = choose_likeliest(logits, rows, latest)
+        assert tokens[:3].tolist() == logits[:3].float().argmax(-1).tolist()
+        assert tokens[2] == 3
+        assert all(0 <= token < vocab for token in tokens.tolist())
+        assert latest[rows.long()].tolist() == tokens.tolist()
+        assert latest[[3, 4, 7]].tolist() == [99, 99, 99]
+
+
+def drawn(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """(the kernel's tokens, the twin's) of logits [N, V], one uniform number a row."""
+    num, vocab = logits.shape
+    columns = [
+        torch.full((num,), float(x), dtype=torch.float64, device=DEVICE) for x in (temperature, top_k or vocab, top_p, min_p)
+    ]
+    rows = torch.arange(num, dtype=torch.int32, device=DEVICE).flip(0)
+    latest = torch.zeros(num, dtype=torch.int64, device=DEVICE)
+    tokens = choose_likeliest(logits, rows, latest)
+    draw(logits, rows, latest, tokens, uniform, DrawParams(*columns))
+    assert latest.flip(0).tolist() == tokens.tolist()
+    kept = None if top_k is None and top_p == 1.0 else torch.arange(num, device=DEVICE)
+    expected = choose(logits.float(), Choice(uniform, *columns), kept, top_k or vocab)
+    return tokens.tolist(), expected.tolist()
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(sample, "DRAW_TILE", 64)
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.3},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_p": 0.6},
+    {"top_p": 1e-9},
+    {"top_p": 0.0},
+    {"top_k": 5, "top_p": 0.0, "min_p": 1.0},
+    {"min_p": 0.2},
+    {"top_k": 20, "top_p": 0.8, "temperature": 2.0, "min_p": 0.01},
+    {"top_k": 150, "top_p": 0.99},
+    {"temperature": 1e-30},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_are_those_of_the_twin(settings, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(12, 150, generator=generator) * 3).to(DEVICE, dtype)
+    uniform = torch.rand(12, generator=generator, dtype=torch.float64).to(DEVICE)
+    uniform[0], uniform[1] = 0.0, 1 - 2.0**-53
+    found, expected = drawn(logits, uniform, **settings)
+    assert found == expected
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ties_at_the_last_place_of_top_k(sign):
+    """All that are tied pass, and only the places that there are count for top_p."""
+    logits = torch.full((6, 100), sign * 2.0, device=DEVICE, dtype=torch.bfloat16)
+    logits[:, 10] = sign * 2.0 + 1.0
+    uniform = torch.tensor(np.linspace(0.0, 0.99, 6), device=DEVICE)
+    for settings in ({"top_k": 3}, {"top_k": 3, "top_p": 0.5}, {"top_k": 3, "top_p": 0.7}):
+        found, expected = drawn(logits, uniform, **settings)
+        assert found == expected
+
+
+def test_rows_without_a_temperature_keep_the_likeliest():
+    logits = torch.randn(3, 90, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found, _ = drawn(logits, torch.full((3,), 0.9, dtype=torch.float64, device=DEVICE), temperature=0.0001)
+    zeros = torch.zeros(3, dtype=torch.float64, device=DEVICE)
+    rows, latest = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    tokens = choose_likeliest(logits, rows, latest)
+    draw(logits, rows, latest, tokens, zeros + 0.9, DrawParams(zeros, zeros + 5, zeros + 0.5, zeros))
+    assert tokens.tolist() == found == logits.argmax(-1).tolist()
+
+
+def test_a_sampler_with_its_rows_on_the_device_chooses_as_one_without():
+    draw_from = random.Random(0)
+    upload = Uploader(DEVICE)
+    options = {"max_rows": 9, "vocab_size": 150, "eos_token_ids": [1], "device": DEVICE, "upload": upload}
+    plain, fast = Sampler(**options), Sampler(**options)
+    plain._on_device, fast._on_device = None, DrawRows(9, DEVICE, upload)
+    admitted = [
+        AdmittedRow(
+            row=row,
+            tokens=[3, 4, 5],
+            num_prompt=3,
+            blocks=[],
+            seed=row,
+            params=SamplingParams(
+                temperature=draw_from.choice([0.0, 0.7, 1.3]),
+                top_p=draw_from.choice([1.0, 0.7]),
+                top_k=draw_from.choice([0, 20]),
+                min_p=draw_from.choice([0.0, 0.05]),
+                repetition_penalty=draw_from.choice([1.0, 1.0, 1.2]),
+                min_tokens=draw_from.choice([0, 0, 2]),
+            ),
+        )
+        for row in (8, 2, 5, 0, 7, 1)
+    ]
+    plain.admit(admitted)
+    fast.admit(admitted)
+    rows = np.array([7, 0, 8, 2, 5, 1])
+    for step in range(4):
+        ends = np.full(6, 3 + step)
+        logits = torch.randn(6, 150, generator=torch.Generator().manual_seed(step)).to(DEVICE) * 2
+        for which in (np.arange(6), np.array([3]), np.array([1, 4])):
+            on_device = torch.from_numpy(which).to(DEVICE)
+            found = [s.sample(logits[on_device], rows[which], ends[which]).tokens.tolist() for s in (fast, plain)]
+            assert found[0] == found[1]
