@@ -46,4 +46,4 @@ class ForwardBatch:
 
     @property
     def num_queries(self) -> int:
-        return len(self.query_lens_host)
+        return int(self.kv_lens.shape[0])

@@ -56,7 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None
     seed: int = 0  # seeds what the operator does not: dummy weights
     overlap: bool | None = None  # submit step N+1 before step N's tokens are read; None: on where the device is asynchronous
-    cuda_graphs: bool | None = None  # replay captured decode steps; None: on where the model allows it
+    cuda_graphs: bool | None = None  # replay captured steps; None: on where the model allows it
     debug_checks: bool = False  # run every check() after each step
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

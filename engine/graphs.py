@@ -79,6 +79,7 @@ class StepGraphs:
         mixed = [(t, q) for t in self._tokens for q, least in zip(self._queries, fewest, strict=False) if t >= least]
         self._keys: list[Key] = [*((size, 0) for size in self._sizes), *mixed]
         self._captured: dict[Key, _Captured] = {}
+        self._logits: torch.Tensor | None = None  # [most queries, V], of all graphs: of its own, each would keep as much for ever
         self._pool = torch.cuda.graph_pool_handle()
         # Not at the top: what is imported there runs without Triton too.
         self._kernels = importlib.import_module("engine.kernels.step_inputs")
@@ -184,12 +185,15 @@ class StepGraphs:
         return self._capture(inputs, run)
 
     def _choose(self, hidden: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor) -> Decoded:
-        logits = self._backend.logits(hidden)
+        logits = self._backend.logits(hidden, None if self._logits is None else self._logits[: hidden.shape[0]])
         return Decoded(logits, self._choose_tokens(logits, rows, self._state.latest, uniform))
 
     def _capture(self, inputs: torch.Tensor, run: Callable[[], Decoded]) -> _Captured:
-        run()  # compiles kernels and fills the libraries' caches, on the scratch row alone
+        decoded = run()  # compiles kernels and fills the libraries' caches, on the scratch row alone
+        if self._logits is None:
+            self._logits = decoded.logits.new_empty(self._queries[-1], decoded.logits.shape[1])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Another thread of the program may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             decoded = run()
         return _Captured(graph, inputs, decoded)

@@ -249,7 +249,7 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     storage = KVStorage(pools, num_blocks=num_blocks, block_size=config.cache.block_size, device=device)
     clock.end("memory")
     runner = TorchRunner(backend, storage, config, limits)
-    clock.end("graphs")
+    clock.end("runner")
     return BuiltRunner(runner, config, limits, _describe(device))
 
 
@@ -303,8 +303,8 @@ def _use_graphs(backend: Backend, config: EngineConfig) -> bool:
     possible = config.device == "cuda" and backend.graphable
     if config.cuda_graphs and not possible:
         raise ConfigError(
-            "cuda_graphs is on, but this model cannot be captured here: it takes CUDA, and bfloat16 where the model has "
-            "experts. Leave cuda_graphs unset to use them where they can be",
+            "cuda_graphs is on, but this model cannot be captured here: it takes CUDA, bfloat16 where the model has experts, and "
+            "heads that there is a kernel for. Leave cuda_graphs unset to use them where they can be",
             param="cuda_graphs",
         )
     return possible if config.cuda_graphs is None else config.cuda_graphs

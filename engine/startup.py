@@ -15,7 +15,7 @@ PHASES = {
     "config": "settings and config.json",
     "weights": "CUDA's context, memory for the model, and its weights in it",
     "memory": "the size of the KV cache, found on CUDA by running a step, and the cache",
-    "graphs": "the runner with its sampler and static inputs",
+    "runner": "the runner with its sampler and static inputs",
     "ready": "the scheduler, until a request can come",
 }
 _STAT = Path("/proc/self/stat")

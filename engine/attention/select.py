@@ -14,7 +14,14 @@ from engine.errors import ConfigError
 
 log = logging.getLogger("tidegate.engine")
 
-MIN_TRITON_BLOCK = 16  # tokens: the least a matrix unit multiplies with
+MIN_TRITON_BLOCK = 16  # tokens, or numbers of a head: the least a matrix unit multiplies with
+MAX_HEAD_BYTES = 512
+
+
+def _has_kernel(pool: PoolSpec) -> bool:
+    """Powers of two, as much as a matrix unit takes, and no more than fits into shared memory."""
+    size = pool.shape[-1]
+    return size >= MIN_TRITON_BLOCK and not size & (size - 1) and size * pool.dtype.itemsize <= MAX_HEAD_BYTES
 
 
 def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> AttentionBackend:
@@ -26,9 +33,13 @@ def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> Atte
             f"cache.block_size is {block_size}: on CUDA it must be a power of two of at least {MIN_TRITON_BLOCK}",
             param="cache.block_size",
         )
-    odd = [p for p in pools if p.name != "latent" and p.shape[-1] & (p.shape[-1] - 1)]
+    odd = [p for p in pools if p.name != "latent" and not _has_kernel(p)]
     if odd:
-        log.warning("no kernel for heads of %d numbers yet: attention runs in plain torch, which is slow", odd[0].shape[-1])
+        log.warning(
+            "no kernel for heads of %d numbers in %s yet: attention runs in plain torch, which is slow",
+            odd[0].shape[-1],
+            str(odd[0].dtype).removeprefix("torch."),
+        )
         return TorchAttention()
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     latent = any(p.name == "latent" for p in pools)

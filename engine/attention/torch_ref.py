@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from engine.attention.in_pool import InPool, plan
 from engine.batch import ForwardBatch, LayerPools
+from engine.errors import InternalError
 
 GROUP_NUMBERS = 1 << 20  # gathered K (or V) of a decode group: small enough to stay in a core's cache
 
@@ -67,6 +68,8 @@ class TorchAttention:
     graph_tokens = 0
 
     def prepare(self, batch: ForwardBatch) -> TorchStepAttention:
+        if batch.by_length:
+            raise InternalError("plain attention is given a captured step's batch: it needs the lengths on the host")
         per_token = max(pool[0, 0].numel() for pool in batch.kv[0].values())
         num_blocks, block_size = next(iter(batch.kv[0].values())).shape[:2]
         # Past a row's own blocks the entries are meaningless: make them harmless, a mask hides what they point to.

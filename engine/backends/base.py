@@ -28,8 +28,8 @@ class Backend(Protocol):
         """-> hidden [T, H], one row a token, ready for `logits`. Writes the step's KV into the pools of `batch`."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, H] -> [N, V] in the model's own type, a tensor that the caller may overwrite."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [N, H] -> [N, V] in the model's own type, in `out` where given; the caller may overwrite it."""
         ...
 
     def close(self) -> None: ...

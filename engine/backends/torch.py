@@ -30,8 +30,8 @@ class TorchBackend:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         return self._model.forward(batch)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(hidden)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._model.logits(hidden, out)
 
     def close(self) -> None:
         """Nothing is held that the garbage collector does not free."""

@@ -112,7 +112,7 @@ def _gemv(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc0 = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
+    acc1 = acc0
     for start in range(0, K, TILE):
         following = start + TILE + k
         w_next = tl.load(w_at + (start + TILE), mask=following < K, other=0.0, eviction_policy="evict_first")
@@ -121,18 +121,10 @@ def _gemv(
         acc0 = _add_products(acc0, w, x_at, inside, PARTS, ROWS, COLUMNS)
         if M > 1:
             acc1 = _add_products(acc1, w, x_at + x_stride, inside, PARTS, ROWS, COLUMNS)
-        if M > 2:
-            acc2 = _add_products(acc2, w, x_at + 2 * x_stride, inside, PARTS, ROWS, COLUMNS)
-        if M > 3:
-            acc3 = _add_products(acc3, w, x_at + 3 * x_stride, inside, PARTS, ROWS, COLUMNS)
         w = w_next
     _finish_gemv(acc0, bias, out_ptr, outputs, tile, ROWS, GATED, BIAS)
     if M > 1:
         _finish_gemv(acc1, bias, out_ptr + outputs, outputs, tile, ROWS, GATED, BIAS)
-    if M > 2:
-        _finish_gemv(acc2, bias, out_ptr + 2 * outputs, outputs, tile, ROWS, GATED, BIAS)
-    if M > 3:
-        _finish_gemv(acc3, bias, out_ptr + 3 * outputs, outputs, tile, ROWS, GATED, BIAS)
 
 
 @triton.jit
@@ -220,24 +212,29 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> x W^T + bias [..., N], summed in float32, for what `fits`."""
-    return _product(x, weight, bias, gated=False)
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> x W^T + bias [..., N], summed in float32, for what `fits`; in `out` where given."""
+    return _product(x, weight, bias, out, gated=False)
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., K], weight [2 I, K] -> silu(x G^T) * x U^T [..., I], for what `fits`. G is weight's first half, U the second."""
-    return _product(x, weight, None, gated=True)
+    return _product(x, weight, None, None, gated=True)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None, *, gated: bool
+) -> torch.Tensor:
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    out = torch.empty(flat.shape[0], outputs, dtype=x.dtype, device=x.device)
-    launch(flat, weight, bias, out, _config(flat.shape[0], *weight.shape, gated=gated), gated=gated)
-    return out.view(*x.shape[:-1], outputs)
+    if out is None:
+        out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
+    launch(flat, weight, bias, out.view(-1, outputs), _config(flat.shape[0], *weight.shape, gated=gated), gated=gated)
+    return out
 
 
 def launch(
@@ -245,6 +242,8 @@ def launch(
 ) -> None:
     """Write the product of x [M, K], whose rows may lie apart, to out [M, outputs] by the kernel that `config` is of."""
     if isinstance(config, Gemv):
+        if x.shape[0] > GEMV_ROWS:
+            raise ValueError(f"{config} is for {GEMV_ROWS} rows at most, not {x.shape[0]}")
         _launch_gemv(x, weight, bias, out, config, gated)
     else:
         _launch_skinny(x, weight, bias, out, config, gated)

@@ -129,6 +129,12 @@ def tile_tokens(heads: int, kv_heads: int) -> int:
     return max(1, TILE_ROWS // int(triton.next_power_of_2(heads // kv_heads)))
 
 
+def _stages(q: torch.Tensor) -> int:
+    """Of the loop's loads: as many as fit into shared memory."""
+    head_bytes = q.shape[2] * q.dtype.itemsize
+    return 3 if head_bytes <= 256 else (2 if q.dtype.itemsize == 2 else 1)
+
+
 def paged_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -155,5 +161,5 @@ def paged_prefill(
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=group, PADDED=padded, HEAD=head_dim, BLOCK=block_size,
         TILE_Q=tokens, TILE_N=min(64, block_size),
-        PRECISION=precision(q.dtype), num_warps=4 if tokens * padded <= TILE_ROWS else 8, num_stages=3, **pdl(q.device),
+        PRECISION=precision(q.dtype), num_warps=4 if tokens * padded <= TILE_ROWS else 8, num_stages=_stages(q), **pdl(q.device),
     )  # fmt: skip

@@ -29,7 +29,9 @@ def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Param
 class _Kernels(Protocol):
     def fits(self, x: torch.Tensor, weight: torch.Tensor) -> bool: ...
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
 @cache
@@ -38,17 +40,21 @@ def _kernels() -> _Kernels:
     return kernels
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear. On CUDA, few rows in bfloat16 go to kernels of our own.
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """F.linear, in `out` where given (for x [T, K] and no bias). On CUDA, few rows in bfloat16 go to kernels of our own.
 
     In float32 on a CPU a large weight goes to oneDNN: torch's default there, MKL, runs one-row products on one core
     and was half as fast on AMD with 1, 16 and 64 rows. Each call of oneDNN costs 20 us, which a small weight does not earn back.
     """
     if x.is_cuda and _kernels().fits(x, weight):
-        return _kernels().linear(x, weight, bias)
+        return _kernels().linear(x, weight, bias, out)
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out)
     if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN and weight.numel() >= ONEDNN_FROM:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
     return F.linear(x, weight, bias)
 
 

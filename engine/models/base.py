@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from engine.attention.base import AttentionBackend, StepAttention
 from engine.batch import ForwardBatch, LayerPools, PoolSpec
-from engine.layers.linear import Linear, Weights, parameter
+from engine.layers.linear import Linear, Weights, linear, parameter
 from engine.layers.moe import can_group
 from engine.layers.norm import RMSNorm
 from engine.layers.ops import Ops, ops_for
@@ -130,10 +130,9 @@ class DecoderModel(nn.Module):
             delta = layer(hidden, delta, step, pools)
         return self.ops.add_norm(hidden, delta, self.norm.weight, self.norm.eps)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, H] -> [N, V]"""
-        out: torch.Tensor = self.lm_head(hidden)
-        return out
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [N, H] -> [N, V], in `out` where given"""
+        return linear(hidden, self.lm_head.weight, out=out)
 
     def weights(self) -> WeightMap:
         targets: Weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}

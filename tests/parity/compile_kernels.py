@@ -19,6 +19,8 @@ from engine.kernels import (
     paged_decode,
     paged_prefill,
     routing,
+    sample,
+    step_inputs,
 )
 from engine.layers import moe_cuda
 from engine.layers.kinds import RoutingSpec
@@ -46,7 +48,13 @@ def record(kernel):
 
 def kind(value):
     if isinstance(value, torch.Tensor):
-        return {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}[value.dtype]
+        return {
+            torch.bfloat16: "*bf16",
+            torch.float32: "*fp32",
+            torch.int32: "*i32",
+            torch.int64: "*i64",
+            torch.float64: "*fp64",
+        }[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -68,8 +76,11 @@ for module, name in (
     setattr(module, name, Recorder(getattr(module, name)))
 tables, lens = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
 starts = torch.tensor([0, 1, 2], dtype=torch.int32)
-for heads, kv_heads in ((28, 4), (24, 8), (40, 8)):
-    q, cache = torch.zeros(2, heads, 128, dtype=torch.bfloat16), torch.zeros(8, 64, kv_heads, 128, dtype=torch.bfloat16)
+for heads, kv_heads, head, dtype in (
+    *((28, 4, 128, torch.bfloat16), (24, 8, 128, torch.bfloat16), (40, 8, 128, torch.bfloat16)),
+    *((16, 8, 256, torch.bfloat16), (32, 8, 128, torch.float32)),
+):
+    q, cache = torch.zeros(2, heads, head, dtype=dtype), torch.zeros(8, 64, kv_heads, head, dtype=dtype)
     paged_prefill.paged_prefill(q, cache, cache, tables, lens, starts, (lens, lens), 0.1, q)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 1)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 4)
@@ -143,4 +154,17 @@ for name, hidden_size, size, shared_size, router_dtype in (
         experts.gather(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
     for tokens in (1, 8192):  # of the one part, and of many
         routing.sort_pairs(torch.zeros(tokens, spec.top_k, dtype=torch.int32), spec.num_experts, 128)
+for name in ("_likeliest", "_draw"):
+    setattr(sample, name, Recorder(getattr(sample, name)))
+rows, numbers = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64)
+for dtype in (torch.bfloat16, torch.float32):
+    logits = torch.zeros(2, 151936, dtype=dtype)
+    tokens = sample.choose_likeliest(logits, rows, slots)
+    sample.draw(logits, rows, slots, tokens, numbers, sample.DrawParams(numbers, numbers, numbers, numbers))
+for name in ("_gather_decodes", "_gather_mixed"):
+    setattr(step_inputs, name, Recorder(getattr(step_inputs, name)))
+step_inputs.gather_decodes(rows, rows, slots, tables, 64)
+step_inputs.gather_mixed(rows, rows, rows, rows, rows, slots, tables, 64)
+paged_prefill._map_tiles = Recorder(paged_prefill._map_tiles)
+paged_prefill.map_tiles(starts, 512, 64, least=2)
 sys.stdout.write("compiled\n")
