@@ -85,12 +85,15 @@ class Soak:
         if len(self._under_way) >= most or self._draw.random() < 0.5:
             return
         for _ in range(self._draw.randint(1, 20)):
-            request_id = f"soak-{self._submitted}"
-            self._core.submit(
-                Submit(request_id=request_id, prompt=self._prompt(), params=self._params(), seed=self._draw.randrange(1 << 60))
-            )
-            self._submitted += 1
-            self._under_way.append(request_id)
+            prompt, params = self._prompt(), self._params()
+            first = f"soak-{self._submitted}"
+            for _ in range(self._draw.choice([1, 1, 1, 3])):  # several outputs of one prompt: the others fork the first
+                request_id = f"soak-{self._submitted}"
+                fork_of = None if request_id == first else first
+                seed = self._draw.randrange(1 << 60)
+                self._core.submit(Submit(request_id=request_id, prompt=prompt, params=params, seed=seed, fork_of=fork_of))
+                self._submitted += 1
+                self._under_way.append(request_id)
 
     def _prompt(self) -> list[int]:
         longest = min(2000, self._limits.max_model_len - 501)
@@ -101,12 +104,22 @@ class Soak:
 
     def _params(self) -> SamplingParams:
         draw = self._draw
-        kind = draw.randrange(4)
+        kind = draw.randrange(6)
         most = draw.choice([1, draw.randint(1, 50), draw.randint(1, 500)])
         if kind < 2:
             return SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=kind == 0)
         if kind == 2:
             return SamplingParams(max_tokens=most, temperature=draw.uniform(0.1, 1.5), top_p=draw.uniform(0.5, 1.0), top_k=50)
+        if kind == 3:
+            return SamplingParams(max_tokens=most, temperature=0.8, min_p=0.05, logit_bias={5: 3.0, 7: -100.0})
+        if kind == 4:
+            return SamplingParams(
+                max_tokens=most,
+                temperature=0.0,
+                frequency_penalty=0.3,
+                presence_penalty=0.2,
+                prompt_logprobs=draw.choice([None, 1]),
+            )
         return SamplingParams(
             max_tokens=most, temperature=1.0, repetition_penalty=1.1, logprobs=draw.choice([None, 3]), min_tokens=min(3, most)
         )
