@@ -186,7 +186,7 @@ async def test_the_deadline_of_the_call_becomes_the_requests():
             [r async for r in rpc.stub.Generate(ASKED, timeout=0.3)]
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: service.closed)
-    assert 0 < service.requests[0].deadline_s <= 0.3
+    assert 0 < service.requests[0].deadline_s < 0.4  # what is left of 0.3 s; gRPC rounds up on the way
 
 
 async def test_a_client_that_reads_nothing_is_ended(caplog):
