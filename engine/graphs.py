@@ -16,30 +16,20 @@ A large mixed step is left to the plain path: its kernels take longer than their
 from __future__ import annotations
 
 import importlib
-from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine.backends.base import Backend
 from engine.batch import ForwardBatch, LayerPools
-from engine.inputs import Ints, MixedInputs, Rows, RowState, Slices
+from engine.graph_shapes import DecodeInputs, GraphSizes, Key, MixedInputs, Numbers, Packed
+from engine.inputs import Ints, Rows, RowState, Slices
 from engine.plan import StepPlan
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-LARGER = 64  # past the last of SIZES, rows between graphs
-TOKENS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
-QUERIES = (16, 64)  # and as many as there can be
-ALIGN = 4  # numbers: 16 bytes
-
-Numbers = npt.NDArray[np.float64]
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [B, V], rows [B] int32, latest [R], uniform [B] float64) -> tokens [B] int64, which it writes to `latest` too."""
-Key = tuple[int, int]
-"""(tokens, queries) of a mixed step; (rows, 0) of decodes alone."""
 
 
 class Decoded(NamedTuple):
@@ -53,13 +43,6 @@ class _Captured(NamedTuple):
     decoded: Decoded
 
 
-def graph_sizes(max_rows: int) -> list[int]:
-    """Sizes of decodes to capture, ascending; the last holds `max_rows`."""
-    larger = range(SIZES[-1] + LARGER, max_rows + LARGER, LARGER)
-    sizes = [size for size in (*SIZES, *larger) if size < max_rows]
-    return [*sizes, max_rows]
-
-
 class StepGraphs:
     def __init__(self, backend: Backend, kv: list[LayerPools], rows: Rows, choose: Choose, *, block_size: int) -> None:
         self._backend = backend
@@ -69,15 +52,9 @@ class StepGraphs:
         self._state: RowState = rows.state
         self._block_size = block_size
         self._device = self._state.latest.device
-        max_rows = self._state.scratch_row
-        self._sizes = graph_sizes(max_rows)
         # The tokens that pad are a query too, whose table holds so many.
-        most = min(backend.graph_tokens, self._state.tables.shape[1] * block_size)
-        self._tokens = [num for num in TOKENS if num <= most]
-        self._queries = [*(num for num in QUERIES if num <= max_rows), -(-(max_rows + 1) // ALIGN) * ALIGN]
-        fewest = [1, *self._queries]  # a step of more queries than a graph holds has as many tokens
-        mixed = [(t, q) for t in self._tokens for q, least in zip(self._queries, fewest, strict=False) if t >= least]
-        self._keys: list[Key] = [*((size, 0) for size in self._sizes), *mixed]
+        most_tokens = min(backend.graph_tokens, self._state.tables.shape[1] * block_size)
+        self._sizes = GraphSizes.of(self._state.scratch_row, most_tokens)
         self._captured: dict[Key, _Captured] = {}
         self._logits: torch.Tensor | None = None  # [most queries, V], of all graphs: of its own, each would keep as much for ever
         self._pool = torch.cuda.graph_pool_handle()
@@ -91,45 +68,33 @@ class StepGraphs:
         """
         num = slices.rows.size
         if slices.first[-1] == num == slices.samples.size and self._rows.all_sampled(slices):
-            return self._decode(slices.rows, slices.starts, uniform, begins)
-        if not self._tokens or slices.first[-1] > self._tokens[-1]:
+            key = self._sizes.decode(num)
+            values = self._decode_inputs(key, slices.rows, slices.starts, uniform).values
+        elif (fitting := self._sizes.mixed(int(slices.first[-1]), num)) is not None:
+            key = fitting
+            values = self._mixed_inputs(key, slices, uniform).values
+        else:
             return None
-        return self._mixed(slices, uniform, begins)
+        return self._replay(key, values, num, begins)
 
     def capture_next(self) -> bool:
         """Capture the smallest graph that is missing, those of decodes first. False: none is."""
-        missing = next((key for key in self._keys if key not in self._captured), None)
+        missing = next((key for key in self._sizes.all_keys() if key not in self._captured), None)
         if missing is not None:
             self._graph(missing)
         return missing is not None
 
-    def _decode(self, rows: Ints, positions: Ints, uniform: Numbers, begins: Callable[[], None]) -> Decoded:
-        """A decode of `rows` [B], whose latest tokens stand at `positions` [B]."""
-        num = rows.size
-        size = self._sizes[bisect_left(self._sizes, num)]
-        graph, inputs, decoded = self._graph((size, 0))
-        # From torch's cache of pinned memory, which keeps the buffer until the copy out of it is done.
-        staging = torch.empty(inputs.shape, dtype=torch.int32, pin_memory=True)
-        values = staging.numpy()
-        values[0, :num], values[0, num:] = rows, self._state.scratch_row
-        values[1, :num], values[1, num:] = positions, 0
-        values[2:].reshape(-1).view(np.float64)[:num] = uniform
-        inputs.copy_(staging, non_blocking=True)
-        begins()
-        graph.replay()
-        return Decoded(decoded.logits[:num], decoded.tokens[:num])
+    def _decode_inputs(self, key: Key, rows: Ints, positions: Ints, uniform: Numbers) -> DecodeInputs:
+        return DecodeInputs.of(rows, positions, uniform, size=key[0], scratch_row=self._state.scratch_row)
 
-    def _mixed(self, slices: Slices, uniform: Numbers, begins: Callable[[], None]) -> Decoded:
-        num = slices.rows.size
-        tokens = self._tokens[bisect_left(self._tokens, int(slices.first[-1]))]
-        queries = self._queries[bisect_left(self._queries, num + 1)]  # one more for the tokens that pad
-        graph, inputs, decoded = self._graph((tokens, queries))
-        scratch = self._state.scratch_row
-        packed = MixedInputs.of(
-            self._rows.mixed(slices), slices, uniform, num_tokens=tokens, num_queries=queries, scratch_row=scratch
-        )
-        staging = torch.empty(packed.values.size, dtype=torch.int32, pin_memory=True)
-        staging.numpy()[:] = packed.values
+    def _mixed_inputs(self, key: Key, slices: Slices, uniform: Numbers) -> MixedInputs:
+        return MixedInputs.of(self._rows.mixed(slices), slices, uniform, key=key, scratch_row=self._state.scratch_row)
+
+    def _replay(self, key: Key, values: Packed, num: int, begins: Callable[[], None]) -> Decoded:
+        graph, inputs, decoded = self._graph(key)
+        # From torch's cache of pinned memory, which keeps the buffer until the copy out of it is done.
+        staging = torch.empty(values.size, dtype=torch.int32, pin_memory=True)
+        staging.numpy()[:] = values
         inputs.copy_(staging, non_blocking=True)
         begins()
         graph.replay()
@@ -137,17 +102,17 @@ class StepGraphs:
 
     def _graph(self, key: Key) -> _Captured:
         if key not in self._captured:
-            num, queries = key
-            self._captured[key] = self._capture_mixed(num, queries) if queries else self._capture_decode(num)
+            self._captured[key] = self._capture_mixed(key) if key[1] else self._capture_decode(key)
         return self._captured[key]
 
-    def _capture_decode(self, size: int) -> _Captured:
-        inputs = torch.zeros(4, max(size, ALIGN), dtype=torch.int32, device=self._device)  # the last two are float64
-        inputs[0].fill_(self._state.scratch_row)
+    def _capture_decode(self, key: Key) -> _Captured:
+        size, no_rows = key[0], np.zeros(0, np.int64)
+        packed = self._decode_inputs(key, no_rows, no_rows, np.zeros(0))
+        inputs = torch.from_numpy(packed.values).to(self._device)
         starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
 
         def run() -> Decoded:
-            rows, positions, uniform = inputs[0, :size], inputs[1, :size], inputs[2:].flatten().view(torch.float64)
+            uniform, rows, positions = (part[:size] for part in packed.parts(inputs))
             gathered = self._kernels.gather_decodes(rows, positions, self._state.latest, self._state.tables, self._block_size)
             ones = [1] * size
             batch = ForwardBatch(
@@ -157,12 +122,8 @@ class StepGraphs:
 
         return self._capture(inputs, run)
 
-    def _capture_mixed(self, num_tokens: int, num_queries: int) -> _Captured:
-        none = Slices.of(StepPlan(0, [], [], [], 0, [], [], [], []))
-        scratch = self._state.scratch_row
-        packed = MixedInputs.of(
-            self._rows.mixed(none), none, np.zeros(0), num_tokens=num_tokens, num_queries=num_queries, scratch_row=scratch
-        )
+    def _capture_mixed(self, key: Key) -> _Captured:
+        packed = self._mixed_inputs(key, Slices.of(StepPlan(0, [], [], [], 0, [], [], [], [])), np.zeros(0))
         inputs = torch.from_numpy(packed.values).to(self._device)
 
         def run() -> Decoded:
@@ -191,7 +152,7 @@ class StepGraphs:
     def _capture(self, inputs: torch.Tensor, run: Callable[[], Decoded]) -> _Captured:
         decoded = run()  # compiles kernels and fills the libraries' caches, on the scratch row alone
         if self._logits is None:
-            self._logits = decoded.logits.new_empty(self._queries[-1], decoded.logits.shape[1])
+            self._logits = decoded.logits.new_empty(self._sizes.queries[-1], decoded.logits.shape[1])
         graph = torch.cuda.CUDAGraph()
         # Another thread of the program may use CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

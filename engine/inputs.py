@@ -80,53 +80,6 @@ class RowState(NamedTuple):
         return self.latest.shape[0] - 1
 
 
-class MixedInputs(NamedTuple):
-    """All that a captured step of chunks and decodes is told by the host, in one array of int32.
-
-    uniform [B] float64 | tokens, positions, owners [T] | rows, kv_lens [B] | query_starts [B + 1]. The tokens that only pad
-    are one more query, of the scratch row; the queries that only pad have no token.
-    """
-
-    values: npt.NDArray[np.int32]
-    num_tokens: int  # T
-    num_queries: int  # B
-
-    @staticmethod
-    def of(
-        tokens: tuple[Ints, Ints, Ints],
-        slices: Slices,
-        uniform: npt.NDArray[np.float64],
-        *,
-        num_tokens: int,
-        num_queries: int,
-        scratch_row: int,
-    ) -> MixedInputs:
-        """`tokens` as `Rows.mixed` gives them, `uniform` one number a slice. Another query than those of `slices` must fit."""
-        used, padding = tokens[0].size, num_tokens - tokens[0].size
-        values = np.zeros(MixedInputs.size(num_tokens, num_queries), np.int32)
-        inputs = MixedInputs(values, num_tokens, num_queries)
-        numbers, token_ids, positions, owners, rows, kv_lens, starts = inputs.parts(values)
-        token_ids[:used], positions[:used], owners[:used] = tokens
-        positions[used:], owners[used:] = np.arange(padding), scratch_row
-        num = slices.rows.size
-        numbers[:num] = uniform
-        rows[:num], rows[num:] = slices.rows, scratch_row
-        kv_lens[:num], kv_lens[num], kv_lens[num + 1 :] = slices.ends, max(1, padding), 1
-        starts[: num + 1], starts[num + 1 :] = slices.first, num_tokens
-        return inputs
-
-    @staticmethod
-    def size(num_tokens: int, num_queries: int) -> int:
-        return 3 * num_tokens + 5 * num_queries + 1
-
-    def parts(self, values: Any) -> list[Any]:
-        """uniform, tokens, positions, owners, rows, kv_lens, query_starts: views of this array, or of its like on a device."""
-        sizes = [2 * self.num_queries] + [self.num_tokens] * 3 + [self.num_queries] * 2 + [self.num_queries + 1]
-        ends = np.cumsum(sizes).tolist()
-        parts = [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        return [parts[0].view(np.float64 if isinstance(values, np.ndarray) else torch.float64), *parts[1:]]
-
-
 class StepInputs(NamedTuple):
     batch: ForwardBatch
     sampled_rows: torch.Tensor  # [S] int64

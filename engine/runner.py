@@ -17,7 +17,6 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,9 +30,10 @@ from engine.graphs import Decoded, StepGraphs
 from engine.inputs import Ints, Rows, Slices, Uploader
 from engine.kvcache.storage import KVStorage, block_bytes
 from engine.models.spec import ModelSpec
-from engine.plan import AdmittedRow, BuiltRunner, PendingStep, StepPlan, StepResult
+from engine.pending import Pending, Reported, to_host
+from engine.plan import AdmittedRow, BuiltRunner, PendingStep, StepPlan
 from engine.request import SamplingParams
-from engine.sampling.logprobs import LogprobTensors, of_prompt, to_records
+from engine.sampling.logprobs import LogprobTensors, of_prompt
 from engine.sampling.sampler import Sampler
 from engine.startup import StartupClock
 
@@ -85,7 +85,7 @@ class TorchRunner:
         self._sampler.admit(plan.admitted)
         self._rows.change(plan)
         slices = Slices.of(plan)
-        pending = _Pending(plan.step, on_cuda=self._on_cuda, after=self._last_done)
+        pending = Pending(plan.step, on_cuda=self._on_cuda, after=self._last_done)
         decoded = None
         if self._graphs is not None and not self._wants_hidden(slices):
             decoded = self._graphs.run(slices, self._sampler.uniforms(slices.rows, slices.ends), pending.begins)
@@ -102,19 +102,19 @@ class TorchRunner:
         """Capture a graph that steps will want; False where all are there."""
         return self._graphs is not None and self._graphs.capture_next()
 
-    def _take(self, decoded: Decoded, slices: Slices, pending: _Pending) -> None:
+    def _take(self, decoded: Decoded, slices: Slices, pending: Pending) -> None:
         """What a graph gave: for all slices, of which some may not sample."""
         if not slices.samples.size:
             return
         rows, everyone = slices.rows[slices.samples], slices.samples.size == slices.rows.size
         if self._sampler.is_plain(rows, slices.ends[slices.samples]):
-            pending.tokens = _to_host(decoded.tokens)
+            pending.tokens = to_host(decoded.tokens)
             pending.sampling = None if everyone else slices.samples.tolist()
             return
         which, on_device = self._upload([slices.samples, rows])
         self._sample(decoded.logits if everyone else decoded.logits.index_select(0, which), slices, on_device, pending)
 
-    def _run(self, plan: StepPlan, slices: Slices, pending: _Pending) -> None:
+    def _run(self, plan: StepPlan, slices: Slices, pending: Pending) -> None:
         inputs = self._rows.batch(plan, slices, self._storage.layers)
         pending.begins()
         hidden = self._backend.forward(inputs.batch)
@@ -123,14 +123,14 @@ class TorchRunner:
             last = hidden if inputs.last_index is None else hidden.index_select(0, inputs.last_index)
             self._sample(self._backend.logits(last), slices, inputs.sampled_rows, pending)
 
-    def _sample(self, logits: torch.Tensor, slices: Slices, sampled_rows: torch.Tensor, pending: _Pending) -> None:
+    def _sample(self, logits: torch.Tensor, slices: Slices, sampled_rows: torch.Tensor, pending: Pending) -> None:
         """`logits` [S, V] and `sampled_rows` [S] are of the slices that sample."""
         sampled = self._sampler.sample(logits, slices.rows[slices.samples], slices.ends[slices.samples])
         self._rows.set_latest(sampled_rows, sampled.tokens)
-        pending.tokens = _to_host(sampled.tokens)
+        pending.tokens = to_host(sampled.tokens)
         if sampled.logprobs is not None:
             which = slices.samples[sampled.logprob_rows].tolist()
-            pending.logprobs = _Reported(which, sampled.num_top, LogprobTensors(*map(_to_host, sampled.logprobs)))
+            pending.logprobs = Reported(which, sampled.num_top, LogprobTensors(*map(to_host, sampled.logprobs)))
 
     def close(self) -> None:
         self._backend.close()
@@ -140,7 +140,7 @@ class TorchRunner:
         records = self._sampler.params.table[slices.rows]
         return bool(np.any(records["wants_prompt_logprobs"] & (slices.starts < records["num_prompt"])))
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, slices: Slices, pending: _Pending) -> None:
+    def _prompt_logprobs(self, hidden: torch.Tensor, slices: Slices, pending: Pending) -> None:
         """For each slice that lies in a prompt whose log-probabilities are wanted: those of the tokens after its positions."""
         records = self._sampler.params.table[slices.rows]
         wanting = np.flatnonzero(records["wants_prompt_logprobs"] & (slices.starts < records["num_prompt"]))
@@ -162,68 +162,7 @@ class TorchRunner:
         found = of_prompt(
             hidden.index_select(0, on_device[0]), on_device[1], int(tops.max()), self._vocab_size, self._backend.logits
         )
-        pending.prompt_logprobs = _Reported(which, np.repeat(tops, nums).tolist(), LogprobTensors(*map(_to_host, found)))
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, on its way: it may be read once the step is done."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-class _Reported(NamedTuple):
-    slices: list[int]  # of the plan, one for each position
-    num_top: list[int]
-    values: LogprobTensors  # on the host, once the step is done
-
-
-class _Pending:
-    """PendingStep."""
-
-    def __init__(self, step: int, *, on_cuda: bool, after: torch.cuda.Event | None) -> None:
-        """`after`: the end of the step before, on CUDA."""
-        self._step = step
-        self._on_cuda = on_cuda
-        self._after = after
-        self._began: torch.cuda.Event | None = None
-        self.done: torch.cuda.Event | None = None
-        self.tokens: torch.Tensor | None = None
-        self.sampling: list[int] | None = None  # which of `tokens` count; None: all
-        self.logprobs: _Reported | None = None
-        self.prompt_logprobs: _Reported | None = None
-        self.prompt_slices: list[int] = []
-
-    def begins(self) -> None:
-        """The next thing in the stream is the model's."""
-        if self._on_cuda:
-            self._began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._began.record()
-
-    def submitted(self) -> None:
-        """All of the step, copies to the host included, is in the stream."""
-        if self._on_cuda:
-            self.done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self.done.record()
-
-    def result(self) -> StepResult:
-        if self.done is not None:
-            self.done.synchronize()
-        tokens: list[int] = [] if self.tokens is None else self.tokens.tolist()
-        if self.sampling is not None:
-            tokens = [tokens[i] for i in self.sampling]
-        result = StepResult(self._step, tokens, {}, {})
-        if self._after is not None and self._began is not None:
-            result.idle_seconds = self._after.elapsed_time(self._began) / 1e3
-        if self.logprobs is not None:
-            records = to_records(self.logprobs.values, self.logprobs.num_top)
-            result.logprobs = dict(zip(self.logprobs.slices, records, strict=True))
-        result.prompt_logprobs = {s: [] for s in self.prompt_slices}
-        if self.prompt_logprobs is not None:
-            records = to_records(self.prompt_logprobs.values, self.prompt_logprobs.num_top)
-            for s, record in zip(self.prompt_logprobs.slices, records, strict=True):
-                result.prompt_logprobs[s].append(record)
-        return result
+        pending.prompt_logprobs = Reported(which, np.repeat(tops, nums).tolist(), LogprobTensors(*map(to_host, found)))
 
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:

@@ -20,9 +20,8 @@ hypothesis.settings.load_profile("shared")
 
 TESTS = Path(__file__).parent
 NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests run models or start servers
-IMPORTS_TORCH = re.compile(
-    r"^(import|from) (torch|engine\.(attention|inputs|kernels|kvcache\.storage|layers|runner|sampling|weights))\b", re.M
-)
+NEED = "attention|graph_shapes|graphs|inputs|kernels|kvcache\\.storage|layers|pending|runner|sampling|weights"
+IMPORTS_TORCH = re.compile(rf"^(import|from) (torch|engine\.({NEED}))\b", re.M)
 
 
 def pytest_addoption(parser):

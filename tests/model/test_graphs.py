@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from engine import LLM, SamplingParams, graphs, runner
+from engine import LLM, SamplingParams, graph_shapes, graphs, runner
 from engine.attention.triton_paged import TritonAttention
 from engine.backends import torch as backend
 from engine.kernels import sample
@@ -80,7 +80,7 @@ def _one_thread(monkeypatch):
 def with_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "torch", _Torch())
-    monkeypatch.setattr(graphs, "TOKENS", (32, 48))
+    monkeypatch.setattr(graph_shapes, "TOKENS", (32, 48))
     monkeypatch.setattr(sample, "DRAW_TILE", 128)
     monkeypatch.setattr(runner, "StepGraphs", _Graphs)
     monkeypatch.setattr(runner, "_use_graphs", lambda *_: True)
@@ -91,7 +91,7 @@ def with_graphs(monkeypatch):
     monkeypatch.setattr(_Graphs, "kinds", set(), raising=False)
     monkeypatch.setattr(runner, "Sampler", _Sampler)
     # On CUDA the copy is in the stream before the next replay; on a CPU nothing would be copied at all.
-    monkeypatch.setattr(runner, "_to_host", torch.clone)
+    monkeypatch.setattr(runner, "to_host", torch.clone)
     return _Graphs
 
 

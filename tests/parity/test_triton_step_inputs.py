@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.inputs import MixedInputs, Rows, Slices, Uploader
+from engine.graph_shapes import MixedInputs
+from engine.inputs import Rows, Slices, Uploader
 from engine.kernels.step_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
@@ -61,7 +62,7 @@ def test_inputs_of_a_mixed_step_are_those_of_the_hosts_path(rows):
     slices, expected = expect(rows, [(4, 7, 1), (0, 1, 1), (2, 1000, 300), (3, 2, 6)], 2)
     numbers = np.linspace(0.1, 0.4, 4)
     scratch = rows.state.scratch_row
-    packed = MixedInputs.of(rows.mixed(slices), slices, numbers, num_tokens=320, num_queries=6, scratch_row=scratch)
+    packed = MixedInputs.of(rows.mixed(slices), slices, numbers, key=(320, 6), scratch_row=scratch)
     uniform, tokens, positions, owners, which, lens, starts = packed.parts(torch.from_numpy(packed.values).to(DEVICE))
     assert uniform.tolist() == [*numbers, 0.0, 0.0]
     assert starts.tolist() == [0, 1, 2, 302, 308, 320, 320]
