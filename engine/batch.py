@@ -18,11 +18,13 @@ LayerPools = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
-    """One per-token pool of a layer: its name and the shape of one token's record."""
+    """One per-token pool of a layer: its name, the shape of one token's record, and of what sizes its vectors are where a record
+    is of several."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from engine.graph_shapes import DecodeInputs, GraphSizes, Key, MixedInputs, Numb
 from engine.inputs import Ints, Rows, RowState, Slices
 from engine.plan import StepPlan
 
+Uniforms = Callable[[Ints, Ints], Numbers]
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [B, V], rows [B] int32, latest [R], uniform [B] float64) -> tokens [B] int64, which it writes to `latest` too."""
 
@@ -61,18 +62,18 @@ class StepGraphs:
         # Not at the top: what is imported there runs without Triton too.
         self._kernels = importlib.import_module("engine.kernels.step_inputs")
 
-    def run(self, slices: Slices, uniform: Numbers, begins: Callable[[], None]) -> Decoded | None:
-        """Run the step of `slices` with a random number for each; None, and nothing is done, where no graph does such a step.
+    def run(self, slices: Slices, uniforms: Uniforms, begins: Callable[[], None]) -> Decoded | None:
+        """Run the step of `slices`; None, and nothing is done, where no graph does such a step.
 
-        `begins` is called right before the replay.
+        `uniforms` gives the random numbers of rows at their ends; `begins` is called right before the replay.
         """
         num = slices.rows.size
         if slices.first[-1] == num == slices.samples.size and self._rows.all_sampled(slices):
             key = self._sizes.decode(num)
-            values = self._decode_inputs(key, slices.rows, slices.starts, uniform).values
+            values = self._decode_inputs(key, slices.rows, slices.starts, uniforms(slices.rows, slices.ends)).values
         elif (fitting := self._sizes.mixed(int(slices.first[-1]), num)) is not None:
             key = fitting
-            values = self._mixed_inputs(key, slices, uniform).values
+            values = self._mixed_inputs(key, slices, uniforms(slices.rows, slices.ends)).values
         else:
             return None
         return self._replay(key, values, num, begins)

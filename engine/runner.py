@@ -88,7 +88,7 @@ class TorchRunner:
         pending = Pending(plan.step, on_cuda=self._on_cuda, after=self._last_done)
         decoded = None
         if self._graphs is not None and not self._wants_hidden(slices):
-            decoded = self._graphs.run(slices, self._sampler.uniforms(slices.rows, slices.ends), pending.begins)
+            decoded = self._graphs.run(slices, self._sampler.uniforms, pending.begins)
         if decoded is not None:
             self._take(decoded, slices, pending)
         else:

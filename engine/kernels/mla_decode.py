@@ -14,6 +14,7 @@ import triton.language as tl
 
 from engine.kernels.launch import pdl
 from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
+from engine.kernels.softmax import add_pass
 
 MANY_ROWS = 64  # heads of one program where there are more than a few: what Hopper's matrix unit takes at once
 FEW_SEQUENCES = 8  # below, heads are spread over more programs instead
@@ -70,12 +71,7 @@ def _split(
         score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
         score = tl.dot(q_r, r, score, input_precision=PRECISION)
         score = tl.where(inside[None, :], score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1) * scale)
-        p = tl.exp2(score * scale - new_best[:, None])
-        keep = tl.exp2(best - new_best)
-        total = total * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(c.dtype), c, acc * keep[:, None], input_precision=PRECISION)
-        best = new_best
+        best, total, acc = add_pass(score, c, best, total, acc, scale, PRECISION)
 
     if SPLITS == 1:
         mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from engine.kernels.launch import pdl
 from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
+from engine.kernels.softmax import add_pass
 
 ROWS = 64  # (token, head) pairs of a program: what Hopper's matrix unit takes at once
 TILE = 32  # tokens of one pass of the loop
@@ -67,12 +68,7 @@ def _attend(
         score = tl.dot(q_r, r, score, input_precision=PRECISION)
         # Every row sees the first token, so that no maximum stays at minus infinity.
         score = tl.where((start + offset)[None, :] <= limit[:, None], score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1) * scale)
-        p = tl.exp2(score * scale - new_best[:, None])
-        keep = tl.exp2(best - new_best)
-        total = total * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(c.dtype), c, acc * keep[:, None], input_precision=PRECISION)
-        best = new_best
+        best, total, acc = add_pass(score, c, best, total, acc, scale, PRECISION)
     mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at_q[:, None] + dim[None, :], mixed, mask=live[:, None])
 

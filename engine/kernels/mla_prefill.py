@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
+from engine.kernels.softmax import add_pass
 
 
 class Tile(NamedTuple):
@@ -47,14 +48,9 @@ def _step(
     score = tl.dot(q_r, k_r, score, input_precision=PRECISION)
     if EDGE:
         score = tl.where(at[None, :] <= limit[:, None], score, float("-inf"))
-    new_best = tl.maximum(best, tl.max(score, 1) * scale)
-    p = tl.exp2(score * scale - new_best[:, None])  # one fused multiply-add before the exponential
-    keep = tl.exp2(best - new_best)
-    total = total * keep + tl.sum(p, 1)
     v_mask = inside[:, None] & (v_dim < V)[None, :]
     v = tl.load(v_ptr, mask=v_mask, other=0.0) if EDGE or V != V_PADDED else tl.load(v_ptr)
-    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-    return new_best, total, acc
+    return add_pass(score, v, best, total, acc, scale, PRECISION)
 
 
 @triton.jit

@@ -15,10 +15,23 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import pdl
+from engine.kernels.softmax import add_pass
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MAX_GROUPS = 1 << 16  # (sequence, K/V head) pairs of one launch
+
+
+@triton.jit
+def _merge(acc_ptr, lse_ptr, out_ptr, pair, HEAD: tl.constexpr, SPLITS: tl.constexpr):
+    """The parts that others wrote, of one head of one sequence; past the L1, which may hold what an older launch had there."""
+    split = tl.arange(0, SPLITS)
+    dim = tl.arange(0, HEAD)
+    lse = tl.load(lse_ptr + pair * SPLITS + split, cache_modifier=".cg")
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    parts = tl.load(acc_ptr + (pair * SPLITS + split[:, None]) * HEAD + dim[None, :], cache_modifier=".cg")
+    merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + dim, merged.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -61,13 +74,8 @@ def _decode(
         block = tl.load(tables_ptr + (start + TILE) // BLOCK, mask=start + TILE < end, other=0).to(tl.int64)
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=inside[None, :], other=0.0)  # [HEAD, TILE]
         v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, HEAD]
-        score = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION) * scale, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1))
-        p = tl.exp2(score - new_best[:, None])
-        keep = tl.exp2(best - new_best)
-        total = total * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-        best = new_best
+        score = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
+        best, total, acc = add_pass(score, v, best, total, acc, scale, PRECISION)
 
     if PDL:  # not before: programs that wait would take the room of ours
         tl.extra.cuda.gdc_launch_dependents()
@@ -85,16 +93,9 @@ def _decode(
         arrived = tl.atomic_add(arrived_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
         if arrived == SPLITS - 1:
             tl.store(arrived_ptr + seq * KV_HEADS + kv_head, 0)  # for the next launch
-            first = seq * heads + kv_head * GROUP
-            splits = tl.arange(0, SPLITS)
             for i in range(GROUP):
-                lse = tl.load(lse_ptr + (first + i) * SPLITS + splits, cache_modifier=".cg")
-                weight = tl.exp2(lse - tl.max(lse, 0))
-                at_acc = ((first + i) * SPLITS + splits[:, None]) * HEAD + dim[None, :]
-                parts = tl.load(acc_ptr + at_acc, cache_modifier=".cg")
-                merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
-                at_out = (token * heads + kv_head * GROUP + i) * HEAD
-                tl.store(out_ptr + at_out + dim, merged.to(out_ptr.dtype.element_ty))
+                one = kv_head * GROUP + i
+                _merge(acc_ptr, lse_ptr, out_ptr + (token * heads + one) * HEAD, seq * heads + one, HEAD, SPLITS)
 
 
 def precision(dtype: torch.dtype) -> str:

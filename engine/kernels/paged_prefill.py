@@ -11,6 +11,7 @@ import triton.language as tl
 
 from engine.kernels.launch import pdl
 from engine.kernels.paged_decode import LOG2_E, precision
+from engine.kernels.softmax import add_pass
 
 TILE_ROWS = 128  # (token, head of the group) pairs of one tile
 
@@ -58,27 +59,17 @@ def _prefill(
         block = tl.load(tables_ptr + (start + TILE_N) // BLOCK, mask=start + TILE_N < end, other=0).to(tl.int64)
         k = tl.load(k_ptr + at[None, :] + dim[:, None])
         score = tl.dot(q, k, input_precision=PRECISION)
-        new_best = tl.maximum(best, tl.max(score, 1) * scale)
-        p = tl.exp2(score * scale - new_best[:, None])  # one fused multiply-add before the exponential
-        keep = tl.exp2(best - new_best)
-        total = total * keep + tl.sum(p, 1)
         v = tl.load(v_ptr + at[:, None] + dim[None, :])
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-        best = new_best
+        best, total, acc = add_pass(score, v, best, total, acc, scale, PRECISION)
     for start in range(full, end, TILE_N):
         inside = start + offset < length
         at = ((block * BLOCK + start % BLOCK + offset) * KV_HEADS + kv_head) * HEAD
         block = tl.load(tables_ptr + (start + TILE_N) // BLOCK, mask=start + TILE_N < end, other=0).to(tl.int64)
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=inside[None, :], other=0.0)
         seen = (start + offset)[None, :] <= limit[:, None]
-        score = tl.where(seen, tl.dot(q, k, input_precision=PRECISION) * scale, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1))
-        p = tl.exp2(score - new_best[:, None])
-        keep = tl.exp2(best - new_best)
-        total = total * keep + tl.sum(p, 1)
+        score = tl.where(seen, tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-        best = new_best
+        best, total, acc = add_pass(score, v, best, total, acc, scale, PRECISION)
     out = acc / total[:, None]
     at_out = ((begin + token) * (KV_HEADS * GROUP) + head).to(tl.int64) * HEAD
     tl.store(out_ptr + at_out[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])

@@ -42,8 +42,8 @@ def test_logits_after_2000_decodes_are_those_of_transformers(name, tmp_path):
         graphs = llm._core._runner._graphs
         run = graphs.run
 
-        def recorded(slices, uniform, begins):
-            decoded = run(slices, uniform, begins)
+        def recorded(slices, uniforms, begins):
+            decoded = run(slices, uniforms, begins)
             if decoded is not None and slices.ends[0] > PROMPT + OUTPUTS - 1 - COMPARED:
                 logits.append(decoded.logits.clone())
             return decoded
