@@ -19,9 +19,10 @@ MAX_HEAD_BYTES = 512
 
 
 def _has_kernel(pool: PoolSpec) -> bool:
-    """Powers of two, as much as a matrix unit takes, and no more than fits into shared memory."""
-    size = pool.shape[-1]
-    return size >= MIN_TRITON_BLOCK and not size & (size - 1) and size * pool.dtype.itemsize <= MAX_HEAD_BYTES
+    """Powers of two, as much as a matrix unit takes, and for heads no more than fits into shared memory."""
+    if not pool.parts and pool.shape[-1] * pool.dtype.itemsize > MAX_HEAD_BYTES:
+        return False
+    return all(size >= MIN_TRITON_BLOCK and not size & (size - 1) for size in pool.parts or pool.shape[-1:])
 
 
 def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> AttentionBackend:
@@ -33,11 +34,11 @@ def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> Atte
             f"cache.block_size is {block_size}: on CUDA it must be a power of two of at least {MIN_TRITON_BLOCK}",
             param="cache.block_size",
         )
-    odd = [p for p in pools if p.name != "latent" and not _has_kernel(p)]
+    odd = [p for p in pools if not _has_kernel(p)]
     if odd:
         log.warning(
-            "no kernel for heads of %d numbers in %s yet: attention runs in plain torch, which is slow",
-            odd[0].shape[-1],
+            "no kernel for heads or latents of %s numbers in %s yet: attention runs in plain torch, which is slow",
+            " and ".join(map(str, odd[0].parts or odd[0].shape[-1:])),
             str(odd[0].dtype).removeprefix("torch."),
         )
         return TorchAttention()

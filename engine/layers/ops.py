@@ -133,9 +133,9 @@ def write(pool: torch.Tensor, records: torch.Tensor, slots: torch.Tensor) -> Non
     pool.flatten(0, 1).index_copy_(0, slots, records)
 
 
-def ops_for(device: torch.device, head_dim: int | None) -> Ops:
-    """`head_dim` None: no head is turned by `norm_rotate`. A kernel wants a power of two."""
-    if device.type != "cuda" or (head_dim is not None and head_dim & (head_dim - 1)):
+def ops_for(device: torch.device, rotary_dim: int) -> Ops:
+    """`rotary_dim`: what is turned of a head. A kernel wants a power of two."""
+    if device.type != "cuda" or rotary_dim & (rotary_dim - 1):
         return PlainOps()
     ops: Ops = importlib.import_module("engine.kernels.elementwise")  # a module with these functions is an Ops
     return ops

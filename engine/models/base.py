@@ -90,7 +90,7 @@ class DecoderModel(nn.Module):
         self.dtype = dtype
         self.device = device
         self.backend = backend
-        self.ops = ops_for(device, None if spec.mla is not None else spec.head_dim)
+        self.ops = ops_for(device, spec.head_dim if spec.mla is None else spec.mla.rope_dim)
         self.embedding = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, self.make_attention(i), self.make_mlp(i), dtype=dtype, device=device)

@@ -67,7 +67,8 @@ class MlaAttention(nn.Module):
         return out
 
     def pools(self) -> list[PoolSpec]:
-        return [PoolSpec(name="latent", shape=(self.record,), dtype=self.kv_b.dtype)]
+        parts = (self.mla.kv_lora_rank, self.mla.rope_dim)
+        return [PoolSpec(name="latent", shape=(self.record,), dtype=self.kv_b.dtype, parts=parts)]
 
 
 class DeepseekModel(DecoderModel):

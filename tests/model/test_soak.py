@@ -1,0 +1,19 @@
+"""The soak run, for seconds: what it asserts must hold here too."""
+
+from pathlib import Path
+
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.core import build_core
+from loadtest.soak import Soak
+
+DRAFT = Path(__file__).resolve().parents[2] / "checkpoints" / "tidepool-draft"
+
+
+def test_random_requests_leave_nothing_behind():
+    cache, scheduler = CacheConfig(num_blocks=48), SchedulerConfig(max_num_seqs=8)
+    core = build_core(EngineConfig(model=str(DRAFT), device="cpu", debug_checks=True, cache=cache, scheduler=scheduler))
+    said = Soak(core, seed=0).run(2.0)
+    stats = core.stats()
+    core.close()
+    assert said["requests"] == stats.num_finished + stats.num_aborted > 0
+    assert said["output_tokens"] > 0
