@@ -83,7 +83,8 @@ def today() -> str:
 
 
 def command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name  # __main__.py: by `python -m server`
+    return shlex.join(["tidegate" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def commit() -> str:
