@@ -1,4 +1,4 @@
-"""Turns a plain checkpoint folder into a block-scaled FP8 one, and the reference model's weights into what FP8 keeps of them."""
+"""Block-scaled FP8 checkpoints, made of a plain one or of random numbers, and the weights that they stand for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from engine.models import registry
+from engine.models.spec import ModelSpec
+from engine.quant import fp8
 
 BLOCK = (128, 128)
 E4M3_MAX = 448.0
+STORED_AS_FP8 = ("_proj.weight", "_proj_with_mqa.weight")  # ends of names
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,7 +33,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Element by element, unlike the engine's."""
-    rows, columns = torch.arange(weight.shape[0]) // BLOCK[0], torch.arange(weight.shape[1]) // BLOCK[1]
+    rows, columns = (torch.arange(n, device=scales.device) // step for n, step in zip(weight.shape, BLOCK, strict=True))
     return weight.float() * scales[rows][:, columns]
 
 
@@ -38,7 +43,7 @@ def to_fp8(folder: Path, reference: PreTrainedModel) -> int:
     kept = dict(plain)
     for name, tensor in plain.items():
         out[name] = tensor
-        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
+        if name.endswith(STORED_AS_FP8):
             out[name], scales = quantize(tensor)
             out[name + "_scale_inv"] = scales
             kept[name] = dequantize(out[name], scales)
@@ -46,8 +51,42 @@ def to_fp8(folder: Path, reference: PreTrainedModel) -> int:
     reloaded = type(reference).from_pretrained(folder)
     reference.load_state_dict(reloaded.state_dict())
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    _say_fp8(folder)
+    return len(out) - len(plain)
+
+
+def write_random(folder: Path, config: PreTrainedConfig, device: torch.device, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Write a checkpoint of random weights, made on `device` -> what it stands for, by the checkpoint's names, on `device`: in
+    bfloat16, but for biases of routing.
+
+    The engine's quantisation, since the slow one here would take minutes for a model of some billion weights.
+    """
+    config.save_pretrained(folder)
+    _say_fp8(folder)
+    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.bfloat16, device=torch.device("meta"))
+    generator = torch.Generator(device).manual_seed(seed)
+    stored, stand_for = {}, {}
+    for name, parameter in model.weights().targets.items():
+        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+        if "norm" in name:
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("bias"):
+            tensor = tensor.float().normal_(0.0, 0.3, generator=generator)
+        else:
+            tensor.normal_(0.0, config.initializer_range, generator=generator)
+        if name.endswith(STORED_AS_FP8):
+            quantized, scales = fp8.quantize(tensor, BLOCK)
+            stored[name], stored[name + "_scale_inv"] = quantized.cpu(), scales.cpu()
+            tensor = dequantize(quantized, scales).bfloat16()
+        else:
+            stored[name] = tensor.cpu()
+        stand_for[name] = tensor
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return stand_for
+
+
+def _say_fp8(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
     config["quantization_config"]["weight_block_size"] = list(BLOCK)
     (folder / "config.json").write_text(json.dumps(config))
-    return len(out) - len(plain)

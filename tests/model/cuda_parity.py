@@ -1,0 +1,58 @@
+"""Decodes through the CUDA graphs, and what `transformers` makes of the same tokens: what the parity tests on a GPU compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from engine import LLM, SamplingParams
+
+CLOSE = 2e-2  # relative error of bfloat16 logits
+
+
+class Lengths(NamedTuple):
+    prompt: int
+    outputs: int
+    compared: int  # of the outputs, the last
+
+
+class Decodes(NamedTuple):
+    tokens: list[int]  # prompt and outputs
+    logits: torch.Tensor  # [compared, V] float32: what the last outputs were drawn from
+
+
+def decode(folder: Path, vocab_size: int, lengths: Lengths, **options: Any) -> Decodes:
+    """Answer a random prompt with tokens drawn by the checkpoint in `folder`, in bfloat16 on the GPU."""
+    prompt = torch.randint(3, vocab_size, (lengths.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    logits: list[torch.Tensor] = []
+    scheduler = {"max_num_seqs": 4}
+    with LLM(folder, device="cuda", dtype="bfloat16", cache={"num_blocks": 64}, scheduler=scheduler, **options) as llm:
+        graphs = llm._core._runner._graphs
+        run = graphs.run
+
+        def recorded(slices, uniforms, begins):
+            decoded = run(slices, uniforms, begins)
+            if decoded is not None and slices.ends[0] > lengths.prompt + lengths.outputs - 1 - lengths.compared:
+                logits.append(decoded.logits.clone())
+            return decoded
+
+        graphs.run = recorded
+        params = SamplingParams(max_tokens=lengths.outputs, temperature=1.0, seed=5, ignore_eos=True)
+        (completion,) = llm.generate([prompt], params)
+    return Decodes(prompt + completion.token_ids, torch.cat(logits)[-lengths.compared :].float())
+
+
+def check(decodes: Decodes, model: PreTrainedModel, *, experts: bool, most: float = 0.9) -> None:
+    """Fail where the logits are not those of `model`: all together, and those of `most` of the tokens each for itself."""
+    ours = decodes.logits
+    with torch.inference_mode():
+        wanted = model(torch.tensor([decodes.tokens[:-1]], device=ours.device)).logits[0, -ours.shape[0] :].float()
+    assert ours.shape == wanted.shape
+    errors = (ours - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    if not experts:
+        assert (ours - wanted).norm() / wanted.norm() < CLOSE, errors
+    # Where two experts, or groups of them, are nearly as good, either side may choose the other: few tokens, far apart.
+    assert errors.quantile(most) < CLOSE, errors
