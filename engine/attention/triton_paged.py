@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools
-from engine.kernels.latent import absorb, build_keys, expand
-from engine.kernels.mla_decode import decode_splits, mla_decode
+from engine.kernels.latent import absorb, absorb_few, build_keys, expand, merge_expand
+from engine.kernels.mla_decode import decode_splits, is_alone, mla_decode, mla_parts
 from engine.kernels.mla_mixed import mla_mixed
 from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.mla_prefill import choose_tile, mla_prefill
@@ -100,13 +100,24 @@ class TritonStepAttention:
             expand(mixed, kv_b, nope, out)
             return out
         if decodes:
-            splits = decode_splits(decodes, q.shape[1], self._num_processors)
-            q_latent, q_rope = absorb(q[:decodes], kv_b, nope), q[:decodes, :, nope:]
-            mixed = mla_decode(q_latent, q_rope, pool, batch.block_tables, batch.kv_lens, scale, splits)
-            expand(mixed, kv_b, nope, out[:decodes])
+            self._decode_latent(q[:decodes], kv_b, nope, pool, scale, out[:decodes])
         if batch.num_queries > decodes:
             self._latent_chunks(out, q, latent, kv_b, pool, scale)
         return out
+
+    def _decode_latent(
+        self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
+    ) -> None:
+        batch, (decodes, heads) = self._batch, q.shape[:2]
+        splits = decode_splits(decodes, heads, self._num_processors)
+        if splits > 1 and is_alone(decodes, heads):
+            q_latent = absorb_few(q, kv_b, nope)
+            parts, lse = mla_parts(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)
+            merge_expand(parts, lse, kv_b, nope, out)
+        else:
+            q_latent = absorb(q, kv_b, nope)
+            mixed = mla_decode(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)
+            expand(mixed, kv_b, nope, out)
 
     def _latent_tiles(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For `mla_mixed`: made once a step, for all layers."""

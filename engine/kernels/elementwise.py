@@ -7,46 +7,13 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from engine.kernels import latent
+from engine.kernels import linear as product
 from engine.kernels.latent import latent_prepare as latent_prepare  # this module is an Ops, whole
 from engine.kernels.latent import norm as norm
 from engine.kernels.launch import pdl
-from engine.kernels.linear import fits
-from engine.kernels.linear import gated as gated_of_few
 
 HEADS_A_PROGRAM = 8  # of `norm_rotate`: they share a load of the angles
-
-
-@triton.jit
-def _add_norm(
-    hidden_ptr, delta_ptr, weight_ptr, out_ptr, eps,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * SIZE
-    col = tl.arange(0, PADDED)
-    inside = col < SIZE
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(hidden_ptr + row + col, mask=inside, other=0.0)
-    if ADD:
-        x += tl.load(delta_ptr + row + col, mask=inside, other=0.0)  # in the residual's own type, as the twin adds
-        tl.store(hidden_ptr + row + col, x, mask=inside)
-    x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
-    tl.store(out_ptr + row + col, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def add_norm(hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `Ops.add_norm`. Both tensors are contiguous."""
-    out = torch.empty_like(hidden)
-    size = hidden.shape[-1]
-    padded = triton.next_power_of_2(size)
-    _add_norm[(hidden.shape[0],)](
-        hidden, hidden if delta is None else delta, weight, out, eps,
-        SIZE=size, PADDED=padded, ADD=delta is not None, num_warps=4 if padded <= 2048 else 8, **pdl(hidden.device),
-    )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -74,7 +41,22 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """See `Ops.gated`: one kernel for few rows, torch's product and `silu_mul` for more."""
-    return gated_of_few(x, weight) if fits(x, weight) else silu_mul(F.linear(x, weight))
+    return product.gated(x, weight) if product.fits(x, weight) else silu_mul(F.linear(x, weight))
+
+
+def norm_linear(x: torch.Tensor, norm: product.Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See `Ops.norm_linear`: one kernel for a row and a small weight."""
+    if product.can_norm(x, weight):
+        return product.linear(x, weight, bias, norm=norm)
+    normed = latent.norm(x, *norm)
+    return product.linear(normed, weight, bias) if product.fits(normed, weight) else F.linear(normed, weight, bias)
+
+
+def norm_gated(x: torch.Tensor, norm: product.Norm, weight: torch.Tensor) -> torch.Tensor:
+    """See `Ops.norm_gated`; likewise."""
+    if product.can_norm(x, weight):
+        return product.gated(x, weight, norm=norm)
+    return gated(latent.norm(x, *norm), weight)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 experts' gate_up [2 S I, H] and down [H, S I], as S more experts that every token takes.
 
     few tokens:  x --few_up--> hidden [pairs + S T, I] --few_down--> out [T, H]                      each pair reads its expert
-    more:        x --tiles_up--> hidden, sorted --tiles_down--> rows [pairs + S T, H] --weighted_sum--> out
+    more:        x --tiles_up--> hidden, sorted --tiles_down--> rows [pairs + S T, H] --add_weighted--> residual stream
                                                         each block of pairs of one expert reads it
 
 Rows are in the order of pairs (few) or of `Sorted` places (more), then shared expert by shared expert. No sum is in the order in
@@ -120,12 +120,13 @@ def _few_down(
                 h = tl.load(at_hidden, mask=col < SIZE, other=0.0)
                 w = tl.load(base + col, mask=col < SIZE, other=0.0)
             acc += w.to(tl.float32) * (h.to(tl.float32) * weight)
-    out = tl.sum(acc, 1)
-    tl.store(out_ptr + token.to(tl.int64) * HIDDEN + row, out.to(out_ptr.dtype.element_ty), mask=row < HIDDEN)
+    at_out = out_ptr + token.to(tl.int64) * HIDDEN + row
+    out = tl.sum(acc, 1) + tl.load(at_out, mask=row < HIDDEN, other=0.0).to(tl.float32)
+    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=row < HIDDEN)
 
 
 def few_up(x: torch.Tensor, ids: torch.Tensor, experts: Pair, shared: Pair | None, strip: Strip) -> torch.Tensor:
-    """x [T, H], ids [T, top_k] -> hidden [pairs + S T, I]. Every pair reads its expert's weights for itself."""
+    """x [T, H], ids [T, top_k] -> inner [pairs + S T, I]. Every pair reads its expert's weights for itself."""
     gate_up, down = experts
     (tokens, hidden_size), top_k, size = x.shape, ids.shape[1], down.shape[2]
     num_shared = count_shared(shared, size)
@@ -139,18 +140,21 @@ def few_up(x: torch.Tensor, ids: torch.Tensor, experts: Pair, shared: Pair | Non
 
 
 def few_down(
-    hidden: torch.Tensor, routed: tuple[torch.Tensor, torch.Tensor], experts: Pair, shared: Pair | None, strip: Strip
-) -> torch.Tensor:
-    """hidden as `few_up` gives it, weights and ids [T, top_k] -> [T, H], weighted and summed."""
+    out: torch.Tensor,
+    inner: torch.Tensor,
+    routed: tuple[torch.Tensor, torch.Tensor],
+    experts: Pair,
+    shared: Pair | None,
+    strip: Strip,
+) -> None:
+    """out [T, H] += the sum over inner, as `few_up` gives it, weighted; weights and ids are [T, top_k]."""
     (weights, ids), (_, down) = routed, experts
     (tokens, top_k), hidden_size, size = ids.shape, down.shape[1], down.shape[2]
-    out = torch.empty(tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
     _few_down[(triton.cdiv(hidden_size, strip.rows), tokens)](
-        hidden, ids, weights, down, (shared or experts)[1], out, tokens,
+        inner, ids, weights, down, (shared or experts)[1], out, tokens,
         HIDDEN=hidden_size, SIZE=size, TOP_K=top_k, SHARED=count_shared(shared, size),
-        ROWS=strip.rows, TILE=strip.columns, num_warps=strip.num_warps, **pdl(hidden.device),
+        ROWS=strip.rows, TILE=strip.columns, num_warps=strip.num_warps, **pdl(inner.device),
     )  # fmt: skip
-    return out
 
 
 def count_shared(shared: Pair | None, size: int) -> int:
@@ -302,9 +306,9 @@ def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _weighted_sum(
-    rows_ptr, place_ptr, weights_ptr, extra_ptr, out_ptr, tokens,
-    SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, EXTRA: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+def _add_weighted(
+    rows_ptr, place_ptr, weights_ptr, out_ptr, tokens,
+    SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -312,7 +316,8 @@ def _weighted_sum(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = tl.zeros([TILE], tl.float32)
+    at_out = out_ptr + token * SIZE + col
+    acc = tl.load(at_out, mask=inside, other=0.0).to(tl.float32)
     for i in tl.static_range(TOP_K):
         place = tl.load(place_ptr + token * TOP_K + i).to(tl.int64)
         weight = tl.load(weights_ptr + token * TOP_K + i)
@@ -320,19 +325,15 @@ def _weighted_sum(
     for i in tl.static_range(SHARED):
         place = tokens.to(tl.int64) * (TOP_K + i) + token
         acc += tl.load(rows_ptr + place * SIZE + col, mask=inside, other=0.0).to(tl.float32)
-    if EXTRA:
-        acc += tl.load(extra_ptr + token * SIZE + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * SIZE + col, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(at_out, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def weighted_sum(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
-    """rows [pairs + S T, H], place [pairs], weights [T, top_k] -> [T, H], with the shared rows and `extra` [T, H] added."""
+def add_weighted(out: torch.Tensor, rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> None:
+    """out [T, H] += the rows [pairs + S T, H] at place [pairs], by weights [T, top_k], and the shared rows, which are last."""
     (tokens, top_k), size = weights.shape, rows.shape[1]
-    out = torch.empty(tokens, size, dtype=rows.dtype, device=rows.device)
     tile = min(1024, triton.next_power_of_2(size))
-    _weighted_sum[(tokens, triton.cdiv(size, tile))](
-        rows, place, weights, rows if extra is None else extra, out, tokens,
-        SIZE=size, TOP_K=top_k, SHARED=rows.shape[0] // tokens - top_k, EXTRA=extra is not None, TILE=tile,
+    _add_weighted[(tokens, triton.cdiv(size, tile))](
+        rows, place, weights, out, tokens,
+        SIZE=size, TOP_K=top_k, SHARED=rows.shape[0] // tokens - top_k, TILE=tile,
         num_warps=max(1, tile // 256), **pdl(rows.device),
     )  # fmt: skip
-    return out

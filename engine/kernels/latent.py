@@ -5,7 +5,8 @@
     expand          averaged latents of each head times its value expansion, behind a decode
     build_keys      expanded keys beside the shared rotary one, for attention that wants them as one tensor
 
-The first has its twin in `layers/ops.py`, the others in `attention/torch_ref.py`.
+For a single sequence the two products are plain arithmetic, `absorb_few` and `merge_expand`, which has the merge of the decode's
+splits in front. The first has its twin in `layers/ops.py`, the others in `attention/torch_ref.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.kernels.paged_decode import MIN_DOT_ROWS, precision
 
 HEADS_A_PROGRAM = 16  # of queries that one program of `latent_prepare` turns
 COLUMNS = 64  # of the product in one program of `absorb`
+VALUES = 32  # of the product in one program of `merge_expand`
 MAX_TOKENS = 64  # rows of a product in one program
 
 
@@ -169,6 +171,78 @@ def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int, *, columns: int = COL
         RANK=rank, COLS=columns, TOKENS=tokens, PRECISION=precision(q.dtype), num_warps=num_warps, **pdl(q.device),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _absorb_few(
+    q_ptr, w_ptr, out_ptr, q_stride,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
+    RANK: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    dim = tl.arange(0, PADDED)
+    col = part * COLS + tl.arange(0, COLS)
+    known = dim < NOPE
+    w = tl.load(w_ptr + (head * EXPANDED + dim)[:, None] * RANK + col[None, :], mask=known[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    q = tl.load(q_ptr + token * q_stride + head * HEAD + dim, mask=known, other=0.0).to(tl.float32)
+    out = tl.sum(w.to(tl.float32) * q[:, None], 0)
+    tl.store(out_ptr + (token * HEADS + head) * RANK + col, out.to(out_ptr.dtype.element_ty))
+
+
+def absorb_few(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
+    """As `absorb`; each token reads the weights for itself."""
+    num, heads, head = q.shape
+    _, expanded, rank = kv_b.shape
+    columns = min(COLUMNS, rank)
+    out = torch.empty(num, heads, rank, dtype=q.dtype, device=q.device)
+    _absorb_few[(rank // columns, heads, num)](
+        q, kv_b, out, q.stride(0),
+        HEADS=heads, HEAD=head, NOPE=nope, PADDED=triton.next_power_of_2(nope), EXPANDED=expanded,
+        RANK=rank, COLS=columns, num_warps=4, **pdl(q.device),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _merge_expand(
+    parts_ptr, lse_ptr, w_ptr, out_ptr,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, EXPANDED: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    V_DIM: tl.constexpr = EXPANDED - NOPE
+    col = part * COLS + tl.arange(0, COLS)
+    dim = tl.arange(0, RANK)
+    known = col < V_DIM
+    w = tl.load(w_ptr + (head * EXPANDED + NOPE + col)[:, None] * RANK + dim[None, :], mask=known[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    pair = token * HEADS + head
+    split = pair * SPLITS + tl.arange(0, SPLITS)
+    # Loaded whether or not it was written: so these loads need not wait for those of the log-sum-exps.
+    parts = tl.load(parts_ptr + split[:, None] * RANK + dim[None, :])
+    lse = tl.load(lse_ptr + split)
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    parts = tl.where(weight[:, None] > 0.0, parts, 0.0)
+    mixed = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    out = tl.sum(w.to(tl.float32) * mixed[None, :], 1)
+    tl.store(out_ptr + pair * V_DIM + col, out.to(out_ptr.dtype.element_ty), mask=known)
+
+
+def merge_expand(parts: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor) -> None:
+    """What `mla_decode.mla_parts` returns, merged, times the value expansion: into `out` [D, heads, v_dim], contiguous. Every
+    program merges for itself.
+    """
+    num, heads, splits, rank = parts.shape
+    expanded = kv_b.shape[1]
+    _merge_expand[(triton.cdiv(expanded - nope, VALUES), heads, num)](
+        parts, lse, kv_b, out,
+        HEADS=heads, NOPE=nope, EXPANDED=expanded, RANK=rank, COLS=VALUES, SPLITS=splits, num_warps=8, **pdl(out.device),
+    )  # fmt: skip
 
 
 def expand(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor) -> None:

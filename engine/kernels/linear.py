@@ -10,6 +10,9 @@ Above 64 rows only the largest W are for `_skinny`: see `is_ours`. More rows, an
 bytes are asked for before the kernel before has ended (see `launch`). Which kernel and which tiles depend on a bucket of
 row counts, so within a bucket a row's result does not depend on how many rows there are.
 
+A product may add to the residual stream in place of writing. That of one row may also norm it: the norm's weight is multiplied
+into x, and its root, which takes all of x, into the result.
+
 A split of K is summed by whichever of a tile's programs comes last, in the order of the splits: the result does not depend on
 who it was. Partial sums pass through one workspace per device, so these kernels must not run in two streams at once.
 """
@@ -28,6 +31,7 @@ from engine.kernels.launch import pdl
 GEMV_ROWS = 2  # with more, tensor cores win
 BUCKETS = (1, GEMV_ROWS, 16, 32, 64, 128)
 MAX_ROWS = BUCKETS[-1]
+MOST_NORMED = 16 << 20  # numbers of W, below which the product of one row norms it
 WIDE_NUMBERS = 100 << 20  # of W, from which it is ours with more than 64 rows
 K_MULTIPLE = 16  # numbers: every row of W then begins on a 32-byte boundary, and loads are wide
 
@@ -35,6 +39,18 @@ _COUNTERS = 4096  # output tiles that a split product may have
 _WARP = 256  # numbers that one 16-byte load of a warp's 32 threads brings
 _WAVE = 132  # multiprocessors of a Hopper GPU
 _WORKSPACE = 1 << 22  # float32 numbers, 16 MiB
+
+
+Norm = tuple[torch.Tensor, float]
+"""Weight [K] and eps of a root-mean-square norm."""
+
+
+class Extras(NamedTuple):
+    """What a product does besides."""
+
+    gated: bool = False  # W's rows are gate's, then up's, and silu(gate) * up comes out
+    norm: Norm | None = None  # x is normed first
+    add: bool = False  # the product is added to what `out` holds
 
 
 class Gemv(NamedTuple):
@@ -72,29 +88,46 @@ def _silu_product(both, SHAPE: tl.constexpr, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _add_products(acc, w, x_at, inside, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """acc [ROWS, COLUMNS / 8] += w * x, summed over the eight numbers of each load and the parts, which are a thread's own."""
-    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-    products = tl.reshape(w.to(tl.float32) * x, (PARTS, ROWS, COLUMNS // 8, 8))
-    return acc + tl.sum(tl.sum(products, 3), 0)
+def _of_thread(products, PARTS: tl.constexpr):
+    """products [PARTS * rows, columns] summed over the eight numbers of each load and over the parts, which are a thread's own:
+    [rows, columns / 8]."""
+    eights = tl.reshape(products, (PARTS, products.shape[0] // PARTS, products.shape[1] // 8, 8))
+    return tl.sum(tl.sum(eights, 3), 0)
 
 
 @triton.jit
-def _finish_gemv(acc, bias, out_at, outputs, tile, ROWS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr):
+def _add_products(acc, squares, w, norm, x_at, inside, PARTS: tl.constexpr, NORM: tl.constexpr):
+    """Take w * x into acc; of a norm, the weight goes to x and x * x into `squares`, whose root divides what acc comes to."""
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        squares += _of_thread(x * x, PARTS)
+        x *= norm.to(tl.float32)
+    return acc + _of_thread(w.to(tl.float32) * x, PARTS), squares
+
+
+@triton.jit
+def _finish_gemv(
+    acc, squares, bias, out_at, outputs, K, eps, tile,
+    ROWS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     y = tl.sum(acc, 1)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)
     if BIAS:
         y += bias
     if GATED:
         y = _silu_product(y, (2, ROWS // 2), (1, 0))
     WIDTH: tl.constexpr = ROWS // 2 if GATED else ROWS
     n = tile * WIDTH + tl.arange(0, WIDTH)
+    if ADD:
+        y += tl.load(out_at + n, mask=n < outputs, other=0.0).to(tl.float32)
     tl.store(out_at + n, y.to(out_at.dtype.element_ty), mask=n < outputs)
 
 
 @triton.jit
 def _gemv(
-    x_ptr, w_ptr, bias_ptr, out_ptr, x_stride, outputs, K,
-    M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, norm_ptr, out_ptr, x_stride, outputs, K, eps,
+    M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, OWN_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -105,7 +138,10 @@ def _gemv(
     k = r // ROWS * COLUMNS + column
     w_at = w_ptr + _rows_of(tile, r % ROWS, outputs, ROWS, GATED).to(tl.int64) * K + k
     w = tl.load(w_at, mask=k < K, other=0.0, eviction_policy="evict_first")  # used once: it need not stay in a cache
-    bias = 0.0
+    own = k if OWN_ROWS else column  # a warp with rows of its own loads x for itself: no exchange with others
+    norm, bias = 0.0, 0.0
+    if NORM:
+        norm = tl.load(norm_ptr + own, mask=own < K, other=0.0)
     if BIAS:
         bias = tl.load(bias_ptr + _rows_of(tile, tl.arange(0, ROWS), outputs, ROWS, GATED)).to(tl.float32)
     if PDL:
@@ -113,18 +149,22 @@ def _gemv(
         tl.extra.cuda.gdc_launch_dependents()
     acc0 = tl.zeros((ROWS, COLUMNS // 8), tl.float32)
     acc1 = acc0
+    squares = tl.zeros((ROWS if OWN_ROWS else 1, COLUMNS // 8), tl.float32)
     for start in range(0, K, TILE):
         following = start + TILE + k
         w_next = tl.load(w_at + (start + TILE), mask=following < K, other=0.0, eviction_policy="evict_first")
-        at = start + (k if OWN_ROWS else column)  # a warp with rows of its own loads x for itself: no exchange with others
+        norm_next = norm
+        if NORM:
+            norm_next = tl.load(norm_ptr + (start + TILE) + own, mask=start + TILE + own < K, other=0.0)
+        at = start + own
         x_at, inside = x_ptr + at, at < K
-        acc0 = _add_products(acc0, w, x_at, inside, PARTS, ROWS, COLUMNS)
+        acc0, squares = _add_products(acc0, squares, w, norm, x_at, inside, PARTS, NORM)
         if M > 1:
-            acc1 = _add_products(acc1, w, x_at + x_stride, inside, PARTS, ROWS, COLUMNS)
-        w = w_next
-    _finish_gemv(acc0, bias, out_ptr, outputs, tile, ROWS, GATED, BIAS)
+            acc1, squares = _add_products(acc1, squares, w, norm, x_at + x_stride, inside, PARTS, NORM)
+        w, norm = w_next, norm_next
+    _finish_gemv(acc0, squares, bias, out_ptr, outputs, K, eps, tile, ROWS, GATED, BIAS, NORM, ADD)
     if M > 1:
-        _finish_gemv(acc1, bias, out_ptr + outputs, outputs, tile, ROWS, GATED, BIAS)
+        _finish_gemv(acc1, squares, bias, out_ptr + outputs, outputs, K, eps, tile, ROWS, GATED, BIAS, NORM, ADD)
 
 
 @triton.jit
@@ -140,7 +180,7 @@ def _prefetch(w_at, row_offset, left, ROWS: tl.constexpr, LINES: tl.constexpr):
 @triton.jit
 def _finish_skinny(
     acc, bias_ptr, row, out_ptr, tile, outputs, M,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
@@ -150,13 +190,16 @@ def _finish_skinny(
     n = tile * WIDTH + tl.arange(0, WIDTH)
     m = tl.arange(0, BLOCK_M)
     at = out_ptr + m.to(tl.int64)[None, :] * outputs + n[:, None]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(n < outputs)[:, None] & (m < M)[None, :])
+    inside = (n < outputs)[:, None] & (m < M)[None, :]
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny(
     x_ptr, w_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, x_stride, outputs, K, share, M,
-    BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -183,7 +226,7 @@ def _skinny(
             x = tl.load(x_at + start, mask=(m < M)[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(w, x, acc)
     if SPLITS == 1:
-        _finish_skinny(acc, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
+        _finish_skinny(acc, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS, ADD)
     else:
         own = tl.arange(0, ROWS)[:, None] * BLOCK_M + m[None, :]
         first = partial_ptr + tile * (SPLITS * ROWS * BLOCK_M) + own
@@ -194,7 +237,7 @@ def _skinny(
             for s in tl.static_range(SPLITS):
                 total += tl.load(first + s * (ROWS * BLOCK_M), cache_modifier=".cg")  # the L1 may hold an older launch's
             tl.store(arrived_ptr + tile, 0)  # as the next launch wants it
-            _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
+            _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS, ADD)
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -213,56 +256,91 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    norm: Norm | None = None,
 ) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> x W^T + bias [..., N], summed in float32, for what `fits`; in `out` where given."""
-    return _product(x, weight, bias, out, gated=False)
+    """x [..., K], weight [N, K], bias [N] -> x W^T + bias [..., N], summed in float32, for what `fits`; in `out` where given.
+
+    With `norm`, of the root-mean-square norm of x instead, which is not rounded on its way; for one row.
+    """
+    return _product(x, weight, bias, out, Extras(norm=norm))
 
 
-def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., K], weight [2 I, K] -> silu(x G^T) * x U^T [..., I], for what `fits`. G is weight's first half, U the second."""
-    return _product(x, weight, None, None, gated=True)
+def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """hidden [..., N], contiguous, += x W^T + bias, rounded once; for what `fits`."""
+    _product(x, weight, bias, hidden, Extras(add=True))
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
+    """x [..., K], weight [2 I, K] -> silu(x G^T) * x U^T [..., I], for what `fits`. G is weight's first half, U the second.
+    `norm` is as that of `linear`.
+    """
+    return _product(x, weight, None, None, Extras(gated=True, norm=norm))
+
+
+def can_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of x [..., K] and weight [N, K] is the faster for norming x itself: of one row, and a small W. While a
+    kernel norms, the product's first weights are on their way, of a large W as much as that takes.
+    """
+    return fits(x, weight) and x.numel() == x.shape[-1] and weight.numel() < MOST_NORMED
 
 
 def _product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None, *, gated: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None, extras: Extras
 ) -> torch.Tensor:
-    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    outputs = weight.shape[0] // 2 if extras.gated else weight.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     if out is None:
         out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    launch(flat, weight, bias, out.view(-1, outputs), _config(flat.shape[0], *weight.shape, gated=gated), gated=gated)
+    config = _config(flat.shape[0], *weight.shape, gated=extras.gated)
+    launch(flat, weight, bias, out.view(-1, outputs), config, extras)
     return out
 
 
 def launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Gemv | Skinny, *, gated: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Gemv | Skinny,
+    extras: Extras,
 ) -> None:
     """Write the product of x [M, K], whose rows may lie apart, to out [M, outputs] by the kernel that `config` is of."""
+    if extras.norm is not None and x.shape[0] > 1:
+        raise ValueError(f"only one row is normed on the way, not {x.shape[0]}")
+    if extras.add and extras.gated:
+        raise ValueError("no kernel adds what it has gated")
     if isinstance(config, Gemv):
         if x.shape[0] > GEMV_ROWS:
             raise ValueError(f"{config} is for {GEMV_ROWS} rows at most, not {x.shape[0]}")
-        _launch_gemv(x, weight, bias, out, config, gated)
+        _launch_gemv(x, weight, bias, out, config, extras)
     else:
-        _launch_skinny(x, weight, bias, out, config, gated)
+        if extras.norm is not None:
+            raise ValueError(f"{config} norms nothing")
+        _launch_skinny(x, weight, bias, out, config, extras)
 
 
 def _launch_gemv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Gemv, gated: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Gemv, extras: Extras
 ) -> None:
     rows, columns, parts, warps = config
+    norm_weight, eps = (weight, 0.0) if extras.norm is None else extras.norm
     _gemv[(triton.cdiv(weight.shape[0], rows),)](
-        x, weight, weight if bias is None else bias, out, x.stride(0), out.shape[1], x.shape[1],
-        M=x.shape[0], GATED=gated, BIAS=bias is not None,
+        x, weight, weight if bias is None else bias, norm_weight, out, x.stride(0), out.shape[1], x.shape[1], eps,
+        M=x.shape[0], GATED=extras.gated, BIAS=bias is not None, NORM=extras.norm is not None, ADD=extras.add,
         ROWS=rows, COLUMNS=columns, PARTS=parts, OWN_ROWS=parts > 1 or columns < _WARP * warps,
         num_warps=warps, **pdl(x.device),
     )  # fmt: skip
 
 
 def _launch_skinny(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Skinny, gated: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Skinny, extras: Extras
 ) -> None:
     (num_rows, size), (rows, columns, splits, warps, stages) = x.shape, config
     tiles, block_m = triton.cdiv(weight.shape[0], rows), _bucket(max(num_rows, GEMV_ROWS + 1))  # tensor cores: from 16
@@ -272,7 +350,7 @@ def _launch_skinny(
     _skinny[(tiles, splits)](
         x, weight, weight if bias is None else bias, out, partial, arrived,
         x.stride(0), out.shape[1], size, triton.cdiv(triton.cdiv(size, columns), splits) * columns, num_rows,
-        BLOCK_M=block_m, GATED=gated, BIAS=bias is not None, EVEN_K=size % columns == 0,
+        BLOCK_M=block_m, GATED=extras.gated, BIAS=bias is not None, ADD=extras.add, EVEN_K=size % columns == 0,
         ROWS=rows, COLUMNS=columns, SPLITS=splits, LINES=_LINES, num_warps=warps, num_stages=stages, **pdl(x.device),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from engine.kernels.softmax import add_pass
 MANY_ROWS = 64  # heads of one program where there are more than a few: what Hopper's matrix unit takes at once
 FEW_SEQUENCES = 8  # below, heads are spread over more programs instead
 MAX_SPLITS = 16
+ALONE_SPLITS = 64
 
 
 class Tile(NamedTuple):
@@ -101,26 +102,61 @@ def mla_decode(
     Returns the averaged latents [B, heads, latent]. block_tables [B, max_blocks] int32 and kv_lens [B] int32, each at least 1.
     latent, rope, block_size and num_splits are powers of two.
     """
+    if num_splits > 1:
+        parts, lse = mla_parts(q_latent, q_rope, cache, block_tables, kv_lens, scale, num_splits, tile)
+        num_seqs, heads, latent = q_latent.shape
+        out = torch.empty_like(q_latent)
+        _merge[(num_seqs * heads,)](
+            parts, lse, out, LATENT=latent, SPLITS=num_splits, num_warps=8 if num_splits > 8 else 4, **pdl(out.device)
+        )
+        return out
+    out = torch.empty_like(q_latent)
+    _launch(q_latent, q_rope, cache, block_tables, kv_lens, scale, 1, tile, out, out)  # of one split nobody looks at the last
+    return out
+
+
+def mla_parts(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    num_splits: int,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `mla_decode` of two splits or more, but not merged: the splits' averaged latents [B, heads, num_splits, latent] and
+    their log-sum-exps [B, heads, num_splits] of base 2, in float32. Of a log-sum-exp of minus infinity no part was written.
+    """
+    num_seqs, heads, latent = q_latent.shape
+    parts = torch.empty(num_seqs, heads, num_splits, latent, dtype=torch.float32, device=q_latent.device)
+    lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q_latent.device)
+    _launch(q_latent, q_rope, cache, block_tables, kv_lens, scale, num_splits, tile, parts, lse)
+    return parts, lse
+
+
+def _launch(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    num_splits: int,
+    tile: Tile | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
     num_seqs, heads, latent = q_latent.shape
     block_size = cache.shape[1]
     tile = tile or decode_tile(num_seqs, heads, q_latent.dtype)
-    out = torch.empty_like(q_latent)
-    parts = lse = out  # where nothing is split, nobody looks at them
-    if num_splits > 1:
-        parts = torch.empty(num_seqs, heads, num_splits, latent, dtype=torch.float32, device=q_latent.device)
-        lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q_latent.device)
     _split[(num_seqs, triton.cdiv(heads, tile.rows), num_splits)](
-        q_latent, q_rope, cache, block_tables, kv_lens, parts, lse,
+        q_latent, q_rope, cache, block_tables, kv_lens, out, lse,
         scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, ROWS=tile.rows, LATENT=latent, ROPE=q_rope.shape[2],
         BLOCK=block_size, TILE=min(tile.tokens, block_size), SPLITS=num_splits,
         PRECISION=precision(q_latent.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(q_latent.device),
     )  # fmt: skip
-    if num_splits > 1:
-        _merge[(num_seqs * heads,)](
-            parts, lse, out, LATENT=latent, SPLITS=num_splits, num_warps=8 if num_splits > 8 else 4, **pdl(out.device)
-        )
-    return out
 
 
 @triton.jit
@@ -140,13 +176,21 @@ def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constex
 
 
 def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
+    if is_alone(num_seqs, heads):
+        return Tile(MIN_DOT_ROWS, 32, 4, 2)
     # In float32 more rows do not fit into shared memory.
     if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32:
         return Tile(MIN_DOT_ROWS, 32, 4, 3)
     return Tile(MANY_ROWS, 32, 8, 3)
 
 
+def is_alone(num_seqs: int, heads: int) -> bool:
+    """Whether one program could do all. Then splits alone fill the device, and `latent.merge_expand` merges them best."""
+    return num_seqs == 1 and heads <= MIN_DOT_ROWS
+
+
 def decode_splits(num_seqs: int, heads: int, num_processors: int) -> int:
-    """Splits (a power of two, at most MAX_SPLITS) that give each processor about a program."""
+    """Splits (a power of two, with a limit) that give each processor about a program."""
     programs = num_seqs * int(triton.cdiv(heads, decode_tile(num_seqs, heads).rows))
-    return min(MAX_SPLITS, int(triton.next_power_of_2(max(1, num_processors // programs))))
+    most = ALONE_SPLITS if is_alone(num_seqs, heads) else MAX_SPLITS
+    return min(most, int(triton.next_power_of_2(max(1, num_processors // programs))))

@@ -154,6 +154,11 @@ def paged_decode(
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
         HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
         BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
-        num_warps=2 if num_splits > 4 else 4, num_stages=3, **pdl(q.device),
+        num_warps=4 if num_splits == 1 else 2, num_stages=_stages(num_splits), **pdl(q.device),
     )  # fmt: skip
     return out
+
+
+def _stages(num_splits: int) -> int:
+    """Of loads. Where a program has a whole sequence, or little of one, more programs on a processor beat more loads in each."""
+    return 3 if 1 < num_splits <= 4 else 2

@@ -16,6 +16,7 @@ from engine.kernels.launch import pdl
 
 TILE = 128  # numbers of a row that one pass of the router's product takes
 MAX_SPLITS = 16
+PROGRAMS = 256  # of the router's product, at least: a row is split until there are so many
 MANY_TOKENS = 512  # from here on there are enough tiles of tokens: the router's rows need not be spread thin
 STEP = 2048  # counts of pairs that one pass of the sort sums
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
@@ -60,7 +61,7 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     tile = min(64, max(16, triton.next_power_of_2(tokens)))
     rows = 64 if tokens >= MANY_TOKENS else 16
     grid = (triton.cdiv(tokens, tile), triton.cdiv(experts, rows))
-    splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(128, grid[0] * grid[1])))
+    splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, grid[0] * grid[1])))
     part = triton.cdiv(triton.cdiv(size, splits), TILE) * TILE
     splits = triton.cdiv(size, part)
     out = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x.device)

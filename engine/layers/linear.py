@@ -33,6 +33,10 @@ class _Kernels(Protocol):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
+    def add_linear(
+        self, hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None: ...
+
 
 @cache
 def _kernels() -> _Kernels:
@@ -58,6 +62,16 @@ def linear(
     return F.linear(x, weight, bias)
 
 
+def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """hidden [T, N] += `linear` of x [T, K], in place: on CUDA the product adds as it writes, in its own float32."""
+    if x.is_cuda and _kernels().fits(x, weight):
+        _kernels().add_linear(hidden, x, weight, bias)
+    elif x.is_cuda and bias is None:
+        hidden.addmm_(x, weight.t())
+    else:
+        hidden += linear(x, weight, bias)
+
+
 class Linear(nn.Module):
     """`weight` is [out, in]. `weights` names the row ranges of a fused one, as checkpoints know them."""
 
@@ -68,6 +82,10 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        """hidden [T, out] += the product of x [T, in], in place"""
+        add_linear(hidden, x, self.weight, self.bias)
 
     def weights(self, rows: dict[str, int]) -> Weights:
         """`rows` maps each checkpoint name to its number of output rows, in order."""

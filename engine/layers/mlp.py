@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engine.layers.linear import Linear, Weights
+from engine.layers.norm import Norm
 from engine.layers.ops import Ops
 
 
@@ -16,9 +17,13 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = Linear(hidden, 2 * size, dtype=dtype, device=device)
         self.down_proj = Linear(size, hidden, dtype=dtype, device=device)
 
-    def forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(ops.gated(x, self.gate_up_proj.weight))
-        return out
+    def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
+        """Add to hidden [T, H], in place, what the MLP makes of its norm."""
+        self.down_proj.add_to(hidden, ops.norm_gated(hidden, norm, self.gate_up_proj.weight))
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor, ops: Ops) -> None:
+        """The same of x [T, H], as it is."""
+        self.down_proj.add_to(hidden, ops.gated(x, self.gate_up_proj.weight))
 
     def weights(self, prefix: str) -> Weights:
         return {

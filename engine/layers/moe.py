@@ -15,6 +15,7 @@ from torch import nn
 from engine.layers.kinds import RoutingSpec
 from engine.layers.linear import Weights, linear, parameter
 from engine.layers.mlp import GatedMlp
+from engine.layers.norm import Norm
 from engine.layers.ops import Ops
 
 Routed = tuple[torch.Tensor, torch.Tensor]
@@ -70,7 +71,7 @@ def can_group(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class _OnCuda(Protocol):
-    def forward(self, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> torch.Tensor: ...
+    def add_to(self, hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> None: ...
 
 
 @cache
@@ -104,12 +105,16 @@ class MoeMlp(nn.Module):
         self.down = parameter(experts, hidden, size, dtype=dtype, device=device)
         self.shared = GatedMlp(hidden, shared_size, dtype=dtype, device=device) if shared_size else None
 
-    def forward(self, x: torch.Tensor, ops: Ops) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
+        """Add to hidden [T, H], in place, what the experts make of its norm."""
+        x = ops.norm(hidden, *norm)
         if can_group(x.dtype, x.device):
-            return _on_cuda().forward(self, x, ops)
+            _on_cuda().add_to(hidden, self, x, ops)
+            return
         routed = route(linear(x.to(self.router.dtype), self.router), self.routing, self.choice_bias)
-        out = run_experts(x, routed, self.gate_up, self.down, ops)
-        return out if self.shared is None else out.add_(self.shared(x, ops))
+        hidden += run_experts(x, routed, self.gate_up, self.down, ops)
+        if self.shared is not None:
+            self.shared.add_to(hidden, x, ops)
 
     def weights(self, prefix: str) -> Weights:
         out: Weights = {f"{prefix}gate.weight": self.router}

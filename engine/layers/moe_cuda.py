@@ -43,9 +43,9 @@ CUTS: tuple[tuple[int, Cut], ...] = (  # up to how many pairs an expert, evenly 
 SORT_BLOCK = 128  # where nothing is cut: torch's grouped product wants the experts' ends, not blocks
 
 
-def forward(moe: MoeMlp, x: torch.Tensor, ops: Ops) -> torch.Tensor:
-    """x [T, H] -> [T, H]"""
-    return run_experts(moe, x, route(moe, x), ops)
+def add_to(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> None:
+    """hidden [T, H] += what routed and shared experts make of x [T, H], in place"""
+    run_experts(hidden, moe, x, route(moe, x), ops)
 
 
 def route(moe: MoeMlp, x: torch.Tensor) -> Routed:
@@ -62,13 +62,14 @@ def route(moe: MoeMlp, x: torch.Tensor) -> Routed:
     )
 
 
-def run_experts(moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> torch.Tensor:
-    """Routed and shared experts, summed."""
-    if x.shape[0] <= FEW_TOKENS and (moe.shared is None or _shared_weights(moe) is not None):
-        return run_few(moe, x, routed, STRIPS)
+def run_experts(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> None:
     mean = routed[1].numel() / moe.routing.num_experts
-    cut = next((c for most, c in CUTS if mean <= most), None)
-    return run_grouped(moe, x, routed, ops) if cut is None else run_cut(moe, x, routed, cut, ops)
+    if x.shape[0] <= FEW_TOKENS and (moe.shared is None or _shared_weights(moe) is not None):
+        run_few(hidden, moe, x, routed, STRIPS)
+    elif (cut := next((c for most, c in CUTS if mean <= most), None)) is not None:
+        run_cut(hidden, moe, x, routed, cut, ops)
+    else:
+        run_grouped(hidden, moe, x, routed, ops)
 
 
 def _shared_weights(moe: MoeMlp) -> kernels.Pair | None:
@@ -78,28 +79,30 @@ def _shared_weights(moe: MoeMlp) -> kernels.Pair | None:
     return moe.shared.gate_up_proj.weight, moe.shared.down_proj.weight
 
 
-def run_few(moe: MoeMlp, x: torch.Tensor, routed: Routed, strips: tuple[Strip, Strip]) -> torch.Tensor:
+def run_few(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, strips: tuple[Strip, Strip]) -> None:
     experts, shared = (moe.gate_up, moe.down), _shared_weights(moe)
-    hidden = kernels.few_up(x, routed[1], experts, shared, strips[0])
-    return kernels.few_down(hidden, routed, experts, shared, strips[1])
+    inner = kernels.few_up(x, routed[1], experts, shared, strips[0])
+    kernels.few_down(hidden, inner, routed, experts, shared, strips[1])
 
 
-def run_cut(moe: MoeMlp, x: torch.Tensor, routed: Routed, cut: Cut, ops: Ops) -> torch.Tensor:
+def run_cut(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, cut: Cut, ops: Ops) -> None:
     weights, ids = routed
     experts, shared = (moe.gate_up, moe.down), _shared_weights(moe) if cut.with_shared else None
     by_expert = routing.sort_pairs(ids, moe.routing.num_experts, cut.block, kernels.count_shared(shared, moe.size))
-    hidden = kernels.tiles_up(x, ids.shape[1], by_expert, cut.block, experts, shared, cut.gate_up)
-    rows = kernels.tiles_down(hidden, by_expert, cut.block, experts, shared, cut.down)
-    extra = moe.shared(x, ops) if moe.shared is not None and shared is None else None
-    return kernels.weighted_sum(rows, by_expert.place, weights, extra)
+    inner = kernels.tiles_up(x, ids.shape[1], by_expert, cut.block, experts, shared, cut.gate_up)
+    rows = kernels.tiles_down(inner, by_expert, cut.block, experts, shared, cut.down)
+    kernels.add_weighted(hidden, rows, by_expert.place, weights)
+    if moe.shared is not None and shared is None:
+        moe.shared.add_to(hidden, x, ops)
 
 
-def run_grouped(moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> torch.Tensor:
+def run_grouped(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> None:
     """The products by torch, which is the faster where each expert has many tokens."""
     weights, ids = routed
     by_expert = routing.sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
     at_places = kernels.gather(x, by_expert.order, ids.shape[1])
-    hidden = ops.silu_mul(torch._grouped_mm(at_places, moe.gate_up.transpose(1, 2), offs=by_expert.ends))
-    rows = torch._grouped_mm(hidden, moe.down.transpose(1, 2), offs=by_expert.ends)
-    extra = None if moe.shared is None else moe.shared(x, ops)
-    return kernels.weighted_sum(rows, by_expert.place, weights, extra)
+    inner = ops.silu_mul(torch._grouped_mm(at_places, moe.gate_up.transpose(1, 2), offs=by_expert.ends))
+    rows = torch._grouped_mm(inner, moe.down.transpose(1, 2), offs=by_expert.ends)
+    kernels.add_weighted(hidden, rows, by_expert.place, weights)
+    if moe.shared is not None:
+        moe.shared.add_to(hidden, x, ops)

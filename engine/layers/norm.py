@@ -8,12 +8,20 @@ from torch.nn import functional as F
 
 from engine.layers.linear import parameter
 
+Norm = tuple[torch.Tensor, float]
+"""Weight [size] and eps of a root-mean-square norm."""
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = parameter(size, dtype=dtype, device=device)
         self.eps = eps
+
+    @property
+    def norm(self) -> Norm:
+        """For the `Ops` that norm and do more."""
+        return self.weight, self.eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from engine.batch import LayerPools
 from engine.layers.linear import linear
+from engine.layers.norm import Norm
 from engine.layers.rotary import deinterleave, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -19,8 +20,16 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Ops(Protocol):
-    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Add `delta` to `hidden` [T, H] in place; return the root-mean-square norm of the sum."""
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The root-mean-square norm of x [T, size], whose rows may lie apart."""
+        ...
+
+    def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T, K], weight [N, K], bias [N] -> [T, N]: the product of the norm of x, whose rows may lie apart."""
+        ...
+
+    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+        """`gated` of the norm of x [T, H]."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -45,15 +54,11 @@ class Ops(Protocol):
         """
         ...
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The root-mean-square norm of x [T, size], whose rows may lie apart."""
-        ...
-
     def latent_prepare(
         self,
         q: torch.Tensor,
         kv: torch.Tensor,
-        norm: tuple[torch.Tensor, float],
+        norm: Norm,
         angles: Angles,
         slots: torch.Tensor,
         pool: torch.Tensor,
@@ -61,7 +66,7 @@ class Ops(Protocol):
         interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and records of latent attention, from q [T, heads, nope + rope] and kv [T, rank + rope], which may be
-        overwritten: the last `rope` numbers of both turned, the first `rank` of kv normed by `norm`, a weight [rank] and an eps.
+        overwritten: the last `rope` numbers of both turned, the first `rank` of kv normed by `norm`.
         The records are written to their `slots` [T] of the pool. `interleaved`: a pair to turn lies side by side, and is put
         half a head apart as it is turned.
         """
@@ -69,10 +74,14 @@ class Ops(Protocol):
 
 
 class PlainOps:
-    def add_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if delta is not None:
-            hidden += delta
-        return F.rms_norm(hidden, hidden.shape[-1:], weight, eps)
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(self.norm(x, *norm), weight, bias)
+
+    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
+        return self.gated(self.norm(x, *norm), weight)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -102,14 +111,11 @@ class PlainOps:
         write(pools["v"], v, slots)
         return q, k, v
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-
     def latent_prepare(
         self,
         q: torch.Tensor,
         kv: torch.Tensor,
-        norm: tuple[torch.Tensor, float],
+        norm: Norm,
         angles: Angles,
         slots: torch.Tensor,
         pool: torch.Tensor,

@@ -18,7 +18,7 @@ from engine.attention.base import AttentionBackend, StepAttention
 from engine.batch import ForwardBatch, LayerPools, PoolSpec
 from engine.layers.linear import Linear, Weights, linear, parameter
 from engine.layers.moe import can_group
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import Norm, RMSNorm
 from engine.layers.ops import Ops, ops_for
 from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
@@ -46,15 +46,17 @@ class WeightMap:
 
 
 class Attention(Protocol):
-    """An attention module, as the decoder sees it."""
+    """An attention module, as the decoder sees it: it adds to hidden [T, H], in place, what it makes of its norm."""
 
-    def __call__(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor: ...
+    def __call__(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None: ...
     def weights(self, prefix: str) -> Weights: ...
     def pools(self) -> list[PoolSpec]: ...
 
 
 class Mlp(Protocol):
-    def __call__(self, x: torch.Tensor, ops: Ops) -> torch.Tensor: ...
+    """Likewise."""
+
+    def __call__(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None: ...
     def weights(self, prefix: str) -> Weights: ...
 
 
@@ -66,11 +68,10 @@ class DecoderLayer(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, hidden: torch.Tensor, delta: torch.Tensor | None, step: Step, pools: LayerPools) -> torch.Tensor:
-        """`delta` is what the layer before has yet to add to `hidden` [T, H]: the norm adds it. Returns this layer's own."""
-        add_norm, first, second = step.ops.add_norm, self.input_norm, self.post_norm
-        delta = self.attention(add_norm(hidden, delta, first.weight, first.eps), step, pools)
-        return self.mlp(add_norm(hidden, delta, second.weight, second.eps), step.ops)
+    def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> None:
+        """Add to hidden [T, H], in place, what attention and then the MLP make of it."""
+        self.attention(hidden, self.input_norm.norm, step, pools)
+        self.mlp(hidden, self.post_norm.norm, step.ops)
 
     def weights(self, prefix: str) -> Weights:
         return {
@@ -125,10 +126,9 @@ class DecoderModel(nn.Module):
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
         step = Step(self.backend.prepare(batch), cos, sin, batch.slots, self.ops)
-        delta: torch.Tensor | None = None
         for layer, pools in zip(self.layers, batch.kv, strict=True):
-            delta = layer(hidden, delta, step, pools)
-        return self.ops.add_norm(hidden, delta, self.norm.weight, self.norm.eps)
+            layer(hidden, step, pools)
+        return self.ops.norm(hidden, *self.norm.norm)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [N, H] -> [N, V], in `out` where given"""

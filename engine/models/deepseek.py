@@ -17,7 +17,7 @@ from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Weights, parameter
 from engine.layers.mlp import GatedMlp
 from engine.layers.moe import MoeMlp
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import Norm, RMSNorm
 from engine.models.base import Attention, DecoderModel, Mlp, Step
 from engine.models.spec import MlaSpec, ModelSpec
 
@@ -41,17 +41,16 @@ class MlaAttention(nn.Module):
         self.kv_b = parameter(spec.num_heads, mla.nope_dim + mla.v_dim, mla.kv_lora_rank, dtype=dtype, device=device)
         self.o_proj = Linear(spec.num_heads * mla.v_dim, hidden, dtype=dtype, device=device)
 
-    def forward(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
-        m, pool = self.mla, pools["latent"]
-        q, kv = torch.split(self.in_proj(x), [self.in_size, self.record], -1)  # kv [T, rank + rope]
+    def forward(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None:
+        m, ops, pool, angles = self.mla, step.ops, pools["latent"], (step.cos, step.sin)
+        projected = ops.norm_linear(hidden, norm, self.in_proj.weight, None)
+        q, kv = torch.split(projected, [self.in_size, self.record], -1)  # kv [T, rank + rope]
         if self.q_norm is not None and self.q_b_proj is not None:
-            q = self.q_b_proj(step.ops.norm(q, self.q_norm.weight, self.q_norm.eps))
-        q = q.view(x.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
-        norm, angles = (self.kv_norm.weight, self.kv_norm.eps), (step.cos, step.sin)
-        q, latent = step.ops.latent_prepare(q, kv, norm, angles, step.slots, pool, interleaved=self.interleaved)
+            q = ops.norm_linear(q, self.q_norm.norm, self.q_b_proj.weight, None)
+        q = q.view(hidden.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
+        q, latent = ops.latent_prepare(q, kv, self.kv_norm.norm, angles, step.slots, pool, interleaved=self.interleaved)
         out = step.attention.attend_latent(q, latent, self.kv_b, pools, scale=m.softmax_scale)
-        projected: torch.Tensor = self.o_proj(out.flatten(1))
-        return projected
+        self.o_proj.add_to(hidden, out.flatten(1))
 
     def weights(self, prefix: str) -> Weights:
         q_in = "q_proj" if self.q_b_proj is None else "q_a_proj"

@@ -66,11 +66,10 @@ class DeepseekMtp(nn.Module):
         """
         shared = self._shared
         embedded = self.embedding_norm(F.embedding(next_ids, shared.embedding))
-        joined = self.join(torch.cat((embedded, self.hidden_norm(hidden)), -1))  # [T, H]
+        out: torch.Tensor = self.join(torch.cat((embedded, self.hidden_norm(hidden)), -1))  # [T, H]
         cos, sin = shared.rotary(batch.positions)
         (pools,) = batch.kv
-        delta = self.layer(joined, None, Step(shared.backend.prepare(batch), cos, sin, batch.slots, shared.ops), pools)
-        out: torch.Tensor = joined + delta
+        self.layer(out, Step(shared.backend.prepare(batch), cos, sin, batch.slots, shared.ops), pools)
         return out
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Weights
 from engine.layers.mlp import GatedMlp
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import Norm, RMSNorm
 from engine.models.base import Attention, DecoderModel, Mlp, Step
 from engine.models.spec import ModelSpec
 
@@ -31,14 +31,14 @@ class GqaAttention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
 
-    def forward(self, x: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
-        heads: torch.Tensor = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
+    def forward(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None:
+        qkv = step.ops.norm_linear(hidden, norm, self.qkv_proj.weight, self.qkv_proj.bias)
+        heads = qkv.view(hidden.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
         angles = (step.cos, step.sin) if self.rotary else None
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         q, k, v = step.ops.norm_rotate(heads, angles, norms, self.norm_eps, step.slots, pools)
         out = step.attention.attend(q, k, v, pools, scale=self.scale)
-        projected: torch.Tensor = self.o_proj(out.flatten(1))
-        return projected
+        self.o_proj.add_to(hidden, out.flatten(1))
 
     def weights(self, prefix: str) -> Weights:
         out = self.qkv_proj.weights(

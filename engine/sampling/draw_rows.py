@@ -1,4 +1,4 @@
-"""On CUDA: how each batch row chooses its tokens, kept on the device for `kernels/sample.py`, which a graph can hold."""
+"""On CUDA: how each batch row chooses its tokens, kept on the device for `kernels/draw.py`, which a graph can hold."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class DrawRows:
             num, dtype=torch.int64, device=device
         )  # where the kernel's copy of the tokens is not wanted
         # Not at the top: what is imported there runs without Triton too.
-        self._kernels = importlib.import_module("engine.kernels.sample")
-        self._params = self._kernels.DrawParams(*self._columns)
+        self._likeliest = importlib.import_module("engine.kernels.sample").choose_likeliest
+        kernels = importlib.import_module("engine.kernels.draw")
+        self._draw, self._params = kernels.draw, kernels.DrawParams(*self._columns)
 
     def admit(self, params: RowParams, rows: Ints) -> None:
         values = np.stack([params.table[name][rows] for name in COLUMNS])
@@ -32,8 +33,8 @@ class DrawRows:
 
     def choose(self, logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The token of each of `rows` [B] int32 from logits [B, V] and uniform [B] float64: [B], written to `latest` too."""
-        tokens: torch.Tensor = self._kernels.choose_likeliest(logits, rows, latest)
-        self._kernels.draw(logits, rows, latest, tokens, uniform, self._params)
+        tokens: torch.Tensor = self._likeliest(logits, rows, latest)
+        self._draw(logits, rows, latest, tokens, uniform, self._params)
         return tokens
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from engine import LLM, SamplingParams, graph_shapes, graphs, runner
 from engine.attention.triton_paged import TritonAttention
 from engine.backends import torch as backend
-from engine.kernels import sample
+from engine.kernels import draw
 from engine.models import base
 from engine.sampling.draw_rows import DrawRows
 from engine.sampling.sampler import Sampler
@@ -81,7 +81,7 @@ def with_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "torch", _Torch())
     monkeypatch.setattr(graph_shapes, "TOKENS", (32, 48))
-    monkeypatch.setattr(sample, "DRAW_TILE", 128)
+    monkeypatch.setattr(draw, "DRAW_TILE", 128)
     monkeypatch.setattr(runner, "StepGraphs", _Graphs)
     monkeypatch.setattr(runner, "_use_graphs", lambda *_: True)
     monkeypatch.setattr(base, "can_group", lambda *_: True)

@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.kernels import (
+    draw,
     elementwise,
     experts,
     latent,
@@ -84,10 +85,10 @@ for heads, kv_heads, head, dtype in (
     paged_prefill.paged_prefill(q, cache, cache, tables, lens, starts, (lens, lens), 0.1, q)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 1)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 4)
-for name in ("_add_norm", "_silu_mul", "_norm_rotate", "_angles"):
+    paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 8)
+for name in ("_silu_mul", "_norm_rotate", "_angles"):
     setattr(elementwise, name, Recorder(getattr(elementwise, name)))
 hidden, weight = torch.zeros(2, 2048, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16)
-elementwise.add_norm(hidden, hidden, weight, 1e-6)
 elementwise.silu_mul(hidden)
 qkv, angle, slots = torch.zeros(2, 32, 128, dtype=torch.bfloat16), torch.zeros(2, 1, 128), torch.zeros(2, dtype=torch.int64)
 pools = {name: torch.zeros(4, 64, 8, 128, dtype=torch.bfloat16) for name in ("k", "v")}
@@ -96,11 +97,11 @@ elementwise.angles(slots, torch.zeros(64), 1.0)
 for module, names in (
     (mla_prefill, ("_prefill",)),
     (mla_mixed, ("_attend",)),
-    (latent, ("_prepare", "_norm", "_absorb", "_build_keys")),
+    (latent, ("_prepare", "_norm", "_absorb", "_absorb_few", "_merge_expand", "_build_keys")),
 ):
     for name in names:
         setattr(module, name, Recorder(getattr(module, name)))
-for heads, num in ((16, 2), (16, 256), (128, 64)):
+for heads, num in ((16, 1), (16, 256), (128, 64)):
     q, kv = torch.zeros(num, heads, 192, dtype=torch.bfloat16), torch.zeros(num, 576, dtype=torch.bfloat16)
     kv_b, pool = torch.zeros(heads, 256, 512, dtype=torch.bfloat16), torch.zeros(8, 64, 576, dtype=torch.bfloat16)
     angle, slots, out = torch.zeros(num, 1, 64), torch.zeros(num, dtype=torch.int64), q[..., :128].contiguous()
@@ -108,6 +109,10 @@ for heads, num in ((16, 2), (16, 256), (128, 64)):
     q_latent = latent.absorb(q, kv_b, 128)
     for splits in (1, 4):
         mla_decode.mla_decode(q_latent, q[..., 128:], pool, tables, lens, 0.1, splits)
+    if num == 1:
+        latent.absorb_few(q, kv_b, 128)
+        parts, lse = mla_decode.mla_parts(q_latent, q[..., 128:], pool, tables, lens, 0.1, 64)
+        latent.merge_expand(parts, lse, kv_b, 128, out)
     mla_mixed.mla_mixed(q_latent, q[..., 128:], pool, tables, lens, starts, (lens, lens), 0.1)
     expanded = torch.zeros(num, heads, 256, dtype=torch.bfloat16)
     latent.build_keys(expanded, kv, 128, 512)
@@ -119,15 +124,19 @@ latent.norm(torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(1536, dtype=
 for name in ("_gemv", "_skinny"):
     setattr(linear, name, Recorder(getattr(linear, name)))
 for rows, outputs, size in (
-    *((1, 1024, 2048), (4, 3648, 2048), (5, 1024, 3072), (33, 2048, 10944), (64, 5632, 2048)),
+    *((1, 1024, 2048), (2, 6144, 4096), (1, 4096, 1024), (4, 3648, 2048), (5, 1024, 3072), (33, 2048, 10944), (64, 5632, 2048)),
     *((96, 6144, 1024), (128, 28672, 2048)),
 ):
     x, w = torch.zeros(rows, size, dtype=torch.bfloat16), torch.zeros(outputs, size, dtype=torch.bfloat16)
     linear.linear(x, w, x[0])  # of the bias, only its type counts here
     linear.gated(x, w)
+    linear.add_linear(torch.zeros(rows, outputs, dtype=torch.bfloat16), x, w)
+    if rows == 1:
+        linear.linear(x, w, norm=(x[0], 1e-6))
+        linear.gated(x, w, norm=(x[0], 1e-6))
 for module, names in (
     (routing, ("_logits", "_route", "_count", "_sort")),
-    (experts, ("_few_up", "_few_down", "_tiles_up", "_tiles_down", "_gather", "_weighted_sum")),
+    (experts, ("_few_up", "_few_down", "_tiles_up", "_tiles_down", "_gather", "_add_weighted")),
 ):
     for name in names:
         setattr(module, name, Recorder(getattr(module, name)))
@@ -148,19 +157,20 @@ for name, hidden_size, size, shared_size, router_dtype in (
         x = torch.empty(tokens, hidden_size, dtype=bf16, device=meta)
         routed = moe_cuda.route(moe, x)
     if name == "deepseek-v2-lite":
-        moe_cuda.run_few(moe, x, routed, moe_cuda.STRIPS)
+        moe_cuda.run_few(x, moe, x, routed, moe_cuda.STRIPS)
         for _, cut in moe_cuda.CUTS:
-            moe_cuda.run_cut(moe, x, routed, cut, PlainOps())
+            moe_cuda.run_cut(x, moe, x, routed, cut, PlainOps())
         experts.gather(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
     for tokens in (1, 8192):  # of the one part, and of many
         routing.sort_pairs(torch.zeros(tokens, spec.top_k, dtype=torch.int32), spec.num_experts, 128)
-for name in ("_likeliest", "_draw"):
-    setattr(sample, name, Recorder(getattr(sample, name)))
+for module, names in ((sample, ("_likeliest",)), (draw, ("_survey", "_finish"))):
+    for name in names:
+        setattr(module, name, Recorder(getattr(module, name)))
 rows, numbers = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.float64)
 for dtype in (torch.bfloat16, torch.float32):
     logits = torch.zeros(2, 151936, dtype=dtype)
     tokens = sample.choose_likeliest(logits, rows, slots)
-    sample.draw(logits, rows, slots, tokens, numbers, sample.DrawParams(numbers, numbers, numbers, numbers))
+    draw.draw(logits, rows, slots, tokens, numbers, draw.DrawParams(numbers, numbers, numbers, numbers))
 for name in ("_gather_decodes", "_gather_mixed"):
     setattr(step_inputs, name, Recorder(getattr(step_inputs, name)))
 step_inputs.gather_decodes(rows, rows, slots, tables, 64)

@@ -12,11 +12,13 @@ from engine.attention.base import AttentionBackend
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import TritonAttention
 from engine.kernels import elementwise, latent
+from engine.kernels.mla_decode import mla_decode, mla_parts
 from engine.layers.ops import PlainOps, write
 from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random
 
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
 FRESH = [(40, 40), (3, 3), (33, 33)]
+ALONE = [(33, 1)]
 
 
 def close(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -64,6 +66,36 @@ def test_products_around_a_decode(num):
     close(out, torch_ref.expand_output(mixed, kv_b, NOPE))
 
 
+@pytest.mark.parametrize("num", [1, 3])
+def test_the_product_before_a_decode_of_few(num):
+    heads = 3
+    generator = torch.Generator().manual_seed(0)
+    q = random(num, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(num, heads, NOPE + ROPE)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
+    close(latent.absorb_few(q, kv_b, NOPE), torch_ref.absorb(q, kv_b, NOPE)[..., :RANK])
+
+
+@pytest.mark.parametrize(("heads", "splits"), [(3, 1), (3, 4), (20, 8)])
+def test_merges_of_a_decode(heads, splits):
+    generator = torch.Generator().manual_seed(0)
+    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two leave splits without a part
+    tables = torch.randperm(3 * 7, generator=generator).view(3, 7).to(DEVICE, torch.int32)
+    cache = random(3 * 7, BLOCK, RANK + ROPE, generator=generator)
+    q, q_rope = random(3, heads, RANK, generator=generator), random(3, heads, ROPE, generator=generator)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    records = [cache[tables[i].long()].flatten(0, 1)[:length] for i, length in enumerate(lens.tolist())]
+    scores = [torch.cat((q, q_rope), -1)[i] @ own.T * 0.2 for i, own in enumerate(records)]
+    expected = torch.stack([score.softmax(-1) @ own[:, :RANK] for score, own in zip(scores, records, strict=True)])
+    args = (q, q_rope, cache, tables, lens, 0.2, splits)
+    close(mla_decode(*args), expected)
+    if splits > 1:
+        parts, lse = mla_parts(*args)
+        parts[lse == -torch.inf] = torch.nan  # what nobody has written
+        out = torch.empty(3, heads, V_DIM, device=DEVICE)
+        latent.merge_expand(parts, lse, kv_b, NOPE, out)
+        close(out, torch_ref.expand_output(expected, kv_b, NOPE))
+
+
 def test_keys_are_those_of_the_twin():
     heads, tokens = 3, 5
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +106,7 @@ def test_keys_are_those_of_the_twin():
     assert torch.equal(latent.build_keys(expanded, cached, NOPE, RANK), keys.transpose(0, 1))
 
 
-@pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS, FRESH], ids=["mixed", "decodes", "chunks", "fresh"])
+@pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS, FRESH, ALONE], ids=["mixed", "decodes", "chunks", "fresh", "alone"])
 @pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
 def test_a_step(queries, heads, processors, monkeypatch):
     generator = torch.Generator().manual_seed(0)

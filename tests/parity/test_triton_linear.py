@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.kernels import elementwise, linear
-from engine.kernels.linear import Gemv, Skinny
+from engine.kernels.linear import Extras, Gemv, Skinny
 from engine.layers.linear import linear as plain_linear
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import PlainOps
@@ -66,7 +66,7 @@ def test_a_product_of_any_tiles(config, rows, gated):
     """N is no multiple of any tile, K of some, and K is more than one step."""
     x, weight = random(rows, 1296), weights(78, 1296)
     out = torch.full((rows, 39 if gated else 78), float("nan"), dtype=DTYPE, device=DEVICE)
-    linear.launch(x, weight, None, out, config, gated=gated)
+    linear.launch(x, weight, None, out, config, Extras(gated=gated))
     assert_near(out, exact(x, weight, None, gated=gated))
 
 
@@ -74,14 +74,35 @@ def test_a_product_of_any_tiles(config, rows, gated):
 def test_a_bias_and_rows_of_x_that_lie_apart(config, rows):
     x, weight, bias = random(rows, 272)[:, :208], weights(52, 208), random(52)
     out = torch.empty(rows, 52, dtype=DTYPE, device=DEVICE)
-    linear.launch(x, weight, bias, out, config, gated=False)
+    linear.launch(x, weight, bias, out, config, Extras())
     assert_near(out, exact(x, weight, bias, gated=False))
 
 
 def test_rows_that_a_kernel_has_no_place_for_are_refused():
-    x = random(3, 32)
+    x, weight = random(3, 32), weights(8, 32)
     with pytest.raises(ValueError, match="2 rows at most"):
-        linear.launch(x, weights(8, 32), None, x, GEMV[0], gated=False)
+        linear.launch(x, weight, None, x, GEMV[0], Extras())
+    for config, rows in ((GEMV[0], 2), (SKINNY[0], 1)):
+        with pytest.raises(ValueError, match="norm"):
+            linear.launch(x[:rows], weight, None, x, config, Extras(norm=(x[0], 1e-6)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("config", GEMV)
+def test_a_product_norms_what_it_reads(config, gated):
+    x, weight, norm = random(1, 1300)[:, :1296], weights(78, 1296), random(1296)
+    out = torch.empty(1, 39 if gated else 78, dtype=DTYPE, device=DEVICE)
+    linear.launch(x, weight, None, out, config, Extras(gated=gated, norm=(norm, 0.5)))
+    normed = F.rms_norm(x.double(), (1296,), norm.double(), 0.5)
+    assert_near(out, exact(normed, weight, None, gated=gated))
+
+
+@pytest.mark.parametrize(("config", "rows"), [(GEMV[0], 1), (GEMV[2], 2), (SKINNY[0], 5), (SKINNY[2], 5)])
+def test_a_product_adds_to_what_is_there(config, rows):
+    x, weight, bias, hidden = random(rows, 208), weights(52, 208), random(52), random(rows, 52, scale=3.0)
+    expected = hidden.double() + exact(x, weight, bias, gated=False)
+    linear.launch(x, weight, bias, hidden, config, Extras(add=True))
+    assert_near(hidden, expected)
 
 
 def test_a_given_out_is_filled():
@@ -103,7 +124,7 @@ def test_a_split_product_can_follow_another():
     x, weight = random(9, 512), weights(130, 512)
     outs = [torch.empty(9, 130, dtype=DTYPE, device=DEVICE) for _ in range(3)]
     for out in outs:
-        linear.launch(x, weight, None, out, SKINNY[1], gated=False)
+        linear.launch(x, weight, None, out, SKINNY[1], Extras())
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
     assert not linear._workspace(DEVICE)[1].any()
@@ -112,7 +133,7 @@ def test_a_split_product_can_follow_another():
 def test_a_split_past_the_workspace_is_refused():
     x, weight = random(64, 16), random(1, 16).expand(1 << 20, 16)
     with pytest.raises(ValueError, match="workspace"):
-        linear.launch(x, weight, None, x, SKINNY[1], gated=False)
+        linear.launch(x, weight, None, x, SKINNY[1], Extras())
 
 
 @pytest.mark.parametrize("rows", [4, 16, 66])
@@ -153,6 +174,15 @@ def test_what_fits():
     assert not linear.fits(x[:, :16], weight[:, :16])
 
 
+def test_one_row_is_normed_with_a_small_weight(monkeypatch):
+    monkeypatch.setattr(linear, "fits", lambda *_: True)
+    weight = torch.empty(8 << 10, 2048, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(2, 2048, dtype=torch.bfloat16, device="meta")
+    assert linear.can_norm(x[:1], weight[1:])
+    assert not linear.can_norm(x[:1], weight)
+    assert not linear.can_norm(x, weight[1:])
+
+
 def test_what_is_left_to_cublas():
     assert linear.is_ours(64, 8, 16)
     assert not linear.is_ours(65, 8, 16)
@@ -172,7 +202,21 @@ def test_the_mlp_takes_them():
     mlp = GatedMlp(32, 48, dtype=DTYPE, device=DEVICE)
     for parameter in mlp.parameters():
         parameter.copy_(weights(*parameter.shape))
-    x = random(3, 32)
+    hidden, norm = random(3, 32), (random(32), 1e-6)
     gate_up, down = mlp.gate_up_proj.weight, mlp.down_proj.weight
-    expected = plain_linear(PlainOps().silu_mul(plain_linear(x, gate_up)), down)
-    torch.testing.assert_close(mlp(x, PlainOps()), expected, rtol=0.01, atol=0.01)
+    inner = PlainOps().silu_mul(plain_linear(F.rms_norm(hidden, (32,), *norm), gate_up))
+    expected = hidden + plain_linear(inner, down)
+    mlp(hidden, norm, PlainOps())
+    torch.testing.assert_close(hidden, expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_products_of_the_ops_norm_their_input(rows):
+    """In one kernel, in two, or by torch."""
+    x, norm, weight, bias = random(rows, 48), (random(48), 1e-6), weights(20, 48), random(20)
+    for found, expected in zip(
+        (elementwise.norm_linear(x, norm, weight, bias), elementwise.norm_gated(x, norm, weight)),
+        (PlainOps().norm_linear(x, norm, weight, bias), PlainOps().norm_gated(x, norm, weight)),
+        strict=True,
+    ):
+        assert_near(found, expected.double(), 1e-2)

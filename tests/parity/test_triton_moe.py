@@ -118,8 +118,11 @@ def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:
 
 
 def plain(moe: MoeMlp, x: torch.Tensor, routed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    out = run_experts(x, (routed[0], routed[1].long()), moe.gate_up, moe.down, PLAIN)
-    return out if moe.shared is None else out + moe.shared(x, PLAIN)
+    """What is added to a residual stream of ones."""
+    out = 1 + run_experts(x, (routed[0], routed[1].long()), moe.gate_up, moe.down, PLAIN)
+    if moe.shared is not None:
+        moe.shared.add_to(out, x, PLAIN)
+    return out
 
 
 def routed_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +134,9 @@ def routed_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_few(shared_size, columns):
     moe, x, routed = mixture(shared_size), random(2, 40), routed_of(2)
     strip = Strip(rows=16, columns=columns, num_warps=1)
-    torch.testing.assert_close(moe_cuda.run_few(moe, x, routed, (strip, strip)), plain(moe, x, routed))
+    out = torch.ones_like(x)
+    moe_cuda.run_few(out, moe, x, routed, (strip, strip))
+    torch.testing.assert_close(out, plain(moe, x, routed))
 
 
 @pytest.mark.parametrize("with_shared", [True, False])
@@ -139,27 +144,35 @@ def test_few(shared_size, columns):
 def test_run_cut(tokens, shared_size, with_shared):
     moe, x, routed = mixture(shared_size), random(tokens, 40), routed_of(tokens)
     cut = Cut(block=16, gate_up=TILE, down=TILE, with_shared=with_shared)
-    torch.testing.assert_close(moe_cuda.run_cut(moe, x, routed, cut, PLAIN), plain(moe, x, routed))
+    out = torch.ones_like(x)
+    moe_cuda.run_cut(out, moe, x, routed, cut, PLAIN)
+    torch.testing.assert_close(out, plain(moe, x, routed))
 
 
 def test_rows_fit_the_tiles():
     moe, x, routed = mixture(64, size=32, hidden=64), random(9, 64), routed_of(9)
     cut = Cut(block=16, gate_up=TILE, down=TILE, with_shared=True)
-    torch.testing.assert_close(moe_cuda.run_cut(moe, x, routed, cut, PLAIN), plain(moe, x, routed))
+    out = torch.ones_like(x)
+    moe_cuda.run_cut(out, moe, x, routed, cut, PLAIN)
+    torch.testing.assert_close(out, plain(moe, x, routed))
 
 
 @pytest.mark.parametrize("shared_size", [0, 32])
 def test_run_grouped(shared_size):
     moe, routed = mixture(shared_size, size=32, hidden=64).bfloat16(), routed_of(19)
     x = random(19, 64).bfloat16()
-    found = moe_cuda.run_grouped(moe, x, routed, PLAIN)
-    torch.testing.assert_close(found, plain(moe, x, routed), atol=0.03, rtol=0.03)
+    out = torch.ones_like(x)
+    moe_cuda.run_grouped(out, moe, x, routed, PLAIN)
+    torch.testing.assert_close(out, plain(moe, x, routed), atol=0.03, rtol=0.03)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_forward(tokens, monkeypatch):
+def test_add_to(tokens, monkeypatch):
     monkeypatch.setattr(moe_cuda, "FEW_TOKENS", 1)
     monkeypatch.setattr(moe_cuda, "STRIPS", (Strip(16, 16, 1), Strip(16, 16, 1)))
     monkeypatch.setattr(moe_cuda, "CUTS", ((10, Cut(16, TILE, TILE, with_shared=True)),))
-    moe, x = mixture(24), random(tokens, 40)
-    torch.testing.assert_close(moe_cuda.forward(moe, x, PLAIN), moe(x, PLAIN), atol=1e-5, rtol=1e-5)
+    moe, hidden, norm = mixture(24), random(tokens, 40), (random(40), 1e-6)
+    expected = hidden.clone()
+    moe(expected, norm, PLAIN)
+    moe_cuda.add_to(hidden, moe, PLAIN.norm(hidden, *norm), PLAIN)
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)

@@ -83,11 +83,6 @@ def latent_prepare(device: torch.device, rows: int, heads: int, nope: int, rope:
     )
 
 
-def latent_norm(device: torch.device, rows: int, size: int) -> Launch:
-    x, weight = random(device, rows, size), random(device, size)
-    return Launch(lambda: kernels.norm(x, weight, 1e-6), 2 * x.nbytes + weight.nbytes, 0)
-
-
 def absorb(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
     q, kv_b = random(device, rows, heads, nope + rope), random(device, heads, 2 * nope, latent)
     num_bytes = q.itemsize * heads * (rows * (nope + latent) + nope * latent)

@@ -10,9 +10,9 @@ from engine.kernels.cases.base import BLOCK, Launch, random
 HEAD = 128
 
 
-def add_norm(device: torch.device, rows: int, hidden: int) -> Launch:
-    x, delta, weight = random(device, rows, hidden), random(device, rows, hidden), random(device, hidden)
-    return Launch(lambda: elementwise.add_norm(x, delta, weight, 1e-6), 4 * x.nbytes + weight.nbytes, 0)
+def norm(device: torch.device, rows: int, hidden: int) -> Launch:
+    x, weight = random(device, rows, hidden), random(device, hidden)
+    return Launch(lambda: elementwise.norm(x, weight, 1e-6), 2 * x.nbytes + weight.nbytes, 0)
 
 
 def silu_mul(device: torch.device, rows: int, size: int) -> Launch:
@@ -42,6 +42,32 @@ def product(device: torch.device, rows: int, outputs: int, inputs: int) -> Launc
     x, weight = random(device, rows, inputs), random(device, outputs, inputs)
     num_bytes = x.nbytes + weight.nbytes + rows * outputs * x.itemsize
     return Launch(lambda: linear.linear(x, weight), num_bytes, 2 * rows * outputs * inputs)
+
+
+def norm_product(device: torch.device, outputs: int, inputs: int) -> Launch:
+    """Of one row, normed on the way."""
+    x, weight, norm = random(device, 1, inputs), random(device, outputs, inputs), random(device, inputs)
+    num_bytes = x.nbytes + weight.nbytes + norm.nbytes + outputs * x.itemsize
+    return Launch(lambda: linear.linear(x, weight, norm=(norm, 1e-6)), num_bytes, 2 * outputs * inputs)
+
+
+def add_product(device: torch.device, rows: int, outputs: int, inputs: int) -> Launch:
+    """Added to what is there."""
+    x, weight, out = random(device, rows, inputs), random(device, outputs, inputs), random(device, rows, outputs)
+    num_bytes = x.nbytes + weight.nbytes + 2 * out.nbytes
+
+    def run() -> torch.Tensor:
+        linear.add_linear(out, x, weight)
+        return out
+
+    return Launch(run, num_bytes, 2 * rows * outputs * inputs)
+
+
+def cublas_add(device: torch.device, rows: int, outputs: int, inputs: int) -> Launch:
+    """torch's own, of many rows."""
+    x, weight, out = random(device, rows, inputs), random(device, outputs, inputs), random(device, rows, outputs)
+    num_bytes = x.nbytes + weight.nbytes + 2 * out.nbytes
+    return Launch(lambda: out.addmm_(x, weight.t()), num_bytes, 2 * rows * outputs * inputs)
 
 
 def gated(device: torch.device, rows: int, size: int, inputs: int) -> Launch:

@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
         tokens, num_shared = self.x.shape[0], kernels.count_shared(self.shared, down.shape[2])
         expert = gate_up[0].numel() + down[0].numel()
         num_read = int(self.ids.unique().numel()) + num_shared
-        num_bytes = num_read * expert * down.itemsize + 2 * self.x.nbytes + self.weights.nbytes + self.ids.nbytes
+        num_bytes = num_read * expert * down.itemsize + 3 * self.x.nbytes + self.weights.nbytes + self.ids.nbytes
         return Launch(run, num_bytes, 2 * tokens * (TOP_K + num_shared) * expert)
 
 
@@ -50,10 +50,12 @@ def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int)
     """With the shared experts."""
     drawn = _draw(device, tokens, experts, hidden, size, shared=NUM_SHARED)
     x, pair, shared, weights, ids = drawn
+    out = torch.zeros_like(x)
 
     def run() -> torch.Tensor:
         hidden_rows = kernels.few_up(x, ids, pair, shared, STRIP)
-        return kernels.few_down(hidden_rows, (weights, ids), pair, shared, STRIP)
+        kernels.few_down(out, hidden_rows, (weights, ids), pair, shared, STRIP)
+        return out
 
     return drawn.launch(run)
 
@@ -68,12 +70,14 @@ def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: in
     block, num_shared = cut(tokens, experts)
     drawn = _draw(device, tokens, experts, hidden, size, shared=num_shared)
     x, pair, shared, weights, ids = drawn
+    out = torch.zeros_like(x)
     by_expert = routing.sort_pairs(ids, experts, block, num_shared)
 
     def run() -> torch.Tensor:
         hidden_rows = kernels.tiles_up(x, TOP_K, by_expert, block, pair, shared, TILE)
         rows = kernels.tiles_down(hidden_rows, by_expert, block, pair, shared, TILE)
-        return kernels.weighted_sum(rows, by_expert.place, weights, None)
+        kernels.add_weighted(out, rows, by_expert.place, weights)
+        return out
 
     return drawn.launch(run)
 
@@ -82,13 +86,15 @@ def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: 
     """Routed experts by torch's grouped product, behind the sort."""
     drawn = _draw(device, tokens, experts, hidden, size, shared=0)
     x, (gate_up, down), _, weights, ids = drawn
+    out = torch.zeros_like(x)
     by_expert = routing.sort_pairs(ids, experts, SORT_BLOCK)
 
     def run() -> torch.Tensor:
         at_places = kernels.gather(x, by_expert.order, TOP_K)
         hidden_rows = elementwise.silu_mul(torch._grouped_mm(at_places, gate_up.transpose(1, 2), offs=by_expert.ends))
         rows = torch._grouped_mm(hidden_rows, down.transpose(1, 2), offs=by_expert.ends)
-        return kernels.weighted_sum(rows, by_expert.place, weights, None)
+        kernels.add_weighted(out, rows, by_expert.place, weights)
+        return out
 
     return drawn.launch(run)
 

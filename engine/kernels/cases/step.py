@@ -6,8 +6,9 @@ import torch
 
 from engine.kernels import step_inputs
 from engine.kernels.cases.base import BLOCK, Launch, block_tables, random
-from engine.kernels.sample import DrawParams, choose_likeliest
-from engine.kernels.sample import draw as draw_tokens
+from engine.kernels.draw import DrawParams
+from engine.kernels.draw import draw as draw_tokens
+from engine.kernels.sample import choose_likeliest
 
 
 def gather_decodes(device: torch.device, seqs: int, context: int) -> Launch:
@@ -43,14 +44,14 @@ def likeliest(device: torch.device, rows: int, vocab: int) -> Launch:
 
 
 def draw(device: torch.device, rows: int, vocab: int, top_k: int, top_percent: int) -> Launch:
-    """Bound: one pass. The kernel makes 3, and 8 more (in bfloat16) for each of top_k and top_p that leaves anything out."""
+    """With the likeliest, which a draw begins from. Bound: one pass. They make two, and one more where top_k or top_p filters."""
     logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
     at = torch.arange(rows, dtype=torch.int32, device=device)
     half, one = (torch.full((rows,), x, dtype=torch.float64, device=device) for x in (0.5, 1.0))
     params = DrawParams(one, one * top_k, one * (top_percent / 100), one * 0.0)
-    tokens = choose_likeliest(logits, at, latest)
 
     def run() -> torch.Tensor:
+        tokens = choose_likeliest(logits, at, latest)
         draw_tokens(logits, at, latest, tokens, half, params)
         return tokens
 
