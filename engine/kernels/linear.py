@@ -180,7 +180,7 @@ def _prefetch(w_at, row_offset, left, ROWS: tl.constexpr, LINES: tl.constexpr):
 @triton.jit
 def _finish_skinny(
     acc, bias_ptr, row, out_ptr, tile, outputs, M,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
@@ -190,10 +190,7 @@ def _finish_skinny(
     n = tile * WIDTH + tl.arange(0, WIDTH)
     m = tl.arange(0, BLOCK_M)
     at = out_ptr + m.to(tl.int64)[None, :] * outputs + n[:, None]
-    inside = (n < outputs)[:, None] & (m < M)[None, :]
-    if ADD:
-        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(n < outputs)[:, None] & (m < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -216,6 +213,10 @@ def _skinny(
     w_at = w_ptr + row_offset[:, None] + k[None, :]
     x_at = x_ptr + m[None, :] * x_stride + k[:, None]
     acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
+    if ADD:  # first of all, while the weights are on their way; one split does it
+        live = m < tl.where(split == 0, M, 0)
+        there = out_ptr + m.to(tl.int64)[None, :] * outputs + row[:, None]
+        acc += tl.load(there, mask=live[None, :], other=0.0).to(tl.float32)
     for start in range(begin, end, COLUMNS):
         if EVEN_K:
             w = tl.load(w_at + start, eviction_policy="evict_first")
@@ -226,7 +227,7 @@ def _skinny(
             x = tl.load(x_at + start, mask=(m < M)[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(w, x, acc)
     if SPLITS == 1:
-        _finish_skinny(acc, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS, ADD)
+        _finish_skinny(acc, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
     else:
         own = tl.arange(0, ROWS)[:, None] * BLOCK_M + m[None, :]
         first = partial_ptr + tile * (SPLITS * ROWS * BLOCK_M) + own
@@ -237,7 +238,7 @@ def _skinny(
             for s in tl.static_range(SPLITS):
                 total += tl.load(first + s * (ROWS * BLOCK_M), cache_modifier=".cg")  # the L1 may hold an older launch's
             tl.store(arrived_ptr + tile, 0)  # as the next launch wants it
-            _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS, ADD)
+            _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:

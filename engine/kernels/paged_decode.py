@@ -19,6 +19,7 @@ from engine.kernels.softmax import add_pass
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
+MANY_PROGRAMS = 512
 MAX_GROUPS = 1 << 16  # (sequence, K/V head) pairs of one launch
 
 
@@ -154,11 +155,12 @@ def paged_decode(
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
         HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
         BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
-        num_warps=4 if num_splits == 1 else 2, num_stages=_stages(num_splits), **pdl(q.device),
+        num_warps=4 if num_splits == 1 else 2, num_stages=_stages(num_seqs * kv_heads, num_splits), **pdl(q.device),
     )  # fmt: skip
     return out
 
 
-def _stages(num_splits: int) -> int:
-    """Of loads. Where a program has a whole sequence, or little of one, more programs on a processor beat more loads in each."""
-    return 3 if 1 < num_splits <= 4 else 2
+def _stages(programs: int, num_splits: int) -> int:
+    """Of loads, for so many programs a split. Where all are at work at once, more of them on a processor beat more loads in each:
+    docs/gpu.md."""
+    return 3 if programs > MANY_PROGRAMS or 1 < num_splits <= 4 else 2
