@@ -22,8 +22,9 @@ from torch import nn
 from engine import LLM, SamplingParams
 from engine.attention import select
 from engine.batch import ForwardBatch, LayerPools, PoolSpec
-from engine.layers.linear import linear
+from engine.layers.linear import Norm, linear
 from engine.layers.moe import MoeMlp, route
+from engine.layers.ops import Ops
 from engine.models import registry
 from engine.models.deepseek_mtp import DeepseekMtp
 from engine.models.spec import ModelSpec
@@ -145,9 +146,10 @@ class _ExpertLoad:
         self.counts = torch.zeros(moe.routing.num_experts, dtype=torch.int64)
         self._hook = moe.register_forward_pre_hook(self._count)
 
-    def _count(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _count(self, module: nn.Module, inputs: tuple[torch.Tensor, Norm, Ops]) -> None:
         assert isinstance(module, MoeMlp)
-        x = inputs[0]
+        hidden, norm, ops = inputs
+        x = ops.norm(hidden, *norm)
         _, ids = route(linear(x.to(module.router.dtype), module.router), module.routing, module.choice_bias)
         self.counts += ids.flatten().bincount(minlength=len(self.counts)).cpu()
 

@@ -16,19 +16,19 @@ and just as right.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.hardware import processors
 from engine.kernels.launch import pdl
 from engine.kernels.paged_decode import arrivals
 
 DRAW_TILE = 4096  # logits that a program looks at at a time
 GROUP = 128  # tokens, in a tile, of which `_survey` notes the largest
-MARKS = 16  # the last of them is below all tokens
+MARKS = 16  # the last of them is below all tokens. All of these are powers of two
 SLOTS = 512  # tokens that a tile can list
 _PACKED = 32  # slots of each tile that are packed at a time
 _SURVEY_WARPS, _SURVEYS = 8, 2  # a program's, and how many programs a processor holds
@@ -207,7 +207,7 @@ def _survey(
                 above = tl.load(at_above, mask=inside[None, :], other=0.0, cache_modifier=".cg")
                 above = tl.sum(above.to(tl.float64), 1)
                 marks = tl.load(marks_ptr + i, cache_modifier=".cg")
-                # The tiles' sums are float32, so a mark near the threshold is on neither side for certain.
+                # What tiles have above a mark is summed in float32, so a mark near the threshold is on neither side for certain.
                 low = tl.max(tl.where(above >= top_p * total * 1.00001, marks, lowest), 0)
                 high = tl.min(tl.where(above < top_p * total * 0.99999, marks, highest + 1), 0)
                 tl.store(total_ptr + seq, total)
@@ -299,11 +299,6 @@ def _finish(
         tl.store(latest_ptr + row, token)
 
 
-@cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def draw(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -327,16 +322,15 @@ def draw(
     inputs = (logits, rows, latest, tokens, uniform, *params)
     bits = 16 if logits.dtype == torch.bfloat16 else 32
     options = {"TILE": DRAW_TILE, "TILES": tiles, "PADDED": triton.next_power_of_2(tiles), "BITS": bits, **pdl(logits.device)}
-    processors = _num_processors(logits.device)
     maxima = scratch(logits.dtype, tiles, groups)
     marks, above = scratch(torch.int64, MARKS), scratch(torch.float32, MARKS, tiles)
-    _survey[(num, min(tiles, max(1, _SURVEYS * processors // num)))](
+    _survey[(num, min(tiles, max(1, _SURVEYS * processors(logits.device) // num)))](
         *inputs, sums, maxima, marks, above, bracket, total, arrivals(logits.device), vocab,
         GROUP=GROUP, MARKS=MARKS, num_warps=_SURVEY_WARPS, **options,
     )  # fmt: skip
     counts, slots = scratch(torch.int32, tiles), scratch(torch.int32, tiles, SLOTS)
     listed, places = scratch(logits.dtype, tiles, SLOTS), scratch(torch.int32, tiles, SLOTS)
-    _finish[(num, min(tiles, max(1, _FINISHES * processors // num)))](
+    _finish[(num, min(tiles, max(1, _FINISHES * processors(logits.device) // num)))](
         *inputs, sums, bracket, total, counts, slots, listed, places, arrivals(logits.device), vocab,
         SLOTS=SLOTS, PACKED=_PACKED, num_warps=_FINISH_WARPS, **options,
     )  # fmt: skip

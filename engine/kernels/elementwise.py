@@ -39,8 +39,12 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def gated(x: torch.Tensor, weight: torch.Tensor, norm: product.Norm | None = None) -> torch.Tensor:
     """See `Ops.gated`: one kernel for few rows, torch's product and `silu_mul` for more."""
+    if norm is not None and product.can_norm(x, weight):
+        return product.gated(x, weight, norm=norm)
+    if norm is not None:
+        x = latent.norm(x, *norm)
     return product.gated(x, weight) if product.fits(x, weight) else silu_mul(F.linear(x, weight))
 
 
@@ -50,13 +54,6 @@ def norm_linear(x: torch.Tensor, norm: product.Norm, weight: torch.Tensor, bias:
         return product.linear(x, weight, bias, norm=norm)
     normed = latent.norm(x, *norm)
     return product.linear(normed, weight, bias) if product.fits(normed, weight) else F.linear(normed, weight, bias)
-
-
-def norm_gated(x: torch.Tensor, norm: product.Norm, weight: torch.Tensor) -> torch.Tensor:
-    """See `Ops.norm_gated`; likewise."""
-    if product.can_norm(x, weight):
-        return product.gated(x, weight, norm=norm)
-    return gated(latent.norm(x, *norm), weight)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The experts of a mixture, in Triton: gate_up [E, 2 I, H] and down [E, H, I], and with them, where their size allows, the shared
 experts' gate_up [2 S I, H] and down [H, S I], as S more experts that every token takes.
 
-    few tokens:  x --few_up--> hidden [pairs + S T, I] --few_down--> out [T, H]                      each pair reads its expert
-    more:        x --tiles_up--> hidden, sorted --tiles_down--> rows [pairs + S T, H] --add_weighted--> residual stream
+    few tokens:  x --few_up--> inner [pairs + S T, I] --few_down--> residual stream             each pair reads its expert
+    more:        x --tiles_up--> inner, sorted --tiles_down--> rows [pairs + S T, H] --add_weighted--> residual stream
                                                         each block of pairs of one expert reads it
 
 Rows are in the order of pairs (few) or of `Sorted` places (more), then shared expert by shared expert. No sum is in the order in
@@ -11,13 +11,13 @@ which programs end: the same input gives the same bits.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.hardware import processors
 from engine.kernels.launch import pdl
 from engine.kernels.paged_decode import precision
 from engine.kernels.routing import Sorted
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _few_up(
-    x_ptr, ids_ptr, gate_up_ptr, shared_ptr, hidden_ptr, tokens,
+    x_ptr, ids_ptr, gate_up_ptr, shared_ptr, inner_ptr, tokens,
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -82,12 +82,12 @@ def _few_up(
         up_sum += above.to(tl.float32) * x
     gated = tl.sum(gate_sum, 1)
     gated = gated / (1.0 + tl.exp(-gated)) * tl.sum(up_sum, 1)
-    tl.store(hidden_ptr + pair.to(tl.int64) * SIZE + row, gated.to(hidden_ptr.dtype.element_ty), mask=row < SIZE)
+    tl.store(inner_ptr + pair.to(tl.int64) * SIZE + row, gated.to(inner_ptr.dtype.element_ty), mask=row < SIZE)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _few_down(
-    hidden_ptr, ids_ptr, weights_ptr, down_ptr, shared_ptr, out_ptr, tokens,
+    inner_ptr, ids_ptr, weights_ptr, down_ptr, shared_ptr, out_ptr, tokens,
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -113,11 +113,11 @@ def _few_down(
             base = shared_ptr + (i - TOP_K) * SIZE + at * (SHARED * SIZE)
         for start in tl.static_range(0, SIZE, TILE):
             col = tl.broadcast_to(start + tl.arange(0, TILE)[None, :], [ROWS, TILE])
-            at_hidden = hidden_ptr + place.to(tl.int64) * SIZE + col
+            at_inner = inner_ptr + place.to(tl.int64) * SIZE + col
             if start + TILE <= SIZE:
-                h, w = tl.load(at_hidden), tl.load(base + col)
+                h, w = tl.load(at_inner), tl.load(base + col)
             else:
-                h = tl.load(at_hidden, mask=col < SIZE, other=0.0)
+                h = tl.load(at_inner, mask=col < SIZE, other=0.0)
                 w = tl.load(base + col, mask=col < SIZE, other=0.0)
             acc += w.to(tl.float32) * (h.to(tl.float32) * weight)
     at_out = out_ptr + token.to(tl.int64) * HIDDEN + row
@@ -130,13 +130,13 @@ def few_up(x: torch.Tensor, ids: torch.Tensor, experts: Pair, shared: Pair | Non
     gate_up, down = experts
     (tokens, hidden_size), top_k, size = x.shape, ids.shape[1], down.shape[2]
     num_shared = count_shared(shared, size)
-    hidden = torch.empty(tokens * (top_k + num_shared), size, dtype=x.dtype, device=x.device)
-    _few_up[(triton.cdiv(size, strip.rows), hidden.shape[0])](
-        x, ids, gate_up, (shared or experts)[0], hidden, tokens,
+    inner = torch.empty(tokens * (top_k + num_shared), size, dtype=x.dtype, device=x.device)
+    _few_up[(triton.cdiv(size, strip.rows), inner.shape[0])](
+        x, ids, gate_up, (shared or experts)[0], inner, tokens,
         HIDDEN=hidden_size, SIZE=size, TOP_K=top_k, SHARED=num_shared,
         ROWS=strip.rows, TILE=strip.columns, num_warps=strip.num_warps, **pdl(x.device),
     )  # fmt: skip
-    return hidden
+    return inner
 
 
 def few_down(
@@ -164,7 +164,7 @@ def count_shared(shared: Pair | None, size: int) -> int:
 
 @triton.jit(do_not_specialize=["tokens"])
 def _tiles_up(
-    x_ptr, order_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, gate_up_ptr, shared_ptr, hidden_ptr, tokens,
+    x_ptr, order_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, gate_up_ptr, shared_ptr, inner_ptr, tokens,
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -201,14 +201,14 @@ def _tiles_up(
                 above = tl.load(at_gate + up + start, mask=inside, other=0.0)
             gate_sum = tl.dot(gate, tl.trans(x), gate_sum, input_precision=PRECISION)
             up_sum = tl.dot(above, tl.trans(x), up_sum, input_precision=PRECISION)
-        gated = (gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum).to(hidden_ptr.dtype.element_ty)
+        gated = (gate_sum / (1.0 + tl.exp(-gate_sum)) * up_sum).to(inner_ptr.dtype.element_ty)
         at = place[:, None].to(tl.int64) * SIZE + row[None, :]
-        tl.store(hidden_ptr + at, tl.trans(gated), mask=live[:, None] & (row < SIZE)[None, :])
+        tl.store(inner_ptr + at, tl.trans(gated), mask=live[:, None] & (row < SIZE)[None, :])
 
 
 @triton.jit
 def _tiles_down(
-    hidden_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, down_ptr, shared_ptr, rows_ptr,
+    inner_ptr, ends_ptr, block_expert_ptr, block_start_ptr, num_blocks_ptr, down_ptr, shared_ptr, rows_ptr,
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -228,17 +228,17 @@ def _tiles_down(
                 base = shared_ptr + (expert - EXPERTS).to(tl.int64) * SIZE
             stride = tl.where(expert < EXPERTS, SIZE, SHARED * SIZE)
         col = tl.arange(0, TILE)
-        at_hidden = hidden_ptr + tl.minimum(place, end - 1)[:, None].to(tl.int64) * SIZE + col[None, :]
+        at_inner = inner_ptr + tl.minimum(place, end - 1)[:, None].to(tl.int64) * SIZE + col[None, :]
         at_down = base + tl.minimum(row, HIDDEN - 1)[:, None] * stride + col[None, :]
         acc = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, SIZE, TILE):
             if SIZE % TILE == 0:
-                hidden, w = tl.load(at_hidden + start), tl.load(at_down + start)
+                inner, w = tl.load(at_inner + start), tl.load(at_down + start)
             else:
                 inside = (start + col < SIZE)[None, :]
-                hidden = tl.load(at_hidden + start, mask=inside, other=0.0)
+                inner = tl.load(at_inner + start, mask=inside, other=0.0)
                 w = tl.load(at_down + start, mask=inside, other=0.0)
-            acc = tl.dot(w, tl.trans(hidden), acc, input_precision=PRECISION)
+            acc = tl.dot(w, tl.trans(inner), acc, input_precision=PRECISION)
         at = place[:, None].to(tl.int64) * HIDDEN + row[None, :]
         done = tl.trans(acc.to(rows_ptr.dtype.element_ty))
         tl.store(rows_ptr + at, done, mask=(place < end)[:, None] & (row < HIDDEN)[None, :])
@@ -247,41 +247,35 @@ def _tiles_down(
 def tiles_up(
     x: torch.Tensor, top_k: int, by_expert: Sorted, block: int, experts: Pair, shared: Pair | None, tile: Tile
 ) -> torch.Tensor:
-    """x [T, H] -> hidden [pairs + S T, I] in the places of `by_expert`, whose blocks are of `block` pairs."""
+    """x [T, H] -> inner [pairs + S T, I] in the places of `by_expert`, whose blocks are of `block` pairs."""
     gate_up, down = experts
     (tokens, hidden_size), (num_experts, _, size) = x.shape, down.shape
     num_shared = count_shared(shared, size)
-    hidden = torch.empty(tokens * (top_k + num_shared), size, dtype=x.dtype, device=x.device)
+    inner = torch.empty(tokens * (top_k + num_shared), size, dtype=x.dtype, device=x.device)
     most = by_expert.block_expert.shape[0] * triton.cdiv(size, tile.rows)
     _tiles_up[(min(most, tile.programs * processors(x.device)),)](
-        x, by_expert.order, *by_expert[2:], gate_up, (shared or experts)[0], hidden, tokens,
+        x, by_expert.order, *by_expert[2:], gate_up, (shared or experts)[0], inner, tokens,
         HIDDEN=hidden_size, SIZE=size, EXPERTS=num_experts, TOP_K=top_k, SHARED=num_shared, ROWS=tile.rows, BLOCK=block,
         TILE=tile.columns, PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(x.device),
     )  # fmt: skip
-    return hidden
+    return inner
 
 
 def tiles_down(
-    hidden: torch.Tensor, by_expert: Sorted, block: int, experts: Pair, shared: Pair | None, tile: Tile
+    inner: torch.Tensor, by_expert: Sorted, block: int, experts: Pair, shared: Pair | None, tile: Tile
 ) -> torch.Tensor:
-    """hidden as `tiles_up` gives it -> rows [pairs + S T, H] in the same places, not yet weighted."""
+    """inner as `tiles_up` gives it -> rows [pairs + S T, H] in the same places, not yet weighted."""
     num_experts, hidden_size, size = experts[1].shape
-    rows = torch.empty(hidden.shape[0], hidden_size, dtype=hidden.dtype, device=hidden.device)
+    rows = torch.empty(inner.shape[0], hidden_size, dtype=inner.dtype, device=inner.device)
     most = by_expert.block_expert.shape[0] * triton.cdiv(hidden_size, tile.rows)
-    _tiles_down[(min(most, tile.programs * processors(hidden.device)),)](
-        hidden, *by_expert[2:], experts[1], (shared or experts)[1], rows,
+    _tiles_down[(min(most, tile.programs * processors(inner.device)),)](
+        inner, *by_expert[2:], experts[1], (shared or experts)[1], rows,
         HIDDEN=hidden_size, SIZE=size, EXPERTS=num_experts, SHARED=count_shared(shared, size), ROWS=tile.rows, BLOCK=block,
-        TILE=tile.columns, PRECISION=precision(hidden.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(hidden.device),
+        TILE=tile.columns, PRECISION=precision(inner.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(inner.device),
     )  # fmt: skip
     return rows
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU. Under Triton's interpreter any number does: 4."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit

@@ -1,8 +1,9 @@
-"""What this CUDA device can do at most, measured: the two figures that a bound is made of."""
+"""What this CUDA device is, and can do at most: the two figures, measured, that a bound is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -16,6 +17,12 @@ _TRIES = 3  # the first also warms up; the best counts
 def name() -> str | None:
     """Of the device; None where torch sees none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU. Under Triton's interpreter any number does."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def measure() -> tuple[float, float]:

@@ -5,8 +5,8 @@
     expand          averaged latents of each head times its value expansion, behind a decode
     build_keys      expanded keys beside the shared rotary one, for attention that wants them as one tensor
 
-For a single sequence the two products are plain arithmetic, `absorb_few` and `merge_expand`, which has the merge of the decode's
-splits in front. The first has its twin in `layers/ops.py`, the others in `attention/torch_ref.py`.
+For a single sequence of few heads the two products are plain arithmetic: `absorb_few` and `merge_expand`, which has the merge
+of the decode's splits in front. The first has its twin in `layers/ops.py`, the others in `attention/torch_ref.py`.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def merge_expand(parts: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, nop
 def expand(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor) -> None:
     """mixed [D, heads, rank], latents averaged by attention, times the value expansion: into `out` [D, heads, v_dim], contiguous.
 
-    By torch: a kernel of our own with the merge of the splits in front was no faster (docs/gpu.md).
+    By torch: for more than one sequence kernels of our own, with the merge of the splits in front, were no faster (docs/gpu.md).
     """
     torch.bmm(mixed.transpose(0, 1), kv_b[:, nope:].transpose(1, 2), out=out.transpose(0, 1))
 

@@ -42,7 +42,7 @@ _WORKSPACE = 1 << 22  # float32 numbers, 16 MiB
 
 
 Norm = tuple[torch.Tensor, float]
-"""Weight [K] and eps of a root-mean-square norm."""
+"""As in `layers/linear.py`, which is above this on the ladder of imports: weight [K] and eps of a root-mean-square norm."""
 
 
 class Extras(NamedTuple):
@@ -242,7 +242,7 @@ def _skinny(
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether x [..., K] and weight [N, K] are for `linear` and `gated`: bfloat16 on CUDA, K a multiple of 16, 1 to 128 rows,
+    """Whether x [..., K] and weight [N, K] are for these products: bfloat16 on CUDA, K a multiple of 16, 1 to 128 rows,
     and no such W that cuBLAS is faster.
     """
     size = x.shape[-1]
@@ -312,7 +312,7 @@ def launch(
     config: Gemv | Skinny,
     extras: Extras,
 ) -> None:
-    """Write the product of x [M, K], whose rows may lie apart, to out [M, outputs] by the kernel that `config` is of."""
+    """Write the product of x [M, K], whose rows may lie apart, to out [M, outputs], or add it there, by `config`'s kernel."""
     if extras.norm is not None and x.shape[0] > 1:
         raise ValueError(f"only one row is normed on the way, not {x.shape[0]}")
     if extras.add and extras.gated:

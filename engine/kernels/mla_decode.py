@@ -1,7 +1,7 @@
 """MLA decode in latent space over a paged latent cache, in Triton: every head reads the same [latent | rope] record.
 
 The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): scores are q_latent . c + q_rope . k_rope, and the output is
-the weighted sum of c, for `latent.expand`. The latent part is read once and used as key and value.
+the weighted sum of c, for `latent.expand` or `merge_expand`. The latent part is read once and used as key and value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.kernels.softmax import add_pass
 MANY_ROWS = 64  # heads of one program where there are more than a few: what Hopper's matrix unit takes at once
 FEW_SEQUENCES = 8  # below, heads are spread over more programs instead
 MAX_SPLITS = 16
-ALONE_SPLITS = 64
+ALONE_SPLITS = 64  # docs/gpu.md has what was measured
 
 
 class Tile(NamedTuple):
@@ -102,16 +102,15 @@ def mla_decode(
     Returns the averaged latents [B, heads, latent]. block_tables [B, max_blocks] int32 and kv_lens [B] int32, each at least 1.
     latent, rope, block_size and num_splits are powers of two.
     """
+    out = torch.empty_like(q_latent)
     if num_splits > 1:
         parts, lse = mla_parts(q_latent, q_rope, cache, block_tables, kv_lens, scale, num_splits, tile)
         num_seqs, heads, latent = q_latent.shape
-        out = torch.empty_like(q_latent)
         _merge[(num_seqs * heads,)](
             parts, lse, out, LATENT=latent, SPLITS=num_splits, num_warps=8 if num_splits > 8 else 4, **pdl(out.device)
         )
-        return out
-    out = torch.empty_like(q_latent)
-    _launch(q_latent, q_rope, cache, block_tables, kv_lens, scale, 1, tile, out, out)  # of one split nobody looks at the last
+    else:
+        _launch(q_latent, q_rope, cache, block_tables, kv_lens, scale, 1, tile, out, out)  # nobody looks at the last
     return out
 
 

@@ -19,7 +19,7 @@ from engine.kernels.softmax import add_pass
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
-MANY_PROGRAMS = 512
+MANY_PROGRAMS = 512  # see `_stages`
 MAX_GROUPS = 1 << 16  # (sequence, K/V head) pairs of one launch
 
 

@@ -16,7 +16,7 @@ from engine.kernels.launch import pdl
 
 TILE = 128  # numbers of a row that one pass of the router's product takes
 MAX_SPLITS = 16
-PROGRAMS = 256  # of the router's product, at least: a row is split until there are so many
+PROGRAMS = 256  # wanted of the router's product: a row is split until there are about so many
 MANY_TOKENS = 512  # from here on there are enough tiles of tokens: the router's rows need not be spread thin
 STEP = 2048  # counts of pairs that one pass of the sort sums
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}

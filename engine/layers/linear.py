@@ -20,6 +20,9 @@ ONEDNN_FROM = 1 << 19  # numbers in a weight: see `linear`
 Weights = dict[str, torch.Tensor]
 """Checkpoint name -> the tensor, often a slice of a fused parameter, that holds it."""
 
+Norm = tuple[torch.Tensor, float]
+"""Weight [size] and eps of a root-mean-square norm."""
+
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """An empty parameter that is never trained."""
@@ -63,13 +66,21 @@ def linear(
 
 
 def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """hidden [T, N] += `linear` of x [T, K], in place: on CUDA the product adds as it writes, in its own float32."""
+    """hidden [T, N] += `linear` of x [T, K], in place. On CUDA the product adds as it writes, in its own float32, but for
+    many rows with a bias.
+    """
     if x.is_cuda and _kernels().fits(x, weight):
         _kernels().add_linear(hidden, x, weight, bias)
     elif x.is_cuda and bias is None:
         hidden.addmm_(x, weight.t())
     else:
         hidden += linear(x, weight, bias)
+
+
+class NormLinear(Protocol):
+    """Of an `Ops`, what a Linear wants."""
+
+    def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
 class Linear(nn.Module):
@@ -82,6 +93,10 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def of_norm(self, x: torch.Tensor, norm: Norm, ops: NormLinear) -> torch.Tensor:
+        """The product of the norm of x [T, in], whose rows may lie apart -> [T, out]"""
+        return ops.norm_linear(x, norm, self.weight, self.bias)
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
         """hidden [T, out] += the product of x [T, in], in place"""

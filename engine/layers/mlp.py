@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.layers.linear import Linear, Weights
-from engine.layers.norm import Norm
+from engine.layers.linear import Linear, Norm, Weights
 from engine.layers.ops import Ops
 
 
@@ -19,7 +18,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
         """Add to hidden [T, H], in place, what the MLP makes of its norm."""
-        self.down_proj.add_to(hidden, ops.norm_gated(hidden, norm, self.gate_up_proj.weight))
+        self.down_proj.add_to(hidden, ops.gated(hidden, self.gate_up_proj.weight, norm))
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor, ops: Ops) -> None:
         """The same of x [T, H], as it is."""

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from engine.layers.kinds import RoutingSpec
-from engine.layers.linear import Weights, linear, parameter
+from engine.layers.linear import Norm, Weights, linear, parameter
 from engine.layers.mlp import GatedMlp
-from engine.layers.norm import Norm
 from engine.layers.ops import Ops
 
 Routed = tuple[torch.Tensor, torch.Tensor]

@@ -6,10 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.layers.linear import parameter
-
-Norm = tuple[torch.Tensor, float]
-"""Weight [size] and eps of a root-mean-square norm."""
+from engine.layers.linear import Norm, parameter
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +16,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     @property
-    def norm(self) -> Norm:
+    def params(self) -> Norm:
         """For the `Ops` that norm and do more."""
         return self.weight, self.eps
 

@@ -11,8 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.batch import LayerPools
-from engine.layers.linear import linear
-from engine.layers.norm import Norm
+from engine.layers.linear import Norm, linear
 from engine.layers.rotary import deinterleave, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -28,16 +27,12 @@ class Ops(Protocol):
         """x [T, K], weight [N, K], bias [N] -> [T, N]: the product of the norm of x, whose rows may lie apart."""
         ...
 
-    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
-        """`gated` of the norm of x [T, H]."""
-        ...
-
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 I] -> [T, I]: silu of the first half times the second."""
         ...
 
-    def gated(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [T, H], weight [2 I, H] -> [T, I]: `silu_mul` of their product."""
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        """x [T, H], weight [2 I, H] -> [T, I]: `silu_mul` of their product, or of that of the norm of x."""
         ...
 
     def norm_rotate(
@@ -80,15 +75,12 @@ class PlainOps:
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(self.norm(x, *norm), weight, bias)
 
-    def norm_gated(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> torch.Tensor:
-        return self.gated(self.norm(x, *norm), weight)
-
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def gated(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self.silu_mul(linear(x, weight))
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        return self.silu_mul(linear(x if norm is None else self.norm(x, *norm), weight))
 
     def norm_rotate(
         self,

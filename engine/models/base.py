@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from engine.attention.base import AttentionBackend, StepAttention
 from engine.batch import ForwardBatch, LayerPools, PoolSpec
-from engine.layers.linear import Linear, Weights, linear, parameter
+from engine.layers.linear import Linear, Norm, Weights, linear, parameter
 from engine.layers.moe import can_group
-from engine.layers.norm import Norm, RMSNorm
+from engine.layers.norm import RMSNorm
 from engine.layers.ops import Ops, ops_for
 from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
@@ -70,8 +70,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> None:
         """Add to hidden [T, H], in place, what attention and then the MLP make of it."""
-        self.attention(hidden, self.input_norm.norm, step, pools)
-        self.mlp(hidden, self.post_norm.norm, step.ops)
+        self.attention(hidden, self.input_norm.params, step, pools)
+        self.mlp(hidden, self.post_norm.params, step.ops)
 
     def weights(self, prefix: str) -> Weights:
         return {
@@ -128,7 +128,7 @@ class DecoderModel(nn.Module):
         step = Step(self.backend.prepare(batch), cos, sin, batch.slots, self.ops)
         for layer, pools in zip(self.layers, batch.kv, strict=True):
             layer(hidden, step, pools)
-        return self.ops.norm(hidden, *self.norm.norm)
+        return self.ops.norm(hidden, *self.norm.params)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [N, H] -> [N, V], in `out` where given"""

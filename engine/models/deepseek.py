@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from engine.batch import LayerPools, PoolSpec
-from engine.layers.linear import Linear, Weights, parameter
+from engine.layers.linear import Linear, Norm, Weights, parameter
 from engine.layers.mlp import GatedMlp
 from engine.layers.moe import MoeMlp
-from engine.layers.norm import Norm, RMSNorm
+from engine.layers.norm import RMSNorm
 from engine.models.base import Attention, DecoderModel, Mlp, Step
 from engine.models.spec import MlaSpec, ModelSpec
 
@@ -43,12 +43,12 @@ class MlaAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None:
         m, ops, pool, angles = self.mla, step.ops, pools["latent"], (step.cos, step.sin)
-        projected = ops.norm_linear(hidden, norm, self.in_proj.weight, None)
+        projected = self.in_proj.of_norm(hidden, norm, ops)
         q, kv = torch.split(projected, [self.in_size, self.record], -1)  # kv [T, rank + rope]
         if self.q_norm is not None and self.q_b_proj is not None:
-            q = ops.norm_linear(q, self.q_norm.norm, self.q_b_proj.weight, None)
+            q = self.q_b_proj.of_norm(q, self.q_norm.params, ops)
         q = q.view(hidden.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
-        q, latent = ops.latent_prepare(q, kv, self.kv_norm.norm, angles, step.slots, pool, interleaved=self.interleaved)
+        q, latent = ops.latent_prepare(q, kv, self.kv_norm.params, angles, step.slots, pool, interleaved=self.interleaved)
         out = step.attention.attend_latent(q, latent, self.kv_b, pools, scale=m.softmax_scale)
         self.o_proj.add_to(hidden, out.flatten(1))
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from engine.batch import LayerPools, PoolSpec
-from engine.layers.linear import Linear, Weights
+from engine.layers.linear import Linear, Norm, Weights
 from engine.layers.mlp import GatedMlp
-from engine.layers.norm import Norm, RMSNorm
+from engine.layers.norm import RMSNorm
 from engine.models.base import Attention, DecoderModel, Mlp, Step
 from engine.models.spec import ModelSpec
 
@@ -32,7 +32,7 @@ class GqaAttention(nn.Module):
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
 
     def forward(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None:
-        qkv = step.ops.norm_linear(hidden, norm, self.qkv_proj.weight, self.qkv_proj.bias)
+        qkv = self.qkv_proj.of_norm(hidden, norm, step.ops)
         heads = qkv.view(hidden.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
         angles = (step.cos, step.sin) if self.rotary else None
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)

@@ -22,7 +22,7 @@ class DrawRows:
             num, dtype=torch.int64, device=device
         )  # where the kernel's copy of the tokens is not wanted
         # Not at the top: what is imported there runs without Triton too.
-        self._likeliest = importlib.import_module("engine.kernels.sample").choose_likeliest
+        self._choose_likeliest = importlib.import_module("engine.kernels.sample").choose_likeliest
         kernels = importlib.import_module("engine.kernels.draw")
         self._draw, self._params = kernels.draw, kernels.DrawParams(*self._columns)
 
@@ -33,8 +33,15 @@ class DrawRows:
 
     def choose(self, logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """The token of each of `rows` [B] int32 from logits [B, V] and uniform [B] float64: [B], written to `latest` too."""
-        tokens: torch.Tensor = self._likeliest(logits, rows, latest)
+        tokens: torch.Tensor = self._choose_likeliest(logits, rows, latest)
         self._draw(logits, rows, latest, tokens, uniform, self._params)
+        return tokens
+
+    def likeliest(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Of each of `rows` [B] int32 from logits [B, V]: [B], the first of equals. As the others it waits for nothing, where
+        torch's argmax waits for the device when it is first called and its kernel loaded.
+        """
+        tokens: torch.Tensor = self._choose_likeliest(logits, rows, self._no_latest)
         return tokens
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

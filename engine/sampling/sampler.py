@@ -124,10 +124,11 @@ class Sampler:
 
     def _choose(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any], ends: Ints) -> torch.Tensor:
         drawn = np.flatnonzero(records["temperature"] > 0.0)
-        # Penalties and the like make float32 logits, for which a kernel of ours would have to be compiled. But torch's is loaded
-        # when first called, which waits for the device.
-        if not drawn.size and (self._on_device is None or logits.dtype == torch.float32):
-            return logits.argmax(-1)
+        if not drawn.size:
+            # What has been penalised is float32, for which a kernel of ours would be compiled now. That of a model's own type is.
+            if self._on_device is None or logits.dtype == torch.float32:
+                return logits.argmax(-1)
+            return self._on_device.likeliest(logits, *self._upload([rows.astype(np.int32)]))
         if self._on_device is not None:
             return self._on_device.draw(logits, *self._upload([rows.astype(np.int32), self.uniforms(rows, ends)]))
         some, r = logits.float(), records[drawn]

@@ -24,12 +24,12 @@ class Decodes(NamedTuple):
     logits: torch.Tensor  # [compared, V] float32: what the last outputs were drawn from
 
 
-def decode(folder: Path, vocab_size: int, lengths: Lengths, **options: Any) -> Decodes:
+def decode(folder: Path, vocab_size: int, lengths: Lengths) -> Decodes:
     """Answer a random prompt with tokens drawn by the checkpoint in `folder`, in bfloat16 on the GPU."""
     prompt = torch.randint(3, vocab_size, (lengths.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     logits: list[torch.Tensor] = []
-    scheduler = {"max_num_seqs": 4}
-    with LLM(folder, device="cuda", dtype="bfloat16", cache={"num_blocks": 64}, scheduler=scheduler, **options) as llm:
+    options: dict[str, Any] = {"max_model_len": 4096, "cache": {"num_blocks": 64}, "scheduler": {"max_num_seqs": 4}}
+    with LLM(folder, device="cuda", dtype="bfloat16", **options) as llm:
         graphs = llm._core._runner._graphs
         run = graphs.run
 
@@ -42,11 +42,12 @@ def decode(folder: Path, vocab_size: int, lengths: Lengths, **options: Any) -> D
         graphs.run = recorded
         params = SamplingParams(max_tokens=lengths.outputs, temperature=1.0, seed=5, ignore_eos=True)
         (completion,) = llm.generate([prompt], params)
+    assert len(logits) >= lengths.compared, "not every one of the last decodes ran in a graph"
     return Decodes(prompt + completion.token_ids, torch.cat(logits)[-lengths.compared :].float())
 
 
 def check(decodes: Decodes, model: PreTrainedModel, *, experts: bool, most: float = 0.9) -> None:
-    """Fail where the logits are not those of `model`: all together, and those of `most` of the tokens each for itself."""
+    """Fail where the logits are not those of `model`: of `most` of the tokens each for itself and, without experts, of all."""
     ours = decodes.logits
     with torch.inference_mode():
         wanted = model(torch.tensor([decodes.tokens[:-1]], device=ours.device)).logits[0, -ours.shape[0] :].float()

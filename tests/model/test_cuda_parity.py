@@ -34,5 +34,5 @@ def test_logits_after_2000_decodes_are_those_of_transformers(name, tmp_path):
     reference.make(name, tmp_path, initializer_range=0.02, **CASES[name])
     # Read back, not converted: the frequencies of the rotary embedding stay float32 that way.
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).to("cuda")
-    decodes = decode(tmp_path, reference.VOCAB, LENGTHS, max_model_len=4096)
+    decodes = decode(tmp_path, reference.VOCAB, LENGTHS)
     check(decodes, model, experts="num_experts_per_tok" in json.loads((tmp_path / "config.json").read_text()))

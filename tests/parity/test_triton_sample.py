@@ -145,3 +145,15 @@ def test_a_sampler_with_its_rows_on_the_device_chooses_as_one_without():
             on_device = torch.from_numpy(which).to(DEVICE)
             found = [s.sample(logits[on_device], rows[which], ends[which]).tokens.tolist() for s in (fast, plain)]
             assert found[0] == found[1]
+
+
+def test_greedy_rows_of_half_precision_are_chosen_on_the_device(monkeypatch):
+    upload = Uploader(DEVICE)
+    sampler = Sampler(max_rows=3, vocab_size=150, eos_token_ids=[1], device=DEVICE, upload=upload)
+    sampler._on_device = DrawRows(3, DEVICE, upload)
+    params = SamplingParams(temperature=0.0)
+    sampler.admit([AdmittedRow(row=row, tokens=[3], num_prompt=1, blocks=[], seed=0, params=params) for row in (0, 2)])
+    logits = torch.randn(2, 150, generator=torch.Generator().manual_seed(0)).to(DEVICE).half()
+    expected = logits.argmax(-1).tolist()
+    monkeypatch.setattr(torch.Tensor, "argmax", None, raising=False)
+    assert sampler.sample(logits, np.array([2, 0]), np.array([1, 1])).tokens.tolist() == expected

@@ -9,8 +9,9 @@ import torch
 
 from engine.kernels import latent as kernels
 from engine.kernels import mla_prefill
-from engine.kernels.cases.base import BLOCK, Launch, block_tables, processors, random
-from engine.kernels.mla_decode import decode_splits, mla_decode
+from engine.kernels.cases.base import BLOCK, Launch, block_tables, random
+from engine.kernels.hardware import processors
+from engine.kernels.mla_decode import decode_splits, mla_decode, mla_parts
 from engine.kernels.mla_mixed import mla_mixed
 from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.paged_decode import choose_splits, paged_decode
@@ -99,6 +100,23 @@ def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) 
 
     num_bytes = mixed.nbytes + out.nbytes + kv_b.nbytes // 2
     return Launch(run, num_bytes, 2 * rows * heads * nope * latent)
+
+
+def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
+    """One sequence, from absorb to expand."""
+    q, kv_b = random(device, 1, heads, nope + rope), random(device, heads, 2 * nope, latent)
+    tables, lens, out = block_tables(device, 1, context), _lens(device, context), random(device, 1, heads, nope)
+    cache = random(device, tables.numel(), BLOCK, latent + rope)
+    splits = decode_splits(1, heads, processors(device))
+
+    def run() -> torch.Tensor:
+        q_latent = kernels.absorb_few(q, kv_b, nope)
+        parts, lse = mla_parts(q_latent, q[..., nope:], cache, tables, lens, 0.1, splits)
+        kernels.merge_expand(parts, lse, kv_b, nope, out)
+        return out
+
+    num_bytes = q.nbytes + kv_b.nbytes + context * (latent + rope) * cache.itemsize + out.nbytes
+    return Launch(run, num_bytes, 2 * heads * (2 * nope * latent + context * (2 * latent + rope)))
 
 
 def build_keys(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:

@@ -27,7 +27,3 @@ def block_tables(device: torch.device, seqs: int, context: int) -> torch.Tensor:
     """[seqs, blocks] int32, of sequences whose blocks lie scattered."""
     width = -(-context // BLOCK)
     return torch.randperm(seqs * width, device=device).to(torch.int32).view(seqs, width)
-
-
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
