@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.latent import absorb, absorb_few, build_keys, expand, merge_expand
-from engine.kernels.mla_decode import decode_splits, is_alone, mla_decode, mla_parts
+from engine.kernels.mla_decode import decode_splits, is_alone, merge, mla_decode
 from engine.kernels.mla_mixed import mla_mixed
 from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.mla_prefill import choose_tile, mla_prefill
@@ -110,14 +110,13 @@ class TritonStepAttention:
     ) -> None:
         batch, (decodes, heads) = self._batch, q.shape[:2]
         splits = decode_splits(decodes, heads, self._num_processors)
-        if splits > 1 and is_alone(decodes, heads):
-            q_latent = absorb_few(q, kv_b, nope)
-            parts, lse = mla_parts(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)
-            merge_expand(parts, lse, kv_b, nope, out)
+        alone = splits > 1 and is_alone(decodes, heads)
+        q_latent = absorb_few(q, kv_b, nope) if alone else absorb(q, kv_b, nope)
+        parts = mla_decode(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)
+        if alone:
+            merge_expand(*parts, kv_b, nope, out)
         else:
-            q_latent = absorb(q, kv_b, nope)
-            mixed = mla_decode(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)
-            expand(mixed, kv_b, nope, out)
+            expand(merge(parts, q.dtype), kv_b, nope, out)
 
     def _latent_tiles(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For `mla_mixed`: made once a step, for all layers."""

@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.hardware import processors
-from engine.kernels.launch import pdl
-from engine.kernels.paged_decode import arrivals
+from engine.kernels.launch import arrivals, pdl
 
 DRAW_TILE = 4096  # logits that a program looks at at a time
 GROUP = 128  # tokens, in a tile, of which `_survey` notes the largest
@@ -141,6 +140,25 @@ def _is_last(arrived_ptr, programs):
 
 
 @triton.jit
+def _between_marks(
+    sums_ptr, above_ptr, marks_ptr, top_p, lowest, above_highest,
+    TILES: tl.constexpr, PADDED: tl.constexpr, MARKS: tl.constexpr,
+):  # fmt: skip
+    """The keys between which top_p's threshold lies, and what all tokens weigh."""
+    tiles, i = tl.arange(0, PADDED), tl.arange(0, MARKS)
+    inside = tiles < TILES
+    total = tl.sum(tl.load(sums_ptr + tiles, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+    at_above = above_ptr + i[:, None] * TILES + tiles[None, :]
+    above = tl.load(at_above, mask=inside[None, :], other=0.0, cache_modifier=".cg")
+    above = tl.sum(above.to(tl.float64), 1)
+    marks = tl.load(marks_ptr + i, cache_modifier=".cg")
+    # What tiles have above a mark is summed in float32, so a mark near the threshold is on neither side for certain.
+    low = tl.max(tl.where(above >= top_p * total * 1.00001, marks, lowest), 0)
+    high = tl.min(tl.where(above < top_p * total * 0.99999, marks, above_highest), 0)
+    return low, high, total
+
+
+@triton.jit
 def _survey(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, uniform_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     sums_ptr, maxima_ptr, marks_ptr, above_ptr, bracket_ptr, total_ptr, arrived_ptr, vocab,
@@ -200,16 +218,7 @@ def _survey(
             if top_k < vocab:
                 low = _threshold(maxima_ptr, TILES * GROUPS, best, temperature, top_k, low, high, TILE // 2, BITS, True)
             else:
-                tiles, i = tl.arange(0, PADDED), tl.arange(0, MARKS)
-                inside = tiles < TILES
-                total = tl.sum(tl.load(sums_ptr + tiles, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-                at_above = above_ptr + i[:, None] * TILES + tiles[None, :]
-                above = tl.load(at_above, mask=inside[None, :], other=0.0, cache_modifier=".cg")
-                above = tl.sum(above.to(tl.float64), 1)
-                marks = tl.load(marks_ptr + i, cache_modifier=".cg")
-                # What tiles have above a mark is summed in float32, so a mark near the threshold is on neither side for certain.
-                low = tl.max(tl.where(above >= top_p * total * 1.00001, marks, lowest), 0)
-                high = tl.min(tl.where(above < top_p * total * 0.99999, marks, highest + 1), 0)
+                low, high, total = _between_marks(sums_ptr, above_ptr, marks_ptr, top_p, low, high, TILES, PADDED, MARKS)
                 tl.store(total_ptr + seq, total)
             tl.store(bracket_ptr + seq * 2, low)
             tl.store(bracket_ptr + seq * 2 + 1, high)

@@ -7,13 +7,36 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from engine.kernels import latent
 from engine.kernels import linear as product
 from engine.kernels.latent import latent_prepare as latent_prepare  # this module is an Ops, whole
-from engine.kernels.latent import norm as norm
 from engine.kernels.launch import pdl
 
 HEADS_A_PROGRAM = 8  # of `norm_rotate`: they share a load of the angles
+
+
+@triton.jit
+def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, PADDED)
+    inside = col < SIZE
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + row * stride + col, mask=inside, other=0.0).to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
+    tl.store(out_ptr + row * SIZE + col, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `Ops.norm`; the numbers of a row lie side by side, rows may be apart."""
+    rows, size = x.shape
+    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
+    padded = triton.next_power_of_2(size)
+    _norm[(rows,)](
+        x, weight, out, eps, x.stride(0), SIZE=size, PADDED=padded, num_warps=min(8, max(1, padded // 256)), **pdl(x.device)
+    )
+    return out
 
 
 @triton.jit
@@ -39,12 +62,17 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _norm_of(x: torch.Tensor, params: product.Norm) -> torch.Tensor:
+    """`norm`, for where an argument has its name."""
+    return norm(x, *params)
+
+
 def gated(x: torch.Tensor, weight: torch.Tensor, norm: product.Norm | None = None) -> torch.Tensor:
     """See `Ops.gated`: one kernel for few rows, torch's product and `silu_mul` for more."""
     if norm is not None and product.can_norm(x, weight):
         return product.gated(x, weight, norm=norm)
     if norm is not None:
-        x = latent.norm(x, *norm)
+        x = _norm_of(x, norm)
     return product.gated(x, weight) if product.fits(x, weight) else silu_mul(F.linear(x, weight))
 
 
@@ -52,7 +80,7 @@ def norm_linear(x: torch.Tensor, norm: product.Norm, weight: torch.Tensor, bias:
     """See `Ops.norm_linear`: one kernel for a row and a small weight."""
     if product.can_norm(x, weight):
         return product.linear(x, weight, bias, norm=norm)
-    normed = latent.norm(x, *norm)
+    normed = _norm_of(x, norm)
     return product.linear(normed, weight, bias) if product.fits(normed, weight) else F.linear(normed, weight, bias)
 
 

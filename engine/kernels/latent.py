@@ -108,31 +108,6 @@ def latent_prepare(
     return q, kv
 
 
-@triton.jit
-def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, PADDED)
-    inside = col < SIZE
-    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + row * stride + col, mask=inside, other=0.0).to(tl.float32)
-    out = x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * weight
-    tl.store(out_ptr + row * SIZE + col, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `Ops.norm`; the numbers of a row lie side by side, rows may be apart."""
-    rows, size = x.shape
-    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    padded = triton.next_power_of_2(size)
-    _norm[(rows,)](
-        x, weight, out, eps, x.stride(0), SIZE=size, PADDED=padded, num_warps=min(8, max(1, padded // 256)), **pdl(x.device)
-    )
-    return out
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def _absorb(
     q_ptr, w_ptr, out_ptr, num_tokens, q_stride,
@@ -156,19 +131,19 @@ def _absorb(
     tl.store(out_ptr + at[:, None] + col[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
-def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int, *, columns: int = COLUMNS, num_warps: int = 4) -> torch.Tensor:
+def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
     """q [D, heads, nope + rope], a token's heads side by side, and kv_b [heads, nope + v_dim, rank] -> [D, heads, rank].
 
     q_nope of each head, to meet latents as they are: see `torch_ref.absorb`. rank is a power of two.
     """
     num, heads, head = q.shape
     _, expanded, rank = kv_b.shape
-    columns, tokens = min(columns, rank), _token_tile(num)
+    columns, tokens = min(COLUMNS, rank), _token_tile(num)
     out = torch.empty(num, heads, rank, dtype=q.dtype, device=q.device)
     _absorb[(rank // columns, heads, triton.cdiv(num, tokens))](
         q, kv_b, out, num, q.stride(0),
         HEADS=heads, HEAD=head, NOPE=nope, PADDED=max(MIN_DOT_ROWS, triton.next_power_of_2(nope)), EXPANDED=expanded,
-        RANK=rank, COLS=columns, TOKENS=tokens, PRECISION=precision(q.dtype), num_warps=num_warps, **pdl(q.device),
+        RANK=rank, COLS=columns, TOKENS=tokens, PRECISION=precision(q.dtype), num_warps=4, **pdl(q.device),
     )  # fmt: skip
     return out
 
@@ -234,7 +209,7 @@ def _merge_expand(
 
 
 def merge_expand(parts: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor) -> None:
-    """What `mla_decode.mla_parts` returns, merged, times the value expansion: into `out` [D, heads, v_dim], contiguous. Every
+    """What `mla_decode` returns, merged, times the value expansion: into `out` [D, heads, v_dim], contiguous. Every
     program merges for itself.
     """
     num, heads, splits, rank = parts.shape

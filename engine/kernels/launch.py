@@ -15,6 +15,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
+MAX_GROUPS = 1 << 16  # of programs that wait for each other's parts, in one launch
 _HOPPER = 9  # compute capability; PDL begins there
 
 
@@ -31,3 +32,11 @@ def pdl(device: torch.device) -> PdlOptions:
 @cache
 def _has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _HOPPER
+
+
+@cache
+def arrivals(device: torch.device) -> torch.Tensor:
+    """Counters [MAX_GROUPS] int32: how many of a group's programs are done with their parts, so that the last goes on for all.
+    Every launch leaves them at 0, and launches follow one another, so all kernels share them.
+    """
+    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)

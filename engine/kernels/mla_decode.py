@@ -87,6 +87,13 @@ def _split(
             tl.store(out_ptr + at_out[:, None] * LATENT + dim[None, :], acc / total[:, None], mask=live[:, None])
 
 
+class Parts(NamedTuple):
+    """What a decode makes of each split of a sequence."""
+
+    latents: torch.Tensor  # [B, heads, splits, latent]: averaged; float32, or the queries' type where there is one split
+    lse: torch.Tensor  # [B, heads, splits] float32, base 2; minus infinity: that split's latents were not written. One: not set
+
+
 def mla_decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
@@ -95,67 +102,38 @@ def mla_decode(
     kv_lens: torch.Tensor,
     scale: float,
     num_splits: int,
-    tile: Tile | None = None,
-) -> torch.Tensor:
+) -> Parts:
     """q_latent [B, heads, latent], contiguous, and q_rope [B, heads, rope] over cache [num_blocks, block_size, latent + rope].
 
-    Returns the averaged latents [B, heads, latent]. block_tables [B, max_blocks] int32 and kv_lens [B] int32, each at least 1.
-    latent, rope, block_size and num_splits are powers of two.
+    Returns the averaged latents of each split, for `merge` or `latent.merge_expand`. block_tables [B, max_blocks] int32 and
+    kv_lens [B] int32, each at least 1. latent, rope, block_size and num_splits are powers of two.
     """
-    out = torch.empty_like(q_latent)
-    if num_splits > 1:
-        parts, lse = mla_parts(q_latent, q_rope, cache, block_tables, kv_lens, scale, num_splits, tile)
-        num_seqs, heads, latent = q_latent.shape
-        _merge[(num_seqs * heads,)](
-            parts, lse, out, LATENT=latent, SPLITS=num_splits, num_warps=8 if num_splits > 8 else 4, **pdl(out.device)
-        )
-    else:
-        _launch(q_latent, q_rope, cache, block_tables, kv_lens, scale, 1, tile, out, out)  # nobody looks at the last
-    return out
-
-
-def mla_parts(
-    q_latent: torch.Tensor,
-    q_rope: torch.Tensor,
-    cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
-    scale: float,
-    num_splits: int,
-    tile: Tile | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `mla_decode` of two splits or more, but not merged: the splits' averaged latents [B, heads, num_splits, latent] and
-    their log-sum-exps [B, heads, num_splits] of base 2, in float32. Of a log-sum-exp of minus infinity no part was written.
-    """
-    num_seqs, heads, latent = q_latent.shape
-    parts = torch.empty(num_seqs, heads, num_splits, latent, dtype=torch.float32, device=q_latent.device)
-    lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q_latent.device)
-    _launch(q_latent, q_rope, cache, block_tables, kv_lens, scale, num_splits, tile, parts, lse)
-    return parts, lse
-
-
-def _launch(
-    q_latent: torch.Tensor,
-    q_rope: torch.Tensor,
-    cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
-    scale: float,
-    num_splits: int,
-    tile: Tile | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    num_seqs, heads, latent = q_latent.shape
+    (num_seqs, heads, latent), device = q_latent.shape, q_latent.device
     block_size = cache.shape[1]
-    tile = tile or decode_tile(num_seqs, heads, q_latent.dtype)
+    tile = decode_tile(num_seqs, heads, q_latent.dtype)
+    dtype = q_latent.dtype if num_splits == 1 else torch.float32
+    parts = Parts(
+        torch.empty(num_seqs, heads, num_splits, latent, dtype=dtype, device=device),
+        torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=device),
+    )
     _split[(num_seqs, triton.cdiv(heads, tile.rows), num_splits)](
-        q_latent, q_rope, cache, block_tables, kv_lens, out, lse,
+        q_latent, q_rope, cache, block_tables, kv_lens, *parts,
         scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, ROWS=tile.rows, LATENT=latent, ROPE=q_rope.shape[2],
         BLOCK=block_size, TILE=min(tile.tokens, block_size), SPLITS=num_splits,
-        PRECISION=precision(q_latent.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(q_latent.device),
+        PRECISION=precision(q_latent.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(device),
     )  # fmt: skip
+    return parts
+
+
+def merge(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    """The averaged latents [B, heads, latent] in the queries' `dtype`."""
+    num_seqs, heads, splits, latent = parts.latents.shape
+    if splits == 1:
+        return parts.latents.squeeze(2)
+    out = torch.empty(num_seqs, heads, latent, dtype=dtype, device=parts.lse.device)
+    _merge[(num_seqs * heads,)](*parts, out, LATENT=latent, SPLITS=splits, num_warps=8 if splits > 8 else 4, **pdl(out.device))
+    return out
 
 
 @triton.jit

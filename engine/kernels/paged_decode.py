@@ -8,19 +8,16 @@ never on lengths, so a captured graph stays right as sequences grow.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import arrivals, pdl
 from engine.kernels.softmax import add_pass
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MANY_PROGRAMS = 512  # see `_stages`
-MAX_GROUPS = 1 << 16  # (sequence, K/V head) pairs of one launch
 
 
 @triton.jit
@@ -111,14 +108,6 @@ def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
     return min(32, splits)
 
 
-@cache
-def arrivals(device: torch.device) -> torch.Tensor:
-    """Counters [MAX_GROUPS] int32 of the programs that are done with a part. Every launch leaves them at 0, and launches follow
-    one another, so all share them.
-    """
-    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
-
-
 def paged_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -134,7 +123,7 @@ def paged_decode(
 
     Returns [B, heads, head_dim], in `out` where that is given. k_cache and v_cache are [num_blocks, block_size, kv_heads,
     head_dim], block_tables [B, max_blocks] int32, kv_lens [B] int32 (each at least 1). head_dim, block_size (at least 16)
-    and num_splits must be powers of two; what is split has at most MAX_GROUPS pairs of sequence and K/V head.
+    and num_splits must be powers of two; what is split has at most `launch.MAX_GROUPS` pairs of sequence and K/V head.
 
     With `query_starts` [B + 1] int32, q and `out` are [T, heads, head_dim], and only the sequences of one token are served.
     """

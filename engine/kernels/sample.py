@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
-from engine.kernels.paged_decode import arrivals
+from engine.kernels.launch import arrivals, pdl
 
 VOCAB_TILE = 4096  # logits that one program looks at
 

@@ -86,7 +86,7 @@ for heads, kv_heads, head, dtype in (
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 1)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 4)
     paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 8)
-for name in ("_silu_mul", "_norm_rotate", "_angles"):
+for name in ("_norm", "_silu_mul", "_norm_rotate", "_angles"):
     setattr(elementwise, name, Recorder(getattr(elementwise, name)))
 hidden, weight = torch.zeros(2, 2048, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16)
 elementwise.silu_mul(hidden)
@@ -97,7 +97,7 @@ elementwise.angles(slots, torch.zeros(64), 1.0)
 for module, names in (
     (mla_prefill, ("_prefill",)),
     (mla_mixed, ("_attend",)),
-    (latent, ("_prepare", "_norm", "_absorb", "_absorb_few", "_merge_expand", "_build_keys")),
+    (latent, ("_prepare", "_absorb", "_absorb_few", "_merge_expand", "_build_keys")),
 ):
     for name in names:
         setattr(module, name, Recorder(getattr(module, name)))
@@ -108,11 +108,10 @@ for heads, num in ((16, 1), (16, 256), (128, 64)):
     latent.latent_prepare(q, kv, (kv_b[0, 0], 1e-6), (angle, angle), slots, pool, interleaved=True)
     q_latent = latent.absorb(q, kv_b, 128)
     for splits in (1, 4):
-        mla_decode.mla_decode(q_latent, q[..., 128:], pool, tables, lens, 0.1, splits)
+        mla_decode.merge(mla_decode.mla_decode(q_latent, q[..., 128:], pool, tables, lens, 0.1, splits), q.dtype)
     if num == 1:
         latent.absorb_few(q, kv_b, 128)
-        parts, lse = mla_decode.mla_parts(q_latent, q[..., 128:], pool, tables, lens, 0.1, 64)
-        latent.merge_expand(parts, lse, kv_b, 128, out)
+        latent.merge_expand(*mla_decode.mla_decode(q_latent, q[..., 128:], pool, tables, lens, 0.1, 64), kv_b, 128, out)
     mla_mixed.mla_mixed(q_latent, q[..., 128:], pool, tables, lens, starts, (lens, lens), 0.1)
     expanded = torch.zeros(num, heads, 256, dtype=torch.bfloat16)
     latent.build_keys(expanded, kv, 128, 512)
@@ -120,7 +119,7 @@ for heads, num in ((16, 1), (16, 256), (128, 64)):
     mla_prefill.mla_prefill(out, q, expanded, kv[:, 512:], starts, lens, tiles, 0.1, tile)
 q, rope, pool = torch.zeros(64, 128, 512), torch.zeros(64, 128, 64), torch.zeros(8, 64, 576)
 mla_decode.mla_decode(q, rope, pool, tables, lens, 0.1, 1)  # in float32 a tile has to be smaller
-latent.norm(torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(1536, dtype=torch.bfloat16), 1e-6)
+elementwise.norm(torch.zeros(2, 1536, dtype=torch.bfloat16), torch.zeros(1536, dtype=torch.bfloat16), 1e-6)
 for name in ("_gemv", "_skinny"):
     setattr(linear, name, Recorder(getattr(linear, name)))
 for rows, outputs, size in (

@@ -11,7 +11,7 @@ from engine.kernels import latent as kernels
 from engine.kernels import mla_prefill
 from engine.kernels.cases.base import BLOCK, Launch, block_tables, random
 from engine.kernels.hardware import processors
-from engine.kernels.mla_decode import decode_splits, mla_decode, mla_parts
+from engine.kernels.mla_decode import decode_splits, merge, mla_decode
 from engine.kernels.mla_mixed import mla_mixed
 from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.paged_decode import choose_splits, paged_decode
@@ -111,8 +111,7 @@ def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope
 
     def run() -> torch.Tensor:
         q_latent = kernels.absorb_few(q, kv_b, nope)
-        parts, lse = mla_parts(q_latent, q[..., nope:], cache, tables, lens, 0.1, splits)
-        kernels.merge_expand(parts, lse, kv_b, nope, out)
+        kernels.merge_expand(*mla_decode(q_latent, q[..., nope:], cache, tables, lens, 0.1, splits), kv_b, nope, out)
         return out
 
     num_bytes = q.nbytes + kv_b.nbytes + context * (latent + rope) * cache.itemsize + out.nbytes
@@ -132,7 +131,7 @@ def latent_decode(device: torch.device, seqs: int, context: int, heads: int, lat
     splits = decode_splits(seqs, heads, processors(device))
     num_bytes = 2 * q_latent.nbytes + q_rope.nbytes + seqs * context * (latent + rope) * cache.itemsize
     return Launch(
-        lambda: mla_decode(q_latent, q_rope, cache, tables, lens, 0.1, splits),
+        lambda: merge(mla_decode(q_latent, q_rope, cache, tables, lens, 0.1, splits), q_latent.dtype),
         num_bytes,
         2 * seqs * context * heads * (2 * latent + rope),
     )
