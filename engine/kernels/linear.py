@@ -6,9 +6,9 @@ Such a product is as fast as its weights arrive, so both kernels are about bytes
     1, 2        `_gemv`    plain arithmetic: a program takes a few rows of W, whole, for all rows of x
     3 .. 128    `_skinny`  tensor cores, W as the left operand; where N gives too few programs, they share out K as well
 
-Above 64 rows only the largest W are for `_skinny`: see `is_ours`. More rows, and other types, are torch's. The weights' first
-bytes are asked for before the kernel before has ended (see `launch`). Which kernel and which tiles depend on a bucket of
-row counts, so within a bucket a row's result does not depend on how many rows there are.
+Above 64 rows only the largest W are for `_skinny`. More rows, and other types, are torch's. The weights' first bytes are asked
+for before the kernel before has ended (see `launch`). Which kernel and which tiles, `linear_tiles.py` says by a bucket of row
+counts, so within a bucket a row's result does not depend on how many rows there are.
 
 A product may add to the residual stream in place of writing. That of one row may also norm it: the norm's weight is multiplied
 into x, and its root, which takes all of x, into the result.
@@ -27,19 +27,13 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import pdl
+from engine.kernels.linear_tiles import GEMV_ROWS, MAX_ROWS, MOST_NORMED, WARP, Gemv, Skinny, bucket, choose, is_ours
 
-GEMV_ROWS = 2  # with more, tensor cores win
-BUCKETS = (1, GEMV_ROWS, 16, 32, 64, 128)
-MAX_ROWS = BUCKETS[-1]
-MOST_NORMED = 16 << 20  # numbers of W, below which the product of one row norms it
-WIDE_NUMBERS = 100 << 20  # of W, from which it is ours with more than 64 rows
 K_MULTIPLE = 16  # numbers: every row of W then begins on a 32-byte boundary, and loads are wide
 
 _COUNTERS = 4096  # output tiles that a split product may have
-_WARP = 256  # numbers that one 16-byte load of a warp's 32 threads brings
-_WAVE = 132  # multiprocessors of a Hopper GPU
+_LINES = 8  # of 128 bytes that a program of `_skinny` asks for in each of its rows before it waits
 _WORKSPACE = 1 << 22  # float32 numbers, 16 MiB
-
 
 Norm = tuple[torch.Tensor, float]
 """As in `layers/linear.py`, which is above this on the ladder of imports: weight [K] and eps of a root-mean-square norm."""
@@ -51,21 +45,6 @@ class Extras(NamedTuple):
     gated: bool = False  # W's rows are gate's, then up's, and silu(gate) * up comes out
     norm: Norm | None = None  # x is normed first
     add: bool = False  # the product is added to what `out` holds
-
-
-class Gemv(NamedTuple):
-    rows: int  # of W per program
-    columns: int  # numbers of a row that the warps load at once: 256 for each warp that shares a row
-    parts: int  # such loads, one behind the other, that are under way together; best 1 where all warps share a row
-    warps: int
-
-
-class Skinny(NamedTuple):
-    rows: int  # of W per program, at least 64 for the wide tensor-core instructions
-    columns: int  # numbers of a row in a stage
-    splits: int  # of K
-    warps: int
-    stages: int  # of loads under way, less one
 
 
 @triton.jit
@@ -299,7 +278,7 @@ def _product(
         flat = flat.contiguous()
     if out is None:
         out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
-    config = _config(flat.shape[0], *weight.shape, gated=extras.gated)
+    config = choose(flat.shape[0], *weight.shape, gated=extras.gated)
     launch(flat, weight, bias, out.view(-1, outputs), config, extras)
     return out
 
@@ -335,7 +314,7 @@ def _launch_gemv(
     _gemv[(triton.cdiv(weight.shape[0], rows),)](
         x, weight, weight if bias is None else bias, norm_weight, out, x.stride(0), out.shape[1], x.shape[1], eps,
         M=x.shape[0], GATED=extras.gated, BIAS=bias is not None, NORM=extras.norm is not None, ADD=extras.add,
-        ROWS=rows, COLUMNS=columns, PARTS=parts, OWN_ROWS=parts > 1 or columns < _WARP * warps,
+        ROWS=rows, COLUMNS=columns, PARTS=parts, OWN_ROWS=parts > 1 or columns < WARP * warps,
         num_warps=warps, **pdl(x.device),
     )  # fmt: skip
 
@@ -344,7 +323,7 @@ def _launch_skinny(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Skinny, extras: Extras
 ) -> None:
     (num_rows, size), (rows, columns, splits, warps, stages) = x.shape, config
-    tiles, block_m = triton.cdiv(weight.shape[0], rows), _bucket(max(num_rows, GEMV_ROWS + 1))  # tensor cores: from 16
+    tiles, block_m = triton.cdiv(weight.shape[0], rows), bucket(max(num_rows, GEMV_ROWS + 1))  # tensor cores: from 16
     if splits > 1 and (tiles > _COUNTERS or tiles * splits * rows * block_m > _WORKSPACE):
         raise ValueError(f"{config} for {tuple(weight.shape)}: the partial sums exceed the workspace")
     partial, arrived = _workspace(x.device) if splits > 1 else (out, out)
@@ -363,57 +342,3 @@ def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         raise RuntimeError("the first product with a split K was captured in a graph: run the step once before its capture")
     partial = torch.empty(_WORKSPACE, dtype=torch.float32, device=device)
     return partial, torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-
-
-# Choice of kernel and tiles
-
-_LINES = 8  # of 128 bytes that a program of `_skinny` asks for in each of its rows before it waits
-
-
-def _bucket(num_rows: int) -> int:
-    return next(bucket for bucket in BUCKETS if num_rows <= bucket)
-
-
-def is_ours(m: int, n: int, k: int) -> bool:
-    """Whether m rows of x, at most MAX_ROWS, and W [n, k] are for these kernels rather than for cuBLAS. Above 64 rows cuBLAS is
-    the faster for all but the largest W (of Llama 8B, gate and up in one).
-    """
-    return m <= 64 or n * k >= WIDE_NUMBERS
-
-
-@cache
-def _config(m: int, n: int, k: int, *, gated: bool) -> Gemv | Skinny:
-    """Kernel and tiles for m rows of x and W [n, k]; m counts by its bucket alone. From `loadtest/results/kernels.jsonl`: for
-    the shapes of Qwen3 0.6B, Llama 8B and DeepSeek-V2-Lite mostly within 6% of the best of 15 to 20, and 14% at worst.
-    """
-    bucket = _bucket(m)
-    return _gemv_rule(n, k) if bucket <= GEMV_ROWS else _skinny_rule(bucket, n, k)
-
-
-def _gemv_rule(n: int, k: int) -> Gemv:
-    """All warps of a program share each row of W."""
-    if k <= 4 * _WARP and n >= 64 * _WAVE:
-        return Gemv(rows=4, columns=_WARP, parts=2, warps=4)
-    if k >= 32 * _WARP or n <= 16 * _WAVE:  # long rows, or few: more bytes under way in each program
-        return Gemv(rows=8 if k <= 8 * _WARP else 4, columns=8 * _WARP, parts=1, warps=8)
-    return Gemv(rows=4, columns=4 * _WARP, parts=1, warps=4)
-
-
-def _skinny_rule(bucket: int, n: int, k: int) -> Skinny:
-    if bucket > 64:
-        return Skinny(256, 64, 1, 8, 4)  # each program reads all of x, from the L2: the more rows of W it has, the less often
-    tiles = triton.cdiv(n, 64)
-    splits = _splits(tiles, k)
-    if bucket < 64:
-        return Skinny(64, 128, splits, 4, 4 if tiles >= 2 * _WAVE else 6)
-    if splits > 1:
-        return Skinny(64, 128, splits, 4, 4)
-    return Skinny(128, 64, 1, 8, 6) if n >= 128 * _WAVE else Skinny(64, 64, 1, 4, 8)
-
-
-def _splits(tiles: int, k: int) -> int:
-    """A program for each multiprocessor, by splitting K where the tiles are fewer and K is long enough to pay for the sum."""
-    splits = 1
-    while splits < 8 and 2 * splits * tiles <= _WAVE and k >= max(2048, 384 * 2 * splits):
-        splits *= 2
-    return splits

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import elementwise, linear
-from engine.kernels.linear import Extras, Gemv, Skinny
+from engine.kernels import elementwise, linear, linear_tiles
+from engine.kernels.linear import Extras
+from engine.kernels.linear_tiles import Gemv, Skinny
 from engine.layers.linear import linear as plain_linear
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import PlainOps
@@ -154,9 +155,9 @@ MODELS = (  # rows of W, K, gated
 @pytest.mark.parametrize(("n", "k", "gated"), MODELS)
 @pytest.mark.parametrize("rows", [3, 17, 33, 65])
 def test_chosen_tiles_keep_within_the_memories(rows, n, k, gated):
-    config = linear._config(rows, n, k, gated=gated)
+    config = linear_tiles.choose(rows, n, k, gated=gated)
     assert isinstance(config, Skinny)
-    block_m = linear._bucket(rows)
+    block_m = linear_tiles.bucket(rows)
     assert 2 * config.stages * config.columns * (config.rows + block_m) <= SHARED_MEMORY
     if config.splits > 1:
         tiles = -(-n // config.rows)
@@ -185,9 +186,9 @@ def test_one_row_is_normed_with_a_small_weight(monkeypatch):
 
 
 def test_what_is_left_to_cublas():
-    assert linear.is_ours(64, 8, 16)
-    assert not linear.is_ours(65, 8, 16)
-    assert linear.is_ours(128, 28672, 4096)
+    assert linear_tiles.is_ours(64, 8, 16)
+    assert not linear_tiles.is_ours(65, 8, 16)
+    assert linear_tiles.is_ours(128, 28672, 4096)
 
 
 @pytest.mark.parametrize("rows", [2, 70])

@@ -188,7 +188,7 @@ async def test_a_fast_engine_leaves_the_loop_to_others(client, engine, monkeypat
         engine.say(Outputs([TokenEvent("r", [token], FinishReason.LENGTH if token == 49 else None)]))
     events = [event.tokens async for event in stream]
     assert [token for tokens in events for token in tokens] == list(range(50))
-    assert len(events) > 10  # one or two of them a turn; all but one or two events, where it gets none
+    assert max(map(len, events)) <= 2  # its turn may come behind the next message, and no later
 
 
 async def test_abort_reaches_the_engine_once(client, engine):
