@@ -41,6 +41,7 @@ class ForwardBatch:
     kv: list[LayerPools]  # one entry a layer
     by_length: bool = False  # of a captured step: lengths change from replay to replay, so only `query_starts` tells decodes
     # (one token each) from chunks; num_decodes is 0 and the host's lists are empty
+    read: Read | None = None  # None: all tokens are
 
     @property
     def num_tokens(self) -> int:
@@ -49,3 +50,30 @@ class ForwardBatch:
     @property
     def num_queries(self) -> int:
         return int(self.kv_lens.shape[0])
+
+    def read_by(self, index: torch.Tensor, kv_lens: torch.Tensor, block_tables: torch.Tensor, lens: list[int]) -> Read:
+        """Of the last tokens of S queries: their `index` in the step, and what those queries have of the rest, [S] each."""
+        num, device = index.shape[0], index.device
+        return Read(
+            index,
+            ForwardBatch(
+                token_ids=self.token_ids.index_select(0, index),
+                positions=self.positions.index_select(0, index),
+                slots=self.slots.index_select(0, index),
+                query_starts=torch.arange(num + 1, dtype=torch.int32, device=device),
+                kv_lens=kv_lens,
+                block_tables=block_tables,
+                num_decodes=num,
+                query_lens_host=[1] * num,
+                kv_lens_host=lens,
+                kv=self.kv,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Tokens of a step whose hidden state somebody reads: of the others the last layer only writes the KV."""
+
+    index: torch.Tensor  # [S] int64, of the step's tokens
+    batch: ForwardBatch  # these alone: each the decode of a token that is in the cache already

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +127,7 @@ class StepGraphs:
     def _capture_mixed(self, key: Key) -> _Captured:
         packed = self._mixed_inputs(key, Slices.of(StepPlan(0, [], [], [], 0, [], [], [], [])), np.zeros(0))
         inputs = torch.from_numpy(packed.values).to(self._device)
+        ones = [1] * key[1]
 
         def run() -> Decoded:
             uniform, tokens, positions, owners, rows, kv_lens, starts = packed.parts(inputs)
@@ -141,8 +143,8 @@ class StepGraphs:
                 kv=self._kv,
                 by_length=True,
             )
-            last = starts[1:].long() - 1
-            return self._choose(self._backend.forward(batch).index_select(0, last), rows, uniform)
+            read = batch.read_by(starts[1:].long() - 1, gathered.kv_lens, gathered.block_tables, ones)
+            return self._choose(self._backend.forward(replace(batch, read=read)), rows, uniform)
 
         return self._capture(inputs, run)
 

@@ -9,6 +9,7 @@ Everything a step needs on the device goes there in one copy. Nothing here waits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +84,7 @@ class RowState(NamedTuple):
 class StepInputs(NamedTuple):
     batch: ForwardBatch
     sampled_rows: torch.Tensor  # [S] int64
-    last_index: torch.Tensor | None  # [S]: the sampling slices' last tokens; None where they are all of the step's tokens
+    last_index: torch.Tensor  # [S] int64: the sampling slices' last tokens
 
 
 class Rows:
@@ -113,8 +114,9 @@ class Rows:
         indices, blocks = self._upload(self._change(plan))
         self.state.tables.view(-1).index_copy_(0, indices, blocks)
 
-    def batch(self, plan: StepPlan, slices: Slices, kv: list[LayerPools]) -> StepInputs:
-        """The batch of a plan that is taken in. A plan has at least one slice."""
+    def batch(self, plan: StepPlan, slices: Slices, kv: list[LayerPools], *, all_read: bool = False) -> StepInputs:
+        """The batch of a plan that is taken in. A plan has at least one slice. Unless `all_read`, only the tokens that samples
+        follow are."""
         positions = self._positions(slices)
         owners = np.repeat(slices.rows, slices.nums)
         block, offset = np.divmod(positions, self._block_size)
@@ -131,6 +133,7 @@ class Rows:
             slices.rows,
         ]
         arrays += [slices.rows[slices.samples], last, slices.first[from_device], slices.rows[from_device]]
+        arrays.append(kv_lens[slices.samples].astype(np.int32))
         t = self._upload(arrays)
         if from_device.size:
             t[0].index_copy_(0, t[8], self.state.latest.index_select(0, t[9]))
@@ -147,7 +150,10 @@ class Rows:
             kv_lens_host=kv_lens.tolist(),
             kv=kv,
         )
-        return StepInputs(batch, t[6], None if last.size == positions.size else t[7])
+        if not all_read and last.size < positions.size:
+            tables = self.state.tables[:, :width].index_select(0, t[6])
+            batch = replace(batch, read=batch.read_by(t[7], t[10], tables, kv_lens[slices.samples].tolist()))
+        return StepInputs(batch, t[6], t[7])
 
     def all_sampled(self, slices: Slices) -> bool:
         """Whether each slice begins with its row's latest sample: a decode, and no prompt of one token."""

@@ -86,13 +86,13 @@ class TorchRunner:
         self._rows.change(plan)
         slices = Slices.of(plan)
         pending = Pending(plan.step, on_cuda=self._on_cuda, after=self._last_done)
-        decoded = None
-        if self._graphs is not None and not self._wants_hidden(slices):
+        wants_hidden, decoded = self._wants_hidden(slices), None
+        if self._graphs is not None and not wants_hidden:
             decoded = self._graphs.run(slices, self._sampler.uniforms, pending.begins)
         if decoded is not None:
             self._take(decoded, slices, pending)
         else:
-            self._run(plan, slices, pending)
+            self._run(plan, slices, pending, wants_hidden=wants_hidden)
         pending.submitted()
         self._last_done = pending.done
         return pending
@@ -114,14 +114,15 @@ class TorchRunner:
         which, on_device = self._upload([slices.samples, rows])
         self._sample(decoded.logits if everyone else decoded.logits.index_select(0, which), slices, on_device, pending)
 
-    def _run(self, plan: StepPlan, slices: Slices, pending: Pending) -> None:
-        inputs = self._rows.batch(plan, slices, self._storage.layers)
+    def _run(self, plan: StepPlan, slices: Slices, pending: Pending, *, wants_hidden: bool) -> None:
+        inputs = self._rows.batch(plan, slices, self._storage.layers, all_read=wants_hidden)
         pending.begins()
         hidden = self._backend.forward(inputs.batch)
-        self._prompt_logprobs(hidden, slices, pending)
+        if wants_hidden:
+            self._prompt_logprobs(hidden, slices, pending)
+            hidden = hidden.index_select(0, inputs.last_index)
         if plan.samples:
-            last = hidden if inputs.last_index is None else hidden.index_select(0, inputs.last_index)
-            self._sample(self._backend.logits(last), slices, inputs.sampled_rows, pending)
+            self._sample(self._backend.logits(hidden), slices, inputs.sampled_rows, pending)
 
     def _sample(self, logits: torch.Tensor, slices: Slices, sampled_rows: torch.Tensor, pending: Pending) -> None:
         """`logits` [S, V] and `sampled_rows` [S] are of the slices that sample."""
@@ -144,8 +145,6 @@ class TorchRunner:
         """For each slice that lies in a prompt whose log-probabilities are wanted: those of the tokens after its positions."""
         records = self._sampler.params.table[slices.rows]
         wanting = np.flatnonzero(records["wants_prompt_logprobs"] & (slices.starts < records["num_prompt"]))
-        if not wanting.size:
-            return
         # A slice that ends the prompt says nothing of the token after it: that one is sampled.
         nums: Ints = np.minimum(slices.ends, records["num_prompt"] - 1)[wanting] - slices.starts[wanting]
         tops = records["prompt_logprobs"][wanting]

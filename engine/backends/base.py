@@ -25,7 +25,8 @@ class Backend(Protocol):
         ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """-> hidden [T, H], one row a token, ready for `logits`. Writes the step's KV into the pools of `batch`."""
+        """-> hidden, one row a token, [T, H], or [S, H] of those that `batch` says are read; ready for `logits`. Writes the
+        step's KV into the pools of `batch`."""
         ...
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,7 +7,8 @@ A family's file brings the attention and MLP modules of each layer. `weights` sa
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -23,16 +24,20 @@ from engine.layers.ops import Ops, ops_for
 from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
 
+Projected = Sequence[torch.Tensor]
+"""What a family's attention hands from one of its halves to the other, each [T, ...]."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """What every layer of one forward is handed: the batch's attention and the angles of its positions."""
 
-    attention: StepAttention
+    attention: StepAttention  # of the tokens of `read` alone, where that is set
     cos: torch.Tensor  # [T, 1, rotary dim]
     sin: torch.Tensor  # likewise, signed for `rotate`
     slots: torch.Tensor  # [T] int64: where each token's records go in a layer's pools
     ops: Ops
+    read: torch.Tensor | None = None  # [S] int64: the tokens that attend and go on; None: all do
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +51,22 @@ class WeightMap:
 
 
 class Attention(Protocol):
-    """An attention module, as the decoder sees it: it adds to hidden [T, H], in place, what it makes of its norm."""
+    """An attention module, as the decoder sees it."""
 
-    def __call__(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None: ...
+    def project(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> Projected:
+        """Of the norm of hidden [T, H]: what attention takes of each token. Its records are then in the pools."""
+        ...
+
+    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepAttention, pools: LayerPools) -> None:
+        """Add to hidden [S, H], in place, what attention makes of the same tokens' `projected`."""
+        ...
+
     def weights(self, prefix: str) -> Weights: ...
     def pools(self) -> list[PoolSpec]: ...
 
 
 class Mlp(Protocol):
-    """Likewise."""
+    """It adds to hidden [S, H], in place, what it makes of its norm."""
 
     def __call__(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None: ...
     def weights(self, prefix: str) -> Weights: ...
@@ -68,10 +80,16 @@ class DecoderLayer(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> None:
-        """Add to hidden [T, H], in place, what attention and then the MLP make of it."""
-        self.attention(hidden, self.input_norm.params, step, pools)
-        self.mlp(hidden, self.post_norm.params, step.ops)
+    def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
+        """hidden [T, H] -> itself, with what attention and then the MLP make of it added in place; or rows [S, H] of it, where
+        the step reads only those."""
+        projected = self.attention.project(hidden, self.input_norm.params, step, pools)
+        if step.read is not None:
+            hidden, *projected = (x.index_select(0, step.read) for x in (hidden, *projected))
+        if hidden.shape[0]:
+            self.attention.attend(hidden, projected, step.attention, pools)
+            self.mlp(hidden, self.post_norm.params, step.ops)
+        return hidden
 
     def weights(self, prefix: str) -> Weights:
         return {
@@ -122,13 +140,19 @@ class DecoderModel(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """-> hidden [T, H], final norm applied. Writes this step's KV into the pools of `batch`."""
+        """-> hidden [T, H], or [S, H] of the tokens that are read, final norm applied. Writes this step's KV into the pools of
+        `batch`."""
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
         step = Step(self.backend.prepare(batch), cos, sin, batch.slots, self.ops)
-        for layer, pools in zip(self.layers, batch.kv, strict=True):
-            layer(hidden, step, pools)
-        return self.ops.norm(hidden, *self.norm.params)
+        *others, last = zip(self.layers, batch.kv, strict=True)
+        for layer, pools in others:
+            hidden = layer(hidden, step, pools)
+        if batch.read is not None:
+            step = replace(step, attention=self.backend.prepare(batch.read.batch), read=batch.read.index)
+        layer, pools = last
+        hidden = layer(hidden, step, pools)
+        return self.ops.norm(hidden, *self.norm.params) if hidden.shape[0] else hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [N, H] -> [N, V], in `out` where given"""

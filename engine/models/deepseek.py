@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.attention.base import StepAttention
 from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Norm, Weights, parameter
 from engine.layers.mlp import GatedMlp
 from engine.layers.moe import MoeMlp
 from engine.layers.norm import RMSNorm
-from engine.models.base import Attention, DecoderModel, Mlp, Step
+from engine.models.base import Attention, DecoderModel, Mlp, Projected, Step
 from engine.models.spec import MlaSpec, ModelSpec
 
 LATENT_EPS = 1e-6  # of the norms inside attention; not in config.json
@@ -41,15 +42,18 @@ class MlaAttention(nn.Module):
         self.kv_b = parameter(spec.num_heads, mla.nope_dim + mla.v_dim, mla.kv_lora_rank, dtype=dtype, device=device)
         self.o_proj = Linear(spec.num_heads * mla.v_dim, hidden, dtype=dtype, device=device)
 
-    def forward(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None:
+    def project(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> Projected:
         m, ops, pool, angles = self.mla, step.ops, pools["latent"], (step.cos, step.sin)
         projected = self.in_proj.of_norm(hidden, norm, ops)
         q, kv = torch.split(projected, [self.in_size, self.record], -1)  # kv [T, rank + rope]
         if self.q_norm is not None and self.q_b_proj is not None:
             q = self.q_b_proj.of_norm(q, self.q_norm.params, ops)
         q = q.view(hidden.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
-        q, latent = ops.latent_prepare(q, kv, self.kv_norm.params, angles, step.slots, pool, interleaved=self.interleaved)
-        out = step.attention.attend_latent(q, latent, self.kv_b, pools, scale=m.softmax_scale)
+        return ops.latent_prepare(q, kv, self.kv_norm.params, angles, step.slots, pool, interleaved=self.interleaved)
+
+    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepAttention, pools: LayerPools) -> None:
+        q, latent = projected
+        out = attention.attend_latent(q, latent, self.kv_b, pools, scale=self.mla.softmax_scale)
         self.o_proj.add_to(hidden, out.flatten(1))
 
     def weights(self, prefix: str) -> Weights:

@@ -69,8 +69,7 @@ class DeepseekMtp(nn.Module):
         out: torch.Tensor = self.join(torch.cat((embedded, self.hidden_norm(hidden)), -1))  # [T, H]
         cos, sin = shared.rotary(batch.positions)
         (pools,) = batch.kv
-        self.layer(out, Step(shared.backend.prepare(batch), cos, sin, batch.slots, shared.ops), pools)
-        return out
+        return self.layer(out, Step(shared.backend.prepare(batch), cos, sin, batch.slots, shared.ops), pools)  # type: ignore[no-any-return]
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
         """out [N, H] -> [N, V] float32: of the token two after each position."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.attention.base import StepAttention
 from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Norm, Weights
 from engine.layers.mlp import GatedMlp
 from engine.layers.norm import RMSNorm
-from engine.models.base import Attention, DecoderModel, Mlp, Step
+from engine.models.base import Attention, DecoderModel, Mlp, Projected, Step
 from engine.models.spec import ModelSpec
 
 
@@ -31,13 +32,16 @@ class GqaAttention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
 
-    def forward(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> None:
+    def project(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> Projected:
         qkv = self.qkv_proj.of_norm(hidden, norm, step.ops)
         heads = qkv.view(hidden.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
         angles = (step.cos, step.sin) if self.rotary else None
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        q, k, v = step.ops.norm_rotate(heads, angles, norms, self.norm_eps, step.slots, pools)
-        out = step.attention.attend(q, k, v, pools, scale=self.scale)
+        return step.ops.norm_rotate(heads, angles, norms, self.norm_eps, step.slots, pools)
+
+    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepAttention, pools: LayerPools) -> None:
+        q, k, v = projected
+        out = attention.attend(q, k, v, pools, scale=self.scale)
         self.o_proj.add_to(hidden, out.flatten(1))
 
     def weights(self, prefix: str) -> Weights:

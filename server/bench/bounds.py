@@ -4,8 +4,9 @@ A step reads every weight that it uses once and the KV of every token that is at
 
     bound of a step = max(bytes / bandwidth, floating-point operations / rate)
 
-The steps are those of an ideal scheduler. Norms, biases, activations and the writes of KV are left out, as are launches. Of
-experts a step reads as many as tokens that choose at random are expected to pick: where a model's tokens agree, it reads fewer.
+The steps are those of an ideal scheduler. A token that no sample follows needs no more of the last layer than its KV. Norms,
+biases, activations and the writes of KV are left out, as are launches. Of experts a step reads as many as tokens that choose
+at random are expected to pick: where a model's tokens agree, it reads fewer.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Step(NamedTuple):
     decode_pairs: int  # also the tokens whose KV decodes read
     chunk_pairs: int
     chunk_kv: int  # tokens whose KV chunks of prompts read
+    last_pairs: int  # of chunk_pairs, those of the tokens that samples follow
 
 
 def steps(lengths: Iterable[Length], *, max_tokens: int = MAX_STEP_TOKENS, max_rows: int = MAX_ROWS) -> Iterator[Step]:
@@ -55,7 +57,7 @@ def steps(lengths: Iterable[Length], *, max_tokens: int = MAX_STEP_TOKENS, max_r
         tokens = samples = len(decodes)
         decode_pairs = sum(context for context, _ in decodes)
         decodes = [(context + 1, left - 1) for context, left in decodes if left > 1]
-        chunk_pairs = chunk_kv = 0
+        chunk_pairs = chunk_kv = last_pairs = 0
         unfinished = []
         for length, start in prompts:
             end = min(length.prompt, start + budget)
@@ -67,15 +69,16 @@ def steps(lengths: Iterable[Length], *, max_tokens: int = MAX_STEP_TOKENS, max_r
                 unfinished.append((length, end))
                 continue
             samples += 1
+            last_pairs += end
             if length.outputs > 1:
                 decodes.append((length.prompt + 1, length.outputs - 1))
         prompts = unfinished
-        yield Step(tokens, samples, decode_pairs, chunk_pairs, chunk_kv)
+        yield Step(tokens, samples, decode_pairs, chunk_pairs, chunk_kv, last_pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of a model, in numbers (weights, entries of the cache) and in multiply-adds; all layers together."""
+    """Of a model, in numbers (weights, entries of the cache) and in multiply-adds; all layers together, but for the last 3."""
 
     weights: int  # that every token uses: attention, dense and shared MLPs, routers
     expert: int  # weights of one expert
@@ -87,17 +90,20 @@ class Costs:
     kv: int  # of a token
     decode_pair: int
     chunk_pair: int
+    unread: int  # multiply-adds of the last layer for a token, experts apart, that it spares where no sample follows
+    unread_experts: int  # 1: the last layer has experts, 0: it has none
+    unread_pair: int  # a layer's chunk_pair
 
     @staticmethod
     def of(spec: ModelSpec) -> Costs:
         hidden, moe, layers = spec.hidden_size, spec.moe, spec.num_layers
         attention, kv, decode_pair, chunk_pair = _attention(spec) if spec.mla is None else _latent(spec, spec.mla)
         moe_layers = len(moe.layers) if moe else 0
-        mlp = (layers - moe_layers) * 3 * hidden * spec.intermediate_size
-        if moe:
-            mlp += moe_layers * hidden * (moe.routing.num_experts + 3 * moe.shared_size)
+        dense = 3 * hidden * spec.intermediate_size
+        routed = hidden * (moe.routing.num_experts + 3 * moe.shared_size) if moe else 0
+        ends_in_experts = moe is not None and layers - 1 in moe.layers
         return Costs(
-            weights=layers * attention + mlp,
+            weights=layers * attention + (layers - moe_layers) * dense + moe_layers * routed,
             expert=3 * hidden * moe.intermediate_size if moe else 0,
             num_experts=moe.routing.num_experts if moe else 1,
             top_k=moe.routing.top_k if moe else 0,
@@ -107,17 +113,28 @@ class Costs:
             kv=layers * kv,
             decode_pair=layers * decode_pair,
             chunk_pair=layers * chunk_pair,
+            unread=attention - hidden * kv + (routed if ends_in_experts else dense),
+            unread_experts=int(ends_in_experts),
+            unread_pair=chunk_pair,
         )
 
     def numbers_read(self, step: Step) -> float:
-        experts = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** step.tokens)  # distinct ones, as expected
-        weights = self.weights + self.moe_layers * experts * self.expert + (self.head if step.samples else 0)
+        layers = (self.moe_layers - self.unread_experts, step.tokens), (self.unread_experts, step.samples)
+        experts = sum(num * self._distinct(tokens) for num, tokens in layers)
+        weights = self.weights + experts * self.expert + (self.head if step.samples else 0)
         return weights + step.tokens * self.hidden + (step.decode_pairs + step.chunk_kv) * self.kv
+
+    def _distinct(self, tokens: int) -> float:
+        """Experts of a layer that so many tokens are expected to pick."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
 
     def operations(self, step: Step) -> float:
         """Two for each multiply-add."""
         products = step.tokens * (self.weights + self.moe_layers * self.top_k * self.expert) + step.samples * self.head
-        return 2.0 * (products + step.decode_pairs * self.decode_pair + step.chunk_pairs * self.chunk_pair)
+        products -= (step.tokens - step.samples) * (self.unread + self.unread_experts * self.top_k * self.expert)
+        pairs = step.decode_pairs * self.decode_pair + step.chunk_pairs * self.chunk_pair
+        pairs -= (step.chunk_pairs - step.last_pairs) * self.unread_pair
+        return 2.0 * (products + pairs)
 
 
 def _attention(spec: ModelSpec) -> tuple[int, int, int, int]:

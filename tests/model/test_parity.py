@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from paged import PagedRun, random_sequences
@@ -66,3 +68,25 @@ def test_a_sequence_does_not_depend_on_its_batch(name, tmp_path, sequences):
     for tokens, logits in zip(sequences, together, strict=True):
         (alone,) = PagedRun(model, [tokens], block_size=16).run(num_decoded=6, seed=1)
         torch.testing.assert_close(alone, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read", [[0, 2], [1], []], ids=["decode and chunk", "chunk", "none"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "deepseek-v2-yarn", "deepseek-v3"])
+def test_the_last_layer_goes_on_with_the_tokens_that_are_read(name, read, tmp_path, sequences):
+    """Their hidden states and every token's KV are as without `read`."""
+    make(name, tmp_path)
+    model = load(tmp_path)
+    whole, some = PagedRun(model, sequences), PagedRun(model, sequences)
+    for run in (whole, some):
+        run.step([(3, 100), (1, 5)])
+    slices = [(1, 1), (2, 9), (3, 50)]
+    last = (whole.batch(slices, 1).query_starts[1:] - 1)[read].long()
+    with torch.inference_mode():
+        expected = model(whole.batch(slices, 1)).index_select(0, last)
+        batch = some.batch(slices, 1)
+        lens = [batch.kv_lens_host[i] for i in read]
+        found = model(replace(batch, read=batch.read_by(last, batch.kv_lens[read], batch.block_tables[read], lens)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(whole.kv, some.kv, strict=True):
+        for pool in a:
+            torch.testing.assert_close(b[pool], a[pool], atol=1e-5, rtol=1e-5)

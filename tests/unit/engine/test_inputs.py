@@ -55,6 +55,26 @@ def test_chunks_read_the_admitted_tokens_and_write_the_rows_blocks():
     ]
     assert got.sampled_rows.tolist() == [7, 3, 2]
     assert got.last_index.tolist() == [0, 20, 33]
+    assert b.read.index.tolist() == [0, 20, 33]
+    decodes = b.read.batch
+    assert decodes.positions.tolist() == [19, 19, 19]
+    assert decodes.slots.tolist() == [b.slots[i] for i in (0, 20, 33)]
+    assert decodes.query_starts.tolist() == [0, 1, 2, 3]
+    assert decodes.kv_lens.tolist() == decodes.kv_lens_host == [20, 20, 20]
+    assert decodes.block_tables.tolist() == [blocks[7], blocks[3], blocks[2]]
+    assert (decodes.num_decodes, decodes.query_lens_host, decodes.read) == (3, [1, 1, 1], None)
+
+
+def test_all_tokens_are_read_where_that_is_asked_for_and_where_samples_follow_all():
+    state, first = rows(), plan([(1, 0, 3)], samples=[0], admitted=[admitted(1, [5, 6, 7], [0])])
+    state.change(first)
+    assert state.batch(first, Slices.of(first), [], all_read=True).batch.read is None
+    assert step(state, plan([(1, 3, 1)], decodes=1, samples=[0])).batch.read is None
+
+
+def test_of_a_chunk_that_no_sample_follows_no_token_is_read():
+    got = step(rows(), plan([(1, 0, 2)], admitted=[admitted(1, [5, 6, 7], [0])]))
+    assert got.batch.read.index.tolist() == []
 
 
 def test_a_decode_past_the_admitted_tokens_reads_the_rows_latest_sample():
@@ -65,7 +85,8 @@ def test_a_decode_past_the_admitted_tokens_reads_the_rows_latest_sample():
     back = admitted(4, [8, 9, 8, 9, 55], [2, 3])
     got = step(state, plan([(1, 3, 1), (4, 4, 1)], decodes=2, samples=[0, 1], admitted=[back]))
     assert got.batch.token_ids.tolist() == [70, 55]
-    assert got.last_index is None
+    assert got.last_index.tolist() == [0, 1]
+    assert got.batch.read is None
     state.set_latest(got.sampled_rows, torch.tensor([80, 81]))
     grown = [GrownRow(1, 1, [9])]
     got = step(state, plan([(4, 5, 1), (1, 4, 1)], decodes=2, samples=[0, 1], grown=grown))

@@ -1,5 +1,6 @@
 """Bounds for models that were worked out by hand, on hardware of 4.25 TB/s and 780 TFLOP/s."""
 
+import msgspec
 import pytest
 
 from engine.models.spec import ModelSpec
@@ -64,7 +65,7 @@ def bound(model, workload):
 
 @pytest.mark.parametrize(("model", "ms"), [("llama-8b", 3.5), ("qwen3-0.6b", 0.28), ("deepseek-v2-lite", 1.1)])
 def test_one_token_costs_the_weights_that_it_reads(model, ms):
-    one = Step(tokens=1, samples=1, decode_pairs=1, chunk_pairs=0, chunk_kv=0)
+    one = Step(tokens=1, samples=1, decode_pairs=1, chunk_pairs=0, chunk_kv=0, last_pairs=0)
     assert step_seconds(Costs.of(SPECS[model]), one, H200, number_size=2) == pytest.approx(ms / 1000, rel=0.06)
 
 
@@ -80,8 +81,9 @@ def test_mixed256(model, expected):
     assert bound(model, "mixed256")[0] == pytest.approx(expected, rel=0.04)
 
 
-# By hand, the head was counted for every token and, for the second, the embedding as well: a sixth of its 2.7 billion weights.
-@pytest.mark.parametrize(("model", "tok_s", "tolerance"), [("llama-8b", 46_000, 0.06), ("deepseek-v2-lite", 116_000, 0.21)])
+# By hand, head and last layer were counted for every token and, for the second, the embedding as well: a sixth of its 2.7 billion
+# weights.
+@pytest.mark.parametrize(("model", "tok_s", "tolerance"), [("llama-8b", 46_000, 0.09), ("deepseek-v2-lite", 116_000, 0.25)])
 def test_prefill(model, tok_s, tolerance):
     seconds, outputs, prompts = bound(model, "prefill")
     assert (outputs + prompts) / seconds == pytest.approx(tok_s, rel=tolerance)
@@ -100,8 +102,8 @@ def test_few_tokens_read_few_experts_and_many_read_all():
     c = Costs.of(SPECS["deepseek-v2-lite"])
 
     def experts(tokens):
-        step = Step(tokens, 0, 0, 0, 0)
-        return (c.numbers_read(step) - c.weights - tokens * c.hidden) / (c.moe_layers * c.expert)
+        step = Step(tokens, tokens, 0, 0, 0, 0)
+        return (c.numbers_read(step) - c.weights - c.head - tokens * c.hidden) / (c.moe_layers * c.expert)
 
     assert experts(1) == pytest.approx(6)
     assert experts(2) == pytest.approx(12 - 36 / 64)
@@ -110,8 +112,21 @@ def test_few_tokens_read_few_experts_and_many_read_all():
 
 def test_no_sample_reads_no_head():
     c = Costs.of(SPECS["llama-8b"])
-    with_one, without = (c.numbers_read(Step(8, samples, 0, 0, 0)) for samples in (1, 0))
+    with_one, without = (c.numbers_read(Step(8, samples, 0, 0, 0, 0)) for samples in (1, 0))
     assert with_one - without == c.head
+
+
+@pytest.mark.parametrize("model", SPECS)
+def test_a_token_that_no_sample_follows_spares_the_last_layer_but_its_kv(model):
+    spec = SPECS[model]
+    layers = spec.num_layers - 1
+    moe = None if spec.moe is None else msgspec.structs.replace(spec.moe, layers=tuple(range(1, layers)))
+    c, shorter = Costs.of(spec), Costs.of(msgspec.structs.replace(spec, num_layers=layers, moe=moe))
+    kv = spec.hidden_size * c.kv // spec.num_layers
+    spared = c.weights - shorter.weights - kv + (c.moe_layers - shorter.moe_layers) * c.top_k * c.expert
+    one, every = Step(100, 1, 0, 5050, 100, last_pairs=100), Step(100, 100, 0, 5050, 100, last_pairs=5050)
+    pairs = 4950 * c.chunk_pair // spec.num_layers
+    assert c.operations(every) - c.operations(one) == 2 * (99 * (c.head + spared) + pairs)
 
 
 @pytest.mark.parametrize(("max_tokens", "max_rows"), [(8192, 256), (7, 3), (1, 1), (5, 2)])
@@ -121,6 +136,7 @@ def test_the_steps_compute_each_token_once_and_attend_each_pair_once(max_tokens,
     assert sum(s.samples for s in found) == sum(length.outputs for length in lengths)
     assert sum(s.tokens for s in found) == sum(length.prompt + length.outputs - 1 for length in lengths)
     assert sum(s.chunk_pairs for s in found) == sum(n * (n + 1) // 2 for n, _ in lengths)
+    assert sum(s.last_pairs for s in found) == sum(n for n, _ in lengths)
     assert sum(s.decode_pairs for s in found) == sum(n + i for n, outputs in lengths for i in range(1, outputs))
     assert max(s.tokens for s in found) <= max_tokens
     assert max(s.samples for s in found) <= max_rows
