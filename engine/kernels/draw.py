@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.hardware import processors
-from engine.kernels.launch import arrivals, pdl
+from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
 
 DRAW_TILE = 4096  # logits that a program looks at at a time
 GROUP = 128  # tokens, in a tile, of which `_survey` notes the largest
@@ -321,7 +321,7 @@ def draw(
     `rows` [B] int32 are the places in `latest` and `params`, uniform [B] is float64 in [0, 1).
     """
     num, vocab = logits.shape
-    tiles, groups = triton.cdiv(vocab, DRAW_TILE), DRAW_TILE // GROUP
+    tiles, groups = cdiv(vocab, DRAW_TILE), DRAW_TILE // GROUP
 
     def scratch(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(num, *shape, dtype=dtype, device=logits.device)
@@ -330,7 +330,7 @@ def draw(
     bracket = scratch(torch.int64, 2)  # keys: the threshold is at the first or above, and below the second
     inputs = (logits, rows, latest, tokens, uniform, *params)
     bits = 16 if logits.dtype == torch.bfloat16 else 32
-    options = {"TILE": DRAW_TILE, "TILES": tiles, "PADDED": triton.next_power_of_2(tiles), "BITS": bits, **pdl(logits.device)}
+    options = {"TILE": DRAW_TILE, "TILES": tiles, "PADDED": power_of_two(tiles), "BITS": bits, **pdl(logits.device)}
     maxima = scratch(logits.dtype, tiles, groups)
     marks, above = scratch(torch.int64, MARKS), scratch(torch.float32, MARKS, tiles)
     _survey[(num, min(tiles, max(1, _SURVEYS * processors(logits.device) // num)))](

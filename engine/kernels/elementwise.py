@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.kernels import linear as product
 from engine.kernels.latent import latent_prepare as latent_prepare  # this module is an Ops, whole
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl, power_of_two
 
 HEADS_A_PROGRAM = 8  # of `norm_rotate`: they share a load of the angles
 
@@ -32,7 +32,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `Ops.norm`; the numbers of a row lie side by side, rows may be apart."""
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    padded = triton.next_power_of_2(size)
+    padded = power_of_two(size)
     _norm[(rows,)](
         x, weight, out, eps, x.stride(0), SIZE=size, PADDED=padded, num_warps=min(8, max(1, padded // 256)), **pdl(x.device)
     )
@@ -57,8 +57,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `Ops.silu_mul`; gate_up [T, 2 I] is contiguous."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    tile = min(1024 if rows <= 256 else 2048, triton.next_power_of_2(size))  # few rows want more programs
-    _silu_mul[(rows, triton.cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=8, **pdl(gate_up.device))
+    tile = min(1024 if rows <= 256 else 2048, power_of_two(size))  # few rows want more programs
+    _silu_mul[(rows, cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=8, **pdl(gate_up.device))
     return out
 
 
@@ -145,7 +145,7 @@ def norm_rotate(
     q_heads = num_heads - 2 * kv_heads
     cos, sin = angles or (heads, heads)
     q_weight, k_weight = weights or (heads, heads)
-    _norm_rotate[(tokens, triton.cdiv(num_heads, HEADS_A_PROGRAM))](
+    _norm_rotate[(tokens, cdiv(num_heads, HEADS_A_PROGRAM))](
         heads, cos, sin, q_weight, k_weight, slots, pools["k"], pools["v"], eps, heads.stride(0),
         Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD=head_dim, TILE=HEADS_A_PROGRAM,
         NORM=weights is not None, ROTATE=angles is not None, num_warps=4, **pdl(heads.device),
@@ -180,6 +180,6 @@ def angles(positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float) ->
     sin = torch.empty_like(cos)
     _angles[(positions.shape[0],)](
         positions, inv_freq, cos, sin, magnitude,
-        HALF=half, PADDED=triton.next_power_of_2(half), num_warps=1, **pdl(positions.device),
+        HALF=half, PADDED=power_of_two(half), num_warps=1, **pdl(positions.device),
     )  # fmt: skip
     return cos, sin

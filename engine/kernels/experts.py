@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.hardware import processors
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.paged_decode import precision
 from engine.kernels.routing import Sorted
 
@@ -131,7 +131,7 @@ def few_up(x: torch.Tensor, ids: torch.Tensor, experts: Pair, shared: Pair | Non
     (tokens, hidden_size), top_k, size = x.shape, ids.shape[1], down.shape[2]
     num_shared = count_shared(shared, size)
     inner = torch.empty(tokens * (top_k + num_shared), size, dtype=x.dtype, device=x.device)
-    _few_up[(triton.cdiv(size, strip.rows), inner.shape[0])](
+    _few_up[(cdiv(size, strip.rows), inner.shape[0])](
         x, ids, gate_up, (shared or experts)[0], inner, tokens,
         HIDDEN=hidden_size, SIZE=size, TOP_K=top_k, SHARED=num_shared,
         ROWS=strip.rows, TILE=strip.columns, num_warps=strip.num_warps, **pdl(x.device),
@@ -150,7 +150,7 @@ def few_down(
     """out [T, H] += the sum over inner, as `few_up` gives it, weighted; weights and ids are [T, top_k]."""
     (weights, ids), (_, down) = routed, experts
     (tokens, top_k), hidden_size, size = ids.shape, down.shape[1], down.shape[2]
-    _few_down[(triton.cdiv(hidden_size, strip.rows), tokens)](
+    _few_down[(cdiv(hidden_size, strip.rows), tokens)](
         inner, ids, weights, down, (shared or experts)[1], out, tokens,
         HIDDEN=hidden_size, SIZE=size, TOP_K=top_k, SHARED=count_shared(shared, size),
         ROWS=strip.rows, TILE=strip.columns, num_warps=strip.num_warps, **pdl(inner.device),
@@ -252,7 +252,7 @@ def tiles_up(
     (tokens, hidden_size), (num_experts, _, size) = x.shape, down.shape
     num_shared = count_shared(shared, size)
     inner = torch.empty(tokens * (top_k + num_shared), size, dtype=x.dtype, device=x.device)
-    most = by_expert.block_expert.shape[0] * triton.cdiv(size, tile.rows)
+    most = by_expert.block_expert.shape[0] * cdiv(size, tile.rows)
     _tiles_up[(min(most, tile.programs * processors(x.device)),)](
         x, by_expert.order, *by_expert[2:], gate_up, (shared or experts)[0], inner, tokens,
         HIDDEN=hidden_size, SIZE=size, EXPERTS=num_experts, TOP_K=top_k, SHARED=num_shared, ROWS=tile.rows, BLOCK=block,
@@ -268,7 +268,7 @@ def tiles_down(
     """inner as `tiles_up` gives it -> rows [pairs + S T, H] in the same places, not yet weighted."""
     num_experts, hidden_size, size = experts[1].shape
     rows = torch.empty(inner.shape[0], hidden_size, dtype=inner.dtype, device=inner.device)
-    most = by_expert.block_expert.shape[0] * triton.cdiv(hidden_size, tile.rows)
+    most = by_expert.block_expert.shape[0] * cdiv(hidden_size, tile.rows)
     _tiles_down[(min(most, tile.programs * processors(inner.device)),)](
         inner, *by_expert[2:], experts[1], (shared or experts)[1], rows,
         HIDDEN=hidden_size, SIZE=size, EXPERTS=num_experts, SHARED=count_shared(shared, size), ROWS=tile.rows, BLOCK=block,
@@ -294,7 +294,7 @@ def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
     """x [T, H] -> [pairs, H]: at each place the row of its pair's token."""
     size = x.shape[1]
     out = torch.empty(order.shape[0], size, dtype=x.dtype, device=x.device)
-    tile = min(2048, triton.next_power_of_2(size))
+    tile = min(2048, power_of_two(size))
     _gather[(order.shape[0],)](x, order, out, SIZE=size, TOP_K=top_k, TILE=tile, num_warps=4, **pdl(x.device))
     return out
 
@@ -325,8 +325,8 @@ def _add_weighted(
 def add_weighted(out: torch.Tensor, rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor) -> None:
     """out [T, H] += the rows [pairs + S T, H] at place [pairs], by weights [T, top_k], and the shared rows, which are last."""
     (tokens, top_k), size = weights.shape, rows.shape[1]
-    tile = min(1024, triton.next_power_of_2(size))
-    _add_weighted[(tokens, triton.cdiv(size, tile))](
+    tile = min(1024, power_of_two(size))
+    _add_weighted[(tokens, cdiv(size, tile))](
         rows, place, weights, out, tokens,
         SIZE=size, TOP_K=top_k, SHARED=rows.shape[0] // tokens - top_k, TILE=tile,
         num_warps=max(1, tile // 256), **pdl(rows.device),

@@ -25,6 +25,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that one program may have. Triton's interpreter knows no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin"))  # noqa: B009  # torch has it untyped
+
+
 def measure() -> tuple[float, float]:
     """Bytes a second of a copy, read and written ones counted both, and floating-point operations a second of a bfloat16 matrix
     product. Takes a fraction of a second, and a gigabyte of the device's memory for as long.

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.paged_decode import MIN_DOT_ROWS, precision
 
 HEADS_A_PROGRAM = 16  # of queries that one program of `latent_prepare` turns
@@ -99,10 +99,10 @@ def latent_prepare(
     heads, head = q.shape[1:]
     (weight, eps), (cos, sin) = norm, angles
     rank = weight.shape[0]
-    group = min(HEADS_A_PROGRAM, triton.next_power_of_2(heads))
-    _prepare[(q.shape[0], 1 + triton.cdiv(heads, group))](
+    group = min(HEADS_A_PROGRAM, power_of_two(heads))
+    _prepare[(q.shape[0], 1 + cdiv(heads, group))](
         q, kv, weight, cos, sin, pool, slots, eps, q.stride(0), kv.stride(0),
-        HEADS=heads, HEAD=head, RANK=rank, PADDED=triton.next_power_of_2(rank), ROPE=kv.shape[1] - rank,
+        HEADS=heads, HEAD=head, RANK=rank, PADDED=power_of_two(rank), ROPE=kv.shape[1] - rank,
         GROUP=group, INTERLEAVED=interleaved, num_warps=4, **pdl(q.device),
     )  # fmt: skip
     return q, kv
@@ -140,9 +140,9 @@ def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
     _, expanded, rank = kv_b.shape
     columns, tokens = min(COLUMNS, rank), _token_tile(num)
     out = torch.empty(num, heads, rank, dtype=q.dtype, device=q.device)
-    _absorb[(rank // columns, heads, triton.cdiv(num, tokens))](
+    _absorb[(rank // columns, heads, cdiv(num, tokens))](
         q, kv_b, out, num, q.stride(0),
-        HEADS=heads, HEAD=head, NOPE=nope, PADDED=max(MIN_DOT_ROWS, triton.next_power_of_2(nope)), EXPANDED=expanded,
+        HEADS=heads, HEAD=head, NOPE=nope, PADDED=max(MIN_DOT_ROWS, power_of_two(nope)), EXPANDED=expanded,
         RANK=rank, COLS=columns, TOKENS=tokens, PRECISION=precision(q.dtype), num_warps=4, **pdl(q.device),
     )  # fmt: skip
     return out
@@ -175,7 +175,7 @@ def absorb_few(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
     out = torch.empty(num, heads, rank, dtype=q.dtype, device=q.device)
     _absorb_few[(rank // columns, heads, num)](
         q, kv_b, out, q.stride(0),
-        HEADS=heads, HEAD=head, NOPE=nope, PADDED=triton.next_power_of_2(nope), EXPANDED=expanded,
+        HEADS=heads, HEAD=head, NOPE=nope, PADDED=power_of_two(nope), EXPANDED=expanded,
         RANK=rank, COLS=columns, num_warps=4, **pdl(q.device),
     )  # fmt: skip
     return out
@@ -214,7 +214,7 @@ def merge_expand(parts: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, nop
     """
     num, heads, splits, rank = parts.shape
     expanded = kv_b.shape[1]
-    _merge_expand[(triton.cdiv(expanded - nope, VALUES), heads, num)](
+    _merge_expand[(cdiv(expanded - nope, VALUES), heads, num)](
         parts, lse, kv_b, out,
         HEADS=heads, NOPE=nope, EXPANDED=expanded, RANK=rank, COLS=VALUES, SPLITS=splits, num_warps=8, **pdl(out.device),
     )  # fmt: skip
@@ -229,7 +229,7 @@ def expand(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor
 
 
 def _token_tile(num: int) -> int:
-    return min(MAX_TOKENS, max(MIN_DOT_ROWS, int(triton.next_power_of_2(num))))
+    return min(MAX_TOKENS, max(MIN_DOT_ROWS, power_of_two(num)))
 
 
 @triton.jit
@@ -258,7 +258,7 @@ def build_keys(expanded: torch.Tensor, latent: torch.Tensor, nope: int, rank: in
     out = torch.empty(num, heads, nope + rope, dtype=expanded.dtype, device=expanded.device)
     _build_keys[(num,)](
         expanded, latent, out, latent.stride(0),
-        HEADS=heads, PADDED=triton.next_power_of_2(heads), NOPE=nope, NOPE_PADDED=triton.next_power_of_2(nope),
+        HEADS=heads, PADDED=power_of_two(heads), NOPE=nope, NOPE_PADDED=power_of_two(nope),
         EXPANDED=width, RANK=rank, ROPE=rope, num_warps=4 if heads <= 32 else 8,
     )  # fmt: skip
     return out

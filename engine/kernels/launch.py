@@ -1,4 +1,4 @@
-"""How kernels follow each other: programmatic dependent launch (PDL), where the device has it.
+"""What launches share: how one kernel follows another, by programmatic dependent launch (PDL) where the device has it.
 
 With PDL a kernel's programs may start while the last ones of the kernel before still run, which hides most of a launch.
 Each such kernel waits (`gdc_wait`) before it reads what an earlier one wrote; what it reads before that must be weights.
@@ -40,3 +40,15 @@ def arrivals(device: torch.device) -> torch.Tensor:
     Every launch leaves them at 0, and launches follow one another, so all kernels share them.
     """
     return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Rounded up. Triton's own, and its power of two, are made to be called in kernels too: here they take 10 us each, and a
+    step outside graphs makes hundreds of such calls.
+    """
+    return -(-numerator // denominator)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is not below `number`, which is at least 1."""
+    return 1 << (number - 1).bit_length()

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl
 from engine.kernels.linear_tiles import GEMV_ROWS, MAX_ROWS, MOST_NORMED, WARP, Gemv, Skinny, bucket, choose, is_ours
 
 K_MULTIPLE = 16  # numbers: every row of W then begins on a 32-byte boundary, and loads are wide
@@ -311,7 +311,7 @@ def _launch_gemv(
 ) -> None:
     rows, columns, parts, warps = config
     norm_weight, eps = (weight, 0.0) if extras.norm is None else extras.norm
-    _gemv[(triton.cdiv(weight.shape[0], rows),)](
+    _gemv[(cdiv(weight.shape[0], rows),)](
         x, weight, weight if bias is None else bias, norm_weight, out, x.stride(0), out.shape[1], x.shape[1], eps,
         M=x.shape[0], GATED=extras.gated, BIAS=bias is not None, NORM=extras.norm is not None, ADD=extras.add,
         ROWS=rows, COLUMNS=columns, PARTS=parts, OWN_ROWS=parts > 1 or columns < WARP * warps,
@@ -323,13 +323,13 @@ def _launch_skinny(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Skinny, extras: Extras
 ) -> None:
     (num_rows, size), (rows, columns, splits, warps, stages) = x.shape, config
-    tiles, block_m = triton.cdiv(weight.shape[0], rows), bucket(max(num_rows, GEMV_ROWS + 1))  # tensor cores: from 16
+    tiles, block_m = cdiv(weight.shape[0], rows), bucket(max(num_rows, GEMV_ROWS + 1))  # tensor cores: from 16
     if splits > 1 and (tiles > _COUNTERS or tiles * splits * rows * block_m > _WORKSPACE):
         raise ValueError(f"{config} for {tuple(weight.shape)}: the partial sums exceed the workspace")
     partial, arrived = _workspace(x.device) if splits > 1 else (out, out)
     _skinny[(tiles, splits)](
         x, weight, weight if bias is None else bias, out, partial, arrived,
-        x.stride(0), out.shape[1], size, triton.cdiv(triton.cdiv(size, columns), splits) * columns, num_rows,
+        x.stride(0), out.shape[1], size, cdiv(cdiv(size, columns), splits) * columns, num_rows,
         BLOCK_M=block_m, GATED=extras.gated, BIAS=bias is not None, ADD=extras.add, EVEN_K=size % columns == 0,
         ROWS=rows, COLUMNS=columns, SPLITS=splits, LINES=_LINES, num_warps=warps, num_stages=stages, **pdl(x.device),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """MLA decode in latent space over a paged latent cache, in Triton: every head reads the same [latent | rope] record.
 
 The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): scores are q_latent . c + q_rope . k_rope, and the output is
-the weighted sum of c, for `latent.expand` or `merge_expand`. The latent part is read once and used as key and value.
+the weighted sum of c, for `latent.expand` or `merge_expand`. The latent part is read once and used as key and value. Programs
+start in the order of their sequences, as in `paged_decode`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.hardware import shared_memory
+from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
 from engine.kernels.softmax import add_pass
 
 MANY_ROWS = 64  # heads of one program where there are more than a few: what Hopper's matrix unit takes at once
 FEW_SEQUENCES = 8  # below, heads are spread over more programs instead
+MANY_SEQUENCES = 16  # from here on sequences have enough tokens a split for the larger passes
+ROOMY = 216 << 10  # bytes of shared memory that the larger passes take at most: a Hopper GPU has them
 MAX_SPLITS = 16
 ALONE_SPLITS = 64  # docs/gpu.md has what was measured
 
@@ -37,7 +41,7 @@ def _split(
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    seq, part, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    split, part, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     RECORD: tl.constexpr = LATENT + ROPE
     head = part * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, LATENT)
@@ -110,13 +114,13 @@ def mla_decode(
     """
     (num_seqs, heads, latent), device = q_latent.shape, q_latent.device
     block_size = cache.shape[1]
-    tile = decode_tile(num_seqs, heads, q_latent.dtype)
+    tile = decode_tile(num_seqs, heads, q_latent.dtype, device)
     dtype = q_latent.dtype if num_splits == 1 else torch.float32
     parts = Parts(
         torch.empty(num_seqs, heads, num_splits, latent, dtype=dtype, device=device),
         torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=device),
     )
-    _split[(num_seqs, triton.cdiv(heads, tile.rows), num_splits)](
+    _split[(num_splits, cdiv(heads, tile.rows), num_seqs)](
         q_latent, q_rope, cache, block_tables, kv_lens, *parts,
         scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, ROWS=tile.rows, LATENT=latent, ROPE=q_rope.shape[2],
@@ -152,13 +156,16 @@ def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constex
     tl.store(out_ptr + pair * LATENT + dim, out.to(out_ptr.dtype.element_ty))
 
 
-def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
+def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """docs/gpu.md has what was measured. One program a processor, with all that its shared memory holds under way, beats two."""
     if is_alone(num_seqs, heads):
         return Tile(MIN_DOT_ROWS, 32, 4, 2)
-    # In float32 more rows do not fit into shared memory.
+    roomy = dtype != torch.float32 and shared_memory(device) >= ROOMY
+    if roomy and heads <= MIN_DOT_ROWS and num_seqs >= MANY_SEQUENCES:
+        return Tile(MIN_DOT_ROWS, 64, 4, 3)
     if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32:
         return Tile(MIN_DOT_ROWS, 32, 4, 3)
-    return Tile(MANY_ROWS, 32, 8, 3)
+    return Tile(MANY_ROWS, 64, 8, 2) if roomy else Tile(MANY_ROWS, 32, 8, 3)
 
 
 def is_alone(num_seqs: int, heads: int) -> bool:
@@ -167,7 +174,11 @@ def is_alone(num_seqs: int, heads: int) -> bool:
 
 
 def decode_splits(num_seqs: int, heads: int, num_processors: int) -> int:
-    """Splits (a power of two, with a limit) that give each processor about a program."""
-    programs = num_seqs * int(triton.cdiv(heads, decode_tile(num_seqs, heads).rows))
+    """Splits (a power of two, with a limit) that give each processor about a program. Where few heads make one program of a
+    sequence, two splits at least up to a sequence a processor: lengths differ, and the longest would be waited for.
+    """
+    rows = MIN_DOT_ROWS if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES else MANY_ROWS
+    programs = num_seqs * cdiv(heads, rows)
+    least = 2 if heads <= MIN_DOT_ROWS and programs <= num_processors else 1
     most = ALONE_SPLITS if is_alone(num_seqs, heads) else MAX_SPLITS
-    return min(most, int(triton.next_power_of_2(max(1, num_processors // programs))))
+    return min(most, power_of_two(max(least, num_processors // programs)))

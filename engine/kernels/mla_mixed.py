@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
 from engine.kernels.softmax import add_pass
 
@@ -82,7 +82,7 @@ def tile_tokens(heads: int, dtype: torch.dtype) -> int:
 def _rows(heads: int, dtype: torch.dtype) -> tuple[int, int]:
     """(token, head) pairs of a program, and its heads. In float32 fewer fit into shared memory."""
     rows = ROWS if dtype.itemsize == 2 else MIN_DOT_ROWS
-    return rows, min(rows, max(MIN_DOT_ROWS, int(triton.next_power_of_2(heads))))
+    return rows, min(rows, max(MIN_DOT_ROWS, power_of_two(heads)))
 
 
 def mla_mixed(
@@ -104,7 +104,7 @@ def mla_mixed(
     block_size, (rows, part) = cache.shape[1], _rows(heads, q_latent.dtype)
     out = torch.empty_like(q_latent)
     tile_query, tile_start = tiles
-    _attend[(tile_query.shape[0], triton.cdiv(heads, part))](
+    _attend[(tile_query.shape[0], cdiv(heads, part))](
         q_latent, q_rope, cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,
         scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, PART=part, ROWS=rows, LATENT=latent, ROPE=q_rope.shape[2],

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.launch import power_of_two
 from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
 from engine.kernels.softmax import add_pass
 
@@ -134,7 +135,7 @@ def mla_prefill(
     _prefill[(heads, tiles.shape[1])](
         q, expanded, k_rope, out, query_starts, kv_lens, tiles[0], tiles[1], tiles[2],
         scale * LOG2_E, q.stride(0), k_rope.stride(0),
-        HEADS=heads, NOPE=nope, NOPE_PADDED=max(MIN_DOT_ROWS, triton.next_power_of_2(nope)), ROPE=rope,
-        V=v_dim, V_PADDED=max(MIN_DOT_ROWS, triton.next_power_of_2(v_dim)), TILE_Q=tile.queries, TILE_N=tile.keys,
+        HEADS=heads, NOPE=nope, NOPE_PADDED=max(MIN_DOT_ROWS, power_of_two(nope)), ROPE=rope,
+        V=v_dim, V_PADDED=max(MIN_DOT_ROWS, power_of_two(v_dim)), TILE_Q=tile.queries, TILE_N=tile.keys,
         PRECISION=precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

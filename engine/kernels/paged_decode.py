@@ -3,7 +3,8 @@
 The cache of a sequence is cut into `num_splits` ranges, one program each, so that few sequences still fill the device; the
 program that is last to finish merges the ranges by their log-sum-exp (the "flash-decoding" scheme: Dao et al., 2023). All
 query heads that share a K/V head are rows of one tile, so K and V are read once for them. The grid depends on shapes only,
-never on lengths, so a captured graph stays right as sequences grow.
+never on lengths, so a captured graph stays right as sequences grow. A sequence's programs start together, and sequences in
+their order: the scheduler puts the longest first, since one that started last would be waited for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import arrivals, pdl
+from engine.kernels.launch import arrivals, pdl, power_of_two
 from engine.kernels.softmax import add_pass
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
@@ -40,7 +41,7 @@ def _decode(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD)
     offset = tl.arange(0, TILE)
@@ -102,9 +103,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
-    """Splits (a power of two, at most 32) that give each processor about two programs."""
-    wanted = max(1, 2 * num_processors // (num_seqs * kv_heads))
-    splits: int = triton.next_power_of_2(wanted)
+    """Splits (a power of two, at most 32) that give each processor about two programs; of fewer than two, what is left to do
+    where lengths differ would be one program's.
+    """
+    programs = num_seqs * kv_heads
+    wanted = max(2 if programs < 2 * num_processors else 1, 2 * num_processors // programs)
+    splits: int = power_of_two(wanted)
     return min(32, splits)
 
 
@@ -137,11 +141,11 @@ def paged_decode(
     if num_splits > 1:
         acc = torch.empty(num_seqs, heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q.device)
-    _decode[(num_seqs, kv_heads, num_splits)](
+    _decode[(num_splits, kv_heads, num_seqs)](
         q, k_cache, v_cache, out, block_tables, kv_lens, kv_lens if query_starts is None else query_starts,
         acc, lse, arrivals(q.device),
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, power_of_two(group)),
         HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
         BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
         num_warps=4 if num_splits == 1 else 2, num_stages=_stages(num_seqs * kv_heads, num_splits), **pdl(q.device),

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.paged_decode import LOG2_E, precision
 from engine.kernels.softmax import add_pass
 
@@ -104,11 +104,11 @@ def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least
     There are as many as `num_tokens` tokens can need; the surplus ones have query -1.
     """
     num_queries = query_starts.shape[0] - 1
-    num_tiles = triton.cdiv(num_tokens // tile_q + min(num_queries, num_tokens // least), 4) * 4  # rows begin on 16 bytes
+    num_tiles = cdiv(num_tokens // tile_q + min(num_queries, num_tokens // least), 4) * 4  # rows begin on 16 bytes
     tile_query, tile_start = torch.empty(2, num_tiles, dtype=torch.int32, device=query_starts.device)
     _map_tiles[(num_queries,)](
         query_starts, tile_query, tile_start, num_queries, num_tiles,
-        LEAST=least, TILE_Q=tile_q, QUERIES=triton.next_power_of_2(num_queries), TILES=triton.next_power_of_2(num_tiles),
+        LEAST=least, TILE_Q=tile_q, QUERIES=power_of_two(num_queries), TILES=power_of_two(num_tiles),
         num_warps=4,
         **pdl(query_starts.device),
     )  # fmt: skip
@@ -117,7 +117,7 @@ def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
     """Tokens of a chunk in one tile; `tiles` of `paged_prefill` must be cut so."""
-    return max(1, TILE_ROWS // int(triton.next_power_of_2(heads // kv_heads)))
+    return max(1, TILE_ROWS // power_of_two(heads // kv_heads))
 
 
 def _stages(q: torch.Tensor) -> int:
@@ -145,7 +145,7 @@ def paged_prefill(
     heads, head_dim = q.shape[1:]
     _, block_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
-    tokens, padded = tile_tokens(heads, kv_heads), triton.next_power_of_2(group)
+    tokens, padded = tile_tokens(heads, kv_heads), power_of_two(group)
     tile_query, tile_start = tiles
     _prefill[(tile_query.shape[0], kv_heads)](
         q, k_cache, v_cache, out, block_tables, kv_lens, query_starts, tile_query, tile_start,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl, power_of_two
 
 TILE = 128  # numbers of a row that one pass of the router's product takes
 MAX_SPLITS = 16
@@ -58,12 +58,12 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     """x [T, H] bfloat16, router [E, H] bfloat16 or float32 -> parts [splits, T, E] float32; the logits are their sum."""
     tokens, size = x.shape
     experts = router.shape[0]
-    tile = min(64, max(16, triton.next_power_of_2(tokens)))
+    tile = min(64, max(16, power_of_two(tokens)))
     rows = 64 if tokens >= MANY_TOKENS else 16
-    grid = (triton.cdiv(tokens, tile), triton.cdiv(experts, rows))
-    splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(PROGRAMS, grid[0] * grid[1])))
-    part = triton.cdiv(triton.cdiv(size, splits), TILE) * TILE
-    splits = triton.cdiv(size, part)
+    grid = (cdiv(tokens, tile), cdiv(experts, rows))
+    splits = min(MAX_SPLITS, power_of_two(cdiv(PROGRAMS, grid[0] * grid[1])))
+    part = cdiv(cdiv(size, splits), TILE) * TILE
+    splits = cdiv(size, part)
     out = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x.device)
     _logits[(*grid, splits)](
         x, router, out, tokens,
@@ -160,12 +160,12 @@ def route(
     members = experts // num_groups
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=parts.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=parts.device)
-    padded = triton.next_power_of_2(num_groups) * triton.next_power_of_2(members)
+    padded = power_of_two(num_groups) * power_of_two(members)
     _route[(tokens,)](
         parts, parts if bias is None else bias, weights, ids, tokens, scale,
-        SPLITS=splits, GROUPS=num_groups, MEMBERS=members, GROUPS_PADDED=triton.next_power_of_2(num_groups),
-        MEMBERS_PADDED=triton.next_power_of_2(members), BEST_GROUPS=groups[1], TOP_K=top_k,
-        TOP_K_PADDED=triton.next_power_of_2(top_k), METHOD=METHODS[method], BIASED=bias is not None, NORMALIZE=normalize,
+        SPLITS=splits, GROUPS=num_groups, MEMBERS=members, GROUPS_PADDED=power_of_two(num_groups),
+        MEMBERS_PADDED=power_of_two(members), BEST_GROUPS=groups[1], TOP_K=top_k,
+        TOP_K_PADDED=power_of_two(top_k), METHOD=METHODS[method], BIASED=bias is not None, NORMALIZE=normalize,
         HALF=router_dtype == torch.bfloat16, num_warps=max(1, min(4, padded // 256)), **pdl(parts.device),
     )  # fmt: skip
     return weights, ids
@@ -276,11 +276,11 @@ def sort_pairs(ids: torch.Tensor, experts: int, block: int, shared: int = 0, *, 
     """
     tokens, device = ids.shape[0], ids.device
     pairs = ids.numel()
-    most = min(experts, pairs) + pairs // block + shared * triton.cdiv(tokens, block)
+    most = min(experts, pairs) + pairs // block + shared * cdiv(tokens, block)
     out = Sorted(*(torch.empty(n, dtype=torch.int32, device=device) for n in (pairs, pairs, experts + shared, most, most, 1)))
-    padded = triton.next_power_of_2(experts + shared)
+    padded = power_of_two(experts + shared)
     part = part or next((p for p in ONE_PART if pairs <= p.pairs), MANY_PARTS)
-    parts = triton.cdiv(pairs, part.pairs)
+    parts = cdiv(pairs, part.pairs)
     counts = ids
     if parts > 1:
         counts = torch.empty(parts, padded, dtype=torch.int32, device=device)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import arrivals, pdl
+from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
 
 VOCAB_TILE = 4096  # logits that one program looks at
 
@@ -44,12 +44,12 @@ def _likeliest(
 def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
     """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too."""
     num, vocab = logits.shape
-    tiles = triton.cdiv(vocab, VOCAB_TILE)
+    tiles = cdiv(vocab, VOCAB_TILE)
     tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
     best = torch.empty(num, tiles, dtype=torch.float32, device=logits.device)
     index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
     _likeliest[(num, tiles)](
         logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
-        TILE=VOCAB_TILE, TILES=tiles, PADDED=triton.next_power_of_2(tiles), num_warps=4, **pdl(logits.device),
+        TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
     )  # fmt: skip
     return tokens

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import pdl
+from engine.kernels.launch import cdiv, pdl
 
 TABLE_TILE = 128  # blocks copied at once
 
@@ -115,7 +115,7 @@ def gather_mixed(
     num, width = tokens.shape[0], tables.shape[1]
     token_ids, positions_out, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
     block_tables = torch.empty(rows.shape[0], width, dtype=torch.int32, device=rows.device)
-    token_tiles = triton.cdiv(num, TABLE_TILE)
+    token_tiles = cdiv(num, TABLE_TILE)
     _gather_mixed[(token_tiles + rows.shape[0],)](
         tokens, positions, owners, rows, kv_lens, latest, tables,
         token_ids, positions_out, slots, block_tables, num, token_tiles, width,

@@ -197,6 +197,7 @@ class Scheduler:
             requests.append(request)
             request.num_computed = start + 1
             request.num_pending += 1
+        _longest_first(plan, requests)
         plan.num_decodes = len(requests)
         plan.nums = [1] * len(requests)
         plan.samples = list(range(len(requests)))
@@ -321,3 +322,13 @@ class Scheduler:
         self.cache.release(request)
         request.status = Status.FINISHED
         del self._requests[request.request_id]
+
+
+def _longest_first(plan: StepPlan, requests: list[Request]) -> None:
+    """Put a plan of decodes in the order of their contexts. Attention begins with those that come first, and while one that
+    takes long and came last is at work, most of the device is idle.
+    """
+    order = sorted(range(len(requests)), key=plan.starts.__getitem__, reverse=True)
+    plan.rows = [plan.rows[i] for i in order]
+    plan.starts = [plan.starts[i] for i in order]
+    requests[:] = [requests[i] for i in order]

@@ -84,6 +84,17 @@ def test_decodes_come_before_chunks_and_leave_them_the_rest_of_the_budget():
     assert [admitted.row for admitted in plan.admitted] == [b.row, c.row]
 
 
+def test_decodes_are_planned_longest_context_first():
+    """And a step's tokens still go to the requests that they were sampled for."""
+    rig = Rig(budget=100)
+    short, longest, middle = rig.add("s", 3), rig.add("l", 20), rig.add("m", 9)
+    rig.step()
+    plan = rig.schedule()
+    assert slices(plan) == [(longest.row, 20, 1), (middle.row, 9, 1), (short.row, 3, 1)]
+    rig.scheduler.commit(plan, StepResult(plan.step, [11, 12, 13]))
+    assert [r.tokens[-1] for r in (longest, middle, short)] == [11, 12, 13]
+
+
 def test_an_admission_carries_copies_of_its_tokens_and_blocks():
     rig = Rig()
     request = rig.add("a", 6)
