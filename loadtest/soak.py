@@ -5,13 +5,15 @@
 Prompts of 1 to 2,000 tokens, some of which begin like others, 1 to 500 outputs, all kinds of sampling, up to twice as many
 requests as there are rows; now and then one is aborted. `check()` runs after each step. At the end no block may be in use and
 every request must have ended once; and after the first minute (or fifth of the time, if that is less) the device's memory must
-not have grown. If it has, each growth is told: when, to what, and how much of it torch's allocator holds. All kernels but
-Triton's are loaded at the start, since otherwise each takes its memory when it is first wanted.
+not have grown. If it has, each growth is told: when, to what, how much of it torch's allocator holds, how much pinned memory of
+the host there is, which the device has to map, and what Triton loaded since the growth before. All other kernels are loaded at
+the start, since otherwise each takes its memory when it is first wanted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -57,11 +59,12 @@ class Soak:
         self._ends: Counter[str] = Counter()  # by request
         self._under_way: list[str] = []
         self._submitted = 0
+        self._loaded = _triton_loads()
 
     def run(self, seconds: float) -> dict[str, object]:
         """Raises AssertionError where something does not hold; the line of figures otherwise."""
-        began, settled, tokens, most = time.monotonic(), min(60.0, seconds / 5), 0, _Memory(0, 0)
-        growths: list[dict[str, float]] = []  # after the device has settled
+        began, settled, tokens, most = time.monotonic(), min(60.0, seconds / 5), 0, _Memory(0, 0, 0)
+        growths: list[dict[str, object]] = []  # after the device has settled
         while (elapsed := time.monotonic() - began) < seconds:
             self._submit_some()
             self._abort_some()
@@ -70,7 +73,8 @@ class Soak:
             if memory.used > most.used:
                 most = memory
                 if elapsed >= settled:
-                    growths.append({"seconds": round(elapsed, 1), **memory._asdict()})
+                    growths.append({"seconds": round(elapsed, 1), **memory._asdict(), "loaded": self._loaded.copy()})
+                self._loaded.clear()
         while self._core.has_work:
             tokens += self._step()
         stats = self._core.stats()
@@ -153,14 +157,25 @@ class _Memory(NamedTuple):
 
     used: int  # by whomever
     reserved: int  # of them, by this process's torch allocator
+    pinned: int  # of the host, by the same process
 
 
 def _memory() -> _Memory:
     """Zeros without a device."""
     if not torch.cuda.is_available():
-        return _Memory(0, 0)
+        return _Memory(0, 0, 0)
     free, total = torch.cuda.mem_get_info()
-    return _Memory(total - free, torch.cuda.memory_reserved())
+    pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    return _Memory(total - free, torch.cuda.memory_reserved(), pinned)
+
+
+def _triton_loads() -> list[str]:
+    """Names of the kernels that Triton loads from now on, as it does. None without a device."""
+    names: list[str] = []
+    if torch.cuda.is_available():
+        runtime = importlib.import_module("triton").knobs.runtime
+        runtime.kernel_load_end_hook.add(lambda module, function, name, group, key: names.append(name))
+    return names
 
 
 if __name__ == "__main__":
