@@ -51,8 +51,11 @@ class ForwardBatch:
     def num_queries(self) -> int:
         return int(self.kv_lens.shape[0])
 
-    def read_by(self, index: torch.Tensor, kv_lens: torch.Tensor, block_tables: torch.Tensor, lens: list[int]) -> Read:
-        """Of the last tokens of S queries: their `index` in the step, and what those queries have of the rest, [S] each."""
+    def last_tokens(
+        self, index: torch.Tensor, kv_lens: torch.Tensor, block_tables: torch.Tensor, kv_lens_host: list[int]
+    ) -> Read:
+        """Of S queries: where their last tokens stand in the step [S] int64, and their lengths [S] int32, tables [S, max_blocks]
+        int32 and, for the paths that loop on the host, lengths once more."""
         num, device = index.shape[0], index.device
         return Read(
             index,
@@ -65,7 +68,7 @@ class ForwardBatch:
                 block_tables=block_tables,
                 num_decodes=num,
                 query_lens_host=[1] * num,
-                kv_lens_host=lens,
+                kv_lens_host=kv_lens_host,
                 kv=self.kv,
             ),
         )

@@ -143,7 +143,7 @@ class StepGraphs:
                 kv=self._kv,
                 by_length=True,
             )
-            read = batch.read_by(starts[1:].long() - 1, gathered.kv_lens, gathered.block_tables, ones)
+            read = batch.last_tokens(starts[1:].long() - 1, gathered.kv_lens, gathered.block_tables, ones)
             return self._choose(self._backend.forward(replace(batch, read=read)), rows, uniform)
 
         return self._capture(inputs, run)

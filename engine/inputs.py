@@ -152,7 +152,7 @@ class Rows:
         )
         if not all_read and last.size < positions.size:
             tables = self.state.tables[:, :width].index_select(0, t[6])
-            batch = replace(batch, read=batch.read_by(t[7], t[10], tables, kv_lens[slices.samples].tolist()))
+            batch = replace(batch, read=batch.last_tokens(t[7], t[10], tables, kv_lens[slices.samples].tolist()))
         return StepInputs(batch, t[6], t[7])
 
     def all_sampled(self, slices: Slices) -> bool:

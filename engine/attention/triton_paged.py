@@ -109,7 +109,7 @@ class TritonStepAttention:
         self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
     ) -> None:
         batch, (decodes, heads) = self._batch, q.shape[:2]
-        splits = decode_splits(decodes, heads, self._num_processors)
+        splits = decode_splits(decodes, heads, self._num_processors, q.dtype)
         alone = splits > 1 and is_alone(decodes, heads)
         q_latent = absorb_few(q, kv_b, nope) if alone else absorb(q, kv_b, nope)
         parts = mla_decode(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)

@@ -43,8 +43,8 @@ def arrivals(device: torch.device) -> torch.Tensor:
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """Rounded up. Triton's own, and its power of two, are made to be called in kernels too: here they take 10 us each, and a
-    step outside graphs makes hundreds of such calls.
+    """Rounded up. Triton's own, and its power of two, serve kernels too, which makes each call a slow one on the host; a step
+    outside graphs makes hundreds.
     """
     return -(-numerator // denominator)
 

@@ -114,7 +114,7 @@ def mla_decode(
     """
     (num_seqs, heads, latent), device = q_latent.shape, q_latent.device
     block_size = cache.shape[1]
-    tile = decode_tile(num_seqs, heads, q_latent.dtype, device)
+    tile = decode_tile(num_seqs, heads, q_latent.dtype, block_size, device)
     dtype = q_latent.dtype if num_splits == 1 else torch.float32
     parts = Parts(
         torch.empty(num_seqs, heads, num_splits, latent, dtype=dtype, device=device),
@@ -124,7 +124,7 @@ def mla_decode(
         q_latent, q_rope, cache, block_tables, kv_lens, *parts,
         scale * LOG2_E, block_tables.stride(0), q_rope.stride(0), q_rope.stride(1),
         HEADS=heads, ROWS=tile.rows, LATENT=latent, ROPE=q_rope.shape[2],
-        BLOCK=block_size, TILE=min(tile.tokens, block_size), SPLITS=num_splits,
+        BLOCK=block_size, TILE=tile.tokens, SPLITS=num_splits,
         PRECISION=precision(q_latent.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, **pdl(device),
     )  # fmt: skip
     return parts
@@ -156,16 +156,22 @@ def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constex
     tl.store(out_ptr + pair * LATENT + dim, out.to(out_ptr.dtype.element_ty))
 
 
-def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, device: torch.device) -> Tile:
+def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, block_size: int, device: torch.device) -> Tile:
     """docs/gpu.md has what was measured. One program a processor, with all that its shared memory holds under way, beats two."""
     if is_alone(num_seqs, heads):
-        return Tile(MIN_DOT_ROWS, 32, 4, 2)
-    roomy = dtype != torch.float32 and shared_memory(device) >= ROOMY
-    if roomy and heads <= MIN_DOT_ROWS and num_seqs >= MANY_SEQUENCES:
-        return Tile(MIN_DOT_ROWS, 64, 4, 3)
-    if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32:
-        return Tile(MIN_DOT_ROWS, 32, 4, 3)
-    return Tile(MANY_ROWS, 64, 8, 2) if roomy else Tile(MANY_ROWS, 32, 8, 3)
+        return Tile(MIN_DOT_ROWS, min(32, block_size), 4, 2)
+    rows = _rows(num_seqs, heads, dtype)
+    if dtype != torch.float32 and block_size >= 64 and shared_memory(device) >= ROOMY:
+        if rows == MANY_ROWS:
+            return Tile(rows, 64, 8, 2)
+        if num_seqs >= MANY_SEQUENCES:
+            return Tile(rows, 64, 4, 3)
+    return Tile(rows, min(32, block_size), 8 if rows == MANY_ROWS else 4, 3)
+
+
+def _rows(num_seqs: int, heads: int, dtype: torch.dtype) -> int:
+    """Heads of one program. In float32 more do not fit into shared memory."""
+    return MIN_DOT_ROWS if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32 else MANY_ROWS
 
 
 def is_alone(num_seqs: int, heads: int) -> bool:
@@ -173,12 +179,11 @@ def is_alone(num_seqs: int, heads: int) -> bool:
     return num_seqs == 1 and heads <= MIN_DOT_ROWS
 
 
-def decode_splits(num_seqs: int, heads: int, num_processors: int) -> int:
+def decode_splits(num_seqs: int, heads: int, num_processors: int, dtype: torch.dtype) -> int:
     """Splits (a power of two, with a limit) that give each processor about a program. Where few heads make one program of a
     sequence, two splits at least up to a sequence a processor: lengths differ, and the longest would be waited for.
     """
-    rows = MIN_DOT_ROWS if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES else MANY_ROWS
-    programs = num_seqs * cdiv(heads, rows)
+    programs = num_seqs * cdiv(heads, _rows(num_seqs, heads, dtype))
     least = 2 if heads <= MIN_DOT_ROWS and programs <= num_processors else 1
     most = ALONE_SPLITS if is_alone(num_seqs, heads) else MAX_SPLITS
     return min(most, power_of_two(max(least, num_processors // programs)))

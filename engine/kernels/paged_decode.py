@@ -103,13 +103,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
-    """Splits (a power of two, at most 32) that give each processor about two programs; of fewer than two, what is left to do
-    where lengths differ would be one program's.
+    """Splits (a power of two, at most 32) that give each processor about two programs. At least two where some processors would
+    have one: lengths differ, and the longest would be waited for.
     """
     programs = num_seqs * kv_heads
     wanted = max(2 if programs < 2 * num_processors else 1, 2 * num_processors // programs)
-    splits: int = power_of_two(wanted)
-    return min(32, splits)
+    return min(32, power_of_two(wanted))
 
 
 def paged_decode(

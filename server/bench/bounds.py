@@ -78,7 +78,7 @@ def steps(lengths: Iterable[Length], *, max_tokens: int = MAX_STEP_TOKENS, max_r
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of a model, in numbers (weights, entries of the cache) and in multiply-adds; all layers together, but for the last 3."""
+    """Of a model, in numbers (weights, entries of the cache) and in multiply-adds; all layers together, `spared` apart."""
 
     weights: int  # that every token uses: attention, dense and shared MLPs, routers
     expert: int  # weights of one expert
@@ -90,9 +90,9 @@ class Costs:
     kv: int  # of a token
     decode_pair: int
     chunk_pair: int
-    unread: int  # multiply-adds of the last layer for a token, experts apart, that it spares where no sample follows
-    unread_experts: int  # 1: the last layer has experts, 0: it has none
-    unread_pair: int  # a layer's chunk_pair
+    spared: int  # weights of the last layer, experts apart, that a token spares which no sample follows
+    spared_experts: int  # 1: the last layer has experts, 0: it has none
+    spared_pair: int  # a layer's chunk_pair
 
     @staticmethod
     def of(spec: ModelSpec) -> Costs:
@@ -113,15 +113,15 @@ class Costs:
             kv=layers * kv,
             decode_pair=layers * decode_pair,
             chunk_pair=layers * chunk_pair,
-            unread=attention - hidden * kv + (routed if ends_in_experts else dense),
-            unread_experts=int(ends_in_experts),
-            unread_pair=chunk_pair,
+            spared=attention - hidden * kv + (routed if ends_in_experts else dense),
+            spared_experts=int(ends_in_experts),
+            spared_pair=chunk_pair,
         )
 
     def numbers_read(self, step: Step) -> float:
-        layers = (self.moe_layers - self.unread_experts, step.tokens), (self.unread_experts, step.samples)
+        layers = (self.moe_layers - self.spared_experts, step.tokens), (self.spared_experts, step.samples)
         experts = sum(num * self._distinct(tokens) for num, tokens in layers)
-        weights = self.weights + experts * self.expert + (self.head if step.samples else 0)
+        weights = self.weights + experts * self.expert + (self.head if step.samples else -self.spared)
         return weights + step.tokens * self.hidden + (step.decode_pairs + step.chunk_kv) * self.kv
 
     def _distinct(self, tokens: int) -> float:
@@ -131,9 +131,9 @@ class Costs:
     def operations(self, step: Step) -> float:
         """Two for each multiply-add."""
         products = step.tokens * (self.weights + self.moe_layers * self.top_k * self.expert) + step.samples * self.head
-        products -= (step.tokens - step.samples) * (self.unread + self.unread_experts * self.top_k * self.expert)
+        products -= (step.tokens - step.samples) * (self.spared + self.spared_experts * self.top_k * self.expert)
         pairs = step.decode_pairs * self.decode_pair + step.chunk_pairs * self.chunk_pair
-        pairs -= (step.chunk_pairs - step.last_pairs) * self.unread_pair
+        pairs -= (step.chunk_pairs - step.last_pairs) * self.spared_pair
         return 2.0 * (products + pairs)
 
 

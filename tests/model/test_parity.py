@@ -85,7 +85,7 @@ def test_the_last_layer_goes_on_with_the_tokens_that_are_read(name, read, tmp_pa
         expected = model(whole.batch(slices, 1)).index_select(0, last)
         batch = some.batch(slices, 1)
         lens = [batch.kv_lens_host[i] for i in read]
-        found = model(replace(batch, read=batch.read_by(last, batch.kv_lens[read], batch.block_tables[read], lens)))
+        found = model(replace(batch, read=batch.last_tokens(last, batch.kv_lens[read], batch.block_tables[read], lens)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for a, b in zip(whole.kv, some.kv, strict=True):
         for pool in a:

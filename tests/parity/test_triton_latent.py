@@ -12,7 +12,9 @@ from engine.attention.base import AttentionBackend
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import TritonAttention
 from engine.kernels import elementwise, latent
-from engine.kernels.mla_decode import decode_tile, merge, mla_decode
+from engine.kernels import mla_decode as mla_decode_module
+from engine.kernels.hardware import shared_memory
+from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
 from engine.layers.ops import PlainOps, write
 from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random
 
@@ -83,21 +85,34 @@ def test_merges_of_a_decode(heads, splits):
         close(out, torch_ref.expand_output(expected, kv_b, NOPE))
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("tokens", [32, 64])
 @pytest.mark.parametrize(("heads", "sequences"), [(3, 16), (20, 8)])
-def test_a_decode_of_many_sequences_in_half_precision(heads, sequences):
-    """Many, or with many heads, have larger passes than float32 has room for: here a block of 64 tokens in each."""
+def test_a_decode_of_many_sequences_in_half_precision(heads, sequences, tokens, splits, monkeypatch):
+    """Many, or with many heads, have larger passes where the device has room for them: here a block of 64 tokens in each."""
+    if tokens == 32:
+        monkeypatch.setattr(mla_decode_module, "shared_memory", lambda device: mla_decode_module.ROOMY - 1)
+    elif shared_memory(DEVICE) < mla_decode_module.ROOMY:
+        pytest.skip("needs the shared memory of a Hopper GPU")
     generator, half = torch.Generator().manual_seed(0), torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     lens = torch.tensor([1, 64, 65, 200] * (sequences // 4), dtype=torch.int32, device=DEVICE)
     tables = torch.randperm(sequences * 4, generator=generator).view(sequences, 4).to(DEVICE, torch.int32)
     cache = random(sequences * 4, 64, RANK + ROPE, generator=generator).to(half)
     q, q_rope = (random(sequences, heads, size, generator=generator).to(half) for size in (RANK, ROPE))
-    assert decode_tile(sequences, heads, q.dtype, q.device).tokens == 64
-    parts = mla_decode(q, q_rope, cache, tables, lens, 0.2, 2)
-    merged = merge(parts, torch.float32)
+    assert decode_tile(sequences, heads, q.dtype, 64, q.device).tokens == tokens
+    parts = mla_decode(q, q_rope, cache, tables, lens, 0.2, splits)
+    merged = merge(parts, torch.float32).float()  # one split is in the queries' type
     for i, length in enumerate(lens.tolist()):
         own = cache[tables[i].long()].flatten(0, 1)[:length].float()
         scores = torch.cat((q, q_rope), -1)[i].float() @ own.T * 0.2
         torch.testing.assert_close(merged[i], scores.softmax(-1) @ own[:, :RANK], atol=2e-2, rtol=2e-2)
+
+
+def test_a_sequence_has_splits_while_each_processor_has_one():
+    half = torch.bfloat16
+    assert [decode_splits(num, 16, 132, half) for num in (1, 2, 8, 16, 64, 128, 132, 133)] == [64, 16, 16, 8, 2, 2, 2, 1]
+    assert [decode_splits(num, 128, 132, half) for num in (7, 8, 64, 66, 67)] == [2, 8, 1, 1, 1]
+    assert decode_tile(64, 128, half, 32, DEVICE).tokens == 32  # no more than a block
 
 
 def test_keys_are_those_of_the_twin():

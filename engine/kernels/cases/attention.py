@@ -107,7 +107,7 @@ def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope
     q, kv_b = random(device, 1, heads, nope + rope), random(device, heads, 2 * nope, latent)
     tables, lens, out = block_tables(device, 1, context), _lens(device, context), random(device, 1, heads, nope)
     cache = random(device, tables.numel(), BLOCK, latent + rope)
-    splits = decode_splits(1, heads, processors(device))
+    splits = decode_splits(1, heads, processors(device), q.dtype)
 
     def run() -> torch.Tensor:
         q_latent = kernels.absorb_few(q, kv_b, nope)
@@ -128,7 +128,7 @@ def latent_decode(device: torch.device, seqs: int, context: int, heads: int, lat
     tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
     cache = random(device, tables.numel(), BLOCK, latent + rope)
     q_latent, q_rope = random(device, seqs, heads, latent), random(device, seqs, heads, rope)
-    splits = decode_splits(seqs, heads, processors(device))
+    splits = decode_splits(seqs, heads, processors(device), q_latent.dtype)
     num_bytes = 2 * q_latent.nbytes + q_rope.nbytes + seqs * context * (latent + rope) * cache.itemsize
     return Launch(
         lambda: merge(mla_decode(q_latent, q_rope, cache, tables, lens, 0.1, splits), q_latent.dtype),

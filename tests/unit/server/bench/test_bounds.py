@@ -110,10 +110,10 @@ def test_few_tokens_read_few_experts_and_many_read_all():
     assert experts(1000) == pytest.approx(64)
 
 
-def test_no_sample_reads_no_head():
+def test_no_sample_reads_no_head_and_of_the_last_layer_what_makes_kv():
     c = Costs.of(SPECS["llama-8b"])
     with_one, without = (c.numbers_read(Step(8, samples, 0, 0, 0, 0)) for samples in (1, 0))
-    assert with_one - without == c.head
+    assert with_one - without == c.head + c.spared
 
 
 @pytest.mark.parametrize("model", SPECS)
