@@ -12,6 +12,10 @@ import msgspec
 
 from engine.errors import ConfigError
 
+STEP_TOKENS = 8192  # on a GPU
+OFFLINE_STEP_TOKENS = 16384  # where a long step keeps nobody waiting
+CPU_STEP_TOKENS = 512
+
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "dummy"]
@@ -57,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0  # seeds what the operator does not: dummy weights
     overlap: bool | None = None  # submit step N+1 before step N's tokens are read; None: on where the device is asynchronous
     cuda_graphs: bool | None = None  # replay captured steps; None: on where the model allows it
+    offline: bool = False  # nobody waits for single tokens: steps may be larger; for whoever runs an engine as a library
     debug_checks: bool = False  # run every check() after each step
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -81,7 +86,8 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
     device = config.device if config.device != "auto" else ("cuda" if has_cuda else "cpu")
     # Few CPUs multiply bfloat16 fast, and all of them float32.
     auto_dtype = limits.dtype if device == "cuda" else "float32"
-    step_tokens = config.scheduler.max_step_tokens or (8192 if device == "cuda" else 512)
+    gpu_tokens = OFFLINE_STEP_TOKENS if config.offline else STEP_TOKENS
+    step_tokens = config.scheduler.max_step_tokens or (gpu_tokens if device == "cuda" else CPU_STEP_TOKENS)
     return msgspec.structs.replace(
         config,
         device=device,

@@ -53,11 +53,11 @@ class Completion(msgspec.Struct, kw_only=True):
 
 class LLM:
     """`options` are the fields of EngineConfig; `cache` and `scheduler` also as dicts of theirs. Use it as a context manager,
-    or `close` it."""
+    or `close` it. `offline` is on unless given: what counts is when everything is done."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         try:
-            config = msgspec.convert({"model": str(model), **options}, EngineConfig)
+            config = msgspec.convert({"model": str(model), "offline": True, **options}, EngineConfig)
         except msgspec.ValidationError as error:
             raise ConfigError(f"engine options: {error}") from None
         self._folder = Path(model)

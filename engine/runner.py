@@ -32,6 +32,7 @@ from engine.kvcache.storage import KVStorage, block_bytes
 from engine.models.spec import ModelSpec
 from engine.pending import Pending, Reported, to_host
 from engine.plan import AdmittedRow, BuiltRunner, PendingStep, StepPlan
+from engine.rehearsal import Rehearsals
 from engine.request import SamplingParams
 from engine.sampling.logprobs import LogprobTensors, of_prompt
 from engine.sampling.sampler import Sampler
@@ -73,6 +74,13 @@ class TorchRunner:
             self._graphs = StepGraphs(
                 backend, storage.layers, self._rows, self._sampler.on_device.choose, block_size=config.cache.block_size
             )
+        self._rehearsals = Rehearsals(
+            backend,
+            storage,
+            block_size=config.cache.block_size,
+            most_tokens=min(config.scheduler.max_step_tokens or 1, config.max_model_len or limits.max_model_len),
+            device=device,
+        )
         self._vocab_size = limits.vocab_size
 
     @property
@@ -99,8 +107,8 @@ class TorchRunner:
 
     @torch.inference_mode()
     def prepare(self) -> bool:
-        """Capture a graph that steps will want; False where all are there."""
-        return self._graphs is not None and self._graphs.capture_next()
+        """Capture a graph that steps will want, or where all are there rehearse a long prompt; False: nothing is left to do."""
+        return (self._graphs is not None and self._graphs.capture_next()) or self._rehearsals.next()
 
     def _take(self, decoded: Decoded, slices: Slices, pending: Pending) -> None:
         """What a graph gave: for all slices, of which some may not sample."""

@@ -41,3 +41,8 @@ class AttentionBackend(Protocol):
     """Tokens of the largest batch `by_length` that it takes, without waiting for the device; 0: none."""
 
     def prepare(self, batch: ForwardBatch) -> StepAttention: ...
+
+    def prompt_lengths(self, most: int) -> list[int]:
+        """Whole prompts of up to `most` tokens whose kind takes longer the first time it comes, for a library plans it: one
+        length of each kind."""
+        ...

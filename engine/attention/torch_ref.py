@@ -89,6 +89,9 @@ class TorchAttention:
             chunks=_chunks(batch, reader),
         )
 
+    def prompt_lengths(self, most: int) -> list[int]:
+        return []
+
 
 @dataclass(frozen=True, slots=True)
 class _TableReader:

@@ -40,6 +40,10 @@ class TritonAttention:
     def prepare(self, batch: ForwardBatch) -> TritonStepAttention:
         return TritonStepAttention(batch, self._num_processors)
 
+    def prompt_lengths(self, most: int) -> list[int]:
+        """Those that cuDNN gets, as they mostly are: no whole number of LENGTH_STEPs."""
+        return [end - 1 for end in range(MIN_PROMPT + LENGTH_STEP, most + 2, LENGTH_STEP)]
+
 
 class TritonStepAttention:
     """StepAttention."""
@@ -57,12 +61,12 @@ class TritonStepAttention:
             return self._attend_by_length(q, k_pool, v_pool, scale)
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         fresh = self._long_prompts(q.dtype)
-        if fresh == [range(q.shape[0])]:
-            return attend_prompt(q, k, v, scale)
+        if _fill(fresh, q.shape[0]):
+            return attend_prompts(q, k, v, scale, len(fresh))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for span in fresh:
             part = slice(span.start, span.stop)
-            out[part] = attend_prompt(q[part], k[part], v[part], scale)
+            out[part] = attend_prompts(q[part], k[part], v[part], scale)
         tiles = self._query_tiles(tile_tokens(heads, kv_heads), q.dtype)
         if tiles is not None:
             paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale, out)
@@ -90,8 +94,8 @@ class TritonStepAttention:
         batch, pool = self._batch, pools["latent"]
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
-        if not batch.by_length and self._long_prompts(q.dtype) == [range(q.shape[0])]:
-            return attend_latent_prompt(q, latent, expand_all(latent, kv_b), rank, scale)
+        if not batch.by_length and _fill(prompts := self._long_prompts(q.dtype), q.shape[0]):
+            return attend_latent_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if batch.by_length:
             tiles, starts = self._latent_tiles(q), batch.query_starts
@@ -143,7 +147,7 @@ class TritonStepAttention:
                 mla_prefill(out, q, expanded, k_rope, batch.query_starts, batch.kv_lens, group.tiles, scale, tile)
             for span in prompts if group.slots is None else []:
                 tokens, part = slice(span.start, span.stop), slice(span.start - rows.start, span.stop - rows.start)
-                out[tokens] = attend_latent_prompt(q[tokens], cached[part], expanded[part], rank, scale)
+                out[tokens] = attend_latent_prompts(q[tokens], cached[part], expanded[part], rank, scale)
 
     def _long_prompts(self, dtype: torch.dtype) -> list[range]:
         """The tokens of each chunk that goes to cuDNN: a whole prompt from its start, long enough to pay for its own call."""
@@ -185,21 +189,30 @@ def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
     return F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
 
 
-def attend_latent_prompt(q: torch.Tensor, latents: torch.Tensor, expanded: torch.Tensor, rank: int, scale: float) -> torch.Tensor:
-    """`attend_prompt` of latents [T, rank + rope] and what they expand to -> [T, heads, v_dim]."""
+def _fill(prompts: list[range], num_tokens: int) -> bool:
+    """Whether these prompts, of one length, are all that a step has."""
+    return len({len(prompt) for prompt in prompts}) == 1 and sum(map(len, prompts)) == num_tokens
+
+
+def attend_latent_prompts(
+    q: torch.Tensor, latents: torch.Tensor, expanded: torch.Tensor, rank: int, scale: float, num: int = 1
+) -> torch.Tensor:
+    """`attend_prompts` of latents [T, rank + rope] and what they expand to -> [T, heads, v_dim]."""
     nope = q.shape[2] - (latents.shape[1] - rank)
-    return attend_prompt(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale)
+    return attend_prompts(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale, num)
 
 
-def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of one whole prompt: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]. cuDNN's kernel is
-    a third faster than ours on long prompts (docs/gpu.md). T is rounded up to whole LENGTH_STEPs, since each length it has not
-    seen costs it a plan (50 to 100 ms); what the padding rows give is cut off, and no other row sees them.
+def attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num: int = 1) -> torch.Tensor:
+    """Causal attention of `num` whole prompts of one length, end to end: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T,
+    heads, dim]. cuDNN's kernel is a third faster than ours on long prompts (docs/gpu.md). Lengths are rounded up to whole
+    LENGTH_STEPs, since each that it has not seen costs it a plan (50 to 100 ms); what the padding rows give is cut off, and no
+    other row sees them.
     """
-    tokens = q.shape[0]
-    padding = -tokens % LENGTH_STEP
-    padded = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in (q, k, v))
-    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in padded)
+    length = q.shape[0] // num
+    padding = -length % LENGTH_STEP
+    apart = (x.view(num, length, *x.shape[1:]) for x in (q, k, v))
+    padded = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in apart)
+    queries, keys, values = (x.transpose(1, 2) for x in padded)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)[:tokens]
+    return out.transpose(1, 2)[:, :length].flatten(0, 1)

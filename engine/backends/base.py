@@ -20,6 +20,10 @@ class Backend(Protocol):
         """Tokens of the largest batch `by_length`, of decodes and chunks, of which that holds too; 0: of none."""
         ...
 
+    def prompt_lengths(self, most: int) -> list[int]:
+        """Whole prompts of up to `most` tokens whose kind takes longer the first time it comes: one length of each kind."""
+        ...
+
     def kv_pools(self) -> list[list[PoolSpec]]:
         """The pools that each layer keeps."""
         ...

@@ -24,6 +24,9 @@ class TorchBackend:
     def graph_tokens(self) -> int:
         return self._model.graph_tokens
 
+    def prompt_lengths(self, most: int) -> list[int]:
+        return self._model.backend.prompt_lengths(most)
+
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()
 

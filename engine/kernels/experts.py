@@ -279,23 +279,26 @@ def tiles_down(
 
 
 @triton.jit
-def _gather(x_ptr, order_ptr, out_ptr, SIZE: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
+def _spread(x_ptr, place_ptr, out_ptr, SIZE: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    token = (tl.load(order_ptr + place) // TOP_K).to(tl.int64)
-    for start in tl.static_range(0, SIZE, TILE):
-        col = start + tl.arange(0, TILE)
-        tl.store(out_ptr + place * SIZE + col, tl.load(x_ptr + token * SIZE + col, mask=col < SIZE), mask=col < SIZE)
+    x = tl.load(x_ptr + token * SIZE + col, mask=col < SIZE)
+    for i in tl.static_range(TOP_K):
+        place = tl.load(place_ptr + token * TOP_K + i).to(tl.int64)
+        tl.store(out_ptr + place * SIZE + col, x, mask=col < SIZE)
 
 
-def gather(x: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
-    """x [T, H] -> [pairs, H]: at each place the row of its pair's token."""
-    size = x.shape[1]
-    out = torch.empty(order.shape[0], size, dtype=x.dtype, device=x.device)
+def spread(x: torch.Tensor, place: torch.Tensor, top_k: int) -> torch.Tensor:
+    """x [T, H] -> [pairs, H]: each token's row at the places [pairs] of its pairs."""
+    tokens, size = x.shape
+    out = torch.empty(place.shape[0], size, dtype=x.dtype, device=x.device)
     tile = min(2048, power_of_two(size))
-    _gather[(order.shape[0],)](x, order, out, SIZE=size, TOP_K=top_k, TILE=tile, num_warps=4, **pdl(x.device))
+    _spread[(tokens, cdiv(size, tile))](
+        x, place, out, SIZE=size, TOP_K=top_k, TILE=tile, num_warps=max(1, tile // 256), **pdl(x.device)
+    )
     return out
 
 

@@ -1,10 +1,11 @@
 """Attention of one query token a sequence over a paged K/V cache, in Triton: split-KV with the heads of a group packed.
 
-The cache of a sequence is cut into `num_splits` ranges, one program each, so that few sequences still fill the device; the
-program that is last to finish merges the ranges by their log-sum-exp (the "flash-decoding" scheme: Dao et al., 2023). All
-query heads that share a K/V head are rows of one tile, so K and V are read once for them. The grid depends on shapes only,
-never on lengths, so a captured graph stays right as sequences grow. A sequence's programs start together, and sequences in
-their order: the scheduler puts the longest first, since one that started last would be waited for.
+The cache of a sequence is cut into up to `num_splits` parts, one program each, so that few sequences still fill the device; the
+program that is last to finish merges them by their log-sum-exp (the "flash-decoding" scheme: Dao et al., 2023). A short sequence
+has fewer, and its other programs end at once. All query heads that share a K/V head are rows of one tile, so K and V are read
+once for them. The grid depends on shapes only, never on lengths, so a captured graph stays right as sequences grow. A
+sequence's programs start together, and sequences in their order: the scheduler puts the longest first, since one that started
+last would be waited for.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.hardware import processors
 from engine.kernels.launch import arrivals, pdl, power_of_two
 from engine.kernels.softmax import add_pass
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MANY_PROGRAMS = 512  # see `_stages`
+SPLIT_PASSES = 8  # of its loop that a sequence must be worth to have all its parts
 
 
 @triton.jit
-def _merge(acc_ptr, lse_ptr, out_ptr, pair, HEAD: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: tl.constexpr):
     """The parts that others wrote, of one head of one sequence; past the L1, which may hold what an older launch had there."""
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, HEAD)
-    lse = tl.load(lse_ptr + pair * SPLITS + split, cache_modifier=".cg")
+    written = split < parts
+    lse = tl.load(lse_ptr + pair * SPLITS + split, mask=written, other=float("-inf"), cache_modifier=".cg")
     weight = tl.exp2(lse - tl.max(lse, 0))
-    parts = tl.load(acc_ptr + (pair * SPLITS + split[:, None]) * HEAD + dim[None, :], cache_modifier=".cg")
-    merged = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    at = acc_ptr + (pair * SPLITS + split[:, None]) * HEAD + dim[None, :]
+    part = tl.load(at, mask=written[:, None], other=0.0, cache_modifier=".cg")
+    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out_ptr + dim, merged.to(out_ptr.dtype.element_ty))
 
 
@@ -38,8 +43,8 @@ def _decode(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, acc_ptr, lse_ptr, arrived_ptr,
     scale, max_blocks, q_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-    BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    PRECISION: tl.constexpr, BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, ROWS)
@@ -56,7 +61,12 @@ def _decode(
         if tl.load(starts_ptr + seq + 1) - token != 1:
             return
     length = tl.load(lens_ptr + seq)
-    per_split = tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE
+    passes = tl.cdiv(length, TILE)
+    per_split = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, LEAST)))
+    parts = tl.cdiv(passes, per_split)
+    per_split *= TILE
+    if split >= parts:  # the sequence is too short for so many
+        return
     begin = split * per_split
     end = tl.minimum(begin + per_split, length)
     q = tl.load(q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD + dim[None, :], mask=live[:, None], other=0.0)
@@ -78,23 +88,21 @@ def _decode(
 
     if PDL:  # not before: programs that wait would take the room of ours
         tl.extra.cuda.gdc_launch_dependents()
-    empty = total == 0.0  # the sequence is too short for this split to have a part of it
-    total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
-    if SPLITS == 1:
+    if SPLITS == 1 or parts == 1:
         at_out = (token * heads + head[:, None]) * HEAD + dim[None, :]
         tl.store(out_ptr + at_out, acc.to(out_ptr.dtype.element_ty), mask=live[:, None])
     else:
         part = (seq * heads + head) * SPLITS + split
-        tl.store(lse_ptr + part, tl.where(empty, float("-inf"), best + tl.log2(total)), mask=live)
+        tl.store(lse_ptr + part, best + tl.log2(total), mask=live)
         tl.store(acc_ptr + part[:, None] * HEAD + dim[None, :], acc, mask=live[:, None])
         tl.debug_barrier()  # all of the program's parts are written before it says so
         arrived = tl.atomic_add(arrived_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
-        if arrived == SPLITS - 1:
+        if arrived == parts - 1:
             tl.store(arrived_ptr + seq * KV_HEADS + kv_head, 0)  # for the next launch
             for i in range(GROUP):
                 one = kv_head * GROUP + i
-                _merge(acc_ptr, lse_ptr, out_ptr + (token * heads + one) * HEAD, seq * heads + one, HEAD, SPLITS)
+                _merge(acc_ptr, lse_ptr, out_ptr + (token * heads + one) * HEAD, seq * heads + one, parts, HEAD, SPLITS)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -103,12 +111,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
-    """Splits (a power of two, at most 32) that give each processor about two programs. At least two where some processors would
-    have one: lengths differ, and the longest would be waited for.
+    """Most parts of a sequence (a power of two, at most 32): such that each processor has about two programs. At least four up
+    to that, and two up to twice as many, since lengths differ and the longest would be waited for.
     """
     programs = num_seqs * kv_heads
-    wanted = max(2 if programs < 2 * num_processors else 1, 2 * num_processors // programs)
-    return min(32, power_of_two(wanted))
+    least = 4 if programs <= 2 * num_processors else 2 if programs <= 4 * num_processors else 1
+    return min(32, power_of_two(max(least, 2 * num_processors // programs)))
 
 
 def paged_decode(
@@ -126,7 +134,7 @@ def paged_decode(
 
     Returns [B, heads, head_dim], in `out` where that is given. k_cache and v_cache are [num_blocks, block_size, kv_heads,
     head_dim], block_tables [B, max_blocks] int32, kv_lens [B] int32 (each at least 1). head_dim, block_size (at least 16)
-    and num_splits must be powers of two; what is split has at most `launch.MAX_GROUPS` pairs of sequence and K/V head.
+    and num_splits must be powers of two; what may be split has at most `launch.MAX_GROUPS` pairs of sequence and K/V head.
 
     With `query_starts` [B + 1] int32, q and `out` are [T, heads, head_dim], and only the sequences of one token are served.
     """
@@ -134,6 +142,7 @@ def paged_decode(
     num_seqs = q.shape[0] if query_starts is None else kv_lens.shape[0]
     _, block_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
+    programs, num_processors = num_seqs * kv_heads, processors(q.device)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     acc = lse = out  # where nothing is split, nobody looks at them
@@ -146,13 +155,15 @@ def paged_decode(
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, power_of_two(group)),
         HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
+        LEAST=max(1, SPLIT_PASSES // num_splits),
         BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
-        num_warps=4 if num_splits == 1 else 2, num_stages=_stages(num_seqs * kv_heads, num_splits), **pdl(q.device),
+        num_warps=4 if num_splits <= 2 else 2, num_stages=_stages(programs, num_splits, num_processors), **pdl(q.device),
     )  # fmt: skip
     return out
 
 
-def _stages(programs: int, num_splits: int) -> int:
-    """Of loads, for so many programs a split. Where all are at work at once, more of them on a processor beat more loads in each:
-    docs/gpu.md."""
-    return 3 if programs > MANY_PROGRAMS or 1 < num_splits <= 4 else 2
+def _stages(programs: int, num_splits: int, num_processors: int) -> int:
+    """Of loads, for so many programs a part. Where all are at work at once, more of them on a processor beat more loads in each,
+    unless they are few: docs/gpu.md."""
+    few = 1 < num_splits <= 4 and programs <= num_processors
+    return 3 if programs > MANY_PROGRAMS or few else 2

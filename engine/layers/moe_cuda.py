@@ -34,8 +34,8 @@ class Cut(NamedTuple):
 
 TILE = Tile(128, 64, 8, 4, 99)
 CUTS: tuple[tuple[int, Cut], ...] = (  # up to how many pairs an expert, evenly spread
-    (10, Cut(16, TILE, TILE, True)),
-    (16, Cut(32, TILE, TILE, True)),
+    (5, Cut(16, TILE, TILE, True)),
+    (10, Cut(32, TILE, TILE, True)),
     (32, Cut(32, TILE, TILE, False)),
     (64, Cut(64, TILE, TILE, False)),
     (192, Cut(128, Tile(128, 64, 8, 4, 1), Tile(128, 64, 8, 3, 99), False)),
@@ -100,7 +100,7 @@ def run_grouped(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Rout
     """The products by torch, which is the faster where each expert has many tokens."""
     weights, ids = routed
     by_expert = routing.sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
-    at_places = kernels.gather(x, by_expert.order, ids.shape[1])
+    at_places = kernels.spread(x, by_expert.place, ids.shape[1])
     inner = ops.silu_mul(torch._grouped_mm(at_places, moe.gate_up.transpose(1, 2), offs=by_expert.ends))
     rows = torch._grouped_mm(inner, moe.down.transpose(1, 2), offs=by_expert.ends)
     kernels.add_weighted(hidden, rows, by_expert.place, weights)

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.config import OFFLINE_STEP_TOKENS
 from engine.models.spec import MlaSpec, ModelSpec
 
-MAX_STEP_TOKENS = 8192
 MAX_ROWS = 256
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     last_pairs: int  # of chunk_pairs, those of the tokens that samples follow
 
 
-def steps(lengths: Iterable[Length], *, max_tokens: int = MAX_STEP_TOKENS, max_rows: int = MAX_ROWS) -> Iterator[Step]:
+def steps(lengths: Iterable[Length], *, max_tokens: int = OFFLINE_STEP_TOKENS, max_rows: int = MAX_ROWS) -> Iterator[Step]:
     """Those of an ideal scheduler: each has a token of every request that decodes, and as much of prompts as still fits."""
     waiting = list(lengths)[::-1]
     prompts: list[tuple[Length, int]] = []  # under way, with what of each is computed

@@ -129,7 +129,7 @@ def _context_of(workload: str, work: list[Work], limits: ModelLimits, asked: int
 def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iterator[OfflineLine]:
     """`before`: seconds of this engine's start that were over when it was asked for."""
     cache = msgspec.structs.replace(job.config.cache, prefix_caching=False)
-    with LLM(**msgspec.structs.asdict(msgspec.structs.replace(job.config, cache=cache))) as llm:
+    with LLM(**msgspec.structs.asdict(msgspec.structs.replace(job.config, cache=cache, offline=True))) as llm:
         startup = dict(llm.info.startup)
         startup["imports"] += before
         engine = _Engine(llm, startup, _hardware(job.config, llm.info))

@@ -135,7 +135,7 @@ for rows, outputs, size in (
         linear.gated(x, w, norm=(x[0], 1e-6))
 for module, names in (
     (routing, ("_logits", "_route", "_count", "_sort")),
-    (experts, ("_few_up", "_few_down", "_tiles_up", "_tiles_down", "_gather", "_add_weighted")),
+    (experts, ("_few_up", "_few_down", "_tiles_up", "_tiles_down", "_spread", "_add_weighted")),
 ):
     for name in names:
         setattr(module, name, Recorder(getattr(module, name)))
@@ -159,7 +159,7 @@ for name, hidden_size, size, shared_size, router_dtype in (
         moe_cuda.run_few(x, moe, x, routed, moe_cuda.STRIPS)
         for _, cut in moe_cuda.CUTS:
             moe_cuda.run_cut(x, moe, x, routed, cut, PlainOps())
-        experts.gather(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
+        experts.spread(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
     for tokens in (1, 8192):  # of the one part, and of many
         routing.sort_pairs(torch.zeros(tokens, spec.top_k, dtype=torch.int32), spec.num_experts, 128)
 for module, names in ((sample, ("_likeliest",)), (draw, ("_survey", "_finish"))):

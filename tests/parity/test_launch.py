@@ -14,6 +14,6 @@ def test_sizes_are_tritons():
         assert [cdiv(number, by) for by in (1, 7, 64)] == [triton.cdiv(number, by) for by in (1, 7, 64)]
 
 
-def test_sequences_are_split_while_some_processor_has_one_program():
-    assert [choose_splits(num, 8, 132) for num in (1, 8, 16, 32, 33, 256)] == [32, 4, 2, 2, 1, 1]
+def test_sequences_are_split_while_processors_have_few_programs():
+    assert [choose_splits(num, 8, 132) for num in (1, 8, 16, 33, 34, 66, 67, 256)] == [32, 4, 4, 4, 2, 2, 1, 1]
     assert choose_splits(1, 1, 132) == 32

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from engine.attention import triton_paged
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import TritonAttention
 from engine.batch import ForwardBatch, LayerPools
+from engine.kernels.paged_decode import paged_decode
 from engine.layers.ops import write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,3 +74,53 @@ def test_grouped_heads(queries, heads, kv_heads, processors):
     for _ in range(2):  # a launch leaves its counters as it found them
         torch.testing.assert_close(run(TritonAttention(processors)), expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(run(TritonAttention(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8, 32])
+def test_a_sequence_has_as_many_parts_as_it_is_long(splits):
+    """From none to all of the splits."""
+    generator, heads, kv_heads = torch.Generator().manual_seed(0), 4, 2
+    lens = torch.tensor([300, 129, 128, 65, 64, 33, 16, 1], dtype=torch.int32, device=DEVICE)
+    width = -(-300 // BLOCK)
+    tables = torch.randperm(8 * width, generator=generator).view(8, width).to(DEVICE, torch.int32)
+    q = random(8, heads, 32, generator=generator)
+    k, v = (random(8 * width, BLOCK, kv_heads, 32, generator=generator) for _ in range(2))
+    for _ in range(2):  # a launch leaves its counters as it found them
+        out = paged_decode(q, k, v, tables, lens, 0.2, splits)
+        for i, length in enumerate(lens.tolist()):
+            keys, values = (pool[tables[i].long()].flatten(0, 1)[:length].repeat_interleave(2, 1) for pool in (k, v))
+            weights = (torch.einsum("hd,lhd->hl", q[i], keys) * 0.2).softmax(-1)
+            torch.testing.assert_close(out[i], torch.einsum("hl,lhd->hd", weights, values), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spans", [[range(20), range(20, 40)], [range(20)], [range(20, 40)]], ids=["all", "first", "second"])
+def test_long_prompts(spans, monkeypatch):
+    """Those that fill a step, of one length, go to the library together; others apart, beside our own kernel."""
+    generator, queries = torch.Generator().manual_seed(0), [(20, 20), (20, 20)]
+    qkv = random(40, 4 + 2 * 2, 32, generator=generator)
+    q, k, v = qkv.split([4, 2, 2], 1)
+    pools = {name: random(2 * 2, BLOCK, 2, 32, generator=generator) for name in ("k", "v")}
+    batch = make_batch(queries, pools, generator)
+    write(pools["k"], k, batch.slots)
+    write(pools["v"], v, batch.slots)
+    expected = TorchAttention().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    calls = use_any_library(monkeypatch)
+    step = TritonAttention(132).prepare(batch)
+    monkeypatch.setattr(step, "_long_prompts", lambda dtype: spans)
+    torch.testing.assert_close(step.attend(q, k, v, pools, scale=0.2), expected, atol=2e-5, rtol=1e-4)
+    assert calls == [(len(spans), 4, 32, 32)]
+
+
+def use_any_library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Long prompts go to whatever torch has here in place of cuDNN, padded to 16. Returns its calls' queries, as they come."""
+    calls: list[tuple[int, ...]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def called(q, k, v, **options):
+        calls.append(tuple(q.shape))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(triton_paged, "sdpa_kernel", lambda backend: nullcontext())
+    monkeypatch.setattr(triton_paged, "LENGTH_STEP", 16)
+    monkeypatch.setattr(triton_paged.F, "scaled_dot_product_attention", called)
+    return calls

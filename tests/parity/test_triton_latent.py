@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.attention import latent_chunks, torch_ref, triton_paged
+from engine.attention import latent_chunks, torch_ref
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import TritonAttention
@@ -16,7 +16,7 @@ from engine.kernels import mla_decode as mla_decode_module
 from engine.kernels.hardware import shared_memory
 from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
 from engine.layers.ops import PlainOps, write
-from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random
+from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random, use_any_library
 
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
 FRESH = [(40, 40), (3, 3), (33, 33)]
@@ -164,10 +164,24 @@ def test_long_prompts_beside_the_rest(monkeypatch):
     write(cached, records, batch.slots)
     expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
 
-    def attend_prompt(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        return torch_ref._attend_chunk(q, k.transpose(0, 1), v.transpose(0, 1), None, scale)
-
-    monkeypatch.setattr(triton_paged, "attend_prompt", attend_prompt)
+    use_any_library(monkeypatch)
     step = TritonAttention(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(1, 21), range(58, 98)])
     close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)
+
+
+def test_long_prompts_alone(monkeypatch):
+    """Of one length, they go to the library together."""
+    queries, heads = [(20, 20), (20, 20)], 2
+    generator = torch.Generator().manual_seed(0)
+    pools = {"latent": random(2 * 2, BLOCK, RANK + ROPE, generator=generator)}
+    q, records = random(40, heads, NOPE + ROPE, generator=generator), random(40, RANK + ROPE, generator=generator)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    batch = make_batch(queries, pools, generator)
+    write(pools["latent"], records, batch.slots)
+    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    calls = use_any_library(monkeypatch)
+    step = TritonAttention(132).prepare(batch)
+    monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(20), range(20, 40)])
+    close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)
+    assert calls == [(2, heads, 32, NOPE + ROPE)]

@@ -61,8 +61,9 @@ def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int)
 
 
 def cut(tokens: int, experts: int) -> tuple[int, int]:
-    """Pairs of a block, and shared experts among the others; up to 10 or 32 pairs an expert, of what the layer knows."""
-    return (16, NUM_SHARED) if tokens * TOP_K <= 10 * experts else (32, 0)
+    """Pairs of a block, and shared experts among the others; up to 32 pairs an expert, of what the layer knows."""
+    pairs = tokens * TOP_K / experts
+    return (16 if pairs <= 5 else 32), (NUM_SHARED if pairs <= 10 else 0)
 
 
 def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
@@ -90,7 +91,7 @@ def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: 
     by_expert = routing.sort_pairs(ids, experts, SORT_BLOCK)
 
     def run() -> torch.Tensor:
-        at_places = kernels.gather(x, by_expert.order, TOP_K)
+        at_places = kernels.spread(x, by_expert.place, TOP_K)
         hidden_rows = elementwise.silu_mul(torch._grouped_mm(at_places, gate_up.transpose(1, 2), offs=by_expert.ends))
         rows = torch._grouped_mm(hidden_rows, down.transpose(1, 2), offs=by_expert.ends)
         kernels.add_weighted(out, rows, by_expert.place, weights)

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, ModelLimits, fit_cache, resolve
+from engine.config import CacheConfig, EngineConfig, ModelLimits, SchedulerConfig, fit_cache, resolve
 from engine.errors import ConfigError
 
 LIMITS = ModelLimits(max_model_len=1000, vocab_size=10, eos_token_ids=(), dtype="float32")
@@ -29,6 +29,15 @@ def test_a_context_asked_for_must_fit():
     with pytest.raises(ConfigError, match=r"max_model_len is 81, but the KV cache holds 80 tokens \(5 blocks of 16\)") as caught:
         fitted(5, asked=81)
     assert caught.value.param == "max_model_len"
+
+
+def test_steps_are_larger_where_nobody_waits_for_tokens():
+    def step_tokens(*, has_cuda=True, **options):
+        return resolve(EngineConfig(model="m", **options), LIMITS, has_cuda=has_cuda).scheduler.max_step_tokens
+
+    assert step_tokens() < step_tokens(offline=True)
+    assert step_tokens(offline=True, scheduler=SchedulerConfig(max_step_tokens=300)) == 300
+    assert step_tokens(offline=True, has_cuda=False) == step_tokens(has_cuda=False)
 
 
 def test_a_resolved_config_has_no_choice_left():

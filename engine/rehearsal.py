@@ -1,0 +1,48 @@
+"""Long prompts that are run before anybody sends one, for the first of a kind takes longer: a library plans attention for each
+length, and loads what it needs for a first plan (docs/gpu.md). What they write goes to the scratch block, over and over.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.backends.base import Backend
+from engine.batch import ForwardBatch
+from engine.kvcache.storage import KVStorage
+
+
+class Rehearsals:
+    """One prompt at a time, each as a step of its own without a graph."""
+
+    def __init__(self, backend: Backend, storage: KVStorage, *, block_size: int, most_tokens: int, device: torch.device) -> None:
+        self._backend = backend
+        self._storage = storage
+        self._block_size = block_size
+        self._device = device
+        self._lengths = backend.prompt_lengths(most_tokens)
+
+    def next(self) -> bool:
+        """Run the next prompt and wait for it: so nobody who comes meanwhile waits for more than one. False: none is left."""
+        if not self._lengths:
+            return False
+        self._backend.forward(self._batch(self._lengths.pop(0)))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return True
+
+    def _batch(self, length: int) -> ForwardBatch:
+        scratch, device = self._storage.scratch_block, self._device
+        positions = torch.arange(length, device=device)
+        tables = torch.full((1, -(-length // self._block_size)), scratch, dtype=torch.int32, device=device)
+        return ForwardBatch(
+            token_ids=torch.zeros(length, dtype=torch.int64, device=device),
+            positions=positions,
+            slots=scratch * self._block_size + positions % self._block_size,
+            query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+            kv_lens=torch.tensor([length], dtype=torch.int32, device=device),
+            block_tables=tables,
+            num_decodes=0,
+            query_lens_host=[length],
+            kv_lens_host=[length],
+            kv=self._storage.layers,
+        )

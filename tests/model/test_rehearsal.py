@@ -1,0 +1,67 @@
+"""Rehearsals: a prompt of each length that a backend names, once, and in the scratch block alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tiny
+import torch
+
+from engine.attention.torch_ref import TorchAttention
+from engine.attention.triton_paged import LENGTH_STEP, MIN_PROMPT, TritonAttention
+from engine.backends.torch import load
+from engine.config import CacheConfig, EngineConfig, resolve
+from engine.core import build_core
+from engine.kvcache.storage import KVStorage
+from engine.models.spec import ModelSpec
+from engine.rehearsal import Rehearsals
+
+CPU = torch.device("cpu")
+
+
+class _Loaded(NamedTuple):
+    rehearsals: Rehearsals
+    storage: KVStorage
+    lengths: list[int]  # of the prompts that ran
+
+
+def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
+    config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
+    spec = ModelSpec.from_folder(config.model)
+    backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
+    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most: [n for n in (5, 9, 30) if n <= most])
+    lengths, forward = [], backend.forward
+
+    def counted(batch):
+        lengths.append(batch.token_ids.shape[0])
+        return forward(batch)
+
+    monkeypatch.setattr(backend, "forward", counted)
+    storage = KVStorage(backend.kv_pools(), num_blocks=4, block_size=4, device=CPU)
+    return _Loaded(Rehearsals(backend, storage, block_size=4, most_tokens=most_tokens, device=CPU), storage, lengths)
+
+
+def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
+    found, storage, lengths = rehearsals(tmp_path, monkeypatch, most_tokens=29)
+    with torch.inference_mode():
+        assert [found.next() for _ in range(4)] == [True, True, False, False]
+    assert lengths == [5, 9]
+    for layer in storage.layers:
+        for pool in layer.values():
+            assert not pool[: storage.num_blocks].any()  # requests' blocks
+            assert pool[storage.scratch_block].any()
+
+
+def test_an_idle_engine_rehearses(tmp_path, monkeypatch):
+    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most: [5, most])
+    folder = tiny.write(tmp_path, tiny.LLAMA)
+    core = build_core(EngineConfig(model=str(folder), device="cpu", load_format="dummy", cache=CacheConfig(num_blocks=64)))
+    assert [core.prepare() for _ in range(3)] == [True, True, False]
+    core.close()
+
+
+def test_lengths_are_of_all_kinds_that_the_library_is_asked_for():
+    lengths = TritonAttention(132).prompt_lengths(8192)
+    assert {-(-length // LENGTH_STEP) for length in lengths} == set(range(MIN_PROMPT // LENGTH_STEP + 1, 8192 // LENGTH_STEP + 1))
+    assert all(MIN_PROMPT <= length <= 8192 and length % LENGTH_STEP for length in lengths)
+    assert TritonAttention(132).prompt_lengths(MIN_PROMPT) == []
