@@ -111,6 +111,23 @@ def test_long_prompts(spans, monkeypatch):
     assert calls == [(len(spans), 4, 32, 32)]
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs cuDNN's attention")
+@pytest.mark.parametrize(("num", "length"), [(1, 1100), (2, 1100), (2, 1024)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "v_dim"), [(16, 8, 128, 128), (16, 16, 192, 128)])
+def test_the_library_attends_to_prompts_together(heads, kv_heads, dim, v_dim, num, length):
+    generator, tokens = torch.Generator().manual_seed(0), num * length
+    q, k, v = random(tokens, heads + 2 * kv_heads, dim, generator=generator).bfloat16().split([heads, kv_heads, kv_heads], 1)
+    v = v[..., :v_dim]
+    out = triton_paged.attend_prompts(q, k, v, 0.1, num)
+    for i in range(num):
+        span = slice(i * length, (i + 1) * length)
+        keys, values = (x[span].float().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[span].float(), keys) * 0.1
+        weights = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), float("-inf")).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, values)
+        assert (out[span] - expected).norm() / expected.norm() < 1e-2
+
+
 def use_any_library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Long prompts go to whatever torch has here in place of cuDNN, padded to 16. Returns its calls' queries, as they come."""
     calls: list[tuple[int, ...]] = []
