@@ -7,16 +7,25 @@ from __future__ import annotations
 import torch
 
 from engine.backends.base import Backend
-from engine.batch import ForwardBatch
-from engine.kvcache.storage import KVStorage
+from engine.batch import ForwardBatch, LayerPools
 
 
 class Rehearsals:
     """One prompt at a time, each as a step of its own without a graph."""
 
-    def __init__(self, backend: Backend, storage: KVStorage, *, block_size: int, most_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        kv: list[LayerPools],
+        *,
+        scratch_block: int,
+        block_size: int,
+        most_tokens: int,
+        device: torch.device,
+    ) -> None:
         self._backend = backend
-        self._storage = storage
+        self._kv = kv
+        self._scratch_block = scratch_block
         self._block_size = block_size
         self._device = device
         self._lengths = backend.prompt_lengths(most_tokens)
@@ -31,7 +40,7 @@ class Rehearsals:
         return True
 
     def _batch(self, length: int) -> ForwardBatch:
-        scratch, device = self._storage.scratch_block, self._device
+        scratch, device = self._scratch_block, self._device
         positions = torch.arange(length, device=device)
         tables = torch.full((1, -(-length // self._block_size)), scratch, dtype=torch.int32, device=device)
         return ForwardBatch(
@@ -44,5 +53,5 @@ class Rehearsals:
             num_decodes=0,
             query_lens_host=[length],
             kv_lens_host=[length],
-            kv=self._storage.layers,
+            kv=self._kv,
         )

@@ -76,7 +76,8 @@ class TorchRunner:
             )
         self._rehearsals = Rehearsals(
             backend,
-            storage,
+            storage.layers,
+            scratch_block=storage.scratch_block,
             block_size=config.cache.block_size,
             most_tokens=min(config.scheduler.max_step_tokens or 1, config.max_model_len or limits.max_model_len),
             device=device,

@@ -21,7 +21,7 @@ from engine.kernels.softmax import add_pass
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MANY_PROGRAMS = 512  # see `_stages`
-SPLIT_PASSES = 8  # of its loop that a sequence must be worth to have all its parts
+PART_PASSES = {2: 8, 4: 2}  # of its loop that a part has at least, by the most parts; else 1. See docs/gpu.md
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def paged_decode(
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, power_of_two(group)),
         HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
-        LEAST=max(1, SPLIT_PASSES // num_splits),
+        LEAST=PART_PASSES.get(num_splits, 1),
         BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
         num_warps=4 if num_splits <= 2 else 2, num_stages=_stages(programs, num_splits, num_processors), **pdl(q.device),
     )  # fmt: skip

@@ -38,7 +38,10 @@ def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
 
     monkeypatch.setattr(backend, "forward", counted)
     storage = KVStorage(backend.kv_pools(), num_blocks=4, block_size=4, device=CPU)
-    return _Loaded(Rehearsals(backend, storage, block_size=4, most_tokens=most_tokens, device=CPU), storage, lengths)
+    found = Rehearsals(
+        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, most_tokens=most_tokens, device=CPU
+    )
+    return _Loaded(found, storage, lengths)
 
 
 def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):

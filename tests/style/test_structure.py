@@ -21,7 +21,12 @@ LADDER: list[list[set[str]]] = [
     [{"engine.process"}, {"engine.llm"}],
     [{"engine.core"}],
     [{"engine.scheduler"}, {"engine.runner", "engine.pending"}, {"engine.fake"}],
-    [{"engine.kvcache"}, {"engine.inputs", "engine.graph_shapes", "engine.graphs"}, {"engine.sampling"}, {"engine.speculative"}],
+    [
+        {"engine.kvcache"},
+        {"engine.inputs", "engine.graph_shapes", "engine.graphs", "engine.rehearsal"},
+        {"engine.sampling"},
+        {"engine.speculative"},
+    ],
     [{"engine.backends"}],
     [{"engine.weights", "engine.quant", "engine.lora", "engine.parallel"}],
     [{"engine.models"}],
