@@ -99,7 +99,8 @@ class Core:
         return events
 
     def prepare(self) -> bool:
-        """While there is no work: do a short piece of what later steps will want. False: nothing is left to do."""
+        """While there is no work: do a piece of what later steps will want. It may take as long as a large step, or seconds where
+        kernels are compiled. False: nothing is left to do."""
         return not self.has_work and self._runner.prepare()
 
     def stats(self) -> EngineStats:
@@ -129,6 +130,7 @@ class Core:
             block_size=self._config.cache.block_size,
             num_blocks=self._runner.num_blocks,
             max_num_seqs=self._config.scheduler.max_num_seqs,
+            max_step_tokens=self._config.scheduler.max_step_tokens or 0,
             device=self._device,
             pid=os.getpid(),
             startup=self.startup,

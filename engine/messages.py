@@ -84,6 +84,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     num_blocks: int
     max_num_seqs: int
+    max_step_tokens: int
     device: str
     pid: int
     startup: dict[str, float] = {}  # seconds of each of `engine.startup.PHASES` that there was
@@ -123,9 +124,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Sent at least every `HEARTBEAT_SECONDS` while the engine's loop turns, busy or idle."""
+    """Sent at least every `HEARTBEAT_SECONDS` while the engine's loop turns, busy or idle. `preparing`: a turn of an idle one may
+    take seconds, for there is something left to capture or to rehearse."""
 
     stats: EngineStats
+    preparing: bool = False
 
 
 HEARTBEAT_SECONDS = 0.25

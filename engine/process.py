@@ -75,6 +75,7 @@ class EngineProcess:
         self._owners: dict[str, bytes] = {}  # request under way -> who asked for it
         self._heartbeat_at = 0.0
         self._told_step = -1  # the step counter when the supervisor last heard of us
+        self._preparing = True  # until the core has nothing left to do for later steps
         self._stopping = False
 
     def stop(self) -> None:
@@ -84,7 +85,7 @@ class EngineProcess:
     def run(self) -> None:
         was_busy = False
         while not self._stopping:
-            self._read(wait=not self._core.has_work and not self._core.prepare())
+            self._read(wait=not self._core.has_work and not self._prepare())
             while self._lost:
                 self._forget(self._lost.pop())
             # Also where work begins, as the first step may be long, and where it ends: the workers judge an engine that has
@@ -102,6 +103,12 @@ class EngineProcess:
         self._socket.close()
         self._context.term()
         self._core.close()
+
+    def _prepare(self) -> bool:
+        if self._preparing and not self._core.prepare():
+            self._preparing = False
+            self._heartbeat_at = 0.0  # from now on the workers expect quick turns again
+        return self._preparing
 
     def _read(self, *, wait: bool) -> None:
         if wait:
@@ -173,7 +180,7 @@ class EngineProcess:
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
-        heartbeat = Heartbeat(self._core.stats())
+        heartbeat = Heartbeat(self._core.stats(), self._preparing)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:
             self._told_step = heartbeat.stats.step
             lifeline.tell(lifeline.ALIVE)

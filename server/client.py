@@ -224,7 +224,7 @@ class EngineClient:
                 for event in message.events:
                     self._on_event(event)
         elif isinstance(message, Heartbeat):
-            self._pulse.beat(message.stats)
+            self._pulse.beat(message.stats, preparing=message.preparing)
             if self._unsent_aborts and self._send(Abort(self._unsent_aborts)):
                 self._unsent_aborts = []
         elif self._synced:  # a Welcome nobody asked for: we read too slowly, and the engine let us go

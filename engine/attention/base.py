@@ -42,7 +42,7 @@ class AttentionBackend(Protocol):
 
     def prepare(self, batch: ForwardBatch) -> StepAttention: ...
 
-    def prompt_lengths(self, most: int) -> list[int]:
-        """Whole prompts of up to `most` tokens whose kind takes longer the first time it comes, for a library plans it: one
-        length of each kind."""
+    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
+        """Whole prompts of up to `most` tokens, of queries in `dtype`, whose kind takes longer the first time it comes, for a
+        library plans it: one length of each kind."""
         ...

@@ -89,7 +89,7 @@ class TorchAttention:
             chunks=_chunks(batch, reader),
         )
 
-    def prompt_lengths(self, most: int) -> list[int]:
+    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
         return []
 
 

@@ -40,9 +40,11 @@ class TritonAttention:
     def prepare(self, batch: ForwardBatch) -> TritonStepAttention:
         return TritonStepAttention(batch, self._num_processors)
 
-    def prompt_lengths(self, most: int) -> list[int]:
-        """Those that cuDNN gets, as they mostly are: no whole number of LENGTH_STEPs."""
-        return [end - 1 for end in range(MIN_PROMPT + LENGTH_STEP, most + 2, LENGTH_STEP)]
+    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
+        """Those that cuDNN gets, as they mostly are: one prompt at a time, and no whole number of LENGTH_STEPs."""
+        if not _for_library(dtype):
+            return []
+        return [min(end - 1, most) for end in range(MIN_PROMPT + LENGTH_STEP, most + LENGTH_STEP, LENGTH_STEP)]
 
 
 class TritonStepAttention:
@@ -155,7 +157,7 @@ class TritonStepAttention:
             batch = self._batch
             ends = itertools.accumulate(batch.query_lens_host)
             lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
-            able = batch.slots.is_cuda and dtype != torch.float32
+            able = batch.slots.is_cuda and _for_library(dtype)
             self._prompts = [range(end - num, end) for end, num, length in lens if able and num == length >= MIN_PROMPT]
         return self._prompts
 
@@ -189,6 +191,11 @@ def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
     return F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
 
 
+def _for_library(dtype: torch.dtype) -> bool:
+    """Whether cuDNN attends to long prompts of this type."""
+    return dtype != torch.float32
+
+
 def _fill(prompts: list[range], num_tokens: int) -> bool:
     """Whether these prompts, of one length, are all that a step has."""
     return len({len(prompt) for prompt in prompts}) == 1 and sum(map(len, prompts)) == num_tokens
@@ -205,8 +212,8 @@ def attend_latent_prompts(
 def attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num: int = 1) -> torch.Tensor:
     """Causal attention of `num` whole prompts of one length, end to end: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T,
     heads, dim]. cuDNN's kernel is a third faster than ours on long prompts (docs/gpu.md). Lengths are rounded up to whole
-    LENGTH_STEPs, since each that it has not seen costs it a plan (50 to 100 ms); what the padding rows give is cut off, and no
-    other row sees them.
+    LENGTH_STEPs, since each that it has not seen, or not from so many prompts, costs it a plan (65 to 70 ms); what the padding
+    rows give is cut off, and no other row sees them.
     """
     length = q.shape[0] // num
     padding = -length % LENGTH_STEP

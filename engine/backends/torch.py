@@ -25,7 +25,7 @@ class TorchBackend:
         return self._model.graph_tokens
 
     def prompt_lengths(self, most: int) -> list[int]:
-        return self._model.backend.prompt_lengths(most)
+        return self._model.backend.prompt_lengths(most, self._model.dtype)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()

@@ -291,9 +291,10 @@ def _spread(x_ptr, place_ptr, out_ptr, SIZE: tl.constexpr, TOP_K: tl.constexpr, 
         tl.store(out_ptr + place * SIZE + col, x, mask=col < SIZE)
 
 
-def spread(x: torch.Tensor, place: torch.Tensor, top_k: int) -> torch.Tensor:
-    """x [T, H] -> [pairs, H]: each token's row at the places [pairs] of its pairs."""
+def spread(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """x [T, H] -> [pairs, H]: each token's row at the places [pairs] int32 of its pairs, as many for each."""
     tokens, size = x.shape
+    top_k = place.shape[0] // tokens
     out = torch.empty(place.shape[0], size, dtype=x.dtype, device=x.device)
     tile = min(2048, power_of_two(size))
     _spread[(tokens, cdiv(size, tile))](

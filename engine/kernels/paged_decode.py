@@ -21,7 +21,9 @@ from engine.kernels.softmax import add_pass
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MANY_PROGRAMS = 512  # see `_stages`
-PART_PASSES = {2: 8, 4: 2}  # of its loop that a part has at least, by the most parts; else 1. See docs/gpu.md
+# By the most parts there may be, for how many tokens, once begun, a sequence has one; else it has one for each pass of the loop.
+# docs/gpu.md has what was measured.
+PART_TOKENS = {2: 512, 4: 128}
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _decode(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, acc_ptr, lse_ptr, arrived_ptr,
     scale, max_blocks, q_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -62,7 +64,7 @@ def _decode(
             return
     length = tl.load(lens_ptr + seq)
     passes = tl.cdiv(length, TILE)
-    per_split = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, LEAST)))
+    per_split = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, PART)))
     parts = tl.cdiv(passes, per_split)
     per_split *= TILE
     if split >= parts:  # the sequence is too short for so many
@@ -142,7 +144,7 @@ def paged_decode(
     num_seqs = q.shape[0] if query_starts is None else kv_lens.shape[0]
     _, block_size, kv_heads, _ = k_cache.shape
     group = heads // kv_heads
-    programs, num_processors = num_seqs * kv_heads, processors(q.device)
+    programs, num_processors, tile = num_seqs * kv_heads, processors(q.device), min(64, block_size)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     acc = lse = out  # where nothing is split, nobody looks at them
@@ -154,8 +156,8 @@ def paged_decode(
         acc, lse, arrivals(q.device),
         scale * LOG2_E, block_tables.stride(0), q.stride(0),
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(MIN_DOT_ROWS, power_of_two(group)),
-        HEAD=head_dim, BLOCK=block_size, TILE=min(64, block_size), SPLITS=num_splits,
-        LEAST=PART_PASSES.get(num_splits, 1),
+        HEAD=head_dim, BLOCK=block_size, TILE=tile, SPLITS=num_splits,
+        PART=max(1, PART_TOKENS.get(num_splits, 0) // tile),
         BY_LENGTH=query_starts is not None, PRECISION=precision(q.dtype),
         num_warps=4 if num_splits <= 2 else 2, num_stages=_stages(programs, num_splits, num_processors), **pdl(q.device),
     )  # fmt: skip
@@ -163,7 +165,8 @@ def paged_decode(
 
 
 def _stages(programs: int, num_splits: int, num_processors: int) -> int:
-    """Of loads, for so many programs a part. Where all are at work at once, more of them on a processor beat more loads in each,
-    unless they are few: docs/gpu.md."""
+    """Of loads; `programs` are pairs of a sequence and a K/V head. Where all are at work at once, more of them on a processor
+    beat more loads in each, unless they are few: docs/gpu.md."""
     few = 1 < num_splits <= 4 and programs <= num_processors
-    return 3 if programs > MANY_PROGRAMS or few else 2
+    many = num_splits == 1 and programs > MANY_PROGRAMS
+    return 3 if few or many else 2

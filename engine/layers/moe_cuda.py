@@ -100,7 +100,7 @@ def run_grouped(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Rout
     """The products by torch, which is the faster where each expert has many tokens."""
     weights, ids = routed
     by_expert = routing.sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
-    at_places = kernels.spread(x, by_expert.place, ids.shape[1])
+    at_places = kernels.spread(x, by_expert.place)
     inner = ops.silu_mul(torch._grouped_mm(at_places, moe.gate_up.transpose(1, 2), offs=by_expert.ends))
     rows = torch._grouped_mm(inner, moe.down.transpose(1, 2), offs=by_expert.ends)
     kernels.add_weighted(hidden, rows, by_expert.place, weights)

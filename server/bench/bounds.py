@@ -15,10 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.config import OFFLINE_STEP_TOKENS
 from engine.models.spec import MlaSpec, ModelSpec
 
-MAX_ROWS = 256
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
 
@@ -45,7 +43,7 @@ class Step(NamedTuple):
     last_pairs: int  # of chunk_pairs, those of the tokens that samples follow
 
 
-def steps(lengths: Iterable[Length], *, max_tokens: int = OFFLINE_STEP_TOKENS, max_rows: int = MAX_ROWS) -> Iterator[Step]:
+def steps(lengths: Iterable[Length], *, max_tokens: int, max_rows: int) -> Iterator[Step]:
     """Those of an ideal scheduler: each has a token of every request that decodes, and as much of prompts as still fits."""
     waiting = list(lengths)[::-1]
     prompts: list[tuple[Length, int]] = []  # under way, with what of each is computed
@@ -93,6 +91,7 @@ class Costs:
     spared: int  # weights of the last layer, experts apart, that a token spares which no sample follows
     spared_experts: int  # 1: the last layer has experts, 0: it has none
     spared_pair: int  # a layer's chunk_pair
+    spared_kv: int  # a layer's kv
 
     @staticmethod
     def of(spec: ModelSpec) -> Costs:
@@ -116,13 +115,15 @@ class Costs:
             spared=attention - hidden * kv + (routed if ends_in_experts else dense),
             spared_experts=int(ends_in_experts),
             spared_pair=chunk_pair,
+            spared_kv=kv,
         )
 
     def numbers_read(self, step: Step) -> float:
         layers = (self.moe_layers - self.spared_experts, step.tokens), (self.spared_experts, step.samples)
         experts = sum(num * self._distinct(tokens) for num, tokens in layers)
         weights = self.weights + experts * self.expert + (self.head if step.samples else -self.spared)
-        return weights + step.tokens * self.hidden + (step.decode_pairs + step.chunk_kv) * self.kv
+        kv = (step.decode_pairs + step.chunk_kv) * self.kv - (step.chunk_kv - step.last_pairs) * self.spared_kv
+        return weights + step.tokens * self.hidden + kv
 
     def _distinct(self, tokens: int) -> float:
         """Experts of a layer that so many tokens are expected to pick."""
@@ -158,7 +159,11 @@ def step_seconds(costs: Costs, step: Step, hardware: Hardware, *, number_size: i
     return max(number_size * costs.numbers_read(step) / hardware.bandwidth, costs.operations(step) / hardware.rate)
 
 
-def workload_seconds(spec: ModelSpec, lengths: Iterable[Length], hardware: Hardware, *, number_size: int) -> float:
-    """The bound of a workload; `number_size` is the bytes of a weight and of an entry of the cache."""
+def workload_seconds(
+    spec: ModelSpec, lengths: Iterable[Length], hardware: Hardware, *, number_size: int, max_tokens: int, max_rows: int
+) -> float:
+    """The bound of a workload in steps of up to so many tokens and requests; `number_size` is the bytes of a weight and of an
+    entry of the cache."""
     costs = Costs.of(spec)
-    return sum(step_seconds(costs, step, hardware, number_size=number_size) for step in steps(lengths))
+    found = steps(lengths, max_tokens=max_tokens, max_rows=max_rows)
+    return sum(step_seconds(costs, step, hardware, number_size=number_size) for step in found)

@@ -158,7 +158,14 @@ def _line(job: _Job, workload: str, engine: _Engine, measured: _Measured) -> Off
     share = None
     if hardware is not None:
         lengths = [bounds.Length(len(w.prompt), w.num_outputs) for w in work]
-        bound = bounds.workload_seconds(job.spec, lengths, hardware, number_size=bounds.SIZES[precision])
+        bound = bounds.workload_seconds(
+            job.spec,
+            lengths,
+            hardware,
+            number_size=bounds.SIZES[precision],
+            max_tokens=info.max_step_tokens,
+            max_rows=info.max_num_seqs,
+        )
         share = round(bound / best.seconds, 3)
     return OfflineLine(
         date=lines.today(),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
 import tiny
 import torch
 
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import LENGTH_STEP, MIN_PROMPT, TritonAttention
 from engine.backends.torch import load
-from engine.config import CacheConfig, EngineConfig, resolve
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core
 from engine.kvcache.storage import KVStorage
 from engine.models.spec import ModelSpec
@@ -29,7 +30,7 @@ def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
     config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
     spec = ModelSpec.from_folder(config.model)
     backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
-    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most: [n for n in (5, 9, 30) if n <= most])
+    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
     lengths, forward = [], backend.forward
 
     def counted(batch):
@@ -56,15 +57,23 @@ def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
 
 
 def test_an_idle_engine_rehearses(tmp_path, monkeypatch):
-    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most: [5, most])
+    asked = []
+    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
     folder = tiny.write(tmp_path, tiny.LLAMA)
-    core = build_core(EngineConfig(model=str(folder), device="cpu", load_format="dummy", cache=CacheConfig(num_blocks=64)))
-    assert [core.prepare() for _ in range(3)] == [True, True, False]
-    core.close()
+    for tokens, context in ((40, 60), (60, 40)):
+        scheduler, cache = SchedulerConfig(max_num_seqs=8, max_step_tokens=tokens), CacheConfig(num_blocks=64)
+        config = EngineConfig(model=str(folder), device="cpu", load_format="dummy", cache=cache, scheduler=scheduler)
+        core = build_core(msgspec.structs.replace(config, max_model_len=context))
+        assert [core.prepare() for _ in range(3)] == [True, True, False]
+        core.close()
+    assert asked == [40, 40]  # what a step may have, and what a prompt
 
 
 def test_lengths_are_of_all_kinds_that_the_library_is_asked_for():
-    lengths = TritonAttention(132).prompt_lengths(8192)
-    assert {-(-length // LENGTH_STEP) for length in lengths} == set(range(MIN_PROMPT // LENGTH_STEP + 1, 8192 // LENGTH_STEP + 1))
-    assert all(MIN_PROMPT <= length <= 8192 and length % LENGTH_STEP for length in lengths)
-    assert TritonAttention(132).prompt_lengths(MIN_PROMPT) == []
+    attention = TritonAttention(132)
+    for most in (MIN_PROMPT + 1, 4000, 8192):
+        lengths = attention.prompt_lengths(most, torch.bfloat16)
+        last = -(-most // LENGTH_STEP)
+        assert [-(-length // LENGTH_STEP) for length in lengths] == list(range(MIN_PROMPT // LENGTH_STEP + 1, last + 1))
+        assert all(MIN_PROMPT <= length <= most and length % LENGTH_STEP for length in lengths)
+    assert attention.prompt_lengths(MIN_PROMPT, torch.bfloat16) == attention.prompt_lengths(8192, torch.float32) == []

@@ -159,7 +159,7 @@ for name, hidden_size, size, shared_size, router_dtype in (
         moe_cuda.run_few(x, moe, x, routed, moe_cuda.STRIPS)
         for _, cut in moe_cuda.CUTS:
             moe_cuda.run_cut(x, moe, x, routed, cut, PlainOps())
-        experts.spread(x, torch.zeros(384, dtype=torch.int32), spec.top_k)
+        experts.spread(x, torch.zeros(tokens * spec.top_k, dtype=torch.int32))
     for tokens in (1, 8192):  # of the one part, and of many
         routing.sort_pairs(torch.zeros(tokens, spec.top_k, dtype=torch.int32), spec.num_experts, 128)
 for module, names in ((sample, ("_likeliest",)), (draw, ("_survey", "_finish"))):

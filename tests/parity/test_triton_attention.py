@@ -76,15 +76,50 @@ def test_grouped_heads(queries, heads, kv_heads, processors):
     torch.testing.assert_close(run(TritonAttention(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 8, 32])
-def test_a_sequence_has_as_many_parts_as_it_is_long(splits):
-    """From none to all of the splits."""
+@pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
+def test_the_last_tokens_alone(processors):
+    """They attend as decodes over what the step has written, and it comes to what they got among all."""
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
+    pools = {name: random(num_blocks, BLOCK, 2, 32, generator=generator) for name in ("k", "v")}
+    batch = make_batch(MIXED, pools, generator)
+    q, k, v = random(batch.num_tokens, 4 + 2 * 2, 32, generator=generator).split([4, 2, 2], 1)
+    write(pools["k"], k, batch.slots)
+    write(pools["v"], v, batch.slots)
+    expected = TorchAttention().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    index = batch.query_starts[1:].long() - 1
+    read = batch.last_tokens(index, batch.kv_lens, batch.block_tables, batch.kv_lens_host)
+    own = (x.index_select(0, index) for x in (q, k, v))
+    out = TritonAttention(processors).prepare(read.batch).attend(*own, pools, scale=0.2)
+    torch.testing.assert_close(out, expected[index], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("splits", "parts"),
+    [
+        (1, [1, 1, 1, 1, 1, 1, 1, 1]),
+        (2, [2, 2, 1, 1, 1, 1, 1, 1]),
+        (4, [4, 4, 4, 2, 1, 1, 1, 1]),
+        (32, [20, 17, 32, 9, 8, 3, 1, 1]),
+    ],
+)
+def test_a_long_sequence_has_several_parts(splits, parts, monkeypatch):
+    """Up to 2 for each 512 tokens begun, up to 4 for each 128, more for each block here; none of them is empty."""
     generator, heads, kv_heads = torch.Generator().manual_seed(0), 4, 2
-    lens = torch.tensor([300, 129, 128, 65, 64, 33, 16, 1], dtype=torch.int32, device=DEVICE)
-    width = -(-300 // BLOCK)
+    lens = torch.tensor([640, 513, 512, 129, 128, 33, 16, 1], dtype=torch.int32, device=DEVICE)
+    width = -(-640 // BLOCK)
     tables = torch.randperm(8 * width, generator=generator).view(8, width).to(DEVICE, torch.int32)
     q = random(8, heads, 32, generator=generator)
     k, v = (random(8 * width, BLOCK, kv_heads, 32, generator=generator) for _ in range(2))
+    out, made = torch.empty_like(q), []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch, "empty", lambda *shape, **options: made.append(torch.full(shape, torch.nan, **options)) or made[-1]
+        )
+        paged_decode(q, k, v, tables, lens, 0.2, splits, out)
+    if splits > 1:
+        written = (~made[1].isnan()).sum(2)  # log-sum-exps [B, heads]; one part alone writes none
+        assert written.tolist() == [[num if num > 1 else 0] * heads for num in parts]
     for _ in range(2):  # a launch leaves its counters as it found them
         out = paged_decode(q, k, v, tables, lens, 0.2, splits)
         for i, length in enumerate(lens.tolist()):

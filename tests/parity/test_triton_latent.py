@@ -151,6 +151,24 @@ def test_a_step(queries, heads, processors, monkeypatch):
     close(run(TritonAttention(processors), by_length=True), expected)
 
 
+@pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
+def test_the_last_tokens_alone(heads, processors):
+    """They attend as decodes over what the step has written, and it comes to what they got among all."""
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
+    pools = {"latent": random(num_blocks, BLOCK, RANK + ROPE, generator=generator)}
+    batch = make_batch(MIXED, pools, generator)
+    q = random(batch.num_tokens, heads, NOPE + ROPE, generator=generator)
+    records = random(batch.num_tokens, RANK + ROPE, generator=generator)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    write(pools["latent"], records, batch.slots)
+    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    index = batch.query_starts[1:].long() - 1
+    read = batch.last_tokens(index, batch.kv_lens, batch.block_tables, batch.kv_lens_host)
+    step = TritonAttention(processors).prepare(read.batch)
+    close(step.attend_latent(q[index], records[index], kv_b, pools, scale=0.2), expected[index])
+
+
 def test_long_prompts_beside_the_rest(monkeypatch):
     """Prompts that a library attends to take no tiles; the library's place is taken by torch's own attention."""
     queries, heads = [(33, 1), (20, 20), (70, 37), (40, 40), (5, 5)], 2

@@ -91,7 +91,7 @@ def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: 
     by_expert = routing.sort_pairs(ids, experts, SORT_BLOCK)
 
     def run() -> torch.Tensor:
-        at_places = kernels.spread(x, by_expert.place, TOP_K)
+        at_places = kernels.spread(x, by_expert.place)
         hidden_rows = elementwise.silu_mul(torch._grouped_mm(at_places, gate_up.transpose(1, 2), offs=by_expert.ends))
         rows = torch._grouped_mm(hidden_rows, down.transpose(1, 2), offs=by_expert.ends)
         kernels.add_weighted(out, rows, by_expert.place, weights)

@@ -78,7 +78,8 @@ class ScriptedEngine:
 
     async def welcome(self):
         assert (await self.hear(Hello)).worker == "api 0"
-        info = {"model": "demo", "limits": LIMITS, "block_size": 16, "num_blocks": 64, "max_num_seqs": 8, "device": "none"}
+        info = {"model": "demo", "limits": LIMITS, "block_size": 16, "num_blocks": 64, "device": "none"}
+        info |= {"max_num_seqs": 8, "max_step_tokens": 64}
         self.say(Welcome(EngineInfo(pid=self._lives, **info)))
 
 

@@ -33,3 +33,15 @@ def test_an_idle_engine_is_judged_by_its_heartbeats(clock):
     assert pulse.reason() is None
     clock.now += 1.5
     assert "heartbeat" in (pulse.reason() or "")
+
+
+def test_an_engine_that_prepares_may_take_as_long_as_a_step(clock):
+    pulse = Pulse(stall_timeout=5.0)
+    pulse.beat(EngineStats(step=4), preparing=True)
+    clock.now += 4.0
+    assert pulse.reason() is None
+    clock.now += 1.5
+    assert "heartbeat" in (pulse.reason() or "")
+    pulse.beat(EngineStats(step=4))
+    clock.now += 2.5
+    assert "heartbeat" in (pulse.reason() or "")

@@ -59,7 +59,7 @@ def bound(model, workload):
     """Seconds, tokens that come out, tokens that go in."""
     work = build_workload(workload)
     lengths = [Length(len(w.prompt), w.num_outputs) for w in work]
-    seconds = workload_seconds(SPECS[model], lengths, H200, number_size=2)
+    seconds = workload_seconds(SPECS[model], lengths, H200, number_size=2, max_tokens=8192, max_rows=256)
     return seconds, sum(length.outputs for length in lengths), sum(length.prompt for length in lengths)
 
 
@@ -116,6 +116,12 @@ def test_no_sample_reads_no_head_and_of_the_last_layer_what_makes_kv():
     assert with_one - without == c.head + c.spared
 
 
+def test_a_prompt_without_a_sample_is_not_read_by_the_last_layer():
+    c = Costs.of(SPECS["llama-8b"])
+    cut, ended = (c.numbers_read(Step(8, 0, 0, 36, 8, last_pairs)) for last_pairs in (0, 8))
+    assert ended - cut == 8 * c.kv // SPECS["llama-8b"].num_layers
+
+
 @pytest.mark.parametrize("model", SPECS)
 def test_a_token_that_no_sample_follows_spares_the_last_layer_but_its_kv(model):
     spec = SPECS[model]
@@ -143,11 +149,11 @@ def test_the_steps_compute_each_token_once_and_attend_each_pair_once(max_tokens,
 
 
 def test_a_prompt_that_is_cut_reads_its_beginning_again():
-    first, second = steps([Length(10, 1)], max_tokens=6)
+    first, second = steps([Length(10, 1)], max_tokens=6, max_rows=8)
     assert (first.chunk_kv, first.samples, second.chunk_kv, second.samples) == (6, 0, 10, 1)
 
 
 def test_a_decode_goes_before_prompts():
-    found = list(steps([Length(2, 3), Length(9, 1)], max_tokens=4))
+    found = list(steps([Length(2, 3), Length(9, 1)], max_tokens=4, max_rows=8))
     assert [s.tokens for s in found] == [4, 4, 4, 1]
     assert [s.samples for s in found] == [1, 1, 1, 1]

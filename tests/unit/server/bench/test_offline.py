@@ -144,12 +144,13 @@ def test_the_share_of_the_bound_where_the_hardware_is_known(demo):
             block_size=16,
             num_blocks=1,
             max_num_seqs=8,
+            max_step_tokens=20,
             device="a GPU",
             pid=1,
         )
 
     job = offline._Job(Settings(model=demo), Settings(model=demo).engine_config(), spec, {"small": work})
-    bound = bounds.workload_seconds(spec, [bounds.Length(5, 7)] * 3, hardware, number_size=2)
+    bound = bounds.workload_seconds(spec, [bounds.Length(5, 7)] * 3, hardware, number_size=2, max_tokens=20, max_rows=8)
     measured = offline._Measured([offline._Round(4 * bound, 7, 0.0), offline._Round(8 * bound, 7, 0.0)], 0.0)
     line = offline._line(job, "small", offline._Engine(Engine(), {"imports": 1.0}, hardware), measured)
     assert isinstance(line, lines.OfflineLine)
