@@ -10,8 +10,8 @@ import itertools
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.attention import long_prompts
 from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.latent import absorb, absorb_few, build_keys, expand, merge_expand
@@ -21,9 +21,6 @@ from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.mla_prefill import choose_tile, mla_prefill
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import map_tiles, paged_prefill, tile_tokens
-
-MIN_PROMPT = 1024  # tokens of a prompt that cuDNN attends to: below, our kernel does all chunks of a step in one launch
-LENGTH_STEP = 512
 
 
 class TritonAttention:
@@ -41,10 +38,7 @@ class TritonAttention:
         return TritonStepAttention(batch, self._num_processors)
 
     def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        """Those that cuDNN gets, as they mostly are: one prompt at a time, and no whole number of LENGTH_STEPs."""
-        if not _for_library(dtype):
-            return []
-        return [min(end - 1, most) for end in range(MIN_PROMPT + LENGTH_STEP, most + LENGTH_STEP, LENGTH_STEP)]
+        return long_prompts.kinds(most, dtype)
 
 
 class TritonStepAttention:
@@ -63,12 +57,12 @@ class TritonStepAttention:
             return self._attend_by_length(q, k_pool, v_pool, scale)
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         fresh = self._long_prompts(q.dtype)
-        if _fill(fresh, q.shape[0]):
-            return attend_prompts(q, k, v, scale, len(fresh))
+        if long_prompts.fill(fresh, q.shape[0]):
+            return long_prompts.attend(q, k, v, scale, len(fresh))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for span in fresh:
             part = slice(span.start, span.stop)
-            out[part] = attend_prompts(q[part], k[part], v[part], scale)
+            out[part] = long_prompts.attend(q[part], k[part], v[part], scale)
         tiles = self._query_tiles(tile_tokens(heads, kv_heads), q.dtype)
         if tiles is not None:
             paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale, out)
@@ -96,7 +90,7 @@ class TritonStepAttention:
         batch, pool = self._batch, pools["latent"]
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
-        if not batch.by_length and _fill(prompts := self._long_prompts(q.dtype), q.shape[0]):
+        if not batch.by_length and long_prompts.fill(prompts := self._long_prompts(q.dtype), q.shape[0]):
             return attend_latent_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if batch.by_length:
@@ -152,13 +146,8 @@ class TritonStepAttention:
                 out[tokens] = attend_latent_prompts(q[tokens], cached[part], expanded[part], rank, scale)
 
     def _long_prompts(self, dtype: torch.dtype) -> list[range]:
-        """The tokens of each chunk that goes to cuDNN: a whole prompt from its start, long enough to pay for its own call."""
         if self._prompts is None:
-            batch = self._batch
-            ends = itertools.accumulate(batch.query_lens_host)
-            lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
-            able = batch.slots.is_cuda and _for_library(dtype)
-            self._prompts = [range(end - num, end) for end, num, length in lens if able and num == length >= MIN_PROMPT]
+            self._prompts = long_prompts.find(self._batch, dtype)
         return self._prompts
 
     def _query_tiles(self, tile_q: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -191,35 +180,9 @@ def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
     return F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
 
 
-def _for_library(dtype: torch.dtype) -> bool:
-    """Whether cuDNN attends to long prompts of this type."""
-    return dtype != torch.float32
-
-
-def _fill(prompts: list[range], num_tokens: int) -> bool:
-    """Whether these prompts, of one length, are all that a step has."""
-    return len({len(prompt) for prompt in prompts}) == 1 and sum(map(len, prompts)) == num_tokens
-
-
 def attend_latent_prompts(
     q: torch.Tensor, latents: torch.Tensor, expanded: torch.Tensor, rank: int, scale: float, num: int = 1
 ) -> torch.Tensor:
-    """`attend_prompts` of latents [T, rank + rope] and what they expand to -> [T, heads, v_dim]."""
+    """`long_prompts.attend` of latents [T, rank + rope] and what they expand to -> [T, heads, v_dim]."""
     nope = q.shape[2] - (latents.shape[1] - rank)
-    return attend_prompts(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale, num)
-
-
-def attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num: int = 1) -> torch.Tensor:
-    """Causal attention of `num` whole prompts of one length, end to end: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T,
-    heads, dim]. cuDNN's kernel is a third faster than ours on long prompts (docs/gpu.md). Lengths are rounded up to whole
-    LENGTH_STEPs, since each that it has not seen, or not from so many prompts, costs it a plan (65 to 70 ms); what the padding
-    rows give is cut off, and no other row sees them.
-    """
-    length = q.shape[0] // num
-    padding = -length % LENGTH_STEP
-    apart = (x.view(num, length, *x.shape[1:]) for x in (q, k, v))
-    padded = (F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x for x in apart)
-    queries, keys, values = (x.transpose(1, 2) for x in padded)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)[:, :length].flatten(0, 1)
+    return long_prompts.attend(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale, num)

@@ -8,8 +8,9 @@ import msgspec
 import tiny
 import torch
 
+from engine.attention.long_prompts import LENGTH_STEP, MIN_PROMPT
 from engine.attention.torch_ref import TorchAttention
-from engine.attention.triton_paged import LENGTH_STEP, MIN_PROMPT, TritonAttention
+from engine.attention.triton_paged import TritonAttention
 from engine.backends.torch import load
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core

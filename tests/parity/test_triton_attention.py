@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.attention import triton_paged
+from engine.attention import long_prompts
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import TritonAttention
@@ -153,7 +153,7 @@ def test_the_library_attends_to_prompts_together(heads, kv_heads, dim, v_dim, nu
     generator, tokens = torch.Generator().manual_seed(0), num * length
     q, k, v = random(tokens, heads + 2 * kv_heads, dim, generator=generator).bfloat16().split([heads, kv_heads, kv_heads], 1)
     v = v[..., :v_dim]
-    out = triton_paged.attend_prompts(q, k, v, 0.1, num)
+    out = long_prompts.attend(q, k, v, 0.1, num)
     for i in range(num):
         span = slice(i * length, (i + 1) * length)
         keys, values = (x[span].float().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
@@ -172,7 +172,7 @@ def use_any_library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         calls.append(tuple(q.shape))
         return attend(q, k, v, **options)
 
-    monkeypatch.setattr(triton_paged, "sdpa_kernel", lambda backend: nullcontext())
-    monkeypatch.setattr(triton_paged, "LENGTH_STEP", 16)
-    monkeypatch.setattr(triton_paged.F, "scaled_dot_product_attention", called)
+    monkeypatch.setattr(long_prompts, "sdpa_kernel", lambda backend: nullcontext())
+    monkeypatch.setattr(long_prompts, "LENGTH_STEP", 16)
+    monkeypatch.setattr(long_prompts.F, "scaled_dot_product_attention", called)
     return calls

@@ -20,7 +20,7 @@ LADDER: list[list[set[str]]] = [
     [{"server"}, {"train"}],
     [{"engine.process"}, {"engine.llm"}],
     [{"engine.core"}],
-    [{"engine.scheduler"}, {"engine.runner", "engine.pending"}, {"engine.fake"}],
+    [{"engine.scheduler"}, {"engine.build", "engine.runner", "engine.pending"}, {"engine.fake"}],
     [
         {"engine.kvcache"},
         {"engine.inputs", "engine.graph_shapes", "engine.graphs", "engine.rehearsal"},
