@@ -145,6 +145,7 @@ class EngineProcess:
                 self._forget(known)
         self._dropped.discard(identity)
         self._workers[identity] = worker
+        self._heartbeat_at = 0.0  # it must know how we are before what may be a long turn
         log.info("worker connected", extra={"worker": worker})
         self._send(identity, Welcome(self._info))
 

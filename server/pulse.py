@@ -35,6 +35,7 @@ class Pulse:
         now = time.monotonic()
         if self._busy and now - self._moved_at > self._stall_timeout:
             return f"the engine has work, and its last step ended {now - self._moved_at:.0f} s ago"
-        if not self._busy and now - self._beat_at > (self._stall_timeout if self._preparing else IDLE_STALE_SECONDS):
+        silent = max(IDLE_STALE_SECONDS, self._stall_timeout) if self._preparing else IDLE_STALE_SECONDS
+        if not self._busy and now - self._beat_at > silent:
             return f"the engine's last heartbeat was {now - self._beat_at:.0f} s ago"
         return None

@@ -1,7 +1,8 @@
 """Long prompts that begin with this step, which cuDNN attends to: its kernel is a third faster than ours there (docs/gpu.md).
 
-It plans for every length, and for every number of prompts that it is given together. So lengths are rounded up to whole
-LENGTH_STEPs, and one of each kind can be asked for before anybody waits for it (`kinds`).
+It plans for every length, for every number of prompts that it is given together, and once more where nothing has to be padded,
+for then q, k and v lie otherwise in memory. So lengths are rounded up to whole LENGTH_STEPs, and the usual kinds can be asked for
+before anybody waits for them (`kinds`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ LENGTH_STEP = 512
 
 
 def kinds(most: int, dtype: torch.dtype) -> list[int]:
-    """A length of each kind up to `most` tokens, as prompts mostly come: one at a time, and no whole number of LENGTH_STEPs."""
+    """A length of each usual kind up to `most` tokens: one prompt at a time that has to be padded, and `most` itself, which is
+    what a step takes first of one that is longer."""
     if not _takes(dtype):
         return []
-    return [min(end - 1, most) for end in range(MIN_PROMPT + LENGTH_STEP, most + LENGTH_STEP, LENGTH_STEP)]
+    padded = [min(end - 1, most) for end in range(MIN_PROMPT + LENGTH_STEP, most + LENGTH_STEP, LENGTH_STEP)]
+    return padded if most < MIN_PROMPT or most % LENGTH_STEP else [*padded, most]
 
 
 def find(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
@@ -41,7 +44,8 @@ def fill(prompts: list[range], num_tokens: int) -> bool:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num: int = 1) -> torch.Tensor:
     """Causal attention of `num` prompts of one length, end to end: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads,
-    dim]. What the rows that pad give is cut off, and no other row sees them. A kind's first takes 65 to 70 ms more.
+    dim]. What the rows that pad give is cut off, and no other row sees them. A kind's first takes 65 to 70 ms more, the very
+    first a second.
     """
     length = q.shape[0] // num
     padding = -length % LENGTH_STEP

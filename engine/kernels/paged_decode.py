@@ -21,8 +21,8 @@ from engine.kernels.softmax import add_pass
 LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
 MANY_PROGRAMS = 512  # see `_stages`
-# By the most parts there may be, for how many tokens, once begun, a sequence has one; else it has one for each pass of the loop.
-# docs/gpu.md has what was measured.
+# By the most parts there may be, for how many tokens, once begun, a sequence has one at most; else one for each pass of the loop.
+# Parts are of whole passes, as even as these allow. docs/gpu.md has what was measured.
 PART_TOKENS = {2: 512, 4: 128}
 
 

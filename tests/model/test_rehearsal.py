@@ -72,9 +72,10 @@ def test_an_idle_engine_rehearses(tmp_path, monkeypatch):
 
 def test_lengths_are_of_all_kinds_that_the_library_is_asked_for():
     attention = TritonAttention(132)
-    for most in (MIN_PROMPT + 1, 4000, 8192):
+    for most in (MIN_PROMPT - 1, MIN_PROMPT, MIN_PROMPT + 1, 4000, 8192):
         lengths = attention.prompt_lengths(most, torch.bfloat16)
-        last = -(-most // LENGTH_STEP)
-        assert [-(-length // LENGTH_STEP) for length in lengths] == list(range(MIN_PROMPT // LENGTH_STEP + 1, last + 1))
-        assert all(MIN_PROMPT <= length <= most and length % LENGTH_STEP for length in lengths)
-    assert attention.prompt_lengths(MIN_PROMPT, torch.bfloat16) == attention.prompt_lengths(8192, torch.float32) == []
+        padded, last = [length for length in lengths if length % LENGTH_STEP], -(-most // LENGTH_STEP)
+        assert [-(-length // LENGTH_STEP) for length in padded] == list(range(MIN_PROMPT // LENGTH_STEP + 1, last + 1))
+        assert all(MIN_PROMPT <= length <= most for length in lengths)
+        assert [length for length in lengths if length not in padded] == ([most] if most in (MIN_PROMPT, 8192) else [])
+    assert attention.prompt_lengths(8192, torch.float32) == []

@@ -83,9 +83,10 @@ for heads, kv_heads, head, dtype in (
 ):
     q, cache = torch.zeros(2, heads, head, dtype=dtype), torch.zeros(8, 64, kv_heads, head, dtype=dtype)
     paged_prefill.paged_prefill(q, cache, cache, tables, lens, starts, (lens, lens), 0.1, q)
-    paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 1)
-    paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 4)
-    paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, 8)
+    for splits in (1, 2, 4, 8):
+        paged_decode.paged_decode(q, cache, cache, tables, lens, 0.1, splits)
+    many = torch.zeros(2 * paged_decode.MANY_PROGRAMS, heads, head, dtype=dtype)  # where nothing is split on a GPU of this size
+    paged_decode.paged_decode(many, cache, cache, tables, lens, 0.1, 1)
 for name in ("_norm", "_silu_mul", "_norm_rotate", "_angles"):
     setattr(elementwise, name, Recorder(getattr(elementwise, name)))
 hidden, weight = torch.zeros(2, 2048, dtype=torch.bfloat16), torch.zeros(2048, dtype=torch.bfloat16)

@@ -12,6 +12,8 @@ from engine.errors import EngineUnavailable, InternalError, Overloaded
 from engine.messages import (
     Abort,
     EngineInfo,
+    EngineStats,
+    Heartbeat,
     Hello,
     Outputs,
     Submit,
@@ -133,6 +135,17 @@ async def test_a_resumed_stream_sends_what_it_has_and_tells_nothing_twice(client
     assert [token for event in rest for token in event.tokens] == [8, 9]
     assert all(event.num_cached is None and event.queue_s is None for event in rest)
     assert client.health.restarts == 1
+
+
+async def test_an_engine_that_prepares_may_be_silent(client, engine, monkeypatch):
+    await engine.welcome()
+    await client.wait_ready(5)
+    monkeypatch.setattr("server.pulse.IDLE_STALE_SECONDS", -1.0)  # any silence is too long
+    engine.say(Heartbeat(EngineStats(step=1), preparing=True))
+    await until(lambda: client.health.stats == EngineStats(step=1), "a heartbeat")
+    assert client.health.ready
+    engine.say(Heartbeat(EngineStats(step=2)))
+    await until(lambda: not client.health.ready, "another, and silence")
 
 
 async def test_a_welcome_nobody_asked_for_leads_to_a_new_connection(client, engine):
