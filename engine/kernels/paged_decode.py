@@ -40,6 +40,14 @@ def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: t
     tl.store(out_ptr + dim, merged.to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _cut(length, SPLITS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
+    """How many parts a sequence of `length` tokens has, and how many tokens are in each but the last. PART is in passes."""
+    passes = tl.cdiv(length, TILE)
+    of_each = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, PART)))
+    return tl.cdiv(passes, of_each), of_each * TILE
+
+
 @triton.jit(do_not_specialize=["max_blocks"])
 def _decode(
     q_ptr, k_ptr, v_ptr, out_ptr, tables_ptr, lens_ptr, starts_ptr, acc_ptr, lse_ptr, arrived_ptr,
@@ -63,14 +71,11 @@ def _decode(
         if tl.load(starts_ptr + seq + 1) - token != 1:
             return
     length = tl.load(lens_ptr + seq)
-    passes = tl.cdiv(length, TILE)
-    per_split = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, PART)))
-    parts = tl.cdiv(passes, per_split)
-    per_split *= TILE
+    parts, of_each = _cut(length, SPLITS, PART, TILE)
     if split >= parts:  # the sequence is too short for so many
         return
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, length)
+    begin = split * of_each
+    end = tl.minimum(begin + of_each, length)
     q = tl.load(q_ptr + token.to(tl.int64) * q_stride + head[:, None] * HEAD + dim[None, :], mask=live[:, None], other=0.0)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import cdiv, pdl, power_of_two
+from engine.kernels.paged_decode import precision
 
 TILE = 128  # numbers of a row that one pass of the router's product takes
 MAX_SPLITS = 16
@@ -26,7 +27,7 @@ METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
 def _logits(
     x_ptr, router_ptr, out_ptr, tokens,
     SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
-    TILE: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -45,17 +46,17 @@ def _logits(
             w -= high.to(tl.float32)
             middle = w.to(x.dtype)
             low = (w - middle.to(tl.float32)).to(x.dtype)
-            acc = tl.dot(low, tl.trans(x), acc)
-            acc = tl.dot(middle, tl.trans(x), acc)
-            acc = tl.dot(high, tl.trans(x), acc)
+            acc = tl.dot(low, tl.trans(x), acc, input_precision=PRECISION)
+            acc = tl.dot(middle, tl.trans(x), acc, input_precision=PRECISION)
+            acc = tl.dot(high, tl.trans(x), acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(w, tl.trans(x), acc)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
     at = (split * tokens + token[None, :]) * EXPERTS + row[:, None]
     tl.store(out_ptr + at, acc, mask=(token < tokens)[None, :] & (row < EXPERTS)[:, None])
 
 
 def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
-    """x [T, H] bfloat16, router [E, H] bfloat16 or float32 -> parts [splits, T, E] float32; the logits are their sum."""
+    """x [T, H], router [E, H] of x's type or float32 -> parts [splits, T, E] float32; the logits are their sum."""
     tokens, size = x.shape
     experts = router.shape[0]
     tile = min(64, max(16, power_of_two(tokens)))
@@ -68,6 +69,7 @@ def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     _logits[(*grid, splits)](
         x, router, out, tokens,
         SIZE=size, EXPERTS=experts, TOKENS=tile, ROWS=rows, PART=part, TILE=TILE, EXACT=router.dtype == torch.float32,
+        PRECISION=precision(x.dtype),
         num_warps=4, num_stages=2 if router.dtype == torch.float32 else 3, **pdl(x.device),
     )  # fmt: skip
     return out
