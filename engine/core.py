@@ -28,7 +28,7 @@ from engine.request import Request, TokenEvent
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
 
-RUNNERS = {"torch": "engine.build", "fake": "engine.fake"}
+RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
 class _Submitted(NamedTuple):

@@ -96,7 +96,7 @@ def serve(settings: Settings) -> None:
 
     Every flag can also be set as TIDEGATE_<NAME> in the environment, or in the YAML file of --config.
     """
-    raise typer.Exit(_load("server.supervisor").serve(settings))
+    raise typer.Exit(_load("server.supervise.supervisor").serve(settings))
 
 
 @app.command()

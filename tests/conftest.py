@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("shared")
 
 TESTS = Path(__file__).parent
 NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests run models or start servers
-NEED = "attention|build|graph_shapes|graphs|inputs|kernels|kvcache\\.storage|layers|pending|rehearsal|runner|sampling|weights"
+NEED = "attention|device|kernels|kvcache\\.storage|layers|sampling|weights"
 IMPORTS_TORCH = re.compile(rf"^(import|from) (torch|engine\.({NEED}))\b", re.M)
 
 

@@ -14,7 +14,7 @@ from server.rpc.health import HealthServicer
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.reflection import ReflectionServicer
 from server.rpc.servicer import InferenceServicer
-from server.service import GenerateService
+from server.service.service import GenerateService
 from server.settings import Settings
 
 INFERENCE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name

@@ -7,14 +7,14 @@ import uuid
 from contextlib import aclosing
 
 from engine.errors import RequestTimeout
-from server.generation import Chunk
+from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.service import DetokenizeRequest, TokenizeRequest
 from server.rpc import translate
 from server.rpc.errors import Context, answers_errors
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
-from server.schemas.generate import GenerateRequest
-from server.schemas.service import DetokenizeRequest, TokenizeRequest
-from server.service import GenerateService
+from server.service.service import GenerateService
+from server.service.types import Chunk
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):

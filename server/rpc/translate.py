@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from engine.request import TokenLogprobs
 from server.errors import from_validation
-from server.generation import Chunk, Ending, GenerationRequest
+from server.http.schemas.generate import GenerateRequest
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
-from server.schemas.generate import GenerateRequest
+from server.service.types import Chunk, Ending, GenerationRequest
 
 M = TypeVar("M", bound=BaseModel)
 TokenText = Callable[[int], str]

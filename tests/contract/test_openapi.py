@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from server.app import build_app
+from server.http.app import build_app
 from server.metrics import Metrics
 from server.settings import Settings
-from tests.unit.server.routes.scripted import ScriptedService
+from tests.unit.server.http.routes.scripted import ScriptedService
 
 OPERATIONS = {
     "POST /v1/generate",

@@ -12,8 +12,8 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
+from server.http.schemas.generate import GenerateRequest
 from server.rpc.pb.tidegate.v1 import inference_pb2, inference_pb2_grpc
-from server.schemas.generate import GenerateRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTO = "protos/tidegate/v1/inference.proto"

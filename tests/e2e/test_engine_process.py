@@ -15,7 +15,7 @@ from engine.errors import Aborted, ContextTooLong, EngineUnavailable, InternalEr
 from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode
 from engine.request import FinishReason, SamplingParams
 from server.bundled import bundled_checkpoint
-from server.client import EngineClient
+from server.engines.client import EngineClient
 from tests.support.children import EngineChild, wait_until
 
 

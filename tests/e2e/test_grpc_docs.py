@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.metrics import Metrics
-from server.service import GenerateService
+from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LocalEngine

@@ -8,10 +8,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.request import SamplingParams
-from server.generation import Chunk, GenerationRequest
 from server.metrics import Metrics
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
-from server.service import GenerateService
+from server.service.service import GenerateService
+from server.service.types import Chunk, GenerationRequest
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LIMITS, LocalEngine

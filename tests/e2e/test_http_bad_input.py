@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from server import strict_json
+from server.http import strict_json
 from server.text.tokenizer import Tokenizer
 from tests.support.http_api import MODEL, http_api
 from tests.support.tiny_checkpoint import write_tiny_checkpoint

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from engine.errors import InternalError
-from server.app import build_app
-from server.generation import Chunk
-from server.http_guard import HttpLimits
+from server.http.app import build_app
+from server.http.guard import HttpLimits
 from server.metrics import Metrics
+from server.service.types import Chunk
 from server.settings import Settings
 from tests.support.http_server import serving
-from tests.unit.server.routes.scripted import ScriptedService, letters
+from tests.unit.server.http.routes.scripted import ScriptedService, letters
 
 PATHS = {
     "/v1/generate": {"prompt": "x"},

@@ -1,4 +1,4 @@
-"""Hostile clients against `server.http_guard` in a real uvicorn: raw sockets, one small ASGI app behind it."""
+"""Hostile clients against `server.http.guard` in a real uvicorn: raw sockets, one small ASGI app behind it."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from server.http_guard import HttpLimits
+from server.http.guard import HttpLimits
 from tests.support.http_server import serving
 
 LIMITS = HttpLimits(head_seconds=0.4, body_seconds=0.6, idle_seconds=1, write_seconds=0.5, body_bytes=100_000)

@@ -5,16 +5,16 @@ import schemathesis
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events, from_schema
 
-from server.app import build_app
+from server.http.app import build_app
+from server.http.routes.api import Api
 from server.metrics import Metrics
-from server.routes.api import Api
-from server.service import GenerateService
+from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.contract.test_openapi import OPERATIONS
 from tests.support.local_engine import LocalEngine
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
-from tests.unit.server.routes.scripted import ScriptedService
+from tests.unit.server.http.routes.scripted import ScriptedService
 
 
 def whole_app(text):

@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 
-from engine import LLM, SamplingParams, graph_shapes, graphs, runner
+from engine import LLM, SamplingParams
 from engine.attention.triton_paged import TritonAttention
 from engine.backends import torch as backend
+from engine.device import graph_shapes, graphs, runner
 from engine.kernels import draw
 from engine.models import base
 from engine.sampling.draw_rows import DrawRows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.inputs import Uploader
+from engine.device.inputs import Uploader
 from engine.kernels import draw as kernel
 from engine.kernels.draw import DrawParams, draw
 from engine.kernels.sample import VOCAB_TILE, choose_likeliest

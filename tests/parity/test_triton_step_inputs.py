@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.graph_shapes import MixedInputs
-from engine.inputs import Rows, Slices, Uploader
+from engine.device.graph_shapes import MixedInputs
+from engine.device.inputs import Rows, Slices, Uploader
 from engine.kernels.step_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams

@@ -11,10 +11,10 @@ import httpx
 import openai
 import uvicorn
 
-from server.app import build_app
-from server.http_guard import HttpLimits, guarded
+from server.http.app import build_app
+from server.http.guard import HttpLimits, guarded
 from server.metrics import Metrics
-from server.service import GenerateService
+from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LocalEngine

@@ -8,7 +8,7 @@ import threading
 
 import uvicorn
 
-from server.http_guard import guarded
+from server.http.guard import guarded
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from engine.errors import Aborted, EngineUnavailable, TidegateError
 from engine.fake import build_fake
 from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
-from server.client_base import EngineHealth, error_of, size_of
+from server.engines.base import EngineHealth, error_of, size_of
 
 LIMITS = ModelLimits(max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32")  # the tiny checkpoint's vocabulary
 CONFIG = EngineConfig(

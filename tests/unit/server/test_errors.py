@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from engine import errors
 from engine.errors import EngineUnavailable, InternalError, InvalidRequest, Overloaded, UnknownModel
 from server.errors import STATUS, error_body, error_headers, field_path, from_validation, status_of
-from server.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateRequest
 
 
 @pytest.mark.parametrize(

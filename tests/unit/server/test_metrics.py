@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import EngineStats
-from server.client_base import EngineHealth
+from server.engines.base import EngineHealth
 from server.metrics import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Metrics
 
 STATS = EngineStats(
@@ -147,7 +147,7 @@ def test_without_an_engine_the_rest_is_still_there():
 
 WORKER = """
 import os, sys
-from server.client_base import EngineHealth
+from server.engines.base import EngineHealth
 from server.metrics import Metrics
 metrics = Metrics("m", lambda: EngineHealth(ready=True))
 done, left = metrics.begin("http"), metrics.begin("grpc")
@@ -161,7 +161,7 @@ os._exit(9)  # a crash: one request is left
 """
 SCRAPE = """
 import sys
-from server.client_base import EngineHealth
+from server.engines.base import EngineHealth
 from server.metrics import Metrics, worker_died
 for pid in sys.argv[1:]:
     worker_died(int(pid))

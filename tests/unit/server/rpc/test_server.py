@@ -10,13 +10,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from engine.errors import ConfigError
-from server.client_base import EngineHealth
+from server.engines.base import EngineHealth
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.server import build_rpc_server
 from server.settings import Settings
 from tests.support.rpc import serving, until
-from tests.unit.server.routes.scripted import ScriptedService, letters
+from tests.unit.server.http.routes.scripted import ScriptedService, letters
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

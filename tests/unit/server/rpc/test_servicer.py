@@ -8,11 +8,11 @@ import pytest
 
 from engine import errors
 from server.errors import STATUS
-from server.generation import Chunk
 from server.rpc.errors import DETAIL_KEY
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.service.types import Chunk
 from tests.support.rpc import detail_of, serving, until
-from tests.unit.server.routes.scripted import ScriptedService, letters
+from tests.unit.server.http.routes.scripted import ScriptedService, letters
 
 ASKED = pb.GenerateRequest(prompt="a", request_id="mine")
 RAISED = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.TidegateError)]

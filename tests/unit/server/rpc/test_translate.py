@@ -4,10 +4,10 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import TokenLogprobs
-from server.generation import Chunk, Ending, Timing, Usage
+from server.http.schemas.generate import GenerateRequest
 from server.rpc import translate
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
-from server.schemas.generate import GenerateRequest
+from server.service.types import Chunk, Ending, Timing, Usage
 
 
 def asked(**fields):

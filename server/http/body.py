@@ -1,0 +1,73 @@
+"""From an HTTP request's body to a checked schema object, whatever its content type says.
+
+The body is counted while it streams in, so a lie about its length, or none told, cannot pass the limit. A large one is read
+by a thread, while other clients' tokens go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from engine.errors import Aborted, MalformedRequest, PayloadTooLarge
+from server.errors import from_validation
+from server.http import strict_json
+
+M = TypeVar("M", bound=BaseModel)
+
+THREAD_BYTES = 64 << 10  # about a millisecond's work
+# One thread for all: each holds the interpreter for as long as one C call takes, and the event loop should wait for one of
+# them at most, however many bodies come at once.
+_PARSER = ThreadPoolExecutor(1, "tidegate-body")
+
+
+async def read_json(request: Request, model: type[M], max_bytes: int) -> M:
+    """The body as `model`. Raises the InvalidRequest or PayloadTooLarge that says what is wrong with it."""
+    _check_encoding(request)
+    body = await read_body(request, max_bytes)
+    if len(body) < THREAD_BYTES:
+        return _parse(body, model)
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, _parse, body, model)
+
+
+def _check_encoding(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise MalformedRequest(
+            f"content-encoding is {encoding[:32]!r}: this server takes bodies as they are, without compression",
+            param="content-encoding",
+        )
+
+
+def _parse(body: bytes, model: type[M]) -> M:
+    if not body:
+        raise MalformedRequest("the body is empty: it must be a JSON object")
+    value = strict_json.loads(body)
+    if not isinstance(value, dict):
+        raise MalformedRequest("the body must be a JSON object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    too_large = PayloadTooLarge(f"the body is larger than this server's limit of {max_bytes} bytes")
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
+        raise too_large
+    parts: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes > max_bytes:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:
+        raise Aborted("the client went away before its request was complete") from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,41 @@
+"""GET /v1/models and /v1/models/{model}."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import UnknownModel
+from server.http.routes.api import api_of, errors, json_response
+from server.http.schemas.service import ModelCard, ModelList
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", responses={200: {"model": ModelList}, **errors(500, 503)})
+async def list_models(request: Request) -> Response:
+    """The models that this server has."""
+    return json_response({"object": "list", "data": _cards(request)})
+
+
+@router.get("/v1/models/{model:path}", responses={200: {"model": ModelCard}, **errors(404, 500, 503)})
+async def get_model(request: Request, model: str) -> Response:
+    """One of them."""
+    for card in _cards(request):
+        if card["id"] == model:
+            return json_response(card)
+    raise UnknownModel(f"there is no model {model[:256]!r} here: see /v1/models", param="model")
+
+
+def _cards(request: Request) -> list[dict[str, object]]:
+    return [
+        {
+            "id": model.id,
+            "object": "model",
+            "created": model.created,
+            "owned_by": model.owned_by,
+            "max_model_len": model.max_model_len,
+        }
+        for model in api_of(request).service.models()
+    ]

@@ -1,0 +1,20 @@
+"""GET /version."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from server.http.routes.api import json_response
+from server.http.schemas.service import Version
+
+router = APIRouter(tags=["service"])
+VERSION = installed_version("tidegate")
+
+
+@router.get("/version", responses={200: {"model": Version}})
+async def version() -> Response:
+    """The server's version."""
+    return json_response({"version": VERSION})

@@ -1,0 +1,291 @@
+"""OpenAI's completions and chat completions: the fields we do, those we refuse by name, and the answers.
+
+Beside OpenAI's own fields stand the sampling extras of `SamplingFields`, which clients send through `extra_body`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
+
+from engine.errors import InvalidRequest, UnsupportedField
+from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded, without_unsupported
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Label = Annotated[str, StringConstraints(max_length=512)]
+ModelName = Annotated[str, Field(max_length=256, description="Name of a model in /v1/models.")]
+_REFUSED_BY_BOTH: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "prompt_embeds": (),
+    "cache_salt": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}
+
+
+class StreamOptions(Schema):
+    include_usage: Annotated[bool | None, Field(description="End the stream with an event that holds the usage.")] = None
+
+
+class OpenAIFields(SamplingFields):
+    model: ModelName
+    stream_options: StreamOptions | None = None
+    user: Annotated[Label | None, Field(description="A label of yours; it changes nothing.")] = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> OpenAIFields:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options may only be given with stream true", param="stream_options")
+        return self
+
+
+def _prompt_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "#text"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "#token_lists"
+    return "#tokens" if isinstance(first, int) else "#texts"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("#text")]
+    | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("#texts")]
+    | Annotated[TokenIds, Tag("#tokens")]
+    | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("#token_lists")],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_kind",
+        custom_error_message="must be a string, a list of strings, a list of token ids, or a list of lists of token ids",
+    ),
+]
+
+
+class CompletionRequest(OpenAIFields):
+    """POST /v1/completions."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**_REFUSED_BY_BOTH, "suffix": ("",)}
+
+    prompt: Annotated[Prompt, Field(description="One prompt or several, as text or token ids.", examples=["Once upon a time"])]
+    max_tokens: Annotated[int | None, bounded("max_tokens", "Tokens to generate at most; 16 if left out.")] = None
+    logprobs: Annotated[int | None, bounded("logprobs", "Report log-probabilities, with this many alternatives.")] = None
+    echo: Annotated[
+        bool | None,
+        Field(description="Begin each choice with its prompt; with logprobs, each prompt's first choice has the prompt's too."),
+    ] = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [list(self.prompt)]
+        return list(self.prompt)
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+def _content_kind(value: Any) -> str | None:
+    return "#text" if isinstance(value, str) else "#parts" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("#text")] | Annotated[list[TextPart], Field(fail_fast=True, min_length=1), Tag("#parts")],
+    Discriminator(
+        _content_kind, custom_error_type="content_kind", custom_error_message="must be a string or a list of text parts"
+    ),
+]
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+MAX_MESSAGES = 4096
+_METADATA = 16  # labels
+_REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+_OTHER_PARTS = frozenset({"image_url", "input_audio", "file", "video_url", "audio_url", "refusal"})
+
+
+def _readable_message(message: Any, path: str) -> Any:
+    """Roles, fields and parts that OpenAI knows and we do not: say so by name, instead of "not one of"."""
+    if not isinstance(message, dict):
+        return message
+    if message.get("role") in ("tool", "function"):
+        raise UnsupportedField("this server does not support tool messages", param=f"{path}.role")
+    content = message.get("content")
+    for j, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in _OTHER_PARTS:
+            raise UnsupportedField("this server takes text content only", param=f"{path}.content[{j}].type")
+    return without_unsupported(message, _REFUSED_IN_MESSAGE, path=f"{path}.")
+
+
+class ChatRequest(OpenAIFields):
+    """POST /v1/chat/completions."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_REFUSED_BY_BOTH,
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "prompt_cache_key": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none",),
+        "tools": ([],),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    messages: Annotated[
+        list[Message],
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "Hello"}]]),
+    ]
+    max_tokens: Annotated[
+        int | None, bounded("max_tokens", "Tokens to generate at most; the rest of the context if left out.")
+    ] = None
+    max_completion_tokens: Annotated[int | None, bounded("max_tokens", "The newer name of max_tokens.")] = None
+    logprobs: Annotated[bool | None, Field(description="Report log-probabilities of the chosen tokens.")] = None
+    top_logprobs: Annotated[int | None, bounded("logprobs", "How many alternatives to report; needs logprobs true.")] = None
+    metadata: Annotated[
+        Annotated[dict[Label, Label], at_most(_METADATA), Field(max_length=_METADATA)] | None,
+        Field(description="Labels of yours; they change nothing."),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_messages(cls, value: Any) -> Any:
+        messages = value.get("messages") if isinstance(value, dict) else None
+        if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
+            return value
+        return {**value, "messages": [_readable_message(message, f"messages[{i}]") for i, message in enumerate(messages)]}
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatRequest:
+        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(given) > 1:
+            raise InvalidRequest("max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs may only be given with logprobs true", param="top_logprobs")
+        return self
+
+    @property
+    def client_names(self) -> dict[str, str]:
+        """See `GenerationRequest.client_names`."""
+        names = {"prompt": "messages", "logprobs": "top_logprobs"}
+        return names if self.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class OpenAIUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = Field(default=None, description="With each prompt's first choice.")
+
+
+class CompletionResponse(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: OpenAIUsage
+
+
+class ChatTopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None = None
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: OpenAIUsage
+    prompt_logprobs: list[dict[str, Any] | None] | None = None

@@ -1,0 +1,98 @@
+"""What is said to a request at the door, before anything is spent on it; each refusal names the field.
+
+Rules about token ids, lengths and ranges are the engine's (`engine.messages.check_submit`) and are asked after tokenising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from engine.errors import InvalidRequest, UnknownModel
+from engine.request import SamplingParams
+from server.service.types import GenerationRequest
+
+
+class ServiceSettings(Protocol):
+    """What the service reads of `server.settings.Settings`."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def max_n(self) -> int: ...
+    @property
+    def max_logprobs(self) -> int: ...
+    @property
+    def max_prompt_logprobs(self) -> int: ...
+    @property
+    def max_stop_strings(self) -> int: ...
+    @property
+    def max_stop_len(self) -> int: ...
+
+
+def check_request(request: GenerationRequest, settings: ServiceSettings) -> None:
+    check_model(request.model, settings.model_name)
+    if not request.prompt:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if isinstance(request.prompt, str):
+        check_text(request.prompt, "prompt")
+    if not 1 <= request.n <= settings.max_n:
+        raise InvalidRequest(f"n is {request.n}: it must lie between 1 and {settings.max_n}", param="n")
+    if request.deadline_s is not None and not request.deadline_s > 0:
+        raise InvalidRequest("the deadline must be more than 0", param="deadline_ms")
+    _check_stops(request.stop, settings)
+
+
+def check_model(model: str | None, served: str) -> None:
+    if model is not None and model != served:
+        raise UnknownModel(f"there is no model {model[:256]!r} here: this server has {served!r}", param="model")
+
+
+def check_text(text: str, name: str) -> None:
+    """Half a surrogate pair is no character; JSON's \\u escapes can write one all the same."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}", param=name
+        ) from error
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """For ids that never reach the engine, whose own check covers those that do."""
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)
+
+
+def check_logprobs(params: SamplingParams, settings: ServiceSettings, *, prompt_tokens: int, outputs: int) -> None:
+    """The log-probabilities that the answer would hold, each alternative counted: they are made into text all at once."""
+    if params.prompt_logprobs is not None:
+        num = prompt_tokens * (1 + params.prompt_logprobs)
+        if num > settings.max_prompt_logprobs:
+            raise InvalidRequest(
+                f"prompt_logprobs {params.prompt_logprobs} over {prompt_tokens} prompt tokens would report {num} "
+                f"log-probabilities: at most {settings.max_prompt_logprobs} are allowed",
+                param="prompt_logprobs",
+            )
+    if params.logprobs is not None:
+        num = outputs * params.max_tokens * (1 + params.logprobs)
+        if num > settings.max_logprobs:
+            raise InvalidRequest(
+                f"logprobs {params.logprobs} over {outputs} outputs of {params.max_tokens} tokens would report {num} "
+                f"log-probabilities: at most {settings.max_logprobs} are allowed",
+                param="logprobs",
+            )
+
+
+def _check_stops(stops: tuple[str, ...], settings: ServiceSettings) -> None:
+    if len(stops) > settings.max_stop_strings:
+        raise InvalidRequest(f"stop has {len(stops)} strings: at most {settings.max_stop_strings} are allowed", param="stop")
+    for stop in stops:
+        if not stop:
+            raise InvalidRequest("stop has an empty string", param="stop")
+        if len(stop) > settings.max_stop_len:
+            raise InvalidRequest(
+                f"stop has a string of {len(stop)} characters: at most {settings.max_stop_len} are allowed", param="stop"
+            )
+        check_text(stop, "stop")

@@ -1,0 +1,59 @@
+"""The addresses that the supervisor holds: the HTTP socket, the gRPC port, and the path of the engine's socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from engine.errors import ConfigError
+from server.settings import Settings
+
+MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
+
+
+def bind_http(settings: Settings) -> socket.socket:
+    family, _, _, _, address = _address(settings.host, settings.port, "port")
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _bind(bound, address, "port", settings.port, settings.host)
+    return bound
+
+
+def claim_grpc(settings: Settings) -> tuple[socket.socket | None, int]:
+    """Make sure that the gRPC port is free. Several workers share it by SO_REUSEPORT, which would let strangers in, too: the
+    first, plain bind finds them, and the socket that is returned keeps out whoever comes later without that option."""
+    family, _, _, _, address = _address(settings.host, settings.grpc_port, "grpc_port")
+    with socket.socket(family, socket.SOCK_STREAM) as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(plain, address, "grpc_port", settings.grpc_port, settings.host)
+        address = plain.getsockname()
+    if settings.api_workers == 1:
+        return None, address[1]
+    claim = socket.socket(family, socket.SOCK_STREAM)
+    claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    _bind(claim, address, "grpc_port", address[1], settings.host)
+    return claim, address[1]
+
+
+def _bind(sock: socket.socket, address: tuple[str, int], name: str, port: int, host: str) -> None:
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{name} is {port}, which cannot be had on {host}: {error.strerror}", param=name) from None
+
+
+def _address(host: str, port: int, name: str) -> tuple[int, int, int, str, tuple[str, int]]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise ConfigError(f"host is {host!r}, which is no address of this machine: {error.strerror}", param="host") from None
+    return found[0]  # type: ignore[return-value]
+
+
+def socket_path(folder: Path) -> Path:
+    path = folder / "engine"
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise ConfigError(f"the temporary folder's path is too long for a socket: {folder}; set TMPDIR to a shorter one")
+    return path

@@ -1,0 +1,81 @@
+"""Rehearsals: a prompt of each length that a backend names, once, and in the scratch block alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import tiny
+import torch
+
+from engine.attention.long_prompts import LENGTH_STEP, MIN_PROMPT
+from engine.attention.torch_ref import TorchAttention
+from engine.attention.triton_paged import TritonAttention
+from engine.backends.torch import load
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
+from engine.core import build_core
+from engine.device.warmup import Rehearsals
+from engine.kvcache.storage import KVStorage
+from engine.models.spec import ModelSpec
+
+CPU = torch.device("cpu")
+
+
+class _Loaded(NamedTuple):
+    rehearsals: Rehearsals
+    storage: KVStorage
+    lengths: list[int]  # of the prompts that ran
+
+
+def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
+    config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
+    spec = ModelSpec.from_folder(config.model)
+    backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
+    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
+    lengths, forward = [], backend.forward
+
+    def counted(batch):
+        lengths.append(batch.token_ids.shape[0])
+        return forward(batch)
+
+    monkeypatch.setattr(backend, "forward", counted)
+    storage = KVStorage(backend.kv_pools(), num_blocks=4, block_size=4, device=CPU)
+    found = Rehearsals(
+        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, most_tokens=most_tokens, device=CPU
+    )
+    return _Loaded(found, storage, lengths)
+
+
+def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
+    found, storage, lengths = rehearsals(tmp_path, monkeypatch, most_tokens=29)
+    with torch.inference_mode():
+        assert [found.next() for _ in range(4)] == [True, True, False, False]
+    assert lengths == [5, 9]
+    for layer in storage.layers:
+        for pool in layer.values():
+            assert not pool[: storage.num_blocks].any()  # requests' blocks
+            assert pool[storage.scratch_block].any()
+
+
+def test_an_idle_engine_rehearses(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
+    folder = tiny.write(tmp_path, tiny.LLAMA)
+    for tokens, context in ((40, 60), (60, 40)):
+        scheduler, cache = SchedulerConfig(max_num_seqs=8, max_step_tokens=tokens), CacheConfig(num_blocks=64)
+        config = EngineConfig(model=str(folder), device="cpu", load_format="dummy", cache=cache, scheduler=scheduler)
+        core = build_core(msgspec.structs.replace(config, max_model_len=context))
+        assert [core.prepare() for _ in range(3)] == [True, True, False]
+        core.close()
+    assert asked == [40, 40]  # what a step may have, and what a prompt
+
+
+def test_lengths_are_of_all_kinds_that_the_library_is_asked_for():
+    attention = TritonAttention(132)
+    for most in (MIN_PROMPT - 1, MIN_PROMPT, MIN_PROMPT + 1, 4000, 8192):
+        lengths = attention.prompt_lengths(most, torch.bfloat16)
+        padded, last = [length for length in lengths if length % LENGTH_STEP], -(-most // LENGTH_STEP)
+        assert [-(-length // LENGTH_STEP) for length in padded] == list(range(MIN_PROMPT // LENGTH_STEP + 1, last + 1))
+        assert all(MIN_PROMPT <= length <= most for length in lengths)
+        assert [length for length in lengths if length not in padded] == ([most] if most in (MIN_PROMPT, 8192) else [])
+    assert attention.prompt_lengths(8192, torch.float32) == []

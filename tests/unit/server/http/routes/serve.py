@@ -1,0 +1,34 @@
+"""An application over a scripted service, asked in-process."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+
+from server.http.app import build_app
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+def client_of(service, **settings):
+    app = build_app(Settings(**settings), service, Metrics("tiny", service.health))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
+
+
+async def post(service, path, body):
+    async with client_of(service) as client:
+        response = await client.post(path, json=body)
+    return response.status_code, response.json()
+
+
+async def events_of(service, path, body):
+    """The events of a stream, decoded; "[DONE]" as it is."""
+    async with client_of(service) as client:
+        response = await client.post(path, json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    frames = response.text.split("\n\n")
+    assert frames.pop() == ""
+    assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
+    return [data if (data := frame[6:]) == "[DONE]" else json.loads(data) for frame in frames]

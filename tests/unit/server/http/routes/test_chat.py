@@ -1,0 +1,96 @@
+from engine.request import TokenLogprobs
+from tests.unit.server.http.routes.scripted import ScriptedService, letters
+from tests.unit.server.http.routes.serve import events_of, post
+
+PATH = "/v1/chat/completions"
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def test_a_whole_answer():
+    service = ScriptedService(*letters("tide", finish="stop"))
+    status, answer = await post(service, PATH, ASK)
+    assert status == 200
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "tide", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+    assert service.requests[0].add_special_tokens is False
+
+
+async def test_an_answer_may_fill_the_context_unless_limited():
+    service = ScriptedService(*letters("x"))
+    for more in ({}, {"max_tokens": 5}, {"max_completion_tokens": 6}, {"max_tokens": 7, "max_completion_tokens": 7}):
+        await post(service, PATH, {**ASK, **more})
+    assert [call.params.max_tokens for call in service.requests] == [100 - 11, 5, 6, 7]
+
+
+async def test_text_parts_are_joined_and_nulls_of_an_answer_sent_back_are_fine():
+    seen = []
+
+    class Listening(ScriptedService):
+        async def chat_tokens(self, messages):
+            seen.extend(messages)
+            return [1]
+
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    back = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "audio": None}
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}, back]
+    status, _ = await post(Listening(*letters("x")), PATH, {**ASK, "messages": messages})
+    assert status == 200
+    assert seen == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    ]
+
+
+async def test_a_stream():
+    service = ScriptedService(*letters("ab"), *letters("cd", index=1, finish="stop"))
+    events = await events_of(service, PATH, {**ASK, "n": 2, "stream_options": {"include_usage": True}})
+    assert events[-1] == "[DONE]"
+    assert events[-2]["choices"] == []
+    assert events[-2]["usage"]["completion_tokens"] == 4
+    for index, text, reason in ((0, "ab", "length"), (1, "cd", "stop")):
+        mine = [e["choices"][0] for e in events[:-2] if e["choices"][0]["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in mine) == text
+        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [reason]
+    assert all(e["object"] == "chat.completion.chunk" and e["usage"] is None for e in events[:-2])
+
+
+async def test_a_stream_without_usage_has_no_usage():
+    events = await events_of(ScriptedService(*letters("ab")), PATH, ASK)
+    assert not any("usage" in e for e in events[:-1])
+
+
+async def test_logprobs():
+    def odds(token):
+        return TokenLogprobs(token, -0.5, 1, [token, 0xE9], [-0.5, -3.0])
+
+    service = ScriptedService(*letters("a", logprobs=odds))
+    body = {**ASK, "logprobs": True, "top_logprobs": 2}
+    _, answer = await post(service, PATH, body)
+    expected = {
+        "content": [
+            {
+                "token": "a",
+                "logprob": -0.5,
+                "bytes": [97],
+                "top_logprobs": [
+                    {"token": "a", "logprob": -0.5, "bytes": [97]},
+                    {"token": "é", "logprob": -3.0, "bytes": [0xC3, 0xA9]},
+                ],
+            }
+        ],
+        "refusal": None,
+    }
+    assert answer["choices"][0]["logprobs"] == expected
+    events = await events_of(service, PATH, body)
+    assert events[1]["choices"][0]["logprobs"] == expected
+    assert [call.params.logprobs for call in service.requests] == [2, 2]

@@ -1,0 +1,75 @@
+import contextlib
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.errors import MalformedRequest
+from server.http import strict_json
+
+BAD = {
+    "not JSON": (b"{'a': 1}", "not JSON"),
+    "cut off": (b'{"a": ', "not JSON"),
+    "two values": (b'{"a": 1} {"b": 2}', "not JSON"),
+    "trailing comma": (b'{"a": 1,}', "not JSON"),
+    "broken UTF-8": (b'{"a": "\xff"}', "not UTF-8"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+    "byte-order mark": (b'\xef\xbb\xbf{"a": 1}', "not JSON"),
+    "surrogate in UTF-8": (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
+    "lone surrogate": (b'{"a": "\\ud800"}', "surrogate"),
+    "lone surrogate, upper case": (b'{"a": "\\uDC00"}', "not JSON"),
+    "lone surrogate as a key": (b'{"\\ud800": 1}', "surrogate"),
+    "raw control character": (b'{"a": "\x00"}', "not JSON"),
+    "NaN": (b'{"a": NaN}', "NaN is not JSON"),
+    "Infinity": (b'{"a": -Infinity}', "-Infinity is not JSON"),
+    "1e999": (b'{"a": 1e999}', "too large"),
+    "-1e999": (b'{"a": -1e999}', "too large"),
+    "5000 digits": (b'{"a": ' + b"1" * 5000 + b"}", "too many digits"),
+    "a key twice": (b'{"a": 1, "a": 2}', "'a' stands twice"),
+    "a key twice, deeper": (b'{"b": [{"a": 1, "c": 2, "a": 1}]}', "'a' stands twice"),
+    "a key twice, spelled in two ways": (b'{"a": 1, "\\u0061": 2}', "'a' stands twice"),
+    "depth 200,000, arrays": (b"[" * 200_000, "nested too deeply"),
+    "depth 200,000, objects": (b'{"a":' * 200_000, "nested too deeply"),
+    "depth 200,000, closed": (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("body", "says"), BAD.values(), ids=BAD.keys())
+def test_refuses(body, says):
+    with pytest.raises(MalformedRequest) as caught:
+        strict_json.loads(body)
+    assert says in caught.value.message
+    assert len(caught.value.message) < 200
+    caught.value.message.encode()  # a message that cannot be sent would be a 500
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_reads_all_JSON_there_is(value):
+    try:
+        body = json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return
+    assert strict_json.loads(body) == value
+    assert strict_json.loads(json.dumps(value).encode()) == value
+
+
+@given(st.binary(max_size=64) | st.text(alphabet='{}[]",:0123456789eE+-.\\ud8ntfalsr ', max_size=64).map(str.encode))
+def test_any_bytes_are_read_or_refused(body):
+    with contextlib.suppress(MalformedRequest):
+        strict_json.loads(body)
+
+
+def test_four_megabytes_are_refused_or_read_fast():
+    began = time.perf_counter()
+    strict_json.loads(b"[" + b"1," * 1_900_000 + b"1]")
+    with pytest.raises(MalformedRequest):
+        strict_json.loads(b'{"a": "' + b"\\ud800" * 600_000 + b'"}')
+    assert time.perf_counter() - began < 2
