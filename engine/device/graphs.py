@@ -61,7 +61,7 @@ class StepGraphs:
         self._logits: torch.Tensor | None = None  # [most queries, V], of all graphs: of its own, each would keep as much for ever
         self._pool = torch.cuda.graph_pool_handle()
         # Not at the top: what is imported there runs without Triton too.
-        self._kernels = importlib.import_module("engine.kernels.step_inputs")
+        self._kernels = importlib.import_module("engine.kernels.gather_inputs")
 
     def run(self, slices: Slices, uniforms: Uniforms, begins: Callable[[], None]) -> Decoded | None:
         """Run the step of `slices`; None, and nothing is done, where no graph does such a step.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
 from engine.errors import CheckpointError
-from engine.models.base import DecoderModel as Model
+from engine.models.base import DecoderModel
 from engine.models.deepseek import DeepseekModel
 from engine.models.deepseek_mtp import DeepseekMtp
 from engine.models.dense import DenseModel
@@ -16,6 +16,8 @@ from engine.models.spec import ARCHITECTURES, Family, ModelSpec
 
 __all__ = ["MODELS", "Model", "build", "build_mtp"]
 
+Model = DecoderModel[Any]
+
 MODELS: dict[Family, type[Model]] = {
     "dense": DenseModel,
     "qwen3_moe": Qwen3MoeModel,
@@ -23,18 +25,18 @@ MODELS: dict[Family, type[Model]] = {
 }
 
 
-def build(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, attention: AttentionBackend | None = None) -> Model:
-    """The model of `spec` with its weights allocated on `device` but not filled."""
+def build(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """The model of `spec`, with plain torch attention, and with its weights allocated on `device` but not filled."""
     family = ARCHITECTURES.get(spec.architecture)
     if family is None:
         raise CheckpointError(f"no model computes {spec.architecture}; there is: {', '.join(ARCHITECTURES)}", param="model")
-    return MODELS[family](spec, dtype=dtype, device=device, backend=attention or TorchAttention())
+    return MODELS[family](spec, dtype=dtype, device=device)
 
 
 def build_mtp(model: Model) -> DeepseekMtp:
     """The first multi-token prediction module that goes with `model`, allocated beside it but not filled.
 
-    It takes embedding, head and attention backend of `model` as they are now. Raises CheckpointError where there is none.
+    It takes embedding, head and attention of `model` as they are now. Raises CheckpointError where there is none.
     """
     if not isinstance(model, DeepseekModel) or not model.spec.num_mtp_layers:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""On CUDA: how each batch row chooses its tokens, kept on the device for `kernels/draw.py`, which a graph can hold."""
+"""On CUDA: how each batch row chooses its tokens, kept on the device for `kernels/sample_filtered.py`, which a graph can hold."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class DrawRows:
             num, dtype=torch.int64, device=device
         )  # where the kernel's copy of the tokens is not wanted
         # Not at the top: what is imported there runs without Triton too.
-        self._choose_likeliest = importlib.import_module("engine.kernels.sample").choose_likeliest
-        kernels = importlib.import_module("engine.kernels.draw")
-        self._draw, self._params = kernels.draw, kernels.DrawParams(*self._columns)
+        self._choose_likeliest = importlib.import_module("engine.kernels.argmax").argmax_tokens
+        kernels = importlib.import_module("engine.kernels.sample_filtered")
+        self._draw, self._params = kernels.sample_filtered, kernels.SampleParams(*self._columns)
 
     def admit(self, params: RowParams, rows: Ints) -> None:
         values = np.stack([params.table[name][rows] for name in COLUMNS])

@@ -11,10 +11,11 @@ import tiny
 import torch
 
 from engine import LLM, SamplingParams
-from engine.attention.triton_paged import TritonAttention
+from engine.attention.triton_gqa import TritonGqa
+from engine.attention.triton_mla import TritonMla
 from engine.backends import torch as backend
 from engine.device import graph_shapes, graphs, runner
-from engine.kernels import draw
+from engine.kernels import sample_filtered
 from engine.models import base
 from engine.sampling.draw_rows import DrawRows
 from engine.sampling.sampler import Sampler
@@ -82,12 +83,12 @@ def with_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "torch", _Torch())
     monkeypatch.setattr(graph_shapes, "TOKENS", (32, 48))
-    monkeypatch.setattr(draw, "DRAW_TILE", 128)
+    monkeypatch.setattr(sample_filtered, "LOGITS_TILE", 128)
     monkeypatch.setattr(runner, "StepGraphs", _Graphs)
     monkeypatch.setattr(runner, "_use_graphs", lambda *_: True)
     monkeypatch.setattr(base, "can_group", lambda *_: True)
     monkeypatch.setattr(
-        backend.select, "choose", lambda _, pools, __: TritonAttention(2, latent=any(p.name == "latent" for p in pools))
+        backend.select, "choose", lambda _, pools, __: TritonMla(2) if pools[0].name == "latent" else TritonGqa(2)
     )
     monkeypatch.setattr(_Graphs, "kinds", set(), raising=False)
     monkeypatch.setattr(runner, "Sampler", _Sampler)

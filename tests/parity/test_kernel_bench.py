@@ -7,7 +7,7 @@ import torch
 
 from engine.kernels import bench
 from engine.kernels.cases import attention, base, experts
-from engine.kernels.experts import Strip
+from engine.kernels.experts_few import Strip
 from engine.layers import moe_cuda
 
 TINY = {

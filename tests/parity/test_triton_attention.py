@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from engine.attention import long_prompts
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
-from engine.attention.triton_paged import TritonAttention
+from engine.attention.base import PagedGqa
+from engine.attention.torch_gqa import TorchGqa
+from engine.attention.triton_gqa import TritonGqa
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.paged_decode import paged_decode
 from engine.layers.ops import write
@@ -61,19 +61,19 @@ def test_grouped_heads(queries, heads, kv_heads, processors):
     qkv = random(tokens, heads + 2 * kv_heads, 32, generator=generator)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
 
-    def run(backend: AttentionBackend, *, by_length: bool = False) -> torch.Tensor:
+    def run(attention: PagedGqa, *, by_length: bool = False) -> torch.Tensor:
         pools = {name: pool.clone() for name, pool in cached.items()}
         batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
         if by_length:
             batch = replace(batch, by_length=True, num_decodes=0, query_lens_host=[], kv_lens_host=[])
         write(pools["k"], k, batch.slots)
         write(pools["v"], v, batch.slots)
-        return backend.prepare(batch).attend(q, k, v, pools, scale=0.2)
+        return attention.prepare(batch).attend(q, k, v, pools, scale=0.2)
 
-    expected = run(TorchAttention())
+    expected = run(TorchGqa())
     for _ in range(2):  # a launch leaves its counters as it found them
-        torch.testing.assert_close(run(TritonAttention(processors)), expected, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(run(TritonAttention(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(run(TritonGqa(processors)), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(run(TritonGqa(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
@@ -86,11 +86,11 @@ def test_the_last_tokens_alone(processors):
     q, k, v = random(batch.num_tokens, 4 + 2 * 2, 32, generator=generator).split([4, 2, 2], 1)
     write(pools["k"], k, batch.slots)
     write(pools["v"], v, batch.slots)
-    expected = TorchAttention().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    expected = TorchGqa().prepare(batch).attend(q, k, v, pools, scale=0.2)
     index = batch.query_starts[1:].long() - 1
     read = batch.last_tokens(index, batch.kv_lens, batch.block_tables, batch.kv_lens_host)
     own = (x.index_select(0, index) for x in (q, k, v))
-    out = TritonAttention(processors).prepare(read.batch).attend(*own, pools, scale=0.2)
+    out = TritonGqa(processors).prepare(read.batch).attend(*own, pools, scale=0.2)
     torch.testing.assert_close(out, expected[index], atol=2e-5, rtol=1e-4)
 
 
@@ -138,9 +138,9 @@ def test_long_prompts(spans, monkeypatch):
     batch = make_batch(queries, pools, generator)
     write(pools["k"], k, batch.slots)
     write(pools["v"], v, batch.slots)
-    expected = TorchAttention().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    expected = TorchGqa().prepare(batch).attend(q, k, v, pools, scale=0.2)
     calls = use_any_library(monkeypatch)
-    step = TritonAttention(132).prepare(batch)
+    step = TritonGqa(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: spans)
     torch.testing.assert_close(step.attend(q, k, v, pools, scale=0.2), expected, atol=2e-5, rtol=1e-4)
     assert calls == [(len(spans), 4, 32, 32)]

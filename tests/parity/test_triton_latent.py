@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.attention import latent_chunks, torch_ref
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
-from engine.attention.triton_paged import TritonAttention
-from engine.kernels import elementwise, latent
+from engine.attention import latent_chunks, torch_mla
+from engine.attention.base import PagedMla
+from engine.attention.torch_mla import TorchMla
+from engine.attention.triton_mla import TritonMla
+from engine.kernels import elementwise, latent_products
 from engine.kernels import mla_decode as mla_decode_module
 from engine.kernels.hardware import shared_memory
 from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
@@ -55,12 +55,12 @@ def test_products_around_a_decode(num):
     generator = torch.Generator().manual_seed(0)
     q = random(num, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(num, heads, NOPE + ROPE)
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
-    for absorb in (latent.absorb, latent.absorb_few):
-        close(absorb(q, kv_b, NOPE), torch_ref.absorb(q, kv_b, NOPE)[..., :RANK])
+    for absorb in (latent_products.absorb, latent_products.absorb_few):
+        close(absorb(q, kv_b, NOPE), torch_mla.absorb(q, kv_b, NOPE)[..., :RANK])
     mixed = random(num, heads, RANK, generator=generator)
     out = torch.empty(num, heads, V_DIM, device=DEVICE)
-    latent.expand(mixed, kv_b, NOPE, out)
-    close(out, torch_ref.expand_output(mixed, kv_b, NOPE))
+    latent_products.expand(mixed, kv_b, NOPE, out)
+    close(out, torch_mla.expand_output(mixed, kv_b, NOPE))
 
 
 @pytest.mark.parametrize(("heads", "splits"), [(3, 1), (3, 4), (20, 8)])
@@ -81,8 +81,8 @@ def test_merges_of_a_decode(heads, splits):
     close(merge(parts, torch.float32), expected)
     if splits > 1:
         out = torch.empty(3, heads, V_DIM, device=DEVICE)
-        latent.merge_expand(*parts, kv_b, NOPE, out)
-        close(out, torch_ref.expand_output(expected, kv_b, NOPE))
+        latent_products.merge_expand(*parts, kv_b, NOPE, out)
+        close(out, torch_mla.expand_output(expected, kv_b, NOPE))
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -120,9 +120,9 @@ def test_keys_are_those_of_the_twin():
     generator = torch.Generator().manual_seed(0)
     cached = random(tokens, RANK + ROPE + 8, generator=generator)[:, :-8]
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
-    keys, values = torch_ref.expand_latent(cached, kv_b, NOPE)
+    keys, values = torch_mla.expand_latent(cached, kv_b, NOPE)
     expanded = torch.cat((keys[..., :NOPE], values), -1).transpose(0, 1).contiguous()
-    assert torch.equal(latent.build_keys(expanded, cached, NOPE, RANK), keys.transpose(0, 1))
+    assert torch.equal(latent_products.build_keys(expanded, cached, NOPE, RANK), keys.transpose(0, 1))
 
 
 @pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS, FRESH, ALONE], ids=["mixed", "decodes", "chunks", "fresh", "alone"])
@@ -138,17 +138,17 @@ def test_a_step(queries, heads, processors, monkeypatch):
     # Room for one of the two chunks behind a prefix at a time.
     monkeypatch.setattr(latent_chunks, "EXPANDED_NUMBERS", 100 * heads * (NOPE + V_DIM))
 
-    def run(backend: AttentionBackend, *, by_length: bool = False) -> torch.Tensor:
+    def run(attention: PagedMla, *, by_length: bool = False) -> torch.Tensor:
         pools = {"latent": cached.clone()}
         batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
         if by_length:
             batch = replace(batch, by_length=True, num_decodes=0, query_lens_host=[], kv_lens_host=[])
         write(pools["latent"], records, batch.slots)
-        return backend.prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+        return attention.prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
 
-    expected = run(TorchAttention())
-    close(run(TritonAttention(processors)), expected)
-    close(run(TritonAttention(processors), by_length=True), expected)
+    expected = run(TorchMla())
+    close(run(TritonMla(processors)), expected)
+    close(run(TritonMla(processors), by_length=True), expected)
 
 
 @pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
@@ -162,11 +162,11 @@ def test_the_last_tokens_alone(heads, processors):
     records = random(batch.num_tokens, RANK + ROPE, generator=generator)
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
     write(pools["latent"], records, batch.slots)
-    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
     index = batch.query_starts[1:].long() - 1
     read = batch.last_tokens(index, batch.kv_lens, batch.block_tables, batch.kv_lens_host)
-    step = TritonAttention(processors).prepare(read.batch)
-    close(step.attend_latent(q[index], records[index], kv_b, pools, scale=0.2), expected[index])
+    step = TritonMla(processors).prepare(read.batch)
+    close(step.attend(q[index], records[index], kv_b, pools, scale=0.2), expected[index])
 
 
 def test_long_prompts_beside_the_rest(monkeypatch):
@@ -180,12 +180,12 @@ def test_long_prompts_beside_the_rest(monkeypatch):
     pools = {"latent": cached}
     batch = make_batch(queries, pools, generator)
     write(cached, records, batch.slots)
-    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
 
     use_any_library(monkeypatch)
-    step = TritonAttention(132).prepare(batch)
+    step = TritonMla(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(1, 21), range(58, 98)])
-    close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)
+    close(step.attend(q, records, kv_b, pools, scale=0.2), expected)
 
 
 def test_long_prompts_alone(monkeypatch):
@@ -197,9 +197,9 @@ def test_long_prompts_alone(monkeypatch):
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
     batch = make_batch(queries, pools, generator)
     write(pools["latent"], records, batch.slots)
-    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
     calls = use_any_library(monkeypatch)
-    step = TritonAttention(132).prepare(batch)
+    step = TritonMla(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(20), range(20, 40)])
-    close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)
+    close(step.attend(q, records, kv_b, pools, scale=0.2), expected)
     assert calls == [(2, heads, 32, NOPE + ROPE)]

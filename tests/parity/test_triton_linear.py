@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import elementwise, linear, linear_tiles
-from engine.kernels.linear import Extras
+from engine.kernels import elementwise, linear, linear_tiles, skinny
 from engine.kernels.linear_tiles import Gemv, Skinny
+from engine.kernels.product import Extras
 from engine.layers.linear import linear as plain_linear
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import PlainOps
@@ -81,7 +81,7 @@ def test_a_bias_and_rows_of_x_that_lie_apart(config, rows):
 
 def test_rows_that_a_kernel_has_no_place_for_are_refused():
     x, weight = random(3, 32), weights(8, 32)
-    with pytest.raises(ValueError, match="2 rows at most"):
+    with pytest.raises(ValueError, match="takes 2 rows at most"):
         linear.launch(x, weight, None, x, GEMV[0], Extras())
     for config, rows in ((GEMV[0], 2), (SKINNY[0], 1)):
         with pytest.raises(ValueError, match="norm"):
@@ -104,7 +104,7 @@ def test_a_product_adds_to_what_is_there(config, rows):
     expected = hidden.double() + exact(x, weight, bias, gated=False)
     linear.launch(x, weight, bias, hidden, config, Extras(add=True))
     assert_near(hidden, expected)
-    assert not linear._workspace(DEVICE)[1].any()
+    assert not skinny._workspace(DEVICE)[1].any()
 
 
 def test_a_given_out_is_filled():
@@ -129,7 +129,7 @@ def test_a_split_product_can_follow_another():
         linear.launch(x, weight, None, out, SKINNY[1], Extras())
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
-    assert not linear._workspace(DEVICE)[1].any()
+    assert not skinny._workspace(DEVICE)[1].any()
 
 
 def test_a_split_past_the_workspace_is_refused():
@@ -161,8 +161,8 @@ def test_chosen_tiles_keep_within_the_memories(rows, n, k, gated):
     assert 2 * config.stages * config.columns * (config.rows + block_m) <= SHARED_MEMORY
     if config.splits > 1:
         tiles = -(-n // config.rows)
-        assert tiles <= linear._COUNTERS
-        assert tiles * config.splits * config.rows * block_m <= linear._WORKSPACE
+        assert tiles <= skinny._COUNTERS
+        assert tiles * config.splits * config.rows * block_m <= skinny._WORKSPACE
         assert -(-k // config.columns) >= config.splits
 
 

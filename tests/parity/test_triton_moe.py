@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels import routing
-from engine.kernels.experts import Strip, Tile
+from engine.kernels import routing, sort_pairs
+from engine.kernels.experts_few import Strip
+from engine.kernels.experts_tiles import Tile
 from engine.layers import moe_cuda
 from engine.layers.kinds import RoutingSpec
-from engine.layers.moe import MoeMlp, route, run_experts
+from engine.layers.moe import MoeMlp, Routed, route, run_experts
 from engine.layers.moe_cuda import Cut
 from engine.layers.ops import PlainOps
 
@@ -79,8 +80,8 @@ def test_route_stays_inside_the_experts_whatever_the_logits():
     assert ((ids >= 0) & (ids < 5)).all()
 
 
-def check_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, part: routing.Part | None) -> None:
-    found = routing.sort_pairs(ids.int(), num_experts, block, shared, part=part)
+def check_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, part: sort_pairs.Part | None) -> None:
+    found = sort_pairs.sort_pairs(ids.int(), num_experts, block, shared, part=part)
     pairs, order = ids.numel(), ids.flatten().argsort(stable=True)
     assert torch.equal(found.order.long(), order)
     assert torch.equal(found.place.long()[order], torch.arange(pairs, device=DEVICE))
@@ -92,18 +93,18 @@ def check_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, p
     assert list(zip(found.block_expert[:num].tolist(), found.block_start[:num].tolist(), strict=True)) == blocks
 
 
-@pytest.mark.parametrize("part", [None, routing.Part(64, 1), routing.Part(128, 2)], ids=str)
+@pytest.mark.parametrize("part", [None, sort_pairs.Part(64, 1), sort_pairs.Part(128, 2)], ids=str)
 @pytest.mark.parametrize(("tokens", "num_experts", "shared"), [(1, 6, 0), (7, 6, 2), (64, 8, 0), (160, 5, 1), (90, 40, 0)])
 def test_sort_pairs(tokens, num_experts, shared, part):
     check_sorted(random(tokens, num_experts).topk(2).indices, num_experts, 16, shared, part)
 
 
-@pytest.mark.parametrize("pairs", [*(p.pairs + more for p in routing.ONE_PART for more in (0, 1))])
+@pytest.mark.parametrize("pairs", [*(p.pairs + more for p in sort_pairs.ONE_PART for more in (0, 1))])
 def test_sort_pairs_around_the_sizes_of_a_part(pairs):
     check_sorted(random(pairs, 4).topk(1).indices, 4, 128, 1, None)
 
 
-@pytest.mark.parametrize("part", [None, routing.Part(64, 1)], ids=str)
+@pytest.mark.parametrize("part", [None, sort_pairs.Part(64, 1)], ids=str)
 @pytest.mark.parametrize("expert", [0, 2, 4])
 def test_sort_pairs_of_one_expert(expert, part):
     check_sorted(torch.full((150, 1), expert, device=DEVICE), 5, 32, 0, part)
@@ -117,16 +118,16 @@ def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:
     return moe
 
 
-def plain(moe: MoeMlp, x: torch.Tensor, routed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def plain(moe: MoeMlp, x: torch.Tensor, routed: Routed) -> torch.Tensor:
     """What is added to a residual stream of ones."""
-    out = 1 + run_experts(x, (routed[0], routed[1].long()), moe.gate_up, moe.down, PLAIN)
+    out = 1 + run_experts(x, Routed(routed.weights, routed.ids.long()), moe.gate_up, moe.down, PLAIN)
     if moe.shared is not None:
         moe.shared.add_to(out, x, PLAIN)
     return out
 
 
-def routed_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return random(tokens, 2).abs(), random(tokens, 5).topk(2).indices.int()
+def routed_of(tokens: int) -> Routed:
+    return Routed(random(tokens, 2).abs(), random(tokens, 5).topk(2).indices.int())
 
 
 @pytest.mark.parametrize("shared_size", [0, 48])

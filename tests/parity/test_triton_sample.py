@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.device.inputs import Uploader
-from engine.kernels import draw as kernel
-from engine.kernels.draw import DrawParams, draw
-from engine.kernels.sample import VOCAB_TILE, choose_likeliest
+from engine.kernels import sample_filtered as kernel
+from engine.kernels.argmax import VOCAB_TILE, argmax_tokens
+from engine.kernels.sample_filtered import SampleParams, sample_filtered
 from engine.plan import AdmittedRow
 from engine.request import SamplingParams
 from engine.sampling.choose import Choice, choose
@@ -31,7 +31,7 @@ def test_likeliest(vocab, dtype):
     rows = torch.tensor([6, 0, 2, 5, 1], dtype=torch.int32, device=DEVICE)
     latest = torch.full((8,), 99, dtype=torch.int64, device=DEVICE)
     for _ in range(2):  # a launch leaves its counters as it found them
-        tokens = choose_likeliest(logits, rows, latest)
+        tokens = argmax_tokens(logits, rows, latest)
         assert tokens[:3].tolist() == logits[:3].float().argmax(-1).tolist()
         assert tokens[2] == 3
         assert all(0 <= token < vocab for token in tokens.tolist())
@@ -47,8 +47,8 @@ def drawn(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0)
     ]
     rows = torch.arange(num, dtype=torch.int32, device=DEVICE).flip(0)
     latest = torch.zeros(num, dtype=torch.int64, device=DEVICE)
-    tokens = choose_likeliest(logits, rows, latest)
-    draw(logits, rows, latest, tokens, uniform, DrawParams(*columns))
+    tokens = argmax_tokens(logits, rows, latest)
+    sample_filtered(logits, rows, latest, tokens, uniform, SampleParams(*columns))
     assert latest.flip(0).tolist() == tokens.tolist()
     kept = None if top_k is None and top_p == 1.0 else torch.arange(num, device=DEVICE)
     expected = choose(logits.float(), Choice(uniform, *columns), kept, top_k or vocab)
@@ -58,7 +58,7 @@ def drawn(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that a row has several tiles, and a tile several groups and more tokens than slots."""
-    for name, size in (("DRAW_TILE", 64), ("GROUP", 8), ("SLOTS", 16), ("_PACKED", 8), ("MARKS", 8)):
+    for name, size in (("LOGITS_TILE", 64), ("GROUP", 8), ("SLOTS", 16), ("_PACKED", 8), ("MARKS", 8)):
         monkeypatch.setattr(kernel, name, size)
 
 
@@ -106,8 +106,8 @@ def test_rows_without_a_temperature_keep_the_likeliest():
     found, _ = drawn(logits, torch.full((3,), 0.9, dtype=torch.float64, device=DEVICE), temperature=0.0001)
     zeros = torch.zeros(3, dtype=torch.float64, device=DEVICE)
     rows, latest = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    tokens = choose_likeliest(logits, rows, latest)
-    draw(logits, rows, latest, tokens, zeros + 0.9, DrawParams(zeros, zeros + 5, zeros + 0.5, zeros))
+    tokens = argmax_tokens(logits, rows, latest)
+    sample_filtered(logits, rows, latest, tokens, zeros + 0.9, SampleParams(zeros, zeros + 5, zeros + 0.5, zeros))
     assert tokens.tolist() == found == logits.argmax(-1).tolist()
 
 

@@ -12,27 +12,30 @@ from typing import NamedTuple
 import torch
 
 from engine.kernels import elementwise, routing
-from engine.kernels import experts as kernels
 from engine.kernels.cases.base import Launch, random
+from engine.kernels.experts import ExpertWeights, add_weighted, count_shared, spread
+from engine.kernels.experts_few import Strip, few_down, few_up
+from engine.kernels.experts_tiles import Tile, tiles_down, tiles_up
+from engine.kernels.sort_pairs import sort_pairs
 
 TOP_K = 6
 NUM_SHARED = 2
-STRIP = kernels.Strip(1, 512, 1)
-TILE = kernels.Tile(128, 64, 8, 4, 99)
+STRIP = Strip(1, 512, 1)
+TILE = Tile(128, 64, 8, 4, 99)
 SORT_BLOCK = 128  # for torch's grouped product
 
 
 class Drawn(NamedTuple):
     x: torch.Tensor  # [tokens, hidden]
-    experts: kernels.Pair
-    shared: kernels.Pair | None
+    experts: ExpertWeights
+    shared: ExpertWeights | None
     weights: torch.Tensor  # [tokens, TOP_K] float32
     ids: torch.Tensor  # likewise, int32
 
     def launch(self, run: Callable[[], object]) -> Launch:
         """The bound counts weights, tokens and results."""
         gate_up, down = self.experts
-        tokens, num_shared = self.x.shape[0], kernels.count_shared(self.shared, down.shape[2])
+        tokens, num_shared = self.x.shape[0], count_shared(self.shared, down.shape[2])
         expert = gate_up[0].numel() + down[0].numel()
         num_read = int(self.ids.unique().numel()) + num_shared
         num_bytes = num_read * expert * down.itemsize + 3 * self.x.nbytes + self.weights.nbytes + self.ids.nbytes
@@ -53,8 +56,8 @@ def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int)
     out = torch.zeros_like(x)
 
     def run() -> torch.Tensor:
-        hidden_rows = kernels.few_up(x, ids, pair, shared, STRIP)
-        kernels.few_down(out, hidden_rows, (weights, ids), pair, shared, STRIP)
+        hidden_rows = few_up(x, ids, pair, shared, STRIP)
+        few_down(out, hidden_rows, (weights, ids), pair, shared, STRIP)
         return out
 
     return drawn.launch(run)
@@ -72,12 +75,12 @@ def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: in
     drawn = _draw(device, tokens, experts, hidden, size, shared=num_shared)
     x, pair, shared, weights, ids = drawn
     out = torch.zeros_like(x)
-    by_expert = routing.sort_pairs(ids, experts, block, num_shared)
+    by_expert = sort_pairs(ids, experts, block, num_shared)
 
     def run() -> torch.Tensor:
-        hidden_rows = kernels.tiles_up(x, TOP_K, by_expert, block, pair, shared, TILE)
-        rows = kernels.tiles_down(hidden_rows, by_expert, block, pair, shared, TILE)
-        kernels.add_weighted(out, rows, by_expert.place, weights)
+        hidden_rows = tiles_up(x, TOP_K, by_expert, block, pair, shared, TILE)
+        rows = tiles_down(hidden_rows, by_expert, block, pair, shared, TILE)
+        add_weighted(out, rows, by_expert.place, weights)
         return out
 
     return drawn.launch(run)
@@ -88,13 +91,13 @@ def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: 
     drawn = _draw(device, tokens, experts, hidden, size, shared=0)
     x, (gate_up, down), _, weights, ids = drawn
     out = torch.zeros_like(x)
-    by_expert = routing.sort_pairs(ids, experts, SORT_BLOCK)
+    by_expert = sort_pairs(ids, experts, SORT_BLOCK)
 
     def run() -> torch.Tensor:
-        at_places = kernels.spread(x, by_expert.place)
+        at_places = spread(x, by_expert.place)
         hidden_rows = elementwise.silu_mul(torch._grouped_mm(at_places, gate_up.transpose(1, 2), offs=by_expert.ends))
         rows = torch._grouped_mm(hidden_rows, down.transpose(1, 2), offs=by_expert.ends)
-        kernels.add_weighted(out, rows, by_expert.place, weights)
+        add_weighted(out, rows, by_expert.place, weights)
         return out
 
     return drawn.launch(run)
@@ -119,4 +122,4 @@ def route(device: torch.device, tokens: int, experts: int, hidden: int) -> Launc
 
 def sort(device: torch.device, tokens: int, experts: int, block: int, shared: int) -> Launch:
     ids = torch.rand(tokens, experts, device=device).topk(TOP_K).indices.int()
-    return Launch(lambda: routing.sort_pairs(ids, experts, block, shared), 3 * ids.nbytes + 4 * (experts + shared), 0)
+    return Launch(lambda: sort_pairs(ids, experts, block, shared), 3 * ids.nbytes + 4 * (experts + shared), 0)

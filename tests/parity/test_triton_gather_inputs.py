@@ -8,7 +8,7 @@ import torch
 
 from engine.device.graph_shapes import MixedInputs
 from engine.device.inputs import Rows, Slices, Uploader
-from engine.kernels.step_inputs import gather_decodes, gather_mixed
+from engine.kernels.gather_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
 

@@ -1,4 +1,9 @@
-"""From logits to the likeliest tokens, in Triton; `draw.py` replaces them where a row has a temperature."""
+"""The argmax token of each row of logits. `sample_filtered.py` then replaces the tokens of rows with a temperature.
+
+grid: (rows, ceil(V / VOCAB_TILE)); a program finds the maximum of one tile of a row, and the last program of a row to finish
+combines the tiles. The twin is torch's argmax. This kernel also writes the token to the batch row's state and never waits for the
+device, whereas the first call of torch's argmax does, while torch loads its kernel.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,11 @@ import triton.language as tl
 
 from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
 
-VOCAB_TILE = 4096  # logits that one program looks at
+VOCAB_TILE = 4096  # logits of one program
 
 
 @triton.jit
-def _likeliest(
+def _argmax(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -23,7 +28,8 @@ def _likeliest(
     col = tile * TILE + tl.arange(0, TILE)
     logits = tl.load(logits_ptr + seq.to(tl.int64) * vocab + col, mask=col < vocab, other=float("-inf")).to(tl.float32)
     best = tl.max(logits, 0)
-    # Of equals the first, as torch's argmax has it. A row of NaN alone gives the first token there is.
+    # Of equal logits the first index wins, as in torch's argmax. In a tile of NaN only, no index is found, and `vocab` marks
+    # that.
     index = tl.min(tl.where(logits == best, col, vocab), 0)
     tl.store(best_ptr + seq * TILES + tile, best)
     tl.store(index_ptr + seq * TILES + tile, index)
@@ -41,14 +47,17 @@ def _likeliest(
         tl.store(latest_ptr + tl.load(rows_ptr + seq), token)
 
 
-def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
-    """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too."""
+def argmax_tokens(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
+    """The index of the largest logit of each row of logits [B, V], the first of equal ones: [B] int64.
+
+    The index is also written to `latest` [R] int64 at `rows` [B] int32. A row without any comparable logit gets token 0.
+    """
     num, vocab = logits.shape
     tiles = cdiv(vocab, VOCAB_TILE)
     tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
     best = torch.empty(num, tiles, dtype=torch.float32, device=logits.device)
     index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
-    _likeliest[(num, tiles)](
+    _argmax[(num, tiles)](
         logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
         TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
     )  # fmt: skip
