@@ -1,4 +1,4 @@
-"""The small Triton kernels beside `PlainOps`, their twin."""
+"""The kernels between matrix products, compared with their plain twin `PlainOps`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [64, 100])
-def test_norm(size):
+def test_norm_of_rows_that_are_not_adjacent(size):
     x, weight = random(5, size + 1)[:, :size], random(size)
     torch.testing.assert_close(elementwise.norm(x, weight, 1e-6), PLAIN.norm(x, weight, 1e-6))
 
@@ -33,11 +33,11 @@ def test_silu_mul(size):
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 3), (14, 1)])
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("turned", [True, False])
-def test_norm_rotate(q_heads, kv_heads, normed, turned):
+@pytest.mark.parametrize("rotated", [True, False])
+def test_norm_rotate(q_heads, kv_heads, normed, rotated):
     heads = random(6, q_heads + 2 * kv_heads, 16)
     weights = (random(16), random(16) + 1) if normed else None
-    angles = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE).plain(POSITIONS) if turned else None
+    angles = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE).plain(POSITIONS) if rotated else None
     slots = torch.tensor([7, 0, 3, 11, 5, 2], device=DEVICE)
     plain = {name: torch.zeros(3, 4, kv_heads, 16, device=DEVICE) for name in ("k", "v")}
     pools = {name: pool.clone() for name, pool in plain.items()}

@@ -1,6 +1,7 @@
-"""Attention of K/V and of latents, and what latents need before and behind it.
+"""Launches of attention over K/V and over latents, and of the kernels before and after latent attention.
 
-rope, where it is not given, is an eighth of the latent, and values are as long as keys without it: as in DeepSeek's models.
+As in DeepSeek's models, a head's value is as long as its key without the rotary part, and rope is an eighth of the latent if it
+is not given.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _lens(device: torch.device, *lens: int) -> torch.Tensor:
 
 
 def _pairs(tokens: int) -> int:
-    """(query, key) pairs of a whole prompt."""
+    """The number of (query, key) pairs of causal attention over a whole prompt."""
     return tokens * (tokens + 1) // 2
 
 
@@ -47,7 +48,7 @@ def _prompt_tiles(device: torch.device, seqs: int, context: int, tile: int) -> t
 
 
 def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads: int) -> Launch:
-    """Whole prompts."""
+    """`seqs` whole prompts of `context` tokens."""
     tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
     k, v = (random(device, tables.numel(), BLOCK, kv_heads, HEAD) for _ in range(2))
     q = random(device, seqs * context, heads, HEAD)
@@ -64,7 +65,7 @@ def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads:
 
 
 def tiles_of_step(device: torch.device, seqs: int, chunk: int, tile: int) -> Launch:
-    """Decodes and one chunk."""
+    """The tiles of `seqs` decodes and one chunk of `chunk` tokens."""
     starts = _mixed_starts(device, seqs, chunk)
     tiles = map_tiles(starts, seqs + chunk, tile, least=1)
     num_bytes = starts.nbytes + sum(t.nbytes for t in tiles)
@@ -105,7 +106,7 @@ def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) 
 
 
 def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
-    """One sequence, from absorb to expand."""
+    """A decode of one sequence, from absorb to expand."""
     q, kv_b = random(device, 1, heads, nope + rope), random(device, heads, 2 * nope, latent)
     tables, lens, out = block_tables(device, 1, context), _lens(device, context), random(device, 1, heads, nope)
     cache = random(device, tables.numel(), BLOCK, latent + rope)
@@ -140,7 +141,7 @@ def latent_decode(device: torch.device, seqs: int, context: int, heads: int, lat
 
 
 def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, nope: int, rope: int) -> Launch:
-    """Whole prompts, from expanded latents on."""
+    """`seqs` whole prompts of `context` tokens, without the expansion of their latents."""
     rows = seqs * context
     q, k_rope = random(device, rows, heads, nope + rope), random(device, rows, rope)
     expanded, out = random(device, rows, heads, 2 * nope), random(device, rows, heads, nope)
@@ -158,7 +159,7 @@ def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, no
 
 
 def latent_mixed(device: torch.device, seqs: int, chunk: int, context: int, heads: int, latent: int) -> Launch:
-    """Decodes of `context` tokens and one whole prompt of `chunk`."""
+    """`seqs` decodes with `context` tokens in the cache, and one whole prompt of `chunk` tokens."""
     rope, tokens = latent // 8, seqs + chunk
     tables, lens = block_tables(device, seqs + 1, max(context, chunk)), _lens(device, *[context] * seqs, chunk)
     cache = random(device, tables.numel(), BLOCK, latent + rope)

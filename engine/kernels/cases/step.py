@@ -1,4 +1,4 @@
-"""Both ends of a step: its inputs from the state of the rows, and its tokens back into it."""
+"""Launches of the kernels at both ends of a captured step: gathering its inputs, and choosing its tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gather_decodes(device: torch.device, seqs: int, context: int) -> Launch:
 
 
 def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> Launch:
-    """Decodes of `context` tokens and the last `chunk` of one prompt as long."""
+    """`seqs` decodes with `context` tokens in the cache, and the last `chunk` tokens of one prompt of `context` tokens."""
     tables, latest, rows = _rows(device, seqs + 1, context)
     lens = torch.full((seqs + 1,), context, dtype=torch.int32, device=device)
     chunk_positions = torch.arange(context - chunk, context, dtype=torch.int32, device=device)
@@ -31,7 +31,7 @@ def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> L
 
 
 def _rows(device: torch.device, seqs: int, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block tables and latest tokens of all rows, and those rows that a step has."""
+    """(block tables [seqs, width], latest tokens [seqs], the rows of a step [seqs] in random order)."""
     rows = torch.randperm(seqs, device=device).to(torch.int32)
     return block_tables(device, seqs, context), torch.zeros(seqs, dtype=torch.int64, device=device), rows
 
@@ -44,7 +44,10 @@ def argmax(device: torch.device, rows: int, vocab: int) -> Launch:
 
 
 def sample_filtered(device: torch.device, rows: int, vocab: int, top_k: int, top_percent: int) -> Launch:
-    """With the likeliest, which a draw begins from. Bound: one pass. They make two, and one more where top_k or top_p filters."""
+    """The argmax, with which sampling begins, and `sample_filtered`.
+
+    The bound is one pass over the logits. The kernels make two passes, and a third if top_k or top_p filters.
+    """
     logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
     at = torch.arange(rows, dtype=torch.int32, device=device)
     half, one = (torch.full((rows,), x, dtype=torch.float64, device=device) for x in (0.5, 1.0))
