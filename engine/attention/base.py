@@ -53,9 +53,7 @@ class PagedAttention(Protocol[StepT_co]):
     graphable: bool
     """Whether a step of decodes never waits for the device, so that a CUDA graph can hold it."""
     graph_tokens: int
-    """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if mixed steps cannot be
-    captured.
-    """
+    """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if there can be none."""
 
     def prepare(self, batch: ForwardBatch) -> StepT_co:
         """Compute what the layers of this step share. Raises InternalError for a captured batch that cannot be served."""

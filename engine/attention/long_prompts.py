@@ -20,11 +20,10 @@ LENGTH_STEP = 512  # tokens
 
 
 def kinds(most: int, dtype: torch.dtype) -> list[int]:
-    """One prompt length for each plan that a server usually needs, up to `most` tokens; none for a dtype that cuDNN does not
-    take.
+    """One prompt length for each plan that a server usually needs, up to `most` tokens.
 
     They are single prompts with padding, one for each multiple of LENGTH_STEP, and `most` itself if it needs no padding: a prompt
-    that is longer than a step begins with a chunk of `most` tokens.
+    that is longer than a step begins with a chunk of `most` tokens. The list is empty for a dtype that cuDNN does not take.
     """
     if not _takes(dtype):
         return []
@@ -33,8 +32,9 @@ def kinds(most: int, dtype: torch.dtype) -> list[int]:
 
 
 def find(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
-    """The tokens of each long prompt of a step: its chunks without a cached prefix, of MIN_PROMPT or more tokens. None on a
-    CPU.
+    """The tokens of each long prompt of a step: its chunks without a cached prefix, of MIN_PROMPT or more tokens.
+
+    There are none on a CPU, and none for a dtype that cuDNN does not take.
     """
     if not (batch.slots.is_cuda and _takes(dtype)):
         return []

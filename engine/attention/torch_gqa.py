@@ -1,4 +1,7 @@
-"""Grouped-query attention in plain torch: what a CPU runs, and the twin of `triton_gqa.py`. `torch_step.py` says how it works."""
+"""Grouped-query attention in plain torch: what a CPU runs, and the twin of `triton_gqa.py`.
+
+`torch_step.py` says how a step is planned.
+"""
 
 from __future__ import annotations
 

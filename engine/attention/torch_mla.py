@@ -1,9 +1,8 @@
-"""Multi-head latent attention in plain torch: what a CPU runs, and the twin of `triton_mla.py`. `torch_step.py` says how it
-works.
+"""Multi-head latent attention in plain torch: what a CPU runs, and the twin of `triton_mla.py`.
 
-A decode attends in latent space: the key expansion is applied to the query before attention (`absorb`), and the value expansion
-to the averaged latents after it (`expand_output`). A prefill chunk expands its sequence's latents to keys and values
-(`expand_latent`). Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1).
+`torch_step.py` says how a step is planned. A decode attends in latent space: the key expansion is applied to the query before
+attention (`absorb`), and the value expansion to the averaged latents after it (`expand_output`). A prefill chunk expands its
+sequence's latents to keys and values (`expand_latent`). Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1).
 """
 
 from __future__ import annotations

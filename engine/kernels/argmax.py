@@ -21,6 +21,10 @@ def _argmax(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (row, tile): the argmax of one tile of TILE logits; the last program of a row combines its TILES tiles.
+
+    PADDED is TILES rounded up to a power of two. best_ptr and index_ptr are scratch [rows, TILES].
+    """
     seq, tile = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()

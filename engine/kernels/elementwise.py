@@ -1,7 +1,7 @@
-"""The small operations between matrix products, each as one pass over its data. `layers/ops.py` has the Protocol `Ops` and the
-twins.
+"""The small operations between matrix products, each as one kernel that passes over its data once.
 
-This module as a whole is an `Ops`: its functions have the names and arguments of that Protocol.
+`layers/ops_cuda.py` offers them to models as an `Ops`. The plain twins are `PlainOps` in `layers/ops.py` and, for `angles`,
+`Rotary.plain`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
 
-from engine.kernels import linear
-from engine.kernels.latent_prepare import latent_prepare as latent_prepare  # re-exported, since this module is an Ops
 from engine.kernels.launch import cdiv, pdl, power_of_two
-from engine.kernels.product import Norm
 
 HEADS_A_PROGRAM = 8  # heads of one program of `norm_rotate`, which share a load of the angles
 
 
 @triton.jit
 def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+    """Program (row,): the norm of one row of SIZE numbers."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < SIZE
@@ -49,6 +46,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """Program (row, tile): TILE numbers of silu(gate) * up of one row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = col < SIZE
@@ -70,36 +68,13 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _norm_of(x: torch.Tensor, params: Norm) -> torch.Tensor:
-    """The same as `norm`, callable where a parameter named `norm` hides it."""
-    return norm(x, *params)
-
-
-def gated(x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-    """See `Ops.gated`: one kernel, norm included, for a row and a small weight; one after the norm for few rows; else torch's
-    product and then `silu_mul`.
-    """
-    if norm is not None and linear.can_norm(x, weight):
-        return linear.gated(x, weight, norm=norm)
-    if norm is not None:
-        x = _norm_of(x, norm)
-    return linear.gated(x, weight) if linear.fits(x, weight) else silu_mul(F.linear(x, weight))
-
-
-def norm_linear(x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """See `Ops.norm_linear`: one kernel for a row and a small weight; else the norm, and then our product or torch's."""
-    if linear.can_norm(x, weight):
-        return linear.linear(x, weight, bias, norm=norm)
-    normed = _norm_of(x, norm)
-    return linear.linear(normed, weight, bias) if linear.fits(normed, weight) else F.linear(normed, weight, bias)
-
-
 @triton.jit
 def _norm_rotate(
     x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, slots_ptr, k_pool_ptr, v_pool_ptr, eps, stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (token, tile): TILE heads of one token, which are q, then k, then v heads."""
     token = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD // 2
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
@@ -171,6 +146,7 @@ def norm_rotate(
 def _angles(
     positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, magnitude, HALF: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
 ):
+    """Program (token,): cos and signed sin of one position's HALF angles, both halves alike but for the sign."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < HALF

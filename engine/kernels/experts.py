@@ -33,6 +33,7 @@ def count_shared(shared: ExpertWeights | None, size: int) -> int:
 
 @triton.jit
 def _spread(x_ptr, place_ptr, out_ptr, SIZE: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """Program (token, tile): copy TILE numbers of one token's row to its TOP_K places."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     if PDL:
@@ -64,6 +65,7 @@ def _add_weighted(
     rows_ptr, place_ptr, weights_ptr, out_ptr, tokens,
     SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (token, tile): add TILE numbers of the weighted rows of one token, and of its SHARED shared rows, to `out`."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = col < SIZE

@@ -33,6 +33,7 @@ def _few_up(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, pair): ROWS numbers of silu(gate) * up of one pair; after the pairs come the shared experts' tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.program_id(1)
     pairs = tokens * TOP_K
@@ -53,9 +54,8 @@ def _few_up(
     up_sum = tl.zeros([ROWS, TILE], tl.float32)
     for start in tl.static_range(0, HIDDEN, TILE):
         col = tl.broadcast_to(start + tl.arange(0, TILE)[None, :], [ROWS, TILE])
-        at_x = (
-            x_ptr + token.to(tl.int64) * HIDDEN + col
-        )  # loaded once for each row: sharing one load among rows would go through shared memory
+        # x is loaded once for each row of the weight: sharing one load among rows would go through shared memory.
+        at_x = x_ptr + token.to(tl.int64) * HIDDEN + col
         if start + TILE <= HIDDEN:
             x, gate, above = tl.load(at_x), tl.load(base + at + col), tl.load(base + up + at + col)
         else:
@@ -76,6 +76,7 @@ def _few_down(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, token): ROWS outputs of one token, summed over its TOP_K experts and SHARED shared experts."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1)
     at = tl.minimum(row, HIDDEN - 1)[:, None]

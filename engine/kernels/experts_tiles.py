@@ -40,6 +40,7 @@ def _tiles_up(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Each tile: ROWS numbers of silu(gate) * up for up to BLOCK pairs of one expert, from EXPERTS on of a shared expert."""
     PER_BLOCK: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     pairs = tokens * TOP_K
     if PDL:
@@ -59,9 +60,8 @@ def _tiles_up(
                 base = shared_ptr + (expert - EXPERTS).to(tl.int64) * (SIZE * HIDDEN)
             up = tl.where(expert < EXPERTS, SIZE * HIDDEN, SHARED * SIZE * HIDDEN)
         col = tl.arange(0, TILE)
-        at_x = (
-            x_ptr + token[:, None].to(tl.int64) * HIDDEN + col[None, :]
-        )  # rows past the block's last pair are read but not used
+        # Rows past the block's last pair are read, as token 0, but not used.
+        at_x = x_ptr + token[:, None].to(tl.int64) * HIDDEN + col[None, :]
         at_gate = base + tl.minimum(row, SIZE - 1)[:, None] * HIDDEN + col[None, :]
         gate_sum = tl.zeros([ROWS, BLOCK], tl.float32)
         up_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -86,6 +86,7 @@ def _tiles_down(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Each tile: ROWS outputs for up to BLOCK pairs of one expert, from EXPERTS on of a shared expert."""
     PER_BLOCK: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -142,9 +143,7 @@ def tiles_up(
 def tiles_down(
     inner: torch.Tensor, by_expert: Sorted, block: int, experts: ExpertWeights, shared: ExpertWeights | None, tile: Tile
 ) -> torch.Tensor:
-    """inner [pairs + S T, I], the result of `tiles_up` -> the experts' outputs [pairs + S T, H] at the same places, not
-    weighted.
-    """
+    """The experts' outputs [pairs + S T, H], not weighted, at the places of inner [pairs + S T, I], the result of `tiles_up`."""
     num_experts, hidden_size, size = experts[1].shape
     rows = torch.empty(inner.shape[0], hidden_size, dtype=inner.dtype, device=inner.device)
     most = by_expert.block_expert.shape[0] * cdiv(hidden_size, tile.rows)

@@ -32,6 +32,7 @@ def _gather_decodes(
     rows_ptr, positions_ptr, latest_ptr, tables_ptr, token_out, position_out, slot_out, len_out, table_out, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (query,): the token, position, slot, length and block table of one decode. Tables are `width` blocks wide."""
     seq = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -75,6 +76,7 @@ def _gather_mixed(
     token_out, position_out, slot_out, table_out, num_tokens, num_token_tiles, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """The first `num_token_tiles` programs: token, position and slot of TILE tokens. The others: the block table of one query."""
     program = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()

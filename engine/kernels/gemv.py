@@ -1,9 +1,9 @@
-"""y = x W^T for 1 or 2 rows of x, in plain arithmetic on CUDA cores: W is read once and everything else waits for it.
+"""y = x W^T for 1 or 2 rows of x, in plain arithmetic: as fast as W is read from memory.
 
     x [M, K], W [N, K] -> y [M, N], M in (1, 2); sums in float32
     grid: (ceil(N / ROWS),); a program computes ROWS outputs of every row of x, and reads its rows of W whole
 
-Such a product takes as long as reading W from memory. From 3 rows of x on, tensor cores are faster: with 4 rows this kernel took
+From 3 rows of x on, tensor cores are faster: with 4 rows this kernel took
 1.33 times the best measured time on average, and `skinny.py` 1.01 times (docs/gpu.md). `linear_tiles.py` chooses the tiles.
 
 For one row the kernel can also norm x. With s = sqrt(mean(x^2) + eps), norm(x) W^T = ((x * weight) W^T) / s: the norm's weight is
@@ -46,6 +46,10 @@ def _finish_gemv(
     acc, squares, bias, out_at, outputs, K, eps, tile,
     ROWS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
+    """Reduce the sums of ROWS outputs to numbers, apply norm, bias, SwiGLU and addition, and write a row's outputs of one tile.
+
+    acc [ROWS, n] are partial sums of products; with NORM, `squares` are partial sums of x^2.
+    """
     y = tl.sum(acc, 1)
     if NORM:
         y *= tl.rsqrt(tl.sum(squares, 1) / K + eps)
@@ -66,6 +70,10 @@ def _gemv(
     M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, OWN_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile,): ROWS outputs of all M rows of x (1 or 2), over all of K in passes of PARTS * COLUMNS numbers.
+
+    With OWN_ROWS every warp has rows of W to itself and loads the matching part of x itself; otherwise all warps share each row.
+    """
     tile = tl.program_id(0)
     TILE: tl.constexpr = PARTS * COLUMNS
     # The PARTS loads of a row are rows of one matrix, below each other. Every compiler version then gives a warp all parts of its

@@ -1,5 +1,4 @@
-"""Multi-head latent attention between its projections and attention: norm, rotary embedding, and the write to the pool, in one
-pass.
+"""What latent attention needs before it attends, in one pass: the norm of latents, rotary embedding, and the write to the pool.
 
 grid: (T, 1 + groups of GROUP heads); program (t, 0) handles the record of token t, program (t, g) the queries of one group of
 heads. The twin is `PlainOps.latent_prepare` in `layers/ops.py`.
@@ -41,6 +40,7 @@ def _prepare(
     HEADS: tl.constexpr, HEAD: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr,
     GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (token, 0): the record of one token. Program (token, g > 0): the rotary parts of GROUP query heads."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = ROPE // 2
     low = tl.arange(0, HALF)

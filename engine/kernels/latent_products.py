@@ -33,6 +33,7 @@ def _absorb(
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (part, head, tile): COLS numbers of W_k^T q for TOKENS tokens of one head, by `tl.dot`."""
     part, head, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     dim = tl.arange(0, PADDED)
     col = part * COLS + tl.arange(0, COLS)
@@ -73,6 +74,7 @@ def _absorb_few(
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (part, head, token): COLS numbers of W_k^T q of one token and head, in plain arithmetic."""
     part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     dim = tl.arange(0, PADDED)
     col = part * COLS + tl.arange(0, COLS)
@@ -106,6 +108,7 @@ def _merge_expand(
     HEADS: tl.constexpr, NOPE: tl.constexpr, EXPANDED: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (part, head, token): merge SPLITS averaged latents, and compute COLS numbers of W_v times the result."""
     part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     V_DIM: tl.constexpr = EXPANDED - NOPE
     col = part * COLS + tl.arange(0, COLS)
@@ -159,6 +162,7 @@ def _build_keys(
     HEADS: tl.constexpr, PADDED: tl.constexpr, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
+    """Program (token,): the keys [nope | rope] of all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED)
     dim = tl.arange(0, NOPE_PADDED)

@@ -69,9 +69,8 @@ def _gemv_rule(n: int, k: int) -> Gemv:
 
 def _skinny_rule(rows: int, n: int, k: int) -> Skinny:
     if rows > 64:
-        return Skinny(
-            256, 64, 1, 8, 4
-        )  # a program reads all of x from the L2 cache: with more rows of W a program, x is read less often
+        # A program reads all of x from the L2 cache: with more rows of W a program, x is read less often.
+        return Skinny(256, 64, 1, 8, 4)
     tiles = -(-n // 64)
     splits = _splits(tiles, k)
     if rows < 64:
@@ -82,8 +81,9 @@ def _skinny_rule(rows: int, n: int, k: int) -> Skinny:
 
 
 def _splits(tiles: int, k: int) -> int:
-    """Parts of K (a power of two, at most 8) that give up to one program per multiprocessor, if K is long enough to repay adding
-    the parts.
+    """Parts of K, a power of two up to 8, such that there is up to one program a multiprocessor.
+
+    K is split only if it is long enough to repay adding the parts.
     """
     splits = 1
     while splits < 8 and 2 * splits * tiles <= _WAVE and k >= max(2048, 384 * 2 * splits):

@@ -26,7 +26,7 @@ from engine.kernels.softmax import LOG2_E, add_pass
 MANY_ROWS = 64  # heads of one program, if there are more than MIN_DOT_ROWS: the rows of Hopper's matrix instructions
 FEW_SEQUENCES = 8  # below this many, a program takes MIN_DOT_ROWS heads, which gives more programs
 MANY_SEQUENCES = 16  # from this many on, a split has enough tokens for passes of 64 tokens
-ROOMY = 216 << 10  # bytes of shared memory that passes of 64 tokens need at most; a Hopper GPU has them
+LARGE_PASS_MEMORY = 216 << 10  # bytes of shared memory that passes of 64 tokens need at most; a Hopper GPU has them
 MAX_SPLITS = 16  # of a sequence
 ALONE_SPLITS = 64  # of a sequence that is alone
 
@@ -58,6 +58,10 @@ def _split(
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (split, part, sequence): attend from ROWS heads to one split of a sequence, in passes of TILE tokens.
+
+    With one split the averaged latents are written in the queries' type, otherwise in float32 next to their log-sum-exp.
+    """
     split, part, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     RECORD: tl.constexpr = LATENT + ROPE
     head = part * ROWS + tl.arange(0, ROWS)
@@ -157,6 +161,7 @@ def merge(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 
 @triton.jit
 def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+    """Program (pair,): the weighted average of the splits of one sequence and head."""
     pair = tl.program_id(0).to(tl.int64)  # sequence * heads + head
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, LATENT)
@@ -179,7 +184,7 @@ def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, block_size: int, 
     if is_alone(num_seqs, heads):
         return Tile(MIN_DOT_ROWS, min(32, block_size), 4, 2)
     rows = _rows(num_seqs, heads, dtype)
-    if dtype != torch.float32 and block_size >= 64 and shared_memory(device) >= ROOMY:
+    if dtype != torch.float32 and block_size >= 64 and shared_memory(device) >= LARGE_PASS_MEMORY:
         if rows == MANY_ROWS:
             return Tile(rows, 64, 8, 2)
         if num_seqs >= MANY_SEQUENCES:

@@ -31,6 +31,7 @@ def _attend(
     HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, part): attend from ROWS rows, which are ROWS / PART tokens of one query by PART heads."""
     tile, part = tl.program_id(0), tl.program_id(1)
     RECORD: tl.constexpr = LATENT + ROPE
     row = tl.arange(0, ROWS)

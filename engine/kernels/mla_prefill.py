@@ -64,6 +64,10 @@ def _prefill(
     HEADS: tl.constexpr, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, ROPE: tl.constexpr,
     V: tl.constexpr, V_PADDED: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Program (head, tile): attend from TILE_Q tokens of one chunk, for one head, in passes of TILE_N keys.
+
+    Passes whose keys all rows see come first and have no masks.
+    """
     head, tile = tl.program_id(0), tl.program_id(1)
     query = tl.load(tile_query_ptr + tile)
     if query < 0:

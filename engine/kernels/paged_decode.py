@@ -46,7 +46,7 @@ def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: t
 
 @triton.jit
 def _cut(length, SPLITS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
-    """(parts of a sequence of `length` tokens, tokens of every part but the last). PART is the least passes of a part."""
+    """(parts of a sequence of `length` tokens, tokens of every part but the last). At most one for each started PART passes."""
     passes = tl.cdiv(length, TILE)
     of_each = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, PART)))
     return tl.cdiv(passes, of_each), of_each * TILE
@@ -60,6 +60,11 @@ def _decode(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (split, kv_head, sequence): attend from the GROUP query heads of one K/V head to one part of a sequence.
+
+    ROWS is GROUP padded for `tl.dot`. BY_LENGTH: only queries of one token are computed, found by starts_ptr. The last program
+    of a sequence and K/V head to finish merges its parts.
+    """
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD)

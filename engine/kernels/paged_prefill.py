@@ -25,6 +25,10 @@ def _prefill(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, kv_head): attend from TILE_Q tokens of one chunk, for the GROUP query heads of one K/V head.
+
+    Passes of TILE_N keys that all rows see come first and have no masks.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -40,6 +40,7 @@ def _map_tiles(
     starts_ptr, tile_query_ptr, tile_start_ptr, num_queries, num_tiles,
     LEAST: tl.constexpr, TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (query,): the tiles of one query, behind those of the queries before it. Program 0 also marks surplus tiles."""
     mine = tl.program_id(0)
     query = tl.arange(0, QUERIES)
     if PDL:

@@ -27,6 +27,10 @@ def _logits(
     SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
     TILE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile of tokens, tile of experts, split): partial logits over PART numbers of a row.
+
+    EXACT: the router is float32, and is multiplied as three bfloat16 parts.
+    """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
@@ -84,6 +88,11 @@ def _route(
     MEMBERS_PADDED: tl.constexpr, BEST_GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     METHOD: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (token,): sum the splits of the logits, score the experts, and choose TOP_K of them.
+
+    Experts are a grid [GROUPS, MEMBERS], padded to powers of two. METHOD is a value of METHODS. HALF: logits are rounded to
+    bfloat16.
+    """
     token = tl.program_id(0).to(tl.int64)
     EXPERTS: tl.constexpr = GROUPS * MEMBERS
     at = tl.arange(0, GROUPS_PADDED * MEMBERS_PADDED)

@@ -82,6 +82,10 @@ def _survey(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, MARKS: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (row, part): the tiles `part`, `part` + programs of a row, ...; the last program samples or brackets a threshold.
+
+    Rows with temperature 0 are left alone. TILES is the number of tiles of a row, PADDED the same rounded up to a power of two.
+    """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -148,6 +152,10 @@ def _finish(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (row, part): list the tokens at or above the lower end of the bracket; the last program searches and samples.
+
+    Rows that `_survey` has finished, and rows with temperature 0, are left alone.
+    """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
         tl.extra.cuda.gdc_wait()

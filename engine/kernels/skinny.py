@@ -3,10 +3,10 @@
     x [M, K], W [N, K] -> y [M, N]; sums in float32
     grid: (ceil(N / ROWS), SPLITS); a program computes ROWS outputs of all rows of x over one part of K
 
-Such a product takes as long as reading W, so what counts is the number of bytes that are being loaded at any time. W is the left
-operand because tensor cores take 64 rows on the left but as few as 8 columns on the right. Where N gives too few programs to fill
-the device, K is split. The last program of a tile to finish adds the parts in the order of the splits, so the result does not
-depend on which program was last.
+Such a product takes as long as reading W, so what counts is the number of bytes that are being loaded at any time. W is the
+left operand since Hopper's tensor cores take 64 rows on the left, but as few as 8 columns on the right. Where N gives too few
+programs to fill the device, K is split. The last program of a tile to finish adds the parts in the order of the splits, so the
+result does not depend on which program was last.
 
 While the preceding kernel still runs, each program prefetches the first bytes of its rows of W to the L2 cache (`_prefetch`).
 
@@ -45,6 +45,7 @@ def _finish_skinny(
     acc, bias_ptr, row, out_ptr, tile, outputs, M,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    """Apply bias and SwiGLU to the finished sums acc [ROWS, BLOCK_M], and write them."""
     if BIAS:
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     if GATED:
@@ -62,6 +63,10 @@ def _skinny(
     BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, split): ROWS outputs of all M rows of x over `share` numbers of K, from split * share on.
+
+    BLOCK_M is M rounded up to its bucket. EVEN_K: K is a multiple of COLUMNS. partial_ptr and arrived_ptr are the workspace.
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
     row = row_of_tile(tile, tl.arange(0, ROWS), outputs, ROWS, GATED)
     k, m = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_M)
@@ -99,9 +104,8 @@ def _skinny(
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             total = tl.zeros((ROWS, BLOCK_M), tl.float32)
             for s in tl.static_range(SPLITS):
-                total += tl.load(
-                    first + s * (ROWS * BLOCK_M), cache_modifier=".cg"
-                )  # past the L1 cache, which may hold an older launch's parts
+                # Past the L1 cache, which may hold an older launch's parts.
+                total += tl.load(first + s * (ROWS * BLOCK_M), cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)  # every launch leaves the counters at 0
             _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
 

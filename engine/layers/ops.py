@@ -1,10 +1,12 @@
-"""The small steps between matrix products. `PlainOps` is torch, operation by operation; on CUDA `engine.kernels` has the same
-steps as one kernel each. A model takes one of them when it is built.
+"""The small operations between matrix products: `PlainOps` by torch, `CudaOps` in `ops_cuda.py` with a kernel for each.
+
+A model chooses one of the two when it is built (`ops_for`).
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -135,5 +137,5 @@ def ops_for(device: torch.device, rotary_dim: int) -> Ops:
     """`rotary_dim`: what is turned of a head. A kernel wants a power of two."""
     if device.type != "cuda" or rotary_dim & (rotary_dim - 1):
         return PlainOps()
-    ops: Ops = importlib.import_module("engine.kernels.elementwise")  # a module with these functions is an Ops
-    return ops
+    make: Callable[[], Ops] = importlib.import_module("engine.layers.ops_cuda").make  # by name: it needs Triton
+    return make()

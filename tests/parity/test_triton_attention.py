@@ -104,8 +104,9 @@ def test_only_the_last_tokens_attend(processors):
     ],
 )
 def test_a_long_sequence_is_cut_into_several_parts(splits, parts, monkeypatch):
-    """With up to 2 parts, one for each started 512 tokens; with up to 4, one for each 128; else one for each block. None is
-    empty.
+    """With up to 2 parts, one for each started 512 tokens; with up to 4, one for each 128; otherwise one for each block.
+
+    No part is empty.
     """
     generator, heads, kv_heads = torch.Generator().manual_seed(0), 4, 2
     lens = torch.tensor([640, 513, 512, 129, 128, 33, 16, 1], dtype=torch.int32, device=DEVICE)
@@ -166,8 +167,9 @@ def test_cudnn_attends_to_several_prompts_in_one_call(heads, kv_heads, dim, v_di
 
 
 def use_any_library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Let torch choose a library in place of cuDNN for long prompts, padded to 16 tokens. Returns the query shapes of its
-    calls.
+    """Let torch choose a library in place of cuDNN for long prompts, and pad them to 16 tokens.
+
+    Returns the query shapes of its calls, in order.
     """
     calls: list[tuple[int, ...]] = []
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -21,9 +21,9 @@ LENS = {4: 7, 0: 1, 2: 1500, 3: 8}  # batch row -> tokens
 def rows():
     """State of four batch rows with LENS tokens each, and a sampled token after them."""
     state = Rows(max_rows=5, max_len=2000, block_size=BLOCK, scratch_block=777, device=DEVICE, upload=Uploader(DEVICE))
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     admitted = [
-        AdmittedRow(row, draw.integers(0, 90, n).tolist(), n, draw.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
+        AdmittedRow(row, rng.integers(0, 90, n).tolist(), n, rng.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
         for row, n in LENS.items()
     ]
     state.change(StepPlan(1, [], [], [], 0, [], admitted, [], []))

@@ -11,11 +11,12 @@ from engine.attention import latent_chunks, torch_mla
 from engine.attention.base import PagedMla
 from engine.attention.torch_mla import TorchMla
 from engine.attention.triton_mla import TritonMla
-from engine.kernels import elementwise, latent_products
+from engine.kernels import latent_products
 from engine.kernels import mla_decode as mla_decode_module
 from engine.kernels.hardware import shared_memory
 from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
 from engine.layers.ops import PlainOps, write
+from engine.layers.ops_cuda import CudaOps
 from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random, use_any_library
 
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
@@ -39,7 +40,7 @@ def test_latent_prepare_equals_plain_ops(heads, rank, interleaved, dtype):
     angles = (random(tokens, 1, ROPE, generator=generator), random(tokens, 1, ROPE, generator=generator))
     slots = torch.randperm(3 * BLOCK, generator=generator)[:tokens].to(DEVICE)
     results = []
-    for ops in (PlainOps(), elementwise):
+    for ops in (PlainOps(), CudaOps()):
         q, kv = both.clone().split([q_size, rank + ROPE], 1)
         pool = torch.zeros(3, BLOCK, rank + ROPE, dtype=dtype, device=DEVICE)
         q = q.view(tokens, heads, NOPE + ROPE)
@@ -91,8 +92,8 @@ def test_both_merges_of_a_split_decode(heads, splits):
 def test_a_decode_with_passes_of_64_tokens(heads, sequences, tokens, splits, monkeypatch):
     """In half precision, many sequences or heads have passes of 64 tokens if the device has the shared memory, else of 32."""
     if tokens == 32:
-        monkeypatch.setattr(mla_decode_module, "shared_memory", lambda device: mla_decode_module.ROOMY - 1)
-    elif shared_memory(DEVICE) < mla_decode_module.ROOMY:
+        monkeypatch.setattr(mla_decode_module, "shared_memory", lambda device: mla_decode_module.LARGE_PASS_MEMORY - 1)
+    elif shared_memory(DEVICE) < mla_decode_module.LARGE_PASS_MEMORY:
         pytest.skip("needs the shared memory of a Hopper GPU")
     generator, half = torch.Generator().manual_seed(0), torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     lens = torch.tensor([1, 64, 65, 200] * (sequences // 4), dtype=torch.int32, device=DEVICE)

@@ -1,5 +1,6 @@
-"""Products with few rows, compared with torch's in float64. On a CPU they are in float16: the interpreter cannot multiply
-bfloat16.
+"""Products with few rows, compared with torch's in float64.
+
+On a CPU they are in float16, since Triton's interpreter cannot multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import elementwise, linear, linear_tiles, skinny
+from engine.kernels import linear, linear_tiles, skinny
 from engine.kernels.linear_tiles import Gemv, Skinny
 from engine.kernels.product import Extras
 from engine.layers.linear import linear as plain_linear
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import PlainOps
+from engine.layers.ops_cuda import CudaOps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -198,7 +200,7 @@ def test_gated_of_both_ops(rows):
     """On a CPU no product fits the kernels, so torch computes it."""
     x, weight = random(rows, 48), weights(20, 48)
     expected = exact(x, weight, None, gated=True)
-    assert_near(elementwise.gated(x, weight), expected, 1e-2)  # gate and up are rounded before SwiGLU
+    assert_near(CudaOps().gated(x, weight), expected, 1e-2)  # gate and up are rounded before SwiGLU
     assert_near(PlainOps().gated(x, weight), expected, 1e-2)
 
 
@@ -219,7 +221,7 @@ def test_products_of_the_ops_with_a_norm(rows):
     """On CUDA the norm and the product are one kernel, two kernels, or a kernel and torch; on a CPU the product is torch's."""
     x, norm, weight, bias = random(rows, 48), (random(48), 1e-6), weights(20, 48), random(20)
     for found, expected in zip(
-        (elementwise.norm_linear(x, norm, weight, bias), elementwise.gated(x, weight, norm)),
+        (CudaOps().norm_linear(x, norm, weight, bias), CudaOps().gated(x, weight, norm)),
         (PlainOps().norm_linear(x, norm, weight, bias), PlainOps().gated(x, weight, norm)),
         strict=True,
     ):

@@ -72,8 +72,9 @@ def cut(tokens: int, experts: int) -> tuple[int, int]:
 
 
 def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """Experts in blocks of pairs, without the sort. Shared experts are included if `cut` says so; otherwise they are an MLP
-    apart.
+    """Experts in blocks of pairs, without the sort.
+
+    Shared experts are included if `cut` says so; otherwise the layer computes them as an MLP of their own.
     """
     block, num_shared = cut(tokens, experts)
     mixture = _mixture(device, tokens, experts, hidden, size, shared=num_shared)
@@ -110,9 +111,8 @@ def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: 
 def logits(device: torch.device, tokens: int, experts: int, hidden: int) -> Launch:
     x, router = random(device, tokens, hidden), torch.randn(experts, hidden, device=device)
     num_bytes = x.nbytes + router.nbytes + tokens * experts * router.itemsize
-    return Launch(
-        lambda: routing.router_logits(x, router), num_bytes, 3 * 2 * tokens * experts * hidden
-    )  # a float32 router is multiplied as three bfloat16 parts
+    operations = 3 * 2 * tokens * experts * hidden  # a float32 router is multiplied as three bfloat16 parts
+    return Launch(lambda: routing.router_logits(x, router), num_bytes, operations)
 
 
 def route(device: torch.device, tokens: int, experts: int, hidden: int) -> Launch:
