@@ -30,20 +30,21 @@ class LatentGroup:
 def plan_groups(batch: ForwardBatch, elsewhere: list[range], *, tile_q: int, token_numbers: int) -> list[LatentGroup]:
     """The groups of a step's chunks.
 
-    `elsewhere` are the tokens of fresh prompts that cuDNN attends to: their latents are expanded, but they get no tiles.
+    `elsewhere` are the tokens of chunks that cuDNN attends to. They get no tiles; the latents of fresh prompts among them are
+    expanded with the others.
     `tile_q` is the number of tokens of a tile, `token_numbers` that of the numbers (keys and values) that one latent expands
     to.
     """
     starts = list(itertools.accumulate(batch.query_lens_host, initial=0))
     chunks = range(batch.num_decodes, batch.num_queries)
     fresh = [q for q in chunks if batch.query_lens_host[q] == batch.kv_lens_host[q]]
+    others = {span.start for span in elsewhere}
     groups = []
     if fresh:
         rows = range(starts[fresh[0]], starts[fresh[-1] + 1])
-        others = {span.start for span in elsewhere}
         key_starts = {q: starts[q] - rows.start for q in fresh if starts[q] not in others}
         groups.append(LatentGroup(rows, None, _tiles(batch, key_starts, tile_q)))
-    behind = [q for q in chunks if batch.query_lens_host[q] != batch.kv_lens_host[q]]
+    behind = [q for q in chunks if batch.query_lens_host[q] != batch.kv_lens_host[q] and starts[q] not in others]
     for queries in _parts(behind, batch.kv_lens_host, EXPANDED_NUMBERS // token_numbers):
         ends = list(itertools.accumulate((batch.kv_lens_host[q] for q in queries), initial=0))
         tiles = _tiles(batch, dict(zip(queries, ends, strict=False)), tile_q)

@@ -3,6 +3,7 @@
 decodes               `kernels/paged_decode.py`
 chunks                `kernels/paged_prefill.py`, all in one launch
 long whole prompts    cuDNN (`long_prompts.py`), outside CUDA graphs
+long cached contexts  cuDNN (`cached_context.py`), outside CUDA graphs: long chunks behind a long context
 captured mixed steps  both kernels over all queries: a query of one token is a decode. Lengths are read on the device.
 """
 
@@ -12,7 +13,8 @@ import itertools
 
 import torch
 
-from engine.attention import long_prompts
+from engine.attention import cached_context, long_prompts
+from engine.attention.cached_context import LongChunks
 from engine.attention.upload import upload
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.paged_decode import choose_splits, paged_decode
@@ -47,21 +49,25 @@ class TritonGqaStep:
         self._batch = batch
         self._num_processors = num_processors
         self._tiles: dict[int, Tiles | None] = {}  # by tokens of a tile; None if no query needs tiles
-        self._prompts: list[range] | None = None
+        self._long: LongChunks | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
         batch, k_pool, v_pool = self._batch, pools["k"], pools["v"]
         if batch.by_length:
             return self._attend_captured(q, k_pool, v_pool, scale)
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
-        prompts = self._long_prompts(q.dtype)
+        long = self._long_chunks(q)
+        prompts = long.prompts
         if long_prompts.fill(prompts, q.shape[0]):
             return long_prompts.attend(q, k, v, scale, len(prompts))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for prompt in prompts:
             span = slice(prompt.start, prompt.stop)
             out[span] = long_prompts.attend(q[span], k[span], v[span], scale)
-        tiles = self._chunk_tiles(tile_tokens(heads, kv_heads), q.dtype)
+        for chunk in long.cached:
+            span, gather = slice(chunk.tokens.start, chunk.tokens.stop), self._gatherer(chunk.query, k_pool, v_pool)
+            cached_context.attend(q[span], chunk.cached, gather, scale, out[span])
+        tiles = self._chunk_tiles(tile_tokens(heads, kv_heads), long)
         if tiles is not None:
             paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale, out)
         if decodes:
@@ -81,18 +87,28 @@ class TritonGqaStep:
         splits = choose_splits(batch.kv_lens.shape[0], kv_heads, self._num_processors)
         return paged_decode(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits, out, starts)
 
-    def _long_prompts(self, dtype: torch.dtype) -> list[range]:
-        if self._prompts is None:
-            self._prompts = long_prompts.find(self._batch, dtype)
-        return self._prompts
+    def _long_chunks(self, q: torch.Tensor) -> LongChunks:
+        if self._long is None:
+            self._long = cached_context.find_long(self._batch, q.dtype, q.shape[2], q.shape[2])
+        return self._long
 
-    def _chunk_tiles(self, tile_q: int, dtype: torch.dtype) -> Tiles | None:
-        """The tiles of the step's chunks, without its long prompts."""
+    def _gatherer(self, query: int, k_pool: torch.Tensor, v_pool: torch.Tensor) -> cached_context.Gather:
+        table, block_size = self._batch.block_tables[query], k_pool.shape[1]
+
+        def gather(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+            blocks = table[first // block_size : -(-last // block_size)]
+            keys, values = (pool.index_select(0, blocks).flatten(0, 1)[: last - first] for pool in (k_pool, v_pool))
+            return keys, values
+
+        return gather
+
+    def _chunk_tiles(self, tile_q: int, long: LongChunks) -> Tiles | None:
+        """The tiles of the step's chunks, without those that cuDNN attends to."""
         if tile_q not in self._tiles:
             batch = self._batch
             starts = list(itertools.accumulate(batch.query_lens_host, initial=0))
-            long = {prompt.start for prompt in self._long_prompts(dtype)}
-            queries = [query for query in range(batch.num_decodes, batch.num_queries) if starts[query] not in long]
+            elsewhere = {span.start for span in long.tokens}
+            queries = [query for query in range(batch.num_decodes, batch.num_queries) if starts[query] not in elsewhere]
             tiles = cut_tiles(queries, batch.query_lens_host, batch.kv_lens_host, tile_q)
             if not tiles:
                 self._tiles[tile_q] = None

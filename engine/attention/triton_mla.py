@@ -3,6 +3,7 @@
 decodes               in latent space, from the pool: `kernels/mla_decode.py` between two products of `kernels/latent_products.py`
 chunks                over latents expanded to keys and values: `kernels/mla_prefill.py`, planned by `latent_chunks.py`
 long whole prompts    over expanded latents too, by cuDNN (`long_prompts.py`), outside CUDA graphs
+long cached contexts  likewise, segment by segment (`cached_context.py`): long chunks behind a long context
 captured mixed steps  everything in latent space: `kernels/mla_mixed.py`. Lengths are read on the device.
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from engine.attention import long_prompts
+from engine.attention import cached_context, long_prompts
+from engine.attention.cached_context import LongChunks
 from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.latent_products import absorb, absorb_few, build_keys, expand, merge_expand
@@ -47,7 +49,7 @@ class TritonMlaStep:
         self._num_processors = num_processors
         self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # for captured steps, by tokens of a tile
         self._groups: list[LatentGroup] | None = None
-        self._prompts: list[range] | None = None
+        self._long: LongChunks | None = None
 
     def attend(
         self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
@@ -55,7 +57,7 @@ class TritonMlaStep:
         batch, pool = self._batch, pools["latent"]
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
-        if not batch.by_length and long_prompts.fill(prompts := self._long_prompts(q.dtype), q.shape[0]):
+        if not batch.by_length and long_prompts.fill(prompts := self._long_chunks(q, kv_b, nope).prompts, q.shape[0]):
             return attend_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if batch.by_length:
@@ -97,9 +99,10 @@ class TritonMlaStep:
     ) -> None:
         """The step's chunks, into their rows of `out` [T, heads, v_dim]."""
         batch, (heads, width, rank) = self._batch, kv_b.shape
-        tile, prompts = choose_tile(q.dtype), self._long_prompts(q.dtype)
+        nope = q.shape[2] - (latent.shape[1] - rank)
+        tile, long = choose_tile(q.dtype), self._long_chunks(q, kv_b, nope)
         if self._groups is None:
-            self._groups = plan_groups(batch, prompts, tile_q=tile.queries, token_numbers=heads * width)
+            self._groups = plan_groups(batch, long.tokens, tile_q=tile.queries, token_numbers=heads * width)
         for group in self._groups:
             rows = group.rows
             cached = latent[rows.start : rows.stop] if group.slots is None else pool.flatten(0, 1).index_select(0, group.slots)
@@ -107,14 +110,29 @@ class TritonMlaStep:
             if group.tiles is not None:
                 k_rope = cached[:, rank:]
                 mla_prefill(out, q, expanded, k_rope, batch.query_starts, batch.kv_lens, group.tiles, scale, tile)
-            for prompt in prompts if group.slots is None else []:
+            for prompt in long.prompts if group.slots is None else []:
                 tokens, own = slice(prompt.start, prompt.stop), slice(prompt.start - rows.start, prompt.stop - rows.start)
                 out[tokens] = attend_prompts(q[tokens], cached[own], expanded[own], rank, scale)
+        for chunk in long.cached:
+            tokens, gather = slice(chunk.tokens.start, chunk.tokens.stop), self._gatherer(chunk.query, pool, kv_b, nope)
+            cached_context.attend(q[tokens], chunk.cached, gather, scale, out[tokens])
 
-    def _long_prompts(self, dtype: torch.dtype) -> list[range]:
-        if self._prompts is None:
-            self._prompts = long_prompts.find(self._batch, dtype)
-        return self._prompts
+    def _gatherer(self, query: int, pool: torch.Tensor, kv_b: torch.Tensor, nope: int) -> cached_context.Gather:
+        """Reads a sequence's latents and expands them to keys and values."""
+        table, block_size, rank = self._batch.block_tables[query], pool.shape[1], kv_b.shape[2]
+
+        def gather(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+            blocks = table[first // block_size : -(-last // block_size)]
+            latents = pool.index_select(0, blocks).flatten(0, 1)[: last - first]
+            expanded = expand_all(latents, kv_b)
+            return build_keys(expanded, latents, nope, rank), expanded[:, :, nope:]
+
+        return gather
+
+    def _long_chunks(self, q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> LongChunks:
+        if self._long is None:
+            self._long = cached_context.find_long(self._batch, q.dtype, q.shape[2], kv_b.shape[1] - nope)
+        return self._long
 
 
 def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""Attention of a long prefill chunk over its cached context, by cuDNN.
+
+A chunk of n tokens behind `cached` tokens attends to all of those, and causally to itself. cuDNN has fast kernels for both, but
+none for both at once: a mask that is aligned to the lower right runs at 267 TFLOP/s, no mask at 685. So the keys are divided:
+
+    keys      0 ............................ whole | rest | chunk
+              segments of 32,768, 8,192, 2,048     |
+    kernel    no mask, one call a segment          | causal over rest + chunk, with `rest` dummy rows before the chunk
+
+The parts are merged by their log-sum-exps. Segments have few lengths, since cuDNN plans a kernel for each length. The dummy rows
+cost at most rest^2 / 2 products of a query and a key, rest < 2,048.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from engine.attention import cudnn, long_prompts
+from engine.batch import ForwardBatch
+from engine.kernels.merge_parts import Part, merge_parts
+
+SEGMENTS = (32768, 8192, 2048)  # keys; each divides the one before
+QUERY_STEP = 1024  # query rows of a segment's call are padded to a multiple of this
+CAUSAL_STEP = 512  # rows of the causal call are padded to a multiple of this
+MIN_CHUNK = 1024  # tokens; shorter chunks go to our kernel, in one launch with all others of the step
+MIN_CACHED = 2048  # tokens; a shorter context is not worth a call of its own
+
+Gather = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+"""Keys [S, kv_heads, dim] and values [S, kv_heads, v_dim] of a sequence's positions [first, last), S = last - first."""
+
+
+class CachedChunk(NamedTuple):
+    """A long prefill chunk of a step, with a long context before it."""
+
+    query: int  # index in the batch
+    tokens: range  # its tokens within the step
+    cached: int  # tokens of its context
+
+
+class LongChunks(NamedTuple):
+    """The chunks of a step that cuDNN attends to."""
+
+    prompts: list[range]  # the tokens of whole prompts, which `long_prompts.py` handles
+    cached: list[CachedChunk]
+
+    @property
+    def tokens(self) -> list[range]:
+        return [*self.prompts, *(chunk.tokens for chunk in self.cached)]
+
+
+def find_long(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> LongChunks:
+    """The chunks of a step that go to cuDNN, for query heads [dim] and value heads [v_dim] of this type."""
+    return LongChunks(long_prompts.find(batch, dtype), find(batch, dtype, dim, v_dim))
+
+
+def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> list[CachedChunk]:
+    """The chunks of a step that are attended to here. There are none on a CPU or where cuDNN has no kernel."""
+    block_size = next(iter(batch.kv[0].values())).shape[1]
+    if not (batch.slots.is_cuda and cudnn.takes(dtype, dim, v_dim)) or SEGMENTS[-1] % block_size:
+        return []
+    ends = itertools.accumulate(batch.query_lens_host)
+    lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
+    chunks = [CachedChunk(i, range(end - num, end), length - num) for i, (end, num, length) in enumerate(lens)]
+    return [chunk for chunk in chunks if len(chunk.tokens) >= MIN_CHUNK and chunk.cached >= MIN_CACHED]
+
+
+def attend(q: torch.Tensor, cached: int, gather: Gather, scale: float, out: torch.Tensor) -> None:
+    """Attention of the chunk q [n, heads, dim] at positions cached .. cached + n - 1, into `out` [n, heads, v_dim].
+
+    `gather` reads the sequence's keys and values from the pool, which holds the chunk's own too. One segment is gathered at a
+    time, so memory does not grow with the context.
+    """
+    whole = cached - cached % SEGMENTS[-1]
+    total = _causal(q, cached - whole, gather(whole, cached + q.shape[0]), scale)
+    padded = F.pad(q, (0, 0, 0, 0, 0, -q.shape[0] % QUERY_STEP))
+    segments = cut(whole)
+    for segment in segments:
+        part = cudnn.attend_part(padded, *gather(segment.start, segment.stop), scale, causal=False)
+        last = segment is segments[-1]
+        total = merge_parts(total, part, out if last else None)
+
+
+def cut(whole: int) -> list[range]:
+    """Cut positions [0, whole) into segments. `whole` is a positive multiple of the smallest segment."""
+    segments, start = [], 0
+    for size in SEGMENTS:
+        while whole - start >= size:
+            segments.append(range(start, start + size))
+            start += size
+    return segments
+
+
+def _causal(q: torch.Tensor, rest: int, keys_values: tuple[torch.Tensor, torch.Tensor], scale: float) -> Part:
+    """The chunk over itself and the `rest` keys before it: causal attention in which `rest` dummy rows precede the chunk.
+
+    Padding at the end is hidden from all rows by the causal mask. It is zero, so that 0 * padding is 0.
+    """
+    num = q.shape[0]
+    padding = -(rest + num) % CAUSAL_STEP
+    queries = F.pad(q, (0, 0, 0, 0, rest, padding))
+    keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in keys_values)
+    part = cudnn.attend_part(queries, keys, values, scale, causal=True)
+    return Part(part.out[rest : rest + num], part.lse[:, rest : rest + num])

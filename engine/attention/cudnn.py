@@ -1,0 +1,48 @@
+"""cuDNN's attention, called through torch, with each row's log-sum-exp; and the plain twin of that call.
+
+cuDNN plans a kernel the first time that it sees a combination of shapes and strides. A plan takes 65 to 90 ms, the first one of
+a process more than a second. Callers therefore pad to a few lengths, and warm those up while the engine is idle.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.merge_parts import Part
+
+MAX_HEAD = 128  # numbers of a head, for which every cuDNN version that torch 2.11 or later ships has a Hopper kernel
+LATENT_HEADS = (192, 128)  # DeepSeek's sizes of a query head and of a value head, for which there is a kernel too
+
+
+def takes(dtype: torch.dtype, dim: int, v_dim: int) -> bool:
+    """Whether cuDNN has a kernel for query heads [dim] and value heads [v_dim] of this type."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return (dim == v_dim and dim <= MAX_HEAD and dim % 8 == 0) or (dim, v_dim) == LATENT_HEADS
+
+
+def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> Part:
+    """q [T, heads, dim], k [S, kv_heads, dim], v [S, kv_heads, v_dim]. `causal` needs S = T: row i sees keys 0 .. i.
+
+    On CUDA this is cuDNN: 685 TFLOP/s for 8,192 rows over 8,192 keys without a mask (docs/gpu.md). On a CPU it is the twin.
+    """
+    if not q.is_cuda:
+        return attend_part_plain(q, k, v, scale, causal=causal)
+    queries, keys, values = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        queries, keys, values, None, True, 0.0, causal, False, scale=scale
+    )[:2]
+    return Part(out[0].transpose(0, 1), lse.view(lse.shape[1], lse.shape[2]))
+
+
+def attend_part_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> Part:
+    """Compute what `attend_part` does in plain torch, in float32."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q.float(), keys) * scale
+    if causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("hts,shd->thd", (scores - lse.unsqueeze(-1)).exp(), values)
+    return Part(out.to(q.dtype), lse)

@@ -1,0 +1,129 @@
+"""Attention of long chunks behind a long context, in parts that are merged, compared with plain attention in one piece.
+
+Segments and padding are small here, and a CPU computes the parts with the twin of cuDNN's call.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from engine.attention import cached_context, cudnn
+from engine.attention.base import PagedGqa, PagedMla
+from engine.attention.cached_context import LongChunks
+from engine.attention.torch_gqa import TorchGqa
+from engine.attention.torch_mla import TorchMla
+from engine.attention.triton_gqa import TritonGqa
+from engine.attention.triton_mla import TritonMla
+from engine.kernels.merge_parts import Part, merge_parts, merge_parts_plain
+from engine.layers.ops import write
+from tests.parity.test_triton_attention import BLOCK, DEVICE, make_batch, random
+
+# (tokens in the cache after the step, tokens of this step): a decode, and chunks behind 0 to 217 cached tokens
+QUERIES = [(40, 1), (9, 9), (21, 5), (64, 32), (90, 27), (129, 1 + 32), (250, 33)]
+RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch):
+    monkeypatch.setattr(cached_context, "SEGMENTS", (128, 32, 16))
+    monkeypatch.setattr(cached_context, "QUERY_STEP", 8)
+    monkeypatch.setattr(cached_context, "CAUSAL_STEP", 8)
+
+
+def all_behind_a_context(queries: list[tuple[int, int]]) -> LongChunks:
+    """Every chunk behind at least one block of context, as a long chunk."""
+    starts = itertools.accumulate((num for _, num in queries), initial=0)
+    chunks = [
+        cached_context.CachedChunk(i, range(start, start + num), length - num)
+        for i, (start, (length, num)) in enumerate(zip(starts, queries, strict=False))
+        if num > 1 and length - num >= 16
+    ]
+    assert len(chunks) == 5
+    return LongChunks([], chunks)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (6, 1)])
+def test_grouped_heads(heads, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(QUERIES) * max(-(-length // BLOCK) for length, _ in QUERIES)
+    pools = {name: random(num_blocks, BLOCK, kv_heads, 32, generator=generator) for name in ("k", "v")}
+    batch = make_batch(QUERIES, pools, generator)
+    qkv = random(batch.num_tokens, heads + 2 * kv_heads, 32, generator=generator)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    write(pools["k"], k, batch.slots)
+    write(pools["v"], v, batch.slots)
+
+    def run(attention: PagedGqa, long: LongChunks | None = None) -> torch.Tensor:
+        step = attention.prepare(batch)
+        if long is not None:
+            step._long = long
+        return step.attend(q, k, v, pools, scale=0.2)
+
+    torch.testing.assert_close(run(TritonGqa(132), all_behind_a_context(QUERIES)), run(TorchGqa()), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_latents(heads):
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(QUERIES) * max(-(-length // BLOCK) for length, _ in QUERIES)
+    pools = {"latent": random(num_blocks, BLOCK, RANK + ROPE, generator=generator)}
+    batch = make_batch(QUERIES, pools, generator)
+    q = random(batch.num_tokens, heads, NOPE + ROPE, generator=generator)
+    records = random(batch.num_tokens, RANK + ROPE, generator=generator)
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    write(pools["latent"], records, batch.slots)
+
+    def run(attention: PagedMla, long: LongChunks | None = None) -> torch.Tensor:
+        step = attention.prepare(batch)
+        if long is not None:
+            step._long = long
+        return step.attend(q, records, kv_b, pools, scale=0.2)
+
+    torch.testing.assert_close(run(TritonMla(132), all_behind_a_context(QUERIES)), run(TorchMla()), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [16, 32, 48, 128, 128 + 96 + 16, 5 * 128 + 112])
+def test_segments_cover_the_context_once(whole):
+    segments = cached_context.cut(whole)
+    assert [i for segment in segments for i in segment] == list(range(whole))
+    assert {len(segment) for segment in segments} <= set(cached_context.SEGMENTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_equals_its_twin(dtype):
+    generator, num, heads, dim = torch.Generator().manual_seed(0), 19, 3, 24
+    a, b = (
+        # As cuDNN returns them: rows of padding before and after, and heads apart.
+        Part(
+            random(heads, num + 9, dim, generator=generator).to(dtype).transpose(0, 1)[shift : shift + num + 2],
+            (20 * random(heads, num + 9, generator=generator))[:, shift : shift + num + 2],
+        )
+        for shift in (3, 0)
+    )
+    a = Part(a.out[:num], a.lse[:, :num])
+    expected = merge_parts_plain(a, b)
+    merged = merge_parts(a, b)
+    assert merged.out.dtype == torch.float32
+    torch.testing.assert_close(merged.out, expected.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged.lse, expected.lse, atol=1e-5, rtol=1e-5)
+    again = merge_parts(merged, b, out := torch.empty(num, heads, 2 * dim, dtype=dtype, device=DEVICE)[:, :, :dim])
+    assert again.out is out
+    torch.testing.assert_close(out, merge_parts_plain(expected, b).out.to(dtype), atol=1e-5, rtol=1e-2)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs cuDNN's attention")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "v_dim"), [(16, 4, 128, 128), (8, 8, 192, 128)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_equals_its_twin(heads, kv_heads, dim, v_dim, causal):
+    generator = torch.Generator().manual_seed(0)
+    keys = 1024 if causal else 2048
+    q = random(1024, heads, dim, generator=generator).bfloat16()
+    k, v = (random(keys, kv_heads, size, generator=generator).bfloat16() for size in (dim, v_dim))
+    assert cudnn.takes(q.dtype, dim, v_dim)
+    out, lse = cudnn.attend_part(q, k, v, 0.1, causal=causal)
+    expected = cudnn.attend_part_plain(q, k, v, 0.1, causal=causal)
+    assert (out.float() - expected.out.float()).norm() / expected.out.float().norm() < 1e-2
+    torch.testing.assert_close(lse, expected.lse, atol=1e-2, rtol=1e-3)
