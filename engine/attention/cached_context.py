@@ -28,7 +28,12 @@ SEGMENTS = (32768, 8192, 2048)  # keys; each divides the one before
 QUERY_STEP = 1024  # query rows of a segment's call are padded to a multiple of this
 CAUSAL_STEP = 512  # rows of the causal call are padded to a multiple of this
 MIN_CHUNK = 1024  # tokens; shorter chunks go to our kernel, in one launch with all others of the step
+MAX_CHUNK = 8192  # tokens; a longer chunk is divided, which is faster and leaves fewer lengths to plan
 MIN_CACHED = 2048  # tokens; a shorter context is not worth a call of its own
+# Least products of a query token and a cached token. Below, the calls cost more than they save (docs/gpu.md). MLA's own kernel
+# is faster than GQA's, since it has as many heads of keys as of queries.
+MIN_PRODUCTS = 1 << 24
+MIN_PRODUCTS_MLA = 1 << 26
 
 Gather = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """Keys [S, kv_heads, dim] and values [S, kv_heads, v_dim] of a sequence's positions [first, last), S = last - first."""
@@ -66,7 +71,21 @@ def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> list[
     ends = itertools.accumulate(batch.query_lens_host)
     lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
     chunks = [CachedChunk(i, range(end - num, end), length - num) for i, (end, num, length) in enumerate(lens)]
-    return [chunk for chunk in chunks if len(chunk.tokens) >= MIN_CHUNK and chunk.cached >= MIN_CACHED]
+    least = MIN_PRODUCTS if dim == v_dim else MIN_PRODUCTS_MLA
+    return [piece for chunk in chunks if _is_long(chunk, least) for piece in _divide(chunk)]
+
+
+def _is_long(chunk: CachedChunk, least_products: int) -> bool:
+    num = len(chunk.tokens)
+    return num >= MIN_CHUNK and chunk.cached >= MIN_CACHED and num * chunk.cached >= least_products
+
+
+def _divide(chunk: CachedChunk) -> list[CachedChunk]:
+    """Pieces of at most MAX_CHUNK tokens. The pool holds the earlier pieces too, so each piece has them as its context."""
+    return [
+        CachedChunk(chunk.query, chunk.tokens[start : start + MAX_CHUNK], chunk.cached + start)
+        for start in range(0, len(chunk.tokens), MAX_CHUNK)
+    ]
 
 
 def attend(q: torch.Tensor, cached: int, gather: Gather, scale: float, out: torch.Tensor) -> None:

@@ -179,8 +179,9 @@ def paged_decode(
 def _stages(programs: int, num_splits: int, num_processors: int) -> int:
     """Pipeline stages of the loop's loads; `programs` is the number of pairs of a sequence and a K/V head.
 
-    Fewer stages let more programs share a multiprocessor, which is faster if all programs run at once, unless they are few.
+    With up to two programs a multiprocessor, four stages keep enough loads in flight: 1 x 120,000 tokens take 124 us instead of
+    141. With more programs, two stages let more of them share a multiprocessor: 16 x 32,000 tokens take 480 us instead of 559.
     """
-    few = 1 < num_splits <= 4 and programs <= num_processors
+    few = programs * num_splits <= 2 * num_processors
     many = num_splits == 1 and programs > MANY_PROGRAMS
-    return 3 if few or many else 2
+    return 4 if few else 3 if many else 2

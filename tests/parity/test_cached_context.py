@@ -1,6 +1,6 @@
 """Attention of long chunks behind a long context, in parts that are merged, compared with plain attention in one piece.
 
-Segments and padding are small here, and a CPU computes the parts with the twin of cuDNN's call.
+Segments and padding are small here, and the twin of cuDNN's call computes the parts, since cuDNN does not take float32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tests.parity.test_triton_attention import BLOCK, DEVICE, make_batch, random
 # (tokens in the cache after the step, tokens of this step): a decode, and chunks behind 0 to 217 cached tokens
 QUERIES = [(40, 1), (9, 9), (21, 5), (64, 32), (90, 27), (129, 1 + 32), (250, 33)]
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
+CUDNN = cudnn.attend_part
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,7 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(cached_context, "SEGMENTS", (128, 32, 16))
     monkeypatch.setattr(cached_context, "QUERY_STEP", 8)
     monkeypatch.setattr(cached_context, "CAUSAL_STEP", 8)
+    monkeypatch.setattr(cached_context.cudnn, "attend_part", cudnn.attend_part_plain)
 
 
 def all_behind_a_context(queries: list[tuple[int, int]]) -> LongChunks:
@@ -123,7 +125,21 @@ def test_cudnn_equals_its_twin(heads, kv_heads, dim, v_dim, causal):
     q = random(1024, heads, dim, generator=generator).bfloat16()
     k, v = (random(keys, kv_heads, size, generator=generator).bfloat16() for size in (dim, v_dim))
     assert cudnn.takes(q.dtype, dim, v_dim)
-    out, lse = cudnn.attend_part(q, k, v, 0.1, causal=causal)
+    out, lse = CUDNN(q, k, v, 0.1, causal=causal)
     expected = cudnn.attend_part_plain(q, k, v, 0.1, causal=causal)
     assert (out.float() - expected.out.float()).norm() / expected.out.float().norm() < 1e-2
     torch.testing.assert_close(lse, expected.lse, atol=1e-2, rtol=1e-3)
+
+
+def test_only_long_chunks_behind_a_long_context_are_chosen(monkeypatch):
+    """A chunk needs enough tokens, enough context, and enough products of the two; a very long one is divided."""
+    monkeypatch.setattr(cached_context, "MIN_CHUNK", 8)
+    monkeypatch.setattr(cached_context, "MAX_CHUNK", 16)
+    monkeypatch.setattr(cached_context, "MIN_CACHED", 16)
+    chunk = cached_context.CachedChunk
+    assert not cached_context._is_long(chunk(0, range(7), 100), 0)
+    assert not cached_context._is_long(chunk(0, range(8), 15), 0)
+    assert not cached_context._is_long(chunk(0, range(8), 16), 129)
+    assert cached_context._is_long(chunk(0, range(8), 16), 128)
+    pieces = cached_context._divide(chunk(3, range(5, 45), 20))
+    assert pieces == [chunk(3, range(5, 21), 20), chunk(3, range(21, 37), 36), chunk(3, range(37, 45), 52)]
