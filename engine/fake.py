@@ -19,7 +19,7 @@ import xxhash
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
 from engine.errors import InternalError
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.plan import AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
 from engine.startup import StartupClock
@@ -182,7 +182,7 @@ class SimulatedBlocks:
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
     """A FakeRunner with the limits of the model in `config.model`; it verifies the blocks where `debug_checks` is on."""
-    limits = ModelSpec.from_folder(config.model).limits()
+    limits = read_spec(config.model).limits()
     if clock is not None:
         clock.end("config")
     return build_fake(config, limits)

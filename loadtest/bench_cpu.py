@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from engine import LLM, CacheConfig, SamplingParams
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 
 ROUNDS = 3
 PROMPT_TOKENS, OUTPUT_TOKENS, STREAMS = 128, 64, 16
@@ -55,7 +55,7 @@ CONFIG = {
 def write_checkpoint(folder: Path) -> None:
     """Random weights, N(0, 0.02) and unit norms, once for both sides."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.ones(t.shape) if name.endswith("norm.weight") else torch.randn(t.shape, generator=generator) * 0.02

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from engine.config import ModelLimits, check
 from engine.errors import CheckpointError, ConfigError
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from server.bundled import bundled_checkpoint
 from server.settings import Settings, in_settings_names
 from server.text.tokenizer import Tokenizer
@@ -184,7 +184,7 @@ def _model(settings: Settings) -> Checkpoint:
     try:
         is_bundled, folder = settings.model is None, settings.model or str(bundled_checkpoint())
         settings = settings.model_copy(update={"model": folder})
-        spec = ModelSpec.from_folder(folder)
+        spec = read_spec(folder)
         text = Tokenizer.from_folder(folder)
     except (ConfigError, CheckpointError) as error:
         return Checkpoint([Finding("model", "missing", error.message)], settings, None)

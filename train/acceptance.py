@@ -27,7 +27,7 @@ from engine.layers.moe import MoeMlp, route
 from engine.layers.ops import Ops
 from engine.models import registry
 from engine.models.deepseek_mtp import DeepseekMtp
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader
 
 BLOCK_SIZE = 64
@@ -89,7 +89,7 @@ class TeacherForced:
     """A model, and its MTP module where the checkpoint has one, run over whole sequences one at a time."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-        spec = ModelSpec.from_folder(folder)
+        spec = read_spec(folder)
         self._device = device
         self._model = registry.build(spec, dtype=dtype, device=device)
         self._model.backend = select.choose(device, self._model.kv_pools()[0], BLOCK_SIZE)

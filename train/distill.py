@@ -12,7 +12,7 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from train import state
 from train.loop import Devices, Metrics, Objective, Training
 from train.model import Decoder, flops_per_token
@@ -66,7 +66,7 @@ def divergence(
 
 def load_teacher(run: Path, device: torch.device) -> Decoder:
     """The model that `train.pretrain` left in `run`. Raises SystemExit where there is none."""
-    teacher = Decoder(ModelSpec.from_hf(TIDEPOOL), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    teacher = Decoder(parse_spec(TIDEPOOL), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     state.load_model(run, teacher)
     teacher.to(device)
     if device.type == "cuda":

@@ -26,6 +26,7 @@ from rich.table import Table
 from engine import LLM
 from engine.config import EngineConfig, resolve
 from engine.errors import ConfigError, TidegateError
+from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
 from train.acceptance import Balance, TeacherForced, choose_prompts, continue_greedily, draft_acceptance
 from train.scoring import EngineScorer, Score, Scorer, ServerFailure, ServerScorer, read_documents, score, windows, xz_size
@@ -168,7 +169,7 @@ def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: C
 
 
 def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
-    spec = ModelSpec.from_folder(asked.model)
+    spec = read_spec(asked.model)
     config = msgspec.convert({"model": asked.model, "dtype": asked.dtype}, EngineConfig)
     config = resolve(config, spec.limits(), has_cuda=torch.cuda.is_available())
     own = TeacherForced(Path(asked.model), dtype=getattr(torch, config.dtype), device=torch.device(config.device))
@@ -183,7 +184,7 @@ def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
     )
     if asked.draft is None:
         return beside
-    _check_draft(ModelSpec.from_folder(asked.draft), spec, asked)
+    _check_draft(read_spec(asked.draft), spec, asked)
     with _llm(asked.draft, asked.dtype) as draft:
         return beside._replace(draft_acceptance=draft_acceptance(draft, continued))
 

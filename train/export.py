@@ -19,7 +19,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from engine.quant import fp8
 from train import state
 from train.model import Decoder
@@ -86,7 +86,7 @@ def plain(
     """Write RUN's model in bfloat16."""
     if model not in CONFIGS:
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(CONFIGS)}", param_hint="--model")
-    decoder = Decoder(ModelSpec.from_hf(CONFIGS[model]), dtype=torch.float32)
+    decoder = Decoder(parse_spec(CONFIGS[model]), dtype=torch.float32)
     state.load_model(run, decoder)
     write(out, to_bfloat16(checkpoint_tensors(decoder)), CONFIGS[model], tokenizer)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import typer
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from train.loop import Devices, Metrics, Objective, Training
 from train.model import Decoder, flops_per_token
 from train.plan import Phase, Plan
@@ -105,7 +105,7 @@ def build(config: dict[str, Any], device: torch.device, *, seed: int) -> Decoder
     """On CUDA compiled, and bfloat16 between the float32 parameters."""
     on_cuda = device.type == "cuda"
     torch.manual_seed(seed)
-    model = Decoder(ModelSpec.from_hf(config), dtype=torch.bfloat16 if on_cuda else torch.float32).to(device)
+    model = Decoder(parse_spec(config), dtype=torch.bfloat16 if on_cuda else torch.float32).to(device)
     if on_cuda:
         model.compile()
     return model

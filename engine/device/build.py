@@ -16,7 +16,7 @@ from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
 from engine.device.runner import TorchRunner
 from engine.errors import ConfigError
 from engine.kvcache.storage import KVStorage, block_bytes
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.plan import AdmittedRow, BuiltRunner, StepPlan
 from engine.request import SamplingParams
 from engine.startup import StartupClock
@@ -29,7 +29,7 @@ MAX_BLOCKS = 1 << 18  # a tiny model on a large device: more blocks than anyone 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
     """The runner of `config`: its model with weights, and a cache as large as the memory allows."""
     clock = clock or StartupClock()
-    spec = ModelSpec.from_folder(config.model)
+    spec = read_spec(config.model)
     limits = spec.limits()
     asked = config.max_model_len
     config = resolve(config, limits, has_cuda=torch.cuda.is_available())

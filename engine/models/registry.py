@@ -11,8 +11,9 @@ from engine.models.base import DecoderModel as Model
 from engine.models.deepseek import DeepseekModel
 from engine.models.deepseek_mtp import DeepseekMtp
 from engine.models.dense import DenseModel
+from engine.models.families import ARCHITECTURES, Family
 from engine.models.qwen3_moe import Qwen3MoeModel
-from engine.models.spec import ARCHITECTURES, Family, ModelSpec
+from engine.models.spec import ModelSpec
 
 __all__ = ["MODELS", "Model", "build", "build_mtp"]
 

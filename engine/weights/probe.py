@@ -17,7 +17,7 @@ import torch
 from engine.config import EngineConfig, fit_cache, resolve
 from engine.errors import ConfigError, TidegateError
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader, room
 
 
@@ -31,7 +31,7 @@ def torch_facts() -> dict[str, Any]:
 def problem_with(asked: EngineConfig) -> str | None:
     """Why the engine of `asked` would not start, as far as can be known before any weight is read."""
     try:
-        spec = ModelSpec.from_folder(asked.model)
+        spec = read_spec(asked.model)
         config = resolve(asked, spec.limits(), has_cuda=torch.cuda.is_available())
         dtype: torch.dtype = getattr(torch, config.dtype)
         room.check(spec, dtype=dtype, device=torch.device(config.device))

@@ -22,6 +22,7 @@ from engine import LLM, SamplingParams
 from engine.config import EngineConfig, ModelLimits
 from engine.errors import ConfigError
 from engine.messages import EngineInfo
+from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
 from engine.request import TokenEvent
 from engine.startup import process_seconds
@@ -95,7 +96,7 @@ def _say(console: Console, text: str) -> None:
 
 def _job(settings: Settings, names: Sequence[str], console: Console) -> _Job:
     config = settings.engine_config()
-    spec = ModelSpec.from_folder(config.model)
+    spec = read_spec(config.model)
     limits, asked = spec.limits(), settings.max_model_len
     most = asked or limits.max_model_len
     chosen = {name: build_workload(name, limits.vocab_size) for name in names or DEFAULT}

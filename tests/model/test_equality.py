@@ -21,7 +21,7 @@ from engine.core import build_core
 from engine.kvcache.storage import KVStorage
 from engine.messages import Submit
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.sampling import reference
 from engine.weights import loader
 
@@ -41,7 +41,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(model, folder)
     return model
 

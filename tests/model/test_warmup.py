@@ -16,7 +16,7 @@ from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core
 from engine.device.warmup import Rehearsals
 from engine.kvcache.storage import KVStorage
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ class _Loaded(NamedTuple):
 
 def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
     config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
-    spec = ModelSpec.from_folder(config.model)
+    spec = read_spec(config.model)
     backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
     monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
     lengths, forward = [], backend.forward

@@ -62,6 +62,12 @@ TORCH_FREE = (
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
     "engine.kvcache.manager",
+    "engine.models.config_common",
+    "engine.models.config_reader",
+    "engine.models.deepseek_config",
+    "engine.models.dense_config",
+    "engine.models.families",
+    "engine.models.qwen3_moe_config",
     "engine.models.spec",
     "server",
 )

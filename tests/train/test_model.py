@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_models import TINY_DRAFT, TINY_TIDEPOOL, VOCAB, make, make_odd
 
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from engine.weights import loader
 from tests.model.paged import PagedRun, random_sequences
 from train import export
@@ -22,7 +22,7 @@ def test_logits_equal_the_engines(name, tmp_path):
     config = CONFIGS[name]
     model = make_odd(config)
     save_file({n: t.contiguous().clone() for n, t in export.checkpoint_tensors(model).items()}, tmp_path / "model.safetensors")
-    engine = registry.build(ModelSpec.from_hf(config), dtype=torch.float32, device=torch.device("cpu"))
+    engine = registry.build(parse_spec(config), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(engine, tmp_path)
     sequences = random_sequences(VOCAB, (9, 40))
     for tokens, logits in zip(sequences, PagedRun(engine, sequences).run(num_decoded=3), strict=True):

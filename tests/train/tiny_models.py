@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from train.model import Decoder
 from train.plan import Phase, Plan
 from train.shapes import DRAFT, TIDEPOOL
@@ -41,7 +41,7 @@ TINY_DRAFT = DRAFT | {
 
 def make(config: dict[str, object], *, seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
-    return Decoder(ModelSpec.from_hf(config), dtype=torch.float32)
+    return Decoder(parse_spec(config), dtype=torch.float32)
 
 
 def make_odd(config: dict[str, object]) -> Decoder:

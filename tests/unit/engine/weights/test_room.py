@@ -8,7 +8,7 @@ import torch
 from engine import LLM
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from engine.weights import room
 from tests.unit.engine.models.test_spec import LLAMA, QWEN3_MOE, SMOLLM3, V3
 
@@ -18,7 +18,7 @@ MEMINFO = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  400 kB\nSwapFree:
 
 @pytest.mark.parametrize("config", [LLAMA, SMOLLM3, QWEN3_MOE, V3], ids=lambda c: c["architectures"][0])
 def test_what_is_counted_is_what_is_allocated(config):
-    spec = ModelSpec.from_hf(config)
+    spec = parse_spec(config)
     model = registry.build(spec, dtype=torch.bfloat16, device=CPU)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     assert room.weight_bytes(spec, torch.bfloat16) == sum(storages.values())
@@ -39,7 +39,7 @@ def test_free_memory_of_the_host(meminfo, limit, found):
 
 
 def test_it_fits_to_the_byte_and_not_beyond(monkeypatch):
-    spec = ModelSpec.from_hf(LLAMA)
+    spec = parse_spec(LLAMA)
     need = room.weight_bytes(spec, torch.float32)
     monkeypatch.setattr(room, "free_bytes", lambda device: need)
     room.check(spec, dtype=torch.float32, device=CPU)

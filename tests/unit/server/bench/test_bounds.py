@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from server.bench.bounds import Costs, Hardware, Length, Step, step_seconds, steps, workload_seconds
 from server.bench.workloads import build_workload
 
@@ -52,7 +52,7 @@ CONFIGS = {
         "max_position_embeddings": 163840,
     },
 }
-SPECS = {name: ModelSpec.from_hf(COMMON | config) for name, config in CONFIGS.items()}
+SPECS = {name: parse_spec(COMMON | config) for name, config in CONFIGS.items()}
 
 
 def bound(model, workload):

@@ -5,7 +5,7 @@ import pytest
 from engine.config import ModelLimits
 from engine.errors import ConfigError
 from engine.messages import EngineInfo
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.startup import PHASES
 from server import bench
 from server.bench import bounds, lines, offline
@@ -134,7 +134,7 @@ def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 
 def test_the_share_of_the_bound_where_the_hardware_is_known(demo):
-    spec, work = ModelSpec.from_folder(demo), bench.fixed(3, 5, 7)
+    spec, work = read_spec(demo), bench.fixed(3, 5, 7)
     hardware = bounds.Hardware(1e9, 1e12)
 
     class Engine:
