@@ -9,7 +9,7 @@ from engine.batch import ForwardBatch, PoolSpec
 from engine.config import EngineConfig
 from engine.models import registry
 from engine.models.spec import ModelSpec
-from engine.weights import dummy, loader, room
+from engine.weights import capacity, dummy, loader
 
 
 class TorchBackend:
@@ -43,7 +43,7 @@ class TorchBackend:
 def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBackend:
     """The model that `config.model` holds, with the checkpoint's weights or with random ones."""
     dtype: torch.dtype = getattr(torch, config.dtype)
-    room.check(spec, dtype=dtype, device=device)
+    capacity.check(spec, dtype=dtype, device=device)
     with torch.inference_mode():
         model = registry.build(spec, dtype=dtype, device=device)
         model.backend = select.choose(device, model.kv_pools()[0], config.cache.block_size)

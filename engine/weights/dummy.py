@@ -1,4 +1,4 @@
-"""Seeded random weights in place of a checkpoint's: norms one, biases zero, the rest N(0, 0.02)."""
+"""Seeded random weights, for a run without a checkpoint: norm weights are 1, biases are 0, all others are N(0, 0.02)."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_no_mtp_tensors(checkpoint):
     assert loader.has_mtp(read_spec(checkpoint), checkpoint)
     edit(checkpoint, lambda t: [t.pop(n) for n in list(t) if n.startswith(PREFIX)])
     assert not loader.has_mtp(read_spec(checkpoint), checkpoint)
-    refused(checkpoint, str(checkpoint), "num_nextn_predict_layers 1", PREFIX)
+    refused(checkpoint, str(checkpoint), "num_nextn_predict_layers is 1", PREFIX)
 
 
 def test_no_mtp_layer_in_the_config(tmp_path):

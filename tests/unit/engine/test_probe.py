@@ -32,7 +32,7 @@ def test_a_whole_checkpoint_is_well(model):
 def test_a_file_that_is_cut_short_is_told(model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "model.safetensors: not a whole safetensors file" in problem(model)
+    assert "model.safetensors: not a complete safetensors file" in problem(model)
     assert problem(model, load_format="dummy") is None
 
 
