@@ -1,4 +1,4 @@
-"""From unpacked files to held-out and training text: what is kept, what is dropped and why, and that no file is unaccounted for."""
+"""From unpacked files to held-out and training text: what is kept, what is dropped and why, and that every file is counted.
 
 from __future__ import annotations
 
