@@ -1,4 +1,4 @@
-"""What is trained is what the engine runs: logits of a training model and of the engine on its exported checkpoint."""
+"""The training model equals the engine's: same logits from a training model and from the engine on its exported checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_logits_equal_the_engines(name, tmp_path):
 
 
 def test_losses_are_of_the_tokens_one_and_two_ahead():
-    """A model whose head is asked for the wrong position would still learn a cycle; an untrained one tells them apart."""
+    """An untrained model shows a shifted target. A trained one would not: it would learn a cycle whatever the shift."""
     model = make_odd(TINY_TIDEPOOL)
     ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_cross_entropy_is_torchs():
 
 
 def test_flops_count_what_a_token_touches():
-    """By hand for the draft: every matrix once, the embedding as the head; attention over half a window on average."""
+    """The draft's count by hand: every matrix once, the embedding as the head, and attention over half a window on average."""
     model, length = make(TINY_DRAFT), 64
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert active_parameters(model) == matrices

@@ -1,4 +1,4 @@
-"""Windows, plan, optimizer, export: each by itself."""
+"""Windows, plan, optimizer and export, each tested separately."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_orthogonalize_keeps_directions_and_evens_sizes(shape):
 
 
 def test_a_step_of_muon_is_torchs():
-    """Beside torch.optim.Muon, matrix by matrix, with the same scaling; it iterates in bfloat16."""
+    """Compared with torch.optim.Muon, matrix by matrix, with the same scaling. torch's version iterates in bfloat16."""
     torch.manual_seed(0)
     model = make(TINY_DRAFT)
     ours, _ = make_optimizers(model, lr=1e-2)

@@ -1,4 +1,4 @@
-"""Shapes small enough to train for some steps in a test: every part of Tidepool's and of its draft's."""
+"""Model shapes small enough to train for some steps in a test, with every part of Tidepool and of its draft model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make(config: dict[str, object], *, seed: int = 0) -> Decoder:
 
 
 def make_odd(config: dict[str, object]) -> Decoder:
-    """Norms and biases away from ones and zeros, where a mix-up would not show; matrices large enough to matter."""
+    """Set norms and biases to values other than ones and zeros, so that swapping two would show, and enlarge the matrices."""
     model = make(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -59,7 +59,7 @@ def make_odd(config: dict[str, object]) -> Decoder:
 
 
 def stream(length: int = 4000) -> torch.Tensor:
-    """A text that can be learnt: a cycle of tokens, with a seeded tenth of it noise."""
+    """A learnable text: a cycle of tokens, a tenth of which is seeded noise."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(length) * 7 % VOCAB
     noise = torch.randint(VOCAB, (length,), generator=generator)
