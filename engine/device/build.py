@@ -12,10 +12,11 @@ import torch
 
 from engine.backends.base import Backend
 from engine.backends.torch import load
+from engine.batch import block_bytes
 from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
 from engine.device.runner import TorchRunner
 from engine.errors import ConfigError
-from engine.kvcache.storage import KVStorage, block_bytes
+from engine.kvcache.storage import KVStorage
 from engine.models.spec import ModelSpec
 from engine.plan import AdmittedRow, BuiltRunner, StepPlan
 from engine.request import SamplingParams
