@@ -25,6 +25,7 @@ class Bound(NamedTuple):
     about: str = ""
 
 
+NO_TOKEN = -1  # in place of a sampled token: the row's logits held NaN or infinity, so no token was sampled
 SEED_MAX = 2**63 - 1
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
@@ -148,8 +149,11 @@ class TokenEvent(msgspec.Struct, array_like=True, gc=False, omit_defaults=True):
 
 @lru_cache(maxsize=64)
 def _stop_ids(stop_token_ids: tuple[int, ...], eos_token_ids: tuple[int, ...]) -> frozenset[int]:
-    """Return the ids that end a request. Most requests share one set, which the garbage collector then visits once."""
-    return frozenset(stop_token_ids).union(eos_token_ids)
+    """Return the ids that end a request. Most requests share one set, which the garbage collector then visits once.
+
+    NO_TOKEN is among them, so that the scheduler tests each token once for all these cases.
+    """
+    return frozenset(stop_token_ids).union(eos_token_ids, (NO_TOKEN,))
 
 
 class Request:

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 from engine.config import EngineConfig
@@ -141,7 +142,6 @@ class Scheduler:
             collect_prompt_logprobs(plan, requests, result.prompt_logprobs)
         logprobs = result.logprobs
         events: list[TokenEvent] = []
-        failures = self._fail(plan, requests, result) if NO_TOKEN in result.tokens else []
         finished = Status.FINISHED
         for index, token in zip(plan.samples, result.tokens, strict=True):
             request = requests[index]
@@ -157,11 +157,14 @@ class Scheduler:
                 event.logprobs = [logprobs[index]]
             if length == request.num_prompt + 1:
                 add_first(event, request)
-            if (token in request.stop_ids or length >= request.end_len) and set_finish(event, request):
-                self._end(request)
-                self.counts.num_finished += 1
+            if token in request.stop_ids or length >= request.end_len:
+                if token == NO_TOKEN:
+                    events[-1] = self._fail(request, step)
+                elif set_finish(event, request):
+                    self._end(request)
+                    self.counts.num_finished += 1
         self.counts.output_tokens += len(events)
-        return events + failures
+        return events
 
     def check(self) -> None:
         """Raise InternalError if lists, rows, blocks and counters disagree."""
@@ -287,18 +290,18 @@ class Scheduler:
         self._queue.push(request)
         self.counts.num_preemptions += 1
 
-    def _fail(self, plan: StepPlan, requests: list[Request], result: StepResult) -> list[TokenEvent]:
-        """End the requests whose logits were not finite. Their blocks may hold NaN, so they leave the prefix cache."""
-        events: list[TokenEvent] = []
-        for index, token in zip(plan.samples, result.tokens, strict=True):
-            request = requests[index]
-            if token != NO_TOKEN or request.status is Status.FINISHED:
-                continue
-            events.append(failure_event(request, plan.step))
-            self.cache.withdraw(request)
-            self._end(request)
-            self.counts.num_failed += 1
-        return events
+    def _fail(self, request: Request, step: int) -> TokenEvent:
+        """End a request whose newest token is NO_TOKEN, and return its last event.
+
+        Its blocks may hold NaN, so they leave the prefix cache.
+        """
+        request.tokens.pop()
+        self.counts.output_tokens -= 1  # `commit` counts one token per event
+        self.counts.num_failed += 1
+        event = failure_event(request, step)
+        self.cache.withdraw(request)
+        self._end(request)
+        return event
 
     def _end(self, request: Request) -> None:
         if request.status is Status.RUNNING:
@@ -315,7 +318,9 @@ def _longest_first(plan: StepPlan, requests: list[Request]) -> None:
 
     Attention starts with the first rows. A long row that started last would leave most of the device idle at the end.
     """
-    order = sorted(range(len(requests)), key=plan.starts.__getitem__, reverse=True)
-    plan.rows = [plan.rows[i] for i in order]
-    plan.starts = [plan.starts[i] for i in order]
-    requests[:] = [requests[i] for i in order]
+    if len(requests) < 2:
+        return
+    in_order = itemgetter(*sorted(range(len(requests)), key=plan.starts.__getitem__, reverse=True))
+    plan.rows = list(in_order(plan.rows))
+    plan.starts = list(in_order(plan.starts))
+    requests[:] = in_order(requests)
