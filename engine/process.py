@@ -61,8 +61,9 @@ class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
 class CollectorPauses:
     """Keeps the pauses by Python's garbage collector short, and measures the longest one.
 
-    All objects that exist after start-up stay until the process ends, so they are excluded from further collections. Full
-    collections run while the engine is idle (`collect`); the structures of requests contain no reference cycles.
+    Objects that exist after start-up, or after preparation, stay until the process ends. `freeze` excludes them from further
+    collections. Full collections run while the engine is idle (`collect`). The structures of requests contain no reference
+    cycles, so memory does not depend on these collections.
     """
 
     def __init__(self) -> None:
@@ -70,10 +71,14 @@ class CollectorPauses:
         self._began = 0.0
         self._collected = True  # no step has run since the last `collect`
         self._thresholds = gc.get_threshold()
-        gc.collect()
-        gc.freeze()
+        self.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         gc.callbacks.append(self._measure)
+
+    def freeze(self) -> None:
+        """Exclude all present objects from further collections. Called only while there are no requests."""
+        gc.collect()
+        gc.freeze()
 
     def close(self) -> None:
         """Undo everything."""
@@ -153,6 +158,7 @@ class EngineProcess:
     def _prepare(self) -> bool:
         if self._preparing and not self._core.prepare():
             self._preparing = False
+            self._pauses.freeze()
             self._heartbeat_at = 0.0  # tell the workers that from now on every iteration of the loop is short
         return self._preparing
 
