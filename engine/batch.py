@@ -8,6 +8,8 @@ A query is one slice of the plan. With T tokens, B queries and S sampled positio
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,11 @@ class PoolSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[int, ...] = ()
+
+
+def block_bytes(pools: Iterable[Sequence[PoolSpec]], block_size: int) -> int:
+    """Return the bytes of one KV block, summed over all layers and pools."""
+    return block_size * sum(math.prod(pool.shape) * pool.dtype.itemsize for layer in pools for pool in layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -250,6 +250,7 @@ def engine_families(health: EngineHealth) -> list[Metric]:
     gauges = (
         ("tidegate_engine_requests_running", "Outputs that own a batch row.", stats.running),
         ("tidegate_engine_requests_waiting", "Outputs in the engine's queue.", stats.waiting),
+        ("tidegate_engine_gc_pause_seconds", "Longest pause by Python's garbage collector.", stats.gc_pause_seconds),
         ("tidegate_kv_blocks_used", "Cache blocks that requests hold.", stats.blocks_used),
         ("tidegate_kv_blocks_cached", "Cache blocks kept for later requests, free otherwise.", stats.blocks_cached),
         ("tidegate_kv_blocks_total", "Cache blocks there are.", stats.blocks_total),
@@ -259,6 +260,11 @@ def engine_families(health: EngineHealth) -> list[Metric]:
         ("tidegate_engine_steps", "Steps run.", stats.step),
         ("tidegate_engine_step_seconds", "In steps.", stats.step_seconds),
         ("tidegate_engine_exposed_cpu_seconds", "Of these, while the device had nothing to do.", stats.exposed_cpu_seconds),
+        (
+            "tidegate_engine_requests_failed",
+            "Requests ended because their logits were not finite (NaN or infinity).",
+            stats.num_failed,
+        ),
         ("tidegate_preemptions", "Requests that had to give up their blocks.", stats.num_preemptions),
         ("tidegate_prefix_cache_queries_tokens", "Prompt tokens looked up.", stats.prompt_tokens),
         ("tidegate_prefix_cache_hits_tokens", "Of these, found.", stats.cached_tokens),

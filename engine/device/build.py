@@ -12,11 +12,11 @@ import torch
 
 from engine.backends.base import Backend
 from engine.backends.torch import load
+from engine.batch import block_bytes
 from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
 from engine.device.runner import TorchRunner
 from engine.errors import ConfigError
-from engine.kvcache.storage import KVStorage, block_bytes
-from engine.models.families import read_spec
+from engine.kvcache.storage import KVStorage
 from engine.plan import AdmittedRow, BuiltRunner, StepPlan
 from engine.request import SamplingParams
 from engine.startup import StartupClock
@@ -95,7 +95,9 @@ def _largest_step(config: EngineConfig, limits: ModelLimits) -> tuple[StepPlan, 
         AdmittedRow(row, [0] * each, each, list(range(row * width, (row + 1) * width)), SamplingParams(top_p=0.9), 0)
         for row in range(rows)
     ]
-    plan = StepPlan(0, list(range(rows)), [0] * rows, [each] * rows, 0, list(range(rows)), admitted, [], [])
+    plan = StepPlan(
+        0, rows=list(range(rows)), starts=[0] * rows, nums=[each] * rows, samples=list(range(rows)), admitted=admitted
+    )
     return plan, rows * width
 
 

@@ -125,7 +125,7 @@ class StepGraphs:
         return self._capture(inputs, run)
 
     def _capture_mixed(self, key: Key) -> _Captured:
-        packed = self._mixed_inputs(key, Slices.of(StepPlan(0, [], [], [], 0, [], [], [], [])), np.zeros(0))
+        packed = self._mixed_inputs(key, Slices.of(StepPlan(0)), np.zeros(0))
         inputs = torch.from_numpy(packed.values).to(self._device)
         ones = [1] * key[1]
 

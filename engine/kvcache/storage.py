@@ -17,11 +17,6 @@ from engine.batch import LayerPools, PoolSpec
 from engine.plan import BlockCopy
 
 
-def block_bytes(pools: list[list[PoolSpec]], block_size: int) -> int:
-    """Bytes of one block over all layers and pools."""
-    return block_size * sum(math.prod(p.shape) * p.dtype.itemsize for layer in pools for p in layer)
-
-
 class KVStorage:
     """`layers[i]` has layer i's pools by name, each [num_blocks + 1, block_size, *shape], all zeros at first.
 
