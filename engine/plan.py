@@ -19,6 +19,8 @@ import msgspec
 from engine.config import EngineConfig, ModelLimits
 from engine.request import SamplingParams, TokenLogprobs
 
+NO_TOKEN = -1  # in StepResult.tokens: the row's logits held NaN or infinity, so no token was sampled
+
 
 class BlockCopy(NamedTuple):
     """Copy every pool of block `src` to block `dst`, before anything else of the step runs."""

@@ -7,13 +7,13 @@ JSON object on standard output. No weight is read: the model stands on the meta 
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
 import msgspec
 import torch
 
+from engine.batch import block_bytes
 from engine.config import EngineConfig, fit_cache, resolve
 from engine.errors import ConfigError, TidegateError
 from engine.models import registry
@@ -47,7 +47,7 @@ def problem_with(asked: EngineConfig) -> str | None:
 def _check_cache(config: EngineConfig, model: registry.Model, *, asked: int | None) -> None:
     """On CUDA, the room for the cache is measured by running a step, and so is not known here."""
     cache = config.cache
-    each = cache.block_size * sum(math.prod(p.shape) * p.dtype.itemsize for layer in model.kv_pools() for p in layer)
+    each = block_bytes(model.kv_pools(), cache.block_size)
     num_blocks = cache.num_blocks or (cache.host_bytes // each if config.device == "cpu" else None)
     if num_blocks == 0:
         raise ConfigError(f"host_bytes is {cache.host_bytes}, but one block of the KV cache has {each}", param="host_bytes")

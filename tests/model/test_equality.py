@@ -255,7 +255,7 @@ def assert_same_logprobs(a, b):
 
 @pytest.mark.parametrize(("step", "chunk"), [(512, 1 << 25), (7, 1 << 25), (512, 1)])
 def test_prompt_logprobs_are_those_of_the_model(folder, model, monkeypatch, step, chunk):
-    monkeypatch.setattr("engine.sampling.logprobs._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("engine.sampling.prompt_logprobs._CHUNK_ELEMENTS", chunk)
     many = [*prompts(5, seed=22, low=2), [5]]
     params = [SamplingParams(max_tokens=3, temperature=0.0, prompt_logprobs=k) for k in (0, 1, 5, None, 20, 2)]
     with llm(folder, step=step, rows=6, prefix=True) as engine:

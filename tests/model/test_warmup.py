@@ -1,4 +1,4 @@
-"""Rehearsals: a prompt of each length that a backend names, once, and in the scratch block alone."""
+"""PromptWarmup: a prompt of each length that a backend names, once, and in the scratch block alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.attention.triton_paged import TritonAttention
 from engine.backends.torch import load
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core
-from engine.device.warmup import Rehearsals
+from engine.device.warmup import PromptWarmup
 from engine.kvcache.storage import KVStorage
 from engine.models.spec import ModelSpec
 
@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 
 class _Loaded(NamedTuple):
-    rehearsals: Rehearsals
+    rehearsals: PromptWarmup
     storage: KVStorage
     lengths: list[int]  # of the prompts that ran
 
 
-def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
+def rehearsals(folder, monkeypatch, *, max_tokens: int) -> _Loaded:
     config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
     spec = ModelSpec.from_folder(config.model)
     backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
@@ -40,16 +40,16 @@ def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
 
     monkeypatch.setattr(backend, "forward", counted)
     storage = KVStorage(backend.kv_pools(), num_blocks=4, block_size=4, device=CPU)
-    found = Rehearsals(
-        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, most_tokens=most_tokens, device=CPU
+    found = PromptWarmup(
+        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, max_tokens=max_tokens, device=CPU
     )
     return _Loaded(found, storage, lengths)
 
 
 def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
-    found, storage, lengths = rehearsals(tmp_path, monkeypatch, most_tokens=29)
+    found, storage, lengths = rehearsals(tmp_path, monkeypatch, max_tokens=29)
     with torch.inference_mode():
-        assert [found.next() for _ in range(4)] == [True, True, False, False]
+        assert [found.run_next() for _ in range(4)] == [True, True, False, False]
     assert lengths == [5, 9]
     for layer in storage.layers:
         for pool in layer.values():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.device.graph_shapes import ALIGN, TOKENS, DecodeInputs, GraphSizes, MixedInputs
+from engine.device.graph_shapes import ALIGN, TOKENS, DecodeBuffers, GraphSizes, MixedBuffers
 from engine.device.inputs import Slices
 from engine.plan import StepPlan
 
@@ -38,7 +38,7 @@ def test_every_mixed_step_up_to_the_largest_has_a_graph_that_is_among_the_keys(m
 
 
 def test_decodes_are_padded_with_the_scratch_row():
-    packed = DecodeInputs.of(np.array([4, 2]), np.array([70, 8]), np.array([0.25, 0.5]), size=3, scratch_row=SCRATCH)
+    packed = DecodeBuffers.of(np.array([4, 2]), np.array([70, 8]), np.array([0.25, 0.5]), size=3, scratch_row=SCRATCH)
     uniform, rows, positions = packed.parts(packed.values)
     assert uniform.tolist() == [0.25, 0.5, 0.0, 0.0]
     assert rows.tolist() == [4, 2, SCRATCH, SCRATCH]
@@ -48,7 +48,7 @@ def test_decodes_are_padded_with_the_scratch_row():
 def test_tokens_that_pad_a_mixed_step_are_one_more_query():
     slices = Slices.of(StepPlan(1, [4, 2], [7, 0], [1, 3], 1, [0, 1], [], [], []))
     tokens = (np.array([-1, 5, 6, 7]), np.array([7, 0, 1, 2]), np.array([4, 2, 2, 2]))
-    packed = MixedInputs.of(tokens, slices, np.array([0.5, 0.75]), key=(8, 4), scratch_row=SCRATCH)
+    packed = MixedBuffers.of(tokens, slices, np.array([0.5, 0.75]), key=(8, 4), scratch_row=SCRATCH)
     uniform, ids, positions, owners, rows, kv_lens, starts = (part.tolist() for part in packed.parts(packed.values))
     assert uniform == [0.5, 0.75, 0.0, 0.0]
     assert ids == [-1, 5, 6, 7, 0, 0, 0, 0]

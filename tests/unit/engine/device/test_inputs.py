@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from engine.device.inputs import Rows, Slices, Uploader
+from engine.batch import Uploader
+from engine.device.inputs import Rows, Slices
 from engine.errors import InternalError
 from engine.plan import AdmittedRow, GrownRow, StepPlan
 from engine.request import SamplingParams
@@ -27,7 +28,7 @@ def plan(slices, *, decodes=0, samples=(), admitted=(), grown=()):
 
 
 def step(state, p):
-    state.change(p)
+    state.apply(p)
     return state.batch(p, Slices.of(p), [])
 
 
@@ -67,7 +68,7 @@ def test_chunks_read_the_admitted_tokens_and_write_the_rows_blocks():
 
 def test_all_tokens_are_read_where_that_is_asked_for_and_where_samples_follow_all():
     state, first = rows(), plan([(1, 0, 3)], samples=[0], admitted=[admitted(1, [5, 6, 7], [0])])
-    state.change(first)
+    state.apply(first)
     assert state.batch(first, Slices.of(first), [], all_read=True).batch.read is None
     assert step(state, plan([(1, 3, 1)], decodes=1, samples=[0])).batch.read is None
 

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from engine.batch import PoolSpec
-from engine.kvcache.storage import KVStorage, block_bytes
+from engine.batch import PoolSpec, block_bytes
+from engine.kvcache.storage import KVStorage
 from engine.plan import BlockCopy
 
 POOLS = [
