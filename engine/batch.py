@@ -10,7 +10,7 @@ and S sampled positions in the step:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,9 @@ class PoolSpec:
     parts: tuple[int, ...] = ()
 
 
-def block_bytes(pools: list[list[PoolSpec]], block_size: int) -> int:
-    """Bytes of one block of `block_size` tokens over all layers and pools."""
-    return block_size * sum(math.prod(p.shape) * p.dtype.itemsize for layer in pools for p in layer)
+def block_bytes(pools: Iterable[Sequence[PoolSpec]], block_size: int) -> int:
+    """Return the bytes of one KV block, summed over all layers and pools."""
+    return block_size * sum(math.prod(pool.shape) * pool.dtype.itemsize for layer in pools for pool in layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import InternalError
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit
+from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan
 from engine.request import Request, TokenEvent
 from engine.scheduler.scheduler import Scheduler
@@ -31,7 +31,7 @@ from engine.startup import StartupClock
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
-class _Submitted(NamedTuple):
+class _InFlightStep(NamedTuple):
     plan: StepPlan
     pending: PendingStep
     followed: bool  # it was submitted while another was under way: what the device waited for it, we could have hidden
@@ -53,7 +53,7 @@ class Core:
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
         self._scheduler = Scheduler(built.config, built.runner.num_blocks)
-        self._in_flight: _Submitted | None = None
+        self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # by abort, told with the next step
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
@@ -69,9 +69,9 @@ class Core:
         self._scheduler.add(
             Request(
                 submit.request_id,
-                submit.prompt + submit.outputs,
+                unpack_tokens(submit.prompt + submit.outputs),
                 submit.params,
-                num_prompt=len(submit.prompt),
+                num_prompt=submit.num_prompt,
                 seed=submit.seed,
                 eos_token_ids=self._limits.eos_token_ids,
                 max_model_len=self._limits.max_model_len,
@@ -115,6 +115,7 @@ class Core:
             num_accepted=counts.num_accepted,
             num_finished=counts.num_finished,
             num_aborted=counts.num_aborted,
+            num_failed=counts.num_failed,
             num_preemptions=counts.num_preemptions,
             prompt_tokens=counts.prompt_tokens,
             cached_tokens=counts.cached_tokens,
@@ -156,7 +157,7 @@ class Core:
     def _overlapped_step(self, began: float) -> list[TokenEvent]:
         previous = self._in_flight
         plan = self._scheduler.schedule()
-        self._in_flight = None if plan is None else _Submitted(plan, self._runner.submit(plan), previous is not None)
+        self._in_flight = None if plan is None else _InFlightStep(plan, self._runner.submit(plan), previous is not None)
         if previous is None:
             self._exposed_seconds += time.perf_counter() - began
             return [] if plan is not None else self._nothing_to_run()

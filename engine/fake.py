@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Sequence
 
 import msgspec
 import xxhash
@@ -33,13 +34,13 @@ class _Row:
     __slots__ = ("blocks", "chain", "masked", "num_prompt", "params", "salt", "tokens")
 
     def __init__(self, admitted: AdmittedRow, eos: tuple[int, ...]) -> None:
-        self.tokens = admitted.tokens.copy()
+        self.tokens = array("i", admitted.tokens)
         self.num_prompt = admitted.num_prompt
         self.blocks = admitted.blocks.copy()
         self.params = admitted.params
         self.salt = 0 if admitted.params.greedy else admitted.seed * 0x9E3779B97F4A7C15 & _MASK
         self.masked = frozenset(admitted.params.stop_token_ids) | frozenset(() if admitted.params.ignore_eos else eos)
-        self.chain = xxhash.xxh3_64_intdigest(array("i", self.tokens[: self.num_prompt]).tobytes())
+        self.chain = xxhash.xxh3_64_intdigest(self.tokens[: self.num_prompt].tobytes())
         for token in self.tokens[self.num_prompt :]:
             self.chain = _mix(self.chain, token)
 
@@ -80,7 +81,7 @@ class FakeRunner:
             result.prompt_logprobs[index] = self._prompt_logprobs(plan, index)
         for index in plan.samples:
             self._sample(plan, index, result)
-        return _FakePending(result, self._finish_time(plan))
+        return FakeStep(result, self._finish_time(plan))
 
     def prepare(self) -> bool:
         return False
@@ -135,7 +136,7 @@ class FakeRunner:
         return self._device_free_at
 
 
-class _FakePending:
+class FakeStep:
     __slots__ = ("_done_at", "_result")
 
     def __init__(self, result: StepResult, done_at: float) -> None:
@@ -201,7 +202,7 @@ def build_fake(config: EngineConfig, limits: ModelLimits) -> BuiltRunner:
     return BuiltRunner(runner, resolved, limits, "fake device")
 
 
-def expected_tokens(prompt: list[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:
+def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:
     """The first `num` tokens that any FakeRunner of this model gives a request, however it is scheduled."""
     row = _Row(AdmittedRow(0, prompt, len(prompt), [], params, seed), limits.eos_token_ids)
     return [row.sample(limits.vocab_size) for _ in range(num)]
@@ -212,7 +213,7 @@ def _mix(state: int, value: int) -> int:
     return state ^ state >> 29
 
 
-def _prefixes(tokens: list[int]) -> list[int]:
+def _prefixes(tokens: Sequence[int]) -> list[int]:
     """A hash of tokens[: i + 1] for each i."""
     state, out = 1, []
     for token in tokens:

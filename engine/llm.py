@@ -20,12 +20,11 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from engine import errors
 from engine.config import EngineConfig
 from engine.core import build_core
-from engine.errors import CheckpointError, ConfigError, InternalError, InvalidRequest, Overloaded, TidegateError
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit
-from engine.request import FinishReason, RequestFailure, SamplingParams, TokenEvent, TokenLogprobs
+from engine.errors import CheckpointError, ConfigError, InvalidRequest, Overloaded, error_from_name
+from engine.messages import EngineInfo, EngineStats, Submit, check_submit, pack_tokens
+from engine.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
 Prompt = str | list[int]
 
@@ -140,7 +139,7 @@ class LLM:
                     if event.finish is not None:
                         del running[event.request_id]
                     if event.failure is not None:
-                        raise _as_error(event.failure)
+                        raise error_from_name(event.failure.error, event.failure.message, event.failure.param)
                     yield index, event
         finally:
             self._drop(list(running))
@@ -148,7 +147,7 @@ class LLM:
     def _submission(self, prompt: list[int], params: SamplingParams) -> Submit:
         self._num_requests += 1
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Submit(request_id=f"llm-{self._num_requests}", prompt=prompt, params=params, seed=seed)
+        return Submit(request_id=f"llm-{self._num_requests}", prompt=pack_tokens(prompt), params=params, seed=seed)
 
     def _submit(self, waiting: deque[tuple[int, Submit]], running: dict[str, int]) -> None:
         """As many as the engine's queue takes now."""
@@ -176,10 +175,3 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num: int
             f"params has {len(params)} entries for {num} prompts: give one for each, or one for all", param="params"
         )
     return list(params)
-
-
-def _as_error(failure: RequestFailure) -> TidegateError:
-    """The error that `failure` names."""
-    kind = getattr(errors, failure.error, InternalError)
-    error: TidegateError = kind(failure.message, param=failure.param)
-    return error

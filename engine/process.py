@@ -1,6 +1,6 @@
 """The engine process: a Core behind a ZeroMQ ROUTER. `python -m engine.process`, started by the supervisor.
 
-    forever:  read what workers sent  ->  core.step()  ->  one Outputs to each worker concerned, Heartbeats when due
+    forever:  read what workers sent  ->  core.step()  ->  one StepEvents to each worker concerned, Heartbeats when due
 
 With the heartbeats the supervisor is told that the engine gets on: that it is idle, or that a step has ended since. It kills
 an engine that has not said so for long.
@@ -30,7 +30,7 @@ from engine.messages import (
     EngineMessage,
     Heartbeat,
     Hello,
-    Outputs,
+    StepEvents,
     Submit,
     Welcome,
     WorkerMessage,
@@ -154,7 +154,7 @@ class EngineProcess:
             self._core.submit(submit)
         except TidegateError as error:
             failure = RequestFailure(type(error).__name__, error.message, error.param)
-            self._send(identity, Outputs([TokenEvent(submit.request_id, [], FinishReason.ERROR, failure=failure)]))
+            self._send(identity, StepEvents([TokenEvent(submit.request_id, [], FinishReason.ERROR, failure=failure)]))
         else:
             self._owners[submit.request_id] = identity
 
@@ -177,7 +177,7 @@ class EngineProcess:
             if owner is not None:
                 outputs.setdefault(owner, []).append(event)
         for identity, its_events in outputs.items():
-            self._send(identity, Outputs(its_events))
+            self._send(identity, StepEvents(its_events))
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -150,8 +152,8 @@ class Request:
         tokens      [ prompt ............ | outputs ...... ]
         num_prompt  ^-------------------^
         num_computed: KV is in the cache, or will be once the submitted steps have run
-        num_pending:  to be sampled by submitted steps whose results are not committed yet (0 to 2)
-        num_tokens  = len(tokens) + num_pending;  the work left is num_tokens - num_computed
+        num_uncommitted:  to be sampled by submitted steps whose results are not committed yet (0 to 2)
+        num_tokens  = len(tokens) + num_uncommitted;  the work left is num_tokens - num_computed
 
     Times are in seconds of the engine's monotonic clock. A smaller `priority` runs first.
     """
@@ -163,8 +165,8 @@ class Request:
         "fork_of",
         "num_cached",
         "num_computed",
-        "num_pending",
         "num_prompt",
+        "num_uncommitted",
         "params",
         "priority",
         "prompt_logprobs",
@@ -183,7 +185,7 @@ class Request:
     def __init__(
         self,
         request_id: str,
-        tokens: list[int],
+        tokens: Iterable[int],
         params: SamplingParams,
         *,
         num_prompt: int,
@@ -197,7 +199,7 @@ class Request:
     ) -> None:
         """`tokens` may reach past `num_prompt`: outputs of an earlier life, which count towards max_tokens."""
         self.request_id = request_id
-        self.tokens = tokens
+        self.tokens = array("i", tokens)  # an array is small, and the garbage collector does not visit its elements
         self.num_prompt = num_prompt
         self.params = params
         self.seed = seed
@@ -210,7 +212,7 @@ class Request:
         self.end_len = min(num_prompt + params.max_tokens, max_model_len)  # len(tokens) at which it ends
         self.status = Status.WAITING
         self.num_computed = 0
-        self.num_pending = 0
+        self.num_uncommitted = 0
         self.num_cached = 0
         self.row: int | None = None
         self.blocks: list[int] = []
@@ -221,7 +223,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens) + self.num_pending
+        return len(self.tokens) + self.num_uncommitted
 
     @property
     def num_outputs(self) -> int:

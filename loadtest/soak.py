@@ -25,7 +25,7 @@ import torch
 
 from engine.config import CacheConfig, EngineConfig
 from engine.core import Core, build_core
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens
 from engine.request import SamplingParams
 
 TEXT = 4000  # tokens that prompts are cut from: those that begin at the same place share a prefix
@@ -104,7 +104,9 @@ class Soak:
                 request_id = f"soak-{self._submitted}"
                 fork_of = None if request_id == first else first
                 seed = self._draw.randrange(1 << 60)
-                self._core.submit(Submit(request_id=request_id, prompt=prompt, params=params, seed=seed, fork_of=fork_of))
+                self._core.submit(
+                    Submit(request_id=request_id, prompt=pack_tokens(prompt), params=params, seed=seed, fork_of=fork_of)
+                )
                 self._submitted += 1
                 self._under_way.append(request_id)
 

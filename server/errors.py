@@ -20,6 +20,7 @@ from engine.errors import (
     InternalError,
     InvalidRequest,
     MalformedRequest,
+    NumericalError,
     Overloaded,
     PayloadTooLarge,
     RequestError,
@@ -56,6 +57,7 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     Overloaded: ErrorStatus(429, "rate_limit_error", "RESOURCE_EXHAUSTED"),
     Aborted: ErrorStatus(499, "aborted", "CANCELLED"),
     EngineUnavailable: ErrorStatus(503, "service_unavailable_error", "UNAVAILABLE"),
+    NumericalError: _BUG,
     InternalError: _BUG,
 }
 

@@ -259,6 +259,11 @@ def engine_families(health: EngineHealth) -> list[Metric]:
         ("tidegate_engine_steps", "Steps run.", stats.step),
         ("tidegate_engine_step_seconds", "In steps.", stats.step_seconds),
         ("tidegate_engine_exposed_cpu_seconds", "Of these, while the device had nothing to do.", stats.exposed_cpu_seconds),
+        (
+            "tidegate_engine_requests_failed",
+            "Requests ended because their logits were not finite (NaN or infinity).",
+            stats.num_failed,
+        ),
         ("tidegate_preemptions", "Requests that had to give up their blocks.", stats.num_preemptions),
         ("tidegate_prefix_cache_queries_tokens", "Prompt tokens looked up.", stats.prompt_tokens),
         ("tidegate_prefix_cache_hits_tokens", "Of these, found.", stats.cached_tokens),

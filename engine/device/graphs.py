@@ -144,7 +144,7 @@ class StepGraphs:
         return self._record(inputs, run)
 
     def _capture_mixed(self, key: Key) -> _Captured:
-        packed = self._mixed_buffers(key, Slices.of(StepPlan(0, [], [], [], 0, [], [], [], [])), np.zeros(0))
+        packed = self._mixed_buffers(key, Slices.of(StepPlan(0)), np.zeros(0))
         inputs = torch.from_numpy(packed.values).to(self._device)
         ones = [1] * key[1]
 

@@ -72,7 +72,7 @@ class TrialLimits:
         rows, length = list(range(num_rows)), start + num
         blocks = [0] * -(-length // self.block_size)
         admitted = [AdmittedRow(row, [0] * length, length, blocks, params, 0) for row in rows]
-        return StepPlan(0, rows, [start] * num_rows, [num] * num_rows, 0, rows, admitted, [], [])
+        return StepPlan(0, rows=rows, starts=[start] * num_rows, nums=[num] * num_rows, samples=rows, admitted=admitted)
 
 
 def graph_keys(keys: list[Key]) -> list[Key]:

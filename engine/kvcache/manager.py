@@ -44,7 +44,7 @@ class KVCacheManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def start(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
+    def admit(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
         """Give `request` blocks for all its tokens, the cached ones first, and set `num_computed` to what those hold.
 
         False, and nothing changed, where that would leave fewer than `spare` blocks free.
@@ -58,7 +58,7 @@ class KVCacheManager:
         if not self._hold(request, shared, spare):
             return False
         if chain is not None:
-            chain.num_filed, chain.parent = len(shared), parent
+            chain.num_published, chain.parent = len(shared), parent
         request.num_computed = len(shared) * self.block_size
         return True
 
@@ -81,24 +81,24 @@ class KVCacheManager:
         """Append one block to a request whose blocks are all full; None when there is none."""
         if self._pool.num_free == 0:
             return None
-        self.file(request)
+        self.publish(request)
         block = self._take()
         request.blocks.append(block)
         return block
 
-    def file(self, request: Request) -> None:
+    def publish(self, request: Request) -> None:
         """Make the request's full blocks findable. From here on only later steps may share them."""
         if not self._prefix_caching:
             return
         full = min(request.num_computed, len(request.tokens)) // self.block_size
         chain = self._chain(request, full)
-        if chain.num_filed < full:
-            self._index.file(chain, request.blocks[:full])
+        if chain.num_published < full:
+            self._index.publish(chain, request.blocks[:full])
 
     def release(self, request: Request) -> None:
         """Take all blocks back. They stay findable, and the ends of a chain are reused before its beginning."""
         if request.blocks:
-            self.file(request)
+            self.publish(request)
         for block in reversed(request.blocks):
             self._pool.drop(block, keep=block in self._index)
         request.blocks = []

@@ -29,21 +29,21 @@ class Link(NamedTuple):
 class Chain:
     """A request's full blocks as links, and how far they are filed. `parent` is what the next link hangs from."""
 
-    __slots__ = ("links", "num_filed", "parent", "salt")
+    __slots__ = ("links", "num_published", "parent", "salt")
 
     def __init__(self, salt: str) -> None:
         self.salt = salt
         self.links: list[Link] = []
-        self.num_filed = 0
+        self.num_published = 0
         self.parent: int | str = salt
 
-    def lengthen(self, tokens: list[int], block_size: int, num_blocks: int) -> None:
+    def lengthen(self, tokens: array[int], block_size: int, num_blocks: int) -> None:
         """Have the links of the first `num_blocks` blocks of `tokens`."""
         links = self.links
         if len(links) >= num_blocks:
             return
         first = len(links) * block_size
-        data = array("i", tokens[first : num_blocks * block_size]).tobytes()
+        data = tokens[first : num_blocks * block_size].tobytes()
         digest = links[-1].digest if links else xxhash.xxh3_128_digest(self.salt.encode())
         size = len(data) // (num_blocks - len(links))
         for at in range(0, len(data), size):
@@ -85,14 +85,14 @@ class PrefixIndex:
             parent = entry.number
         return blocks, parent
 
-    def file(self, chain: Chain, blocks: list[int]) -> None:
+    def publish(self, chain: Chain, blocks: list[int]) -> None:
         """File those of the chain's links that are not filed yet; `blocks` is the table that holds them."""
-        for link, block in zip(chain.links[chain.num_filed :], blocks[chain.num_filed :], strict=False):
+        for link, block in zip(chain.links[chain.num_published :], blocks[chain.num_published :], strict=False):
             entry = self._by_digest.get(link.digest)
             if entry is None or entry.parent != chain.parent or entry.link.tokens != link.tokens:
                 entry = self._put(block, chain.parent, link)
             chain.parent = entry.number
-            chain.num_filed += 1
+            chain.num_published += 1
 
     def forget(self, block: int) -> None:
         """The block is about to be overwritten."""

@@ -49,7 +49,7 @@ class RunningSet:
             if sorted(group, key=rank) != group:
                 raise InternalError("running requests are out of order")
         for request in self.prompts:
-            if request.num_computed >= len(request.tokens) or request.num_pending:
+            if request.num_computed >= len(request.tokens) or request.num_uncommitted:
                 raise InternalError(f"{request} has no prompt left to compute")
         for request in self.decodes:
             if request.num_computed != request.num_tokens - 1:

@@ -9,7 +9,7 @@ of the best rank is never preempted while another one holds a block. It gets on 
 blocks of one that is just ending.
 
 With overlap, step N+1 is scheduled before step N is committed. A request's position then runs ahead of its tokens by
-`num_pending`, and a step's requests may have ended by the time that it is committed: their tokens are dropped there.
+`num_uncommitted`, and a step's requests may have ended by the time that it is committed: their tokens are dropped there.
 
 Never calls the runner; knows no clock but the one it is given.
 """
@@ -41,13 +41,14 @@ class SchedulerCounts:
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
+    num_failed: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
 
 
-class _InFlight(NamedTuple):
+class _UncommittedStep(NamedTuple):
     step: int
     requests: list[Request]  # parallel to the plan's slices
 
@@ -68,7 +69,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._queue = WaitingQueue()
         self._running = RunningSet(config.scheduler.max_num_seqs)
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[_UncommittedStep] = deque()
 
     @property
     def num_running(self) -> int:
@@ -111,7 +112,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step and count it as submitted; None where there is nothing to run before another commit."""
-        plan = StepPlan(self.step + 1, [], [], [], 0, [], [], [], [])
+        plan = StepPlan(self.step + 1)
         requests: list[Request] = []
         roomy = self._plan_decodes(plan, requests)
         budget = self._max_step_tokens - len(requests)
@@ -122,9 +123,9 @@ class Scheduler:
         if not requests:
             return None
         for request in requests[plan.num_decodes :]:
-            self.cache.file(request)
+            self.cache.publish(request)
         self.step = plan.step
-        self._in_flight.append(_InFlight(plan.step, requests))
+        self._in_flight.append(_UncommittedStep(plan.step, requests))
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
@@ -143,7 +144,7 @@ class Scheduler:
                 continue
             tokens = request.tokens
             tokens.append(token)
-            request.num_pending -= 1
+            request.num_uncommitted -= 1
             length = len(tokens)
             event = TokenEvent(request.request_id, [token])
             events.append(event)
@@ -183,7 +184,7 @@ class Scheduler:
         block_size = self.cache.block_size
         rows, starts = plan.rows, plan.starts
         for request in self._running.decodes:  # loses from its end while we go, where somebody is preempted
-            if len(request.tokens) + request.num_pending >= request.end_len:
+            if len(request.tokens) + request.num_uncommitted >= request.end_len:
                 continue  # its pending token is its last
             start = request.num_computed
             if start == len(request.blocks) * block_size:
@@ -196,7 +197,7 @@ class Scheduler:
             starts.append(start)
             requests.append(request)
             request.num_computed = start + 1
-            request.num_pending += 1
+            request.num_uncommitted += 1
         _longest_first(plan, requests)
         plan.num_decodes = len(requests)
         plan.nums = [1] * len(requests)
@@ -239,7 +240,7 @@ class Scheduler:
         num = min(len(request.tokens) - start, budget)
         if start + num == len(request.tokens):
             plan.samples.append(len(requests))
-            request.num_pending += 1
+            request.num_uncommitted += 1
             self._running.promote(request)
         plan.rows.append(row_of(request))
         plan.starts.append(start)
@@ -254,7 +255,7 @@ class Scheduler:
         for request in list(self._queue):
             if not budget or not self._running.free_rows or len(blocked) == MAX_BLOCKED:
                 break
-            if request.num_pending or self._must_wait(request, requests[plan.num_decodes :]):
+            if request.num_uncommitted or self._must_wait(request, requests[plan.num_decodes :]):
                 continue
             copies = self._reserve(request)
             if copies is None:
@@ -292,7 +293,7 @@ class Scheduler:
         if leader is not None and leader.status is Status.RUNNING and leader.tokens[: leader.num_prompt] == request.tokens:
             return self.cache.fork(request, leader, spare=spare)
         match = request.params.prompt_logprobs is None or request.num_outputs > 0
-        return [] if self.cache.start(request, spare=spare, match=match) else None
+        return [] if self.cache.admit(request, spare=spare, match=match) else None
 
     def _admit(self, request: Request) -> AdmittedRow:
         """Move `request`, which has its blocks, from the queue to the prompts under way."""
@@ -304,7 +305,7 @@ class Scheduler:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counts.prompt_tokens += request.num_prompt
             self.counts.cached_tokens += request.num_cached
-        return AdmittedRow(row, request.tokens.copy(), request.num_prompt, request.blocks.copy(), request.params, request.seed)
+        return AdmittedRow(row, request.tokens[:], request.num_prompt, request.blocks.copy(), request.params, request.seed)
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue. Its tokens stay, also the one still pending; their KV is computed again."""

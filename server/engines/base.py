@@ -68,7 +68,4 @@ def error_of(event: TokenEvent) -> errors.TidegateError | None:
     failure = event.failure
     if failure is None:
         return errors.InternalError(f"request {event.request_id} failed without a reason")
-    cls = getattr(errors, failure.error, None)
-    if not (isinstance(cls, type) and issubclass(cls, errors.TidegateError)):
-        return errors.InternalError(f"{failure.error}: {failure.message}")
-    return cls(failure.message, param=failure.param)
+    return errors.error_from_name(failure.error, failure.message, failure.param)

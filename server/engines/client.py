@@ -29,7 +29,7 @@ from engine.messages import (
     EngineMessage,
     Heartbeat,
     Hello,
-    Outputs,
+    StepEvents,
     Submit,
     Welcome,
     WorkerMessage,
@@ -218,7 +218,7 @@ class EngineClient:
             stream.end(error)
 
     def _on_message(self, message: EngineMessage) -> None:
-        if isinstance(message, Outputs):
+        if isinstance(message, StepEvents):
             if self._synced:
                 self._pulse.moved()
                 for event in message.events:

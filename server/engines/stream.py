@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from engine.errors import Aborted, TidegateError
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens
 from engine.request import TokenEvent
 from server.engines.base import error_of, size_of
 
@@ -103,7 +103,7 @@ class EngineStream:
             return submit
         if self._received:
             params = msgspec.structs.replace(params, prompt_logprobs=None)
-        return msgspec.structs.replace(submit, outputs=submit.outputs + self._received, params=params, fork_of=None)
+        return msgspec.structs.replace(submit, outputs=submit.outputs + pack_tokens(self._received), params=params, fork_of=None)
 
     def _drain(self) -> TokenEvent:
         first, *others = self._events

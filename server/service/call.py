@@ -18,7 +18,7 @@ import time
 import msgspec
 
 from engine.errors import InternalError, RequestTimeout, TidegateError
-from engine.messages import Submit, check_submit
+from engine.messages import Submit, check_submit, pack_tokens
 from engine.request import SEED_MAX, TokenEvent
 from server.engines.base import EngineClientProtocol, TokenStream
 from server.metrics import RequestMeter
@@ -169,10 +169,11 @@ class Call:
         others = msgspec.structs.replace(request.params, prompt_logprobs=None)  # they have the first one's prompt
         seed = secrets.randbelow(SEED_MAX + 1) if given is None else given
         first = request.request_id
+        packed = pack_tokens(prompt)
         return [
             Submit(
                 request_id=first if i == 0 else f"{first}-{i}",
-                prompt=prompt,
+                prompt=packed,
                 params=request.params if i == 0 else others,
                 seed=(seed + i) % (SEED_MAX + 1),
                 priority=request.priority,

@@ -5,7 +5,6 @@ Rules about token ids, lengths and ranges are the engine's (`engine.messages.che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from engine.errors import InvalidRequest, UnknownModel
@@ -56,13 +55,6 @@ def check_text(text: str, name: str) -> None:
         raise InvalidRequest(
             f"{name} has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}", param=name
         ) from error
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
-    """For ids that never reach the engine, whose own check covers those that do."""
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)
 
 
 def check_logprobs(params: SamplingParams, settings: ServiceSettings, *, prompt_tokens: int, outputs: int) -> None:

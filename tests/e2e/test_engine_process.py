@@ -12,7 +12,7 @@ import zmq
 
 from engine.config import CacheConfig, EngineConfig, FakeConfig, SchedulerConfig
 from engine.errors import Aborted, ContextTooLong, EngineUnavailable, InternalError, InvalidRequest
-from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode
+from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode, pack_tokens
 from engine.request import FinishReason, SamplingParams
 from server.bundled import bundled_checkpoint
 from server.engines.client import EngineClient
@@ -51,7 +51,7 @@ async def connected(engine, worker="api 0", **options):
 def ask(number, max_tokens=100, **changes):
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     prompt = [2 + (number * 7 + i) % 200 for i in range(20 + number)]
-    return Submit(request_id=f"r{number}", prompt=prompt, params=params, seed=number, **changes)
+    return Submit(request_id=f"r{number}", prompt=pack_tokens(prompt), params=params, seed=number, **changes)
 
 
 async def collect(stream, first=None):
@@ -134,9 +134,9 @@ async def test_abort_frees_the_blocks_within_two_steps_and_wakes_the_consumer(en
 @pytest.mark.parametrize(
     ("submit", "error"),
     [
-        (Submit(request_id="x", prompt=[], params=SamplingParams(), seed=1), InvalidRequest),
-        (Submit(request_id="x", prompt=[10**6], params=SamplingParams(), seed=1), InvalidRequest),
-        (Submit(request_id="x", prompt=[5] * 10**5, params=SamplingParams(), seed=1), ContextTooLong),
+        (Submit(request_id="x", prompt=b"", params=SamplingParams(), seed=1), InvalidRequest),
+        (Submit(request_id="x", prompt=pack_tokens([10**6]), params=SamplingParams(), seed=1), InvalidRequest),
+        (Submit(request_id="x", prompt=pack_tokens([5] * 10**5), params=SamplingParams(), seed=1), ContextTooLong),
     ],
     ids=["empty", "unknown token", "too long"],
 )

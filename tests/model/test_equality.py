@@ -19,7 +19,7 @@ from engine.batch import ForwardBatch
 from engine.config import CacheConfig, EngineConfig
 from engine.core import build_core
 from engine.kvcache.storage import KVStorage
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens
 from engine.models import registry
 from engine.models.spec import ModelSpec
 from engine.sampling import reference
@@ -201,7 +201,9 @@ def test_a_resubmitted_request_goes_on_where_it_was(folder, model):
     prompt, expected, _ = cases(model, [params], seed=9)[0]
     for received in (1, 7, 19):
         core = build_core(config(folder))
-        core.submit(Submit(request_id="a", prompt=prompt, params=params, seed=77, outputs=expected[:received]))
+        core.submit(
+            Submit(request_id="a", prompt=pack_tokens(prompt), params=params, seed=77, outputs=pack_tokens(expected[:received]))
+        )
         tokens = list(expected[:received])
         while core.has_work:
             tokens += [t for event in core.step() for t in event.tokens]
@@ -215,7 +217,9 @@ def test_forks_share_a_prompt_and_nothing_else(folder, model, length, overlap):
     prompt, expected = shared_case(model, params, length)
     core = build_core(config(folder, overlap=overlap))
     for i in range(4):
-        core.submit(Submit(request_id=f"f{i}", prompt=prompt, params=params, seed=i, fork_of=None if i == 0 else "f0"))
+        core.submit(
+            Submit(request_id=f"f{i}", prompt=pack_tokens(prompt), params=params, seed=i, fork_of=None if i == 0 else "f0")
+        )
     tokens = {f"f{i}": [] for i in range(4)}
     while core.has_work:
         for event in core.step():

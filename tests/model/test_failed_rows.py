@@ -70,9 +70,9 @@ def generate(runner, requests: list[Request], num: int = 3) -> dict[int, list[in
     rows, lens = [r.row for r in requests], [len(r.tokens) for r in requests]
     admitted = [AdmittedRow(r.row, r.tokens, len(r.tokens), r.blocks, r.params, r.row) for r in requests]
     everyone = list(range(len(rows)))
-    plans = [StepPlan(1, rows, [0] * len(rows), lens, 0, everyone, admitted, [], [])]
+    plans = [StepPlan(1, rows=rows, starts=[0] * len(rows), nums=lens, samples=everyone, admitted=admitted)]
     for i in range(num - 1):
-        plans.append(StepPlan(2 + i, rows, [n + i for n in lens], [1] * len(rows), len(rows), everyone, [], [], []))
+        plans.append(StepPlan(2 + i, rows, [n + i for n in lens], [1] * len(rows), len(rows), everyone))
     tokens: dict[int, list[int]] = {row: [] for row in rows}
     for plan in plans:
         result = runner.submit(plan).result()

@@ -29,14 +29,14 @@ def rows():
         AdmittedRow(row, draw.integers(0, 90, n).tolist(), n, draw.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
         for row, n in LENS.items()
     ]
-    state.apply(StepPlan(1, [], [], [], 0, [], admitted, [], []))
+    state.apply(StepPlan(1, admitted=admitted))
     state.set_latest(torch.arange(5, device=DEVICE), torch.tensor([10, 11, 12, 13, 14], device=DEVICE))
     return state
 
 
 def expect(rows, slices, num_decodes):
     which, starts, nums = (list(column) for column in zip(*slices, strict=True))
-    plan = StepPlan(2, which, starts, nums, num_decodes, list(range(len(slices))), [], [], [])
+    plan = StepPlan(2, which, starts, nums, num_decodes, list(range(len(slices))))
     return Slices.of(plan), rows.batch(plan, Slices.of(plan), []).batch
 
 

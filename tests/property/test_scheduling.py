@@ -14,7 +14,7 @@ from engine.config import CacheConfig, EngineConfig, ModelLimits, SchedulerConfi
 from engine.core import Core
 from engine.errors import ContextTooLong, Overloaded
 from engine.fake import build_fake, expected_tokens
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.request import FinishReason, SamplingParams, Status, TokenEvent
 from engine.scheduler.queue import rank
 
@@ -61,7 +61,7 @@ class Plant:
             name = f"r{len(self.submits) + self.refused}"
             submit = Submit(
                 request_id=name,
-                prompt=prompt,
+                prompt=pack_tokens(prompt),
                 params=self.params(len(prompt)),
                 seed=rng.randrange(5),
                 priority=priority if rng.random() < 0.8 else 1,
@@ -92,7 +92,7 @@ class Plant:
             self.refused += 1
             return
         self.submits[submit.request_id] = submit
-        self.tokens[submit.request_id] = list(submit.outputs)
+        self.tokens[submit.request_id] = list(unpack_tokens(submit.outputs))
 
     def abort(self) -> None:
         live = [name for name in self.submits if name not in self.endings]
@@ -124,7 +124,7 @@ class Plant:
         assert (event.prompt_logprobs is not None) == (first and params.prompt_logprobs is not None)
         if event.prompt_logprobs is not None:
             assert event.prompt_logprobs[0] is None
-            assert [p.token for p in event.prompt_logprobs[1:]] == self.submits[name].prompt[1:]
+            assert [p.token for p in event.prompt_logprobs[1:]] == list(unpack_tokens(self.submits[name].prompt))[1:]
         if event.finish is not None:
             self.endings[name] = event
 
@@ -147,16 +147,16 @@ class Plant:
         assert set(self.endings) == set(self.submits)
         assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
         assert not self.scheduler.cache._chains
-        assert stats.output_tokens == sum(len(t) - len(self.submits[n].outputs) for n, t in self.tokens.items())
+        assert stats.output_tokens == sum(len(t) - self.submits[n].num_outputs for n, t in self.tokens.items())
         for name, ending in self.endings.items():
             assert_as_alone(self.submits[name], self.tokens[name], ending)
 
 
 def resumed(submit: Submit, num: int) -> Submit:
-    outputs = expected_tokens(submit.prompt, num, submit.params, submit.seed, LIMITS)
+    outputs = expected_tokens(unpack_tokens(submit.prompt), num, submit.params, submit.seed, LIMITS)
     stops = stop_ids(submit.params)
     cut = next((i for i, token in enumerate(outputs) if token in stops), len(outputs))
-    return Submit(**{f: getattr(submit, f) for f in submit.__struct_fields__} | {"outputs": outputs[:cut]})
+    return Submit(**{f: getattr(submit, f) for f in submit.__struct_fields__} | {"outputs": pack_tokens(outputs[:cut])})
 
 
 def stop_ids(params: SamplingParams) -> set[int]:
@@ -165,7 +165,7 @@ def stop_ids(params: SamplingParams) -> set[int]:
 
 def assert_as_alone(submit: Submit, tokens: list[int], ending: TokenEvent) -> None:
     params = submit.params
-    alone = expected_tokens(submit.prompt, params.max_tokens, params, submit.seed, LIMITS)
+    alone = expected_tokens(unpack_tokens(submit.prompt), params.max_tokens, params, submit.seed, LIMITS)
     stops = [i for i, t in enumerate(alone) if t in stop_ids(params) and i + 1 >= params.min_tokens]
     if ending.finish is FinishReason.ABORT:
         assert tokens == alone[: len(tokens)]

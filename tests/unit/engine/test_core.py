@@ -7,7 +7,7 @@ from engine.config import CacheConfig, EngineConfig, FakeConfig, ModelLimits, Ru
 from engine.core import RUNNERS, Core, build_core
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.fake import build_fake, expected_tokens
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.plan import BuiltRunner
 from engine.request import FinishReason, SamplingParams, TokenEvent
 
@@ -21,7 +21,7 @@ def make_config(**changes) -> EngineConfig:
 
 def make_submit(name: str = "a", prompt: tuple[int, ...] = (5, 6, 7), max_tokens: int = 6, **params) -> Submit:
     params = SamplingParams(**{"max_tokens": max_tokens, "ignore_eos": True} | params)
-    return Submit(request_id=name, prompt=list(prompt), params=params, seed=0)
+    return Submit(request_id=name, prompt=pack_tokens(prompt), params=params, seed=0)
 
 
 def drain(core: Core) -> dict[str, list[TokenEvent]]:
@@ -42,7 +42,7 @@ def test_a_request_runs_to_its_end(overlap):
     submit = make_submit()
     core.submit(submit)
     events = drain(core)["a"]
-    assert tokens_of(events) == expected_tokens(submit.prompt, 6, submit.params, 0, LIMITS)
+    assert tokens_of(events) == expected_tokens(unpack_tokens(submit.prompt), 6, submit.params, 0, LIMITS)
     assert [event.finish for event in events] == [None] * 5 + [FinishReason.LENGTH]
     assert core.step() == []
 
@@ -76,9 +76,9 @@ def test_with_overlap_the_next_step_is_submitted_before_a_result_is_read():
 
 def test_a_stream_goes_on_where_another_engine_left_it():
     submit = make_submit(max_tokens=10)
-    expected = expected_tokens(submit.prompt, 10, submit.params, 0, LIMITS)
+    expected = expected_tokens(unpack_tokens(submit.prompt), 10, submit.params, 0, LIMITS)
     core = Core(build_fake(make_config(), LIMITS))
-    core.submit(Submit(request_id="a", prompt=submit.prompt, params=submit.params, seed=0, outputs=expected[:4]))
+    core.submit(Submit(request_id="a", prompt=submit.prompt, params=submit.params, seed=0, outputs=pack_tokens(expected[:4])))
     assert tokens_of(drain(core)["a"]) == expected[4:]
 
 

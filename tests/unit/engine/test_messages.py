@@ -2,14 +2,17 @@ import pytest
 
 from engine.config import ModelLimits
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.messages import Submit, check_submit, decode_worker_message, encode
+from engine.messages import Submit, check_submit, decode_worker_message, encode, pack_tokens
 from engine.request import SamplingParams
 
 LIMITS = ModelLimits(max_model_len=20, vocab_size=100, eos_token_ids=(1,), dtype="float32")
 
 
 def make_submit(**changes) -> Submit:
-    return Submit(**{"request_id": "a", "prompt": [5, 6], "params": SamplingParams(max_tokens=4), "seed": 0} | changes)
+    packed = {name: pack_tokens(value) if name in ("prompt", "outputs") else value for name, value in changes.items()}
+    return Submit(
+        **{"request_id": "a", "prompt": pack_tokens([5, 6]), "params": SamplingParams(max_tokens=4), "seed": 0} | packed
+    )
 
 
 def test_what_fits_exactly_passes():

@@ -46,7 +46,7 @@ def test_decodes_are_padded_with_the_scratch_row():
 
 
 def test_tokens_that_pad_a_mixed_step_are_one_more_query():
-    slices = Slices.of(StepPlan(1, [4, 2], [7, 0], [1, 3], 1, [0, 1], [], [], []))
+    slices = Slices.of(StepPlan(1, [4, 2], [7, 0], [1, 3], 1, [0, 1]))
     tokens = (np.array([-1, 5, 6, 7]), np.array([7, 0, 1, 2]), np.array([4, 2, 2, 2]))
     packed = MixedBuffers.of(tokens, slices, np.array([0.5, 0.75]), key=(8, 4), scratch_row=SCRATCH)
     uniform, ids, positions, owners, rows, kv_lens, starts = (part.tolist() for part in packed.parts(packed.values))

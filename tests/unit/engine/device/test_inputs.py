@@ -24,7 +24,7 @@ def admitted(row, tokens, blocks):
 
 def plan(slices, *, decodes=0, samples=(), admitted=(), grown=()):
     r, starts, nums = (list(column) for column in zip(*slices, strict=True))
-    return StepPlan(0, r, starts, nums, decodes, list(samples), list(admitted), list(grown), [])
+    return StepPlan(0, r, starts, nums, decodes, list(samples), list(admitted), list(grown))
 
 
 def step(state, p):

@@ -15,9 +15,9 @@ def make_request(tokens: list[int], name: str = "r", salt: str = "") -> Request:
 def computed(manager: KVCacheManager, tokens: list[int], name: str = "r", salt: str = "") -> Request:
     """A request whose whole prompt was submitted."""
     request = make_request(tokens, name, salt)
-    assert manager.start(request)
+    assert manager.admit(request)
     request.num_computed = len(tokens)
-    manager.file(request)
+    manager.publish(request)
     return request
 
 
@@ -37,7 +37,7 @@ def test_a_full_hit_leaves_a_token_to_compute_and_shares_nothing_it_writes_to(le
     manager = KVCacheManager(20, 4)
     first = computed(manager, list(range(length)), "a")
     second = make_request(list(range(length)), "b")
-    assert manager.start(second)
+    assert manager.admit(second)
     assert second.num_computed == shared * 4 < length
     assert second.blocks[:shared] == first.blocks[:shared]
     assert not set(second.blocks[shared:]) & set(first.blocks)
@@ -48,7 +48,7 @@ def test_another_salt_shares_nothing():
     manager = KVCacheManager(20, 4)
     computed(manager, list(range(12)), "a", salt="x")
     other = make_request(list(range(12)), "b", salt="y")
-    assert manager.start(other)
+    assert manager.admit(other)
     assert other.num_computed == 0
 
 
@@ -56,10 +56,10 @@ def test_start_changes_nothing_where_blocks_are_short():
     manager = KVCacheManager(4, 4)
     computed(manager, list(range(8)), "a")
     big = make_request([*range(8), *range(50, 60)], "b")
-    assert not manager.start(big)
+    assert not manager.admit(big)
     assert (big.blocks, big.num_computed, manager.num_free) == ([], 0, 2)
-    assert not manager.start(make_request([70], "c"), spare=2)
-    assert manager.start(make_request([70], "c"), spare=1)
+    assert not manager.admit(make_request([70], "c"), spare=2)
+    assert manager.admit(make_request([70], "c"), spare=1)
 
 
 def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
@@ -67,33 +67,33 @@ def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
     first = computed(manager, list(range(12)), "a")
     manager.release(first)
     again = make_request([*range(12), 99], "b")
-    assert not manager.start(again)  # three matched, one more needed, and only three there are
-    assert manager.start(make_request(list(range(12)), "c"))
+    assert not manager.admit(again)  # three matched, one more needed, and only three there are
+    assert manager.admit(make_request(list(range(12)), "c"))
 
 
 def test_the_end_of_a_chain_is_evicted_before_its_beginning():
     manager = KVCacheManager(4, 4)
     manager.release(computed(manager, list(range(16)), "a"))
     other = make_request([90] * 8, "b")
-    assert manager.start(other)
+    assert manager.admit(other)
     manager.release(other)
     again = make_request(list(range(16)), "c")
-    assert manager.start(again)
+    assert manager.admit(again)
     assert again.num_computed == 8
 
 
 def test_extend_appends_a_block_and_files_the_full_ones():
     manager = KVCacheManager(3, 4)
     request = computed(manager, [1, 2, 3])
-    request.tokens += [4]
+    request.tokens.extend([4])
     request.num_computed = 4
     block = manager.extend(request)
     assert request.blocks[-1] == block
     assert manager.num_cached == 1
-    request.tokens += [5, 6, 7, 8]
+    request.tokens.extend([5, 6, 7, 8])
     request.num_computed = 8
     assert manager.extend(request) is not None
-    request.tokens += [9, 9, 9, 9]
+    request.tokens.extend([9, 9, 9, 9])
     request.num_computed = 12
     assert manager.extend(request) is None
     manager.check([request])
@@ -121,7 +121,7 @@ def test_a_preempted_request_finds_its_own_blocks_again():
     request = computed(manager, list(range(10)))
     manager.release(request)
     assert request.num_computed == 0
-    assert manager.start(request)
+    assert manager.admit(request)
     assert request.num_computed == 8
 
 
@@ -129,7 +129,7 @@ def test_without_prefix_caching_nothing_is_shared_or_findable():
     manager = KVCacheManager(8, 4, prefix_caching=False)
     computed(manager, list(range(8)), "a")
     second = make_request(list(range(8)), "b")
-    assert manager.start(second)
+    assert manager.admit(second)
     assert (second.num_computed, manager.num_cached) == (0, 0)
 
 
@@ -137,7 +137,7 @@ def test_nothing_is_remembered_of_requests_that_are_gone():
     manager = KVCacheManager(2, 4)
     manager.release(computed(manager, list(range(8)), "a"))
     waiting = make_request(list(range(100)), "b")
-    assert not manager.start(waiting)
+    assert not manager.admit(waiting)
     manager.release(waiting)
     assert not manager._chains
 

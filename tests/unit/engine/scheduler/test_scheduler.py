@@ -210,7 +210,7 @@ def test_an_uncommitted_token_is_built_upon():
     assert slices(second) == [(request.row, 5, 1)]
     assert rig.commit(first)["a"].tokens == [7]
     assert rig.commit(second)["a"].tokens == [7]
-    assert request.num_pending == 0
+    assert request.num_uncommitted == 0
 
 
 def test_a_request_whose_pending_token_is_its_last_is_not_scheduled_again():

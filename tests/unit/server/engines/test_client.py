@@ -15,11 +15,12 @@ from engine.messages import (
     EngineStats,
     Heartbeat,
     Hello,
-    Outputs,
+    StepEvents,
     Submit,
     Welcome,
     decode_worker_message,
     encode,
+    pack_tokens,
 )
 from engine.request import FinishReason, RequestFailure, SamplingParams, TokenEvent
 from server.engines import zmq_connection as connection
@@ -102,7 +103,9 @@ async def client(engine):
 
 
 def ask(name="r", max_tokens=3, **changes):
-    return Submit(request_id=name, prompt=[5, 6], params=SamplingParams(max_tokens=max_tokens, **changes), seed=1, fork_of="s")
+    return Submit(
+        request_id=name, prompt=pack_tokens([5, 6]), params=SamplingParams(max_tokens=max_tokens, **changes), seed=1, fork_of="s"
+    )
 
 
 async def until(condition, what, seconds=10.0):
@@ -121,16 +124,16 @@ async def test_a_resumed_stream_sends_what_it_has_and_tells_nothing_twice(client
     await client.wait_ready(5)
     stream = client.submit(ask(prompt_logprobs=0))
     assert (await engine.hear(Submit)).fork_of == "s"
-    engine.say(Outputs([TokenEvent("r", [7], num_cached=0, queue_s=0.1, prompt_logprobs=[None])]))
+    engine.say(StepEvents([TokenEvent("r", [7], num_cached=0, queue_s=0.1, prompt_logprobs=[None])]))
     first = await anext(stream)
     assert (first.tokens, first.num_cached, first.prompt_logprobs) == ([7], 0, [None])
     engine.die()
     engine.live()
     await engine.welcome()
     again = await engine.hear(Submit)
-    assert (again.outputs, again.fork_of, again.params.prompt_logprobs, again.seed) == ([7], None, None, 1)
-    engine.say(Outputs([TokenEvent("r", [8], num_cached=3, queue_s=0.2)]))
-    engine.say(Outputs([TokenEvent("r", [9], FinishReason.LENGTH)]))
+    assert (again.outputs, again.fork_of, again.params.prompt_logprobs, again.seed) == (pack_tokens([7]), None, None, 1)
+    engine.say(StepEvents([TokenEvent("r", [8], num_cached=3, queue_s=0.2)]))
+    engine.say(StepEvents([TokenEvent("r", [9], FinishReason.LENGTH)]))
     rest = await collect(stream)
     assert [token for event in rest for token in event.tokens] == [8, 9]
     assert all(event.num_cached is None and event.queue_s is None for event in rest)
@@ -156,7 +159,7 @@ async def test_a_welcome_nobody_asked_for_leads_to_a_new_connection(client, engi
     engine.say(Welcome(client.info))
     await engine.welcome()
     await engine.hear(Submit)
-    engine.say(Outputs([TokenEvent("r", [7], FinishReason.STOP)]))
+    engine.say(StepEvents([TokenEvent("r", [7], FinishReason.STOP)]))
     assert (await collect(stream))[0].finish is FinishReason.STOP
 
 
@@ -167,7 +170,7 @@ async def test_a_full_queue_refuses_new_requests_and_not_resumed_ones(client, en
     fresh, old = client.submit(ask("fresh")), client.submit(ask("old", max_tokens=1))
     await engine.hear(Submit)
     await engine.hear(Submit)
-    engine.say(Outputs([TokenEvent("fresh", [], FinishReason.ERROR, failure=refusal)]))
+    engine.say(StepEvents([TokenEvent("fresh", [], FinishReason.ERROR, failure=refusal)]))
     with pytest.raises(Exception, match="queue is full"):
         await collect(fresh)
     engine.die()
@@ -175,9 +178,9 @@ async def test_a_full_queue_refuses_new_requests_and_not_resumed_ones(client, en
     await engine.welcome()
     for _ in range(2):
         assert (await engine.hear(Submit)).request_id == "old"
-        engine.say(Outputs([TokenEvent("old", [], FinishReason.ERROR, failure=refusal)]))
+        engine.say(StepEvents([TokenEvent("old", [], FinishReason.ERROR, failure=refusal)]))
     await engine.hear(Submit)
-    engine.say(Outputs([TokenEvent("old", [7], FinishReason.LENGTH)]))
+    engine.say(StepEvents([TokenEvent("old", [7], FinishReason.LENGTH)]))
     assert (await collect(old))[0].tokens == [7]
 
 
@@ -187,7 +190,7 @@ async def test_what_cannot_be_read_or_is_for_nobody_is_dropped(client, engine):
     stream = client.submit(ask(max_tokens=1))
     await engine.hear(Submit)
     engine.raw(b"\xc1rubbish")
-    engine.say(Outputs([TokenEvent("nobody", [1], FinishReason.LENGTH), TokenEvent("r", [7], FinishReason.LENGTH)]))
+    engine.say(StepEvents([TokenEvent("nobody", [1], FinishReason.LENGTH), TokenEvent("r", [7], FinishReason.LENGTH)]))
     assert (await collect(stream))[0].tokens == [7]
 
 
@@ -199,7 +202,7 @@ async def test_a_fast_engine_leaves_the_loop_to_others(client, engine, monkeypat
     stream = client.submit(ask(max_tokens=50))
     await engine.hear(Submit)
     for token in range(50):
-        engine.say(Outputs([TokenEvent("r", [token], FinishReason.LENGTH if token == 49 else None)]))
+        engine.say(StepEvents([TokenEvent("r", [token], FinishReason.LENGTH if token == 49 else None)]))
     events = [event.tokens async for event in stream]
     assert [token for tokens in events for token in tokens] == list(range(50))
     assert max(map(len, events)) <= 2  # its turn may come behind the next message, and no later
@@ -271,8 +274,8 @@ async def test_a_request_that_comes_while_the_engine_restarts_waits_for_it(clien
     engine.live()
     await engine.welcome()
     sent = await engine.hear(Submit)
-    assert (sent.request_id, sent.fork_of, sent.outputs, sent.params.prompt_logprobs) == ("r", "s", [], 0)
-    engine.say(Outputs([TokenEvent("r", [7], FinishReason.LENGTH, num_cached=0)]))
+    assert (sent.request_id, sent.fork_of, sent.outputs, sent.params.prompt_logprobs) == ("r", "s", b"", 0)
+    engine.say(StepEvents([TokenEvent("r", [7], FinishReason.LENGTH, num_cached=0)]))
     assert [(event.tokens, event.num_cached) for event in await collect(stream)] == [([7], 0)]
     await engine.hears_nothing_else(client)
 
@@ -328,12 +331,12 @@ async def test_a_request_that_engines_die_of_takes_no_other_along(client, engine
     for name in ("first", "poison"):
         assert (await engine.hear(Submit)).request_id == name
         if name != "poison":
-            engine.say(Outputs([TokenEvent(name, [7])]))
+            engine.say(StepEvents([TokenEvent(name, [7])]))
     await engine.replace(client)
     for name, has in (("first", [7]), ("second", [])):
         again = await engine.hear(Submit)
-        assert (again.request_id, again.outputs) == (name, has)
-        engine.say(Outputs([TokenEvent(name, [8], FinishReason.LENGTH)]))
+        assert (again.request_id, again.outputs) == (name, pack_tokens(has))
+        engine.say(StepEvents([TokenEvent(name, [8], FinishReason.LENGTH)]))
     with pytest.raises(InternalError, match="died 3 times"):
         await collect(streams["poison"])
     assert [event.finish for event in await collect(streams["first"])][-1] is FinishReason.LENGTH
@@ -380,7 +383,7 @@ async def test_a_refused_suspect_is_asked_again_in_its_turn(client, engine):
         await engine.replace(client)
     refusal = RequestFailure("Overloaded", "the queue is full")
     assert (await engine.hear(Submit)).request_id == "first"
-    engine.say(Outputs([TokenEvent("first", [], FinishReason.ERROR, failure=refusal)]))
+    engine.say(StepEvents([TokenEvent("first", [], FinishReason.ERROR, failure=refusal)]))
     assert (await engine.hear(Submit)).request_id == "first"
-    engine.say(Outputs([TokenEvent("first", [7])]))
+    engine.say(StepEvents([TokenEvent("first", [7])]))
     assert (await engine.hear(Submit)).request_id == "second"
