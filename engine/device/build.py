@@ -16,7 +16,7 @@ from engine.backends.base import Backend
 from engine.backends.torch import load
 from engine.batch import block_bytes
 from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
-from engine.device.memory import CudaMemory, Trials, measure
+from engine.device.memory import CudaMemory, MemoryProbe, Trials, measure
 from engine.device.runner import TorchRunner
 from engine.device.trial_steps import TrialLimits, graph_keys
 from engine.errors import ConfigError
@@ -82,7 +82,7 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     if config.device == "cpu":
         available, remedy = config.cache.host_bytes, "raise it"
     else:
-        available = int(config.cache.memory_fraction * _free_beside_steps(backend, config, limits))
+        available = int(config.cache.memory_fraction * free_beside_steps(backend, config, limits, CudaMemory()))
         torch.cuda.empty_cache()
         remedy = "raise it, or lower scheduler.max_step_tokens, scheduler.max_num_seqs or max_model_len"
     if available < each:
@@ -98,8 +98,8 @@ def _memory_param(config: EngineConfig) -> str:
 
 
 @torch.inference_mode()
-def _free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
-    """Bytes of CUDA memory that are free whatever steps run, measured by running the largest ones and capturing graphs."""
+def free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimits, probe: MemoryProbe) -> int:
+    """Bytes of device memory that are free whatever steps run, measured by running the largest steps and capturing graphs."""
     block_size, device = config.cache.block_size, torch.device(config.device)
     storage = KVStorage(backend.kv_pools(), num_blocks=1, block_size=block_size, device=device)
     eager = TorchRunner(backend, storage, msgspec.structs.replace(config, cuda_graphs=False), limits)
@@ -118,7 +118,6 @@ def _free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimi
         captures=[] if graphs is None else [partial(graphs.capture, key) for key in graph_keys(keys)],
         num_graphs=len(keys),
     )
-    probe = CudaMemory()
     needs, free = measure(probe, trials), probe.free()
     log.info(
         "%s are free beside weights and captured graphs; of them steps need %s, long contexts %s and other graphs %s",

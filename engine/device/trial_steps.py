@@ -50,7 +50,8 @@ class TrialLimits:
         if self.max_len <= self.max_tokens:
             return None
         rows = max(1, min(self.max_rows, self.max_tokens // 2, CONTEXT_TOKENS // self.max_len))
-        return self._plan(rows, start=self.max_len - 2, num=min(2, self.max_tokens), params=SamplingParams())
+        num = min(2, self.max_tokens)
+        return self._plan(rows, start=self.max_len - num, num=num, params=SamplingParams())
 
     def _all_rows(self) -> StepPlan:
         """As many rows as there are, each sampling with every option."""
