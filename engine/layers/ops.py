@@ -7,6 +7,7 @@ it is built.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -146,5 +147,5 @@ def ops_for(device: torch.device, rotary_dim: int) -> Ops:
     if device.type != "cuda" or rotary_dim & (rotary_dim - 1):
         return PlainOps()
     # Imported by name, since this module must also import on machines without Triton.
-    ops: Ops = importlib.import_module("engine.layers.ops_cuda").cuda_ops()
-    return ops
+    make: Callable[[], Ops] = importlib.import_module("engine.layers.ops_cuda").make
+    return make()

@@ -61,5 +61,5 @@ class CudaOps:
         return latent_prepare(q, kv, norm, angles, slots, pool, interleaved=interleaved)
 
 
-def cuda_ops() -> Ops:
+def make() -> Ops:
     return CudaOps()

@@ -11,7 +11,7 @@ import torch
 
 from engine import LLM, SamplingParams
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter alone")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter only")
 
 CONFIGS = {
     "llama": tiny.LLAMA | {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1},
@@ -58,7 +58,7 @@ def run(folder, **options):
 
 
 @pytest.mark.parametrize(("name", "overlap"), [("llama", True), ("deepseek_v3", False)])
-def test_steps_in_graphs_give_what_plain_steps_give(name, overlap, tmp_path, request):
+def test_steps_in_graphs_give_the_results_of_plain_steps(name, overlap, tmp_path, request):
     folder = tiny.write(tmp_path, CONFIGS[name], std=0.2)
     plain = run(folder)
     kinds = request.getfixturevalue("with_graphs").kinds
