@@ -36,7 +36,7 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     clock = clock or StartupClock()
     spec = ModelSpec.from_folder(config.model)
     limits = spec.limits()
-    asked = config.max_model_len
+    requested = config.max_model_len
     config = resolve(config, limits, has_cuda=torch.cuda.is_available())
     device = torch.device(config.device)
     if device.type == "cpu":
@@ -45,8 +45,8 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     backend = load(spec, config, device)
     clock.end("weights")
     num_blocks = config.cache.num_blocks
-    fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=asked)
-    if fitted.max_model_len != (asked or limits.max_model_len):
+    fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=requested)
+    if fitted.max_model_len != (requested or limits.max_model_len):
         log.info(
             "the context is limited to %d tokens, which the KV cache can hold; the model allows %d",
             fitted.max_model_len,
