@@ -8,8 +8,8 @@ in use, and every request must have ended exactly once.
 
 The device's memory must not grow after the first minute, or after the first fifth of the run if that is shorter. Each growth is
 reported with its time, the memory in use, the share that torch's allocator holds, the host's pinned memory (which the device must
-map), and the kernels that Triton has loaded since the growth before. Kernels of libraries are loaded at the start, since otherwise
-each takes memory at its first use.
+map), and the kernels that Triton has loaded since the growth before. Kernels of libraries are loaded at the start; each would
+otherwise take memory at its first use.
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ Pools must be finite from the start (zeros, say): what a mask hides is still mul
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from engine.attention.in_pool import InPool, plan
+from engine.attention.single_rows import decode_rows, is_finite
 from engine.batch import ForwardBatch, LayerPools
 from engine.errors import InternalError
 
@@ -206,17 +206,7 @@ class TorchStepAttention:
     def _decode(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]"""
         out = self._decode_together(q, k_pool, v_pool, scale)
-        if math.isfinite(out.sum(dtype=torch.float32).item()):
-            return out
-        # The KV of some row holds NaN or infinity. A mask gives it weight 0 in other rows, and 0 times NaN is NaN.
-        return torch.cat([self._decode_alone(row, q, k_pool, v_pool, scale) for row in range(q.shape[0])])
-
-    def _decode_alone(self, row: int, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attention of one row over its own tokens and nothing else -> [1, heads, dim]"""
-        length = self._batch.kv_lens_host[row]
-        source = _Source(1, length, None, self._batch.block_tables[row, : -(-length // k_pool.shape[1])].long())
-        query = q[row].view(1, k_pool.shape[2], -1, q.shape[2])
-        return F.scaled_dot_product_attention(query, source.read(k_pool), source.read(v_pool), scale=scale).flatten(1, 2)
+        return out if is_finite(out) else decode_rows(q, k_pool, v_pool, self._batch, scale)
 
     def _decode_together(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """`_decode` with many rows in one call, some of which read memory of other rows behind a mask."""
