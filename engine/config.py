@@ -42,11 +42,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FakeRunner's simulated device: a step takes `step_ms` plus `token_us` for each token in it."""
+    """FakeRunner's simulated device. A step takes `step_ms` plus `token_us` for each of its tokens."""
 
     step_ms: float = 0.0
     token_us: float = 0.0
     num_blocks: int = 4096
+    nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no row does
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

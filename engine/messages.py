@@ -185,6 +185,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     step_seconds: float = 0.0  # summed over all steps
     exposed_cpu_seconds: float = 0.0  # the part of step_seconds in which the device had nothing to do
+    gc_pause_seconds: float = 0.0  # longest pause of the engine process by Python's garbage collector
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

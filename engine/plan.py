@@ -19,9 +19,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from engine.config import EngineConfig, ModelLimits
+from engine.request import NO_TOKEN as NO_TOKEN
 from engine.request import SamplingParams, TokenLogprobs
-
-NO_TOKEN = -1  # in StepResult.tokens: the row's logits held NaN or infinity, so no token was sampled
 
 
 class BlockCopy(NamedTuple):

@@ -1,16 +1,17 @@
-"""The engine process: a Core behind a ZeroMQ ROUTER. `python -m engine.process`, started by the supervisor.
+"""The engine process: a Core behind a ZeroMQ ROUTER socket. The supervisor starts it as `python -m engine.process`.
 
-    forever:  read what workers sent  ->  core.step()  ->  one StepEvents to each worker concerned, Heartbeats when due
+    loop:  read the workers' messages  ->  core.step()  ->  StepEvents to each worker concerned, Heartbeats when due
 
 With the heartbeats the supervisor is told that the engine gets on: that it is idle, or that a step has ended since. It kills
 an engine that has not said so for long.
 
-An exception in a step ends the process: the supervisor starts another, and the workers submit again what they have in
-flight. Exit codes: 0 after SIGTERM, 2 for a setting or checkpoint that is wrong (not worth another try), 1 for the rest.
+An exception in a step ends the process. The supervisor then starts another engine, and the workers submit their unfinished
+requests again. Exit codes: 0 after SIGTERM, 2 for a wrong setting or checkpoint (another start would fail too), 1 otherwise.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -42,12 +43,13 @@ from engine.request import FinishReason, RequestFailure, TokenEvent
 log = logging.getLogger("tidegate.engine")
 
 EXIT_BAD_SETTINGS = 2
-SEND_QUEUE = 4096  # messages kept for a worker that does not read; past it the worker is dropped
-READS_PER_STEP = 1024  # so that a flood of messages does not keep the running requests waiting
+SEND_QUEUE = 4096  # messages kept for a worker that does not read; a worker with more is dropped
+READS_PER_STEP = 1024  # messages read between two steps, so that a flood of messages does not stall running requests
+GC_THRESHOLDS = (5000, 20, 100)  # a young collection visits a few thousand objects, which takes less than a millisecond
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor writes to the process's standard input, as JSON on one line."""
+    """The settings of an engine process. The supervisor writes them to standard input, as one line of JSON."""
 
     config: EngineConfig
     endpoint: str
@@ -56,27 +58,67 @@ class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
     log_format: logs.LogFormat = "auto"
 
 
+class CollectorPauses:
+    """Keeps the pauses by Python's garbage collector short, and measures the longest one.
+
+    All objects that exist after start-up stay until the process ends, so they are excluded from further collections. Full
+    collections run while the engine is idle (`collect`); the structures of requests contain no reference cycles.
+    """
+
+    def __init__(self) -> None:
+        self.longest = 0.0  # seconds
+        self._began = 0.0
+        self._collected = True  # no step has run since the last `collect`
+        self._thresholds = gc.get_threshold()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        gc.callbacks.append(self._measure)
+
+    def close(self) -> None:
+        """Undo everything."""
+        gc.callbacks.remove(self._measure)
+        gc.set_threshold(*self._thresholds)
+        gc.unfreeze()
+
+    def note_step(self) -> None:
+        self._collected = False
+
+    def collect(self) -> None:
+        """Run a full collection if a step has run since the last one. Called only while the engine is idle."""
+        if not self._collected:
+            self._collected = True
+            gc.collect()
+
+    def _measure(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        else:
+            self.longest = max(self.longest, time.perf_counter() - self._began)
+
+
 class EngineProcess:
-    """Owns the core and the socket. A worker is known by its socket's identity, which is new with each connection."""
+    """Owns the core and the socket. A worker is identified by its socket's identity, which is new with each connection."""
 
     def __init__(self, core: Core, endpoint: str) -> None:
         self._core = core
         self._info = core.info()
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a worker that is gone is an error we hear of
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a worker that has disconnected raises an error
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # the scheduler's queue is the one that is bounded
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # unbounded: the scheduler's queue is the one with a limit
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
         self._socket.bind(endpoint)
         self._workers: dict[bytes, str] = {}  # identity -> name
-        self._lost: set[bytes] = set()  # could not be sent to; to be forgotten before the next step
-        self._dropped: set[bytes] = set()  # did not read; to be told so once they do
-        self._owners: dict[str, bytes] = {}  # request under way -> who asked for it
+        self._lost: set[bytes] = set()  # a send to them failed; they are forgotten before the next step
+        self._dropped: set[bytes] = set()  # they did not read; they are told to connect again once they do
+        self._owners: dict[str, bytes] = {}  # running or waiting request -> identity of the worker that submitted it
         self._heartbeat_at = 0.0
         self._told_step = -1  # the step counter when the supervisor last heard of us
         self._preparing = True  # until the core has nothing left to do for later steps
         self._stopping = False
+        self._pauses = CollectorPauses()
 
     def stop(self) -> None:
         """Ask `run` to return; safe in a signal handler."""
@@ -85,21 +127,25 @@ class EngineProcess:
     def run(self) -> None:
         was_busy = False
         while not self._stopping:
-            self._read(wait=not self._core.has_work and not self._prepare())
+            if not self._core.has_work and not self._prepare():
+                self._wait()
+            self._read()
             while self._lost:
                 self._forget(self._lost.pop())
-            # Also where work begins, as the first step may be long, and where it ends: the workers judge an engine that has
-            # work by its steps, and an idle one by its heartbeats.
+            # Heartbeats are also sent when work begins, since the first step may be long, and when it ends: workers judge an
+            # engine that has work by its steps, and an idle engine by its heartbeats.
             if time.monotonic() >= self._heartbeat_at or self._core.has_work != was_busy:
                 self._send_heartbeats()
             was_busy = self._core.has_work
             if was_busy:
                 self._send_events(self._core.step())
+                self._pauses.note_step()
                 if not self._core.has_work:
                     self._send_heartbeats()
                     was_busy = False
 
     def close(self) -> None:
+        self._pauses.close()
         self._socket.close()
         self._context.term()
         self._core.close()
@@ -107,12 +153,17 @@ class EngineProcess:
     def _prepare(self) -> bool:
         if self._preparing and not self._core.prepare():
             self._preparing = False
-            self._heartbeat_at = 0.0  # from now on the workers expect quick turns again
+            self._heartbeat_at = 0.0  # tell the workers that from now on every iteration of the loop is short
         return self._preparing
 
-    def _read(self, *, wait: bool) -> None:
-        if wait:
-            self._socket.poll(max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1))
+    def _wait(self) -> None:
+        """Wait for a message, at most until the next heartbeat is due."""
+        milliseconds = max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1)
+        if not self._socket.poll(milliseconds):
+            self._pauses.collect()
+
+    def _read(self) -> None:
+        """Handle the messages that have arrived. Runs no step."""
         for _ in range(READS_PER_STEP):
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -120,7 +171,7 @@ class EngineProcess:
                 return
             try:
                 message = decode_worker_message(b"".join(frames))
-            except TidegateError as error:  # a field of SamplingParams out of range, by a worker that did not check
+            except TidegateError as error:  # a field of SamplingParams is out of range
                 log.warning("a worker's message is refused: %s", error.message)
             except msgspec.MsgspecError as error:
                 log.warning("a worker's message cannot be read: %s", error)
@@ -131,7 +182,7 @@ class EngineProcess:
         if isinstance(message, Hello):
             self._welcome(identity, message.worker)
         elif identity not in self._workers or identity in self._lost:
-            log.debug("a message of a worker that was dropped or never said Hello is ignored")
+            log.debug("ignored a message of a worker that was dropped or sent no Hello")
         elif isinstance(message, Submit):
             self._submit(identity, message)
         elif isinstance(message, Abort):
@@ -145,7 +196,7 @@ class EngineProcess:
                 self._forget(known)
         self._dropped.discard(identity)
         self._workers[identity] = worker
-        self._heartbeat_at = 0.0  # it must know how we are before what may be a long turn
+        self._heartbeat_at = 0.0  # the worker gets a heartbeat before the next step, which may be long
         log.info("worker connected", extra={"worker": worker})
         self._send(identity, Welcome(self._info))
 
@@ -159,16 +210,13 @@ class EngineProcess:
             self._owners[submit.request_id] = identity
 
     def _forget(self, identity: bytes) -> None:
-        """Abort what a worker had asked for."""
+        """End all requests of a worker, without any further event."""
         self._workers.pop(identity, None)
         requests = [request_id for request_id, owner in self._owners.items() if owner == identity]
         for request_id in requests:
             del self._owners[request_id]
-            self._core.abort(request_id)
-        if requests:
-            # Their last events leave the core now, without an owner, lest they end requests of the same names that the
-            # worker submits next.
-            self._send_events(self._core.step())
+        # The worker may submit requests with the same ids next, so the old ones must not produce another event.
+        self._core.forget(requests)
 
     def _send_events(self, events: list[TokenEvent]) -> None:
         outputs: dict[bytes, list[TokenEvent]] = {}
@@ -181,14 +229,15 @@ class EngineProcess:
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
-        heartbeat = Heartbeat(self._core.stats(), self._preparing)
+        stats = msgspec.structs.replace(self._core.stats(), gc_pause_seconds=self._pauses.longest)
+        heartbeat = Heartbeat(stats, self._preparing)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:
             self._told_step = heartbeat.stats.step
             lifeline.tell(lifeline.ALIVE)
         for identity in list(self._workers):
             self._send(identity, heartbeat)
         for identity in list(self._dropped):
-            # A Welcome that nobody asked for tells the worker to connect anew.
+            # A Welcome without a Hello before it tells the worker to connect again.
             if self._try_send(identity, Welcome(self._info)) != "full":
                 self._dropped.discard(identity)
 
@@ -205,7 +254,7 @@ class EngineProcess:
             self._dropped.add(identity)
 
     def _try_send(self, identity: bytes, message: EngineMessage) -> str:
-        """Never blocks. Returns "sent", "full" (it does not read) or "gone"."""
+        """Send without blocking. Returns "sent", "full" (the worker does not read) or "gone" (it has disconnected)."""
         try:
             self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.Again:

@@ -250,6 +250,7 @@ def engine_families(health: EngineHealth) -> list[Metric]:
     gauges = (
         ("tidegate_engine_requests_running", "Outputs that own a batch row.", stats.running),
         ("tidegate_engine_requests_waiting", "Outputs in the engine's queue.", stats.waiting),
+        ("tidegate_engine_gc_pause_seconds", "Longest pause by Python's garbage collector.", stats.gc_pause_seconds),
         ("tidegate_kv_blocks_used", "Cache blocks that requests hold.", stats.blocks_used),
         ("tidegate_kv_blocks_cached", "Cache blocks kept for later requests, free otherwise.", stats.blocks_cached),
         ("tidegate_kv_blocks_total", "Cache blocks there are.", stats.blocks_total),

@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     fake_step_ms: float = Field(_FAKE.step_ms, ge=0, description="runner fake: milliseconds a step takes")
     fake_token_us: float = Field(_FAKE.token_us, ge=0, description="runner fake: microseconds more for each token")
     fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, description="runner fake: KV-cache blocks")
+    fake_nan_token: int | None = Field(
+        _FAKE.nan_token, ge=0, description="runner fake: a row that would sample this token id reports logits that are not finite"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -135,7 +138,12 @@ class Settings(BaseSettings):
                 max_queue=self.max_queue,
                 max_skips=self.max_skips,
             ),
-            fake=FakeConfig(step_ms=self.fake_step_ms, token_us=self.fake_token_us, num_blocks=self.fake_num_blocks),
+            fake=FakeConfig(
+                step_ms=self.fake_step_ms,
+                token_us=self.fake_token_us,
+                num_blocks=self.fake_num_blocks,
+                nan_token=self.fake_nan_token,
+            ),
         )
 
 

@@ -14,11 +14,12 @@ from engine.errors import InternalError
 class BlockPool:
     """All operations are O(1): the free list is a ring of two arrays, doubly linked through a sentinel at `num_blocks`."""
 
-    __slots__ = ("_next", "_prev", "num_blocks", "num_free", "refs")
+    __slots__ = ("_next", "_prev", "num_blocks", "num_free", "num_released", "refs")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        self.num_released = 0  # times that a block lost its last holder, since the start
         self.refs = [0] * num_blocks
         self._next: list[int] = [*range(1, num_blocks + 1), 0]
         self._prev: list[int] = [num_blocks, *range(num_blocks)]
@@ -45,6 +46,7 @@ class BlockPool:
             raise InternalError(f"block {block} dropped more often than held")
         self.refs[block] = refs
         if refs == 0:
+            self.num_released += 1
             self._link(block, before=self.num_blocks if keep else self._next[self.num_blocks])
 
     def check(self) -> None:

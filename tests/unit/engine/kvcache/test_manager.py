@@ -71,6 +71,56 @@ def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
     assert manager.admit(make_request(list(range(12)), "c"))
 
 
+def twins(manager: KVCacheManager, num: int, length: int) -> list[Request]:
+    """Requests that compute the same tokens side by side, each in blocks of its own. The first one's are matched."""
+    requests = [make_request(list(range(length)), f"twin{i}") for i in range(num)]
+    for request in requests:
+        assert manager.admit(request)
+    for request in requests:
+        assert request.num_computed == 0
+        request.num_computed = length
+        manager.publish(request)
+    return requests
+
+
+def evict_free_blocks(manager: KVCacheManager) -> None:
+    """Overwrite every block that no request holds."""
+    filler = make_request(list(range(5000, 5000 + 4 * manager.num_free)), "filler")
+    assert manager.admit(filler)
+    assert manager.num_free == 0
+    manager.release(filler)
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize("survivor", [0, 1, -1])
+@pytest.mark.parametrize("survivor_runs", [False, True])
+def test_the_survivor_of_requests_computed_side_by_side_keeps_the_prefix(num, survivor, survivor_runs):
+    """All others end and their blocks are evicted: what the survivor computed is found, while it runs and after its end."""
+    manager = KVCacheManager(40, 4)
+    requests = twins(manager, num, 17)
+    last = requests.pop(survivor)
+    for request in requests:
+        manager.release(request)
+    evict_free_blocks(manager)
+    manager.check([last])
+    if not survivor_runs:
+        manager.release(last)
+    following = make_request([*range(17), 70, 71, 72], "following turn")
+    assert manager.admit(following)
+    assert following.num_computed == 16
+
+
+def test_an_evicted_part_of_a_twin_is_replaced_by_the_survivors_blocks():
+    manager = KVCacheManager(12, 4)
+    first, second = twins(manager, 2, 20)
+    manager.release(first)
+    other = make_request([90] * 16, "other")  # takes the two blocks that were never used, and two of the first twin's
+    assert manager.admit(other)
+    manager.release(second)
+    assert manager.match(make_request([*range(20), 1], "again")) == 5
+    manager.check([other])
+
+
 def test_the_end_of_a_chain_is_evicted_before_its_beginning():
     manager = KVCacheManager(4, 4)
     manager.release(computed(manager, list(range(16)), "a"))

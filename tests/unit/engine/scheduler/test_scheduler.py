@@ -1,64 +1,11 @@
-"""The scheduler's rules one by one, with results made by hand: there is no runner here."""
+"""The scheduler's rules one by one."""
 
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
-from engine.plan import StepPlan, StepResult
-from engine.request import FinishReason, Request, SamplingParams, Status, TokenEvent, TokenLogprobs
-from engine.scheduler.scheduler import Scheduler
-
-
-class Rig:
-    """A scheduler with a clock that stands still until told, and results of one token."""
-
-    def __init__(self, *, blocks=100, block_size=4, rows=8, budget=64, max_queue=100, max_skips=2, prefix_caching=True):
-        self.now = 0.0
-        self.scheduler = Scheduler(
-            EngineConfig(
-                model="none",
-                cache=CacheConfig(block_size=block_size, prefix_caching=prefix_caching),
-                scheduler=SchedulerConfig(max_num_seqs=rows, max_step_tokens=budget, max_queue=max_queue, max_skips=max_skips),
-            ),
-            blocks,
-            clock=lambda: self.now,
-        )
-
-    def add(self, name: str, prompt: int | list[int], *, priority=0, fork_of=None, salt="", outputs=(), **params) -> Request:
-        """`prompt` tokens that no other request has, where it is a number."""
-        tokens = [sum(map(ord, name)) * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
-        request = Request(
-            name,
-            tokens + list(outputs),
-            SamplingParams(**{"max_tokens": 50} | params),
-            num_prompt=len(tokens),
-            seed=0,
-            eos_token_ids=(2,),
-            max_model_len=1000,
-            priority=priority,
-            arrival=self.now,
-            fork_of=fork_of,
-            salt=salt,
-        )
-        self.scheduler.add(request)
-        return request
-
-    def schedule(self) -> StepPlan:
-        plan = self.scheduler.schedule()
-        assert plan is not None
-        return plan
-
-    def commit(self, plan: StepPlan, token: int = 7, **result) -> dict[str, TokenEvent]:
-        events = self.scheduler.commit(plan, StepResult(plan.step, [token] * len(plan.samples), **result))
-        self.scheduler.check()
-        return {event.request_id: event for event in events}
-
-    def step(self, token: int = 7, **result) -> dict[str, TokenEvent]:
-        return self.commit(self.schedule(), token, **result)
-
-
-def slices(plan: StepPlan) -> list[tuple[int, int, int]]:
-    return list(zip(plan.rows, plan.starts, plan.nums, strict=True))
+from engine.plan import StepResult
+from engine.request import FinishReason, Status, TokenEvent, TokenLogprobs
+from tests.unit.engine.scheduler.rig import Rig, slices
 
 
 def test_a_prompt_runs_in_chunks_and_only_the_last_one_samples():
@@ -164,17 +111,6 @@ def test_num_cached_tells_of_the_prompt_found_in_the_cache():
     assert slices(plan)[1][1:] == (8, 4)
     assert rig.commit(plan)["b"].num_cached == 8
     assert (rig.scheduler.counts.prompt_tokens, rig.scheduler.counts.cached_tokens) == (24, 8)
-
-
-def test_blocks_of_a_submitted_step_are_shared_by_the_next_one_but_not_by_the_same():
-    rig = Rig()
-    prompt = list(range(10, 22))
-    same = [rig.add(name, prompt) for name in "ab"]
-    rig.schedule()
-    later = rig.add("c", prompt)
-    rig.schedule()  # the first step is not committed
-    assert not set(same[0].blocks) & set(same[1].blocks)
-    assert later.blocks[:2] == same[0].blocks[:2]
 
 
 def test_logprobs_go_with_their_tokens_and_prompt_logprobs_with_the_first():
@@ -399,7 +335,7 @@ def test_a_sibling_that_is_none_is_an_ordinary_request(change):
 
 
 def test_a_resumed_sibling_does_not_wait_for_its_leader():
-    rig = Rig(budget=20)
+    rig = Rig(budget=20, prefix_caching=False)
     prompt = list(range(10, 20))
     rig.add("a", prompt, prompt_logprobs=0)
     rig.add("b", prompt, fork_of="a", outputs=[5])
