@@ -13,12 +13,15 @@ import graph_stand_in
 import pytest
 import tiny
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.core import build_core
 from engine.device.build import build
+from engine.messages import Submit, pack_tokens
 from engine.plan import NO_TOKEN, AdmittedRow, StepPlan
-from engine.request import SamplingParams
+from engine.request import FinishReason, SamplingParams
 
 BAD = 7  # the token whose embedding is NaN
 BLOCK = 16
@@ -139,3 +142,54 @@ def test_on_cuda_other_rows_are_unharmed_and_so_are_later_owners_of_the_blocks(n
     healthy = [r for r in many if r.row not in (1, 4)]
     moved = [r._replace(blocks=many[other].blocks) for r, other in zip(healthy, (1, 4, 2), strict=True)]
     assert generate(runner, moved) == generate(built(folder, **cuda), healthy)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_engine_ends_the_failed_requests_and_no_others(name, overlap, tmp_path):
+    core = core_of(write(tmp_path, CONFIGS[name]), overlap=overlap)
+    many = requests({"temperature": 0.0, "ignore_eos": True})
+    many = [r._replace(params=replace(r.params, max_tokens=6)) for r in many]
+    tokens, ends = run_to_the_end(core, many)
+    assert {row: end.finish for row, end in ends.items()} == {
+        row: FinishReason.ERROR if row in (1, 4) else FinishReason.LENGTH for row in range(5)
+    }
+    assert tokens[1] == tokens[4] == []
+    stats = core.stats()
+    assert (stats.num_failed, stats.num_finished, stats.blocks_used, stats.running) == (2, 3, 0, 0)
+    healthy = [r for r in many if r.row not in (1, 4)]
+    assert run_to_the_end(core, healthy)[0] == {r.row: tokens[r.row] for r in healthy}
+    core.close()
+
+
+def test_a_model_whose_every_logit_is_nan_fails_every_request(tmp_path):
+    folder = tiny.write(tmp_path, tiny.LLAMA)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    core = core_of(folder, overlap=True)
+    tokens, ends = run_to_the_end(core, requests({"temperature": 1.0, "logprobs": 3}))
+    assert all(end.finish is FinishReason.ERROR for end in ends.values())
+    assert not any(tokens.values())
+    assert core.stats().num_failed == 5
+    core.close()
+
+
+def core_of(folder, *, overlap):
+    scheduler, cache = SchedulerConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK, num_blocks=24)
+    return build_core(
+        EngineConfig(model=str(folder), device="cpu", overlap=overlap, debug_checks=True, scheduler=scheduler, cache=cache)
+    )
+
+
+def run_to_the_end(core, many: list[Request]):
+    """({row: tokens}, {row: last event}) of requests that are submitted together."""
+    for r in many:
+        core.submit(Submit(request_id=str(r.row), prompt=pack_tokens(r.tokens), params=r.params, seed=r.row))
+    tokens, ends = {r.row: [] for r in many}, {}
+    while core.has_work:
+        for event in core.step():
+            tokens[int(event.request_id)] += event.tokens
+            if event.finish is not None:
+                ends[int(event.request_id)] = event
+    return tokens, ends
