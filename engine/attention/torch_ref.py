@@ -206,7 +206,8 @@ class TorchStepAttention:
     def _decode(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]"""
         out = self._decode_together(q, k_pool, v_pool, scale)
-        return out if is_finite(out) else decode_rows(q, k_pool, v_pool, self._batch, scale)
+        masked = self._in_pool is not None or any(group.mask is not None for group in self._groups)
+        return decode_rows(q, k_pool, v_pool, self._batch, scale) if masked and not is_finite(out) else out
 
     def _decode_together(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """`_decode` with many rows in one call, some of which read memory of other rows behind a mask."""

@@ -7,7 +7,7 @@
 The upload also has a random number for each row. Everything else that a step needs is on the device: the rows' block tables
 and latest tokens (`inputs.py`), and their sampling parameters (`sampling/cuda_sampler.py`). A graph is captured when a step
 first needs its size, or before that by `capture_next` while the engine is idle, so that graphs do not delay the start. Padding
-is the scratch row's, whose one block no request owns.
+belongs to the scratch row, whose one block no request owns.
 
 All graphs share one memory pool. They run one after the other, and the next graph begins only after the results of the one
 before were used, in the same stream. The largest graph is captured first, so that all others fit into the memory it needed.
@@ -51,6 +51,8 @@ class _Captured(NamedTuple):
 
 
 class StepGraphs:
+    """The captured steps of one runner, by shape."""
+
     def __init__(self, backend: Backend, kv: list[LayerPools], rows: Rows, sample: Sample, *, block_size: int) -> None:
         self._backend = backend
         self._kv = kv
@@ -172,8 +174,8 @@ class StepGraphs:
         return GraphOutput(logits, self._sample_tokens(logits, rows, self._state.latest, uniform))
 
     def _record(self, inputs: torch.Tensor, run: Callable[[], GraphOutput]) -> _Captured:
-        """Run `run` once, which compiles kernels and fills the libraries' caches and touches the scratch row alone; then
-        capture it."""
+        """Call `run` once, which compiles kernels and fills the libraries' caches, then call it again to capture it. The inputs
+        name the scratch row only, so no request's memory is written."""
         output = run()
         if self._logits is None:
             self._logits = output.logits.new_empty(self._sizes.queries[-1], output.logits.shape[1])

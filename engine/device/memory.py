@@ -1,12 +1,13 @@
-"""How much device memory steps need beside the KV cache: what is measured, and how the figures add up.
+"""Measures the device memory that serving needs beside the KV cache, by trials at start.
 
-Steps run one after the other, so of the memory that a step frees again only the largest amount counts:
+A step frees its memory at its end, and steps run one after the other, so only the largest step counts:
 
     steps          the largest of several kinds of steps without a graph (`trial_steps.py`)
-    long context   what a chunk at the end of the longest context takes on top, for latents that are expanded to keys and values
+    long context   additional memory of a chunk at the end of the longest context, whose latents are expanded to keys and values
 
-Other memory stays taken: graphs, token counts of rows with penalties, loaded kernels and libraries, workspaces. Whatever of it
-the trials took is missing from the free memory afterwards. The graphs that were not captured are estimated from those that were.
+Other memory is never freed: graphs, token counts of rows with penalties, loaded kernels and libraries, workspaces. The trials
+take it too, so the free memory after the trials is already without it. The memory of graphs that the trials do not capture is
+estimated from those that they do.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ Run = Callable[[], None]
 
 class MemoryProbe(Protocol):
     def free(self) -> int:
-        """Bytes that are free on the device, with nothing held back for later tensors."""
+        """Bytes that are free on the device, after torch has returned the memory that it keeps for later tensors."""
         ...
 
     def peak(self, run: Run) -> int:
-        """Call `run` and return how many more bytes than afterwards were in use at most meanwhile."""
+        """Call `run`, and return the most bytes in use during the call minus the bytes in use after it."""
         ...
 
 
 class Trials(NamedTuple):
-    """What is run to measure the memory that serving needs."""
+    """The calls that are run to measure the memory that serving needs."""
 
-    steps: Sequence[Run]  # any of these may be the step that takes most
-    long_context: Run | None  # its memory may come on top of any of `steps`
-    captures: Sequence[Run]  # the first two capture the largest graphs, each other one captures a small graph
-    num_graphs: int  # graphs that serving may capture, those of `captures` included
+    steps: Sequence[Run]  # steps, one of which takes the most memory of all steps
+    long_context: Run | None  # a step whose memory any of `steps` may need additionally
+    captures: Sequence[Run]  # the first two capture the largest graphs, and each other one a small graph
+    num_graphs: int  # graphs that serving may capture, including those of `captures`
 
 
 class Needs(NamedTuple):
-    """Bytes of device memory that serving needs beside the KV cache and beside what is taken already."""
+    """Bytes of free device memory that the KV cache must leave to serving."""
 
-    step: int
-    long_context: int
-    graphs: int  # those that were not captured yet
+    step: int  # the largest step
+    long_context: int  # additionally, for the longest context
+    graphs: int  # graphs that the trials did not capture
 
     @property
     def total(self) -> int:
@@ -51,7 +52,7 @@ class Needs(NamedTuple):
 
 
 def measure(probe: MemoryProbe, trials: Trials) -> Needs:
-    """Run `trials`. What they leave allocated is to be alive when the caller reads the free memory."""
+    """Run `trials`. The caller must read the free memory while everything that the trials left allocated is still alive."""
     graphs = _other_graphs(probe, trials)
     step = max(probe.peak(run) for run in trials.steps)
     long_context = 0 if trials.long_context is None else probe.peak(trials.long_context)
@@ -59,8 +60,11 @@ def measure(probe: MemoryProbe, trials: Trials) -> Needs:
 
 
 def _other_graphs(probe: MemoryProbe, trials: Trials) -> int:
-    """Bytes that the graphs without a trial will take: each as much as a small one took on average, once the largest graphs had
-    been captured. All graphs share one memory pool, so a further graph costs little more than the driver's copy of it."""
+    """Capture the graphs of the trials, and estimate the bytes of all other graphs.
+
+    All graphs share one memory pool. Once the largest graphs are captured, another graph takes little more than the driver's copy
+    of it, so each is estimated at the average of the small graphs.
+    """
     for capture in trials.captures[:2]:
         capture()
     small = trials.captures[2:]

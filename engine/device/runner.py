@@ -31,6 +31,8 @@ from engine.sampling.sampler import Sampler
 
 
 class TorchRunner:
+    """A Runner that executes plans with a Backend. It owns the state of all batch rows."""
+
     def __init__(self, backend: Backend, storage: KVStorage, config: EngineConfig, limits: ModelLimits) -> None:
         """`config` must be resolved."""
         device = torch.device(config.device)

@@ -1,6 +1,6 @@
-"""Steps that are run once at start, to measure the memory that the largest steps take.
+"""Trial steps: the steps that are run once at start to measure the memory of the largest steps.
 
-All trial steps use one block for every position of every row: only the memory that a step takes matters, not its results.
+A trial step uses one block for every position of every row, since only its memory matters and not its results.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from engine.plan import AdmittedRow, StepPlan
 from engine.request import BOUNDS, SamplingParams
 
 CONTEXT_TOKENS = 1 << 17  # see `long_contexts`
-SMALL_GRAPHS = 4  # captured to find the memory of one more graph
+SMALL_GRAPHS = 4  # small graphs that are captured to measure the memory of another graph
 NUM_TOP = int(BOUNDS["logprobs"].high)
 ALL_OPTIONS = SamplingParams(
     top_p=0.9,
@@ -28,7 +28,7 @@ PROMPT_LOGPROBS = SamplingParams(prompt_logprobs=NUM_TOP)
 
 
 class TrialLimits:
-    """The limits that decide which step takes most memory: rows and tokens of a step, and tokens of a request."""
+    """The limits that decide which steps take the most memory: rows and tokens of a step, and tokens of a request."""
 
     def __init__(self, *, max_rows: int, max_tokens: int, max_len: int, block_size: int) -> None:
         self.max_rows = max_rows
@@ -37,15 +37,15 @@ class TrialLimits:
         self.block_size = block_size
 
     def steps(self) -> list[StepPlan]:
-        """The kinds of steps without a graph of which one takes most memory."""
+        """Three steps without a graph, one of which takes the most memory of all such steps."""
         return [self._all_rows(), self._one_prompt(), self._padded_prompts()]
 
     def long_contexts(self) -> StepPlan | None:
-        """Chunks of one or two tokens at the end of the longest contexts; None if a prompt of one step is as long.
+        """A step of chunks of one or two tokens at the end of the longest contexts; None if one step holds the longest context.
 
-        Attention over latents expands the latents of such chunks to keys and values, of as many chunks together as
-        `latent_chunks.EXPANDED_NUMBERS` allow, and always of one whole context. CONTEXT_TOKENS reach that limit if a latent
-        expands to 1,024 numbers or more.
+        Latent attention expands the latents of such contexts to keys and values: several contexts together, up to
+        `latent_chunks.EXPANDED_NUMBERS` numbers, and at least one whole context. Contexts of CONTEXT_TOKENS tokens in all reach
+        that limit if a latent expands to 1,024 numbers or more.
         """
         if self.max_len <= self.max_tokens:
             return None
@@ -54,18 +54,18 @@ class TrialLimits:
         return self._plan(rows, start=self.max_len - num, num=num, params=SamplingParams())
 
     def _all_rows(self) -> StepPlan:
-        """As many rows as there are, each sampling with every option."""
+        """A step of all rows, each of which samples with every option."""
         num = max(1, min(self.max_tokens // self.max_rows, self.max_len - 1))
         return self._plan(self.max_rows, start=0, num=num, params=ALL_OPTIONS)
 
     def _one_prompt(self) -> StepPlan:
-        """One prompt that is as long as a step allows, and is padded in attention."""
+        """A step of one prompt that is as long as a step allows and that attention must pad."""
         longest = min(self.max_tokens, self.max_len)
         num = longest - 1 if longest > 1 and longest % LENGTH_STEP == 0 else longest
         return self._plan(1, start=0, num=num, params=PROMPT_LOGPROBS)
 
     def _padded_prompts(self) -> StepPlan:
-        """Prompts of the length that attention pads most, by half of it, as many as a step holds."""
+        """A step of as many prompts as it holds, of the length that attention pads most (by half of the length)."""
         num = min(MIN_PROMPT + 1, self.max_tokens, self.max_len)
         return self._plan(min(self.max_rows, self.max_tokens // num), start=0, num=num, params=PROMPT_LOGPROBS)
 
@@ -77,8 +77,8 @@ class TrialLimits:
 
 
 def graph_keys(keys: list[Key]) -> list[Key]:
-    """The graphs to capture in a trial, from all shapes with the largest one first: the largest mixed step and the largest step
-    of decodes, then some small ones of both kinds."""
+    """Select the graphs to capture in a trial from `keys`, of which the first is the largest: that one, the largest graph of
+    decodes, and then some small graphs of both kinds."""
     decodes = sorted(key for key in keys if not key[1])
     mixed = sorted(key for key in keys if key[1])
     small = [*decodes[: SMALL_GRAPHS // 2], *mixed[: SMALL_GRAPHS // 2]]
