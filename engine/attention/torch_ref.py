@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.attention.in_pool import InPool, plan
+from engine.attention.single_rows import decode_rows, is_finite
 from engine.batch import ForwardBatch, LayerPools
 from engine.errors import InternalError
 
@@ -204,6 +205,12 @@ class TorchStepAttention:
 
     def _decode(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]"""
+        out = self._decode_together(q, k_pool, v_pool, scale)
+        masked = self._in_pool is not None or any(group.mask is not None for group in self._groups)
+        return decode_rows(q, k_pool, v_pool, self._batch, scale) if masked and not is_finite(out) else out
+
+    def _decode_together(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
+        """`_decode` with many rows in one call, some of which read memory of other rows behind a mask."""
         if self._in_pool is not None:
             shaped = q.view(q.shape[0], k_pool.shape[2], -1, q.shape[2])
             return self._in_pool.attend(shaped, k_pool, v_pool, scale).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The torch backend: a model of `engine.models` with its weights."""
+"""The torch backend runs a model of `engine.models`."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ class TorchBackend:
         return self._model.logits(hidden, out)
 
     def close(self) -> None:
-        """Nothing is held that the garbage collector does not free."""
+        """Does nothing: the garbage collector frees the model."""
 
 
 def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBackend:
-    """The model that `config.model` holds, with the checkpoint's weights or with random ones."""
+    """Build the model of `spec` on `device` and fill it with the weights of the checkpoint `config.model`, or with random weights
+    if `load_format` is "dummy". Raises CheckpointError if the weights do not fit or cannot be read."""
     dtype: torch.dtype = getattr(torch, config.dtype)
     capacity.check(spec, dtype=dtype, device=device)
     with torch.inference_mode():

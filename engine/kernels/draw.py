@@ -171,11 +171,12 @@ def _survey(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(rows_ptr + seq)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    if temperature == 0.0:
+    argmax = tl.load(tokens_ptr + seq)
+    if (temperature == 0.0) | (argmax < 0):  # NO_TOKEN stays
         return
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     at = logits_ptr + seq.to(tl.int64) * vocab
-    best = tl.load(at + tl.load(tokens_ptr + seq)).to(tl.float32)
+    best = tl.load(at + argmax).to(tl.float32)
     lowest, highest = _key(tl.full([], float("-inf"), tl.float32), BITS), _key(best, BITS)
     floor = tl.where(top_p < 1.0, float("-inf"), _floor(min_p))  # top_p is of all tokens' weight
     # Tokens this far down, were they all so likely, would weigh no more than top_p leaves out.
@@ -264,13 +265,14 @@ def _finish(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(rows_ptr + seq)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    if temperature == 0.0:
+    argmax = tl.load(tokens_ptr + seq)
+    if (temperature == 0.0) | (argmax < 0):  # NO_TOKEN stays
         return
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     if (top_k >= vocab) & (top_p >= 1.0):
         return
     at = logits_ptr + seq.to(tl.int64) * vocab
-    best = tl.load(at + tl.load(tokens_ptr + seq)).to(tl.float32)
+    best = tl.load(at + argmax).to(tl.float32)
     low, high = tl.load(bracket_ptr + seq * 2), tl.load(bracket_ptr + seq * 2 + 1)
     col = part * TILE + tl.arange(0, TILE)
     following = tl.load(at + col, mask=col < vocab, other=float("nan"))  # which is not above anything
@@ -317,6 +319,7 @@ def draw(
     params: DrawParams,
 ) -> None:
     """Replace `tokens` [B], the likeliest of each row of logits [B, V], by draws where the row has a temperature; `latest` too.
+    NO_TOKEN is not replaced.
 
     `rows` [B] int32 are the places in `latest` and `params`, uniform [B] is float64 in [0, 1).
     """

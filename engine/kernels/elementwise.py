@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
 
-from engine.kernels import linear as product
-from engine.kernels.latent import latent_prepare as latent_prepare  # this module is an Ops, whole
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
 HEADS_A_PROGRAM = 8  # of `norm_rotate`: they share a load of the angles
@@ -60,28 +57,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     tile = min(1024 if rows <= 256 else 2048, power_of_two(size))  # few rows want more programs
     _silu_mul[(rows, cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=8, **pdl(gate_up.device))
     return out
-
-
-def _norm_of(x: torch.Tensor, params: product.Norm) -> torch.Tensor:
-    """`norm`, for where an argument has its name."""
-    return norm(x, *params)
-
-
-def gated(x: torch.Tensor, weight: torch.Tensor, norm: product.Norm | None = None) -> torch.Tensor:
-    """See `Ops.gated`: one kernel for few rows, torch's product and `silu_mul` for more."""
-    if norm is not None and product.can_norm(x, weight):
-        return product.gated(x, weight, norm=norm)
-    if norm is not None:
-        x = _norm_of(x, norm)
-    return product.gated(x, weight) if product.fits(x, weight) else silu_mul(F.linear(x, weight))
-
-
-def norm_linear(x: torch.Tensor, norm: product.Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """See `Ops.norm_linear`: one kernel for a row and a small weight."""
-    if product.can_norm(x, weight):
-        return product.linear(x, weight, bias, norm=norm)
-    normed = _norm_of(x, norm)
-    return product.linear(normed, weight, bias) if product.fits(normed, weight) else F.linear(normed, weight, bias)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
+from engine.plan import NO_TOKEN
 
 VOCAB_TILE = 4096  # logits that one program looks at
 
@@ -14,7 +15,7 @@ VOCAB_TILE = 4096  # logits that one program looks at
 @triton.jit
 def _likeliest(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
-    TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+    NO_TOKEN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     seq, tile = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -22,8 +23,10 @@ def _likeliest(
         tl.extra.cuda.gdc_launch_dependents()
     col = tile * TILE + tl.arange(0, TILE)
     logits = tl.load(logits_ptr + seq.to(tl.int64) * vocab + col, mask=col < vocab, other=float("-inf")).to(tl.float32)
+    # NaN counts as +inf, since a maximum may skip NaN. Neither is the largest logit of a row that is sound.
+    logits = tl.where(logits != logits, float("inf"), logits)
     best = tl.max(logits, 0)
-    # Of equals the first, as torch's argmax has it. A row of NaN alone gives the first token there is.
+    # Of equal logits the first index wins, as in torch's argmax.
     index = tl.min(tl.where(logits == best, col, vocab), 0)
     tl.store(best_ptr + seq * TILES + tile, best)
     tl.store(index_ptr + seq * TILES + tile, index)
@@ -35,14 +38,18 @@ def _likeliest(
         inside = tiles < TILES
         bests = tl.load(best_ptr + seq * TILES + tiles, mask=inside, other=float("-inf"), cache_modifier=".cg")
         indices = tl.load(index_ptr + seq * TILES + tiles, mask=inside, other=0, cache_modifier=".cg")
-        token = tl.min(tl.where(inside & (bests == tl.max(bests, 0)), indices, vocab), 0)
-        token = tl.where(token < vocab, token, 0).to(tl.int64)
-        tl.store(tokens_ptr + seq, token)
-        tl.store(latest_ptr + tl.load(rows_ptr + seq), token)
+        largest = tl.max(bests, 0)
+        token = tl.min(tl.where(inside & (bests == largest), indices, vocab), 0).to(tl.int64)
+        failed = tl.abs(largest) == float("inf")
+        tl.store(tokens_ptr + seq, tl.where(failed, NO_TOKEN, token))
+        tl.store(latest_ptr + tl.load(rows_ptr + seq), tl.where(failed, 0, token))
 
 
 def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
-    """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too."""
+    """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too.
+
+    A row whose logits hold NaN or +inf, or are all -inf, gets NO_TOKEN, and 0 in `latest`.
+    """
     num, vocab = logits.shape
     tiles = cdiv(vocab, VOCAB_TILE)
     tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
@@ -50,6 +57,6 @@ def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Ten
     index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
     _likeliest[(num, tiles)](
         logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
-        TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
+        NO_TOKEN=NO_TOKEN, TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
     )  # fmt: skip
     return tokens

@@ -7,7 +7,6 @@ import msgspec
 from engine.layers.kinds import RopeSpec, RoutingSpec, TopkMethod
 from engine.models import config_common as common
 from engine.models.config_reader import ConfigReader
-from engine.models.families import ARCHITECTURES
 from engine.models.spec import MlaSpec, ModelSpec, MoeSpec
 
 V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"

@@ -6,7 +6,6 @@ import msgspec
 
 from engine.models import config_common as common
 from engine.models.config_reader import ConfigReader
-from engine.models.families import ARCHITECTURES
 from engine.models.spec import ModelSpec
 
 ARCHITECTURES = (

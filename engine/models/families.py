@@ -13,7 +13,6 @@ from typing import Any, Literal
 from engine.errors import CheckpointError
 from engine.models import deepseek_config, dense_config, qwen3_moe_config
 from engine.models.config_reader import ConfigReader, read_json
-from engine.models.families import ARCHITECTURES, Family, parse_spec, read_spec
 from engine.models.spec import ModelSpec
 
 Family = Literal["dense", "qwen3_moe", "deepseek"]

@@ -7,7 +7,6 @@ import msgspec
 from engine.layers.kinds import RoutingSpec
 from engine.models import config_common as common
 from engine.models.config_reader import ConfigReader
-from engine.models.families import ARCHITECTURES
 from engine.models.spec import ModelSpec, MoeSpec
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)

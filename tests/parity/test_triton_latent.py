@@ -11,11 +11,12 @@ from engine.attention import latent_chunks, torch_ref
 from engine.attention.base import AttentionBackend
 from engine.attention.torch_ref import TorchAttention
 from engine.attention.triton_paged import TritonAttention
-from engine.kernels import elementwise, latent
+from engine.kernels import latent
 from engine.kernels import mla_decode as mla_decode_module
 from engine.kernels.hardware import shared_memory
 from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
 from engine.layers.ops import PlainOps, write
+from engine.layers.ops_cuda import CudaOps
 from tests.parity.test_triton_attention import BLOCK, CHUNKS, DECODES, DEVICE, MIXED, make_batch, random, use_any_library
 
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
@@ -39,7 +40,7 @@ def test_prepare(heads, rank, interleaved, dtype):
     angles = (random(tokens, 1, ROPE, generator=generator), random(tokens, 1, ROPE, generator=generator))
     slots = torch.randperm(3 * BLOCK, generator=generator)[:tokens].to(DEVICE)
     results = []
-    for ops in (PlainOps(), elementwise):
+    for ops in (PlainOps(), CudaOps()):
         q, kv = both.clone().split([q_size, rank + ROPE], 1)
         pool = torch.zeros(3, BLOCK, rank + ROPE, dtype=dtype, device=DEVICE)
         q = q.view(tokens, heads, NOPE + ROPE)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import elementwise, linear, linear_tiles
+from engine.kernels import linear, linear_tiles
 from engine.kernels.linear import Extras
 from engine.kernels.linear_tiles import Gemv, Skinny
 from engine.layers.linear import linear as plain_linear
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import PlainOps
+from engine.layers.ops_cuda import CudaOps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -196,7 +197,7 @@ def test_gated_of_the_two_ops(rows):
     """Where a product does not fit, whatever the reason, the steps are torch's."""
     x, weight = random(rows, 48), weights(20, 48)
     expected = exact(x, weight, None, gated=True)
-    assert_near(elementwise.gated(x, weight), expected, 1e-2)  # gate and up are rounded before they are used
+    assert_near(CudaOps().gated(x, weight), expected, 1e-2)  # gate and up are rounded before they are used
     assert_near(PlainOps().gated(x, weight), expected, 1e-2)
 
 
@@ -217,7 +218,7 @@ def test_products_of_the_ops_norm_their_input(rows):
     """In one kernel, in two, or by torch; on a CPU always by torch."""
     x, norm, weight, bias = random(rows, 48), (random(48), 1e-6), weights(20, 48), random(20)
     for found, expected in zip(
-        (elementwise.norm_linear(x, norm, weight, bias), elementwise.gated(x, weight, norm)),
+        (CudaOps().norm_linear(x, norm, weight, bias), CudaOps().gated(x, weight, norm)),
         (PlainOps().norm_linear(x, norm, weight, bias), PlainOps().gated(x, weight, norm)),
         strict=True,
     ):

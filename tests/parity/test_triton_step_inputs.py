@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.device.graph_shapes import MixedInputs
-from engine.device.inputs import Rows, Slices, Uploader
+from engine.batch import Uploader
+from engine.device.graph_shapes import MixedBuffers
+from engine.device.inputs import Rows, Slices
 from engine.kernels.step_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
@@ -28,7 +29,7 @@ def rows():
         AdmittedRow(row, draw.integers(0, 90, n).tolist(), n, draw.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
         for row, n in LENS.items()
     ]
-    state.change(StepPlan(1, admitted=admitted))
+    state.apply(StepPlan(1, admitted=admitted))
     state.set_latest(torch.arange(5, device=DEVICE), torch.tensor([10, 11, 12, 13, 14], device=DEVICE))
     return state
 
@@ -62,7 +63,7 @@ def test_inputs_of_a_mixed_step_are_those_of_the_hosts_path(rows):
     slices, expected = expect(rows, [(4, 7, 1), (0, 1, 1), (2, 1000, 300), (3, 2, 6)], 2)
     numbers = np.linspace(0.1, 0.4, 4)
     scratch = rows.state.scratch_row
-    packed = MixedInputs.of(rows.mixed(slices), slices, numbers, key=(320, 6), scratch_row=scratch)
+    packed = MixedBuffers.of(rows.mixed(slices), slices, numbers, key=(320, 6), scratch_row=scratch)
     uniform, tokens, positions, owners, which, lens, starts = packed.parts(torch.from_numpy(packed.values).to(DEVICE))
     assert uniform.tolist() == [*numbers, 0.0, 0.0]
     assert starts.tolist() == [0, 1, 2, 302, 308, 320, 320]
