@@ -37,7 +37,7 @@ class TritonGqa:
         return TritonGqaStep(batch, self._num_processors)
 
     def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        return long_prompts.kinds(most, dtype)
+        return long_prompts.warmup_lengths(most, dtype)
 
 
 class TritonGqaStep:
@@ -55,7 +55,7 @@ class TritonGqaStep:
             return self._attend_captured(q, k_pool, v_pool, scale)
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         prompts = self._long_prompts(q.dtype)
-        if long_prompts.fill(prompts, q.shape[0]):
+        if long_prompts.fill_step(prompts, q.shape[0]):
             return long_prompts.attend(q, k, v, scale, len(prompts))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for prompt in prompts:
@@ -83,7 +83,7 @@ class TritonGqaStep:
 
     def _long_prompts(self, dtype: torch.dtype) -> list[range]:
         if self._prompts is None:
-            self._prompts = long_prompts.find(self._batch, dtype)
+            self._prompts = long_prompts.find_prompts(self._batch, dtype)
         return self._prompts
 
     def _chunk_tiles(self, tile_q: int, dtype: torch.dtype) -> Tiles | None:

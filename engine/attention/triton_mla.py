@@ -36,7 +36,7 @@ class TritonMla:
         return TritonMlaStep(batch, self._num_processors)
 
     def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        return long_prompts.kinds(most, dtype)
+        return long_prompts.warmup_lengths(most, dtype)
 
 
 class TritonMlaStep:
@@ -55,7 +55,7 @@ class TritonMlaStep:
         batch, pool = self._batch, pools["latent"]
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
-        if not batch.by_length and long_prompts.fill(prompts := self._long_prompts(q.dtype), q.shape[0]):
+        if not batch.by_length and long_prompts.fill_step(prompts := self._long_prompts(q.dtype), q.shape[0]):
             return attend_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if batch.by_length:
@@ -113,7 +113,7 @@ class TritonMlaStep:
 
     def _long_prompts(self, dtype: torch.dtype) -> list[range]:
         if self._prompts is None:
-            self._prompts = long_prompts.find(self._batch, dtype)
+            self._prompts = long_prompts.find_prompts(self._batch, dtype)
         return self._prompts
 
 
