@@ -32,7 +32,7 @@ ALONE_SPLITS = 64  # of a sequence that is alone
 
 
 class Tile(NamedTuple):
-    """How a program is cut."""
+    """The heads of one program of `mla_decode`, and the cached tokens that it reads in one pass of its loop."""
 
     rows: int  # heads
     tokens: int  # in one pass of the loop; at most a block
