@@ -99,7 +99,7 @@ class TeacherForced:
         spec = read_spec(folder)
         self._device = device
         self._model = registry.build(spec, dtype=dtype, device=device)
-        self._model.backend = select.choose(device, self._model.kv_pools()[0], BLOCK_SIZE)
+        self._model.attention = select.choose(device, self._model.kv_pools()[0], BLOCK_SIZE)
         loader.load(self._model, folder)
         self.mtp: DeepseekMtp | None = loader.load_mtp(self._model, folder) if loader.has_mtp(spec, folder) else None
 

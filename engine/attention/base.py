@@ -1,48 +1,72 @@
-"""What a model asks of attention. A backend is chosen once; each step it prepares what all layers share, then serves them.
+"""The interface between a model and attention over its paged pools.
 
-The model has written the step's records into the layer's pools. Both methods attend over everything that the pools hold of each
-query: the cached prefix and the chunk itself, causally.
+There are two kinds of attention: grouped-query attention (GQA) over pools "k" and "v", and multi-head latent attention (MLA)
+over the pool "latent". A model uses one of them in all layers. `select.py` chooses an implementation of that kind for a device,
+once. In each step the implementation prepares what all layers share (`prepare`), and each layer then calls `attend`.
+
+When a layer calls `attend`, the step's own records are already in the pools. Each query token attends causally to all of its
+sequence that the pools hold: the cached prefix, and the step's chunk up to the token itself.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from engine.batch import ForwardBatch, LayerPools
 
 
-class StepAttention(Protocol):
-    """Attention for one ForwardBatch."""
+class GqaStep(Protocol):
+    """Grouped-query attention for the tokens of one ForwardBatch."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
-        """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim]. Pools "k" and "v", [kv_heads, dim] a token, hold the
-        step's own k and v already.
+        """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim].
+
+        k and v are the step's own keys and values, which pools "k" and "v", [kv_heads, dim] a token, hold as well. `scale`
+        multiplies q . k before the softmax.
         """
         ...
 
-    def attend_latent(
+
+class MlaStep(Protocol):
+    """Multi-head latent attention for the tokens of one ForwardBatch."""
+
+    def attend(
         self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
     ) -> torch.Tensor:
-        """Multi-head latent attention -> [T, heads, v_dim].
+        """q [T, heads, nope + rope], latent [T, rank + rope], kv_b [heads, nope + v_dim, rank] -> [T, heads, v_dim].
 
-        q [T, heads, nope + rope]; latent [T, rank + rope] is what pool "latent" keeps of a token, and of the step's own tokens
-        holds already: the normalised latent, then the rotated key all heads share. kv_b [heads, nope + v_dim, rank] expands a
-        latent to each head's key and value.
+        latent are the step's own records, which pool "latent" holds as well: the normed latent [rank], then the rotated key
+        [rope] that all heads share. kv_b expands a latent to each head's key [nope] and value [v_dim]. `scale` multiplies q . k
+        before the softmax.
         """
         ...
 
 
-class AttentionBackend(Protocol):
-    graphable: bool
-    """Whether the decode of a prepared step never waits for the device."""
-    graph_tokens: int
-    """Tokens of the largest batch `by_length` that it takes, without waiting for the device; 0: none."""
+StepT_co = TypeVar("StepT_co", covariant=True)
 
-    def prepare(self, batch: ForwardBatch) -> StepAttention: ...
+
+class PagedAttention(Protocol[StepT_co]):
+    """An implementation of one kind of attention on one device. StepT_co is GqaStep or MlaStep."""
+
+    graphable: bool
+    """Whether a step of decodes never waits for the device, so that a CUDA graph can hold it."""
+    graph_tokens: int
+    """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if there can be none."""
+
+    def prepare(self, batch: ForwardBatch) -> StepT_co:
+        """Compute what the layers of this step share. Raises InternalError for a captured batch that cannot be served."""
+        ...
 
     def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        """Whole prompts of up to `most` tokens, of queries in `dtype`, whose kind takes longer the first time it comes, for a
-        library plans it: one length of each kind."""
+        """Prompt lengths, in tokens, that are worth a warm-up: one for each kind of whole prompt that is slow the first time.
+
+        A library may plan a kernel when it first sees a length. `most` is the longest prompt of a step, `dtype` that of the
+        queries.
+        """
         ...
+
+
+PagedGqa = PagedAttention[GqaStep]
+PagedMla = PagedAttention[MlaStep]

@@ -1,8 +1,8 @@
-"""Decode attention that reads the pool where it lies, for the CPU: no K or V is copied.
+"""Decode attention on a CPU that reads K and V directly from the pool, without copying them.
 
-The pool's blocks play the batch of one flash call, each with the query of the row that owns it; the parts of a row are
-then merged by their log-sum-exps. Blocks between the used ones are computed for nothing, so they must be the minority,
-and a block shared by two rows has no single owner: `plan` answers None in both cases.
+One flash-attention call has the pool's blocks as its batch, each with the query of the row that owns the block. The results of a
+row's blocks are then merged by their log-sum-exps. Blocks between the used ones are computed in vain, so used blocks must be the
+majority; and a block that two rows share has no single owner. `plan` returns None in both cases.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class InPool:
+    """A step's decode rows, planned for attention in the pool. D rows of up to W blocks."""
+
     begin: int  # blocks [begin, end) of the pool
     end: int
-    owner: torch.Tensor  # [end - begin] decode row of each; 0 for blocks of nobody
-    mask: torch.Tensor  # [end - begin, 1, 1, block_size]: -inf past a row's end
-    table: torch.Tensor  # [D, W] each row's blocks, counted from `begin`
-    beyond: torch.Tensor  # [D, W, 1, 1] -inf past a row's own blocks
+    owner: torch.Tensor  # [end - begin] int64: the decode row that owns each block; 0 for unused blocks
+    mask: torch.Tensor  # [end - begin, 1, 1, block_size]: -inf past the owner's last token
+    table: torch.Tensor  # [D, W] int64: each row's blocks, counted from `begin`
+    beyond: torch.Tensor  # [D, W, 1, 1]: -inf past a row's own blocks, else 0
 
     def attend(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [D, kv_heads, heads of each, dim], pools [num_blocks, block_size, kv_heads, dim] -> like q"""
+        """q [D, kv_heads, query heads of each, dim], pools [num_blocks, block_size, kv_heads, dim] -> like q."""
         keys = k_pool[self.begin : self.end].transpose(1, 2)
         values = v_pool[self.begin : self.end].transpose(1, 2)
         queries = q.index_select(0, self.owner)
@@ -35,7 +37,7 @@ class InPool:
 
 
 def plan(rows: list[list[int]], kv_lens: list[int], block_size: int, dtype: torch.dtype) -> InPool | None:
-    """`rows` are the decode rows' own blocks. None where gathering is the better or the only way."""
+    """The plan for decode rows with these blocks and lengths, in tokens; None if K and V have to be gathered instead."""
     used = [block for blocks in rows for block in blocks]
     begin, end = min(used), max(used) + 1
     if len(set(used)) != len(used) or 2 * len(used) < end - begin:

@@ -1,7 +1,7 @@
-"""Chunks of latent attention for the CUDA backend: which latents are expanded together, and which tiles attend to them.
+"""Plans latent attention of a step's chunks on CUDA: which latents are expanded together, and the tiles that attend to them.
 
-Those of fresh prompts are the step's own and lie side by side: one product expands them all. Behind a prefix, the latents of
-prefix and chunk are gathered from the pool, for as many chunks together as EXPANDED_NUMBERS allow.
+The latents of fresh prompts are the step's own and adjacent: one product expands them all. For chunks behind a cached prefix, the
+latents of prefix and chunk are gathered from the pool, for as many chunks together as EXPANDED_NUMBERS allows.
 """
 
 from __future__ import annotations
@@ -11,22 +11,29 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.attention.upload import upload
 from engine.batch import ForwardBatch
+from engine.kernels.query_tiles import cut_tiles
 
-EXPANDED_NUMBERS = 1 << 27  # keys and values of gathered latents that are in memory at a time, unless one chunk has more
+EXPANDED_NUMBERS = 1 << 27  # most numbers of expanded keys and values in memory at a time, unless one chunk needs more
 
 
 @dataclass(frozen=True, slots=True)
 class LatentGroup:
-    """Latents to expand together: `slots` of the pool, or where that is None `rows` of the step's own."""
+    """Latents that one product expands, and the tiles that attend to them."""
 
-    rows: range
-    slots: torch.Tensor | None  # [L] int64
-    tiles: torch.Tensor | None  # [3, N] int32, see `mla_prefill`; None where all chunks are attended to elsewhere
+    rows: range  # without `slots`: the tokens of the step whose latents are expanded; with `slots`: range(L)
+    slots: torch.Tensor | None  # [L] int64: the pool slots to gather; None for the step's own latents
+    tiles: torch.Tensor | None  # [3, N] int32, as `mla_prefill` takes them; None if cuDNN attends to all of the group's chunks
 
 
 def plan_groups(batch: ForwardBatch, elsewhere: list[range], *, tile_q: int, token_numbers: int) -> list[LatentGroup]:
-    """`elsewhere`: tokens of fresh prompts that get no tiles; `token_numbers`: keys and values that a latent expands to."""
+    """The groups of a step's chunks.
+
+    `elsewhere` are the tokens of fresh prompts that cuDNN attends to: their latents are expanded, but they get no tiles.
+    `tile_q` is the number of tokens of a tile, `token_numbers` that of the numbers (keys and values) that one latent expands
+    to.
+    """
     starts = list(itertools.accumulate(batch.query_lens_host, initial=0))
     chunks = range(batch.num_decodes, batch.num_queries)
     fresh = [q for q in chunks if batch.query_lens_host[q] == batch.kv_lens_host[q]]
@@ -45,7 +52,7 @@ def plan_groups(batch: ForwardBatch, elsewhere: list[range], *, tile_q: int, tok
 
 
 def _parts(queries: list[int], lens: list[int], most: int) -> list[list[int]]:
-    """Cut `queries` where more than `most` tokens would come together."""
+    """Cut `queries` into runs of at most `most` tokens by `lens`; a query with more tokens is a run of its own."""
     parts: list[list[int]] = []
     total = 0
     for query in queries:
@@ -58,26 +65,20 @@ def _parts(queries: list[int], lens: list[int], most: int) -> list[list[int]]:
 
 
 def _slots(batch: ForwardBatch, queries: list[int]) -> torch.Tensor:
-    """Where the tokens of these sequences are, one sequence after the other: [L] int64."""
+    """The pool slots of all tokens of these sequences, one sequence after another: [L] int64."""
     block_size = next(iter(batch.kv[0].values())).shape[1]
     lens = [batch.kv_lens_host[q] for q in queries]
     owners = torch.repeat_interleave(torch.tensor(queries), torch.tensor(lens))
-    both = _to_device(torch.stack((owners, torch.cat([torch.arange(n) for n in lens]))), batch)
+    both = upload(torch.stack((owners, torch.cat([torch.arange(n) for n in lens]))), batch.slots.device)
     owner, position = both[0], both[1]
     slots: torch.Tensor = batch.block_tables[owner, position // block_size].long() * block_size + position % block_size
     return slots
 
 
 def _tiles(batch: ForwardBatch, key_starts: dict[int, int], tile_q: int) -> torch.Tensor | None:
-    """Of the chunks of these queries, those with most work first."""
-    lens, kv_lens = batch.query_lens_host, batch.kv_lens_host
-    tiles = [(query, first, key) for query, key in key_starts.items() for first in range(0, lens[query], tile_q)]
+    """The tiles of `mla_prefill` for the queries in `key_starts`, which has the row of each query's first expanded latent."""
+    tiles = cut_tiles(key_starts, batch.query_lens_host, batch.kv_lens_host, tile_q)
     if not tiles:
         return None
-    tiles.sort(key=lambda t: lens[t[0]] - kv_lens[t[0]] - t[1])
-    tiles += [(-1, 0, 0)] * (-len(tiles) % 4)  # so that each row begins on 16 bytes
-    return _to_device(torch.tensor(tiles, dtype=torch.int32).T.contiguous(), batch)
-
-
-def _to_device(host: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-    return host.pin_memory().to(batch.slots.device, non_blocking=True) if batch.slots.is_cuda else host
+    rows = [(query, first, key_starts.get(query, 0)) for query, first in tiles]  # 0 for tiles that only pad
+    return upload(torch.tensor(rows, dtype=torch.int32).T.contiguous(), batch.slots.device)

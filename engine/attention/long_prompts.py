@@ -1,8 +1,8 @@
-"""Long prompts that begin with this step, which cuDNN attends to: its kernel is a third faster than ours there (docs/gpu.md).
+"""Attention of long whole prompts by cuDNN, through torch: 936 us for 8,192 tokens of 32 heads, where our kernel takes 1,284.
 
-It plans for every length, for every number of prompts that it is given together, and once more where nothing has to be padded,
-for then q, k and v lie otherwise in memory. So lengths are rounded up to whole LENGTH_STEPs, and the usual kinds can be asked for
-before anybody waits for them (`kinds`).
+cuDNN plans a kernel the first time it sees a length, which takes 65 to 70 ms, and for the very first more than a second. A plan
+also depends on the number of prompts in a call, and on whether the prompts needed padding, since padding changes the strides of
+q, k and v. Lengths are therefore rounded up to multiples of LENGTH_STEP, and `warmup_lengths` lists the usual plans.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.batch import ForwardBatch
 
-MIN_PROMPT = 1024  # tokens; below, our kernel does all chunks of a step in one launch
-LENGTH_STEP = 512
+MIN_PROMPT = 1024  # tokens; shorter prompts go to our kernel, which attends to all chunks of a step in one launch
+LENGTH_STEP = 512  # tokens
 
 
-def kinds(most: int, dtype: torch.dtype) -> list[int]:
-    """A length of each usual kind up to `most` tokens: one prompt at a time that has to be padded, and `most` itself, which is
-    what a step takes first of one that is longer."""
+def warmup_lengths(most: int, dtype: torch.dtype) -> list[int]:
+    """One prompt length for each plan that a server usually needs, up to `most` tokens.
+
+    They are single prompts with padding, one for each multiple of LENGTH_STEP, and `most` itself if it needs no padding: a prompt
+    that is longer than a step begins with a chunk of `most` tokens. The list is empty for a dtype that cuDNN does not take.
+    """
     if not _takes(dtype):
         return []
     padded = [min(end - 1, most) for end in range(MIN_PROMPT + LENGTH_STEP, most + LENGTH_STEP, LENGTH_STEP)]
     return padded if most < MIN_PROMPT or most % LENGTH_STEP else [*padded, most]
 
 
-def find(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
-    """The tokens of each: of chunks that are whole prompts, from their start, and long enough to pay for a call of their own."""
+def find_prompts(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
+    """The tokens of each long prompt of a step: its chunks without a cached prefix, of MIN_PROMPT or more tokens.
+
+    There are none on a CPU, and none for a dtype that cuDNN does not take.
+    """
     if not (batch.slots.is_cuda and _takes(dtype)):
         return []
     ends = itertools.accumulate(batch.query_lens_host)
@@ -37,15 +43,16 @@ def find(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
     return [range(end - num, end) for end, num, length in lens if num == length >= MIN_PROMPT]
 
 
-def fill(prompts: list[range], num_tokens: int) -> bool:
-    """Whether these prompts, of one length, are all that a step has."""
+def fill_step(prompts: list[range], num_tokens: int) -> bool:
+    """Whether `prompts` have one length and are all the step's `num_tokens` tokens. One call can then attend to all of them."""
     return len({len(prompt) for prompt in prompts}) == 1 and sum(map(len, prompts)) == num_tokens
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num: int = 1) -> torch.Tensor:
-    """Causal attention of `num` prompts of one length, end to end: q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads,
-    dim]. What the rows that pad give is cut off, and no other row sees them. A kind's first takes 65 to 70 ms more, the very
-    first a second.
+    """Causal attention of `num` prompts of one length, one after another.
+
+    q [T, heads, dim], k [T, kv_heads, dim], v [T, kv_heads, v_dim] -> [T, heads, v_dim]. Prompts are padded at their ends: causal
+    attention hides padding from all other rows, and the rows of the padding are cut off.
     """
     length = q.shape[0] // num
     padding = -length % LENGTH_STEP
@@ -58,4 +65,5 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num:
 
 
 def _takes(dtype: torch.dtype) -> bool:
+    """Whether cuDNN's attention takes queries of `dtype`."""
     return dtype != torch.float32

@@ -1,49 +1,80 @@
-"""Which attention backend serves a model on a device. A backend's libraries are imported only once it is chosen."""
+"""Chooses the attention implementation for a model's pools and a device. Triton is imported only if it is chosen."""
 
 from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
+from engine.attention.base import PagedAttention
+from engine.attention.torch_gqa import TorchGqa
+from engine.attention.torch_mla import TorchMla
 from engine.batch import PoolSpec
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InternalError
+from engine.kernels.hardware import processors
 
 log = logging.getLogger("tidegate.engine")
 
-MIN_TRITON_BLOCK = 16  # tokens, or numbers of a head: the least a matrix unit multiplies with
-MAX_HEAD_BYTES = 512
+MIN_TRITON_BLOCK = 16  # tokens of a block, and numbers of a head: the smallest tile of a tensor core
+MAX_HEAD_BYTES = 512  # of one head's K or V: larger tiles do not fit into shared memory
 
 
-def _has_kernel(pool: PoolSpec) -> bool:
-    """Powers of two, as much as a matrix unit takes, and for heads no more than fits into shared memory."""
-    if not pool.parts and pool.shape[-1] * pool.dtype.itemsize > MAX_HEAD_BYTES:
-        return False
-    return all(size >= MIN_TRITON_BLOCK and not size & (size - 1) for size in pool.parts or pool.shape[-1:])
+class _Kind(NamedTuple):
+    """The implementations of one kind of attention."""
+
+    plain: Callable[[], PagedAttention[Any]]
+    triton: tuple[str, str]  # module and class, constructed with the number of multiprocessors
 
 
-def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> AttentionBackend:
-    """For a layer with `pools`. Raises ConfigError for a block size that the device's kernels cannot do."""
+_KINDS = {
+    frozenset({"k", "v"}): _Kind(TorchGqa, ("engine.attention.triton_gqa", "TritonGqa")),
+    frozenset({"latent"}): _Kind(TorchMla, ("engine.attention.triton_mla", "TritonMla")),
+}
+
+
+def plain(pools: list[PoolSpec]) -> PagedAttention[Any]:
+    """The plain torch implementation for a layer with `pools`, on any device."""
+    return _kind(pools).plain()
+
+
+def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> PagedAttention[Any]:
+    """The fastest implementation for a layer with `pools` on `device`.
+
+    Raises ConfigError for a block size that the device's kernels do not support.
+    """
     if device.type != "cuda":
-        return TorchAttention()
+        return plain(pools)
     if block_size < MIN_TRITON_BLOCK or block_size & (block_size - 1):
         raise ConfigError(
             f"cache.block_size is {block_size}: on CUDA it must be a power of two of at least {MIN_TRITON_BLOCK}",
             param="cache.block_size",
         )
-    odd = [p for p in pools if not _has_kernel(p)]
-    if odd:
+    unsupported = [pool for pool in pools if not _has_kernel(pool)]
+    if unsupported:
         log.warning(
-            "no kernel for heads or latents of %s numbers in %s yet: attention runs in plain torch, which is slow",
-            " and ".join(map(str, odd[0].parts or odd[0].shape[-1:])),
-            str(odd[0].dtype).removeprefix("torch."),
+            "no attention kernel for heads or latents of %s numbers in %s: attention runs in plain torch, which is slow",
+            " and ".join(map(str, unsupported[0].parts or unsupported[0].shape[-1:])),
+            str(unsupported[0].dtype).removeprefix("torch."),
         )
-        return TorchAttention()
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    latent = any(p.name == "latent" for p in pools)
-    kind = importlib.import_module("engine.attention.triton_paged").TritonAttention
-    backend: AttentionBackend = kind(processors, latent=latent)
-    return backend
+        return plain(pools)
+    module, name = _kind(pools).triton
+    attention: PagedAttention[Any] = getattr(importlib.import_module(module), name)(processors(device))
+    return attention
+
+
+def _kind(pools: list[PoolSpec]) -> _Kind:
+    names = frozenset(pool.name for pool in pools)
+    if names not in _KINDS:
+        known = " or ".join(str(sorted(kind)) for kind in _KINDS)
+        raise InternalError(f"no attention for a layer with the pools {sorted(names)}: there is one for {known}")
+    return _KINDS[names]
+
+
+def _has_kernel(pool: PoolSpec) -> bool:
+    """Whether the kernels support the pool's vectors: powers of two of at least 16 numbers, heads of at most 512 bytes."""
+    if not pool.parts and pool.shape[-1] * pool.dtype.itemsize > MAX_HEAD_BYTES:
+        return False
+    return all(size >= MIN_TRITON_BLOCK and not size & (size - 1) for size in pool.parts or pool.shape[-1:])

@@ -25,7 +25,7 @@ class TorchBackend:
         return self._model.graph_tokens
 
     def prompt_lengths(self, most: int) -> list[int]:
-        return self._model.backend.prompt_lengths(most, self._model.dtype)
+        return self._model.attention.prompt_lengths(most, self._model.dtype)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()
@@ -47,7 +47,7 @@ def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBa
     capacity.check(spec, dtype=dtype, device=device)
     with torch.inference_mode():
         model = registry.build(spec, dtype=dtype, device=device)
-        model.backend = select.choose(device, model.kv_pools()[0], config.cache.block_size)
+        model.attention = select.choose(device, model.kv_pools()[0], config.cache.block_size)
         if config.load_format == "dummy":
             dummy.fill(model, seed=config.seed)
         else:

@@ -69,7 +69,7 @@ class StepGraphs:
         self._logits: torch.Tensor | None = None
         self._pool = torch.cuda.graph_pool_handle()
         # Imported by name, since this module must also import on machines without Triton.
-        self._kernels = importlib.import_module("engine.kernels.step_inputs")
+        self._kernels = importlib.import_module("engine.kernels.gather_inputs")
 
     @property
     def keys(self) -> list[Key]:

@@ -1,8 +1,8 @@
-"""Each kernel by itself on this CUDA device, at shapes of real models: `CASES` is the table, one line a kernel and shape.
+"""Measures each kernel by itself on this CUDA device, at shapes of real models. `CASES` has a line for each kernel and shape.
 
-A CUDA graph chains the launches, so that what launching costs the host does not count. Each launch has tensors of its own, as
-many as it takes to push the first out of the L2 cache: a model, too, finds weights and KV in memory. Small ones stay in the
-cache, as activations do.
+A CUDA graph holds a chain of launches, so the host's launch cost does not count. Each launch in turn uses other tensors, enough
+of them that the first are evicted from the L2 cache before they come again: in a model, too, weights and KV are read from
+memory. Tensors too small for that stay in the cache, as activations do in a model.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch
 from engine.kernels.cases import attention, dense, experts, step
 from engine.kernels.cases.base import Launch
 
-_COLD = 256 << 20  # bytes; several times any L2 cache
-_MAX_COPIES = 64
-_LAUNCHES = 32  # in a graph, at least
-_REPLAYS = 15  # the median counts
+_COLD = 256 << 20  # bytes of all copies of a case's tensors: several times any L2 cache
+_MAX_COPIES = 64  # of a case's tensors
+_LAUNCHES = 32  # fewest launches in a graph
+_REPLAYS = 15  # of the graph; the result is their median
 
 
 class Case(NamedTuple):
+    """A kernel at one shape."""
+
     kernel: str
-    make: Callable[..., Launch]  # from a device and `sizes`
+    make: Callable[..., Launch]  # called with a device and `sizes`
     sizes: dict[str, int]
 
     @property
@@ -33,7 +35,7 @@ class Case(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Of one launch."""
+    """The measured time of one launch, with its bytes and operations."""
 
     seconds: float
     num_bytes: int
@@ -96,10 +98,10 @@ CASES = (
     Case("gather_decodes", step.gather_decodes, {"seqs": 64, "context": 1000}),
     Case("gather_decodes", step.gather_decodes, {"seqs": 256, "context": 8000}),
     Case("gather_mixed", step.gather_mixed, {"seqs": 64, "chunk": 960, "context": 1000}),
-    Case("likeliest", step.likeliest, {"rows": 1, "vocab": 151936}),
-    Case("likeliest", step.likeliest, {"rows": 64, "vocab": 151936}),
-    Case("draw", step.draw, {"rows": 64, "vocab": 151936, "top_k": 151936, "top_percent": 100}),
-    Case("draw", step.draw, {"rows": 64, "vocab": 151936, "top_k": 20, "top_percent": 95}),
+    Case("argmax", step.argmax, {"rows": 1, "vocab": 151936}),
+    Case("argmax", step.argmax, {"rows": 64, "vocab": 151936}),
+    Case("sample_filtered", step.sample_filtered, {"rows": 64, "vocab": 151936, "top_k": 151936, "top_percent": 100}),
+    Case("sample_filtered", step.sample_filtered, {"rows": 64, "vocab": 151936, "top_k": 20, "top_percent": 95}),
     Case("router_logits", experts.logits, {"tokens": 1, "experts": 64, "hidden": 2048}),
     Case("router_logits", experts.logits, {"tokens": 64, "experts": 64, "hidden": 2048}),
     Case("router_logits", experts.logits, {"tokens": 8192, "experts": 64, "hidden": 2048}),
@@ -118,11 +120,12 @@ CASES = (
 
 
 def measure(case: Case) -> Timing:
+    """The median time of a launch of `case` on the current CUDA device."""
     device = torch.device("cuda")
     first = case.make(device, **case.sizes)
     copies = min(_MAX_COPIES, -(-_COLD // first.num_bytes))
     launches = [first, *(case.make(device, **case.sizes) for _ in range(copies - 1))]
-    first.run()  # compiles
+    first.run()  # compiles the kernel before the graph is captured
     torch.cuda.synchronize()
     num = max(len(launches), _LAUNCHES)
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,8 @@
-"""The small steps between matrix products, each one pass over its data, in Triton. `layers/ops.py` has their plain twins."""
+"""The small operations between matrix products, each as one kernel that passes over its data once.
+
+`layers/ops_cuda.py` offers them to models as an `Ops`. The plain twins are `PlainOps` in `layers/ops.py` and, for `angles`,
+`Rotary.plain`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import triton.language as tl
 
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
-HEADS_A_PROGRAM = 8  # of `norm_rotate`: they share a load of the angles
+HEADS_A_PROGRAM = 8  # heads of one program of `norm_rotate`, which share a load of the angles
 
 
 @triton.jit
 def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+    """Program (row,): the norm of one row of SIZE numbers."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < SIZE
@@ -26,7 +31,10 @@ def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: t
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `Ops.norm`; the numbers of a row lie side by side, rows may be apart."""
+    """x / sqrt(mean(x^2) + eps) * weight for each row of x [T, size]; sums in float32. grid: (T,).
+
+    The numbers of a row are adjacent; rows need not be.
+    """
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
     padded = power_of_two(size)
@@ -38,6 +46,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """Program (row, tile): TILE numbers of silu(gate) * up of one row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = col < SIZE
@@ -51,10 +60,10 @@ def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.co
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """See `Ops.silu_mul`; gate_up [T, 2 I] is contiguous."""
+    """silu(gate) * up for gate_up [T, 2 I], contiguous, whose halves are gate and up: [T, I]. grid: (T, tiles of I)."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    tile = min(1024 if rows <= 256 else 2048, power_of_two(size))  # few rows want more programs
+    tile = min(1024 if rows <= 256 else 2048, power_of_two(size))  # few rows: smaller tiles, for more programs
     _silu_mul[(rows, cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=8, **pdl(gate_up.device))
     return out
 
@@ -65,6 +74,7 @@ def _norm_rotate(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (token, tile): TILE heads of one token, which are q, then k, then v heads."""
     token = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD // 2
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
@@ -86,16 +96,16 @@ def _norm_rotate(
         b *= scale * weight_b.to(tl.float32)
         a, b = a.to(x_ptr.dtype.element_ty).to(tl.float32), b.to(x_ptr.dtype.element_ty).to(tl.float32)
     if ROTATE:
-        turn = token * HEAD + low
-        cos = tl.load(cos_ptr + turn)
-        sin = tl.load(sin_ptr + turn + HALF)  # the twin's is signed: this half is not negated
+        at_angle = token * HEAD + low
+        cos = tl.load(cos_ptr + at_angle)
+        sin = tl.load(sin_ptr + at_angle + HALF)  # in the twin's signed sin, this half is not negated
         a, b = a * cos - b * sin, b * cos + a * sin
     new_a = tl.where(is_v, raw_a, a.to(x_ptr.dtype.element_ty))
     new_b = tl.where(is_v, raw_b, b.to(x_ptr.dtype.element_ty))
     if NORM or ROTATE:
-        turned = live & (head < Q_HEADS + KV_HEADS)
-        tl.store(at, new_a, mask=turned)
-        tl.store(at + HALF, new_b, mask=turned)
+        changed = live & (head < Q_HEADS + KV_HEADS)
+        tl.store(at, new_a, mask=changed)
+        tl.store(at + HALF, new_b, mask=changed)
     slot = tl.load(slots_ptr + token)
     k_at = k_pool_ptr + (slot * KV_HEADS + head - Q_HEADS) * HEAD + low
     v_at = v_pool_ptr + (slot * KV_HEADS + head - Q_HEADS - KV_HEADS) * HEAD + low
@@ -114,7 +124,11 @@ def norm_rotate(
     slots: torch.Tensor,
     pools: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `Ops.norm_rotate`; a token's heads lie side by side, a head's size is a power of two, q and k are overwritten."""
+    """QK-norm, rotary embedding and the write of k and v to the pools, in one pass. `Ops.norm_rotate` defines the result.
+
+    A token's heads are adjacent in heads [T, q + k + v heads, dim]; dim is a power of two. q and k are overwritten, and the
+    results are views of `heads`. grid: (T, ceil(heads / HEADS_A_PROGRAM)).
+    """
     tokens, num_heads, head_dim = heads.shape
     kv_heads = pools["k"].shape[2]
     q_heads = num_heads - 2 * kv_heads
@@ -132,6 +146,7 @@ def norm_rotate(
 def _angles(
     positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, magnitude, HALF: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
 ):
+    """Program (token,): cos and signed sin of one position's HALF angles, both halves alike but for the sign."""
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < HALF
@@ -149,7 +164,11 @@ def _angles(
 
 
 def angles(positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Rotary.forward`: positions [T] int64 and inv_freq [dim / 2] float32 -> cos and signed sin, [T, 1, dim] float32."""
+    """cos and signed sin of positions [T] int64 times inv_freq [dim / 2] float32, times `magnitude`: [T, 1, dim] float32 each.
+
+    Both halves of `dim` have the same angles; the first half of sin is negated, as `rotate` in `layers/rotary.py` needs it. The
+    twin is `Rotary.plain`. grid: (T,).
+    """
     half = inv_freq.shape[0]
     cos = torch.empty(positions.shape[0], 1, 2 * half, dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)

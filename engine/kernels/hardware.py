@@ -1,4 +1,4 @@
-"""What this CUDA device is, and can do at most: the two figures, measured, that a bound is made of."""
+"""Properties of this CUDA device, and its measured memory bandwidth and bfloat16 rate, from which benchmarks compute bounds."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ from functools import cache
 
 import torch
 
-_COPIED = 256 << 20  # bytes; several times any L2 cache
+_COPIED = 256 << 20  # bytes of one copy: several times any L2 cache
 _COPIES = 40
-_SIDE = 8192  # of the square matrices
+_SIDE = 8192  # rows and columns of the multiplied matrices
 _PRODUCTS = 8
-_TRIES = 3  # the first also warms up; the best counts
+_TRIES = 3  # the first one is also the warm-up; the best one counts
 
 
 def name() -> str | None:
-    """Of the device; None where torch sees none."""
+    """The name of the current CUDA device, or None if torch sees no CUDA device."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU. Under Triton's interpreter any number does."""
+    """The number of multiprocessors of a GPU. On a CPU, where Triton's interpreter runs the kernels, the number is arbitrary."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of it that one program may have. Triton's interpreter knows no limit."""
+    """Bytes of shared memory that one program may use. Triton's interpreter has no limit."""
     if device.type != "cuda":
         return 1 << 30
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin"))  # noqa: B009  # torch has it untyped
+    # By getattr, since torch's type stub lacks this attribute.
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin"))  # noqa: B009
 
 
 def measure() -> tuple[float, float]:
-    """Bytes a second of a copy, read and written ones counted both, and floating-point operations a second of a bfloat16 matrix
-    product. Takes a fraction of a second, and a gigabyte of the device's memory for as long.
+    """Memory bandwidth in bytes per second, and the rate of a bfloat16 matrix product in floating-point operations per second.
+
+    The bandwidth is that of a copy, and counts both the bytes read and the bytes written. The measurement takes a fraction of a
+    second and, while it runs, about a gigabyte of device memory.
     """
     return _bandwidth(), _rate()
 

@@ -1,11 +1,12 @@
-"""What launches share: how one kernel follows another, by programmatic dependent launch (PDL) where the device has it.
+"""What kernel launches share: programmatic dependent launch (PDL), arrival counters, and integer helpers.
 
-With PDL a kernel's programs may start while the last ones of the kernel before still run, which hides most of a launch.
-Each such kernel waits (`gdc_wait`) before it reads what an earlier one wrote; what it reads before that must be weights.
-The kernel after may start once all programs have said `gdc_launch_dependents` or ended.
+With PDL, the programs of a kernel may start while the last programs of the preceding kernel still run, which hides most of the
+launch latency. A kernel with PDL calls `gdc_wait` before it reads anything that an earlier kernel wrote; before that call it may
+read only weights. The following kernel may start once every program has called `gdc_launch_dependents` or has ended.
 
-Triton compiles a kernel again for an integer argument that is 1, or divisible by 16, and for a pointer that is not aligned to
-16 bytes. Arguments that differ from step to step are therefore `do_not_specialize`, and arrays begin on 16 bytes.
+Triton compiles a kernel again when an integer argument is 1 or divisible by 16, and when a pointer is not aligned to 16 bytes.
+Integer arguments that differ from step to step are therefore listed in `do_not_specialize`, and every array that is part of a
+larger allocation begins on a multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-MAX_GROUPS = 1 << 16  # of programs that wait for each other's parts, in one launch
-_HOPPER = 9  # compute capability; PDL begins there
+MAX_GROUPS = 1 << 16  # groups of programs, in one launch, whose last program finishes for the group
+_HOPPER = 9  # compute capability, major version, from which devices have PDL
 
 
 class PdlOptions(TypedDict):
     PDL: bool  # the kernel's own constexpr
-    launch_pdl: NotRequired[bool]  # Triton's launch option, which its interpreter does not know
+    launch_pdl: NotRequired[bool]  # Triton's launch option; left out without PDL, since Triton's interpreter does not know it
 
 
 def pdl(device: torch.device) -> PdlOptions:
-    """Keyword arguments for a launch on `device` of a kernel that has a `PDL: tl.constexpr` and waits."""
+    """Keyword arguments for launching, on `device`, a kernel that has a `PDL: tl.constexpr` and calls `gdc_wait`."""
     return {"PDL": True, "launch_pdl": True} if _has_pdl(device) else {"PDL": False}
 
 
@@ -36,19 +37,24 @@ def _has_pdl(device: torch.device) -> bool:
 
 @cache
 def arrivals(device: torch.device) -> torch.Tensor:
-    """Counters [MAX_GROUPS] int32: how many of a group's programs are done with their parts, so that the last goes on for all.
-    Every launch leaves them at 0, and launches follow one another, so all kernels share them.
+    """Counters [MAX_GROUPS] int32, one for each group of programs whose partial results are combined.
+
+    A program adds 1 to its group's counter once its part is written. The program that finds all others done combines the parts
+    and sets the counter back to 0. All kernels share these counters: launches in one stream follow each other, and each leaves
+    the counters at 0.
     """
     return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """Rounded up. Triton's own, and its power of two, serve kernels too, which makes each call a slow one on the host; a step
-    outside graphs makes hundreds.
+    """numerator / denominator, rounded up.
+
+    `triton.cdiv` and `triton.next_power_of_2` can also be called inside kernels, which makes a call on the host take 10 us. A
+    step outside a CUDA graph makes hundreds of such calls.
     """
     return -(-numerator // denominator)
 
 
 def power_of_two(number: int) -> int:
-    """The smallest that is not below `number`, which is at least 1."""
+    """The smallest power of two that is at least `number`; `number` is at least 1."""
     return 1 << (number - 1).bit_length()

@@ -1,67 +1,76 @@
-"""Which kernel of `linear.py`, and which tiles, for how many rows and which W: rules from what was measured on one H200."""
+"""Kernel and tiles of `linear.py` for a number of rows and a shape of W: rules that fit measurements on one H200."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import NamedTuple
 
-GEMV_ROWS = 2  # with more, tensor cores win
+GEMV_ROWS = 2  # most rows of x for `gemv.py`; from 3 on tensor cores are faster
 BUCKETS = (1, GEMV_ROWS, 16, 32, 64, 128)
 MAX_ROWS = BUCKETS[-1]
-MOST_NORMED = 16 << 20  # numbers of W, below which the product of one row norms it
-WIDE_NUMBERS = 100 << 20  # of W, from which it is ours with more than 64 rows
-WARP = 256  # numbers that one 16-byte load of a warp's 32 threads brings
+MOST_NORMED = 16 << 20  # the product of one row norms it if W has fewer numbers than this
+WIDE_NUMBERS = 100 << 20  # with 65 to 128 rows our kernel is used if W has at least this many numbers
+WARP = 256  # bfloat16 numbers in one load of a warp: 32 threads x 16 bytes
 
 _WAVE = 132  # multiprocessors of a Hopper GPU
 
 
 class Gemv(NamedTuple):
+    """Tiles of a program of `gemv.py`."""
+
     rows: int  # of W per program
-    columns: int  # numbers of a row that the warps load at once: 256 for each warp that shares a row
-    parts: int  # such loads, one behind the other, that are under way together; best 1 where all warps share a row
+    columns: int  # numbers of a row of W in one load: 256 for each warp that shares the row
+    parts: int  # loads of a row that are in flight together; 1 is best if all warps share a row
     warps: int
 
 
 class Skinny(NamedTuple):
-    rows: int  # of W per program, at least 64 for the wide tensor-core instructions
-    columns: int  # numbers of a row in a stage
-    splits: int  # of K
+    """Tiles of a program of `skinny.py`."""
+
+    rows: int  # of W per program; the wide tensor-core instructions of Hopper need at least 64
+    columns: int  # numbers of a row of W in one pass of the loop
+    splits: int  # parts of K, one program each
     warps: int
-    stages: int  # of loads under way, less one
+    stages: int  # pipeline stages: loads of this many passes, less one, are in flight
 
 
 def bucket(num_rows: int) -> int:
+    """The smallest of BUCKETS that holds `num_rows`, which is at most MAX_ROWS."""
     return next(most for most in BUCKETS if num_rows <= most)
 
 
 def is_ours(m: int, n: int, k: int) -> bool:
-    """Whether m rows of x, at most MAX_ROWS, and W [n, k] are for these kernels rather than for cuBLAS. Above 64 rows cuBLAS is
-    the faster for all but the largest W (of Llama 8B, gate and up in one).
+    """Whether our kernels are faster than cuBLAS for m rows of x (at most MAX_ROWS) and W [n, k].
+
+    With more than 64 rows cuBLAS is faster for all but the largest W, such as gate and up of Llama 8B in one matrix.
     """
     return m <= 64 or n * k >= WIDE_NUMBERS
 
 
 @cache
 def choose(m: int, n: int, k: int, *, gated: bool) -> Gemv | Skinny:
-    """Kernel and tiles for m rows of x and W [n, k]; m counts by its bucket alone. From `loadtest/results/kernels.jsonl`: for
-    the shapes of Qwen3 0.6B, Llama 8B and DeepSeek-V2-Lite mostly within 6% of the best of 15 to 20, and 14% at worst.
+    """Kernel and tiles for m rows of x and W [n, k]. Only the bucket of m counts.
+
+    The rules fit `loadtest/results/kernels.jsonl`. For the shapes of Qwen3 0.6B, Llama 8B and DeepSeek-V2-Lite the chosen tiles
+    are mostly within 6%, and at worst 14%, of the best of 15 to 20 measured ones.
     """
     rows = bucket(m)
     return _gemv_rule(n, k) if rows <= GEMV_ROWS else _skinny_rule(rows, n, k)
 
 
 def _gemv_rule(n: int, k: int) -> Gemv:
-    """All warps of a program share each row of W."""
+    """Tiles of `gemv.py` for W [n, k]. In all but the first rule, every warp of a program shares each row of W."""
     if k <= 4 * WARP and n >= 64 * _WAVE:
         return Gemv(rows=4, columns=WARP, parts=2, warps=4)
-    if k >= 32 * WARP or n <= 16 * _WAVE:  # long rows, or few: more bytes under way in each program
+    if k >= 32 * WARP or n <= 16 * _WAVE:  # long rows, or few of them: each program keeps more bytes in flight
         return Gemv(rows=8 if k <= 8 * WARP else 4, columns=8 * WARP, parts=1, warps=8)
     return Gemv(rows=4, columns=4 * WARP, parts=1, warps=4)
 
 
 def _skinny_rule(rows: int, n: int, k: int) -> Skinny:
     if rows > 64:
-        return Skinny(256, 64, 1, 8, 4)  # each program reads all of x, from the L2: the more rows of W it has, the less often
+        # A program reads all of x from the L2 cache: with more rows of W a program, x is read less often.
+        return Skinny(256, 64, 1, 8, 4)
     tiles = -(-n // 64)
     splits = _splits(tiles, k)
     if rows < 64:
@@ -72,7 +81,10 @@ def _skinny_rule(rows: int, n: int, k: int) -> Skinny:
 
 
 def _splits(tiles: int, k: int) -> int:
-    """A program for each multiprocessor, by splitting K where the tiles are fewer and K is long enough to pay for the sum."""
+    """Parts of K, a power of two up to 8, such that there is up to one program a multiprocessor.
+
+    K is split only if it is long enough to repay adding the parts.
+    """
     splits = 1
     while splits < 8 and 2 * splits * tiles <= _WAVE and k >= max(2048, 384 * 2 * splits):
         splits *= 2

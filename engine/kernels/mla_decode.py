@@ -1,8 +1,13 @@
-"""MLA decode in latent space over a paged latent cache, in Triton: every head reads the same [latent | rope] record.
+"""Latent attention of decodes, one query token a sequence, over a paged cache of records [latent | rope].
 
-The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): scores are q_latent . c + q_rope . k_rope, and the output is
-the weighted sum of c, for `latent.expand` or `merge_expand`. The latent part is read once and used as key and value. Programs
-start in the order of their sequences, as in `paged_decode`.
+The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): score = q_latent . latent + q_rope . rope, and the output is
+the weighted average of the latents, which `latent_products.expand` or `merge_expand` turns into values. All heads share one
+record, and its latent part is read once and serves as key and as value.
+
+grid: (splits, groups of heads, sequences); a program attends from ROWS heads of one sequence to one split of its tokens. Shapes
+alone decide the grid, so a captured graph stays valid as sequences grow. `merge` combines the splits in a second launch: with
+the last program merging instead, 16 x 300 tokens took 14.3 us against 8.7 (docs/gpu.md). The scheduler puts the longest
+sequences first, since programs start in the order of their sequences and a long one that starts last would run alone.
 """
 
 from __future__ import annotations
@@ -13,26 +18,38 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dot import MIN_DOT_ROWS, precision
 from engine.kernels.hardware import shared_memory
 from engine.kernels.launch import cdiv, pdl, power_of_two
-from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
-from engine.kernels.softmax import add_pass
+from engine.kernels.softmax import LOG2_E, add_pass
 
-MANY_ROWS = 64  # heads of one program where there are more than a few: what Hopper's matrix unit takes at once
-FEW_SEQUENCES = 8  # below, heads are spread over more programs instead
-MANY_SEQUENCES = 16  # from here on sequences have enough tokens a split for the larger passes
-ROOMY = 216 << 10  # bytes of shared memory that the larger passes take at most: a Hopper GPU has them
-MAX_SPLITS = 16
-ALONE_SPLITS = 64  # docs/gpu.md has what was measured
+MANY_ROWS = 64  # heads of one program, if there are more than MIN_DOT_ROWS: the rows of Hopper's matrix instructions
+FEW_SEQUENCES = 8  # below this many, a program takes MIN_DOT_ROWS heads, which gives more programs
+MANY_SEQUENCES = 16  # from this many on, a split has enough tokens for passes of 64 tokens
+LARGE_PASS_MEMORY = 216 << 10  # bytes of shared memory that passes of 64 tokens need at most; a Hopper GPU has them
+MAX_SPLITS = 16  # of a sequence
+ALONE_SPLITS = 64  # of a sequence that is alone
 
 
 class Tile(NamedTuple):
-    """How a program of the decode is cut."""
+    """The heads of one program of `mla_decode`, and the cached tokens that it reads in one pass of its loop."""
 
     rows: int  # heads
-    tokens: int  # of one pass of the loop; at most a block
+    tokens: int  # in one pass of the loop; at most a block
     num_warps: int
     num_stages: int
+
+
+@triton.jit
+def score_records(q_c, q_r, cache_ptr, at, inside, dim, rope, LATENT: tl.constexpr, PRECISION: tl.constexpr):
+    """(q_c . latent + q_r . rope [ROWS, TILE], latents [TILE, LATENT]) for the TILE records that begin at offsets `at`.
+
+    Records where `inside` is false are read as zeros: the caller masks their scores.
+    """
+    c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
+    r = tl.load(cache_ptr + at[None, :] + LATENT + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
+    score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
+    return tl.dot(q_r, r, score, input_precision=PRECISION), c
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -41,6 +58,10 @@ def _split(
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (split, part, sequence): attend from ROWS heads to one split of a sequence, in passes of TILE tokens.
+
+    With one split the averaged latents are written in the queries' type, otherwise in float32 next to their log-sum-exp.
+    """
     split, part, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     RECORD: tl.constexpr = LATENT + ROPE
     head = part * ROWS + tl.arange(0, ROWS)
@@ -64,17 +85,14 @@ def _split(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, LATENT], tl.float32)
-    # A block's number is fetched a pass ahead: a load that depends on another in the same pass is pipelined half as deep.
+    # A block's number is loaded one pass ahead: a load that depends on another load of the same pass is pipelined half as deep.
     tables_ptr += seq * max_blocks
     block = tl.load(tables_ptr + begin // BLOCK, mask=begin < end, other=0).to(tl.int64)
     for start in range(begin, end, TILE):
         at = (block * BLOCK + start % BLOCK + offset) * RECORD
         inside = start + offset < end
         block = tl.load(tables_ptr + (start + TILE) // BLOCK, mask=start + TILE < end, other=0).to(tl.int64)
-        c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
-        r = tl.load(cache_ptr + at[None, :] + LATENT + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
-        score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
-        score = tl.dot(q_r, r, score, input_precision=PRECISION)
+        score, c = score_records(q_c, q_r, cache_ptr, at, inside, dim, rope, LATENT, PRECISION)
         score = tl.where(inside[None, :], score, float("-inf"))
         best, total, acc = add_pass(score, c, best, total, acc, scale, PRECISION)
 
@@ -82,7 +100,7 @@ def _split(
         mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + pair[:, None] * LATENT + dim[None, :], mixed, mask=live[:, None])
     else:
-        # A sequence may be too short for this split to have a part of it: then the log-sum-exp alone says so.
+        # A sequence may be too short for this split. Then only the log-sum-exp is written, as minus infinity.
         at_out = pair * SPLITS + split
         empty = begin >= end
         total = tl.where(empty, 1.0, total)
@@ -92,10 +110,11 @@ def _split(
 
 
 class Parts(NamedTuple):
-    """What a decode makes of each split of a sequence."""
+    """The result of each split of each sequence."""
 
-    latents: torch.Tensor  # [B, heads, splits, latent]: averaged; float32, or the queries' type where there is one split
-    lse: torch.Tensor  # [B, heads, splits] float32, base 2; minus infinity: that split's latents were not written. One: not set
+    latents: torch.Tensor  # [B, heads, splits, latent]: averaged latents; float32, or with one split the queries' type
+    lse: torch.Tensor  # [B, heads, splits] float32: log-sum-exp, base 2; minus infinity if the split is empty and its latents
+    # were not written. With one split it is not set.
 
 
 def mla_decode(
@@ -107,10 +126,10 @@ def mla_decode(
     scale: float,
     num_splits: int,
 ) -> Parts:
-    """q_latent [B, heads, latent], contiguous, and q_rope [B, heads, rope] over cache [num_blocks, block_size, latent + rope].
+    """Attend from q_latent [B, heads, latent], contiguous, and q_rope [B, heads, rope] to each sequence's cached records.
 
-    Returns the averaged latents of each split, for `merge` or `latent.merge_expand`. block_tables [B, max_blocks] int32 and
-    kv_lens [B] int32, each at least 1. latent, rope, block_size and num_splits are powers of two.
+    cache [num_blocks, block_size, latent + rope], block_tables [B, max_blocks] int32, kv_lens [B] int32, each at least 1. latent,
+    rope, block_size and num_splits are powers of two. The result is for `merge` or `latent_products.merge_expand`.
     """
     (num_seqs, heads, latent), device = q_latent.shape, q_latent.device
     block_size = cache.shape[1]
@@ -131,7 +150,7 @@ def mla_decode(
 
 
 def merge(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """The averaged latents [B, heads, latent] in the queries' `dtype`."""
+    """Combine the splits: averaged latents [B, heads, latent] in the queries' `dtype`. grid: (B * heads,)."""
     num_seqs, heads, splits, latent = parts.latents.shape
     if splits == 1:
         return parts.latents.squeeze(2)
@@ -142,6 +161,7 @@ def merge(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 
 @triton.jit
 def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+    """Program (pair,): the weighted average of the splits of one sequence and head."""
     pair = tl.program_id(0).to(tl.int64)  # sequence * heads + head
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, LATENT)
@@ -150,18 +170,21 @@ def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constex
         tl.extra.cuda.gdc_launch_dependents()
     lse = tl.load(lse_ptr + pair * SPLITS + split)
     weight = tl.exp2(lse - tl.max(lse, 0))
-    used = weight > 0.0  # a split past a sequence's end has written nothing
+    used = weight > 0.0  # an empty split has written no latents
     parts = tl.load(parts_ptr + (pair * SPLITS + split[:, None]) * LATENT + dim[None, :], mask=used[:, None], other=0.0)
     out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out_ptr + pair * LATENT + dim, out.to(out_ptr.dtype.element_ty))
 
 
 def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, block_size: int, device: torch.device) -> Tile:
-    """docs/gpu.md has what was measured. One program a processor, with all that its shared memory holds under way, beats two."""
+    """The tile of `mla_decode` for a batch, as measured in docs/gpu.md.
+
+    One program a multiprocessor, whose loads fill the shared memory, is faster than two programs with smaller passes.
+    """
     if is_alone(num_seqs, heads):
         return Tile(MIN_DOT_ROWS, min(32, block_size), 4, 2)
     rows = _rows(num_seqs, heads, dtype)
-    if dtype != torch.float32 and block_size >= 64 and shared_memory(device) >= ROOMY:
+    if dtype != torch.float32 and block_size >= 64 and shared_memory(device) >= LARGE_PASS_MEMORY:
         if rows == MANY_ROWS:
             return Tile(rows, 64, 8, 2)
         if num_seqs >= MANY_SEQUENCES:
@@ -170,18 +193,23 @@ def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, block_size: int, 
 
 
 def _rows(num_seqs: int, heads: int, dtype: torch.dtype) -> int:
-    """Heads of one program. In float32 more do not fit into shared memory."""
+    """Heads of one program. In float32 no more than MIN_DOT_ROWS fit into shared memory."""
     return MIN_DOT_ROWS if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32 else MANY_ROWS
 
 
 def is_alone(num_seqs: int, heads: int) -> bool:
-    """Whether one program could do all. Then splits alone fill the device, and `latent.merge_expand` merges them best."""
+    """Whether a single program, without splits, would do the whole decode: one sequence of few heads.
+
+    Then only splits fill the device, and `latent_products.merge_expand` is the fastest way to merge them.
+    """
     return num_seqs == 1 and heads <= MIN_DOT_ROWS
 
 
 def decode_splits(num_seqs: int, heads: int, num_processors: int, dtype: torch.dtype) -> int:
-    """Splits (a power of two, with a limit) that give each processor about a program. Where few heads make one program of a
-    sequence, two splits at least up to a sequence a processor: lengths differ, and the longest would be waited for.
+    """The number of splits of a sequence (a power of two, at most 16 or 64) that gives each multiprocessor about one program.
+
+    If a sequence's few heads make one program, and sequences do not outnumber multiprocessors, there are at least two splits:
+    lengths differ, and the device would wait for the longest sequence.
     """
     programs = num_seqs * cdiv(heads, _rows(num_seqs, heads, dtype))
     least = 2 if heads <= MIN_DOT_ROWS and programs <= num_processors else 1

@@ -1,8 +1,12 @@
-"""MLA in latent space for a whole step, decodes and chunks alike, over a paged latent cache, in Triton: what a graph can hold.
+"""Latent attention of a whole step, decodes and prefill chunks in one launch, in a form that a CUDA graph can hold.
 
-As `mla_decode`, with several tokens of a query in a program and a causal limit for each row. A chunk costs more arithmetic this
-way than by expanded keys (`mla_prefill`), but nothing depends on what only the host knows: neither how long a query is, nor
-how much of it is cached. There are no splits: steps with long chunks have programs enough.
+The computation is that of `mla_decode.py`: attention in latent space over paged records. A program attends from several tokens
+of one query, and each row has its own causal limit. grid: (tiles of queries, groups of heads); `query_tiles.map_tiles` cuts the
+tiles on the device. There are no splits: a step with long chunks has programs enough.
+
+For a chunk this form costs more arithmetic than expanded keys (`mla_prefill.py`). But expanded keys need the query's length,
+and its cached part, on the host, and in a graph only the device knows them. Hence graphs hold smaller mixed steps with latents
+than with K/V.
 """
 
 from __future__ import annotations
@@ -11,12 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dot import MIN_DOT_ROWS, precision
 from engine.kernels.launch import cdiv, pdl, power_of_two
-from engine.kernels.paged_decode import LOG2_E, MIN_DOT_ROWS, precision
-from engine.kernels.softmax import add_pass
+from engine.kernels.mla_decode import score_records
+from engine.kernels.softmax import LOG2_E, add_pass
 
-ROWS = 64  # (token, head) pairs of a program: what Hopper's matrix unit takes at once
-TILE = 32  # tokens of one pass of the loop
+ROWS = 64  # (token, head) pairs of a program: the rows of Hopper's matrix instructions
+TILE = 32  # cached tokens in one pass of the loop
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -26,6 +31,7 @@ def _attend(
     HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, part): attend from ROWS rows, which are ROWS / PART tokens of one query by PART heads."""
     tile, part = tl.program_id(0), tl.program_id(1)
     RECORD: tl.constexpr = LATENT + ROPE
     row = tl.arange(0, ROWS)
@@ -37,14 +43,14 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     query = tl.load(tile_query_ptr + tile)
-    if query < 0:  # a graph has programs for more tiles than most steps have
+    if query < 0:  # a graph launches as many tiles as any of its steps can have; surplus ones end here
         return
     begin = tl.load(starts_ptr + query)
     chunk = tl.load(starts_ptr + query + 1) - begin
     length = tl.load(lens_ptr + query)
-    token = tl.load(tile_start_ptr + tile) + row // PART  # within its chunk
+    token = tl.load(tile_start_ptr + tile) + row // PART  # counted within its query
     live = (token < chunk) & (head < HEADS)
-    limit = length - chunk + token  # last position a row may see
+    limit = length - chunk + token  # the last position that a row sees
     end = tl.minimum(tl.max(limit, 0) + 1, length)
 
     at_token = (begin + token).to(tl.int64)
@@ -57,16 +63,13 @@ def _attend(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, LATENT], tl.float32)
     tables_ptr += query.to(tl.int64) * max_blocks
-    block = tl.load(tables_ptr).to(tl.int64)  # fetched a pass ahead, see `paged_decode`
+    block = tl.load(tables_ptr).to(tl.int64)  # loaded one pass ahead, as in `paged_decode.py`
     for start in range(0, end, TILE):
         at = (block * BLOCK + start % BLOCK + offset) * RECORD
         inside = start + offset < end
         block = tl.load(tables_ptr + (start + TILE) // BLOCK, mask=start + TILE < end, other=0).to(tl.int64)
-        c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
-        r = tl.load(cache_ptr + at[None, :] + LATENT + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
-        score = tl.dot(q_c, tl.trans(c), input_precision=PRECISION)
-        score = tl.dot(q_r, r, score, input_precision=PRECISION)
-        # Every row sees the first token, so that no maximum stays at minus infinity.
+        score, c = score_records(q_c, q_r, cache_ptr, at, inside, dim, rope, LATENT, PRECISION)
+        # Every row sees position 0 in the first pass, so `best` does not stay at minus infinity.
         score = tl.where((start + offset)[None, :] <= limit[:, None], score, float("-inf"))
         best, total, acc = add_pass(score, c, best, total, acc, scale, PRECISION)
     mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -74,13 +77,13 @@ def _attend(
 
 
 def tile_tokens(heads: int, dtype: torch.dtype) -> int:
-    """Tokens of a query in one tile; `tiles` of `mla_mixed` must be cut so."""
+    """Tokens of a query in one tile of `mla_mixed`."""
     rows, part = _rows(heads, dtype)
     return rows // part
 
 
 def _rows(heads: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(token, head) pairs of a program, and its heads. In float32 fewer fit into shared memory."""
+    """((token, head) pairs of a program, heads of a program). In float32 fewer pairs fit into shared memory."""
     rows = ROWS if dtype.itemsize == 2 else MIN_DOT_ROWS
     return rows, min(rows, max(MIN_DOT_ROWS, power_of_two(heads)))
 
@@ -95,10 +98,10 @@ def mla_mixed(
     tiles: tuple[torch.Tensor, torch.Tensor],
     scale: float,
 ) -> torch.Tensor:
-    """q_latent [T, heads, latent], contiguous, and q_rope [T, heads, rope] over cache [num_blocks, block_size, latent + rope].
+    """Attend causally from q_latent [T, heads, latent], contiguous, and q_rope [T, heads, rope]: averaged latents, like q_latent.
 
-    Returns the averaged latents [T, heads, latent]. block_tables [B, max_blocks], kv_lens [B] and query_starts [B + 1] are int32,
-    `tiles` as in `paged_prefill`, of queries of any length. latent, rope and block_size are powers of two.
+    cache [num_blocks, block_size, latent + rope]; block_tables [B, max_blocks], kv_lens [B] and query_starts [B + 1] int32.
+    `tiles` come from `map_tiles` with `tile_tokens` tokens a tile and least=1. latent, rope and block_size are powers of two.
     """
     _, heads, latent = q_latent.shape
     block_size, (rows, part) = cache.shape[1], _rows(heads, q_latent.dtype)

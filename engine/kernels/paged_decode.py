@@ -1,11 +1,13 @@
-"""Attention of one query token a sequence over a paged K/V cache, in Triton: split-KV with the heads of a group packed.
+"""Attention of decodes, one query token a sequence, over a paged K/V cache: split-KV, with grouped query heads in one tile.
 
-The cache of a sequence is cut into up to `num_splits` parts, one program each, so that few sequences still fill the device; the
-program that is last to finish merges them by their log-sum-exp (the "flash-decoding" scheme: Dao et al., 2023). A short sequence
-has fewer, and its other programs end at once. All query heads that share a K/V head are rows of one tile, so K and V are read
-once for them. The grid depends on shapes only, never on lengths, so a captured graph stays right as sequences grow. A
-sequence's programs start together, and sequences in their order: the scheduler puts the longest first, since one that started
-last would be waited for.
+grid: (parts, K/V heads, sequences); a program attends from all query heads of one K/V head to one part of one sequence, so K
+and V are read once for the group. A sequence is cut into up to `num_splits` parts, so that few sequences still fill the device.
+The last program of a sequence and K/V head to finish merges the parts by their log-sum-exps ("flash-decoding": Dao et al.,
+2023). A short sequence has fewer parts, and its surplus programs end at once.
+
+Shapes alone decide the grid, so a captured graph stays valid as sequences grow. Programs start in the order of their sequences;
+the scheduler puts the longest first, since a long one that starts last would run alone. docs/gpu.md has the measurements behind
+the constants.
 """
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dot import MIN_DOT_ROWS, precision
 from engine.kernels.hardware import processors
 from engine.kernels.launch import arrivals, pdl, power_of_two
-from engine.kernels.softmax import add_pass
+from engine.kernels.softmax import LOG2_E, add_pass
 
-LOG2_E = 1.4426950408889634  # the kernels work with powers of two
-MIN_DOT_ROWS = 16  # tl.dot wants at least this many rows
-MANY_PROGRAMS = 512  # see `_stages`
-# By the most parts there may be, for how many tokens, once begun, a sequence has one at most; else one for each pass of the loop.
-# Parts are of whole passes, as even as these allow. docs/gpu.md has what was measured.
+MANY_PROGRAMS = 512  # pairs of a sequence and a K/V head, above which an unsplit decode has three stages of loads
+# By `num_splits`: a sequence has at most one part for each started group of this many tokens. With any other `num_splits` it
+# has at most one part for each pass of the loop. Parts are whole passes, as even as that allows.
 PART_TOKENS = {2: 512, 4: 128}
 
 
 @triton.jit
 def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: tl.constexpr):
-    """The parts that others wrote, of one head of one sequence; past the L1, which may hold what an older launch had there."""
+    """Merge the `parts` parts of one head of one sequence, and write its output.
+
+    The loads bypass the L1 cache: other programs wrote the parts, and the L1 may hold an older launch's.
+    """
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, HEAD)
     written = split < parts
@@ -42,7 +46,7 @@ def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: t
 
 @triton.jit
 def _cut(length, SPLITS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
-    """How many parts a sequence of `length` tokens has, and how many tokens are in each but the last. PART is in passes."""
+    """(parts of a sequence of `length` tokens, tokens of every part but the last). At most one for each started PART passes."""
     passes = tl.cdiv(length, TILE)
     of_each = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, PART)))
     return tl.cdiv(passes, of_each), of_each * TILE
@@ -56,6 +60,11 @@ def _decode(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (split, kv_head, sequence): attend from the GROUP query heads of one K/V head to one part of a sequence.
+
+    ROWS is GROUP padded for `tl.dot`. BY_LENGTH: only queries of one token are computed, found by starts_ptr. The last program
+    of a sequence and K/V head to finish merges its parts.
+    """
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD)
@@ -72,7 +81,7 @@ def _decode(
             return
     length = tl.load(lens_ptr + seq)
     parts, of_each = _cut(length, SPLITS, PART, TILE)
-    if split >= parts:  # the sequence is too short for so many
+    if split >= parts:  # the sequence is too short for SPLITS parts
         return
     begin = split * of_each
     end = tl.minimum(begin + of_each, length)
@@ -81,7 +90,7 @@ def _decode(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD], tl.float32)
-    # A block's number is fetched a pass ahead: loads that depend on one of the same pass are pipelined half as deep.
+    # A block's number is loaded one pass ahead: a load that depends on another load of the same pass is pipelined half as deep.
     tables_ptr += seq.to(tl.int64) * max_blocks
     block = tl.load(tables_ptr + begin // BLOCK, mask=begin < end, other=0).to(tl.int64)
     for start in range(begin, end, TILE):
@@ -93,7 +102,7 @@ def _decode(
         score = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         best, total, acc = add_pass(score, v, best, total, acc, scale, PRECISION)
 
-    if PDL:  # not before: programs that wait would take the room of ours
+    if PDL:  # not earlier: waiting programs of the next kernel would take the place of this kernel's programs
         tl.extra.cuda.gdc_launch_dependents()
     acc = acc / total[:, None]
     if SPLITS == 1 or parts == 1:
@@ -103,7 +112,7 @@ def _decode(
         part = (seq * heads + head) * SPLITS + split
         tl.store(lse_ptr + part, best + tl.log2(total), mask=live)
         tl.store(acc_ptr + part[:, None] * HEAD + dim[None, :], acc, mask=live[:, None])
-        tl.debug_barrier()  # all of the program's parts are written before it says so
+        tl.debug_barrier()  # all threads have written their parts before the program counts as arrived
         arrived = tl.atomic_add(arrived_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
         if arrived == parts - 1:
             tl.store(arrived_ptr + seq * KV_HEADS + kv_head, 0)  # for the next launch
@@ -112,14 +121,11 @@ def _decode(
                 _merge(acc_ptr, lse_ptr, out_ptr + (token * heads + one) * HEAD, seq * heads + one, parts, HEAD, SPLITS)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """tl.dot's mode: near full precision for float32, in three passes (one of tf32 errs by 3e-4); narrower types have one."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
 def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
-    """Most parts of a sequence (a power of two, at most 32): such that each processor has about two programs. At least four up
-    to that, and two up to twice as many, since lengths differ and the longest would be waited for.
+    """Most parts of a sequence (a power of two, at most 32), chosen so that each multiprocessor has about two programs.
+
+    It is at least 4 while unsplit sequences give up to two programs a multiprocessor, and at least 2 up to four programs: lengths
+    differ, and the device would wait for the longest sequence.
     """
     programs = num_seqs * kv_heads
     least = 4 if programs <= 2 * num_processors else 2 if programs <= 4 * num_processors else 1
@@ -137,13 +143,14 @@ def paged_decode(
     out: torch.Tensor | None = None,
     query_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend from q [B, heads, head_dim], each token's heads side by side, to the first kv_lens[b] tokens of each sequence.
+    """Attend from q [B, heads, head_dim], with a token's heads adjacent, to the first kv_lens[b] tokens of each sequence b.
 
-    Returns [B, heads, head_dim], in `out` where that is given. k_cache and v_cache are [num_blocks, block_size, kv_heads,
-    head_dim], block_tables [B, max_blocks] int32, kv_lens [B] int32 (each at least 1). head_dim, block_size (at least 16)
-    and num_splits must be powers of two; what may be split has at most `launch.MAX_GROUPS` pairs of sequence and K/V head.
+    Returns [B, heads, head_dim], written to `out` if that is given. k_cache and v_cache are [num_blocks, block_size, kv_heads,
+    head_dim], block_tables [B, max_blocks] int32, kv_lens [B] int32, each at least 1. head_dim, block_size (at least 16) and
+    num_splits are powers of two. With num_splits > 1 there are at most `launch.MAX_GROUPS` pairs of sequence and K/V head.
 
-    With `query_starts` [B + 1] int32, q and `out` are [T, heads, head_dim], and only the sequences of one token are served.
+    With query_starts [B + 1] int32, q and `out` are [T, heads, head_dim], and only queries of one token are computed; the rows of
+    longer queries in `out` are left as they are.
     """
     _, heads, head_dim = q.shape
     num_seqs = q.shape[0] if query_starts is None else kv_lens.shape[0]
@@ -152,7 +159,7 @@ def paged_decode(
     programs, num_processors, tile = num_seqs * kv_heads, processors(q.device), min(64, block_size)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    acc = lse = out  # where nothing is split, nobody looks at them
+    acc = lse = out  # without splits the kernel does not use these
     if num_splits > 1:
         acc = torch.empty(num_seqs, heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q.device)
@@ -170,8 +177,10 @@ def paged_decode(
 
 
 def _stages(programs: int, num_splits: int, num_processors: int) -> int:
-    """Of loads; `programs` are pairs of a sequence and a K/V head. Where all are at work at once, more of them on a processor
-    beat more loads in each, unless they are few: docs/gpu.md."""
+    """Pipeline stages of the loop's loads; `programs` is the number of pairs of a sequence and a K/V head.
+
+    Fewer stages let more programs share a multiprocessor, which is faster if all programs run at once, unless they are few.
+    """
     few = 1 < num_splits <= 4 and programs <= num_processors
     many = num_splits == 1 and programs > MANY_PROGRAMS
     return 3 if few or many else 2

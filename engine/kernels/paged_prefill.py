@@ -1,6 +1,8 @@
-"""Causal attention of prompt chunks over a paged K/V cache, in Triton: every chunk attends its cached prefix and itself.
+"""Causal attention of prefill chunks over a paged K/V cache: each chunk attends to its cached prefix and to itself.
 
-A program takes TILE_Q tokens of one chunk and the query heads of one K/V head; `tile_query` and `tile_start` say which.
+grid: (tiles of queries, K/V heads); a program attends from TILE_Q tokens of one chunk, for all query heads of one K/V head.
+`query_tiles.py` cuts the tiles. The step's own keys and values are in the cache already. All chunks of a step take one launch.
+Whole prompts from 1,024 tokens on are faster with cuDNN outside CUDA graphs (`attention/long_prompts.py`).
 """
 
 from __future__ import annotations
@@ -9,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import cdiv, pdl, power_of_two
-from engine.kernels.paged_decode import LOG2_E, precision
-from engine.kernels.softmax import add_pass
+from engine.kernels.dot import precision
+from engine.kernels.launch import pdl, power_of_two
+from engine.kernels.softmax import LOG2_E, add_pass
 
-TILE_ROWS = 128  # (token, head of the group) pairs of one tile
+TILE_ROWS = 128  # (token, query head of the group) pairs of one tile
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -23,20 +25,24 @@ def _prefill(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (tile, kv_head): attend from TILE_Q tokens of one chunk, for the GROUP query heads of one K/V head.
+
+    Passes of TILE_N keys that all rows see come first and have no masks.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     query = tl.load(tile_query_ptr + tile)
-    if query < 0:  # a graph has programs for more tiles than most steps have
+    if query < 0:  # a graph launches as many tiles as any of its steps can have; surplus ones end here
         return
-    first = tl.load(tile_start_ptr + tile)  # first token of the tile within its chunk
+    first = tl.load(tile_start_ptr + tile)  # the tile's first token, counted within its chunk
     begin = tl.load(starts_ptr + query)
     chunk = tl.load(starts_ptr + query + 1) - begin
     length = tl.load(lens_ptr + query)
     prefix = length - chunk
 
-    row = tl.arange(0, TILE_Q * PADDED)  # rows are (token, head of the group); a range must be a power of two
+    row = tl.arange(0, TILE_Q * PADDED)  # rows are (token, head of the group); PADDED since a range must be a power of two
     dim = tl.arange(0, HEAD)
     offset = tl.arange(0, TILE_N)
     token = first + row // PADDED
@@ -48,10 +54,10 @@ def _prefill(
     best = tl.full([TILE_Q * PADDED], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q * PADDED], tl.float32)
     acc = tl.zeros([TILE_Q * PADDED, HEAD], tl.float32)
-    limit = prefix + token  # last position a row may see
-    full = (prefix + first) // TILE_N * TILE_N  # below it every row sees every position
+    limit = prefix + token  # the last position that a row sees
+    full = (prefix + first) // TILE_N * TILE_N  # every row sees every position below this one
     end = tl.minimum(prefix + first + TILE_Q, length)
-    # A block's number is fetched a pass ahead: loads that depend on one of the same pass are pipelined half as deep.
+    # A block's number is loaded one pass ahead: a load that depends on another load of the same pass is pipelined half as deep.
     tables_ptr += query.to(tl.int64) * max_blocks
     block = tl.load(tables_ptr).to(tl.int64)
     for start in range(0, full, TILE_N):
@@ -75,53 +81,13 @@ def _prefill(
     tl.store(out_ptr + at_out[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_tiles"])
-def _map_tiles(
-    starts_ptr, tile_query_ptr, tile_start_ptr, num_queries, num_tiles,
-    LEAST: tl.constexpr, TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    mine = tl.program_id(0)
-    query = tl.arange(0, QUERIES)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    inside = query < num_queries
-    tokens = tl.load(starts_ptr + query + 1, mask=inside, other=0) - tl.load(starts_ptr + query, mask=inside, other=0)
-    tiles = tl.where(tokens >= LEAST, tl.cdiv(tokens, TILE_Q), 0)
-    before = tl.sum(tl.where(query < mine, tiles, 0), 0)
-    own = tl.sum(tl.where(query == mine, tiles, 0), 0)
-    i = tl.arange(0, TILES)
-    tl.store(tile_query_ptr + before + i, mine, mask=i < own)
-    tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)  # those with most work first
-    if mine == 0:
-        surplus = (i >= tl.sum(tiles, 0)) & (i < num_tiles)
-        tl.store(tile_query_ptr + i, -1, mask=surplus)
-
-
-def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tiles` for `paged_prefill`, made on the device, of the queries of at least `least` tokens.
-
-    There are as many as `num_tokens` tokens can need; the surplus ones have query -1.
-    """
-    num_queries = query_starts.shape[0] - 1
-    num_tiles = cdiv(num_tokens // tile_q + min(num_queries, num_tokens // least), 4) * 4  # rows begin on 16 bytes
-    tile_query, tile_start = torch.empty(2, num_tiles, dtype=torch.int32, device=query_starts.device)
-    _map_tiles[(num_queries,)](
-        query_starts, tile_query, tile_start, num_queries, num_tiles,
-        LEAST=least, TILE_Q=tile_q, QUERIES=power_of_two(num_queries), TILES=power_of_two(num_tiles),
-        num_warps=4,
-        **pdl(query_starts.device),
-    )  # fmt: skip
-    return tile_query, tile_start
-
-
 def tile_tokens(heads: int, kv_heads: int) -> int:
-    """Tokens of a chunk in one tile; `tiles` of `paged_prefill` must be cut so."""
+    """Tokens of a chunk in one tile of `paged_prefill`."""
     return max(1, TILE_ROWS // power_of_two(heads // kv_heads))
 
 
 def _stages(q: torch.Tensor) -> int:
-    """Of the loop's loads: as many as fit into shared memory."""
+    """Pipeline stages of the loop's loads: as many as fit into shared memory."""
     head_bytes = q.shape[2] * q.dtype.itemsize
     return 3 if head_bytes <= 256 else (2 if q.dtype.itemsize == 2 else 1)
 
@@ -137,10 +103,11 @@ def paged_prefill(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attend from q [T, heads, head_dim], chunks laid end to end, each over its sequence up to itself, into `out`, like q.
+    """Attend from the tokens of `tiles`, each to its sequence up to itself, and write their rows of `out`, which is like q.
 
-    The cache and tables are as in `paged_decode`; query_starts [B + 1] int32. `tiles` are two int32 tensors, one entry a
-    program: a query (-1: nothing to do), and the first of its tokens, a multiple of `tile_tokens`, that the program takes.
+    q [T, heads, head_dim] are the step's queries, one after another. Cache, tables and kv_lens are as in `paged_decode`;
+    query_starts [B + 1] int32. `tiles` are two int32 tensors with one entry a program: query (-1: no work), and first token
+    within the query, a multiple of `tile_tokens`.
     """
     heads, head_dim = q.shape[1:]
     _, block_size, kv_heads, _ = k_cache.shape

@@ -1,6 +1,6 @@
-"""The running softmax of the attention kernels: what one pass of their loops does.
+"""One pass of the attention kernels' loop over keys: the running (online) softmax.
 
-Milakov and Gimelshein, 2018 (arXiv 1805.02867).
+Source: Milakov and Gimelshein, 2018 (arXiv 1805.02867).
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = 1.4426950408889634  # the kernels use exp2 and log2: callers multiply `scale` by log2(e)
+
 
 @triton.jit
 def add_pass(score, v, best, total, acc, scale, PRECISION: tl.constexpr):
-    """Take keys with `score` [ROWS, KEYS], before `scale` (positive, base 2) and minus infinity where a row must not look, and
-    their values v [KEYS, DIM] into each row's largest score `best`, sum `total` and weighted values `acc` [ROWS, DIM].
+    """Add KEYS keys to the running softmax of ROWS query rows. Returns the new (best, total, acc).
 
-    Every row must see a key in its first pass, or have seen one before.
+    score [ROWS, KEYS] is q . k before scaling, and minus infinity where a row must not see a key. v [KEYS, DIM] are the keys'
+    values. `scale` is positive and includes log2(e). Per row, `best` is the largest scaled score so far, `total` the sum of
+    2^(score - best), and acc [ROWS, DIM] the same sum of weighted values.
+
+    A row must see at least one key in its first pass. Otherwise `best` stays at minus infinity and the row becomes NaN.
     """
     new_best = tl.maximum(best, tl.max(score, 1) * scale)
     p = tl.exp2(score * scale - new_best[:, None])  # one fused multiply-add before the exponential

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -17,8 +17,12 @@ from engine.layers.linear import Norm, Weights, linear, parameter
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import Ops
 
-Routed = tuple[torch.Tensor, torch.Tensor]
-"""Weights [T, top_k] float32 and expert ids [T, top_k] int64."""
+
+class Routed(NamedTuple):
+    """The experts that each token goes to."""
+
+    weights: torch.Tensor  # [T, top_k] float32
+    ids: torch.Tensor  # [T, top_k] int64; int32 from `moe_cuda.py`
 
 
 def route(logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None = None) -> Routed:
@@ -35,7 +39,7 @@ def route(logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None = N
         weights, ids = scores.topk(spec.top_k, -1)
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * spec.scale, ids
+    return Routed(weights * spec.scale, ids)
 
 
 def _within_best_groups(scores: torch.Tensor, spec: RoutingSpec, *, judged_by: int, closed: float) -> torch.Tensor:

@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from engine.kernels import experts as kernels
 from engine.kernels import routing
-from engine.kernels.experts import Strip, Tile
-from engine.layers.moe import MoeMlp
+from engine.kernels.experts import ExpertWeights, add_weighted, count_shared, spread
+from engine.kernels.experts_few import Strip, few_down, few_up
+from engine.kernels.experts_tiles import Tile, tiles_down, tiles_up
+from engine.kernels.sort_pairs import sort_pairs
+from engine.layers.moe import MoeMlp, Routed
 from engine.layers.ops import Ops
-
-Routed = tuple[torch.Tensor, torch.Tensor]
-"""Weights [T, top_k] float32 and expert ids [T, top_k] int32."""
 
 # These values were chosen by measurement on DeepSeek-V2-Lite's layer (docs/gpu.md).
 FEW_TOKENS = 2  # largest step in which each token reads its own experts' weights, even if tokens share experts
@@ -51,7 +50,7 @@ def add_to(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> None
 
 def route(moe: MoeMlp, x: torch.Tensor) -> Routed:
     spec = moe.routing
-    return routing.route(
+    weights, ids = routing.route(
         routing.router_logits(x, moe.router),
         moe.choice_bias,
         method=spec.method,
@@ -61,10 +60,11 @@ def route(moe: MoeMlp, x: torch.Tensor) -> Routed:
         scale=spec.scale,
         router_dtype=moe.router.dtype,
     )
+    return Routed(weights, ids)
 
 
 def run_experts(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> None:
-    mean = routed[1].numel() / moe.routing.num_experts
+    mean = routed.ids.numel() / moe.routing.num_experts
     if x.shape[0] <= FEW_TOKENS and (moe.shared is None or _shared_weights(moe) is not None):
         run_few(hidden, moe, x, routed, STRIPS)
     elif (cut := next((c for most, c in CUTS if mean <= most), None)) is not None:
@@ -73,7 +73,7 @@ def run_experts(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Rout
         run_grouped(hidden, moe, x, routed, ops)
 
 
-def _shared_weights(moe: MoeMlp) -> kernels.Pair | None:
+def _shared_weights(moe: MoeMlp) -> ExpertWeights | None:
     """gate_up and down of the shared experts, if their size is a multiple of a routed expert's; else None."""
     if moe.shared is None or moe.shared.size % moe.size:
         return None
@@ -82,17 +82,17 @@ def _shared_weights(moe: MoeMlp) -> kernels.Pair | None:
 
 def run_few(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, strips: tuple[Strip, Strip]) -> None:
     experts, shared = (moe.gate_up, moe.down), _shared_weights(moe)
-    inner = kernels.few_up(x, routed[1], experts, shared, strips[0])
-    kernels.few_down(hidden, inner, routed, experts, shared, strips[1])
+    inner = few_up(x, routed.ids, experts, shared, strips[0])
+    few_down(hidden, inner, routed, experts, shared, strips[1])
 
 
 def run_cut(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, cut: Cut, ops: Ops) -> None:
     weights, ids = routed
     experts, shared = (moe.gate_up, moe.down), _shared_weights(moe) if cut.with_shared else None
-    by_expert = routing.sort_pairs(ids, moe.routing.num_experts, cut.block, kernels.count_shared(shared, moe.size))
-    inner = kernels.tiles_up(x, ids.shape[1], by_expert, cut.block, experts, shared, cut.gate_up)
-    rows = kernels.tiles_down(inner, by_expert, cut.block, experts, shared, cut.down)
-    kernels.add_weighted(hidden, rows, by_expert.place, weights)
+    by_expert = sort_pairs(ids, moe.routing.num_experts, cut.block, count_shared(shared, moe.size))
+    inner = tiles_up(x, ids.shape[1], by_expert, cut.block, experts, shared, cut.gate_up)
+    rows = tiles_down(inner, by_expert, cut.block, experts, shared, cut.down)
+    add_weighted(hidden, rows, by_expert.place, weights)
     if moe.shared is not None and shared is None:
         moe.shared.add_to(hidden, x, ops)
 
@@ -100,10 +100,10 @@ def run_cut(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, 
 def run_grouped(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> None:
     """Run the products with torch's grouped matmul, which is fastest when each expert has many tokens."""
     weights, ids = routed
-    by_expert = routing.sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
-    at_places = kernels.spread(x, by_expert.place)
+    by_expert = sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
+    at_places = spread(x, by_expert.place)
     inner = ops.silu_mul(torch._grouped_mm(at_places, moe.gate_up.transpose(1, 2), offs=by_expert.ends))
     rows = torch._grouped_mm(inner, moe.down.transpose(1, 2), offs=by_expert.ends)
-    kernels.add_weighted(hidden, rows, by_expert.place, weights)
+    add_weighted(hidden, rows, by_expert.place, weights)
     if moe.shared is not None:
         moe.shared.add_to(hidden, x, ops)

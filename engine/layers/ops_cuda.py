@@ -1,4 +1,4 @@
-"""CudaOps: the operations between matrix products as Triton kernels. `PlainOps` of `ops.py` is the twin."""
+"""The operations between matrix products on CUDA: an `Ops` over the Triton kernels. `PlainOps` in `ops.py` is the plain twin."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ import torch
 from torch.nn import functional as F
 
 from engine.batch import LayerPools
-from engine.kernels import elementwise
-from engine.kernels import linear as product
-from engine.kernels.latent import latent_prepare
+from engine.kernels import elementwise, linear
+from engine.kernels.latent_prepare import latent_prepare
 from engine.layers.linear import Norm
 from engine.layers.ops import Angles, Ops
 
 
 class CudaOps:
-    """Ops on CUDA. The numbers of a row, and the heads of a token, must be adjacent in memory; rows need not be."""
+    """Implements Ops. Most operations are one kernel; a product with few rows is fused with its norm or SwiGLU."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.norm(x, weight, eps)
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if product.can_norm(x, weight):  # one kernel for a single row and a small weight
-            return product.linear(x, weight, bias, norm=norm)
+        """One kernel for one row and a small weight; otherwise the norm is a kernel, and the product a kernel or torch's."""
+        if linear.can_norm(x, weight):
+            return linear.linear(x, weight, bias, norm=norm)
         normed = elementwise.norm(x, *norm)
-        return product.linear(normed, weight, bias) if product.fits(normed, weight) else F.linear(normed, weight, bias)
+        return linear.linear(normed, weight, bias) if linear.fits(normed, weight) else F.linear(normed, weight, bias)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-        if norm is not None and product.can_norm(x, weight):
-            return product.gated(x, weight, norm=norm)
+        """One kernel, the norm included, for one row and a small weight.
+
+        Otherwise the norm is a kernel. Few rows then take one more kernel; more rows take torch's product and then `silu_mul`.
+        """
+        if norm is not None and linear.can_norm(x, weight):
+            return linear.gated(x, weight, norm=norm)
         if norm is not None:
             x = elementwise.norm(x, *norm)
-        # One kernel for few rows, torch's product and `silu_mul` for more.
-        return product.gated(x, weight) if product.fits(x, weight) else elementwise.silu_mul(F.linear(x, weight))
+        return linear.gated(x, weight) if linear.fits(x, weight) else elementwise.silu_mul(F.linear(x, weight))
 
     def norm_rotate(
         self,

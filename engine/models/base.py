@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.attention.base import AttentionBackend, StepAttention
+from engine.attention import select
+from engine.attention.base import PagedAttention
 from engine.batch import ForwardBatch, LayerPools, PoolSpec
 from engine.layers.linear import Linear, Norm, Weights, linear, parameter
 from engine.layers.moe import can_group
@@ -27,12 +28,16 @@ from engine.models.spec import ModelSpec
 Projected = Sequence[torch.Tensor]
 """Tensors [T, ...] that an attention module passes from `project` to `attend`."""
 
+StepT = TypeVar("StepT")
+"""The kind of attention of a family: GqaStep or MlaStep."""
+StepT_contra = TypeVar("StepT_contra", contravariant=True)
+
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(Generic[StepT]):
     """Per-step values that every layer receives: the batch's attention, and the rotary angles of its positions."""
 
-    attention: StepAttention  # covers only the tokens of `read` if that is set
+    attention: StepT  # covers only the tokens of `read` if that is set
     cos: torch.Tensor  # [T, 1, rotary dim]
     sin: torch.Tensor  # [T, 1, rotary dim], signed for `rotate`
     slots: torch.Tensor  # [T] int64: where each token's KV is written in a layer's pools
@@ -54,14 +59,14 @@ class WeightMap:
     copies: Weights = field(default_factory=dict)
 
 
-class Attention(Protocol):
+class Attention(Protocol[StepT_contra]):
     """What the decoder needs of an attention module."""
 
-    def project(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> Projected:
+    def project(self, hidden: torch.Tensor, norm: Norm, step: Step[Any], pools: LayerPools) -> Projected:
         """Norm hidden [T, H], project it, and write each token's KV to the pools. Returns the input of `attend`."""
         ...
 
-    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepAttention, pools: LayerPools) -> None:
+    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepT_contra, pools: LayerPools) -> None:
         """Compute attention for S tokens from their `projected`, and add the output to hidden [S, H] in place."""
         ...
 
@@ -76,15 +81,17 @@ class Mlp(Protocol):
     def weights(self, prefix: str) -> Weights: ...
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, spec: ModelSpec, attention: Attention, mlp: Mlp, *, dtype: torch.dtype, device: torch.device) -> None:
+class DecoderLayer(nn.Module, Generic[StepT]):
+    def __init__(
+        self, spec: ModelSpec, attention: Attention[StepT], mlp: Mlp, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.input_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
         self.post_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, hidden: torch.Tensor, step: Step, pools: LayerPools) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, step: Step[StepT], pools: LayerPools) -> torch.Tensor:
         """Add attention's and then the MLP's output to hidden [T, H] in place, and return it.
 
         If the step reads only S of the tokens, the result holds those rows alone: [S, H].
@@ -106,15 +113,14 @@ class DecoderLayer(nn.Module):
         }
 
 
-class DecoderModel(nn.Module):
+class DecoderModel(nn.Module, Generic[StepT]):
     """A decoder-only model. Call it under `torch.inference_mode()`, after a loader has filled what `weights` lists."""
 
-    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> None:
+    def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        self.backend = backend
         self.ops = ops_for(device, spec.head_dim if spec.mla is None else spec.mla.rope_dim)
         self.embedding = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
@@ -128,18 +134,19 @@ class DecoderModel(nn.Module):
         else:
             self.lm_head.weight = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.rotary = Rotary(spec.rope, device=device)
+        self.attention: PagedAttention[StepT] = select.plain(self.kv_pools()[0])
 
     @property
     def graphable(self) -> bool:
         """Whether a forward of decodes never waits for the device, as a CUDA graph requires. Plain `run_experts` waits."""
-        return self.backend.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
+        return self.attention.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
 
     @property
     def graph_tokens(self) -> int:
-        """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if none may."""
-        return self.backend.graph_tokens if self.graphable else 0
+        """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if none can be captured."""
+        return self.attention.graph_tokens if self.graphable else 0
 
-    def make_attention(self, index: int) -> Attention:
+    def make_attention(self, index: int) -> Attention[StepT]:
         raise NotImplementedError
 
     def make_mlp(self, index: int) -> Mlp:
@@ -152,12 +159,12 @@ class DecoderModel(nn.Module):
         """
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
-        step = Step(self.backend.prepare(batch), cos, sin, batch.slots, self.ops)
+        step = Step(self.attention.prepare(batch), cos, sin, batch.slots, self.ops)
         *others, last = zip(self.layers, batch.kv, strict=True)
         for layer, pools in others:
             hidden = layer(hidden, step, pools)
         if batch.read is not None:
-            step = replace(step, attention=self.backend.prepare(batch.read.batch), read=batch.read.index)
+            step = replace(step, attention=self.attention.prepare(batch.read.batch), read=batch.read.index)
         layer, pools = last
         hidden = layer(hidden, step, pools)
         return self.ops.norm(hidden, *self.norm.params) if hidden.shape[0] else hidden
@@ -184,5 +191,5 @@ class DecoderModel(nn.Module):
     def kv_pools(self) -> list[list[PoolSpec]]:
         return [layer.attention.pools() for layer in self.decoder_layers()]
 
-    def decoder_layers(self) -> list[DecoderLayer]:
+    def decoder_layers(self) -> list[DecoderLayer[StepT]]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

@@ -10,10 +10,12 @@ V3 checkpoints carry multi-token prediction layers after num_hidden_layers. They
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from engine.attention.base import StepAttention
+from engine.attention.base import MlaStep
 from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Norm, Weights, parameter
 from engine.layers.mlp import GatedMlp
@@ -38,11 +40,11 @@ class MlaAttention(nn.Module):
         self.in_size = q_size if rank is None else rank
         self.in_proj = Linear(hidden, self.in_size + self.record, dtype=dtype, device=device)
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
-        # Not a Linear: the attention backend decides what to multiply it with.
+        # Not a Linear: the attention implementation decides what to multiply it with.
         self.kv_b = parameter(spec.num_heads, mla.nope_dim + mla.v_dim, mla.kv_lora_rank, dtype=dtype, device=device)
         self.o_proj = Linear(spec.num_heads * mla.v_dim, hidden, dtype=dtype, device=device)
 
-    def project(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> Projected:
+    def project(self, hidden: torch.Tensor, norm: Norm, step: Step[Any], pools: LayerPools) -> Projected:
         m, ops, pool, angles = self.mla, step.ops, pools["latent"], (step.cos, step.sin)
         projected = self.in_proj.of_norm(hidden, norm, ops)
         q, kv = torch.split(projected, [self.in_size, self.record], -1)  # kv [T, rank + rope]
@@ -51,9 +53,9 @@ class MlaAttention(nn.Module):
         q = q.view(hidden.shape[0], -1, m.nope_dim + m.rope_dim)  # [T, heads, nope + rope]
         return ops.latent_prepare(q, kv, self.kv_norm.params, angles, step.slots, pool, interleaved=self.interleaved)
 
-    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepAttention, pools: LayerPools) -> None:
+    def attend(self, hidden: torch.Tensor, projected: Projected, attention: MlaStep, pools: LayerPools) -> None:
         q, latent = projected
-        out = attention.attend_latent(q, latent, self.kv_b, pools, scale=self.mla.softmax_scale)
+        out = attention.attend(q, latent, self.kv_b, pools, scale=self.mla.softmax_scale)
         self.o_proj.add_to(hidden, out.flatten(1))
 
     def weights(self, prefix: str) -> Weights:
@@ -74,8 +76,8 @@ class MlaAttention(nn.Module):
         return [PoolSpec(name="latent", shape=(self.record,), dtype=self.kv_b.dtype, parts=parts)]
 
 
-class DeepseekModel(DecoderModel):
-    def make_attention(self, index: int) -> Attention:
+class DeepseekModel(DecoderModel[MlaStep]):
+    def make_attention(self, index: int) -> Attention[MlaStep]:
         assert self.spec.mla is not None
         return MlaAttention(self.spec, self.spec.mla, dtype=self.dtype, device=self.device)
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.attention.base import AttentionBackend
+from engine.attention.base import PagedMla
 from engine.batch import ForwardBatch, PoolSpec
 from engine.layers.linear import Linear, Weights
 from engine.layers.norm import RMSNorm
@@ -40,7 +40,7 @@ class _Shared:
     lm_head: Linear
     rotary: Rotary
     ops: Ops
-    backend: AttentionBackend
+    attention: PagedMla
 
 
 class DeepseekMtp(nn.Module):
@@ -50,7 +50,7 @@ class DeepseekMtp(nn.Module):
         super().__init__()
         spec, dtype, device = model.spec, model.dtype, model.device
         self.spec = spec
-        self._shared = _Shared(model.embedding, model.lm_head, model.rotary, model.ops, model.backend)
+        self._shared = _Shared(model.embedding, model.lm_head, model.rotary, model.ops, model.attention)
         self.embedding_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
         self.hidden_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
         self.join = Linear(2 * spec.hidden_size, spec.hidden_size, dtype=dtype, device=device)
@@ -69,7 +69,7 @@ class DeepseekMtp(nn.Module):
         out: torch.Tensor = self.join(torch.cat((embedded, self.hidden_norm(hidden)), -1))  # [T, H]
         cos, sin = shared.rotary(batch.positions)
         (pools,) = batch.kv
-        return self.layer(out, Step(shared.backend.prepare(batch), cos, sin, batch.slots, shared.ops), pools)  # type: ignore[no-any-return]
+        return self.layer(out, Step(shared.attention.prepare(batch), cos, sin, batch.slots, shared.ops), pools)  # type: ignore[no-any-return]
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
         """Logits of the token two positions ahead, from out [N, H] -> [N, V] float32."""

@@ -6,10 +6,12 @@ and layers without rotary embedding (SmolLM3).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from engine.attention.base import StepAttention
+from engine.attention.base import GqaStep
 from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Norm, Weights
 from engine.layers.mlp import GatedMlp
@@ -32,14 +34,14 @@ class GqaAttention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
 
-    def project(self, hidden: torch.Tensor, norm: Norm, step: Step, pools: LayerPools) -> Projected:
+    def project(self, hidden: torch.Tensor, norm: Norm, step: Step[Any], pools: LayerPools) -> Projected:
         qkv = self.qkv_proj.of_norm(hidden, norm, step.ops)
         heads = qkv.view(hidden.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
         angles = (step.cos, step.sin) if self.rotary else None
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         return step.ops.norm_rotate(heads, angles, norms, self.norm_eps, step.slots, pools)
 
-    def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepAttention, pools: LayerPools) -> None:
+    def attend(self, hidden: torch.Tensor, projected: Projected, attention: GqaStep, pools: LayerPools) -> None:
         q, k, v = projected
         out = attention.attend(q, k, v, pools, scale=self.scale)
         self.o_proj.add_to(hidden, out.flatten(1))
@@ -58,8 +60,8 @@ class GqaAttention(nn.Module):
         return [PoolSpec(name=name, shape=shape, dtype=self.dtype) for name in ("k", "v")]
 
 
-class DenseModel(DecoderModel):
-    def make_attention(self, index: int) -> Attention:
+class DenseModel(DecoderModel[GqaStep]):
+    def make_attention(self, index: int) -> Attention[GqaStep]:
         rotary = index not in self.spec.nope_layers
         return GqaAttention(self.spec, rotary=rotary, dtype=self.dtype, device=self.device)
 

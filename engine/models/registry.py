@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
 from engine.errors import CheckpointError
-from engine.models.base import DecoderModel as Model
+from engine.models.base import DecoderModel
 from engine.models.deepseek import DeepseekModel
 from engine.models.deepseek_mtp import DeepseekMtp
 from engine.models.dense import DenseModel
@@ -17,6 +17,8 @@ from engine.models.spec import ModelSpec
 
 __all__ = ["MODELS", "Model", "build", "build_mtp"]
 
+Model = DecoderModel[Any]
+
 MODELS: dict[Family, type[Model]] = {
     "dense": DenseModel,
     "qwen3_moe": Qwen3MoeModel,
@@ -24,15 +26,15 @@ MODELS: dict[Family, type[Model]] = {
 }
 
 
-def build(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, attention: AttentionBackend | None = None) -> Model:
-    """Build the model of `spec`, with its weights allocated on `device` but not filled.
+def build(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """Build the model of `spec`, with plain torch attention and with its weights allocated on `device` but not filled.
 
     Raises CheckpointError for an architecture that no family serves.
     """
     family = ARCHITECTURES.get(spec.architecture)
     if family is None:
         raise CheckpointError(f"{spec.architecture} is not supported; supported are: {', '.join(ARCHITECTURES)}", param="model")
-    return MODELS[family](spec, dtype=dtype, device=device, backend=attention or TorchAttention())
+    return MODELS[family](spec, dtype=dtype, device=device)
 
 
 def build_mtp(model: Model) -> DeepseekMtp:

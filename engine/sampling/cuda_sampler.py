@@ -25,9 +25,9 @@ class CudaSampler:
         # The kernels write each row's token to an array of latest tokens. Steps outside of graphs do not need it.
         self._unused_latest = torch.zeros(num, dtype=torch.int64, device=device)
         # Imported by name, since this module must also import on machines without Triton.
-        self._argmax = importlib.import_module("engine.kernels.sample").choose_likeliest
-        kernels = importlib.import_module("engine.kernels.draw")
-        self._replace_argmax, self._params = kernels.draw, kernels.DrawParams(*self._columns)
+        self._argmax = importlib.import_module("engine.kernels.argmax").argmax_tokens
+        kernels = importlib.import_module("engine.kernels.sample_filtered")
+        self._replace_argmax, self._params = kernels.sample_filtered, kernels.SampleParams(*self._columns)
 
     def admit(self, params: RowParams, rows: Ints) -> None:
         """Copy the parameters of `rows` to the device."""

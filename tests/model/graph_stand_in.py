@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.attention.triton_paged import TritonAttention
+from engine.attention.triton_gqa import TritonGqa
+from engine.attention.triton_mla import TritonMla
 from engine.backends import torch as backend
 from engine.device import graph_shapes, graphs, runner
-from engine.kernels import draw
+from engine.kernels import sample_filtered
 from engine.models import base
 from engine.sampling.cuda_sampler import CudaSampler
 from engine.sampling.sampler import Sampler
@@ -57,12 +58,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[StandInGraphs]:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "pinned", lambda size, dtype: torch.empty(size, dtype=dtype))
     monkeypatch.setattr(graph_shapes, "TOKENS", (32, 48))
-    monkeypatch.setattr(draw, "DRAW_TILE", 128)
+    monkeypatch.setattr(sample_filtered, "LOGITS_TILE", 128)
     monkeypatch.setattr(runner, "StepGraphs", StandInGraphs)
     monkeypatch.setattr(runner, "_use_graphs", lambda *_: True)
     monkeypatch.setattr(base, "can_group", lambda *_: True)
     monkeypatch.setattr(
-        backend.select, "choose", lambda _, pools, __: TritonAttention(2, latent=any(p.name == "latent" for p in pools))
+        backend.select, "choose", lambda _, pools, __: TritonMla(2) if pools[0].name == "latent" else TritonGqa(2)
     )
     monkeypatch.setattr(StandInGraphs, "kinds", set())
     monkeypatch.setattr(runner, "Sampler", KernelSampler)

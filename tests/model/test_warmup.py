@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from engine.attention.long_prompts import LENGTH_STEP, MIN_PROMPT
-from engine.attention.torch_ref import TorchAttention
-from engine.attention.triton_paged import TritonAttention
+from engine.attention.torch_gqa import TorchGqa
+from engine.attention.triton_gqa import TritonGqa
 from engine.backends.torch import load
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core
@@ -31,7 +31,7 @@ def load_warmup(folder, monkeypatch, *, max_tokens: int) -> _Loaded:
     config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
     spec = read_spec(config.model)
     backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
-    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
+    monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
     lengths, forward = [], backend.forward
 
     def counted(batch):
@@ -59,7 +59,7 @@ def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
 
 def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(TorchAttention, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
+    monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
     folder = tiny.write(tmp_path, tiny.LLAMA)
     for tokens, context in ((40, 60), (60, 40)):
         scheduler, cache = SchedulerConfig(max_num_seqs=8, max_step_tokens=tokens), CacheConfig(num_blocks=64)
@@ -71,7 +71,7 @@ def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow
 
 
 def test_there_is_a_length_of_every_kind_that_cudnn_plans():
-    attention = TritonAttention(132)
+    attention = TritonGqa(132)
     for most in (MIN_PROMPT - 1, MIN_PROMPT, MIN_PROMPT + 1, 4000, 8192):
         lengths = attention.prompt_lengths(most, torch.bfloat16)
         padded, last = [length for length in lengths if length % LENGTH_STEP], -(-most // LENGTH_STEP)

@@ -1,4 +1,4 @@
-"""Every line of the kernels' table launches what it says, at sizes that the interpreter can do."""
+"""Every kernel in the table of `engine/kernels/bench.py` can be launched, at sizes that Triton's interpreter can run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from engine.kernels import bench
 from engine.kernels.cases import attention, base, experts
-from engine.kernels.experts import Strip
+from engine.kernels.experts_few import Strip
 from engine.layers import moe_cuda
 
 TINY = {
@@ -39,12 +39,12 @@ STRIP = experts.STRIP
 
 @pytest.fixture(autouse=True)
 def _for_the_interpreter(monkeypatch):
-    monkeypatch.setattr(base, "DTYPE", torch.float16)  # it cannot add in bfloat16
-    monkeypatch.setattr(experts, "STRIP", Strip(32, 32, 1))  # and takes long over many programs
+    monkeypatch.setattr(base, "DTYPE", torch.float16)  # the interpreter cannot add in bfloat16
+    monkeypatch.setattr(experts, "STRIP", Strip(32, 32, 1))  # few programs, since each is slow in the interpreter
 
 
 @pytest.mark.parametrize("case", {case.kernel: case for case in bench.CASES}.values(), ids=lambda case: case.kernel)
-def test_a_kernel_of_the_table_runs(case):
+def test_each_kernel_runs_and_gives_finite_numbers(case):
     launch = case.make(DEVICE, **{name: TINY[name] for name in case.sizes})
     out = launch.run()
     for tensor in out if isinstance(out, tuple) else (out,):
@@ -52,18 +52,23 @@ def test_a_kernel_of_the_table_runs(case):
     assert launch.num_bytes > 0
 
 
-def test_lines_of_a_kernel_differ_in_their_sizes_alone():
+def test_the_lines_of_one_kernel_differ_only_in_their_sizes():
     assert len({case.kernel for case in bench.CASES}) == len({(case.kernel, case.make, *case.sizes) for case in bench.CASES})
     assert len({(case.kernel, case.shape) for case in bench.CASES}) == len(bench.CASES)
 
 
-def test_prompts_tiles_cover_every_token_once():
+def test_prefill_writes_every_token_and_its_bound_counts_causal_pairs():
     launch = attention.prefill(DEVICE, seqs=2, context=70, heads=4, kv_heads=2)
     assert launch.operations == 4 * 2 * (70 * 71 // 2) * 4 * 128
+    query, first = attention._prompt_tiles(DEVICE, 2, 70, 32)
+    assert sorted(zip(query.tolist(), first.tolist(), strict=True)) == [
+        *([(-1, 0)] * 2),
+        *((q, token) for q in range(2) for token in (0, 32, 64)),
+    ]
 
 
 @pytest.mark.parametrize("tokens", [case.sizes["tokens"] for case in bench.CASES if case.kernel.startswith("moe")])
-def test_experts_are_launched_as_the_layer_does_it(tokens):
+def test_experts_are_launched_with_the_kernels_and_tiles_of_the_layer(tokens):
     kernel = next(case.kernel for case in bench.CASES if case.kernel.startswith("moe") and case.sizes["tokens"] == tokens)
     mean = tokens * experts.TOP_K / 64
     cut = next((cut for most, cut in moe_cuda.CUTS if mean <= most), None)
@@ -76,7 +81,7 @@ def test_experts_are_launched_as_the_layer_does_it(tokens):
         assert (kernel, cut) == ("moe_tiles", moe_cuda.Cut(block, experts.TILE, experts.TILE, num_shared > 0))
 
 
-def test_the_three_ways_of_experts_agree(monkeypatch):
+def test_the_three_ways_to_compute_experts_agree(monkeypatch):
     sizes = {"tokens": 3, "experts": 8, "hidden": 32, "size": 32}
 
     def run(make, shared):

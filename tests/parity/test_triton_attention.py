@@ -1,4 +1,4 @@
-"""The Triton kernels beside their twin, `attention/torch_ref.py`: one mixed step, same pools, same outputs."""
+"""Grouped-query attention by Triton, compared with its plain twin `attention/torch_gqa.py` over the same pools."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from engine.attention import long_prompts
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
-from engine.attention.triton_paged import TritonAttention
+from engine.attention.base import PagedGqa
+from engine.attention.torch_gqa import TorchGqa
+from engine.attention.triton_gqa import TritonGqa
 from engine.batch import ForwardBatch, LayerPools
 from engine.kernels.paged_decode import paged_decode
 from engine.layers.ops import write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 16
-# (tokens in the cache once the step is done, tokens of this step): three decodes, a fresh prompt, chunks behind prefixes
+# (tokens in the cache after the step, tokens of this step): three decodes, a fresh prompt, two chunks behind cached prefixes
 MIXED = [(1, 1), (33, 1), (100, 1), (20, 20), (70, 37), (64, 3)]
 DECODES = MIXED[:3]
 CHUNKS = MIXED[3:]
@@ -52,33 +52,33 @@ def random(*shape: int, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS], ids=["mixed", "decodes", "chunks"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1), (6, 2), (7, 1)])
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
-def test_grouped_heads(queries, heads, kv_heads, processors):
+def test_a_step_equals_plain_attention(queries, heads, kv_heads, processors):
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
     cached = {name: random(num_blocks, BLOCK, kv_heads, 32, generator=generator) for name in ("k", "v")}
     tokens = sum(num for _, num in queries)
-    # As a model hands them over: q, k and v are views of one tensor.
+    # As in a model, q, k and v are views of one tensor.
     qkv = random(tokens, heads + 2 * kv_heads, 32, generator=generator)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
 
-    def run(backend: AttentionBackend, *, by_length: bool = False) -> torch.Tensor:
+    def run(attention: PagedGqa, *, by_length: bool = False) -> torch.Tensor:
         pools = {name: pool.clone() for name, pool in cached.items()}
         batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
         if by_length:
             batch = replace(batch, by_length=True, num_decodes=0, query_lens_host=[], kv_lens_host=[])
         write(pools["k"], k, batch.slots)
         write(pools["v"], v, batch.slots)
-        return backend.prepare(batch).attend(q, k, v, pools, scale=0.2)
+        return attention.prepare(batch).attend(q, k, v, pools, scale=0.2)
 
-    expected = run(TorchAttention())
-    for _ in range(2):  # a launch leaves its counters as it found them
-        torch.testing.assert_close(run(TritonAttention(processors)), expected, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(run(TritonAttention(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
+    expected = run(TorchGqa())
+    for _ in range(2):  # the second run fails if the first left its arrival counters changed
+        torch.testing.assert_close(run(TritonGqa(processors)), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(run(TritonGqa(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
-def test_the_last_tokens_alone(processors):
-    """They attend as decodes over what the step has written, and it comes to what they got among all."""
+def test_only_the_last_tokens_attend(processors):
+    """The last layer of a model computes only tokens that are read: as decodes, over the records that the step has written."""
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
     pools = {name: random(num_blocks, BLOCK, 2, 32, generator=generator) for name in ("k", "v")}
@@ -86,11 +86,11 @@ def test_the_last_tokens_alone(processors):
     q, k, v = random(batch.num_tokens, 4 + 2 * 2, 32, generator=generator).split([4, 2, 2], 1)
     write(pools["k"], k, batch.slots)
     write(pools["v"], v, batch.slots)
-    expected = TorchAttention().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    expected = TorchGqa().prepare(batch).attend(q, k, v, pools, scale=0.2)
     index = batch.query_starts[1:].long() - 1
     read = batch.last_tokens(index, batch.kv_lens, batch.block_tables, batch.kv_lens_host)
     own = (x.index_select(0, index) for x in (q, k, v))
-    out = TritonAttention(processors).prepare(read.batch).attend(*own, pools, scale=0.2)
+    out = TritonGqa(processors).prepare(read.batch).attend(*own, pools, scale=0.2)
     torch.testing.assert_close(out, expected[index], atol=2e-5, rtol=1e-4)
 
 
@@ -103,8 +103,11 @@ def test_the_last_tokens_alone(processors):
         (32, [20, 17, 32, 9, 8, 3, 1, 1]),
     ],
 )
-def test_a_long_sequence_has_several_parts(splits, parts, monkeypatch):
-    """Up to 2 for each 512 tokens begun, up to 4 for each 128, more for each block here; none of them is empty."""
+def test_a_long_sequence_is_cut_into_several_parts(splits, parts, monkeypatch):
+    """With up to 2 parts, one for each started 512 tokens; with up to 4, one for each 128; otherwise one for each block.
+
+    No part is empty.
+    """
     generator, heads, kv_heads = torch.Generator().manual_seed(0), 4, 2
     lens = torch.tensor([640, 513, 512, 129, 128, 33, 16, 1], dtype=torch.int32, device=DEVICE)
     width = -(-640 // BLOCK)
@@ -118,9 +121,9 @@ def test_a_long_sequence_has_several_parts(splits, parts, monkeypatch):
         )
         paged_decode(q, k, v, tables, lens, 0.2, splits, out)
     if splits > 1:
-        written = (~made[1].isnan()).sum(2)  # log-sum-exps [B, heads]; one part alone writes none
+        written = (~made[1].isnan()).sum(2)  # log-sum-exps [B, heads]; a single part writes none
         assert written.tolist() == [[num if num > 1 else 0] * heads for num in parts]
-    for _ in range(2):  # a launch leaves its counters as it found them
+    for _ in range(2):  # the second run fails if the first left its arrival counters changed
         out = paged_decode(q, k, v, tables, lens, 0.2, splits)
         for i, length in enumerate(lens.tolist()):
             keys, values = (pool[tables[i].long()].flatten(0, 1)[:length].repeat_interleave(2, 1) for pool in (k, v))
@@ -129,8 +132,8 @@ def test_a_long_sequence_has_several_parts(splits, parts, monkeypatch):
 
 
 @pytest.mark.parametrize("spans", [[range(20), range(20, 40)], [range(20)], [range(20, 40)]], ids=["all", "first", "second"])
-def test_long_prompts(spans, monkeypatch):
-    """Those that fill a step, of one length, go to the library together; others apart, beside our own kernel."""
+def test_long_prompts_go_to_the_library(spans, monkeypatch):
+    """Prompts of one length that are the whole step take one call; otherwise each takes a call, and our kernel does the rest."""
     generator, queries = torch.Generator().manual_seed(0), [(20, 20), (20, 20)]
     qkv = random(40, 4 + 2 * 2, 32, generator=generator)
     q, k, v = qkv.split([4, 2, 2], 1)
@@ -138,9 +141,9 @@ def test_long_prompts(spans, monkeypatch):
     batch = make_batch(queries, pools, generator)
     write(pools["k"], k, batch.slots)
     write(pools["v"], v, batch.slots)
-    expected = TorchAttention().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    expected = TorchGqa().prepare(batch).attend(q, k, v, pools, scale=0.2)
     calls = use_any_library(monkeypatch)
-    step = TritonAttention(132).prepare(batch)
+    step = TritonGqa(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: spans)
     torch.testing.assert_close(step.attend(q, k, v, pools, scale=0.2), expected, atol=2e-5, rtol=1e-4)
     assert calls == [(len(spans), 4, 32, 32)]
@@ -149,7 +152,7 @@ def test_long_prompts(spans, monkeypatch):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs cuDNN's attention")
 @pytest.mark.parametrize(("num", "length"), [(1, 1100), (2, 1100), (2, 1024)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "v_dim"), [(16, 8, 128, 128), (16, 16, 192, 128)])
-def test_the_library_attends_to_prompts_together(heads, kv_heads, dim, v_dim, num, length):
+def test_cudnn_attends_to_several_prompts_in_one_call(heads, kv_heads, dim, v_dim, num, length):
     generator, tokens = torch.Generator().manual_seed(0), num * length
     q, k, v = random(tokens, heads + 2 * kv_heads, dim, generator=generator).bfloat16().split([heads, kv_heads, kv_heads], 1)
     v = v[..., :v_dim]
@@ -164,7 +167,10 @@ def test_the_library_attends_to_prompts_together(heads, kv_heads, dim, v_dim, nu
 
 
 def use_any_library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Long prompts go to whatever torch has here in place of cuDNN, padded to 16. Returns its calls' queries, as they come."""
+    """Let torch choose a library in place of cuDNN for long prompts, and pad them to 16 tokens.
+
+    Returns the query shapes of its calls, in order.
+    """
     calls: list[tuple[int, ...]] = []
     attend = torch.nn.functional.scaled_dot_product_attention
 

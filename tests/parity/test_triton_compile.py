@@ -1,4 +1,7 @@
-"""The kernels compile for the heads of real models. The interpreter would not tell: it has no rule about powers of two."""
+"""The kernels compile for a Hopper GPU at the shapes of real models.
+
+Triton's interpreter accepts kernels that the compiler refuses, such as ranges that are no power of two.
+"""
 
 import os
 import subprocess

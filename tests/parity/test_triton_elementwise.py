@@ -1,4 +1,4 @@
-"""The small Triton kernels beside `PlainOps`, their twin."""
+"""The operations between matrix products: `CudaOps`, which are kernels, compared with `PlainOps`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 
 from engine.kernels import elementwise
 from engine.layers.kinds import RopeSpec
-from engine.layers.ops import PlainOps
+from engine.layers.ops import PlainOps, ops_for
+from engine.layers.ops_cuda import CudaOps
 from engine.layers.rotary import Rotary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLAIN = PlainOps()
+PLAIN, CUDA = PlainOps(), CudaOps()
 POSITIONS = torch.tensor([0, 1, 5, 9, 2, 30001], device=DEVICE)
 
 
@@ -19,30 +20,35 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
+@pytest.mark.parametrize(("device", "rotary_dim", "kind"), [("cpu", 64, PlainOps), ("cuda", 64, CudaOps), ("cuda", 96, PlainOps)])
+def test_ops_are_kernels_on_cuda_if_the_rotary_part_is_a_power_of_two(device, rotary_dim, kind):
+    assert type(ops_for(torch.device(device), rotary_dim)) is kind
+
+
 @pytest.mark.parametrize("size", [64, 100])
-def test_norm(size):
+def test_norm_of_rows_that_are_not_adjacent(size):
     x, weight = random(5, size + 1)[:, :size], random(size)
-    torch.testing.assert_close(elementwise.norm(x, weight, 1e-6), PLAIN.norm(x, weight, 1e-6))
+    torch.testing.assert_close(CUDA.norm(x, weight, 1e-6), PLAIN.norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("size", [64, 100, 3000])
 def test_silu_mul(size):
     gate_up = random(3, 2 * size)
-    torch.testing.assert_close(elementwise.silu_mul(gate_up), PLAIN.silu_mul(gate_up.clone()))
+    torch.testing.assert_close(CUDA.silu_mul(gate_up), PLAIN.silu_mul(gate_up.clone()))
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 3), (14, 1)])
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("turned", [True, False])
-def test_norm_rotate(q_heads, kv_heads, normed, turned):
+@pytest.mark.parametrize("rotated", [True, False])
+def test_norm_rotate(q_heads, kv_heads, normed, rotated):
     heads = random(6, q_heads + 2 * kv_heads, 16)
     weights = (random(16), random(16) + 1) if normed else None
-    angles = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE).plain(POSITIONS) if turned else None
+    angles = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE).plain(POSITIONS) if rotated else None
     slots = torch.tensor([7, 0, 3, 11, 5, 2], device=DEVICE)
     plain = {name: torch.zeros(3, 4, kv_heads, 16, device=DEVICE) for name in ("k", "v")}
     pools = {name: pool.clone() for name, pool in plain.items()}
     expected = PLAIN.norm_rotate(heads.clone(), angles, weights, 1e-6, slots, plain)
-    found = elementwise.norm_rotate(heads, angles, weights, 1e-6, slots, pools)
+    found = CUDA.norm_rotate(heads, angles, weights, 1e-6, slots, pools)
     for a, b in zip((*found, *pools.values()), (*expected, *plain.values()), strict=True):
         torch.testing.assert_close(a, b)
 

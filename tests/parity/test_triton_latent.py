@@ -1,4 +1,4 @@
-"""Latent attention's Triton kernels beside their twins: what is between the products, and one mixed step of attention."""
+"""Latent attention by Triton, compared with its plain twins: the kernels around attention, and whole steps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.attention import latent_chunks, torch_ref
-from engine.attention.base import AttentionBackend
-from engine.attention.torch_ref import TorchAttention
-from engine.attention.triton_paged import TritonAttention
-from engine.kernels import latent
+from engine.attention import latent_chunks, torch_mla
+from engine.attention.base import PagedMla
+from engine.attention.torch_mla import TorchMla
+from engine.attention.triton_mla import TritonMla
+from engine.kernels import latent_products
 from engine.kernels import mla_decode as mla_decode_module
 from engine.kernels.hardware import shared_memory
 from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
@@ -31,10 +31,10 @@ def close(out: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 @pytest.mark.parametrize(("heads", "rank"), [(4, 32), (20, 24)])
-def test_prepare(heads, rank, interleaved, dtype):
+def test_latent_prepare_equals_plain_ops(heads, rank, interleaved, dtype):
     generator = torch.Generator().manual_seed(0)
     tokens, q_size = 5, heads * (NOPE + ROPE)
-    # As a model hands them over: views of one tensor.
+    # As in a model, q and kv are views of one tensor.
     both = random(tokens, q_size + rank + ROPE, generator=generator).to(dtype)
     norm = (random(rank, generator=generator).to(dtype), 1e-6)
     angles = (random(tokens, 1, ROPE, generator=generator), random(tokens, 1, ROPE, generator=generator))
@@ -51,23 +51,23 @@ def test_prepare(heads, rank, interleaved, dtype):
 
 
 @pytest.mark.parametrize("num", [1, 3, 70])
-def test_products_around_a_decode(num):
+def test_absorb_and_expand_equal_their_twins(num):
     heads = 3
     generator = torch.Generator().manual_seed(0)
     q = random(num, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(num, heads, NOPE + ROPE)
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
-    for absorb in (latent.absorb, latent.absorb_few):
-        close(absorb(q, kv_b, NOPE), torch_ref.absorb(q, kv_b, NOPE)[..., :RANK])
+    for absorb in (latent_products.absorb, latent_products.absorb_few):
+        close(absorb(q, kv_b, NOPE), torch_mla.absorb(q, kv_b, NOPE)[..., :RANK])
     mixed = random(num, heads, RANK, generator=generator)
     out = torch.empty(num, heads, V_DIM, device=DEVICE)
-    latent.expand(mixed, kv_b, NOPE, out)
-    close(out, torch_ref.expand_output(mixed, kv_b, NOPE))
+    latent_products.expand(mixed, kv_b, NOPE, out)
+    close(out, torch_mla.expand_output(mixed, kv_b, NOPE))
 
 
 @pytest.mark.parametrize(("heads", "splits"), [(3, 1), (3, 4), (20, 8)])
-def test_merges_of_a_decode(heads, splits):
+def test_both_merges_of_a_split_decode(heads, splits):
     generator = torch.Generator().manual_seed(0)
-    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two leave splits without a part
+    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two are too short for some splits
     tables = torch.randperm(3 * 7, generator=generator).view(3, 7).to(DEVICE, torch.int32)
     cache = random(3 * 7, BLOCK, RANK + ROPE, generator=generator)
     q, q_rope = random(3, heads, RANK, generator=generator), random(3, heads, ROPE, generator=generator)
@@ -78,22 +78,22 @@ def test_merges_of_a_decode(heads, splits):
     args = (q, q_rope, cache, tables, lens, 0.2, splits)
     parts = mla_decode(*args)
     if splits > 1:
-        parts.latents[parts.lse == -torch.inf] = torch.nan  # what nobody has written
+        parts.latents[parts.lse == -torch.inf] = torch.nan  # empty splits write nothing
     close(merge(parts, torch.float32), expected)
     if splits > 1:
         out = torch.empty(3, heads, V_DIM, device=DEVICE)
-        latent.merge_expand(*parts, kv_b, NOPE, out)
-        close(out, torch_ref.expand_output(expected, kv_b, NOPE))
+        latent_products.merge_expand(*parts, kv_b, NOPE, out)
+        close(out, torch_mla.expand_output(expected, kv_b, NOPE))
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("tokens", [32, 64])
 @pytest.mark.parametrize(("heads", "sequences"), [(3, 16), (20, 8)])
-def test_a_decode_of_many_sequences_in_half_precision(heads, sequences, tokens, splits, monkeypatch):
-    """Many, or with many heads, have larger passes where the device has room for them: here a block of 64 tokens in each."""
+def test_a_decode_with_passes_of_64_tokens(heads, sequences, tokens, splits, monkeypatch):
+    """In half precision, many sequences or heads have passes of 64 tokens if the device has the shared memory, else of 32."""
     if tokens == 32:
-        monkeypatch.setattr(mla_decode_module, "shared_memory", lambda device: mla_decode_module.ROOMY - 1)
-    elif shared_memory(DEVICE) < mla_decode_module.ROOMY:
+        monkeypatch.setattr(mla_decode_module, "shared_memory", lambda device: mla_decode_module.LARGE_PASS_MEMORY - 1)
+    elif shared_memory(DEVICE) < mla_decode_module.LARGE_PASS_MEMORY:
         pytest.skip("needs the shared memory of a Hopper GPU")
     generator, half = torch.Generator().manual_seed(0), torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     lens = torch.tensor([1, 64, 65, 200] * (sequences // 4), dtype=torch.int32, device=DEVICE)
@@ -102,33 +102,33 @@ def test_a_decode_of_many_sequences_in_half_precision(heads, sequences, tokens, 
     q, q_rope = (random(sequences, heads, size, generator=generator).to(half) for size in (RANK, ROPE))
     assert decode_tile(sequences, heads, q.dtype, 64, q.device).tokens == tokens
     parts = mla_decode(q, q_rope, cache, tables, lens, 0.2, splits)
-    merged = merge(parts, torch.float32).float()  # one split is in the queries' type
+    merged = merge(parts, torch.float32).float()  # with one split the result has the queries' type
     for i, length in enumerate(lens.tolist()):
         own = cache[tables[i].long()].flatten(0, 1)[:length].float()
         scores = torch.cat((q, q_rope), -1)[i].float() @ own.T * 0.2
         torch.testing.assert_close(merged[i], scores.softmax(-1) @ own[:, :RANK], atol=2e-2, rtol=2e-2)
 
 
-def test_a_sequence_has_splits_while_each_processor_has_one():
+def test_splits_give_each_multiprocessor_a_program():
     half = torch.bfloat16
     assert [decode_splits(num, 16, 132, half) for num in (1, 2, 8, 16, 64, 128, 132, 133)] == [64, 16, 16, 8, 2, 2, 2, 1]
     assert [decode_splits(num, 128, 132, half) for num in (7, 8, 64, 66, 67)] == [2, 8, 1, 1, 1]
-    assert decode_tile(64, 128, half, 32, DEVICE).tokens == 32  # no more than a block
+    assert decode_tile(64, 128, half, 32, DEVICE).tokens == 32  # a pass is at most a block
 
 
-def test_keys_are_those_of_the_twin():
+def test_build_keys_equals_its_twin():
     heads, tokens = 3, 5
     generator = torch.Generator().manual_seed(0)
     cached = random(tokens, RANK + ROPE + 8, generator=generator)[:, :-8]
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator)
-    keys, values = torch_ref.expand_latent(cached, kv_b, NOPE)
+    keys, values = torch_mla.expand_latent(cached, kv_b, NOPE)
     expanded = torch.cat((keys[..., :NOPE], values), -1).transpose(0, 1).contiguous()
-    assert torch.equal(latent.build_keys(expanded, cached, NOPE, RANK), keys.transpose(0, 1))
+    assert torch.equal(latent_products.build_keys(expanded, cached, NOPE, RANK), keys.transpose(0, 1))
 
 
 @pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS, FRESH, ALONE], ids=["mixed", "decodes", "chunks", "fresh", "alone"])
 @pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
-def test_a_step(queries, heads, processors, monkeypatch):
+def test_a_step_equals_plain_attention(queries, heads, processors, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
     cached = random(num_blocks, BLOCK, RANK + ROPE, generator=generator)
@@ -136,25 +136,25 @@ def test_a_step(queries, heads, processors, monkeypatch):
     q = random(tokens, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(tokens, heads, NOPE + ROPE)
     records = random(tokens, RANK + ROPE + 8, generator=generator)[:, :-8]
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
-    # Room for one of the two chunks behind a prefix at a time.
+    # Small enough that the two chunks behind prefixes are expanded one after the other.
     monkeypatch.setattr(latent_chunks, "EXPANDED_NUMBERS", 100 * heads * (NOPE + V_DIM))
 
-    def run(backend: AttentionBackend, *, by_length: bool = False) -> torch.Tensor:
+    def run(attention: PagedMla, *, by_length: bool = False) -> torch.Tensor:
         pools = {"latent": cached.clone()}
         batch = make_batch(queries, pools, torch.Generator().manual_seed(1))
         if by_length:
             batch = replace(batch, by_length=True, num_decodes=0, query_lens_host=[], kv_lens_host=[])
         write(pools["latent"], records, batch.slots)
-        return backend.prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+        return attention.prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
 
-    expected = run(TorchAttention())
-    close(run(TritonAttention(processors)), expected)
-    close(run(TritonAttention(processors), by_length=True), expected)
+    expected = run(TorchMla())
+    close(run(TritonMla(processors)), expected)
+    close(run(TritonMla(processors), by_length=True), expected)
 
 
 @pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
-def test_the_last_tokens_alone(heads, processors):
-    """They attend as decodes over what the step has written, and it comes to what they got among all."""
+def test_only_the_last_tokens_attend(heads, processors):
+    """The last layer of a model computes only tokens that are read: as decodes, over the records that the step has written."""
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
     pools = {"latent": random(num_blocks, BLOCK, RANK + ROPE, generator=generator)}
@@ -163,15 +163,15 @@ def test_the_last_tokens_alone(heads, processors):
     records = random(batch.num_tokens, RANK + ROPE, generator=generator)
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
     write(pools["latent"], records, batch.slots)
-    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
     index = batch.query_starts[1:].long() - 1
     read = batch.last_tokens(index, batch.kv_lens, batch.block_tables, batch.kv_lens_host)
-    step = TritonAttention(processors).prepare(read.batch)
-    close(step.attend_latent(q[index], records[index], kv_b, pools, scale=0.2), expected[index])
+    step = TritonMla(processors).prepare(read.batch)
+    close(step.attend(q[index], records[index], kv_b, pools, scale=0.2), expected[index])
 
 
-def test_long_prompts_beside_the_rest(monkeypatch):
-    """Prompts that a library attends to take no tiles; the library's place is taken by torch's own attention."""
+def test_long_prompts_in_a_step_with_others(monkeypatch):
+    """Long prompts go to a library (here torch's choice) and get no tiles; the rest of the step goes to our kernels."""
     queries, heads = [(33, 1), (20, 20), (70, 37), (40, 40), (5, 5)], 2
     generator = torch.Generator().manual_seed(0)
     cached = random(5 * 5, BLOCK, RANK + ROPE, generator=generator)
@@ -181,16 +181,16 @@ def test_long_prompts_beside_the_rest(monkeypatch):
     pools = {"latent": cached}
     batch = make_batch(queries, pools, generator)
     write(cached, records, batch.slots)
-    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
 
     use_any_library(monkeypatch)
-    step = TritonAttention(132).prepare(batch)
+    step = TritonMla(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(1, 21), range(58, 98)])
-    close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)
+    close(step.attend(q, records, kv_b, pools, scale=0.2), expected)
 
 
-def test_long_prompts_alone(monkeypatch):
-    """Of one length, they go to the library together."""
+def test_long_prompts_that_are_the_whole_step(monkeypatch):
+    """Prompts of one length take one call of the library."""
     queries, heads = [(20, 20), (20, 20)], 2
     generator = torch.Generator().manual_seed(0)
     pools = {"latent": random(2 * 2, BLOCK, RANK + ROPE, generator=generator)}
@@ -198,9 +198,9 @@ def test_long_prompts_alone(monkeypatch):
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
     batch = make_batch(queries, pools, generator)
     write(pools["latent"], records, batch.slots)
-    expected = TorchAttention().prepare(batch).attend_latent(q, records, kv_b, pools, scale=0.2)
+    expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
     calls = use_any_library(monkeypatch)
-    step = TritonAttention(132).prepare(batch)
+    step = TritonMla(132).prepare(batch)
     monkeypatch.setattr(step, "_long_prompts", lambda dtype: [range(20), range(20, 40)])
-    close(step.attend_latent(q, records, kv_b, pools, scale=0.2), expected)
+    close(step.attend(q, records, kv_b, pools, scale=0.2), expected)
     assert calls == [(2, heads, 32, NOPE + ROPE)]

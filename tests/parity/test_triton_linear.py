@@ -1,4 +1,7 @@
-"""Products of few rows beside torch's own in float64. On a CPU in float16: Triton's interpreter cannot multiply bfloat16."""
+"""Products with few rows, compared with torch's in float64.
+
+On a CPU they are in float16, since Triton's interpreter cannot multiply bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.kernels import linear, linear_tiles
-from engine.kernels.linear import Extras
+from engine.kernels import linear, linear_tiles, skinny
 from engine.kernels.linear_tiles import Gemv, Skinny
+from engine.kernels.product import Extras
 from engine.layers.linear import linear as plain_linear
 from engine.layers.mlp import GatedMlp
 from engine.layers.ops import PlainOps
@@ -28,7 +31,7 @@ SKINNY = (
     Skinny(rows=64, columns=64, splits=3, warps=4, stages=3),
     Skinny(rows=128, columns=64, splits=2, warps=8, stages=3),
 )
-SHARED_MEMORY = 227 << 10  # bytes that a program may have on Hopper
+SHARED_MEMORY = 227 << 10  # bytes that a program may use on Hopper
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -64,8 +67,8 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
         (SKINNY[3], 128),
     ],
 )
-def test_a_product_of_any_tiles(config, rows, gated):
-    """N is no multiple of any tile, K of some, and K is more than one step."""
+def test_products_with_any_tiles(config, rows, gated):
+    """N is a multiple of no tile, K of some, and K takes more than one pass of the loop."""
     x, weight = random(rows, 1296), weights(78, 1296)
     out = torch.full((rows, 39 if gated else 78), float("nan"), dtype=DTYPE, device=DEVICE)
     linear.launch(x, weight, None, out, config, Extras(gated=gated))
@@ -73,16 +76,16 @@ def test_a_product_of_any_tiles(config, rows, gated):
 
 
 @pytest.mark.parametrize(("config", "rows"), [(GEMV[0], 2), (SKINNY[0], 3), (SKINNY[1], 3)])
-def test_a_bias_and_rows_of_x_that_lie_apart(config, rows):
+def test_a_bias_and_rows_of_x_that_are_not_adjacent(config, rows):
     x, weight, bias = random(rows, 272)[:, :208], weights(52, 208), random(52)
     out = torch.empty(rows, 52, dtype=DTYPE, device=DEVICE)
     linear.launch(x, weight, bias, out, config, Extras())
     assert_near(out, exact(x, weight, bias, gated=False))
 
 
-def test_rows_that_a_kernel_has_no_place_for_are_refused():
+def test_more_rows_than_a_kernel_takes_are_refused():
     x, weight = random(3, 32), weights(8, 32)
-    with pytest.raises(ValueError, match="2 rows at most"):
+    with pytest.raises(ValueError, match="takes 2 rows at most"):
         linear.launch(x, weight, None, x, GEMV[0], Extras())
     for config, rows in ((GEMV[0], 2), (SKINNY[0], 1)):
         with pytest.raises(ValueError, match="norm"):
@@ -91,7 +94,7 @@ def test_rows_that_a_kernel_has_no_place_for_are_refused():
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("config", GEMV)
-def test_a_product_norms_what_it_reads(config, gated):
+def test_a_fused_norm(config, gated):
     x, weight, norm = random(1, 1300)[:, :1296], weights(78, 1296), random(1296)
     out = torch.empty(1, 39 if gated else 78, dtype=DTYPE, device=DEVICE)
     linear.launch(x, weight, None, out, config, Extras(gated=gated, norm=(norm, 0.5)))
@@ -100,22 +103,22 @@ def test_a_product_norms_what_it_reads(config, gated):
 
 
 @pytest.mark.parametrize(("config", "rows"), [(GEMV[0], 1), (GEMV[2], 2), (SKINNY[0], 5), (SKINNY[2], 5)])
-def test_a_product_adds_to_what_is_there(config, rows):
+def test_a_product_is_added_to_the_output(config, rows):
     x, weight, bias, hidden = random(rows, 208), weights(52, 208), random(52), random(rows, 52, scale=3.0)
     expected = hidden.double() + exact(x, weight, bias, gated=False)
     linear.launch(x, weight, bias, hidden, config, Extras(add=True))
     assert_near(hidden, expected)
-    assert not linear._workspace(DEVICE)[1].any()
+    assert not skinny._workspace(DEVICE)[1].any()
 
 
-def test_a_given_out_is_filled():
+def test_a_given_output_is_written():
     x, weight, out = random(5, 64), weights(40, 64), torch.zeros(5, 40, dtype=DTYPE, device=DEVICE)
     assert linear.linear(x, weight, out=out) is out
     assert_near(out, exact(x, weight, None, gated=False))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 64, 96])
-def test_the_chosen_tiles(rows):
+def test_products_with_the_chosen_tiles(rows):
     x, weight, bias = random(rows, 1, 512), weights(96, 512), random(96)
     assert_near(linear.linear(x, weight, bias), exact(x, weight, bias, gated=False))
     assert_near(linear.gated(x, weight), exact(x, weight, None, gated=True))
@@ -123,14 +126,14 @@ def test_the_chosen_tiles(rows):
 
 
 def test_a_split_product_can_follow_another():
-    """Each leaves the workspace's counters at zero, and gives the same numbers each time."""
+    """Each launch leaves the workspace's counters at zero, and gives the same bits."""
     x, weight = random(9, 512), weights(130, 512)
     outs = [torch.empty(9, 130, dtype=DTYPE, device=DEVICE) for _ in range(3)]
     for out in outs:
         linear.launch(x, weight, None, out, SKINNY[1], Extras())
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
-    assert not linear._workspace(DEVICE)[1].any()
+    assert not skinny._workspace(DEVICE)[1].any()
 
 
 def test_a_split_past_the_workspace_is_refused():
@@ -140,7 +143,7 @@ def test_a_split_past_the_workspace_is_refused():
 
 
 @pytest.mark.parametrize("rows", [4, 16, 66])
-def test_a_row_does_not_depend_on_others_of_its_bucket(rows):
+def test_a_row_does_not_depend_on_the_number_of_rows_in_a_bucket(rows):
     x, weight = random(rows, 512), weights(48, 512)
     assert torch.equal(linear.linear(x, weight)[:-1], linear.linear(x[:-1], weight))
 
@@ -155,19 +158,19 @@ MODELS = (  # rows of W, K, gated
 
 @pytest.mark.parametrize(("n", "k", "gated"), MODELS)
 @pytest.mark.parametrize("rows", [3, 17, 33, 65])
-def test_chosen_tiles_keep_within_the_memories(rows, n, k, gated):
+def test_chosen_tiles_fit_shared_memory_and_the_workspace(rows, n, k, gated):
     config = linear_tiles.choose(rows, n, k, gated=gated)
     assert isinstance(config, Skinny)
     block_m = linear_tiles.bucket(rows)
     assert 2 * config.stages * config.columns * (config.rows + block_m) <= SHARED_MEMORY
     if config.splits > 1:
         tiles = -(-n // config.rows)
-        assert tiles <= linear._COUNTERS
-        assert tiles * config.splits * config.rows * block_m <= linear._WORKSPACE
+        assert tiles <= skinny._COUNTERS
+        assert tiles * config.splits * config.rows * block_m <= skinny._WORKSPACE
         assert -(-k // config.columns) >= config.splits
 
 
-def test_what_fits():
+def test_which_products_fit_the_kernels():
     x, weight = (torch.zeros(n, 32, dtype=torch.bfloat16, device=DEVICE) for n in (64, 8))
     assert linear.fits(x, weight) == (DEVICE.type == "cuda")
     assert not linear.fits(x.repeat(5, 1), weight)
@@ -177,7 +180,7 @@ def test_what_fits():
     assert not linear.fits(x[:, :16], weight[:, :16])
 
 
-def test_one_row_is_normed_with_a_small_weight(monkeypatch):
+def test_the_norm_is_fused_for_one_row_and_a_small_weight(monkeypatch):
     monkeypatch.setattr(linear, "fits", lambda *_: True)
     weight = torch.empty(8 << 10, 2048, dtype=torch.bfloat16, device="meta")
     x = torch.empty(2, 2048, dtype=torch.bfloat16, device="meta")
@@ -186,22 +189,22 @@ def test_one_row_is_normed_with_a_small_weight(monkeypatch):
     assert not linear.can_norm(x, weight[1:])
 
 
-def test_what_is_left_to_cublas():
+def test_which_shapes_cublas_computes():
     assert linear_tiles.is_ours(64, 8, 16)
     assert not linear_tiles.is_ours(65, 8, 16)
     assert linear_tiles.is_ours(128, 28672, 4096)
 
 
 @pytest.mark.parametrize("rows", [2, 70])
-def test_gated_of_the_two_ops(rows):
-    """Where a product does not fit, whatever the reason, the steps are torch's."""
+def test_gated_of_both_ops(rows):
+    """On a CPU no product fits the kernels, so torch computes it."""
     x, weight = random(rows, 48), weights(20, 48)
     expected = exact(x, weight, None, gated=True)
-    assert_near(CudaOps().gated(x, weight), expected, 1e-2)  # gate and up are rounded before they are used
+    assert_near(CudaOps().gated(x, weight), expected, 1e-2)  # gate and up are rounded before SwiGLU
     assert_near(PlainOps().gated(x, weight), expected, 1e-2)
 
 
-def test_the_mlp_takes_them():
+def test_an_mlp():
     mlp = GatedMlp(32, 48, dtype=DTYPE, device=DEVICE)
     for parameter in mlp.parameters():
         parameter.copy_(weights(*parameter.shape))
@@ -214,8 +217,8 @@ def test_the_mlp_takes_them():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
-def test_products_of_the_ops_norm_their_input(rows):
-    """In one kernel, in two, or by torch; on a CPU always by torch."""
+def test_products_of_the_ops_with_a_norm(rows):
+    """On CUDA the norm and the product are one kernel, two kernels, or a kernel and torch; on a CPU the product is torch's."""
     x, norm, weight, bias = random(rows, 48), (random(48), 1e-6), weights(20, 48), random(20)
     for found, expected in zip(
         (CudaOps().norm_linear(x, norm, weight, bias), CudaOps().gated(x, weight, norm)),

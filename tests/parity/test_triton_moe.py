@@ -1,15 +1,16 @@
-"""The kernels of a mixture of experts beside their plain twins, `route` and `run_experts`."""
+"""The kernels of a mixture of experts, compared with their plain twins, `route` and `run_experts` of `layers/moe.py`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from engine.kernels import routing
-from engine.kernels.experts import Strip, Tile
+from engine.kernels import routing, sort_pairs
+from engine.kernels.experts_few import Strip
+from engine.kernels.experts_tiles import Tile
 from engine.layers import moe_cuda
 from engine.layers.kinds import RoutingSpec
-from engine.layers.moe import MoeMlp, route, run_experts
+from engine.layers.moe import MoeMlp, Routed, route, run_experts
 from engine.layers.moe_cuda import Cut
 from engine.layers.ops import PlainOps
 
@@ -49,13 +50,13 @@ def test_router_logits(tokens, exact):
     x, router = random(tokens, 300).to(half), random(20, 300)
     router = router if exact else router.to(half)
     parts = routing.router_logits(x, router)
-    assert parts.shape[0] == 3  # 300 numbers by 128
+    assert parts.shape[0] == 3  # splits of 128 numbers
     torch.testing.assert_close(parts.sum(0), x.float() @ router.float().T, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.method}-{s.num_experts}")
-def test_route(spec, biased):
+def test_route_equals_its_twin(spec, biased):
     bias = random(spec.num_experts) / 4 if biased and spec.method == "noaux_tc" else None
     parts = random(3, 7, spec.num_experts)
     weights, ids = route(parts.sum(0), spec, bias)
@@ -72,15 +73,15 @@ def test_route_rounds_like_a_bfloat16_router_and_takes_the_lowest_of_equals():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_route_stays_inside_the_experts_whatever_the_logits():
+def test_expert_ids_are_valid_even_for_nan_and_infinite_logits():
     logits = torch.full((1, 2, 5), float("nan"), device=DEVICE)
     logits[0, 1] = float("-inf")
     ids = choose(logits, RoutingSpec(num_experts=5, top_k=3), None)[1]
     assert ((ids >= 0) & (ids < 5)).all()
 
 
-def check_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, part: routing.Part | None) -> None:
-    found = routing.sort_pairs(ids.int(), num_experts, block, shared, part=part)
+def assert_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, part: sort_pairs.Part | None) -> None:
+    found = sort_pairs.sort_pairs(ids.int(), num_experts, block, shared, part=part)
     pairs, order = ids.numel(), ids.flatten().argsort(stable=True)
     assert torch.equal(found.order.long(), order)
     assert torch.equal(found.place.long()[order], torch.arange(pairs, device=DEVICE))
@@ -92,21 +93,21 @@ def check_sorted(ids: torch.Tensor, num_experts: int, block: int, shared: int, p
     assert list(zip(found.block_expert[:num].tolist(), found.block_start[:num].tolist(), strict=True)) == blocks
 
 
-@pytest.mark.parametrize("part", [None, routing.Part(64, 1), routing.Part(128, 2)], ids=str)
+@pytest.mark.parametrize("part", [None, sort_pairs.Part(64, 1), sort_pairs.Part(128, 2)], ids=str)
 @pytest.mark.parametrize(("tokens", "num_experts", "shared"), [(1, 6, 0), (7, 6, 2), (64, 8, 0), (160, 5, 1), (90, 40, 0)])
-def test_sort_pairs(tokens, num_experts, shared, part):
-    check_sorted(random(tokens, num_experts).topk(2).indices, num_experts, 16, shared, part)
+def test_sorted_pairs(tokens, num_experts, shared, part):
+    assert_sorted(random(tokens, num_experts).topk(2).indices, num_experts, 16, shared, part)
 
 
-@pytest.mark.parametrize("pairs", [*(p.pairs + more for p in routing.ONE_PART for more in (0, 1))])
-def test_sort_pairs_around_the_sizes_of_a_part(pairs):
-    check_sorted(random(pairs, 4).topk(1).indices, 4, 128, 1, None)
+@pytest.mark.parametrize("pairs", [*(p.pairs + more for p in sort_pairs.ONE_PART for more in (0, 1))])
+def test_sorted_pairs_at_the_sizes_of_a_part(pairs):
+    assert_sorted(random(pairs, 4).topk(1).indices, 4, 128, 1, None)
 
 
-@pytest.mark.parametrize("part", [None, routing.Part(64, 1)], ids=str)
+@pytest.mark.parametrize("part", [None, sort_pairs.Part(64, 1)], ids=str)
 @pytest.mark.parametrize("expert", [0, 2, 4])
-def test_sort_pairs_of_one_expert(expert, part):
-    check_sorted(torch.full((150, 1), expert, device=DEVICE), 5, 32, 0, part)
+def test_sorted_pairs_that_all_have_one_expert(expert, part):
+    assert_sorted(torch.full((150, 1), expert, device=DEVICE), 5, 32, 0, part)
 
 
 def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:
@@ -117,21 +118,21 @@ def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:
     return moe
 
 
-def plain(moe: MoeMlp, x: torch.Tensor, routed: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What is added to a residual stream of ones."""
-    out = 1 + run_experts(x, (routed[0], routed[1].long()), moe.gate_up, moe.down, PLAIN)
+def plain(moe: MoeMlp, x: torch.Tensor, routed: Routed) -> torch.Tensor:
+    """A residual stream of ones after the plain experts have been added."""
+    out = 1 + run_experts(x, Routed(routed.weights, routed.ids.long()), moe.gate_up, moe.down, PLAIN)
     if moe.shared is not None:
         moe.shared.add_to(out, x, PLAIN)
     return out
 
 
-def routed_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return random(tokens, 2).abs(), random(tokens, 5).topk(2).indices.int()
+def routed_of(tokens: int) -> Routed:
+    return Routed(random(tokens, 2).abs(), random(tokens, 5).topk(2).indices.int())
 
 
 @pytest.mark.parametrize("shared_size", [0, 48])
 @pytest.mark.parametrize("columns", [16, 8])
-def test_few(shared_size, columns):
+def test_few_tokens_equal_plain_experts(shared_size, columns):
     moe, x, routed = mixture(shared_size), random(2, 40), routed_of(2)
     strip = Strip(rows=16, columns=columns, num_warps=1)
     out = torch.ones_like(x)
@@ -141,7 +142,7 @@ def test_few(shared_size, columns):
 
 @pytest.mark.parametrize("with_shared", [True, False])
 @pytest.mark.parametrize(("tokens", "shared_size"), [(1, 48), (23, 48), (23, 36), (23, 0)])
-def test_run_cut(tokens, shared_size, with_shared):
+def test_blocks_of_pairs_equal_plain_experts(tokens, shared_size, with_shared):
     moe, x, routed = mixture(shared_size), random(tokens, 40), routed_of(tokens)
     cut = Cut(block=16, gate_up=TILE, down=TILE, with_shared=with_shared)
     out = torch.ones_like(x)
@@ -149,7 +150,7 @@ def test_run_cut(tokens, shared_size, with_shared):
     torch.testing.assert_close(out, plain(moe, x, routed))
 
 
-def test_rows_fit_the_tiles():
+def test_blocks_of_pairs_with_sizes_that_tiles_divide():
     moe, x, routed = mixture(64, size=32, hidden=64), random(9, 64), routed_of(9)
     cut = Cut(block=16, gate_up=TILE, down=TILE, with_shared=True)
     out = torch.ones_like(x)
@@ -158,7 +159,7 @@ def test_rows_fit_the_tiles():
 
 
 @pytest.mark.parametrize("shared_size", [0, 32])
-def test_run_grouped(shared_size):
+def test_grouped_products_equal_plain_experts(shared_size):
     moe, routed = mixture(shared_size, size=32, hidden=64).bfloat16(), routed_of(19)
     x = random(19, 64).bfloat16()
     out = torch.ones_like(x)
@@ -167,7 +168,7 @@ def test_run_grouped(shared_size):
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_add_to(tokens, monkeypatch):
+def test_a_layer_adds_its_experts_to_the_stream(tokens, monkeypatch):
     monkeypatch.setattr(moe_cuda, "FEW_TOKENS", 1)
     monkeypatch.setattr(moe_cuda, "STRIPS", (Strip(16, 16, 1), Strip(16, 16, 1)))
     monkeypatch.setattr(moe_cuda, "CUTS", ((10, Cut(16, TILE, TILE, with_shared=True)),))

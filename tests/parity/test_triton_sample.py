@@ -1,4 +1,4 @@
-"""The choice of tokens beside torch's argmax and beside `sampling/choose.py`, the twins."""
+"""The kernels that choose tokens, compared with torch's argmax and with `sampling/choose.py`, their plain twins."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.batch import Uploader
-from engine.kernels import draw as kernel
-from engine.kernels.draw import DrawParams, draw
-from engine.kernels.sample import VOCAB_TILE, choose_likeliest
+from engine.kernels import sample_filtered as kernel
+from engine.kernels.argmax import VOCAB_TILE, argmax_tokens
+from engine.kernels.sample_filtered import SampleParams, sample_filtered
 from engine.plan import AdmittedRow
 from engine.request import SamplingParams
 from engine.sampling.choose import Choice, choose
@@ -23,30 +23,30 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.parametrize("vocab", [70, VOCAB_TILE, 2 * VOCAB_TILE + 13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_likeliest(vocab, dtype):
+def test_argmax(vocab, dtype):
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     logits[1, vocab - 1] = 50.0
-    logits[2, [3, vocab // 2, vocab - 2]] = 60.0  # of equals the first
+    logits[2, [3, vocab // 2, vocab - 2]] = 60.0  # of equal logits the first index wins
     rows = torch.tensor([6, 0, 2, 5, 1], dtype=torch.int32, device=DEVICE)
     latest = torch.full((8,), 99, dtype=torch.int64, device=DEVICE)
-    for _ in range(2):  # a launch leaves its counters as it found them
-        tokens = choose_likeliest(logits, rows, latest)
+    for _ in range(2):  # the second run fails if the first left its arrival counters changed
+        tokens = argmax_tokens(logits, rows, latest)
         assert tokens.tolist() == logits.float().argmax(-1).tolist()
         assert tokens[2] == 3
         assert latest[rows.long()].tolist() == tokens.tolist()
         assert latest[[3, 4, 7]].tolist() == [99, 99, 99]
 
 
-def drawn(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-    """(the kernel's tokens, the twin's) of logits [N, V], one uniform number a row."""
+def sampled(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
+    """(tokens of the kernel, tokens of the twin) for logits [N, V] and uniform [N] float64."""
     num, vocab = logits.shape
     columns = [
         torch.full((num,), float(x), dtype=torch.float64, device=DEVICE) for x in (temperature, top_k or vocab, top_p, min_p)
     ]
     rows = torch.arange(num, dtype=torch.int32, device=DEVICE).flip(0)
     latest = torch.zeros(num, dtype=torch.int64, device=DEVICE)
-    tokens = choose_likeliest(logits, rows, latest)
-    draw(logits, rows, latest, tokens, uniform, DrawParams(*columns))
+    tokens = argmax_tokens(logits, rows, latest)
+    sample_filtered(logits, rows, latest, tokens, uniform, SampleParams(*columns))
     assert latest.flip(0).tolist() == tokens.tolist()
     kept = None if top_k is None and top_p == 1.0 else torch.arange(num, device=DEVICE)
     expected = choose(logits.float(), Choice(uniform, *columns), kept, top_k or vocab)
@@ -55,8 +55,8 @@ def drawn(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """So that a row has several tiles, and a tile several groups and more tokens than slots."""
-    for name, size in (("DRAW_TILE", 64), ("GROUP", 8), ("SLOTS", 16), ("_PACKED", 8), ("MARKS", 8)):
+    """Small sizes, so that a row has several tiles, and a tile has several groups and more tokens than slots."""
+    for name, size in (("LOGITS_TILE", 64), ("GROUP", 8), ("SLOTS", 16), ("_PACKED", 8), ("MARKS", 8)):
         monkeypatch.setattr(kernel, name, size)
 
 
@@ -79,38 +79,38 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_draws_are_those_of_the_twin(settings, dtype):
+def test_sampled_tokens_equal_those_of_the_twin(settings, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(6, 150, generator=generator) * 3).to(DEVICE, dtype)
     uniform = torch.rand(6, generator=generator, dtype=torch.float64).to(DEVICE)
     uniform[0], uniform[1] = 0.0, 1 - 2.0**-53
-    found, expected = drawn(logits, uniform, **settings)
+    found, expected = sampled(logits, uniform, **settings)
     assert found == expected
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ties_at_the_last_place_of_top_k(sign):
-    """All that are tied pass, and only the places that there are count for top_p."""
+    """All tied tokens pass top_k, but for top_p only as many of them count as fill the k places."""
     logits = torch.full((6, 100), sign * 2.0, device=DEVICE, dtype=torch.bfloat16)
     logits[:, 10] = sign * 2.0 + 1.0
     uniform = torch.tensor(np.linspace(0.0, 0.99, 6), device=DEVICE)
     for settings in ({"top_k": 3}, {"top_k": 3, "top_p": 0.5}, {"top_k": 3, "top_p": 0.7}):
-        found, expected = drawn(logits, uniform, **settings)
+        found, expected = sampled(logits, uniform, **settings)
         assert found == expected
 
 
-def test_rows_without_a_temperature_keep_the_likeliest():
+def test_rows_without_a_temperature_keep_the_argmax_token():
     logits = torch.randn(3, 90, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    found, _ = drawn(logits, torch.full((3,), 0.9, dtype=torch.float64, device=DEVICE), temperature=0.0001)
+    found, _ = sampled(logits, torch.full((3,), 0.9, dtype=torch.float64, device=DEVICE), temperature=0.0001)
     zeros = torch.zeros(3, dtype=torch.float64, device=DEVICE)
     rows, latest = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    tokens = choose_likeliest(logits, rows, latest)
-    draw(logits, rows, latest, tokens, zeros + 0.9, DrawParams(zeros, zeros + 5, zeros + 0.5, zeros))
+    tokens = argmax_tokens(logits, rows, latest)
+    sample_filtered(logits, rows, latest, tokens, zeros + 0.9, SampleParams(zeros, zeros + 5, zeros + 0.5, zeros))
     assert tokens.tolist() == found == logits.argmax(-1).tolist()
 
 
-def test_a_sampler_with_its_rows_on_the_device_chooses_as_one_without():
-    draw_from = random.Random(0)
+def test_a_sampler_with_kernels_chooses_the_tokens_of_one_without():
+    rng = random.Random(0)
     upload = Uploader(DEVICE)
     options = {"max_rows": 9, "vocab_size": 150, "eos_token_ids": [1], "device": DEVICE, "upload": upload}
     plain, fast = Sampler(**options), Sampler(**options)
@@ -123,12 +123,12 @@ def test_a_sampler_with_its_rows_on_the_device_chooses_as_one_without():
             blocks=[],
             seed=row,
             params=SamplingParams(
-                temperature=draw_from.choice([0.0, 0.7, 1.3]),
-                top_p=draw_from.choice([1.0, 0.7]),
-                top_k=draw_from.choice([0, 20]),
-                min_p=draw_from.choice([0.0, 0.05]),
-                repetition_penalty=draw_from.choice([1.0, 1.0, 1.2]),
-                min_tokens=draw_from.choice([0, 0, 2]),
+                temperature=rng.choice([0.0, 0.7, 1.3]),
+                top_p=rng.choice([1.0, 0.7]),
+                top_k=rng.choice([0, 20]),
+                min_p=rng.choice([0.0, 0.05]),
+                repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+                min_tokens=rng.choice([0, 0, 2]),
             ),
         )
         for row in (8, 2, 5, 0, 7, 1)

@@ -1,9 +1,9 @@
-"""Launches for `bench`: a function for each kernel, from a device and sizes to a `Launch`.
+"""Launches that `engine/kernels/bench.py` measures: a function for each kernel, from a device and sizes to a `Launch`.
 
-    attention.py   of K/V and of latents
+    attention.py   attention over K/V and over latents, and the small kernels around it
     dense.py       products, norms, rotary embedding
-    experts.py     routing and experts, as `layers.moe_cuda` launches them
-    step.py        both ends of a step
+    experts.py     routing and experts, launched as `layers.moe_cuda` does it
+    step.py        gathering a step's inputs, and choosing its tokens
 
-What a launch must read and write is counted once: its inputs and outputs, and not what passes between its kernels.
+`Launch.num_bytes` counts each input and output of a launch once, and nothing that passes between the kernels of a chain.
 """

@@ -1,21 +1,23 @@
-"""Attention of K/V and of latents, and what latents need before and behind it.
+"""Launches of attention over K/V and over latents, and of the kernels before and after latent attention.
 
-rope, where it is not given, is an eighth of the latent, and values are as long as keys without it: as in DeepSeek's models.
+As in DeepSeek's models, a head's value is as long as its key without the rotary part, and rope is an eighth of the latent if it
+is not given.
 """
 
 from __future__ import annotations
 
 import torch
 
-from engine.kernels import latent as kernels
-from engine.kernels import mla_prefill
+from engine.kernels import latent_products, mla_prefill
 from engine.kernels.cases.base import BLOCK, Launch, block_tables, random
 from engine.kernels.hardware import processors
+from engine.kernels.latent_prepare import latent_prepare as latent_prepare_kernel
 from engine.kernels.mla_decode import decode_splits, merge, mla_decode
 from engine.kernels.mla_mixed import mla_mixed
 from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.paged_decode import choose_splits, paged_decode
-from engine.kernels.paged_prefill import map_tiles, paged_prefill, tile_tokens
+from engine.kernels.paged_prefill import paged_prefill, tile_tokens
+from engine.kernels.query_tiles import cut_tiles, map_tiles
 
 HEAD = 128
 
@@ -25,7 +27,7 @@ def _lens(device: torch.device, *lens: int) -> torch.Tensor:
 
 
 def _pairs(tokens: int) -> int:
-    """(query, key) pairs of a whole prompt."""
+    """The number of (query, key) pairs of causal attention over a whole prompt."""
     return tokens * (tokens + 1) // 2
 
 
@@ -39,13 +41,14 @@ def decode(device: torch.device, seqs: int, context: int, heads: int, kv_heads: 
 
 
 def _prompt_tiles(device: torch.device, seqs: int, context: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and first token of each tile of whole prompts, those with most work first."""
-    first = torch.arange(0, context, tile, dtype=torch.int32, device=device).flip(0)
-    return torch.arange(seqs, dtype=torch.int32, device=device).repeat(len(first)), first.repeat_interleave(seqs)
+    """(query, first token), int32 each, of the tiles of `seqs` whole prompts."""
+    tiles = cut_tiles(range(seqs), [context] * seqs, [context] * seqs, tile)
+    query, first = torch.tensor(tiles, dtype=torch.int32, device=device).T.contiguous()
+    return query, first
 
 
 def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads: int) -> Launch:
-    """Whole prompts."""
+    """`seqs` whole prompts of `context` tokens."""
     tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
     k, v = (random(device, tables.numel(), BLOCK, kv_heads, HEAD) for _ in range(2))
     q = random(device, seqs * context, heads, HEAD)
@@ -62,7 +65,7 @@ def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads:
 
 
 def tiles_of_step(device: torch.device, seqs: int, chunk: int, tile: int) -> Launch:
-    """Decodes and one chunk."""
+    """The tiles of `seqs` decodes and one chunk of `chunk` tokens."""
     starts = _mixed_starts(device, seqs, chunk)
     tiles = map_tiles(starts, seqs + chunk, tile, least=1)
     num_bytes = starts.nbytes + sum(t.nbytes for t in tiles)
@@ -80,14 +83,14 @@ def latent_prepare(device: torch.device, rows: int, heads: int, nope: int, rope:
     slots = torch.randperm(rows, device=device)
     num_bytes = 2 * rows * heads * rope * q.itemsize + 3 * kv.nbytes + weight.nbytes + 2 * angle.nbytes + slots.nbytes
     return Launch(
-        lambda: kernels.latent_prepare(q, kv, (weight, 1e-6), (angle, angle), slots, pool, interleaved=True), num_bytes, 0
+        lambda: latent_prepare_kernel(q, kv, (weight, 1e-6), (angle, angle), slots, pool, interleaved=True), num_bytes, 0
     )
 
 
 def absorb(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
     q, kv_b = random(device, rows, heads, nope + rope), random(device, heads, 2 * nope, latent)
     num_bytes = q.itemsize * heads * (rows * (nope + latent) + nope * latent)
-    return Launch(lambda: kernels.absorb(q, kv_b, nope), num_bytes, 2 * rows * heads * nope * latent)
+    return Launch(lambda: latent_products.absorb(q, kv_b, nope), num_bytes, 2 * rows * heads * nope * latent)
 
 
 def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) -> Launch:
@@ -95,7 +98,7 @@ def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) 
     out = random(device, rows, heads, nope)
 
     def run() -> torch.Tensor:
-        kernels.expand(mixed, kv_b, nope, out)
+        latent_products.expand(mixed, kv_b, nope, out)
         return out
 
     num_bytes = mixed.nbytes + out.nbytes + kv_b.nbytes // 2
@@ -103,15 +106,15 @@ def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) 
 
 
 def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
-    """One sequence, from absorb to expand."""
+    """A decode of one sequence, from absorb to expand."""
     q, kv_b = random(device, 1, heads, nope + rope), random(device, heads, 2 * nope, latent)
     tables, lens, out = block_tables(device, 1, context), _lens(device, context), random(device, 1, heads, nope)
     cache = random(device, tables.numel(), BLOCK, latent + rope)
     splits = decode_splits(1, heads, processors(device), q.dtype)
 
     def run() -> torch.Tensor:
-        q_latent = kernels.absorb_few(q, kv_b, nope)
-        kernels.merge_expand(*mla_decode(q_latent, q[..., nope:], cache, tables, lens, 0.1, splits), kv_b, nope, out)
+        q_latent = latent_products.absorb_few(q, kv_b, nope)
+        latent_products.merge_expand(*mla_decode(q_latent, q[..., nope:], cache, tables, lens, 0.1, splits), kv_b, nope, out)
         return out
 
     num_bytes = q.nbytes + kv_b.nbytes + context * (latent + rope) * cache.itemsize + out.nbytes
@@ -121,7 +124,7 @@ def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope
 def build_keys(device: torch.device, rows: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
     expanded, records = random(device, rows, heads, 2 * nope), random(device, rows, latent + rope)
     num_bytes = rows * expanded.itemsize * (heads * (2 * nope + rope) + rope)
-    return Launch(lambda: kernels.build_keys(expanded, records, nope, latent), num_bytes, 0)
+    return Launch(lambda: latent_products.build_keys(expanded, records, nope, latent), num_bytes, 0)
 
 
 def latent_decode(device: torch.device, seqs: int, context: int, heads: int, latent: int, rope: int) -> Launch:
@@ -138,7 +141,7 @@ def latent_decode(device: torch.device, seqs: int, context: int, heads: int, lat
 
 
 def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, nope: int, rope: int) -> Launch:
-    """Whole prompts, from expanded latents on."""
+    """`seqs` whole prompts of `context` tokens, without the expansion of their latents."""
     rows = seqs * context
     q, k_rope = random(device, rows, heads, nope + rope), random(device, rows, rope)
     expanded, out = random(device, rows, heads, 2 * nope), random(device, rows, heads, nope)
@@ -156,7 +159,7 @@ def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, no
 
 
 def latent_mixed(device: torch.device, seqs: int, chunk: int, context: int, heads: int, latent: int) -> Launch:
-    """Decodes of `context` tokens and one whole prompt of `chunk`."""
+    """`seqs` decodes with `context` tokens in the cache, and one whole prompt of `chunk` tokens."""
     rope, tokens = latent // 8, seqs + chunk
     tables, lens = block_tables(device, seqs + 1, max(context, chunk)), _lens(device, *[context] * seqs, chunk)
     cache = random(device, tables.numel(), BLOCK, latent + rope)

@@ -1,4 +1,4 @@
-"""What all cases share: the launch, and tensors for it."""
+"""What all cases share: the Launch, and random tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ DTYPE = torch.bfloat16
 
 
 class Launch(NamedTuple):
-    """One launch, over tensors of its own."""
+    """One launch, or a chain of launches that counts as one, with tensors of its own."""
 
     run: Callable[[], object]
-    num_bytes: int  # that must be read or written
-    operations: int  # two for each multiply-add; 0 where memory alone counts
+    num_bytes: int  # the least that must be read and written
+    operations: int  # floating-point operations, two for each multiply-add; 0 if memory alone bounds the launch
 
 
 def random(device: torch.device, *shape: int) -> torch.Tensor:
@@ -24,6 +24,6 @@ def random(device: torch.device, *shape: int) -> torch.Tensor:
 
 
 def block_tables(device: torch.device, seqs: int, context: int) -> torch.Tensor:
-    """[seqs, blocks] int32, of sequences whose blocks lie scattered."""
+    """Block tables [seqs, blocks] int32 of sequences of `context` tokens, with all blocks in random order."""
     width = -(-context // BLOCK)
     return torch.randperm(seqs * width, device=device).to(torch.int32).view(seqs, width)

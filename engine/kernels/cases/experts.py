@@ -1,7 +1,7 @@
-"""Routing and experts of DeepSeek-V2-Lite's layer: 6 experts a token, 2 shared ones, a router in float32.
+"""Launches of routing and experts of DeepSeek-V2-Lite's layer: 6 experts a token, 2 shared experts, a float32 router.
 
-Launched as `layers.moe_cuda` does it. Its tiles stand here again, for kernels import no layers; a test compares them. Of the
-experts a token takes, those that some token chose are read once, and that is the bound.
+The kernels are launched as `layers.moe_cuda` launches them. Its tiles are repeated here, since kernels may not import layers; a
+test compares both. The bound counts the weights of every expert that some token chose, once.
 """
 
 from __future__ import annotations
@@ -12,98 +12,107 @@ from typing import NamedTuple
 import torch
 
 from engine.kernels import elementwise, routing
-from engine.kernels import experts as kernels
 from engine.kernels.cases.base import Launch, random
+from engine.kernels.experts import ExpertWeights, add_weighted, count_shared, spread
+from engine.kernels.experts_few import Strip, few_down, few_up
+from engine.kernels.experts_tiles import Tile, tiles_down, tiles_up
+from engine.kernels.sort_pairs import sort_pairs
 
 TOP_K = 6
 NUM_SHARED = 2
-STRIP = kernels.Strip(1, 512, 1)
-TILE = kernels.Tile(128, 64, 8, 4, 99)
-SORT_BLOCK = 128  # for torch's grouped product
+STRIP = Strip(1, 512, 1)
+TILE = Tile(128, 64, 8, 4, 99)
+SORT_BLOCK = 128  # block size of the sort before torch's grouped product, which does not use the blocks
 
 
-class Drawn(NamedTuple):
+class Mixture(NamedTuple):
+    """Random experts, tokens and routing."""
+
     x: torch.Tensor  # [tokens, hidden]
-    experts: kernels.Pair
-    shared: kernels.Pair | None
+    experts: ExpertWeights
+    shared: ExpertWeights | None
     weights: torch.Tensor  # [tokens, TOP_K] float32
-    ids: torch.Tensor  # likewise, int32
+    ids: torch.Tensor  # [tokens, TOP_K] int32
 
     def launch(self, run: Callable[[], object]) -> Launch:
-        """The bound counts weights, tokens and results."""
+        """`run` with its bound: the weights read, and the tokens and results."""
         gate_up, down = self.experts
-        tokens, num_shared = self.x.shape[0], kernels.count_shared(self.shared, down.shape[2])
+        tokens, num_shared = self.x.shape[0], count_shared(self.shared, down.shape[2])
         expert = gate_up[0].numel() + down[0].numel()
         num_read = int(self.ids.unique().numel()) + num_shared
         num_bytes = num_read * expert * down.itemsize + 3 * self.x.nbytes + self.weights.nbytes + self.ids.nbytes
         return Launch(run, num_bytes, 2 * tokens * (TOP_K + num_shared) * expert)
 
 
-def _draw(device: torch.device, tokens: int, experts: int, hidden: int, size: int, *, shared: int) -> Drawn:
+def _mixture(device: torch.device, tokens: int, experts: int, hidden: int, size: int, *, shared: int) -> Mixture:
     pair = random(device, experts, 2 * size, hidden), random(device, experts, hidden, size)
     weights, ids = torch.rand(tokens, experts, device=device).topk(TOP_K)
     together = (random(device, 2 * shared * size, hidden), random(device, hidden, shared * size)) if shared else None
-    return Drawn(random(device, tokens, hidden), pair, together, weights, ids.int())
+    return Mixture(random(device, tokens, hidden), pair, together, weights, ids.int())
 
 
 def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """With the shared experts."""
-    drawn = _draw(device, tokens, experts, hidden, size, shared=NUM_SHARED)
-    x, pair, shared, weights, ids = drawn
+    """Routed and shared experts of a few tokens."""
+    mixture = _mixture(device, tokens, experts, hidden, size, shared=NUM_SHARED)
+    x, pair, shared, weights, ids = mixture
     out = torch.zeros_like(x)
 
     def run() -> torch.Tensor:
-        hidden_rows = kernels.few_up(x, ids, pair, shared, STRIP)
-        kernels.few_down(out, hidden_rows, (weights, ids), pair, shared, STRIP)
+        hidden_rows = few_up(x, ids, pair, shared, STRIP)
+        few_down(out, hidden_rows, (weights, ids), pair, shared, STRIP)
         return out
 
-    return drawn.launch(run)
+    return mixture.launch(run)
 
 
 def cut(tokens: int, experts: int) -> tuple[int, int]:
-    """Pairs of a block, and shared experts among the others; up to 32 pairs an expert, of what the layer knows."""
+    """(pairs of a block, shared experts that are computed among the routed ones), for up to 32 pairs an expert on average."""
     pairs = tokens * TOP_K / experts
     return (16 if pairs <= 5 else 32), (NUM_SHARED if pairs <= 10 else 0)
 
 
 def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """Behind the sort. With the shared experts where `cut` says so: else the layer has them as an MLP of their own."""
+    """Experts in blocks of pairs, without the sort.
+
+    Shared experts are included if `cut` says so; otherwise the layer computes them as an MLP of their own.
+    """
     block, num_shared = cut(tokens, experts)
-    drawn = _draw(device, tokens, experts, hidden, size, shared=num_shared)
-    x, pair, shared, weights, ids = drawn
+    mixture = _mixture(device, tokens, experts, hidden, size, shared=num_shared)
+    x, pair, shared, weights, ids = mixture
     out = torch.zeros_like(x)
-    by_expert = routing.sort_pairs(ids, experts, block, num_shared)
+    by_expert = sort_pairs(ids, experts, block, num_shared)
 
     def run() -> torch.Tensor:
-        hidden_rows = kernels.tiles_up(x, TOP_K, by_expert, block, pair, shared, TILE)
-        rows = kernels.tiles_down(hidden_rows, by_expert, block, pair, shared, TILE)
-        kernels.add_weighted(out, rows, by_expert.place, weights)
+        hidden_rows = tiles_up(x, TOP_K, by_expert, block, pair, shared, TILE)
+        rows = tiles_down(hidden_rows, by_expert, block, pair, shared, TILE)
+        add_weighted(out, rows, by_expert.place, weights)
         return out
 
-    return drawn.launch(run)
+    return mixture.launch(run)
 
 
 def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """Routed experts by torch's grouped product, behind the sort."""
-    drawn = _draw(device, tokens, experts, hidden, size, shared=0)
-    x, (gate_up, down), _, weights, ids = drawn
+    """Routed experts by torch's grouped product, without the sort."""
+    mixture = _mixture(device, tokens, experts, hidden, size, shared=0)
+    x, (gate_up, down), _, weights, ids = mixture
     out = torch.zeros_like(x)
-    by_expert = routing.sort_pairs(ids, experts, SORT_BLOCK)
+    by_expert = sort_pairs(ids, experts, SORT_BLOCK)
 
     def run() -> torch.Tensor:
-        at_places = kernels.spread(x, by_expert.place)
+        at_places = spread(x, by_expert.place)
         hidden_rows = elementwise.silu_mul(torch._grouped_mm(at_places, gate_up.transpose(1, 2), offs=by_expert.ends))
         rows = torch._grouped_mm(hidden_rows, down.transpose(1, 2), offs=by_expert.ends)
-        kernels.add_weighted(out, rows, by_expert.place, weights)
+        add_weighted(out, rows, by_expert.place, weights)
         return out
 
-    return drawn.launch(run)
+    return mixture.launch(run)
 
 
 def logits(device: torch.device, tokens: int, experts: int, hidden: int) -> Launch:
     x, router = random(device, tokens, hidden), torch.randn(experts, hidden, device=device)
     num_bytes = x.nbytes + router.nbytes + tokens * experts * router.itemsize
-    return Launch(lambda: routing.router_logits(x, router), num_bytes, 3 * 2 * tokens * experts * hidden)  # in three parts
+    operations = 3 * 2 * tokens * experts * hidden  # a float32 router is multiplied as three bfloat16 parts
+    return Launch(lambda: routing.router_logits(x, router), num_bytes, operations)
 
 
 def route(device: torch.device, tokens: int, experts: int, hidden: int) -> Launch:
@@ -119,4 +128,4 @@ def route(device: torch.device, tokens: int, experts: int, hidden: int) -> Launc
 
 def sort(device: torch.device, tokens: int, experts: int, block: int, shared: int) -> Launch:
     ids = torch.rand(tokens, experts, device=device).topk(TOP_K).indices.int()
-    return Launch(lambda: routing.sort_pairs(ids, experts, block, shared), 3 * ids.nbytes + 4 * (experts + shared), 0)
+    return Launch(lambda: sort_pairs(ids, experts, block, shared), 3 * ids.nbytes + 4 * (experts + shared), 0)

@@ -1,25 +1,25 @@
-"""Both ends of a step: its inputs from the state of the rows, and its tokens back into it."""
+"""Launches of the kernels at both ends of a captured step: gathering its inputs, and choosing its tokens."""
 
 from __future__ import annotations
 
 import torch
 
-from engine.kernels import step_inputs
+from engine.kernels import gather_inputs
+from engine.kernels.argmax import argmax_tokens
 from engine.kernels.cases.base import BLOCK, Launch, block_tables, random
-from engine.kernels.draw import DrawParams
-from engine.kernels.draw import draw as draw_tokens
-from engine.kernels.sample import choose_likeliest
+from engine.kernels.sample_filtered import SampleParams
+from engine.kernels.sample_filtered import sample_filtered as sample
 
 
 def gather_decodes(device: torch.device, seqs: int, context: int) -> Launch:
     tables, latest, rows = _rows(device, seqs, context)
     positions = torch.full((seqs,), context - 1, dtype=torch.int32, device=device)
     num_bytes = rows.nbytes + positions.nbytes + 2 * tables.nbytes + latest.nbytes + seqs * (8 + 8 + 8 + 4)
-    return Launch(lambda: step_inputs.gather_decodes(rows, positions, latest, tables, BLOCK), num_bytes, 0)
+    return Launch(lambda: gather_inputs.gather_decodes(rows, positions, latest, tables, BLOCK), num_bytes, 0)
 
 
 def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> Launch:
-    """Decodes of `context` tokens and the last `chunk` of one prompt as long."""
+    """`seqs` decodes with `context` tokens in the cache, and the last `chunk` tokens of one prompt of `context` tokens."""
     tables, latest, rows = _rows(device, seqs + 1, context)
     lens = torch.full((seqs + 1,), context, dtype=torch.int32, device=device)
     chunk_positions = torch.arange(context - chunk, context, dtype=torch.int32, device=device)
@@ -27,32 +27,35 @@ def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> L
     owners = torch.cat((rows[:seqs], rows[seqs:].expand(chunk)))
     tokens = torch.cat((torch.full_like(rows[:seqs], -1), chunk_positions))
     num_bytes = 3 * tokens.nbytes + 3 * tokens.shape[0] * 8 + rows.nbytes + lens.nbytes + latest.nbytes + 2 * tables.nbytes
-    return Launch(lambda: step_inputs.gather_mixed(tokens, positions, owners, rows, lens, latest, tables, BLOCK), num_bytes, 0)
+    return Launch(lambda: gather_inputs.gather_mixed(tokens, positions, owners, rows, lens, latest, tables, BLOCK), num_bytes, 0)
 
 
 def _rows(device: torch.device, seqs: int, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block tables and latest tokens of all rows, and those rows that a step has."""
+    """(block tables [seqs, width], latest tokens [seqs], the rows of a step [seqs] in random order)."""
     rows = torch.randperm(seqs, device=device).to(torch.int32)
     return block_tables(device, seqs, context), torch.zeros(seqs, dtype=torch.int64, device=device), rows
 
 
-def likeliest(device: torch.device, rows: int, vocab: int) -> Launch:
+def argmax(device: torch.device, rows: int, vocab: int) -> Launch:
     logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
     at = torch.arange(rows, dtype=torch.int32, device=device)
     num_bytes = logits.nbytes + at.nbytes + 2 * latest.nbytes
-    return Launch(lambda: choose_likeliest(logits, at, latest), num_bytes, 0)
+    return Launch(lambda: argmax_tokens(logits, at, latest), num_bytes, 0)
 
 
-def draw(device: torch.device, rows: int, vocab: int, top_k: int, top_percent: int) -> Launch:
-    """With the likeliest, which a draw begins from. Bound: one pass. They make two, and one more where top_k or top_p filters."""
+def sample_filtered(device: torch.device, rows: int, vocab: int, top_k: int, top_percent: int) -> Launch:
+    """The argmax, with which sampling begins, and `sample_filtered`.
+
+    The bound is one pass over the logits. The kernels make two passes, and a third if top_k or top_p filters.
+    """
     logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
     at = torch.arange(rows, dtype=torch.int32, device=device)
     half, one = (torch.full((rows,), x, dtype=torch.float64, device=device) for x in (0.5, 1.0))
-    params = DrawParams(one, one * top_k, one * (top_percent / 100), one * 0.0)
+    params = SampleParams(one, one * top_k, one * (top_percent / 100), one * 0.0)
 
     def run() -> torch.Tensor:
-        tokens = choose_likeliest(logits, at, latest)
-        draw_tokens(logits, at, latest, tokens, half, params)
+        tokens = argmax_tokens(logits, at, latest)
+        sample(logits, at, latest, tokens, half, params)
         return tokens
 
     return Launch(run, logits.nbytes, 0)

@@ -1,12 +1,16 @@
-"""What multi-head latent attention does between its matrix products and attention itself, in Triton.
+"""The products with kv_b around latent attention, and the keys of expanded latents.
 
-    latent_prepare  norm of the latent, rotary embedding of keys and queries, the write into the pool
-    absorb          q_nope of each head times its key expansion, before a decode
-    expand          averaged latents of each head times its value expansion, behind a decode
-    build_keys      expanded keys beside the shared rotary one, for attention that wants them as one tensor
+kv_b [heads, nope + v_dim, rank] expands a latent to each head's key (the first nope rows, W_k) and value (the others, W_v).
+Decodes attend in latent space (DeepSeek-V2, arXiv 2405.04434, section 2.1), so both expansions move to the other side:
 
-For a single sequence of few heads the two products are plain arithmetic: `absorb_few` and `merge_expand`, which has the merge
-of the decode's splits in front. The first has its twin in `layers/ops.py`, the others in `attention/torch_ref.py`.
+    absorb      before attention: W_k^T q of each head, to be multiplied with latents
+    expand      after attention: W_v times each head's averaged latents
+
+For a single sequence of few heads, `absorb_few` and `merge_expand` do this in plain arithmetic; `merge_expand` also merges the
+splits of the decode. From absorb to expand, one sequence of 16 heads and 1,100 tokens takes 12.6 us, and took 16.3 us before
+these two kernels existed; for two or more sequences plain arithmetic is slower (docs/gpu.md).
+
+`build_keys` puts keys together for a library that wants them as one tensor. The twins are in `attention/torch_mla.py`.
 """
 
 from __future__ import annotations
@@ -15,97 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dot import MIN_DOT_ROWS, precision
 from engine.kernels.launch import cdiv, pdl, power_of_two
-from engine.kernels.paged_decode import MIN_DOT_ROWS, precision
 
-HEADS_A_PROGRAM = 16  # of queries that one program of `latent_prepare` turns
-COLUMNS = 64  # of the product in one program of `absorb`
-VALUES = 32  # of the product in one program of `merge_expand`
-MAX_TOKENS = 64  # rows of a product in one program
-
-
-@triton.jit
-def _turn(at, live, cos_ptr, sin_ptr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both halves, turned, of the heads [N] that begin at `at`: pairs lie side by side, or half a head apart."""
-    low = tl.arange(0, HALF)
-    if INTERLEAVED:
-        both = tl.load(at[:, None] + tl.arange(0, 2 * HALF)[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(both, [at.shape[0], HALF, 2]))
-    else:
-        a = tl.load(at[:, None] + low[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-        b = tl.load(at[:, None] + HALF + low[None, :], mask=live[:, None], other=0.0).to(tl.float32)
-    cos_a, cos_b = tl.load(cos_ptr + low)[None, :], tl.load(cos_ptr + HALF + low)[None, :]
-    sin_a, sin_b = tl.load(sin_ptr + low)[None, :], tl.load(sin_ptr + HALF + low)[None, :]  # signed, as `rotate` wants them
-    return a * cos_a + b * sin_a, b * cos_b + a * sin_b
-
-
-@triton.jit
-def _prepare(
-    q_ptr, kv_ptr, weight_ptr, cos_ptr, sin_ptr, pool_ptr, slots_ptr, eps, q_stride, kv_stride,
-    HEADS: tl.constexpr, HEAD: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr,
-    GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    HALF: tl.constexpr = ROPE // 2
-    low = tl.arange(0, HALF)
-    cos_ptr += token * ROPE
-    sin_ptr += token * ROPE
-    dim = tl.arange(0, PADDED)
-    inside = dim < RANK
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    if part == 0:
-        weight = tl.load(weight_ptr + dim, mask=inside, other=0.0).to(tl.float32)
-        kv_ptr += token * kv_stride
-        record = pool_ptr + tl.load(slots_ptr + token) * (RANK + ROPE)
-        x = tl.load(kv_ptr + dim, mask=inside, other=0.0).to(tl.float32)
-        one = tl.arange(0, 1)
-        key_a, key_b = _turn(kv_ptr + RANK + one, one == 0, cos_ptr, sin_ptr, HALF, INTERLEAVED)
-        key_a, key_b = key_a.to(pool_ptr.dtype.element_ty), key_b.to(pool_ptr.dtype.element_ty)
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * weight
-        x = x.to(pool_ptr.dtype.element_ty)
-        key_at = one[:, None] + low[None, :]
-        tl.debug_barrier()  # all has been read before it is overwritten
-        tl.store(kv_ptr + dim, x, mask=inside)
-        tl.store(kv_ptr + RANK + key_at, key_a)
-        tl.store(kv_ptr + RANK + HALF + key_at, key_b)
-        tl.store(record + dim, x, mask=inside)
-        tl.store(record + RANK + key_at, key_a)
-        tl.store(record + RANK + HALF + key_at, key_b)
-    else:
-        head = (part - 1) * GROUP + tl.arange(0, GROUP)
-        live = head < HEADS
-        at = q_ptr + token * q_stride + head * HEAD + (HEAD - ROPE)
-        a, b = _turn(at, live, cos_ptr, sin_ptr, HALF, INTERLEAVED)
-        tl.debug_barrier()
-        tl.store(at[:, None] + low[None, :], a.to(q_ptr.dtype.element_ty), mask=live[:, None])
-        tl.store(at[:, None] + HALF + low[None, :], b.to(q_ptr.dtype.element_ty), mask=live[:, None])
-
-
-def latent_prepare(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    norm: tuple[torch.Tensor, float],
-    angles: tuple[torch.Tensor, torch.Tensor],
-    slots: torch.Tensor,
-    pool: torch.Tensor,
-    *,
-    interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Ops.latent_prepare`. Each token's numbers lie side by side, the rotary part is a power of two, the pool contiguous;
-    q and kv are overwritten and returned.
-    """
-    heads, head = q.shape[1:]
-    (weight, eps), (cos, sin) = norm, angles
-    rank = weight.shape[0]
-    group = min(HEADS_A_PROGRAM, power_of_two(heads))
-    _prepare[(q.shape[0], 1 + cdiv(heads, group))](
-        q, kv, weight, cos, sin, pool, slots, eps, q.stride(0), kv.stride(0),
-        HEADS=heads, HEAD=head, RANK=rank, PADDED=power_of_two(rank), ROPE=kv.shape[1] - rank,
-        GROUP=group, INTERLEAVED=interleaved, num_warps=4, **pdl(q.device),
-    )  # fmt: skip
-    return q, kv
+COLUMNS = 64  # numbers of the rank in one program of `absorb`
+VALUES = 32  # numbers of a value in one program of `merge_expand`
+MAX_TOKENS = 64  # tokens in one program of `absorb`
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -114,6 +33,7 @@ def _absorb(
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (part, head, tile): COLS numbers of W_k^T q for TOKENS tokens of one head, by `tl.dot`."""
     part, head, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     dim = tl.arange(0, PADDED)
     col = part * COLS + tl.arange(0, COLS)
@@ -132,9 +52,9 @@ def _absorb(
 
 
 def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """q [D, heads, nope + rope], a token's heads side by side, and kv_b [heads, nope + v_dim, rank] -> [D, heads, rank].
+    """q [D, heads, nope + rope], kv_b [heads, nope + v_dim, rank] -> W_k^T q_nope of each head, [D, heads, rank].
 
-    q_nope of each head, to meet latents as they are: see `torch_ref.absorb`. rank is a power of two.
+    A token's heads are adjacent in q; rank is a power of two. Tensor cores, grid: (rank / COLUMNS, heads, tiles of tokens).
     """
     num, heads, head = q.shape
     _, expanded, rank = kv_b.shape
@@ -154,6 +74,7 @@ def _absorb_few(
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (part, head, token): COLS numbers of W_k^T q of one token and head, in plain arithmetic."""
     part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     dim = tl.arange(0, PADDED)
     col = part * COLS + tl.arange(0, COLS)
@@ -168,7 +89,7 @@ def _absorb_few(
 
 
 def absorb_few(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """As `absorb`; each token reads the weights for itself."""
+    """The same as `absorb`, in plain arithmetic: each token reads the weights itself. grid: (rank / COLUMNS, heads, D)."""
     num, heads, head = q.shape
     _, expanded, rank = kv_b.shape
     columns = min(COLUMNS, rank)
@@ -187,6 +108,7 @@ def _merge_expand(
     HEADS: tl.constexpr, NOPE: tl.constexpr, EXPANDED: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (part, head, token): merge SPLITS averaged latents, and compute COLS numbers of W_v times the result."""
     part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     V_DIM: tl.constexpr = EXPANDED - NOPE
     col = part * COLS + tl.arange(0, COLS)
@@ -198,7 +120,7 @@ def _merge_expand(
         tl.extra.cuda.gdc_wait()
     pair = token * HEADS + head
     split = pair * SPLITS + tl.arange(0, SPLITS)
-    # Loaded whether or not it was written: so these loads need not wait for those of the log-sum-exps.
+    # Parts are loaded whether or not they were written, so that these loads need not wait for the log-sum-exps.
     parts = tl.load(parts_ptr + split[:, None] * RANK + dim[None, :])
     lse = tl.load(lse_ptr + split)
     weight = tl.exp2(lse - tl.max(lse, 0))
@@ -209,8 +131,10 @@ def _merge_expand(
 
 
 def merge_expand(parts: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor) -> None:
-    """What `mla_decode` returns, merged, times the value expansion: into `out` [D, heads, v_dim], contiguous. Every
-    program merges for itself.
+    """Merge the splits of `mla_decode`, and write W_v times the merged latents to `out` [D, heads, v_dim], contiguous.
+
+    parts [D, heads, splits, rank] and lse [D, heads, splits] float32 are the fields of `mla_decode.Parts`.
+    grid: (v_dim / VALUES, heads, D). Every program merges the splits itself: that is cheaper than another launch.
     """
     num, heads, splits, rank = parts.shape
     expanded = kv_b.shape[1]
@@ -221,9 +145,9 @@ def merge_expand(parts: torch.Tensor, lse: torch.Tensor, kv_b: torch.Tensor, nop
 
 
 def expand(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int, out: torch.Tensor) -> None:
-    """mixed [D, heads, rank], latents averaged by attention, times the value expansion: into `out` [D, heads, v_dim], contiguous.
+    """Write W_v times mixed [D, heads, rank], each head's averaged latents, to `out` [D, heads, v_dim], contiguous.
 
-    By torch: for more than one sequence kernels of our own, with the merge of the splits in front, were no faster (docs/gpu.md).
+    This is torch's product. A kernel that also merged the splits was slower: 38.7 against 34.3 us for 64 sequences (docs/gpu.md).
     """
     torch.bmm(mixed.transpose(0, 1), kv_b[:, nope:].transpose(1, 2), out=out.transpose(0, 1))
 
@@ -238,6 +162,7 @@ def _build_keys(
     HEADS: tl.constexpr, PADDED: tl.constexpr, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
+    """Program (token,): the keys [nope | rope] of all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED)
     dim = tl.arange(0, NOPE_PADDED)
@@ -252,7 +177,10 @@ def _build_keys(
 
 
 def build_keys(expanded: torch.Tensor, latent: torch.Tensor, nope: int, rank: int) -> torch.Tensor:
-    """expanded [L, heads, nope + v_dim], contiguous, and latent [L, rank + rope] -> keys [L, heads, nope + rope]."""
+    """Each head's expanded key next to the rotary key that all heads share: [L, heads, nope + rope]. grid: (L,).
+
+    expanded [L, heads, nope + v_dim] is contiguous; latent [L, rank + rope] are the records.
+    """
     num, heads, width = expanded.shape
     rope = latent.shape[1] - rank
     out = torch.empty(num, heads, nope + rope, dtype=expanded.dtype, device=expanded.device)

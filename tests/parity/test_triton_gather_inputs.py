@@ -1,4 +1,4 @@
-"""The two ends of a decode step beside what the host's path makes of the same plan, and beside torch's argmax."""
+"""The inputs that kernels gather for a captured step, compared with those that the host builds for the same plan."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ import torch
 from engine.batch import Uploader
 from engine.device.graph_shapes import MixedBuffers
 from engine.device.inputs import Rows, Slices
-from engine.kernels.step_inputs import gather_decodes, gather_mixed
+from engine.kernels.gather_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BLOCK = 4
-
-
-LENS = {4: 7, 0: 1, 2: 1500, 3: 8}
+BLOCK = 4  # tokens
+LENS = {4: 7, 0: 1, 2: 1500, 3: 8}  # batch row -> tokens
 
 
 @pytest.fixture
 def rows():
-    """Four rows with LENS known tokens, the next one sampled."""
+    """State of four batch rows with LENS tokens each, and a sampled token after them."""
     state = Rows(max_rows=5, max_len=2000, block_size=BLOCK, scratch_block=777, device=DEVICE, upload=Uploader(DEVICE))
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     admitted = [
-        AdmittedRow(row, draw.integers(0, 90, n).tolist(), n, draw.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
+        AdmittedRow(row, rng.integers(0, 90, n).tolist(), n, rng.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
         for row, n in LENS.items()
     ]
     state.apply(StepPlan(1, admitted=admitted))
@@ -50,7 +48,7 @@ def compare(found, expected, tokens, queries):
     assert set(found.slots[tokens:].tolist()) <= set(range(777 * BLOCK, 778 * BLOCK))
 
 
-def test_inputs_of_decodes_are_those_of_the_hosts_path(rows):
+def test_gathered_decodes_equal_those_built_on_the_host(rows):
     _, expected = expect(rows, [(row, n, 1) for row, n in LENS.items()], 4)
     which = torch.tensor([*LENS, rows.state.scratch_row], dtype=torch.int32, device=DEVICE)
     positions = torch.tensor([*LENS.values(), 0], dtype=torch.int32, device=DEVICE)
@@ -59,7 +57,7 @@ def test_inputs_of_decodes_are_those_of_the_hosts_path(rows):
     assert found.kv_lens[4] == 1
 
 
-def test_inputs_of_a_mixed_step_are_those_of_the_hosts_path(rows):
+def test_a_gathered_mixed_step_equals_the_one_built_on_the_host(rows):
     slices, expected = expect(rows, [(4, 7, 1), (0, 1, 1), (2, 1000, 300), (3, 2, 6)], 2)
     numbers = np.linspace(0.1, 0.4, 4)
     scratch = rows.state.scratch_row

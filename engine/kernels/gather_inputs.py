@@ -1,7 +1,7 @@
-"""The inputs of a captured step from the rows' state, in Triton.
+"""Builds the inputs of a captured step on the device, from the state of its batch rows.
 
-`graphs.py` begins its graphs with it, so that a step's rows and positions, and prompt tokens where it has any, are all that the
-host sends.
+Every CUDA graph of a step begins with one of these kernels. The host then uploads only rows, positions and, in a mixed step,
+prompt tokens; token ids, KV slots, lengths and block tables are gathered from the rows' latest tokens and block tables.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import triton.language as tl
 
 from engine.kernels.launch import cdiv, pdl
 
-TABLE_TILE = 128  # blocks copied at once
+TABLE_TILE = 128  # block numbers, or tokens, in one pass of a program
 
 
 class GatheredInputs(NamedTuple):
-    """T tokens of B queries, as in ForwardBatch; T = B where all are decodes."""
+    """The gathered fields of a ForwardBatch, for T tokens of B queries. T = B if all queries are decodes."""
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     slots: torch.Tensor  # [T] int64
     kv_lens: torch.Tensor  # [B] int32
-    block_tables: torch.Tensor  # [B, width] int32; only the blocks in use are written
+    block_tables: torch.Tensor  # [B, width] int32; only entries of used blocks are written
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -32,6 +32,7 @@ def _gather_decodes(
     rows_ptr, positions_ptr, latest_ptr, tables_ptr, token_out, position_out, slot_out, len_out, table_out, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (query,): the token, position, slot, length and block table of one decode. Tables are `width` blocks wide."""
     seq = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -53,9 +54,10 @@ def _gather_decodes(
 def gather_decodes(
     rows: torch.Tensor, positions: torch.Tensor, latest: torch.Tensor, tables: torch.Tensor, block_size: int
 ) -> GatheredInputs:
-    """What sequences need that go on from `rows` [B] int32, each with its latest token at `positions` [B] int32.
+    """The inputs of a step of decodes alone: batch rows `rows` [B] int32, each with one token at `positions` [B] int32.
 
-    latest [R] int64 and tables [R, width] int32 are the rows' state.
+    latest [R] int64 and tables [R, width] int32 are the latest token and the block table of every batch row.
+    grid: (B,); a program gathers one query.
     """
     num, width = rows.shape[0], tables.shape[1]
     token_ids, positions_out, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
@@ -74,6 +76,7 @@ def _gather_mixed(
     token_out, position_out, slot_out, table_out, num_tokens, num_token_tiles, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """The first `num_token_tiles` programs: token, position and slot of TILE tokens. The others: the block table of one query."""
     program = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -109,8 +112,12 @@ def gather_mixed(
     tables: torch.Tensor,
     block_size: int,
 ) -> GatheredInputs:
-    """The inputs of a step of any queries. Of each token [T] int32: itself (-1: its row's latest), its position and its row.
-    Of each query [B] int32: its row, and its tokens in the cache once the step is done. `latest` and `tables` as above.
+    """The inputs of a mixed step.
+
+    tokens, positions and owners [T] int32 are per token: the token id, or -1 for the batch row's latest token; its position; its
+    batch row. rows and kv_lens [B] int32 are per query: its batch row, and its tokens in the cache after the step. `latest` and
+    `tables` are as in `gather_decodes`.
+    grid: (ceil(T / TABLE_TILE) + B,); the first programs gather TABLE_TILE tokens each, the others one query's block table each.
     """
     num, width = tokens.shape[0], tables.shape[1]
     token_ids, positions_out, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))

@@ -1,4 +1,9 @@
-"""From logits to the likeliest tokens, in Triton; `draw.py` replaces them where a row has a temperature."""
+"""The argmax token of each row of logits. `sample_filtered.py` then replaces the tokens of rows with a temperature.
+
+grid: (rows, ceil(V / VOCAB_TILE)); a program finds the maximum of one tile of a row, and the last program of a row to finish
+combines the tiles. The twin is torch's argmax. This kernel also writes the token to the batch row's state and never waits for the
+device, whereas the first call of torch's argmax does, while torch loads its kernel.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,18 @@ import triton.language as tl
 from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
 from engine.plan import NO_TOKEN
 
-VOCAB_TILE = 4096  # logits that one program looks at
+VOCAB_TILE = 4096  # logits of one program
 
 
 @triton.jit
-def _likeliest(
+def _argmax(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
     NO_TOKEN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Program (row, tile): the argmax of one tile of TILE logits; the last program of a row combines its TILES tiles.
+
+    PADDED is TILES rounded up to a power of two. best_ptr and index_ptr are scratch [rows, TILES].
+    """
     seq, tile = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -45,17 +54,18 @@ def _likeliest(
         tl.store(latest_ptr + tl.load(rows_ptr + seq), tl.where(failed, 0, token))
 
 
-def choose_likeliest(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
-    """The largest of each row of logits [B, V], the first of equals: [B] int64, written to `latest` [R] at `rows` [B] too.
+def argmax_tokens(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
+    """The index of the largest logit of each row of logits [B, V], the first of equal ones: [B] int64.
 
-    A row whose logits hold NaN or +inf, or are all -inf, gets NO_TOKEN, and 0 in `latest`.
+    The index is also written to `latest` [R] int64 at `rows` [B] int32. A row whose logits hold NaN or +inf, or are all -inf,
+    gets NO_TOKEN, and 0 in `latest`.
     """
     num, vocab = logits.shape
     tiles = cdiv(vocab, VOCAB_TILE)
     tokens = torch.empty(num, dtype=torch.int64, device=logits.device)
     best = torch.empty(num, tiles, dtype=torch.float32, device=logits.device)
     index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
-    _likeliest[(num, tiles)](
+    _argmax[(num, tiles)](
         logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
         NO_TOKEN=NO_TOKEN, TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
     )  # fmt: skip

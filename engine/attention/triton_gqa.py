@@ -1,0 +1,102 @@
+"""Grouped-query attention on CUDA, by our Triton kernels and cuDNN. `torch_gqa.py` is the plain twin.
+
+decodes               `kernels/paged_decode.py`
+chunks                `kernels/paged_prefill.py`, all in one launch
+long whole prompts    cuDNN (`long_prompts.py`), outside CUDA graphs
+captured mixed steps  both kernels over all queries: a query of one token is a decode. Lengths are read on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from engine.attention import long_prompts
+from engine.attention.upload import upload
+from engine.batch import ForwardBatch, LayerPools
+from engine.kernels.paged_decode import choose_splits, paged_decode
+from engine.kernels.paged_prefill import paged_prefill, tile_tokens
+from engine.kernels.query_tiles import cut_tiles, map_tiles
+
+Tiles = tuple[torch.Tensor, torch.Tensor]
+"""Query and first token of each tile, int32, as `paged_prefill` takes them."""
+
+
+class TritonGqa:
+    """Implements PagedGqa."""
+
+    graphable = True
+    graph_tokens = 2048  # the kernels of a larger step take longer than their launches, so a graph would gain nothing
+
+    def __init__(self, num_processors: int) -> None:
+        """`num_processors`: multiprocessors of the device, which decide into how many parts a long sequence is cut."""
+        self._num_processors = num_processors
+
+    def prepare(self, batch: ForwardBatch) -> TritonGqaStep:
+        return TritonGqaStep(batch, self._num_processors)
+
+    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
+        return long_prompts.warmup_lengths(most, dtype)
+
+
+class TritonGqaStep:
+    """Implements GqaStep. The first layer's call cuts the tiles and finds the long prompts; later layers reuse them."""
+
+    def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
+        self._batch = batch
+        self._num_processors = num_processors
+        self._tiles: dict[int, Tiles | None] = {}  # by tokens of a tile; None if no query needs tiles
+        self._prompts: list[range] | None = None
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
+        batch, k_pool, v_pool = self._batch, pools["k"], pools["v"]
+        if batch.by_length:
+            return self._attend_captured(q, k_pool, v_pool, scale)
+        decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
+        prompts = self._long_prompts(q.dtype)
+        if long_prompts.fill_step(prompts, q.shape[0]):
+            return long_prompts.attend(q, k, v, scale, len(prompts))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for prompt in prompts:
+            span = slice(prompt.start, prompt.stop)
+            out[span] = long_prompts.attend(q[span], k[span], v[span], scale)
+        tiles = self._chunk_tiles(tile_tokens(heads, kv_heads), q.dtype)
+        if tiles is not None:
+            paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale, out)
+        if decodes:
+            splits = choose_splits(decodes, kv_heads, self._num_processors)
+            paged_decode(q[:decodes], k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits, out[:decodes])
+        return out
+
+    def _attend_captured(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
+        """For a captured batch: queries of two or more tokens by `paged_prefill`, the others by `paged_decode`."""
+        batch, heads, kv_heads = self._batch, q.shape[1], k_pool.shape[2]
+        tile_q, starts = tile_tokens(heads, kv_heads), batch.query_starts
+        tiles = self._tiles.get(tile_q)
+        if tiles is None:
+            tiles = self._tiles[tile_q] = map_tiles(starts, q.shape[0], tile_q, least=2)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        paged_prefill(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, starts, tiles, scale, out)
+        splits = choose_splits(batch.kv_lens.shape[0], kv_heads, self._num_processors)
+        return paged_decode(q, k_pool, v_pool, batch.block_tables, batch.kv_lens, scale, splits, out, starts)
+
+    def _long_prompts(self, dtype: torch.dtype) -> list[range]:
+        if self._prompts is None:
+            self._prompts = long_prompts.find_prompts(self._batch, dtype)
+        return self._prompts
+
+    def _chunk_tiles(self, tile_q: int, dtype: torch.dtype) -> Tiles | None:
+        """The tiles of the step's chunks, without its long prompts."""
+        if tile_q not in self._tiles:
+            batch = self._batch
+            starts = list(itertools.accumulate(batch.query_lens_host, initial=0))
+            long = {prompt.start for prompt in self._long_prompts(dtype)}
+            queries = [query for query in range(batch.num_decodes, batch.num_queries) if starts[query] not in long]
+            tiles = cut_tiles(queries, batch.query_lens_host, batch.kv_lens_host, tile_q)
+            if not tiles:
+                self._tiles[tile_q] = None
+                return None
+            columns = upload(torch.tensor(tiles, dtype=torch.int32).T.contiguous(), batch.slots.device)
+            self._tiles[tile_q] = (columns[0], columns[1])
+        return self._tiles[tile_q]

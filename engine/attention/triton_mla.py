@@ -1,0 +1,134 @@
+"""Multi-head latent attention on CUDA, by our Triton kernels and cuDNN. `torch_mla.py` is the plain twin.
+
+decodes               in latent space, from the pool: `kernels/mla_decode.py` between two products of `kernels/latent_products.py`
+chunks                over latents expanded to keys and values: `kernels/mla_prefill.py`, planned by `latent_chunks.py`
+long whole prompts    over expanded latents too, by cuDNN (`long_prompts.py`), outside CUDA graphs
+captured mixed steps  everything in latent space: `kernels/mla_mixed.py`. Lengths are read on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from engine.attention import long_prompts
+from engine.attention.latent_chunks import LatentGroup, plan_groups
+from engine.batch import ForwardBatch, LayerPools
+from engine.kernels.latent_products import absorb, absorb_few, build_keys, expand, merge_expand
+from engine.kernels.mla_decode import decode_splits, is_alone, merge, mla_decode
+from engine.kernels.mla_mixed import mla_mixed, tile_tokens
+from engine.kernels.mla_prefill import choose_tile, mla_prefill
+from engine.kernels.query_tiles import map_tiles
+
+
+class TritonMla:
+    """Implements PagedMla."""
+
+    graphable = True
+    # A graph cannot expand the latents of chunks, and without expansion a large chunk costs more arithmetic than a graph saves.
+    graph_tokens = 1024
+
+    def __init__(self, num_processors: int) -> None:
+        """`num_processors`: multiprocessors of the device, which decide into how many splits a sequence is cut."""
+        self._num_processors = num_processors
+
+    def prepare(self, batch: ForwardBatch) -> TritonMlaStep:
+        return TritonMlaStep(batch, self._num_processors)
+
+    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
+        return long_prompts.warmup_lengths(most, dtype)
+
+
+class TritonMlaStep:
+    """Implements MlaStep. The first layer's call plans tiles, groups and long prompts; later layers reuse them."""
+
+    def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
+        self._batch = batch
+        self._num_processors = num_processors
+        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # for captured steps, by tokens of a tile
+        self._groups: list[LatentGroup] | None = None
+        self._prompts: list[range] | None = None
+
+    def attend(
+        self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
+    ) -> torch.Tensor:
+        batch, pool = self._batch, pools["latent"]
+        decodes, rank = batch.num_decodes, kv_b.shape[2]
+        nope = q.shape[2] - (latent.shape[1] - rank)
+        if not batch.by_length and long_prompts.fill_step(prompts := self._long_prompts(q.dtype), q.shape[0]):
+            return attend_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
+        out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
+        if batch.by_length:
+            self._captured(q, kv_b, nope, pool, scale, out)
+            return out
+        if decodes:
+            self._decode(q[:decodes], kv_b, nope, pool, scale, out[:decodes])
+        if batch.num_queries > decodes:
+            self._chunks(out, q, latent, kv_b, pool, scale)
+        return out
+
+    def _captured(
+        self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
+    ) -> None:
+        """All queries of a captured batch, in latent space, into `out`."""
+        batch, tile_q = self._batch, tile_tokens(q.shape[1], q.dtype)
+        if tile_q not in self._tiles:
+            self._tiles[tile_q] = map_tiles(batch.query_starts, q.shape[0], tile_q, least=1)
+        q_latent, q_rope, tiles = absorb(q, kv_b, nope), q[:, :, nope:], self._tiles[tile_q]
+        mixed = mla_mixed(q_latent, q_rope, pool, batch.block_tables, batch.kv_lens, batch.query_starts, tiles, scale)
+        expand(mixed, kv_b, nope, out)
+
+    def _decode(
+        self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
+    ) -> None:
+        """The step's decodes, q [D, heads, nope + rope], into `out` [D, heads, v_dim]."""
+        batch, (decodes, heads) = self._batch, q.shape[:2]
+        splits = decode_splits(decodes, heads, self._num_processors, q.dtype)
+        alone = splits > 1 and is_alone(decodes, heads)
+        q_latent = absorb_few(q, kv_b, nope) if alone else absorb(q, kv_b, nope)
+        parts = mla_decode(q_latent, q[..., nope:], pool, batch.block_tables, batch.kv_lens, scale, splits)
+        if alone:
+            merge_expand(*parts, kv_b, nope, out)
+        else:
+            expand(merge(parts, q.dtype), kv_b, nope, out)
+
+    def _chunks(
+        self, out: torch.Tensor, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, scale: float
+    ) -> None:
+        """The step's chunks, into their rows of `out` [T, heads, v_dim]."""
+        batch, (heads, width, rank) = self._batch, kv_b.shape
+        tile, prompts = choose_tile(q.dtype), self._long_prompts(q.dtype)
+        if self._groups is None:
+            self._groups = plan_groups(batch, prompts, tile_q=tile.queries, token_numbers=heads * width)
+        for group in self._groups:
+            rows = group.rows
+            cached = latent[rows.start : rows.stop] if group.slots is None else pool.flatten(0, 1).index_select(0, group.slots)
+            expanded = expand_all(cached, kv_b)
+            if group.tiles is not None:
+                k_rope = cached[:, rank:]
+                mla_prefill(out, q, expanded, k_rope, batch.query_starts, batch.kv_lens, group.tiles, scale, tile)
+            for prompt in prompts if group.slots is None else []:
+                tokens, own = slice(prompt.start, prompt.stop), slice(prompt.start - rows.start, prompt.stop - rows.start)
+                out[tokens] = attend_prompts(q[tokens], cached[own], expanded[own], rank, scale)
+
+    def _long_prompts(self, dtype: torch.dtype) -> list[range]:
+        if self._prompts is None:
+            self._prompts = long_prompts.find_prompts(self._batch, dtype)
+        return self._prompts
+
+
+def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
+    """latents [L, rank + rope] -> every head's key [nope] and value, [L, heads, nope + v_dim], in one product."""
+    heads, width, rank = kv_b.shape
+    return F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
+
+
+def attend_prompts(
+    q: torch.Tensor, latents: torch.Tensor, expanded: torch.Tensor, rank: int, scale: float, num: int = 1
+) -> torch.Tensor:
+    """`long_prompts.attend` for `num` prompts of one length: [T, heads, v_dim].
+
+    latents [T, rank + rope] are the prompts' records, expanded [T, heads, nope + v_dim] the result of `expand_all` for them.
+    """
+    nope = q.shape[2] - (latents.shape[1] - rank)
+    return long_prompts.attend(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale, num)
