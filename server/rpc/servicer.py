@@ -7,8 +7,8 @@ import uuid
 from contextlib import aclosing
 
 from engine.errors import RequestTimeout
-from server.http.schemas.generate import GenerateRequest
-from server.http.schemas.service import DetokenizeRequest, TokenizeRequest
+from server.http.schemas.generate import GenerateBody
+from server.http.schemas.service import DetokenizeBody, TokenizeBody
 from server.rpc import translate
 from server.rpc.errors import Context, answers_errors
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
@@ -27,7 +27,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     @answers_errors(pb.GenerateRequest)
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Writes by itself: a method that yields would be left hanging at its `yield` when the client cancels."""
-        asked = translate.checked(request, GenerateRequest)
+        asked = translate.checked(request, GenerateBody)
         id = f"gen-{uuid.uuid4().hex}"
         call = translate.generation_request(asked, id, context.time_remaining())
         await context.send_initial_metadata((("x-request-id", id),))
@@ -50,7 +50,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.TokenizeRequest)
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        asked = translate.checked(request, TokenizeRequest)
+        asked = translate.checked(request, TokenizeBody)
         tokens = await self._service.tokenize(
             asked.prompt, model=asked.model, add_special_tokens=asked.add_special_tokens is not False
         )
@@ -58,7 +58,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.DetokenizeRequest)
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        asked = translate.checked(request, DetokenizeRequest)
+        asked = translate.checked(request, DetokenizeBody)
         return pb.DetokenizeResponse(prompt=await self._service.detokenize(asked.tokens, model=asked.model))
 
     @answers_errors(pb.ListModelsRequest)

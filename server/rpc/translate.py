@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from engine.request import TokenLogprobs
 from server.errors import from_validation
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.service.types import Chunk, Ending, GenerationRequest
 
@@ -32,22 +32,9 @@ def _plain(name: str, value: Any) -> Any:
     return value if isinstance(value, str | bool | int | float) else list(value)
 
 
-def generation_request(asked: GenerateRequest, request_id: str, time_remaining: float | None) -> GenerationRequest:
-    """`time_remaining` is what the call's own deadline leaves, in seconds."""
-    deadlines = [] if time_remaining is None else [max(time_remaining, 0.001)]  # passed already: it still ends as such
-    if asked.deadline_ms is not None:
-        deadlines.append(asked.deadline_ms / 1000)
-    return GenerationRequest(
-        request_id=request_id,
-        prompt=asked.text_or_tokens,
-        client_names=asked.client_names,
-        params=asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs),
-        model=asked.model,
-        n=asked.num_outputs,
-        stop=asked.stop_strings,
-        priority=asked.priority or 0,
-        deadline_s=min(deadlines, default=None),
-    )
+def generation_request(asked: GenerateBody, request_id: str, time_remaining: float | None) -> GenerationRequest:
+    """`time_remaining` is what the call's own deadline leaves, in seconds. A deadline that has passed still ends the call."""
+    return asked.generation_request(request_id, deadline_s=None if time_remaining is None else max(time_remaining, 0.001))
 
 
 def chunk_message(chunk: Chunk, text_of: TokenText) -> pb.Chunk:

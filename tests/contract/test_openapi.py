@@ -60,7 +60,7 @@ def test_every_reference_leads_somewhere(document):
 def test_requests_are_closed_and_every_field_says_what_it_is(document):
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     names = {ref.rpartition("/")[2] for operation in operations for ref in references(operation.get("requestBody", {}))}
-    assert {"GenerateRequest", "TokenizeRequest"} <= names
+    assert {"GenerateBody", "TokenizeBody"} <= names
     silent = {"model", "messages", "prompt", "max_tokens"}
     for name in names:
         schema = document["components"]["schemas"][name]

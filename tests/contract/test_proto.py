@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 from server.rpc.pb.tidegate.v1 import inference_pb2, inference_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def test_everything_given_out_is_locked():
 
 def test_generate_takes_the_fields_of_http():
     """All but `stream`: here an answer always is one."""
-    assert set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) == set(GenerateRequest.model_fields) - {"stream"}
+    assert set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) == set(GenerateBody.model_fields) - {"stream"}
 
 
 def test_every_field_and_method_is_commented():

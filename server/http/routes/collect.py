@@ -1,4 +1,4 @@
-"""Chunks of several outputs brought together: into whole outputs, or several prompts' streams into one."""
+"""Brings the chunks of several outputs together: into whole outputs, or several prompts' streams into one stream."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.errors import InternalError
-from engine.request import TokenLogprobs
+from server.http.pacing import Backlog, Pacer
+from server.http.routes.logprobs import WriteLogprobs, Written
 from server.service.types import Chunk, Ending, Usage
+
+_BACKLOG_CHUNKS = 64  # a few milliseconds of work, the service's included
 
 
 @dataclass(slots=True)
-class Output:
-    """One whole output."""
+class CollectedOutput:
+    """One whole output, or as much of it as has come."""
 
     index: int
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    written: Written = field(default_factory=dict)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -29,58 +33,70 @@ class Output:
         return "".join(self.texts)
 
     def add(self, chunk: Chunk) -> None:
+        """Append everything but the log-probabilities."""
         self.texts.append(chunk.text)
         self.token_ids += chunk.token_ids
-        if chunk.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + chunk.logprobs
-        if chunk.prompt_logprobs is not None:
-            self.prompt_logprobs = chunk.prompt_logprobs
         if chunk.finish_reason is not None:
             self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
 
 
-async def collect(stream: AsyncGenerator[Chunk | Ending, None], n: int) -> tuple[list[Output], Ending]:
-    """All `n` outputs of one prompt."""
-    outputs = [Output(index) for index in range(n)]
-    ending = None
-    async with aclosing(stream):
-        async for item in stream:
-            if isinstance(item, Chunk):
-                outputs[item.index].add(item)
-            else:
-                ending = item
-    if ending is None:
-        raise InternalError("a generation ended without its Ending")
-    return outputs, ending
+class Collector:
+    """Collects whole outputs. Log-probabilities become JSON as they come, since all of them at once would take seconds."""
+
+    def __init__(self, n: int, write: WriteLogprobs, pacer: Pacer) -> None:
+        """Each prompt has `n` outputs."""
+        self._n = n
+        self._write = write
+        self._pacer = pacer
+
+    async def collect(
+        self, stream: AsyncGenerator[Chunk | Ending, None], *, first_index: int = 0
+    ) -> tuple[list[CollectedOutput], Ending]:
+        """The outputs of one prompt, numbered from `first_index`."""
+        outputs = [CollectedOutput(first_index + i) for i in range(self._n)]
+        backlog = Backlog(_BACKLOG_CHUNKS)
+        ending = None
+        async with aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Ending):
+                    ending = item
+                    continue
+                output = outputs[item.index]
+                output.add(item)
+                if item.logprobs is not None or item.prompt_logprobs is not None:
+                    await self._pacer.run(self._write(renumbered(item, first_index), output.written))
+                await backlog.pause_after(1)
+        if ending is None:
+            raise InternalError("a generation ended without its Ending")
+        return outputs, ending
+
+    async def collect_all(
+        self, streams: list[AsyncGenerator[Chunk | Ending, None]]
+    ) -> tuple[list[CollectedOutput], list[Ending]]:
+        """The outputs of several prompts, numbered in one sequence. If one prompt fails, all of them end with its error."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.collect(stream, first_index=i * self._n)) for i, stream in enumerate(streams)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        results = [task.result() for task in tasks]
+        return [output for outputs, _ in results for output in outputs], [ending for _, ending in results]
 
 
-async def collect_all(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> tuple[list[Output], list[Ending]]:
-    """The outputs of several prompts at once, numbered through. One that fails ends them all."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(collect(stream, n)) for stream in streams]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    outputs, endings = [], []
-    for i, task in enumerate(tasks):
-        some, ending = task.result()
-        for output in some:
-            output.index += i * n
-        outputs += some
-        endings.append(ending)
-    return outputs, endings
+def renumbered(chunk: Chunk, first_index: int) -> Chunk:
+    """`chunk` with `first_index` added to the index of its output. The chunk that was passed stays as it is."""
+    return msgspec.structs.replace(chunk, index=chunk.index + first_index) if first_index else chunk
 
 
 async def merge(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> AsyncGenerator[Chunk | Ending, None]:
-    """Several prompts' streams as one, in order of arrival, with outputs numbered through; each prompt has its Ending."""
+    """Several prompts' streams as one, in order of arrival, with outputs numbered in one sequence. Each prompt has its Ending."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for item in only:
                 yield item
         return
-    queue: asyncio.Queue[Chunk | Ending | BaseException | None] = asyncio.Queue(
-        len(streams)
-    )  # the rest waits where `Call` counts it
+    # The queue is short on purpose: chunks that do not fit wait in the service's streams, where their size is limited.
+    queue: asyncio.Queue[Chunk | Ending | BaseException | None] = asyncio.Queue(len(streams))
     tasks = [asyncio.create_task(_feed(queue, stream, i * n)) for i, stream in enumerate(streams)]
     try:
         running = len(tasks)
@@ -101,13 +117,12 @@ async def merge(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> 
 async def _feed(
     queue: asyncio.Queue[Chunk | Ending | BaseException | None], stream: AsyncIterator[Chunk | Ending], first_index: int
 ) -> None:
+    """Put each item of `stream` into `queue`, then None; or the error in which the stream ended."""
     try:
         async with aclosing(stream):  # type: ignore[type-var]
             async for item in stream:
-                if isinstance(item, Chunk):
-                    item.index += first_index
-                await queue.put(item)
-    except Exception as error:  # noqa: BLE001 - it goes on in the task that reads the queue
+                await queue.put(renumbered(item, first_index) if isinstance(item, Chunk) else item)
+    except Exception as error:  # noqa: BLE001 - raised again in the task that reads the queue
         await queue.put(error)
     else:
         await queue.put(None)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from engine import errors
 from engine.errors import EngineUnavailable, InternalError, InvalidRequest, Overloaded, UnknownModel
 from server.errors import STATUS, error_body, error_headers, field_path, from_validation, status_of
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_body_is_small_and_can_always_be_sent(message, param):
 def test_what_the_client_sent_is_not_echoed_at_length(huge):
     for body in ({"prompt": "x", huge: 1}, {"prompt": "x", "cache": huge}, {"prompt": "x", "seed": huge}):
         with pytest.raises(ValidationError) as caught:
-            GenerateRequest.model_validate(body)
+            GenerateBody.model_validate(body)
         assert len(error_body(from_validation(caught.value))) <= 4096
 
 

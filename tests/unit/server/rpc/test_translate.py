@@ -4,14 +4,14 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import TokenLogprobs
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 from server.rpc import translate
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.service.types import Chunk, Ending, Timing, Usage
 
 
 def asked(**fields):
-    return translate.checked(pb.GenerateRequest(**fields), GenerateRequest)
+    return translate.checked(pb.GenerateRequest(**fields), GenerateBody)
 
 
 def request(*, time_remaining=None, **fields):

@@ -93,9 +93,7 @@ async def test_logprobs():
 @pytest.mark.parametrize("stream", [False, True])
 async def test_logprobs_of_an_echoed_prompt(stream):
     """What evaluation harnesses score prompts with."""
-    chunks = letters("d", logprobs=odds)
-    chunks[0].prompt_logprobs = [None, odds(98)]
-    service = ScriptedService(*chunks)
+    service = ScriptedService(*letters("d", logprobs=odds, prompt_logprobs=[None, odds(98)]))
     body = {**ASK, "prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1}
     if stream:
         events = await events_of(service, "/v1/completions", body)
@@ -111,8 +109,7 @@ async def test_logprobs_of_an_echoed_prompt(stream):
 
 
 async def test_prompt_logprobs_as_vllm_gives_them():
-    chunks = letters("d")
-    chunks[0].prompt_logprobs = [None, odds(98)]
+    chunks = letters("d", prompt_logprobs=[None, odds(98)])
     _, answer = await post(ScriptedService(*chunks), "/v1/completions", {**ASK, "prompt_logprobs": 1})
     assert answer["choices"][0]["prompt_logprobs"] == [
         None,
@@ -125,8 +122,8 @@ async def test_prompt_logprobs_as_vllm_gives_them():
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_first_choice_alone_has_an_echoed_prompts_logprobs(stream):
-    chunks = [*letters("d", logprobs=odds), *letters("e", index=1, logprobs=odds)]
-    chunks[0].prompt_logprobs = [None, odds(98)]
+    first = letters("d", logprobs=odds, prompt_logprobs=[None, odds(98)])
+    chunks = [*first, *letters("e", index=1, logprobs=odds)]
     body = {**ASK, "prompt": [97, 98], "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2}
     if stream:
         events = await events_of(ScriptedService(*chunks), "/v1/completions", body)

@@ -98,9 +98,7 @@ async def test_logprobs_whole_and_streamed():
     def odds(token):
         return TokenLogprobs(token, float("-inf"), 2, [65, 66], [-0.1, -2.5])
 
-    chunks = letters("hi", logprobs=odds)
-    chunks[0].prompt_logprobs = [None, odds(67)]
-    service = ScriptedService(*chunks)
+    service = ScriptedService(*letters("hi", logprobs=odds, prompt_logprobs=[None, odds(67)]))
     _, answer = await post(service, "/v1/generate", {"prompt": "x", "logprobs": 2, "prompt_logprobs": 2})
     output = answer["outputs"][0]
     assert output["logprobs"][0] == {

@@ -1,0 +1,40 @@
+"""Spreads long work over iterations of the event loop, so that an answer of any size holds no other stream up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+
+class Pacer:
+    """Runs work slice by slice. All requests of a worker share one pacer, which runs one slice per loop iteration.
+
+    The work is a generator that yields between two slices. A slice should take a few milliseconds at most.
+    """
+
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
+
+    async def run(self, slices: Iterator[None]) -> None:
+        """Run `slices` to the end. Work of a single slice runs at once, without a pause."""
+        for _ in slices:
+            async with self._one_at_a_time:
+                await asyncio.sleep(0)
+
+
+class Backlog:
+    """Counts small pieces of work, to pause a task that never waits because its next item is always there already."""
+
+    __slots__ = ("_done", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        """`limit` is how much work one loop iteration may do, in the unit of `pause_after`."""
+        self._limit = limit
+        self._done = 0
+
+    async def pause_after(self, work: int) -> None:
+        """Let other tasks run if more than the limit was done since the last pause."""
+        self._done += work
+        if self._done >= self._limit:
+            self._done = 0
+            await asyncio.sleep(0)
