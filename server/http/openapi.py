@@ -22,7 +22,7 @@ def openapi_document(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, An
     extras = [route.openapi_extra for router in routers for route in router.routes if isinstance(route, APIRoute)]
     models = dict.fromkeys(extra.model for extra in extras if isinstance(extra, JsonBody))
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template="#/components/schemas/{model}")
-    document["components"]["schemas"] |= schemas["$defs"]
+    document["components"]["schemas"] |= schemas.get("$defs", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of an error, which no route here uses
         document["components"]["schemas"].pop(name, None)
     for operation in (operation for path in document["paths"].values() for operation in path.values()):

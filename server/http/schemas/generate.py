@@ -24,9 +24,10 @@ class GenerateBody(SamplingFields):
         }
     )
 
-    prompt: (
-        Annotated[str, Field(min_length=1, description="The prompt as text. Give either prompt or prompt_token_ids.")] | None
-    ) = None
+    prompt: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        Field(description="The prompt as text. Give either prompt or prompt_token_ids."),
+    ] = None
     prompt_token_ids: TokenIds | None = Field(default=None, description="The prompt as token ids, used without change.")
     max_tokens: Annotated[int | None, bounded("max_tokens", "Largest number of tokens to generate; 16 if left out.")] = None
     logprobs: Annotated[

@@ -195,7 +195,13 @@ class ChatBody(OpenAIFields):
 
     messages: Annotated[
         list[Message],
-        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "Hello"}]]),
+        Field(
+            fail_fast=True,
+            min_length=1,
+            max_length=MAX_MESSAGES,
+            description="The conversation so far.",
+            examples=[[{"role": "user", "content": "Hello"}]],
+        ),
     ]
     max_tokens: Annotated[
         int | None, bounded("max_tokens", "Largest number of tokens to generate; what is left of the context if left out.")
