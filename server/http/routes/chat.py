@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
-from server.http.disconnect import while_connected
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
+from server.http.routes.answer import respond
 from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id, now, openai_usage
-from server.http.routes.collect import CollectedOutput, Collector
+from server.http.routes.collect import CollectedOutput
 from server.http.routes.logprobs import (
     ChatLogprobsJson,
     ItemList,
@@ -26,7 +26,7 @@ from server.http.routes.logprobs import (
     written_parts,
 )
 from server.http.schemas.openai import ChatBody, ChatResponse
-from server.http.sse import DONE, EventStream, event, event_pieces
+from server.http.sse import DONE, event, event_pieces
 from server.service.types import Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
@@ -42,12 +42,7 @@ async def chat_completions(request: Request) -> Response:
     api = api_of(request)
     body = await read_json(request, ChatBody, api.max_body_bytes)
     generation = await _generation_request(api, body, new_id("chatcmpl"))
-    stream = api.service.generate(generation)
-    answer = _Answer(api, body, generation.request_id)
-    if body.stream:
-        return EventStream(answer.events(stream))
-    collector = Collector(generation.n, answer.write_logprobs, api.pacer)
-    return answer.whole(*await while_connected(request.receive, collector.collect(stream)))
+    return await respond(request, _Answer(api, body, generation.request_id), [generation], stream=bool(body.stream))
 
 
 async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRequest:
@@ -71,8 +66,8 @@ class _Answer:
         chosen, prompt = chat_item(text, api.service.token_bytes), prompt_item(text)
         self.write_logprobs = write_each(lambda: ChatLogprobsJson(chosen), lambda: ItemList(prompt))
 
-    def whole(self, outputs: list[CollectedOutput], ending: Ending) -> Response:
-        fields = {**self._head, "object": "chat.completion", "usage": openai_usage(ending.usage)}
+    def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
+        fields = {**self._head, "object": "chat.completion", "usage": openai_usage(endings[0].usage)}
         prompt = written_parts(outputs[0].written, "prompt_logprobs")
         return PartsResponse(object_parts(fields, {"choices": list_parts(map(_choice, outputs)), **prompt}))
 

@@ -73,7 +73,10 @@ class Collector:
     async def collect_all(
         self, streams: list[AsyncGenerator[Chunk | Ending, None]]
     ) -> tuple[list[CollectedOutput], list[Ending]]:
-        """The outputs of several prompts, numbered in one sequence. If one prompt fails, all of them end with its error."""
+        """The outputs of all prompts, numbered in one sequence. If one prompt fails, all of them end with its error."""
+        if len(streams) == 1:
+            outputs, ending = await self.collect(streams[0])
+            return outputs, [ending]
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.collect(stream, first_index=i * self._n)) for i, stream in enumerate(streams)]

@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
-from server.http.disconnect import while_connected
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
+from server.http.routes.answer import respond
 from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id, now, openai_usage
-from server.http.routes.collect import CollectedOutput, Collector, merge, total_usage
+from server.http.routes.collect import CollectedOutput, total_usage
 from server.http.routes.logprobs import (
     CompletionLogprobsJson,
     ItemList,
@@ -27,7 +27,7 @@ from server.http.routes.logprobs import (
     written_parts,
 )
 from server.http.schemas.openai import CompletionBody, CompletionResponse
-from server.http.sse import DONE, EventStream, event, event_pieces
+from server.http.sse import DONE, event, event_pieces
 from server.service.types import Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
@@ -55,12 +55,7 @@ async def completions(request: Request) -> Response:
     requests = _requests(body, prompts, id)
     if len(requests) > 1:
         _check_together(api, requests)
-    streams = [api.service.generate(generation) for generation in requests]
-    answer = _Answer(api, body, prompts, id)
-    if body.stream:
-        return EventStream(answer.events(merge(streams, body.num_outputs)))
-    collector = Collector(body.num_outputs, answer.write_logprobs, api.pacer)
-    return answer.whole(*await while_connected(request.receive, collector.collect_all(streams)))
+    return await respond(request, _Answer(api, body, prompts, id), requests, stream=bool(body.stream))
 
 
 async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> Prompt:

@@ -13,13 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
-from server.http.disconnect import while_connected
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
+from server.http.routes.answer import respond
 from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id
-from server.http.routes.collect import CollectedOutput, Collector
+from server.http.routes.collect import CollectedOutput
 from server.http.routes.logprobs import ItemList, Written, own_item, write_each, written_parts
 from server.http.schemas.generate import GenerateBody, GenerateResponse
-from server.http.sse import DONE, EventStream, event_pieces
+from server.http.sse import DONE, event_pieces
 from server.service.types import Chunk, Ending
 
 router = APIRouter(tags=["generate"])
@@ -36,12 +36,7 @@ async def generate(request: Request) -> Response:
     api = api_of(request)
     body = await read_json(request, GenerateBody, api.max_body_bytes)
     generation = body.generation_request(new_id("gen"))
-    stream = api.service.generate(generation)
-    answer = _Answer(api, body, generation.request_id)
-    if body.stream:
-        return EventStream(answer.events(stream))
-    collector = Collector(generation.n, answer.write_logprobs, api.pacer)
-    return answer.whole(*await while_connected(request.receive, collector.collect(stream)))
+    return await respond(request, _Answer(api, body, generation.request_id), [generation], stream=bool(body.stream))
 
 
 class _Answer:
@@ -55,8 +50,8 @@ class _Answer:
         item = own_item(api.service.token_text)
         self.write_logprobs = write_each(lambda: ItemList(item), lambda: ItemList(item))
 
-    def whole(self, outputs: list[CollectedOutput], ending: Ending) -> Response:
-        fields = {**self._ids, "model": self._model, **_end(ending)}
+    def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
+        fields = {**self._ids, "model": self._model, **_end(endings[0])}
         return PartsResponse(object_parts(fields, {"outputs": list_parts(map(_output, outputs))}))
 
     async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
