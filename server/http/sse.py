@@ -18,7 +18,7 @@ from engine.errors import Aborted
 from server.errors import error_body, status_of
 from server.http.disconnect import while_connected
 from server.http.json_parts import Parts, joined
-from server.http.pacing import Backlog
+from server.service.pacing import Backlog
 
 log = logging.getLogger("tidegate.http")
 

@@ -13,6 +13,7 @@ from server.rpc import translate
 from server.rpc.errors import Context, answers_errors
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
+from server.service.pacing import Pacer
 from server.service.service import GenerateService
 from server.service.types import Chunk
 
@@ -23,6 +24,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     def __init__(self, service: GenerateService, send_timeout_s: float) -> None:
         self._service = service
         self._send_timeout_s = send_timeout_s
+        self._pacer = Pacer()
 
     @answers_errors(pb.GenerateRequest)
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -36,7 +38,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             async for item in stream:
                 response = pb.GenerateResponse(id=id, request_id=asked.request_id)
                 if isinstance(item, Chunk):
-                    response.chunk.CopyFrom(translate.chunk_message(item, self._service.token_text))
+                    response.chunk.CopyFrom(await translate.chunk_message(item, self._service.token_text, self._pacer))
                 else:
                     response.ending.CopyFrom(translate.ending_message(item, model))
                 await self._send(context, response)

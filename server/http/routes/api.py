@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.http.pacing import Pacer
 from server.http.schemas.service import ErrorResponse
 from server.metrics import Metrics
+from server.service.pacing import Pacer
 from server.service.service import GenerateService
 from server.service.types import Usage
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.errors import InternalError
-from server.http.pacing import Backlog, Pacer
 from server.http.routes.logprobs import WriteLogprobs, Written
+from server.service.pacing import Backlog, Pacer
 from server.service.types import Chunk, Ending, Usage
 
 _BACKLOG_CHUNKS = 64  # a few milliseconds of work, the service's included

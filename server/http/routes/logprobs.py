@@ -1,24 +1,23 @@
 """Log-probabilities as JSON, in the form of each route.
 
 One answer may report millions of them. So they are written a slice of positions at a time: each `write` below is a generator
-that yields between two slices, for `server.http.pacing.Pacer` to run.
+that yields between two slices, for `server.service.pacing.Pacer` to run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from engine.request import TokenLogprobs
 from server.http.json_parts import ItemsBuffer, Parts, object_parts
+from server.service.pacing import Positions, slices
 from server.service.types import Chunk
 
 TokenText = Callable[[int], str]
 TokenBytes = Callable[[int], bytes]
 Item = Callable[[TokenLogprobs], dict[str, Any]]
-Positions = Sequence[TokenLogprobs | None]  # None stands for a prompt's first token, which has no prediction
 
-SLICE = 1024  # log-probabilities, alternatives counted: 1 to 3 ms of work
 _LOWEST = -9999.0  # JSON has no minus infinity; OpenAI sends this value for it
 
 
@@ -98,18 +97,6 @@ class CompletionLogprobsJson:
         if not self._num_top:
             written["top_logprobs"] = [b"null"]
         return object_parts({}, written)
-
-
-def slices(positions: Positions) -> Iterator[Positions]:
-    """`positions` cut after every SLICE log-probabilities or a few more. Usually that is one slice: all of them."""
-    begin = size = 0
-    for i, position in enumerate(positions, 1):
-        size += 1 if position is None else 1 + len(position.top_ids)
-        if size >= SLICE:
-            yield positions[begin:i]
-            begin, size = i, 0
-    if begin < len(positions):
-        yield positions[begin:]
 
 
 def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], LogprobsJson]) -> WriteLogprobs:

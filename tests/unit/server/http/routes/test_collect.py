@@ -4,9 +4,9 @@ import msgspec
 import pytest
 
 from engine.errors import InternalError
-from server.http.pacing import Pacer
 from server.http.routes.collect import Collector, merge, renumbered
 from server.http.routes.logprobs import write_each
+from server.service.pacing import Pacer
 from server.service.types import Chunk, Ending
 from tests.unit.server.http.routes.scripted import ScriptedService, letters
 from tests.unit.server.http.routes.serve import events_of, post

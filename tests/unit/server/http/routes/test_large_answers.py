@@ -7,7 +7,7 @@ import pytest
 
 from engine.request import TokenLogprobs
 from server.http.json_parts import PART_BYTES
-from server.http.routes.logprobs import SLICE
+from server.service.pacing import SLICE
 from server.service.types import Chunk
 from tests.unit.server.http.routes.scripted import ScriptedService
 from tests.unit.server.http.routes.serve import app_of, client_of, events_of, post

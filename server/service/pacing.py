@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from engine.request import TokenLogprobs
+
+SLICE = 1024  # log-probabilities, alternatives counted: writing them takes 1 to 3 ms
+Positions = Sequence[TokenLogprobs | None]  # None stands for a prompt's first token, which has no prediction
 
 
 class Pacer:
@@ -38,3 +43,15 @@ class Backlog:
         if self._done >= self._limit:
             self._done = 0
             await asyncio.sleep(0)
+
+
+def slices(positions: Positions) -> Iterator[Positions]:
+    """`positions` cut after every SLICE log-probabilities or a few more. Usually that is one slice: all of them."""
+    begin = size = 0
+    for i, position in enumerate(positions, 1):
+        size += 1 if position is None else 1 + len(position.top_ids)
+        if size >= SLICE:
+            yield positions[begin:i]
+            begin, size = i, 0
+    if begin < len(positions):
+        yield positions[begin:]
