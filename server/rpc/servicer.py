@@ -38,7 +38,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             async for item in stream:
                 response = pb.GenerateResponse(id=id, request_id=asked.request_id)
                 if isinstance(item, Chunk):
-                    response.chunk.CopyFrom(await translate.chunk_message(item, self._service.token_text, self._pacer))
+                    response.chunk.SetInParent()
+                    await translate.write_chunk(response.chunk, item, self._service.token_text, self._pacer)
                 else:
                     response.ending.CopyFrom(translate.ending_message(item, model))
                 await self._send(context, response)

@@ -39,8 +39,9 @@ def generation_request(asked: GenerateBody, request_id: str, time_remaining: flo
     return asked.generation_request(request_id, deadline_s=None if time_remaining is None else max(time_remaining, 0.001))
 
 
-async def chunk_message(chunk: Chunk, text_of: TokenText, pacer: Pacer) -> pb.Chunk:
-    message = pb.Chunk(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids, finish_reason=chunk.finish_reason)
+async def write_chunk(message: pb.Chunk, chunk: Chunk, text_of: TokenText, pacer: Pacer) -> None:
+    """Fills the empty `message` in place, because copying a large message takes milliseconds."""
+    message.MergeFrom(pb.Chunk(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids, finish_reason=chunk.finish_reason))
     for field, positions in ((message.logprobs, chunk.logprobs), (message.prompt_logprobs, chunk.prompt_logprobs)):
         if positions is not None:
             await pacer.run(_add_logprobs(field, positions, text_of))
@@ -48,7 +49,6 @@ async def chunk_message(chunk: Chunk, text_of: TokenText, pacer: Pacer) -> pb.Ch
         message.stop_text = chunk.stop_reason
     elif chunk.stop_reason is not None:
         message.stop_token_id = chunk.stop_reason
-    return message
 
 
 def _add_logprobs(

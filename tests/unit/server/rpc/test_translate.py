@@ -103,12 +103,17 @@ def test_what_http_refuses_is_refused(fields, param):
     assert caught.value.param == param
 
 
+async def chunk_message(chunk, text_of):
+    message = pb.Chunk()
+    await translate.write_chunk(message, chunk, text_of, Pacer())
+    return message
+
+
 async def test_chunk():
     at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65, 66], top_logprobs=[-0.5, -math.inf])
-    made = await translate.chunk_message(
+    made = await chunk_message(
         Chunk(index=1, text="A", token_ids=[65], finish_reason="stop", stop_reason=65, logprobs=[at], prompt_logprobs=[None, at]),
         chr,
-        Pacer(),
     )
     assert (made.index, made.text, list(made.token_ids), made.finish_reason) == (1, "A", [65], "stop")
     assert (made.WhichOneof("stop_reason"), made.stop_token_id) == ("stop_token_id", 65)
@@ -124,11 +129,11 @@ async def test_chunk():
 
 
 async def test_a_message_leaves_out_the_fields_that_its_chunk_does_not_have():
-    made = await translate.chunk_message(Chunk(index=0, text="", token_ids=[]), chr, Pacer())
+    made = await chunk_message(Chunk(index=0, text="", token_ids=[]), chr)
     assert not made.HasField("finish_reason")
     assert made.WhichOneof("stop_reason") is None
     chunk = Chunk(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END")
-    stopped = await translate.chunk_message(chunk, chr, Pacer())
+    stopped = await chunk_message(chunk, chr)
     assert (stopped.WhichOneof("stop_reason"), stopped.stop_text) == ("stop_text", "END")
 
 
@@ -151,7 +156,7 @@ async def test_many_log_probabilities_are_translated_in_slices(field):
 
     watcher = asyncio.create_task(watch())
     await asyncio.sleep(0)
-    made = await translate.chunk_message(Chunk(index=0, text="", token_ids=[], **{field: [at] * 1000}), text_of, Pacer())
+    made = await chunk_message(Chunk(index=0, text="", token_ids=[], **{field: [at] * 1000}), text_of)
     await asyncio.sleep(0)
     watcher.cancel()
     assert len(getattr(made, field)) == 1000
