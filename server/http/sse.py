@@ -7,6 +7,7 @@ client that leaves, or that `server.http.guard` disconnects because it reads not
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -71,7 +72,8 @@ class EventStream(Response):
             try:
                 async for piece in events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    await backlog.pause_after(len(piece) + _EVENT_BYTES)
+                    if backlog.is_due(len(piece) + _EVENT_BYTES):
+                        await asyncio.sleep(0)
             except Exception as error:  # noqa: BLE001 - the status line is sent, so any error must be reported in the stream
                 await send({"type": "http.response.body", "body": _last_event(error), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

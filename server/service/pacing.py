@@ -28,21 +28,26 @@ class Pacer:
 
 
 class Backlog:
-    """Counts small pieces of work, to pause a task that never waits because its next item is always there already."""
+    """Counts small pieces of work, to pause a task that never waits because its next item is always there already.
+
+    if backlog.is_due(work):
+        await asyncio.sleep(0)
+    """
 
     __slots__ = ("_done", "_limit")
 
     def __init__(self, limit: int) -> None:
-        """`limit` is how much work one loop iteration may do, in the unit of `pause_after`."""
+        """`limit` is how much work one loop iteration may do, in the unit of `is_due`."""
         self._limit = limit
         self._done = 0
 
-    async def pause_after(self, work: int) -> None:
-        """Let other tasks run if more than the limit was done since the last pause."""
+    def is_due(self, work: int) -> bool:
+        """Whether to pause after `work`, because the limit is reached. Not a coroutine: it is called for every token."""
         self._done += work
-        if self._done >= self._limit:
-            self._done = 0
-            await asyncio.sleep(0)
+        if self._done < self._limit:
+            return False
+        self._done = 0
+        return True
 
 
 def slices(positions: Positions) -> Iterator[Positions]:

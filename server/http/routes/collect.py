@@ -65,7 +65,8 @@ class Collector:
                 output.add(item)
                 if item.logprobs is not None or item.prompt_logprobs is not None:
                     await self._pacer.run(self._write(renumbered(item, first_index), output.written))
-                await backlog.pause_after(1)
+                if backlog.is_due(1):
+                    await asyncio.sleep(0)
         if ending is None:
             raise InternalError("a generation ended without its Ending")
         return outputs, ending
