@@ -38,6 +38,7 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> int:
+    """Seconds since 1970."""
     return int(time.time())
 
 
@@ -46,6 +47,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
+    """The form of `schemas.openai.OpenAIUsage`."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
