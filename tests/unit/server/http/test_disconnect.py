@@ -1,3 +1,5 @@
+"""`while_connected`: work is cancelled when its client leaves, and only then."""
+
 import asyncio
 import contextlib
 
@@ -8,6 +10,8 @@ from server.http.disconnect import while_connected
 
 
 def client(*, leaves_after=None):
+    """The `receive` of a client that leaves after so many seconds, or never."""
+
     async def receive():
         if leaves_after is None:
             await asyncio.Event().wait()
@@ -17,7 +21,7 @@ def client(*, leaves_after=None):
     return receive
 
 
-async def test_work_that_ends_first_gives_its_result():
+async def test_the_result_of_work_that_ends_before_the_client_leaves_is_returned():
     async def work():
         await asyncio.sleep(0)
         return 7
@@ -25,7 +29,7 @@ async def test_work_that_ends_first_gives_its_result():
     assert await while_connected(client(), work()) == 7
 
 
-async def test_a_client_that_leaves_cancels_the_work_at_once():
+async def test_the_work_is_cancelled_at_once_when_the_client_leaves():
     ended = []
 
     async def work():
@@ -40,7 +44,7 @@ async def test_a_client_that_leaves_cancels_the_work_at_once():
     assert asyncio.current_task().cancelling() == 0
 
 
-async def test_the_works_own_error_goes_through():
+async def test_an_error_of_the_work_is_raised():
     async def work():
         raise KeyError("x")
 
@@ -48,7 +52,7 @@ async def test_the_works_own_error_goes_through():
         await while_connected(client(), work())
 
 
-async def test_cancelled_from_outside_stays_cancelled():
+async def test_a_cancellation_by_another_task_stays_a_cancellation():
     task = asyncio.create_task(while_connected(client(), asyncio.sleep(60)))
     await asyncio.sleep(0.01)
     task.cancel()
@@ -56,7 +60,7 @@ async def test_cancelled_from_outside_stays_cancelled():
         await task
 
 
-async def test_no_watcher_is_left_behind():
+async def test_no_task_is_left_running():
     before = len(asyncio.all_tasks())
     for _ in range(20):
         await while_connected(client(), asyncio.sleep(0))
@@ -65,7 +69,7 @@ async def test_no_watcher_is_left_behind():
 
 
 @pytest.mark.parametrize("leaves_after", [0, 0.001])
-async def test_leaving_at_the_moment_of_the_end_never_cancels_what_comes_after(leaves_after):
+async def test_a_client_that_leaves_just_as_the_work_ends_cancels_nothing_else(leaves_after):
     for _ in range(200):
         with contextlib.suppress(Aborted):
             await while_connected(client(leaves_after=leaves_after), asyncio.sleep(leaves_after))
