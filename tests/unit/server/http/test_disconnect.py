@@ -9,16 +9,20 @@ from engine.errors import Aborted
 from server.http.disconnect import while_connected
 
 
-def client(*, leaves_after=None):
-    """The `receive` of a client that leaves after so many seconds, or never."""
+def client(leaves=None):
+    """The `receive` of a client that leaves when the event `leaves` is set; without an event it stays."""
 
     async def receive():
-        if leaves_after is None:
-            await asyncio.Event().wait()
-        await asyncio.sleep(leaves_after)
+        await (leaves or asyncio.Event()).wait()
         return {"type": "http.disconnect"}
 
     return receive
+
+
+async def iterations(number):
+    """Wait for so many iterations of the event loop."""
+    for _ in range(number):
+        await asyncio.sleep(0)
 
 
 async def test_the_result_of_work_that_ends_before_the_client_leaves_is_returned():
@@ -29,17 +33,19 @@ async def test_the_result_of_work_that_ends_before_the_client_leaves_is_returned
     assert await while_connected(client(), work()) == 7
 
 
-async def test_the_work_is_cancelled_at_once_when_the_client_leaves():
+async def test_the_work_is_cancelled_when_the_client_leaves():
     ended = []
+    leaves = asyncio.Event()
 
     async def work():
         try:
-            await asyncio.sleep(60)
+            leaves.set()
+            await asyncio.Event().wait()
         finally:
             ended.append(True)
 
     with pytest.raises(Aborted):
-        await asyncio.wait_for(while_connected(client(leaves_after=0.01), work()), 2)
+        await asyncio.wait_for(while_connected(client(leaves), work()), 5)
     assert ended == [True]
     assert asyncio.current_task().cancelling() == 0
 
@@ -53,8 +59,14 @@ async def test_an_error_of_the_work_is_raised():
 
 
 async def test_a_cancellation_by_another_task_stays_a_cancellation():
-    task = asyncio.create_task(while_connected(client(), asyncio.sleep(60)))
-    await asyncio.sleep(0.01)
+    begun = asyncio.Event()
+
+    async def work():
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(while_connected(client(), work()))
+    await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -68,10 +80,18 @@ async def test_no_task_is_left_running():
     assert len(asyncio.all_tasks()) == before
 
 
-@pytest.mark.parametrize("leaves_after", [0, 0.001])
-async def test_a_client_that_leaves_just_as_the_work_ends_cancels_nothing_else(leaves_after):
-    for _ in range(200):
-        with contextlib.suppress(Aborted):
-            await while_connected(client(leaves_after=leaves_after), asyncio.sleep(leaves_after))
-        await asyncio.sleep(0)
-        assert asyncio.current_task().cancelling() == 0
+@pytest.mark.parametrize("work_iterations", range(6))
+@pytest.mark.parametrize("client_iterations", range(6))
+async def test_a_client_that_leaves_just_as_the_work_ends_cancels_nothing_else(work_iterations, client_iterations):
+    leaves = asyncio.Event()
+
+    async def leave():
+        await iterations(client_iterations)
+        leaves.set()
+
+    leaving = asyncio.create_task(leave())
+    with contextlib.suppress(Aborted):
+        await while_connected(client(leaves), iterations(work_iterations))
+    await leaving
+    await iterations(3)
+    assert asyncio.current_task().cancelling() == 0
