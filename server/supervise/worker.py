@@ -39,6 +39,7 @@ from server.text.tokenizer import Tokenizer
 log = logging.getLogger("tidegate.worker")
 
 CUT_SHARE = 0.9  # of drain_timeout_s, after which streams are cut short: the rest is for their last words to arrive
+ADMIN_STOP_SECONDS = 1.0  # for answers of the admin port that are being sent when the worker ends
 BACKLOG = 2048
 # Python's own, (700, 10, 10), walks the heap several times over while a body of a million small lists is read.
 GC_THRESHOLD = (50_000, 20, 100)
@@ -81,18 +82,18 @@ class Worker:
         await self._client.start()
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
-        administering = asyncio.create_task(admin.serve(sockets=[self._admin_socket]))
+        admin_serving = asyncio.create_task(admin.serve(sockets=[self._admin_socket]))
         telling = asyncio.create_task(self._tell_ready())
         draining = asyncio.create_task(self._draining.wait())
-        await asyncio.wait({serving, administering, draining}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving, admin_serving, draining}, return_when=asyncio.FIRST_COMPLETED)
         telling.cancel()
         await self._drain(http, rpc, serving)
         metrics.tally.flush()
         admin.should_exit = admin.force_exit = True
-        for task in (serving, administering):
+        await asyncio.wait({admin_serving}, timeout=ADMIN_STOP_SECONDS)
+        for task in (serving, admin_serving):
             if task.done():
                 task.result()  # a bug ends the process with its traceback
-        await administering
 
     def _on_signal(self) -> None:
         if self._draining.is_set():

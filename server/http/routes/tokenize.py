@@ -28,4 +28,4 @@ async def detokenize(request: Request) -> Response:
     """Turn token ids into text."""
     api = api_of(request)
     body = await read_json(request, DetokenizeBody, api.max_body_bytes)
-    return json_response({"prompt": await api.service.detokenize(list(body.tokens), model=body.model)})
+    return json_response({"prompt": await api.service.detokenize(body.tokens, model=body.model)})

@@ -65,7 +65,7 @@ class GenerateBody(SamplingFields):
             deadlines.append(self.deadline_ms / 1000)
         return self.request_of(
             request_id,
-            self.prompt if self.prompt is not None else list(self.prompt_token_ids or ()),
+            self.prompt if self.prompt is not None else self.prompt_token_ids or [],
             self.sampling(max_tokens=self.max_tokens, logprobs=self.logprobs),
             deadline_s=min(deadlines, default=None),
             client_names=self.client_names,
