@@ -1,7 +1,8 @@
-"""The application of the admin port, for probes, scrapes and operators: nothing that clients of the API need.
+"""The application of the admin port. Health probes, metrics scrapes and operators use it; clients of the API do not need it.
 
-The port is on 127.0.0.1 by default and has its own setting, so that it can be reachable where the API is not, and the other way
-round. All API workers of a server serve it together. It stays open while the server drains, when the HTTP port is closed.
+The admin port listens on 127.0.0.1 by default. Its address is a setting of its own (`admin_host`), so that the API can be open
+to a network that the admin port is closed to. All API workers of a server serve the one admin port together. The port stays
+open while the server drains, when the HTTP port is closed already.
 """
 
 from __future__ import annotations

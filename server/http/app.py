@@ -37,7 +37,7 @@ def build_app(settings: Settings, service: GenerateService, metrics: Metrics) ->
 
 
 def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api) -> FastAPI:
-    """An application with the routes of `routers`, and with errors in the form of `server.errors`."""
+    """A FastAPI application with the routes of `routers`. It answers errors in the form of `server.errors`."""
     app = FastAPI(title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = api
     for router in routers:
@@ -58,12 +58,12 @@ async def _on_tidegate_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """The answer to any other exception. Starlette raises the exception again afterwards, and uvicorn logs it."""
+    """Answers an exception that is not a TidegateError with 500. Starlette raises it again afterwards, and uvicorn logs it."""
     return Response(error_body(error), 500, media_type="application/json")
 
 
 async def _on_no_route(request: Request, error: HTTPException) -> Response:
-    """The answer where the router finds no route (404) or no such method (405)."""
+    """Answers a request whose path has no route (404) or whose route does not have the method (405)."""
     path = request.scope["path"][:256]
     if error.status_code == 405:
         body = error_object("invalid_request_error", "method_not_allowed", f"{path} does not support {request.method}")

@@ -26,7 +26,10 @@ _PARSER = ThreadPoolExecutor(1, "tidegate-body")
 
 
 async def read_json(request: Request, model: type[M], max_bytes: int) -> M:
-    """The body as `model`. Raises InvalidRequest, MalformedRequest, PayloadTooLarge, or Aborted if the client leaves."""
+    """Read and validate the body of `request`. Returns an instance of `model`.
+
+    Raises MalformedRequest (not a JSON object), InvalidRequest (a field is wrong), PayloadTooLarge, or Aborted (the client left).
+    """
     _check_encoding(request)
     body = await read_body(request, max_bytes)
     if len(body) < THREAD_BYTES:
@@ -56,7 +59,7 @@ def _parse(body: bytes, model: type[M]) -> M:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The bytes of the body. Raises PayloadTooLarge as soon as there are more than `max_bytes`."""
+    """Read the bytes of the body of `request`. Raises PayloadTooLarge as soon as more than `max_bytes` have arrived."""
     too_large = PayloadTooLarge(f"the body is larger than this server's limit of {max_bytes} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):

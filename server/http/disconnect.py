@@ -1,4 +1,4 @@
-"""Cancels work when the client that it is for leaves."""
+"""Cancels the work for a request as soon as the client of the request disconnects."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PART_BYTES = 64 << 10  # joining or sending this much takes well under a millise
 
 
 class ItemsBuffer:
-    """The items of one JSON list, added a few at a time."""
+    """Collects the items of one JSON list, as JSON text, a few items at a time."""
 
     __slots__ = ("_full", "_open")
 
@@ -38,12 +38,12 @@ class ItemsBuffer:
             self._open = bytearray()
 
     def parts(self) -> Parts:
-        """The list so far, with both brackets."""
+        """The JSON text of the list with the items that were added so far."""
         return [*self._full, bytes(self._open) + b"]"]
 
 
 def object_parts(fields: Mapping[str, Any], written: Mapping[str, Parts]) -> Parts:
-    """A JSON object of plain `fields`, followed by fields whose values are `written` already."""
+    """The parts of a JSON object. It has the plain `fields`, then the fields of `written`, whose values are JSON text already."""
     parts = [orjson.dumps(fields)[:-1]]
     separator = b"," if fields else b""
     for name, value in written.items():
@@ -53,7 +53,7 @@ def object_parts(fields: Mapping[str, Any], written: Mapping[str, Parts]) -> Par
 
 
 def list_parts(items: Iterable[Parts]) -> Parts:
-    """A JSON list of items that are written already."""
+    """The parts of a JSON list whose items are JSON text already."""
     parts = [b"["]
     for i, item in enumerate(items):
         parts += [b",", *item] if i else item
@@ -61,9 +61,9 @@ def list_parts(items: Iterable[Parts]) -> Parts:
 
 
 def joined(parts: Parts) -> Iterator[bytes]:
-    """The bytes of `parts` in pieces of at least PART_BYTES, except for the last one.
+    """The bytes of `parts` in pieces of at least PART_BYTES, except for the last piece.
 
-    Empties the list as it goes: freeing hundreds of megabytes at the end, in one go, would take tens of milliseconds.
+    The parts are taken out of the list one by one, so that their memory is freed while the pieces are sent.
     """
     parts.reverse()
     open_ = bytearray()
@@ -79,7 +79,10 @@ def joined(parts: Parts) -> Iterator[bytes]:
 
 
 class PartsResponse(Response):
-    """A JSON body of known length, which must not be empty, sent piece by piece. Other tasks run between two pieces."""
+    """An HTTP response that sends its JSON body piece by piece. Other tasks run between two pieces.
+
+    `parts` must not be empty. The response empties the list.
+    """
 
     media_type = "application/json"
 

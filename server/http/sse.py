@@ -29,22 +29,22 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold the events back
 ]
-_BACKLOG_BYTES = 64 << 10  # sent between two pauses, when events are waiting already
-_EVENT_BYTES = 512  # counted for each event besides its own bytes: making one takes as long as writing this much
+_BACKLOG_BYTES = 64 << 10  # bytes sent per loop iteration if events are waiting already
+_EVENT_BYTES = 512  # added to the size of each event, as making an event takes about as long as writing so many bytes
 
 
 def event(data: bytes) -> bytes:
-    """One event. `data` must hold no line break; the JSON that we write has none."""
+    """The text of one event. `data` must have no line break; orjson writes none."""
     return b"data: " + data + b"\n\n"
 
 
 def event_pieces(parts: Parts) -> Iterator[bytes]:
-    """One event with JSON in parts. A large event comes in several pieces, to be sent one after the other."""
+    """The text of one event whose JSON is in parts. A large event has several pieces, which are sent one after the other."""
     return joined([b"data: ", *parts, b"\n\n"])
 
 
 class EventStream(Response):
-    """Sends each item of `events` as one piece of the body. An item is an event, or a piece of one (see `event_pieces`)."""
+    """An HTTP response of server-sent events. Each item of `events` is an event, or a piece of one (see `event_pieces`)."""
 
     media_type = "text/event-stream"
 

@@ -32,7 +32,7 @@ def loads(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         what = error.msg[:1].lower() + error.msg[1:]
         raise MalformedRequest(f"the body is not JSON: {what} at character {error.pos}") from None
-    except ValueError:  # int() refuses thousands of digits
+    except ValueError:  # raised by int() for thousands of digits
         raise MalformedRequest("a number in the body has too many digits") from None
     return value
 

@@ -1,4 +1,4 @@
-"""Spreads long work over iterations of the event loop, so that an answer of any size holds no other stream up."""
+"""Spreads long work over many iterations of the event loop, so that a large answer does not delay other streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Positions = Sequence[TokenLogprobs | None]  # None stands for a prompt's first t
 
 
 class Pacer:
-    """Runs work slice by slice. All requests of a worker share one pacer, which runs one slice per loop iteration.
+    """Runs long work slice by slice, one slice per iteration of the event loop. All HTTP requests of a worker share one pacer.
 
     The work is a generator that yields between two slices. A slice should take a few milliseconds at most.
     """
@@ -21,14 +21,15 @@ class Pacer:
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self, slices: Iterator[None]) -> None:
-        """Run `slices` to the end. Work of a single slice runs at once, without a pause."""
+        """Run the generator `slices` to its end. The first slice runs at once; other tasks run before each further slice."""
         for _ in slices:
             async with self._one_at_a_time:
                 await asyncio.sleep(0)
 
 
 class Backlog:
-    """Counts small pieces of work, to pause a task that never waits because its next item is always there already.
+    """Counts pieces of work that are too small for a pause each. A task whose next item is always there never waits, so it uses
+    this count to pause now and then:
 
     if backlog.is_due(work):
         await asyncio.sleep(0)
@@ -37,12 +38,12 @@ class Backlog:
     __slots__ = ("_done", "_limit")
 
     def __init__(self, limit: int) -> None:
-        """`limit` is how much work one loop iteration may do, in the unit of `is_due`."""
+        """`limit` is how much work to do between two pauses, in the unit of the caller."""
         self._limit = limit
         self._done = 0
 
     def is_due(self, work: int) -> bool:
-        """Whether to pause after `work`, because the limit is reached. Not a coroutine: it is called for every token."""
+        """Count `work`. True if a pause is due. This is not a coroutine, because it is called for every token."""
         self._done += work
         if self._done < self._limit:
             return False
@@ -51,7 +52,7 @@ class Backlog:
 
 
 def slices(positions: Positions) -> Iterator[Positions]:
-    """`positions` cut after every SLICE log-probabilities or a few more. Usually that is one slice: all of them."""
+    """Cut `positions` into slices of SLICE log-probabilities or a few more. Usually one slice has all positions."""
     begin = size = 0
     for i, position in enumerate(positions, 1):
         size += 1 if position is None else 1 + len(position.top_ids)

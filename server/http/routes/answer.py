@@ -1,4 +1,4 @@
-"""How a generating route answers: it runs its generations, and has the answer written whole or as server-sent events."""
+"""Runs the generations of a request, and answers it with one JSON object or with server-sent events."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from server.service.types import Chunk, Ending, GenerationRequest
 
 
 class Answer(Protocol):
-    """The form of a route's answer."""
+    """Writes answers in the form of one route."""
 
     def write_logprobs(self, chunk: Chunk, written: Written) -> Iterator[None]:
-        """See `server.http.routes.logprobs.WriteLogprobs`."""
+        """Append the log-probabilities of `chunk` to the fields of `written`. Yields between two slices of work."""
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
-        """One JSON object. There is an Ending for each generation."""
+        """The answer as one JSON object. `endings` has one entry for each generation."""
 
     def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
-        """The items of an `EventStream`. Closing the generator closes `stream`, which aborts the generations."""
+        """The answer as server-sent events, for an `EventStream`. Closing this generator closes `stream`, which aborts the
+        generations."""
 
 
 async def respond(request: Request, answer: Answer, generations: list[GenerationRequest], *, stream: bool) -> Response:
-    """Run `generations` side by side. They differ in their prompt only; their outputs are numbered in one sequence."""
+    """Run `generations` side by side and answer `request` with their outputs, numbered in one sequence.
+
+    The generations may differ only in their ids and prompts. `stream` selects server-sent events.
+    """
     api = api_of(request)
     n = generations[0].n
     streams = [api.service.generate(generation) for generation in generations]

@@ -1,4 +1,4 @@
-"""Shared by all routes: the service that they call, small answers, and their entries in the OpenAPI document."""
+"""Helpers that all routes share: access to the service, small JSON answers, and entries for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> int:
-    """Seconds since 1970."""
+    """The current time in whole seconds since 1970."""
     return int(time.time())
 
 
@@ -47,7 +47,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
-    """The form of `schemas.openai.OpenAIUsage`."""
+    """Token counts in the form of OpenAI's `usage` object."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

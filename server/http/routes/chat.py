@@ -56,7 +56,7 @@ async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRe
 
 
 class _Answer:
-    """Writes the answer of one request."""
+    """Writes the answer to one request of POST /v1/chat/completions."""
 
     def __init__(self, api: Api, body: ChatBody, id: str) -> None:
         self._head = {"id": id, "created": now(), "model": api.service.model_name}
@@ -112,7 +112,7 @@ def _choice(output: CollectedOutput) -> Parts:
 
 
 def _role(index: int) -> dict[str, Any]:
-    """The choice of an output's first event, which says who speaks."""
+    """The choice in the first event of an output. It has the role of the message, and no text."""
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 

@@ -1,4 +1,4 @@
-"""Brings the chunks of several outputs together: into whole outputs, or several prompts' streams into one stream."""
+"""Collects the chunks of a generation into whole outputs, and merges the streams of several prompts into one stream."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from server.http.routes.logprobs import WriteLogprobs, Written
 from server.service.pacing import Backlog, Pacer
 from server.service.types import Chunk, Ending, Usage
 
-_BACKLOG_CHUNKS = 64  # a few milliseconds of work, the service's included
+_BACKLOG_CHUNKS = 64  # chunks handled per loop iteration: a few milliseconds of work, including the service's
 
 
 @dataclass(slots=True)
 class CollectedOutput:
-    """One whole output, or as much of it as has come."""
+    """The text, tokens and log-probabilities that one output has so far."""
 
     index: int
     texts: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class CollectedOutput:
         return "".join(self.texts)
 
     def add(self, chunk: Chunk) -> None:
-        """Append everything but the log-probabilities."""
+        """Append the text and tokens of `chunk`. Its log-probabilities are added to `written` separately, slice by slice."""
         self.texts.append(chunk.text)
         self.token_ids += chunk.token_ids
         if chunk.finish_reason is not None:
@@ -41,10 +41,13 @@ class CollectedOutput:
 
 
 class Collector:
-    """Collects whole outputs. Log-probabilities become JSON as they come, since all of them at once would take seconds."""
+    """Collects streams of chunks into whole outputs.
+
+    Log-probabilities are written as JSON when their chunk arrives, because writing all of them at the end can take seconds.
+    """
 
     def __init__(self, n: int, write: WriteLogprobs, pacer: Pacer) -> None:
-        """Each prompt has `n` outputs."""
+        """`n` is the number of outputs of each prompt. `write` writes log-probabilities in the form of the route."""
         self._n = n
         self._write = write
         self._pacer = pacer
@@ -52,7 +55,7 @@ class Collector:
     async def collect(
         self, stream: AsyncGenerator[Chunk | Ending, None], *, first_index: int = 0
     ) -> tuple[list[CollectedOutput], Ending]:
-        """The outputs of one prompt, numbered from `first_index`."""
+        """Collect the outputs of one prompt, numbered from `first_index`. Raises InternalError if the stream has no Ending."""
         outputs = [CollectedOutput(first_index + i) for i in range(self._n)]
         backlog = Backlog(_BACKLOG_CHUNKS)
         ending = None
@@ -74,7 +77,7 @@ class Collector:
     async def collect_all(
         self, streams: list[AsyncGenerator[Chunk | Ending, None]]
     ) -> tuple[list[CollectedOutput], list[Ending]]:
-        """The outputs of all prompts, numbered in one sequence. If one prompt fails, all of them end with its error."""
+        """Collect the outputs of all prompts, numbered in one sequence. If one prompt fails, all of them end with its error."""
         if len(streams) == 1:
             outputs, ending = await self.collect(streams[0])
             return outputs, [ending]
@@ -88,12 +91,15 @@ class Collector:
 
 
 def renumbered(chunk: Chunk, first_index: int) -> Chunk:
-    """`chunk` with `first_index` added to the index of its output. The chunk that was passed stays as it is."""
+    """A copy of `chunk` with `first_index` added to the index of its output. The original chunk does not change."""
     return msgspec.structs.replace(chunk, index=chunk.index + first_index) if first_index else chunk
 
 
 async def merge(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> AsyncGenerator[Chunk | Ending, None]:
-    """Several prompts' streams as one, in order of arrival, with outputs numbered in one sequence. Each prompt has its Ending."""
+    """Merge the streams of several prompts, in order of arrival. Outputs are numbered in one sequence.
+
+    The merged stream has one Ending for each prompt. An error of one prompt ends it and closes all the streams.
+    """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for item in only:
@@ -121,7 +127,7 @@ async def merge(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> 
 async def _feed(
     queue: asyncio.Queue[Chunk | Ending | BaseException | None], stream: AsyncIterator[Chunk | Ending], first_index: int
 ) -> None:
-    """Put each item of `stream` into `queue`, then None; or the error in which the stream ended."""
+    """Put the items of `stream` into `queue`, followed by None. If the stream raises an error, put the error instead of None."""
     try:
         async with aclosing(stream):  # type: ignore[type-var]
             async for item in stream:

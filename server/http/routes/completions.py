@@ -34,11 +34,11 @@ router = APIRouter(tags=["openai"])
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt of a call."""
+    """One prompt of a completions call, which can have several."""
 
-    content: str | list[int]  # as the service gets it: text or token ids
-    echo_text: str | None = None  # text at the beginning of this prompt's choices; None without `echo`
-    first_token: int | None = None  # known if `echo` is set
+    content: str | list[int]  # the prompt for the service, as text or as token ids
+    echo_text: str | None = None  # with `echo`: the prompt's text, with which its choices begin
+    first_token: int | None = None  # with `echo`: the prompt's first token id
 
 
 @router.post(
@@ -59,7 +59,7 @@ async def completions(request: Request) -> Response:
 
 
 async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> Prompt:
-    """Tokenises the prompt if its tokens are needed here: for `echo`, or to limit the log-probabilities of several prompts."""
+    """The Prompt for `content`. It is tokenised here if `echo` or the limit on log-probabilities needs its tokens."""
     if not body.echo and body.prompt_logprobs is None:
         return Prompt(content)
     tokens = await api.service.tokenize(content, model=body.model) if isinstance(content, str) else content
@@ -82,7 +82,10 @@ def _requests(body: CompletionBody, prompts: list[Prompt], id: str) -> list[Gene
 
 
 def _check_together(api: Api, requests: list[GenerationRequest]) -> None:
-    """Applies the limit on log-probabilities to the sum over all prompts. `_prompt` has tokenised the prompts if it matters."""
+    """Check the sum of the log-probabilities of all prompts against the service's limits. Raises InvalidRequest.
+
+    Prompts are lists of tokens if their own log-probabilities are requested, see `_prompt`.
+    """
     api.service.check_logprobs(
         requests[0].params,
         prompt_tokens=sum(len(generation.prompt) for generation in requests),
@@ -91,7 +94,7 @@ def _check_together(api: Api, requests: list[GenerationRequest]) -> None:
 
 
 class _Answer:
-    """Writes the answer of one call."""
+    """Writes the answer to one request of POST /v1/completions."""
 
     def __init__(self, api: Api, body: CompletionBody, prompts: list[Prompt], id: str) -> None:
         self._body = body
@@ -100,7 +103,7 @@ class _Answer:
         self._text = api.service.token_text
         self._prompt_item = prompt_item(self._text)
         self._head = {"id": id, "object": "text_completion", "created": now(), "model": api.service.model_name}
-        self._offsets: dict[int, int] = {}  # choice -> characters sent so far; empty while an answer is collected
+        self._offsets: dict[int, int] = {}  # index of a choice -> length of its text so far, in characters
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
         choices = [
@@ -145,7 +148,10 @@ class _Answer:
         return object_parts(fields, {"logprobs": [b"null"], **written_parts(written)})
 
     def write_logprobs(self, chunk: Chunk, written: Written) -> Iterator[None]:
-        """See `server.http.routes.logprobs.WriteLogprobs`. With `echo`, the first choice's `logprobs` begin with the prompt's."""
+        """Append the log-probabilities of `chunk` to the fields of `written`. Yields between two slices of work.
+
+        With `echo`, the log-probabilities of the prompt come first in the first choice of each prompt.
+        """
         prompt, body = chunk.prompt_logprobs, self._body
         if body.logprobs is not None and chunk.logprobs is not None:
             field = field_of(written, "logprobs", lambda: self._logprobs_of(chunk))
@@ -156,10 +162,10 @@ class _Answer:
             yield from field_of(written, "prompt_logprobs", lambda: ItemList(self._prompt_item)).write(prompt)
 
     def _logprobs_of(self, chunk: Chunk) -> LogprobsJson:
-        """An empty field for the log-probabilities of a choice, of which `chunk` is the first or the next piece."""
+        """A new `logprobs` field for a choice, or for an event of a streamed choice. `chunk` is the first chunk in it."""
         prompt = self._prompt_of(chunk.index)
         offset = self._offsets.get(chunk.index)
-        if offset is None:  # an echoed prompt comes first; its text is skipped unless its positions are written too
+        if offset is None:  # the first chunk: an echoed prompt precedes it, either with or without log-probabilities
             offset = len(prompt.echo_text or "") if chunk.prompt_logprobs is None else 0
         return CompletionLogprobsJson(self._body.logprobs or 0, self._text, offset=offset, first_token=prompt.first_token)
 

@@ -40,7 +40,7 @@ async def generate(request: Request) -> Response:
 
 
 class _Answer:
-    """Writes the answer of one request."""
+    """Writes the answer to one request of POST /v1/generate."""
 
     def __init__(self, api: Api, body: GenerateBody, id: str) -> None:
         self._ids = {"id": id} if body.request_id is None else {"id": id, "request_id": body.request_id}
@@ -71,7 +71,7 @@ class _Answer:
                     last, written = _chunk(item), {}
                     await self._pacer.run(self.write_logprobs(item, written))
                     unfinished -= item.finish_reason is not None
-                    if unfinished:  # otherwise the Ending is next, and one event says both
+                    if unfinished:  # the very last chunk shares its event with the Ending, which comes next
                         for piece in event_pieces(self._event(last, written)):
                             yield piece
         yield DONE

@@ -1,7 +1,7 @@
-"""Log-probabilities as JSON, in the form of each route.
+"""Writes log-probabilities as JSON, in the form of each route.
 
-One answer may report millions of them. So they are written a slice of positions at a time: each `write` below is a generator
-that yields between two slices, for `server.service.pacing.Pacer` to run.
+One answer may report millions of log-probabilities. So they are written one slice of positions at a time: each `write` here is a
+generator that yields between two slices, and `server.service.pacing.Pacer` runs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LogprobsJson(Protocol):
     """The JSON text of one field that holds log-probabilities."""
 
     def write(self, positions: Positions) -> Iterator[None]:
-        """Append `positions`. Yields between two slices of about SLICE log-probabilities."""
+        """Append `positions` to the JSON text. Yields between two slices of about SLICE log-probabilities."""
 
     def parts(self) -> Parts:
         """The JSON text of all positions written so far."""
@@ -33,11 +33,12 @@ class LogprobsJson(Protocol):
 
 Written = dict[str, LogprobsJson]  # field name -> its JSON
 WriteLogprobs = Callable[[Chunk, Written], Iterator[None]]
-"""Appends a Chunk's log-probabilities to the fields of `Written`, adding fields as needed. Yields between two slices."""
+"""A generator function that appends the log-probabilities of a Chunk to the fields of `Written`, and yields between two slices.
+Fields that are missing are added."""
 
 
 class ItemList:
-    """A JSON list with one item for each position."""
+    """Log-probabilities as a JSON list with one item for each position."""
 
     def __init__(self, item: Item) -> None:
         self._item = item
@@ -55,18 +56,18 @@ class ItemList:
 
 
 class ChatLogprobsJson(ItemList):
-    """The form of `schemas.openai.ChatLogprobs`."""
+    """Log-probabilities in the form of OpenAI's chat completions: an object with the list `content`."""
 
     def parts(self) -> Parts:
         return object_parts({"refusal": None}, {"content": self._items.parts()})
 
 
 class CompletionLogprobsJson:
-    """The form of `schemas.openai.CompletionLogprobs`: four lists side by side, each with one item for each position."""
+    """Log-probabilities in the form of OpenAI's completions: an object of four lists, each with one item for each position."""
 
     def __init__(self, num_top: int, text: TokenText, *, offset: int, first_token: int | None) -> None:
-        """`offset` is where in the choice's text the first position begins, in characters. `first_token` is the token of a
-        position that is None."""
+        """`num_top` is the number of alternatives at each position. `offset` is where in the choice's text the first position
+        begins, in characters. `first_token` is the token of a position that is None."""
         self._num_top = num_top
         self._text = text
         self._offset = offset
@@ -100,7 +101,10 @@ class CompletionLogprobsJson:
 
 
 def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], LogprobsJson]) -> WriteLogprobs:
-    """Writes a chunk's `logprobs` and `prompt_logprobs` to fields of these names; `output` and `prompt` make empty ones."""
+    """A function that appends a chunk's `logprobs` and `prompt_logprobs` to the fields of these names.
+
+    `output` and `prompt` make the empty fields.
+    """
 
     def write(chunk: Chunk, written: Written) -> Iterator[None]:
         for name, positions, new in (("logprobs", chunk.logprobs, output), ("prompt_logprobs", chunk.prompt_logprobs, prompt)):
@@ -111,19 +115,19 @@ def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], Logprobs
 
 
 def field_of(written: Written, name: str, new: Callable[[], LogprobsJson]) -> LogprobsJson:
-    """The field `name` of `written`, which is added if it is not there."""
+    """The field `name` of `written`. If it is missing, `new` makes it."""
     if name not in written:
         written[name] = new()
     return written[name]
 
 
 def written_parts(written: Written, *names: str) -> dict[str, Parts]:
-    """The JSON of those of the fields `names` that were written; of every written field if no name is given."""
+    """The JSON text of the fields in `written`, by name. With `names`, only of fields that have one of these names."""
     return {name: field.parts() for name, field in written.items() if not names or name in names}
 
 
 def own_item(text: TokenText) -> Item:
-    """The form of `schemas.generate.TokenInfo`."""
+    """A function that writes one position in the form of /v1/generate, which is `schemas.generate.TokenInfo`."""
 
     def item(position: TokenLogprobs) -> dict[str, Any]:
         top = zip(position.top_ids, position.top_logprobs, strict=True)
@@ -139,7 +143,10 @@ def own_item(text: TokenText) -> Item:
 
 
 def chat_item(text: TokenText, bytes_of: TokenBytes) -> Item:
-    """The form of `schemas.openai.ChatTokenLogprob`. With `bytes`, a client can join characters that span tokens."""
+    """A function that writes one position in the form of chat completions, which is `schemas.openai.ChatTokenLogprob`.
+
+    From the field `bytes`, a client can put together a character whose bytes are in several tokens.
+    """
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         return {"token": text(token), "logprob": _finite(logprob), "bytes": list(bytes_of(token))}
@@ -152,7 +159,7 @@ def chat_item(text: TokenText, bytes_of: TokenBytes) -> Item:
 
 
 def prompt_item(text: TokenText) -> Item:
-    """The form of vLLM's `prompt_logprobs`: token id -> {logprob, rank, decoded_token}."""
+    """A function that writes one prompt position in the form of vLLM: token id -> {logprob, rank, decoded_token}."""
 
     def item(position: TokenLogprobs) -> dict[str, Any]:
         top = enumerate(zip(position.top_ids, position.top_logprobs, strict=True), 1)
@@ -164,7 +171,8 @@ def prompt_item(text: TokenText) -> Item:
 
 
 def _top_map(position: TokenLogprobs, num_top: int, text: TokenText) -> dict[str, float]:
-    """Text -> log-probability of the alternatives and of the token itself. Of two tokens with one text the better one stays."""
+    """The alternatives and the token itself, as text -> log-probability. If two tokens have the same text, the more probable one
+    is kept."""
     top = zip(position.top_ids[:num_top], position.top_logprobs[:num_top], strict=True)
     found: dict[str, float] = {}
     for token, logprob in top:
@@ -174,4 +182,5 @@ def _top_map(position: TokenLogprobs, num_top: int, text: TokenText) -> dict[str
 
 
 def _finite(logprob: float) -> float:
-    return logprob if logprob > _LOWEST else _LOWEST  # also for NaN
+    """`logprob`, or -9999 if it is smaller or NaN."""
+    return logprob if logprob > _LOWEST else _LOWEST

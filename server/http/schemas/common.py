@@ -1,4 +1,4 @@
-"""Shared by the request schemas: strict parsing, and the sampling fields with their ranges from `engine.request.BOUNDS`.
+"""Base of all request schemas: strict parsing, and the sampling fields with their ranges from `engine.request.BOUNDS`.
 
 HTTP and gRPC validate requests with the same schemas. Strict means: "3" is not a number, 1 is not a boolean, and an unknown
 field is an error. Every optional field may also be null, with the same meaning, because OpenAI clients send it so.
@@ -30,15 +30,15 @@ from server.service.types import GenerationRequest
 
 # The largest limits that `Settings` can set. The service checks the limits that are set, for HTTP and gRPC alike.
 MAX_N = 128  # outputs of one prompt
-MAX_STOP = 1024  # stop strings
+MAX_STOP = 1024  # stop strings of one request
 MAX_STOP_CHARS = 65536  # characters of one stop string
 MAX_PROMPTS = 128  # prompts of one completions call
-MAX_PROMPT_TOKENS = 1 << 21  # more than any model's context; most lists meet the limit of the body first
+MAX_PROMPT_TOKENS = 1 << 21  # more than any model's context; the limit on the size of the body is usually reached before
 TOKEN_ID_MAX = 2**31 - 1
 
 
 def bounded(name: str, description: str = "", **more: Any) -> Any:
-    """A Field whose value lies in the closed range of `BOUNDS[name]`. The description is that of `BOUNDS` by default."""
+    """A pydantic Field for a number in the closed range `BOUNDS[name]`, by default with the description that `BOUNDS` has."""
     low, high, about = BOUNDS[name]
     return Field(ge=low, le=high, description=description or about, **more)
 
@@ -87,7 +87,7 @@ def without_unsupported(value: dict[Any, Any], table: dict[str, tuple[Any, ...]]
 
 
 class Schema(BaseModel):
-    """Base of the schemas of a request and its parts."""
+    """Base class of the schemas of request bodies and their parts."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
@@ -109,7 +109,7 @@ class Schema(BaseModel):
         return {name: given for name, given in value.items() if name in fields or name is unknown}
 
 
-_OWN = ("max_tokens", "logprobs", "logit_bias")  # differ between routes, or are not a single number
+_OWN = ("max_tokens", "logprobs", "logit_bias")  # declared by each route, or not a single number
 _KINDS = get_type_hints(SamplingParams)
 _NUMBERS = tuple(name for name in SamplingParams.__struct_fields__ if name in BOUNDS and name not in _OWN)
 _PLAIN = (*_NUMBERS, "ignore_eos")
@@ -145,7 +145,7 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The sampling parameters. Raises InvalidRequest for fields that contradict each other."""
+        """The sampling parameters of the body. Raises InvalidRequest for fields that contradict each other."""
         given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
         if max_tokens is not None:
             given["max_tokens"] = max_tokens

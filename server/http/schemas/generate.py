@@ -52,11 +52,12 @@ class GenerateBody(SamplingFields):
 
     @property
     def client_names(self) -> dict[str, str]:
-        """See `GenerationRequest.client_names`."""
+        """Name of a field of GenerationRequest -> name of the field in the body, if it differs. Errors use the latter."""
         return {} if self.prompt is not None else {"prompt": "prompt_token_ids"}
 
     def generation_request(self, request_id: str, *, deadline_s: float | None = None) -> GenerationRequest:
-        """The service's request. `deadline_s` is the transport's own deadline, in seconds; the earlier deadline counts.
+        """The service's request for this body. `deadline_s` is the transport's own deadline, in seconds, or None; if the body has
+        a deadline too, the earlier one counts.
 
         Raises InvalidRequest for fields that contradict each other.
         """

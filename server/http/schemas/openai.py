@@ -34,7 +34,7 @@ class StreamOptions(Schema):
 
 
 class OpenAIFields(SamplingFields):
-    """The fields that both OpenAI routes have."""
+    """Fields that completions and chat completions have in common."""
 
     model: ModelName
     stream_options: StreamOptions | None = None
@@ -97,7 +97,7 @@ class CompletionBody(OpenAIFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, as texts or as lists of token ids."""
+        """The prompts of the body, each as text or as a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -240,7 +240,7 @@ class ChatBody(OpenAIFields):
 
     @property
     def client_names(self) -> dict[str, str]:
-        """See `GenerationRequest.client_names`."""
+        """Name of a field of GenerationRequest -> name of the field in the body, if it differs. Errors use the latter."""
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
         return names if self.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
