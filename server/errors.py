@@ -1,4 +1,4 @@
-"""What clients are told about an error: a table from error class to HTTP status, OpenAI error type and gRPC status name.
+"""How errors are reported to clients: a table from error class to HTTP status, OpenAI error type and gRPC status name.
 
 The body of every HTTP error is {"error": {"type", "code", "message", "param"}}, of at most about 4 KB. It names the field at
 fault by its path, and does not repeat what the client sent. For a bug it says only that there is one; the log has the details.
@@ -135,15 +135,15 @@ def from_validation(error: ValidationError) -> InvalidRequest:
     """The first fault that pydantic found, as one sentence that names the field but not its value."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = clip(field_path(first["loc"]), MAX_PARAM)
-    said = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")
+    fault = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")
     more = error.error_count() - 1
     template = _SENTENCES.get(first["type"])
     if template is not None:
         message = template.format(path=path or "the body")
     elif path:
-        message = f"{path}{' ' if said.startswith(('should', 'must')) else ': '}{said[:1].lower() + said[1:]}"
+        message = f"{path}{' ' if fault.startswith(('should', 'must')) else ': '}{fault[:1].lower() + fault[1:]}"
     else:
-        message = said
+        message = fault
     if more:
         message += f" (and {more} more fault{'s' if more > 1 else ''})"
     return InvalidRequest(message, param=path or None)

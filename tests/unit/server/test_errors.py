@@ -43,10 +43,10 @@ def test_a_class_that_is_not_in_the_table_has_the_status_of_its_base():
 
 @pytest.mark.parametrize("error", [KeyError("/etc/secret"), InternalError("/etc/secret"), MemoryError()])
 def test_the_answer_to_a_bug_has_no_details(error):
-    said = json.loads(error_body(error))["error"]
+    answer = json.loads(error_body(error))["error"]
     assert status_of(error).http == 500
-    assert said["code"] == "internal_error"
-    assert "secret" not in str(said)
+    assert answer["code"] == "internal_error"
+    assert "secret" not in str(answer)
 
 
 def test_errors_that_pass_with_time_have_retry_after():
