@@ -109,7 +109,7 @@ def _server(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """Give the port, and the seconds until it was ready."""
     port, grpc_port = _free_port(), _free_port()
     command = [str(Path(sys.executable).with_name("tidegate")), "serve", "--runner", "fake"]
-    command += ["--port", str(port), "--grpc-port", str(grpc_port), "--log-level", "warning"]
+    command += ["--port", str(port), "--grpc-port", str(grpc_port), "--admin-port", "0", "--log-level", "warning"]
     command += ["--fake-step-ms", str(args.step_ms), "--max-num-seqs", str(args.streams)]
     began = time.perf_counter()
     process = subprocess.Popen(command)

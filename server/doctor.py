@@ -77,6 +77,7 @@ def examine(settings: Settings) -> list[Finding]:
         *_engine(checkpoint, answer),
         _port("HTTP port", settings.host, settings.port),
         _port("gRPC port", settings.host, settings.grpc_port),
+        _port("admin port", settings.admin_host, settings.admin_port),
         *_optional(),
     ]
 

@@ -7,6 +7,7 @@ fields. It is frozen and travels to the workers as JSON. `load_settings` is the 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -45,6 +46,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 or :: for every interface")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 picks a free one")
     grpc_port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 picks a free one")
+    # The admin port is on by default: it is reachable from this machine only, and serves nothing that the HTTP port does not.
+    admin_host: str = Field("127.0.0.1", min_length=1, description="Address of the admin port")
+    admin_port: int = Field(9001, ge=0, le=65535, description="Port for health, metrics and administration; 0 picks a free one")
     api_workers: int = Field(1, ge=1, le=256, description="Processes that serve HTTP and gRPC")
 
     # Limits on what a client may send, and how slowly.
@@ -209,10 +213,10 @@ def _is_bool(name: str) -> bool:
 
 def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
     """What each value by itself cannot show."""
-    if settings.port and settings.port == settings.grpc_port:
-        raise ConfigError(
-            f"port and grpc_port are both {settings.port}: HTTP and gRPC each need a port of their own", param="grpc_port"
-        )
+    ports = {name: getattr(settings, name) for name in ("port", "grpc_port", "admin_port")}
+    for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
+        if port and port == same:
+            raise ConfigError(f"{one} and {other} are both {port}: each needs a port of its own", param=other)
     tokens, seqs = settings.max_step_tokens, settings.max_num_seqs
     if tokens is not None and tokens < seqs:
         origin = origins.get("max_step_tokens", "the call")

@@ -40,7 +40,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float
 
 
-class Chunk(msgspec.Struct, kw_only=True, gc=False):
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Text and tokens that output `index` gained. The last chunk of each output has `finish_reason`."""
 
     index: int

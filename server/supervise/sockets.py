@@ -1,4 +1,4 @@
-"""The addresses that the supervisor holds: the HTTP socket, the gRPC port, and the path of the engine's socket."""
+"""The addresses that the supervisor holds: the sockets of the HTTP and the admin port, the gRPC port, and the engine's path."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ MAX_SOCKET_PATH = 107  # bytes, of a Unix socket's address
 
 
 def bind_http(settings: Settings) -> socket.socket:
-    family, _, _, _, address = _address(settings.host, settings.port, "port")
+    return _bind_tcp(settings.host, settings.port, "port")
+
+
+def bind_admin(settings: Settings) -> socket.socket:
+    return _bind_tcp(settings.admin_host, settings.admin_port, "admin_port")
+
+
+def _bind_tcp(host: str, port: int, name: str) -> socket.socket:
+    family, _, _, _, address = _address(host, port, name)
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _bind(bound, address, "port", settings.port, settings.host)
+    _bind(bound, address, name, port, host)
     return bound
 
 
@@ -44,11 +52,12 @@ def _bind(sock: socket.socket, address: tuple[str, int], name: str, port: int, h
         raise ConfigError(f"{name} is {port}, which cannot be had on {host}: {error.strerror}", param=name) from None
 
 
-def _address(host: str, port: int, name: str) -> tuple[int, int, int, str, tuple[str, int]]:
+def _address(host: str, port: int, port_name: str) -> tuple[int, int, int, str, tuple[str, int]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ConfigError(f"host is {host!r}, which is no address of this machine: {error.strerror}", param="host") from None
+        name = "admin_host" if port_name == "admin_port" else "host"
+        raise ConfigError(f"{name} is {host!r}, which is no address of this machine: {error.strerror}", param=name) from None
     return found[0]  # type: ignore[return-value]
 
 

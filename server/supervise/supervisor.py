@@ -27,7 +27,7 @@ from server.bundled import NOTICE, bundled_checkpoint
 from server.metrics import worker_died
 from server.settings import Settings
 from server.supervise.child import Child, Fatal
-from server.supervise.sockets import bind_http, claim_grpc, socket_path
+from server.supervise.sockets import bind_admin, bind_http, claim_grpc, socket_path
 from server.supervise.worker_start import WorkerStart
 
 log = logging.getLogger("tidegate.supervisor")
@@ -43,7 +43,9 @@ class Supervisor:
         """`settings` name a model; `folder` is private and empty."""
         self._http = bind_http(settings)
         self._grpc, grpc_port = claim_grpc(settings)
-        settings = settings.model_copy(update={"port": self._http.getsockname()[1], "grpc_port": grpc_port})
+        self._admin = bind_admin(settings)  # open until the end, so that probes see a server that drains
+        ports = {"port": self._http.getsockname()[1], "grpc_port": grpc_port, "admin_port": self._admin.getsockname()[1]}
+        settings = settings.model_copy(update=ports)
         self._settings = settings
         endpoint = f"ipc://{socket_path(folder)}"
         self._engine = Child("engine 0", "engine.process", _engine_start(settings, endpoint), settings)
@@ -121,14 +123,16 @@ class Supervisor:
                 "http": f"http://{host}:{self._settings.port}",
                 "http_port": self._settings.port,
                 "grpc_port": self._settings.grpc_port,
+                "admin_port": self._settings.admin_port,
                 "model": self._settings.model_name,
             },
         )
 
     def _worker(self, index: int, endpoint: str) -> Child:
-        fd = self._http.fileno()
-        start = WorkerStart(settings=self._settings.model_dump_json(), endpoint=endpoint, http_fd=fd, index=index)
-        child = Child(f"api {index}", "server.supervise.worker", msgspec.json.encode(start), self._settings, fds=(fd,))
+        fds = (self._http.fileno(), self._admin.fileno())
+        settings = self._settings.model_dump_json()
+        start = WorkerStart(settings=settings, endpoint=endpoint, http_fd=fds[0], admin_fd=fds[1], index=index)
+        child = Child(f"api {index}", "server.supervise.worker", msgspec.json.encode(start), self._settings, fds=fds)
         child.on_death = worker_died
         return child
 

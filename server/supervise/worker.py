@@ -20,11 +20,13 @@ import msgspec
 import setproctitle
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from engine import lifeline, logs
 from engine.errors import CheckpointError, ConfigError
 from engine.process import EXIT_BAD_SETTINGS
 from server.engines.client import EngineClient
+from server.http.admin import build_admin_app
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
 from server.metrics import Metrics
@@ -37,6 +39,7 @@ from server.text.tokenizer import Tokenizer
 log = logging.getLogger("tidegate.worker")
 
 CUT_SHARE = 0.9  # of drain_timeout_s, after which streams are cut short: the rest is for their last words to arrive
+ADMIN_STOP_SECONDS = 1.0  # for answers of the admin port that are being sent when the worker ends
 BACKLOG = 2048
 # Python's own, (700, 10, 10), walks the heap several times over while a body of a million small lists is read.
 GC_THRESHOLD = (50_000, 20, 100)
@@ -62,6 +65,7 @@ class Worker:
             max_queue=settings.max_queue,
         )
         self._socket = socket.socket(fileno=start.http_fd)
+        self._admin_socket = socket.socket(fileno=start.admin_fd)
         self._draining = asyncio.Event()
         self._deadline = asyncio.Event()
 
@@ -72,27 +76,33 @@ class Worker:
         text = Tokenizer.from_folder(self._settings.model or "")
         metrics = Metrics(self._settings.model_name, lambda: self._client.health)
         service = GenerateService(self._client, text, self._settings, metrics)
-        http = HttpServer(self._http_config(service, metrics))
+        http = HttpServer(self._http_config(build_app(self._settings, service, metrics), metrics))
+        admin = HttpServer(self._http_config(build_admin_app(self._settings, service, metrics), metrics))
         rpc = build_rpc_server(service, self._settings)
         await self._client.start()
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
+        admin_serving = asyncio.create_task(admin.serve(sockets=[self._admin_socket]))
         telling = asyncio.create_task(self._tell_ready())
-        await asyncio.wait({serving, asyncio.create_task(self._draining.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        draining = asyncio.create_task(self._draining.wait())
+        await asyncio.wait({serving, admin_serving, draining}, return_when=asyncio.FIRST_COMPLETED)
         telling.cancel()
         await self._drain(http, rpc, serving)
         metrics.tally.flush()
-        if serving.done():
-            serving.result()  # a bug ends the process with its traceback
+        admin.should_exit = admin.force_exit = True
+        await asyncio.wait({admin_serving}, timeout=ADMIN_STOP_SECONDS)
+        for task in (serving, admin_serving):
+            if task.done():
+                task.result()  # a bug ends the process with its traceback
 
     def _on_signal(self) -> None:
         if self._draining.is_set():
             self._deadline.set()
         self._draining.set()
 
-    def _http_config(self, service: GenerateService, metrics: Metrics) -> uvicorn.Config:
+    def _http_config(self, app: FastAPI, metrics: Metrics) -> uvicorn.Config:
         return uvicorn.Config(
-            build_app(self._settings, service, metrics),
+            app,
             http=guarded(HttpLimits.from_settings(self._settings), metrics.unreadable_http),
             ws="none",
             lifespan="off",

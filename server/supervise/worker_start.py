@@ -11,4 +11,5 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     settings: str  # Settings as JSON
     endpoint: str
     http_fd: int  # a bound socket
+    admin_fd: int  # likewise
     index: int = 0

@@ -264,11 +264,11 @@ def test_a_stopped_engine_is_not_ready(server):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_two_servers_on_one_host_do_not_clash(workers):
     with ServerChild(api_workers=workers) as one, ServerChild(api_workers=workers) as two:
-        assert {one.port, one.grpc_port}.isdisjoint({two.port, two.grpc_port})
+        assert {one.port, one.grpc_port, one.admin_port}.isdisjoint({two.port, two.grpc_port, two.admin_port})
         for server in (one, two):
             answer = httpx.post(server.url + "/v1/generate", json=body(1, 5), timeout=20).json()
             assert len(answer["outputs"][0]["token_ids"]) == 5
-        for taken in ({"port": one.port}, {"grpc_port": one.grpc_port}):
+        for taken in ({"port": one.port}, {"grpc_port": one.grpc_port}, {"admin_port": one.admin_port}):
             third = ServerChild(**taken)
             third.start()
             assert third.process.wait(20) == 2
@@ -356,7 +356,8 @@ def test_a_faulty_checkpoint_stops_the_start_with_one_message(tmp_path, file, ch
 
 def refused_start(variables):
     """The whole of a `serve` that ends by itself."""
-    environment = {**os.environ, "TIDEGATE_PORT": "0", "TIDEGATE_GRPC_PORT": "0", "TIDEGATE_RUNNER": "fake", **variables}
+    ports = {f"TIDEGATE_{name}": "0" for name in ("PORT", "GRPC_PORT", "ADMIN_PORT")}
+    environment = {**os.environ, **ports, "TIDEGATE_RUNNER": "fake", **variables}
     command = [sys.executable, "-m", "server.cli", "serve"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40, check=False)
     assert done.returncode == 2

@@ -84,14 +84,22 @@ class ServerChild:
     """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables."""
 
     def __init__(self, **settings: object) -> None:
-        given = {"port": 0, "grpc_port": 0, "runner": "fake", "fake_step_ms": 5, "log_format": "json", **settings}
+        given = {
+            "port": 0,
+            "grpc_port": 0,
+            "admin_port": 0,
+            "runner": "fake",
+            "fake_step_ms": 5,
+            "log_format": "json",
+            **settings,
+        }
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
         self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # for what it leaves behind, which should be nothing
         self._environment["TMPDIR"] = self.folder.name
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []
-        self.port = self.grpc_port = 0
+        self.port = self.grpc_port = self.admin_port = 0
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ServerChild:
@@ -115,7 +123,7 @@ class ServerChild:
         wait_until(lambda: self.said("ready") or self.pid_gone, "the server is ready", seconds=seconds)
         ready = self.said("ready")
         assert ready, "the server ended:\n" + "".join(self.text)
-        self.port, self.grpc_port = ready[0]["http_port"], ready[0]["grpc_port"]
+        self.port, self.grpc_port, self.admin_port = (ready[0][f"{name}_port"] for name in ("http", "grpc", "admin"))
 
     def stop(self) -> None:
         if self.process is not None:

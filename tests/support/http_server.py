@@ -1,4 +1,4 @@
-"""An ASGI application in a real uvicorn with our guard, on a free port, in a thread."""
+"""Runs an ASGI application in a thread, in a real uvicorn with the guard, on a free port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.http.guard import guarded
 
 @contextlib.contextmanager
 def serving(app, limits):
-    """Give the port."""
+    """Yields the port."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, http=guarded(limits), ws="none", lifespan="off", access_log=False, log_level="critical", loop="uvloop"

@@ -35,7 +35,7 @@ def torch(monkeypatch):
 
 
 def findings(**settings):
-    found = doctor.examine(Settings(**{"port": 0, "grpc_port": 0, **settings}))
+    found = doctor.examine(Settings(**{"port": 0, "grpc_port": 0, "admin_port": 0, **settings}))
     return {finding.what: (finding.state, finding.text) for finding in found}
 
 

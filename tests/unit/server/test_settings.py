@@ -141,10 +141,12 @@ def test_every_setting_says_what_is_right_and_what_it_is_for():
         assert field.description
 
 
-def test_both_ports_may_not_be_one(yaml_file):
-    with pytest.raises(ConfigError, match=r"^port and grpc_port are both 9100: HTTP and gRPC each need a port of their own$"):
-        load_settings({"port": "9100", "grpc_port": "9100"})
-    assert load_settings({"port": "0", "grpc_port": "0"}).port == 0
+@pytest.mark.parametrize(("one", "other"), [("port", "grpc_port"), ("port", "admin_port"), ("grpc_port", "admin_port")])
+def test_no_two_ports_may_be_equal(one, other):
+    with pytest.raises(ConfigError, match=rf"^{one} and {other} are both 9100: each needs a port of its own$") as caught:
+        load_settings({one: "9100", other: "9100"})
+    assert caught.value.param == other
+    assert load_settings({one: "0", other: "0"}).port in (0, 8000)
 
 
 def test_a_step_must_hold_every_request():

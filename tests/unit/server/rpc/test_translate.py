@@ -1,17 +1,19 @@
+import asyncio
 import math
 
 import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import TokenLogprobs
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 from server.rpc import translate
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.service.pacing import SLICE, Pacer
 from server.service.types import Chunk, Ending, Timing, Usage
 
 
 def asked(**fields):
-    return translate.checked(pb.GenerateRequest(**fields), GenerateRequest)
+    return translate.checked(pb.GenerateRequest(**fields), GenerateBody)
 
 
 def request(*, time_remaining=None, **fields):
@@ -101,9 +103,15 @@ def test_what_http_refuses_is_refused(fields, param):
     assert caught.value.param == param
 
 
-def test_chunk():
+async def chunk_message(chunk, text_of):
+    message = pb.Chunk()
+    await translate.write_chunk(message, chunk, text_of, Pacer())
+    return message
+
+
+async def test_chunk():
     at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65, 66], top_logprobs=[-0.5, -math.inf])
-    made = translate.chunk_message(
+    made = await chunk_message(
         Chunk(index=1, text="A", token_ids=[65], finish_reason="stop", stop_reason=65, logprobs=[at], prompt_logprobs=[None, at]),
         chr,
     )
@@ -120,12 +128,39 @@ def test_chunk():
     assert list(made.prompt_logprobs) == [info]
 
 
-def test_chunk_says_nothing_of_what_it_has_not():
-    made = translate.chunk_message(Chunk(index=0, text="", token_ids=[]), chr)
+async def test_a_message_leaves_out_the_fields_that_its_chunk_does_not_have():
+    made = await chunk_message(Chunk(index=0, text="", token_ids=[]), chr)
     assert not made.HasField("finish_reason")
     assert made.WhichOneof("stop_reason") is None
-    stopped = translate.chunk_message(Chunk(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END"), chr)
+    chunk = Chunk(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END")
+    stopped = await chunk_message(chunk, chr)
     assert (stopped.WhichOneof("stop_reason"), stopped.stop_text) == ("stop_text", "END")
+
+
+@pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+async def test_many_log_probabilities_are_translated_in_slices(field):
+    """Another task runs again and again meanwhile. The work between two of its runs is counted in tokens looked up."""
+    at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65] * 20, top_logprobs=[-0.5] * 20)
+    lookups, most = 0, 0
+
+    def text_of(token):
+        nonlocal lookups
+        lookups += 1
+        return "t"
+
+    async def watch():
+        nonlocal lookups, most
+        while True:
+            most, lookups = max(most, lookups), 0
+            await asyncio.sleep(0)
+
+    watcher = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    made = await chunk_message(Chunk(index=0, text="", token_ids=[], **{field: [at] * 1000}), text_of)
+    await asyncio.sleep(0)
+    watcher.cancel()
+    assert len(getattr(made, field)) == 1000
+    assert most < SLICE + 21
 
 
 def test_ending():
