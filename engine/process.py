@@ -15,6 +15,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import setproctitle
@@ -68,6 +69,7 @@ class EngineProcess:
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # the scheduler's queue is the one that is bounded
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
+        self._endpoint = endpoint
         self._socket.bind(endpoint)
         self._workers: dict[bytes, str] = {}  # identity -> name
         self._lost: set[bytes] = set()  # could not be sent to; to be forgotten before the next step
@@ -75,6 +77,7 @@ class EngineProcess:
         self._owners: dict[str, bytes] = {}  # request under way -> who asked for it
         self._heartbeat_at = 0.0
         self._told_step = -1  # the step counter when the supervisor last heard of us
+        self._served = False  # whether the supervisor knows that a step has ended
         self._preparing = True  # until the core has nothing left to do for later steps
         self._stopping = False
 
@@ -181,7 +184,12 @@ class EngineProcess:
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
+        self._keep_bound()
         heartbeat = Heartbeat(self._core.stats(), self._preparing)
+        ended = heartbeat.stats.step - (1 if self._core.has_work else 0)  # with work to do, the latest step may not have ended
+        if not self._served and ended > 0:
+            self._served = True
+            lifeline.tell(lifeline.SERVED)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:
             self._told_step = heartbeat.stats.step
             lifeline.tell(lifeline.ALIVE)
@@ -191,6 +199,18 @@ class EngineProcess:
             # A Welcome that nobody asked for tells the worker to connect anew.
             if self._try_send(identity, Welcome(self._info)) != "full":
                 self._dropped.discard(identity)
+
+    def _keep_bound(self) -> None:
+        """Bind the socket again if its file was deleted, so that workers can connect. Connections that exist are not affected."""
+        path = Path(self._endpoint.removeprefix("ipc://"))
+        if path.exists() or not path.parent.exists():  # the supervisor makes the folder
+            return
+        try:
+            self._socket.bind(self._endpoint)
+        except zmq.ZMQError as error:  # the folder was deleted again: the next heartbeat tries once more
+            log.warning("the engine's socket was deleted and cannot be bound again yet: %s", error)
+        else:
+            log.warning("the engine's socket was deleted and is bound again", extra={"path": str(path)})
 
     def _send(self, identity: bytes, message: EngineMessage) -> None:
         if identity not in self._workers or identity in self._lost:
@@ -224,8 +244,9 @@ def main() -> None:
     logs.set_up(start.log_level, start.log_format, name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to hear
     startup.keep_kernels()
+    clock = startup.StartupClock(startup.process_seconds(), report=lambda: lifeline.tell(lifeline.ALIVE))
     try:
-        core = build_core(start.config, startup.StartupClock(before=startup.process_seconds()))
+        core = build_core(start.config, clock)
     except (ConfigError, CheckpointError) as error:
         log.error(error.message)
         sys.exit(EXIT_BAD_SETTINGS)
@@ -242,6 +263,7 @@ def main() -> None:
             **{f"{phase}_seconds": round(seconds, 2) for phase, seconds in info.startup.items()},
         },
     )
+    lifeline.tell(lifeline.READY)
     process.run()
     process.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import os
 import sys
@@ -18,6 +17,7 @@ from rich.markup import escape
 from engine.errors import InvalidRequest, TidegateError
 from engine.request import SamplingParams
 from engine.startup import keep_kernels
+from server import __version__
 from server.settings import Settings, describe, flag, in_settings_names, load_settings
 
 EXIT_FAILED = 1
@@ -78,7 +78,7 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 
 def _tell_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tidegate {importlib.metadata.version('tidegate')}")
+        typer.echo(f"tidegate {__version__}")
         raise typer.Exit
 
 

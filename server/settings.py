@@ -60,15 +60,25 @@ class Settings(BaseSettings):
     max_logprobs: int = Field(1 << 22, ge=0, description="Most log-probabilities of one answer, alternatives counted")
     max_prompt_logprobs: int = Field(1 << 17, ge=0, description="Most of them for prompts, which come all at once")
 
-    # Starting, failing and stopping.
-    drain_timeout_s: float = Field(30, ge=0, description="Seconds that running requests have to finish after SIGTERM")
+    # Starting, failing and stopping. Processes report progress a few times a second: a timeout below 1 would kill healthy ones.
+    start_timeout_s: float = Field(
+        300, ge=1, description="Seconds that a starting engine or API worker may report no progress before it is replaced"
+    )
     stall_timeout_s: float = Field(
-        30, gt=0, description="Seconds without a step ended, with work to do, until an engine is replaced"
+        30, ge=1, description="Seconds that an engine with work may take for one step before it is replaced"
+    )
+    worker_stall_timeout_s: float = Field(
+        20, ge=1, description="Seconds that an API worker's event loop may not run before the worker is replaced"
+    )
+    crash_limit: int = Field(
+        5, ge=1, description="Deaths of one engine or API worker in a row, with no work done in between, that end the server"
+    )
+    crash_window_s: float = Field(
+        60, gt=0, description="Seconds of readiness after which the death of a process does not count for crash_limit"
     )
     resume_timeout_s: float = Field(120, gt=0, description="Seconds that streams wait for a dead engine's successor")
     max_deaths: int = Field(3, ge=1, description="Engine deaths that a request may be part of before it is ended")
-    crash_limit: int = Field(5, ge=1, description="Deaths of one process within crash_window_s that end the server")
-    crash_window_s: float = Field(60, gt=0, description="See crash_limit")
+    drain_timeout_s: float = Field(30, ge=0, description="Seconds that running requests have to finish after SIGTERM or SIGHUP")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least important log line shown")
     log_format: Literal["auto", "human", "json"] = Field("auto", description="auto: human at a terminal, JSON otherwise")
 

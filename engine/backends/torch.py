@@ -9,6 +9,7 @@ from engine.batch import ForwardBatch, PoolSpec
 from engine.config import EngineConfig
 from engine.models import registry
 from engine.models.spec import ModelSpec
+from engine.startup import Progress, no_report
 from engine.weights import dummy, loader, room
 
 
@@ -40,7 +41,7 @@ class TorchBackend:
         """Nothing is held that the garbage collector does not free."""
 
 
-def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBackend:
+def load(spec: ModelSpec, config: EngineConfig, device: torch.device, progress: Progress = no_report) -> TorchBackend:
     """The model that `config.model` holds, with the checkpoint's weights or with random ones."""
     dtype: torch.dtype = getattr(torch, config.dtype)
     room.check(spec, dtype=dtype, device=device)
@@ -48,7 +49,7 @@ def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBa
         model = registry.build(spec, dtype=dtype, device=device)
         model.backend = select.choose(device, model.kv_pools()[0], config.cache.block_size)
         if config.load_format == "dummy":
-            dummy.fill(model, seed=config.seed)
+            dummy.fill(model, seed=config.seed, progress=progress)
         else:
-            loader.load(model, config.model)
+            loader.load(model, config.model, progress)
     return TorchBackend(model)

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import grpc
@@ -18,64 +16,9 @@ import pytest
 
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
-from tests.support.children import ROOT, ServerChild, wait_until
+from tests.support.children import ServerChild, wait_until
+from tests.support.serving import body, engine_running, http, in_thread, metrics, refused_start, stream_tokens, used_blocks
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
-
-
-@pytest.fixture
-def fresh():
-    with ServerChild() as child:
-        yield child
-
-
-def body(number, max_tokens=100, **changes):
-    prompt = [5 + (number * 7 + i) % 200 for i in range(20 + number)]
-    return {"prompt_token_ids": prompt, "max_tokens": max_tokens, "temperature": 0, "seed": number, "ignore_eos": True, **changes}
-
-
-def http(server):
-    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=200))
-
-
-async def stream_tokens(client, number, max_tokens=100, first=None):
-    """The token ids of one SSE stream, or the error it ended in. `first` is set once a token came."""
-    tokens, done = [], False
-    async with client.stream("POST", "/v1/generate", json=body(number, max_tokens, stream=True)) as response:
-        assert response.status_code == 200
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
-                done = True
-            elif line.startswith("data: "):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    return event["error"]
-                tokens += event.get("token_ids", [])
-                if first is not None:
-                    first.set()
-    assert done
-    return tokens
-
-
-def metrics(server):
-    lines = httpx.get(server.url + "/metrics").text.splitlines()
-    values = {}
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            values[name.partition("{")[0]] = values.get(name.partition("{")[0], 0.0) + float(value)
-    return values
-
-
-def used_blocks(server):
-    return metrics(server).get("tidegate_kv_cache_usage_ratio")  # None until the engine's first heartbeat
-
-
-def engine_running(server):
-    return metrics(server).get("tidegate_engine_requests_running")
-
-
-async def in_thread(function, *args, **kwargs):
-    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 async def test_streams_survive_the_engines_death_with_the_same_tokens(fresh):
@@ -352,14 +295,3 @@ def test_a_faulty_checkpoint_stops_the_start_with_one_message(tmp_path, file, ch
     done = refused_start({"TIDEGATE_MODEL": str(folder), "TIDEGATE_RUNNER": "torch", "TIDEGATE_DEVICE": "cpu"})
     (line,) = done.stderr.splitlines()
     assert expected in json.loads(line)["message"]
-
-
-def refused_start(variables):
-    """The whole of a `serve` that ends by itself."""
-    environment = {**os.environ, "TIDEGATE_PORT": "0", "TIDEGATE_GRPC_PORT": "0", "TIDEGATE_RUNNER": "fake", **variables}
-    command = [sys.executable, "-m", "server.cli", "serve"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=40, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "ended badly" not in done.stderr
-    return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,6 +31,11 @@ def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 2
         if time.monotonic() > until:
             raise AssertionError(f"waited {seconds:g} s in vain: {what}")
         time.sleep(0.02)
+
+
+def after(shell: str, command: list[str]) -> list[str]:
+    """`command`, in a process that has run `shell` before."""
+    return ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
 
 
 class EngineChild:
@@ -81,9 +87,13 @@ class EngineChild:
 
 
 class ServerChild:
-    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables."""
+    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables.
 
-    def __init__(self, **settings: object) -> None:
+    `shell` runs in the server's process before the server does, say "ulimit -n 20". `python` is the interpreter.
+    """
+
+    def __init__(self, *, shell: str = ":", python: str = sys.executable, **settings: object) -> None:
+        self._command = after(shell, [python, "-m", "server.cli", "serve"])
         given = {"port": 0, "grpc_port": 0, "runner": "fake", "fake_step_ms": 5, "log_format": "json", **settings}
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
@@ -105,9 +115,8 @@ class ServerChild:
             sys.stderr.write("".join(self.text[-100:]))
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve"]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            self._command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
         threading.Thread(target=self._read_log, args=(self.process,), daemon=True).start()
 
@@ -145,7 +154,11 @@ class ServerChild:
 
     def children(self) -> dict[str, int]:
         """Process ids by title: {"tidegate: engine 0": 123, ...}."""
-        return {" ".join(child.cmdline()).strip(): child.pid for child in psutil.Process(self.pid).children()}
+        titles = {}
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just died
+                titles[" ".join(child.cmdline()).strip()] = child.pid
+        return titles
 
     def _read_log(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
