@@ -53,7 +53,7 @@ class HttpServer(uvicorn.Server):
 
 
 class Worker:
-    """`all_ready` is set once every worker of the server has an engine."""
+    """One API worker of a server. `all_ready` is set once every worker of that server has an engine."""
 
     def __init__(self, start: WorkerStart, all_ready: asyncio.Event) -> None:
         self._settings = settings = Settings.model_validate_json(start.settings)
@@ -83,6 +83,8 @@ class Worker:
         try:
             if await self._may_listen():
                 await self._serve(service, metrics)
+            else:
+                await self._client.close()
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -98,6 +100,7 @@ class Worker:
         return not self._draining.is_set()
 
     async def _serve(self, service: GenerateService, metrics: Metrics) -> None:
+        """Open the ports and serve until SIGTERM, then drain."""
         http = HttpServer(self._http_config(service, metrics))
         rpc = build_rpc_server(service, self._settings)
         await rpc.start()
@@ -131,7 +134,7 @@ class Worker:
         lifeline.tell(lifeline.READY)
 
     async def _report_progress(self, metrics: Metrics) -> None:
-        """Tell the supervisor again and again that the event loop runs, and once that a request was answered."""
+        """Report to the supervisor, again and again, that the event loop runs, and once that a request was answered."""
         served = False
         while True:
             lifeline.tell(lifeline.ALIVE)
@@ -154,7 +157,7 @@ class Worker:
             done, _ = await asyncio.wait({*rest, deadline}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             rest -= done
         if rest:
-            log.warning("the time to drain is over", extra={"streams": self._client.num_streams})
+            log.warning("the time to drain is over: streams end with an error", extra={"streams": self._client.num_streams})
         await self._client.close()
         if rest:
             await asyncio.wait(rest, timeout=for_errors)
