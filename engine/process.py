@@ -242,7 +242,7 @@ def main() -> None:
     name = f"engine {start.index}"
     setproctitle.setproctitle(f"tidegate: {name}")
     logs.set_up(start.log_level, start.log_format, name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is handled by the supervisor
     startup.keep_kernels()
     clock = startup.StartupClock(startup.process_seconds(), report=lambda: lifeline.tell(lifeline.ALIVE))
     try:
