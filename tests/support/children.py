@@ -1,4 +1,4 @@
-"""Real processes for the tests that kill them: an engine on its own, and a whole `tidegate serve`."""
+"""Real processes for tests that kill and stop them: a single engine, and a whole `tidegate serve`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
+    """Return once `condition()` is true. Raises AssertionError, with `what` in the message, after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -39,7 +40,7 @@ def after(shell: str, command: list[str]) -> list[str]:
 
 
 class EngineChild:
-    """One engine process on a socket of its own. `start` may be called again after a death."""
+    """One engine process with its own socket. `start` may be called again after its death."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
@@ -97,7 +98,7 @@ class ServerChild:
         given = {"port": 0, "grpc_port": 0, "runner": "fake", "fake_step_ms": 5, "log_format": "json", **settings}
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
-        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # for what it leaves behind, which should be nothing
+        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # the server should leave it empty
         self._environment["TMPDIR"] = self.folder.name
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 
 from server.settings import Settings
 from server.supervise.child import Child, Fatal, Program, Timeout
+from tests.support.children import ROOT
 
 READY, SERVED = "lifeline.tell(lifeline.READY)", "lifeline.tell(lifeline.SERVED)"
 EXIT = "sys.exit({})"
@@ -171,3 +174,49 @@ async def test_a_child_that_cannot_be_started_has_died_and_is_tried_again(monkey
             await asyncio.wait_for(task, 30)
     assert starts() == 3
     assert [record.getMessage() for record in caplog.records] == ["child died, starting it again"] * 2
+
+
+WITHOUT_THREADS = """
+import asyncio, logging, resource
+from pathlib import Path
+import psutil
+from server.settings import Settings
+from server.supervise.child import Child, Program, Timeout
+
+reasons = []
+
+class Keep(logging.Handler):
+    def emit(self, record):
+        reasons.append(record.why)
+
+logging.getLogger("tidegate.supervisor").addHandler(Keep())
+
+async def main():
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    code = b"lifeline.tell(lifeline.READY); wait()"
+    program = Program("child", "tests.support.scripted", lambda: code, Timeout("stall_timeout_s", 30))
+    child = Child(program, Settings(crash_limit=99))
+    resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), limits[1]))  # a thread's stack alone takes more
+    running = asyncio.create_task(child.run())
+    while not reasons:
+        await asyncio.sleep(0)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    await child.ready.wait()
+    print(reasons[0])
+    print(sum(process.status() != psutil.STATUS_ZOMBIE for process in psutil.Process().children()))
+    child.kill()
+    await running
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="asyncio needs a thread for each child on Python 3.11 only")
+def test_a_process_that_cannot_be_watched_for_lack_of_threads_is_killed_and_tried_again():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THREADS], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    reason, alive = done.stdout.splitlines()
+    assert reason.startswith("it could not be started"), done.stderr
+    assert alive == "1"
