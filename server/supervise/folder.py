@@ -38,11 +38,14 @@ class RunFolder:
             remove_abandoned(Path(tempfile.gettempdir()))
             while True:
                 path = Path(tempfile.mkdtemp(prefix=PREFIX))  # its mode is 0700: the engine's socket has no other protection
-                folder = cls(path, _lock(path))
-                if folder._is_whole():  # another start may have taken it for an abandoned one, just before the lock
-                    folder.metrics.mkdir()
-                    return folder
-                os.close(folder._lock)
+                with contextlib.ExitStack() as on_failure:
+                    on_failure.callback(shutil.rmtree, path, ignore_errors=True)
+                    folder = cls(path, _lock(path))
+                    on_failure.callback(os.close, folder._lock)
+                    if folder._is_whole():  # otherwise another start took it for an abandoned one, just before the lock
+                        folder.metrics.mkdir()
+                        on_failure.pop_all()
+                        return folder
         except OSError as error:
             raise ConfigError(f"no folder for temporary files can be used: {error}; set TMPDIR to one that can") from None
 
