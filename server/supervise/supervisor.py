@@ -106,7 +106,10 @@ class Supervisor:
         if self._grpc is not None:
             self._grpc.close()
         for worker in self._workers:
-            worker.stop()
+            if worker.ready.is_set():
+                worker.stop()
+            else:
+                worker.kill()  # it runs nothing, and may hang in its start
         _, late = await asyncio.wait(self._worker_tasks, timeout=self._settings.drain_timeout_s + KILL_MARGIN_SECONDS)
         if late:
             raise Fatal(1, f"{len(late)} API workers did not end in time and are killed")

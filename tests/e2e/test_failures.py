@@ -154,6 +154,18 @@ def test_a_worker_that_is_stopped_while_it_starts_is_killed():
     gives_up_on(server, "api 0")
 
 
+def test_a_server_stops_while_one_of_its_workers_hangs_in_its_start():
+    server = ServerChild(api_workers=2, drain_timeout_s=3600)
+    server.start()
+    pause_worker(server)
+    try:
+        wait_until(lambda: server.said("engine found"), "the other worker has an engine", seconds=40)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    finally:
+        server.stop()
+
+
 def gives_up_on(server, name):
     try:
         assert server.process.wait(60) == 1

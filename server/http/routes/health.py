@@ -1,6 +1,7 @@
 """GET /health/live, /health/ready and /health/startup, for probes.
 
-live says that this process turns its event loop; ready, that a token can be made here now; startup, that one once could.
+live says that this process runs its event loop. ready says that every API worker has reached an engine since the server started,
+and that this worker's engine makes progress now. startup says that ready was true once.
 HEAD answers as GET does, without the body: some load balancers probe so.
 """
 
