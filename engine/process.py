@@ -16,6 +16,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import setproctitle
@@ -114,6 +115,7 @@ class EngineProcess:
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # unbounded: the scheduler's queue is the one with a limit
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
+        self._endpoint = endpoint
         self._socket.bind(endpoint)
         self._workers: dict[bytes, str] = {}  # identity -> name
         self._lost: set[bytes] = set()  # a send to them failed; they are forgotten before the next step
@@ -121,6 +123,7 @@ class EngineProcess:
         self._owners: dict[str, bytes] = {}  # running or waiting request -> identity of the worker that submitted it
         self._heartbeat_at = 0.0
         self._told_step = -1  # the step counter when the supervisor last heard of us
+        self._served = False  # whether the supervisor knows that a step has ended
         self._preparing = True  # until the core has nothing left to do for later steps
         self._stopping = False
         self._pauses = CollectorPauses()
@@ -235,8 +238,13 @@ class EngineProcess:
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
+        self._keep_bound()
         stats = msgspec.structs.replace(self._core.stats(), gc_pause_seconds=self._pauses.longest)
         heartbeat = Heartbeat(stats, self._preparing)
+        ended = heartbeat.stats.step - (1 if self._core.has_work else 0)  # with work to do, the latest step may not have ended
+        if not self._served and ended > 0:
+            self._served = True
+            lifeline.tell(lifeline.SERVED)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:
             self._told_step = heartbeat.stats.step
             lifeline.tell(lifeline.ALIVE)
@@ -246,6 +254,18 @@ class EngineProcess:
             # A Welcome without a Hello before it tells the worker to connect again.
             if self._try_send(identity, Welcome(self._info)) != "full":
                 self._dropped.discard(identity)
+
+    def _keep_bound(self) -> None:
+        """Bind the socket again if its file was deleted, so that workers can connect. Connections that exist are not affected."""
+        path = Path(self._endpoint.removeprefix("ipc://"))
+        if path.exists() or not path.parent.exists():  # the supervisor makes the folder
+            return
+        try:
+            self._socket.bind(self._endpoint)
+        except zmq.ZMQError as error:  # the folder was deleted again: the next heartbeat tries once more
+            log.warning("the engine's socket was deleted and cannot be bound again yet: %s", error)
+        else:
+            log.warning("the engine's socket was deleted and is bound again", extra={"path": str(path)})
 
     def _send(self, identity: bytes, message: EngineMessage) -> None:
         if identity not in self._workers or identity in self._lost:
@@ -277,10 +297,11 @@ def main() -> None:
     name = f"engine {start.index}"
     setproctitle.setproctitle(f"tidegate: {name}")
     logs.set_up(start.log_level, start.log_format, name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is handled by the supervisor
     startup.keep_kernels()
+    clock = startup.StartupClock(startup.process_seconds(), report=lambda: lifeline.tell(lifeline.ALIVE))
     try:
-        core = build_core(start.config, startup.StartupClock(before=startup.process_seconds()))
+        core = build_core(start.config, clock)
     except (ConfigError, CheckpointError) as error:
         log.error(error.message)
         sys.exit(EXIT_BAD_SETTINGS)
@@ -297,6 +318,7 @@ def main() -> None:
             **{f"{phase}_seconds": round(seconds, 2) for phase, seconds in info.startup.items()},
         },
     )
+    lifeline.tell(lifeline.READY)
     process.run()
     process.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PHASES = {
@@ -22,18 +23,40 @@ _STAT = Path("/proc/self/stat")
 _START_TIME = 19  # of the fields after the program's name in parentheses: clock ticks from boot to the process's start
 
 
-class StartupClock:
-    """Seconds of each phase that has ended, in order; the first began `before` seconds ago."""
+Progress = Callable[[], None]  # reports that a start, or a part of one, makes progress
+PROGRESS_SECONDS = 0.5  # between two reports at least
 
-    def __init__(self, before: float = 0.0) -> None:
+
+def no_report() -> None:
+    """The Progress of an engine that nobody watches."""
+
+
+class StartupClock:
+    """Seconds of each phase that has ended, in order. The first phase began `before` seconds before the clock was made.
+
+    `report` is called at the end of each phase, and by `progress` in between.
+    """
+
+    def __init__(self, before: float = 0.0, report: Progress = no_report) -> None:
         self._since = time.monotonic() - before
+        self._report = report
+        self._reported_at = float("-inf")
         self.seconds: dict[str, float] = {}
 
     def end(self, phase: str) -> None:
-        """`phase` ends now, and the next begins."""
+        """End `phase` now, and begin the next one."""
         now = time.monotonic()
         self.seconds[phase] = now - self._since
         self._since = now
+        self._reported_at = now
+        self._report()
+
+    def progress(self) -> None:
+        """Report progress within a phase: a tensor was loaded, a kernel was compiled. Any thread may call it, and often."""
+        now = time.monotonic()
+        if now - self._reported_at >= PROGRESS_SECONDS:
+            self._reported_at = now
+            self._report()
 
 
 def process_seconds() -> float:

@@ -135,6 +135,7 @@ class RequestMeter:
 
     def finished(self, reason: str) -> None:
         if not self._ended:
+            self._metrics.num_finished += 1
             self._metrics.e2e.observe(time.monotonic() - self._began)
             self._end(self._metrics.finished, reason)
 
@@ -162,6 +163,7 @@ class Metrics:
 
     def __init__(self, model_name: str, engine: Callable[[], EngineHealth]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.num_finished = 0  # requests that this process answered to the end
         r = self._registry = CollectorRegistry()
         self.started = Counter("tidegate_requests_started", "Requests that arrived.", ["transport"], registry=r)
         self.finished = Counter(

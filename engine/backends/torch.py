@@ -9,6 +9,7 @@ from engine.batch import ForwardBatch, PoolSpec
 from engine.config import EngineConfig
 from engine.models import registry
 from engine.models.spec import ModelSpec
+from engine.startup import Progress, no_report
 from engine.weights import capacity, dummy, loader
 
 
@@ -40,7 +41,7 @@ class TorchBackend:
         """Does nothing: the garbage collector frees the model."""
 
 
-def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBackend:
+def load(spec: ModelSpec, config: EngineConfig, device: torch.device, progress: Progress = no_report) -> TorchBackend:
     """Build the model of `spec` on `device` and fill it with the weights of the checkpoint `config.model`, or with random weights
     if `load_format` is "dummy". Raises CheckpointError if the weights do not fit or cannot be read."""
     dtype: torch.dtype = getattr(torch, config.dtype)
@@ -49,7 +50,7 @@ def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBa
         model = registry.build(spec, dtype=dtype, device=device)
         model.attention = select.choose(device, model.kv_pools()[0], config.cache.block_size)
         if config.load_format == "dummy":
-            dummy.fill(model, seed=config.seed)
+            dummy.fill(model, seed=config.seed, progress=progress)
         else:
-            loader.load(model, config.model)
+            loader.load(model, config.model, progress)
     return TorchBackend(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -42,7 +43,9 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     if device.type == "cpu":
         torch.set_num_threads(_num_threads())
     clock.end("config")
-    backend = load(spec, config, device)
+    if device.type == "cuda":
+        importlib.import_module("engine.kernels.compiles").report(clock.progress)  # not every machine has Triton
+    backend = load(spec, config, device, clock.progress)
     clock.end("weights")
     num_blocks = config.cache.num_blocks
     fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=requested)

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from engine.layers.norm import RMSNorm
+from engine.startup import Progress, no_report
 
 STD = 0.02
 
 
-def fill(model: nn.Module, *, seed: int) -> None:
-    """Fill every parameter of `model`."""
+def fill(model: nn.Module, *, seed: int, progress: Progress = no_report) -> None:
+    """Fill every parameter of `model`, with a call of `progress` after each."""
     norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
     for name, param in model.named_parameters():
         generator = torch.Generator(param.device).manual_seed(seed)
@@ -22,3 +23,4 @@ def fill(model: nn.Module, *, seed: int) -> None:
             param.zero_()
         else:
             param.normal_(0.0, STD, generator=generator)
+        progress()

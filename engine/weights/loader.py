@@ -23,6 +23,7 @@ from engine.models.config_reader import read_json
 from engine.models.deepseek_mtp import DeepseekMtp, mtp_prefix
 from engine.models.spec import Fp8Spec, ModelSpec
 from engine.quant import fp8
+from engine.startup import Progress, no_report
 from engine.weights import stream
 
 INDEX = "model.safetensors.index.json"
@@ -60,13 +61,16 @@ class Loadable(Protocol):
     def weights(self) -> WeightMap: ...
 
 
-def load(model: Loadable, folder: str | Path) -> None:
-    """Fill `model` from the checkpoint in `folder`. Raises CheckpointError, naming tensor and file."""
+def load(model: Loadable, folder: str | Path, progress: Progress = no_report) -> None:
+    """Fill `model` from the checkpoint in `folder`, and call `progress` after each tensor or piece of one.
+
+    Raises CheckpointError, naming tensor and file.
+    """
     weights, block = model.weights(), model.spec.fp8
     with ExitStack() as stack:
         stored, scales = _open_checked(Path(folder), weights, block, stack)
         with torch.no_grad():
-            _fill(stored, scales, weights, block)
+            _fill(stored, scales, weights, block, progress)
             for name, original in weights.copies.items():
                 if name in stored and not torch.equal(stored[name].read().to(original), original):
                     stored[name].refuse("differs from the main model's, which is used in its place: the two must be equal")
@@ -192,15 +196,18 @@ def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None
         scale.refuse(f"is a scale, but the weight that it belongs to is {tensor.dtype}, which takes none")
 
 
-def _fill(stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None) -> None:
+def _fill(
+    stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None, progress: Progress
+) -> None:
     for name, scale in scales.items():
         _check_scale(scale, stored[name], block)
     devices = {target.device for target in weights.targets.values()}
     if len(devices) == 1 and (device := devices.pop()).type == "cuda":
-        stream.fill(transfers(stored, scales, weights, block), device)
+        stream.fill(transfers(stored, scales, weights, block), device, progress)
         return
     for name, target in weights.targets.items():
         _copy(stored[name], scales.get(name), target, block)
+        progress()
 
 
 def _check_scale(scale: _Stored, tensor: _Stored, block: Fp8Spec | None) -> None:

@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from engine.errors import CheckpointError
+from engine.startup import Progress, no_report
 
 READERS = 8  # one reader delivers 5 GB/s from the page cache; the bus carries 54 GB/s
 PIECE = 16 << 20  # bytes of one buffer, and of one read
@@ -70,8 +71,11 @@ def offsets(file: Path) -> dict[str, int]:
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def fill(transfers: Iterable[Transfer], device: torch.device) -> None:
-    """Run all transfers; every target is filled on return. Raises CheckpointError for a file that cannot be read fully."""
+def fill(transfers: Iterable[Transfer], device: torch.device, progress: Progress = no_report) -> None:
+    """Run all transfers; every target is filled on return. Readers call `progress` after each piece.
+
+    Raises CheckpointError for a file that cannot be read fully.
+    """
     in_file_order = sorted(transfers, key=lambda t: (t.sources[0].file, t.sources[0].offset))
     parts = deque(part for transfer in in_file_order for part in _parts(transfer))
     if device.type == "cuda":
@@ -81,7 +85,7 @@ def fill(transfers: Iterable[Transfer], device: torch.device) -> None:
         for file in files:
             files[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
         with ThreadPoolExecutor(READERS, "weights") as pool:
-            for reader in [pool.submit(_work, parts, files, device) for _ in range(READERS)]:
+            for reader in [pool.submit(_work, parts, files, device, progress) for _ in range(READERS)]:
                 reader.result()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the raw bytes' memory is bound to the readers' streams, which end here
@@ -93,7 +97,7 @@ def _parts(transfer: Transfer) -> list[_Part]:
     return [_Part(transfer, start) for start in range(0, transfer.target.nbytes, PIECE)]
 
 
-def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device) -> None:
+def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device, progress: Progress) -> None:
     """One reader's thread: take parts until none is left, or until this or another reader fails."""
     reader = _Reader(files, device)
     try:
@@ -105,6 +109,7 @@ def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device) -> 
                 except IndexError:  # another reader took the last one
                     return
                 reader.run(part)
+                progress()
     finally:
         parts.clear()
         reader.finish()

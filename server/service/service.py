@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 
@@ -39,8 +39,18 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class GenerateService:
     """One a worker. Everything it raises is of `engine.errors`."""
 
-    def __init__(self, client: EngineClientProtocol, text: Tokenizer, settings: ServiceSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        client: EngineClientProtocol,
+        text: Tokenizer,
+        settings: ServiceSettings,
+        metrics: Metrics,
+        *,
+        server_ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`server_ready` says whether all workers of the server have an engine; before that, this one is not ready either."""
         self._client = client
+        self._server_ready = server_ready
         self._text = text
         self._settings = settings
         self._metrics = metrics
@@ -149,7 +159,11 @@ class GenerateService:
         return [ModelInfo(id=self.model_name, created=self._created, owned_by="tidegate", max_model_len=self.max_model_len)]
 
     def health(self) -> EngineHealth:
-        return self._client.health
+        """The engine's health as this worker sees it; not ready and not started before all workers of the server are."""
+        health = self._client.health
+        if self._server_ready() or not health.ready:
+            return health
+        return msgspec.structs.replace(health, ready=False, started=False, reason="another API worker is still starting")
 
     def _enter(self, call: Call) -> None:
         id = call.request.request_id

@@ -1,7 +1,8 @@
-"""Real processes for the tests that kill them: an engine on its own, and a whole `tidegate serve`."""
+"""Real processes for tests that kill and stop them: a single engine, and a whole `tidegate serve`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
+    """Return once `condition()` is true. Raises AssertionError, with `what` in the message, after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -32,8 +34,13 @@ def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 2
         time.sleep(0.02)
 
 
+def after(shell: str, command: list[str]) -> list[str]:
+    """`command`, in a process that has run `shell` before."""
+    return ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
+
+
 class EngineChild:
-    """One engine process on a socket of its own. `start` may be called again after a death."""
+    """One engine process with its own socket. `start` may be called again after its death."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
@@ -81,9 +88,13 @@ class EngineChild:
 
 
 class ServerChild:
-    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables."""
+    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables.
 
-    def __init__(self, **settings: object) -> None:
+    `shell` runs in the server's process before the server does, say "ulimit -n 20". `python` is the interpreter.
+    """
+
+    def __init__(self, *, shell: str = ":", python: str = sys.executable, **settings: object) -> None:
+        self._command = after(shell, [python, "-m", "server.cli", "serve"])
         given = {
             "port": 0,
             "grpc_port": 0,
@@ -95,7 +106,7 @@ class ServerChild:
         }
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
-        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # for what it leaves behind, which should be nothing
+        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # the server should leave it empty
         self._environment["TMPDIR"] = self.folder.name
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []
@@ -113,9 +124,8 @@ class ServerChild:
             sys.stderr.write("".join(self.text[-100:]))
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve"]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            self._command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
         threading.Thread(target=self._read_log, args=(self.process,), daemon=True).start()
 
@@ -153,7 +163,11 @@ class ServerChild:
 
     def children(self) -> dict[str, int]:
         """Process ids by title: {"tidegate: engine 0": 123, ...}."""
-        return {" ".join(child.cmdline()).strip(): child.pid for child in psutil.Process(self.pid).children()}
+        titles = {}
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just died
+                titles[" ".join(child.cmdline()).strip()] = child.pid
+        return titles
 
     def _read_log(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None

@@ -1,7 +1,8 @@
 """GET /health/live, /health/ready and /health/startup, for probes.
 
-`live` is true while this process runs its event loop, `ready` while this worker can generate tokens, and `startup` once `ready`
-has been true. HEAD gets the same answer without the body, because some load balancers probe with HEAD.
+`live` is true while this process runs its event loop. `ready` is true while every API worker has reached an engine since the
+server started and this worker's engine makes progress. `startup` is true once `ready` has been true. HEAD gets the same answer
+without the body, because some load balancers probe with HEAD.
 """
 
 from __future__ import annotations

@@ -26,6 +26,23 @@ def test_phases_follow_one_another_without_a_gap():
     assert sum(clock.seconds.values()) <= 5.0 + time.monotonic() - began
 
 
+def test_each_end_of_a_phase_is_reported_and_progress_in_between_not_too_often(monkeypatch):
+    reports = []
+    clock = startup.StartupClock(report=lambda: reports.append(None))
+    clock.progress()
+    assert len(reports) == 1
+    monkeypatch.setattr(startup, "PROGRESS_SECONDS", 3600.0)
+    for _ in range(1000):
+        clock.progress()
+    assert len(reports) == 1
+    for phase in ("imports", "config"):
+        clock.end(phase)
+    assert len(reports) == 3
+    monkeypatch.setattr(startup, "PROGRESS_SECONDS", 0.0)
+    clock.progress()
+    assert len(reports) == 4
+
+
 def test_an_engine_tells_its_phases_in_order(tmp_path):
     config = EngineConfig(model=str(write_tiny_checkpoint(tmp_path)), runner="fake")
     core = build_core(config, startup.StartupClock(before=3.0))
