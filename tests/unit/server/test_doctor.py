@@ -74,7 +74,7 @@ def test_a_chat_template_that_is_not_there_is_a_note(torch, model):
 
 def test_settings_that_the_engine_refuses_are_told_in_their_own_names(torch, model):
     told = missing(model=str(model), max_model_len=5000)["engine"]
-    assert told == "max_model_len is 5000, but the model was made for 4096 tokens at most"
+    assert told == "max_model_len is 5000, but the model supports at most 4096 tokens"
     torch(doctor.TorchAnswer("2.11", None, [], "cache.memory_fraction leaves 3 bytes"))
     assert missing(model=str(model))["engine"] == "memory_fraction leaves 3 bytes"
 
