@@ -139,7 +139,7 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
         )
     if config.max_model_len is not None and config.max_model_len > limits.max_model_len:
         raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but the model supports at most {limits.max_model_len} tokens",
+            f"max_model_len is {config.max_model_len}, but the model was made for {limits.max_model_len} tokens at most",
             param="max_model_len",
         )
     if config.device == "cuda" and not has_cuda:
