@@ -2,8 +2,8 @@
 
     loop:  read the workers' messages  ->  core.step()  ->  StepEvents to each worker concerned, Heartbeats when due
 
-With the heartbeats the supervisor is told that the engine gets on: that it is idle, or that a step has ended since. It kills
-an engine that has not said so for long.
+Together with each round of heartbeats the process reports to the supervisor that it makes progress: it is idle, or a step
+has ended since the last report. The supervisor kills an engine that has not reported for too long.
 
 An exception in a step ends the process. The supervisor then starts another engine, and the workers submit their unfinished
 requests again. Exit codes: 0 after SIGTERM, 2 for a wrong setting or checkpoint (another start would fail too), 1 otherwise.
@@ -45,6 +45,7 @@ log = logging.getLogger("tidegate.engine")
 EXIT_BAD_SETTINGS = 2
 SEND_QUEUE = 4096  # messages kept for a worker that does not read; a worker with more is dropped
 READS_PER_STEP = 1024  # messages read between two steps, so that a flood of messages does not stall running requests
+READ_BYTES_PER_STEP = 4 << 20  # likewise for long prompts: a million tokens, which take some milliseconds
 GC_THRESHOLDS = (5000, 20, 100)  # a young collection visits a few thousand objects, which takes less than a millisecond
 
 
@@ -61,8 +62,9 @@ class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
 class CollectorPauses:
     """Keeps the pauses by Python's garbage collector short, and measures the longest one.
 
-    All objects that exist after start-up stay until the process ends, so they are excluded from further collections. Full
-    collections run while the engine is idle (`collect`); the structures of requests contain no reference cycles.
+    Objects that exist after start-up, or after preparation, stay until the process ends. `freeze` excludes them from further
+    collections. Full collections run while the engine is idle (`collect`). The structures of requests contain no reference
+    cycles, so memory does not depend on these collections.
     """
 
     def __init__(self) -> None:
@@ -70,10 +72,14 @@ class CollectorPauses:
         self._began = 0.0
         self._collected = True  # no step has run since the last `collect`
         self._thresholds = gc.get_threshold()
-        gc.collect()
-        gc.freeze()
+        self.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         gc.callbacks.append(self._measure)
+
+    def freeze(self) -> None:
+        """Exclude all present objects from further collections. Called only while there are no requests."""
+        gc.collect()
+        gc.freeze()
 
     def close(self) -> None:
         """Undo everything."""
@@ -121,10 +127,11 @@ class EngineProcess:
         self._pauses = CollectorPauses()
 
     def stop(self) -> None:
-        """Ask `run` to return; safe in a signal handler."""
+        """Make `run` return after the current iteration. Safe to call in a signal handler."""
         self._stopping = True
 
     def run(self) -> None:
+        """Run the loop until `stop` is called."""
         was_busy = False
         while not self._stopping:
             if not self._core.has_work and not self._prepare():
@@ -151,8 +158,10 @@ class EngineProcess:
         self._core.close()
 
     def _prepare(self) -> bool:
+        """Do a piece of preparation for later steps. Returns False once nothing is left to prepare."""
         if self._preparing and not self._core.prepare():
             self._preparing = False
+            self._pauses.freeze()
             self._heartbeat_at = 0.0  # tell the workers that from now on every iteration of the loop is short
         return self._preparing
 
@@ -163,18 +172,23 @@ class EngineProcess:
             self._pauses.collect()
 
     def _read(self) -> None:
-        """Handle the messages that have arrived. Runs no step."""
+        """Handle the messages that have arrived, up to the limits of one iteration. Runs no step."""
+        num_bytes = 0
         for _ in range(READS_PER_STEP):
+            if num_bytes >= READ_BYTES_PER_STEP:
+                return
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            data = b"".join(frames)
+            num_bytes += len(data)
             try:
-                message = decode_worker_message(b"".join(frames))
+                message = decode_worker_message(data)
             except TidegateError as error:  # a field of SamplingParams is out of range
-                log.warning("a worker's message is refused: %s", error.message)
+                log.warning("refused a worker's message: %s", error.message)
             except msgspec.MsgspecError as error:
-                log.warning("a worker's message cannot be read: %s", error)
+                log.warning("cannot decode a worker's message: %s", error)
             else:
                 self._handle(identity, message)
 
@@ -219,13 +233,13 @@ class EngineProcess:
         self._core.forget(requests)
 
     def _send_events(self, events: list[TokenEvent]) -> None:
-        outputs: dict[bytes, list[TokenEvent]] = {}
+        by_owner: dict[bytes, list[TokenEvent]] = {}
         for event in events:
             owner = self._owners.get(event.request_id) if event.finish is None else self._owners.pop(event.request_id, None)
             if owner is not None:
-                outputs.setdefault(owner, []).append(event)
-        for identity, its_events in outputs.items():
-            self._send(identity, StepEvents(its_events))
+                by_owner.setdefault(owner, []).append(event)
+        for identity, owned in by_owner.items():
+            self._send(identity, StepEvents(owned))
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
@@ -242,6 +256,7 @@ class EngineProcess:
                 self._dropped.discard(identity)
 
     def _send(self, identity: bytes, message: EngineMessage) -> None:
+        """Send to a connected worker. A worker that cannot be sent to is dropped."""
         if identity not in self._workers or identity in self._lost:
             return
         outcome = self._try_send(identity, message)

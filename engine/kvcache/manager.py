@@ -107,7 +107,6 @@ class KVCacheManager:
             chain = self._chain(request)
             chain.links = self._chains[leader].links[:full]
             chain.closed = self._chains[leader].closed
-            self._index.publish(chain, request.blocks, full)
         request.num_computed = computed
         return [BlockCopy(leader.blocks[full], request.blocks[full])] if part else []
 

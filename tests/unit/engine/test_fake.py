@@ -1,7 +1,5 @@
 """FakeRunner: its tokens, what it verifies, and its simulated times."""
 
-import time
-
 import pytest
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits
@@ -117,16 +115,24 @@ def test_logprobs_have_the_requested_shape():
     assert first.logprobs == {}
 
 
-def test_a_step_takes_its_time_on_the_device_and_none_in_submit():
+def test_steps_run_one_after_the_other_on_the_simulated_device(monkeypatch):
+    """On a clock of the test's: `submit` takes no time, and `result` waits until the step and all before it have ended."""
+    now, slept = [100.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("engine.fake.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.fake.time.sleep", sleep)
     runner = make_runner(verify=False, simulated=FakeConfig(step_ms=20.0, token_us=1000.0))
-    began = time.monotonic()
     first = runner.submit(make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])]))
     second = runner.submit(make_plan(2, [(0, 5, 1)], num_decodes=1, samples=[0]))
-    assert time.monotonic() - began < 0.015
+    assert slept == []
+    now[0] += 0.005  # the CPU does something else meanwhile
     first.result()
-    assert time.monotonic() - began >= 0.025
     second.result()
-    assert time.monotonic() - began >= 0.046
+    assert slept == pytest.approx([0.020, 0.021])
 
 
 def test_build_sets_the_number_of_blocks_and_overlap():

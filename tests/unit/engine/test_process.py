@@ -23,7 +23,7 @@ from engine.messages import (
     encode,
     pack_tokens,
 )
-from engine.process import CollectorPauses, EngineProcess
+from engine.process import READ_BYTES_PER_STEP, READS_PER_STEP, CollectorPauses, EngineProcess
 from engine.request import FinishReason, SamplingParams
 from tests.support.local_engine import CONFIG, LIMITS
 
@@ -188,6 +188,28 @@ def test_reading_messages_runs_no_step(start):
             pass
     assert worker.receive_events("r")[1] is FinishReason.LENGTH
     assert steps_in_read == []
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10_000, 300_000])
+def test_one_read_handles_a_bounded_number_of_messages_and_bytes(tmp_path, num_tokens):
+    """The rest is read after the next step, so neither many messages nor long prompts stall the running requests."""
+    process, context = EngineProcess(Core(build_fake(CONFIG, LIMITS)), f"ipc://{tmp_path}/engine"), zmq.Context()
+    worker, handled = Worker(context, f"ipc://{tmp_path}/engine", "api 0"), []
+    sent = 2 * READS_PER_STEP if num_tokens == 1 else 100
+    process._handle = lambda identity, message: handled.append(message)
+    for _ in range(sent):
+        worker.send(submit([5] * num_tokens))
+    size = len(encode(submit([5] * num_tokens)))
+    try:
+        while len(handled) < 1 + sent:
+            before = len(handled)
+            assert process._socket.poll(20_000)
+            process._read()
+            assert len(handled) - before <= min(READS_PER_STEP, READ_BYTES_PER_STEP // size + 2)  # Hello is small
+    finally:
+        process.close()
+        worker.close()
+        context.term()
 
 
 def test_full_garbage_collections_run_only_while_the_engine_is_idle(start):

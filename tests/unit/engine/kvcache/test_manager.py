@@ -1,3 +1,5 @@
+"""KVCacheManager: which blocks requests get, share, publish and release."""
+
 import pytest
 
 from engine.errors import InternalError
@@ -13,7 +15,7 @@ def make_request(tokens: list[int], name: str = "r", salt: str = "") -> Request:
 
 
 def computed(manager: KVCacheManager, tokens: list[int], name: str = "r", salt: str = "") -> Request:
-    """A request whose whole prompt was submitted."""
+    """Return an admitted request whose whole prompt is in submitted steps."""
     request = make_request(tokens, name, salt)
     assert manager.admit(request)
     request.num_computed = len(tokens)
@@ -21,7 +23,7 @@ def computed(manager: KVCacheManager, tokens: list[int], name: str = "r", salt: 
     return request
 
 
-def test_start_gives_blocks_for_all_tokens_and_release_returns_them():
+def test_admit_gives_blocks_for_all_tokens_and_release_returns_them():
     manager = KVCacheManager(10, 4)
     request = computed(manager, list(range(9)))
     assert len(request.blocks) == 3
@@ -33,7 +35,7 @@ def test_start_gives_blocks_for_all_tokens_and_release_returns_them():
 
 
 @pytest.mark.parametrize(("length", "shared"), [(8, 1), (9, 2), (4, 0), (5, 1)])
-def test_a_full_hit_leaves_a_token_to_compute_and_shares_nothing_it_writes_to(length, shared):
+def test_the_last_token_of_a_cached_prompt_is_computed_in_a_block_of_its_own(length, shared):
     manager = KVCacheManager(20, 4)
     first = computed(manager, list(range(length)), "a")
     second = make_request(list(range(length)), "b")
@@ -44,7 +46,7 @@ def test_a_full_hit_leaves_a_token_to_compute_and_shares_nothing_it_writes_to(le
     manager.check([first, second])
 
 
-def test_another_salt_shares_nothing():
+def test_requests_with_different_salts_share_nothing():
     manager = KVCacheManager(20, 4)
     computed(manager, list(range(12)), "a", salt="x")
     other = make_request(list(range(12)), "b", salt="y")
@@ -52,7 +54,7 @@ def test_another_salt_shares_nothing():
     assert other.num_computed == 0
 
 
-def test_start_changes_nothing_where_blocks_are_short():
+def test_admit_changes_nothing_if_blocks_are_short():
     manager = KVCacheManager(4, 4)
     computed(manager, list(range(8)), "a")
     big = make_request([*range(8), *range(50, 60)], "b")
@@ -67,7 +69,7 @@ def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
     first = computed(manager, list(range(12)), "a")
     manager.release(first)
     again = make_request([*range(12), 99], "b")
-    assert not manager.admit(again)  # three matched, one more needed, and only three there are
+    assert not manager.admit(again)  # it needs the three matched blocks and one more, but there are only three
     assert manager.admit(make_request(list(range(12)), "c"))
 
 
@@ -132,7 +134,7 @@ def test_the_end_of_a_chain_is_evicted_before_its_beginning():
     assert again.num_computed == 8
 
 
-def test_extend_appends_a_block_and_files_the_full_ones():
+def test_extend_appends_a_block_and_publishes_the_full_ones():
     manager = KVCacheManager(3, 4)
     request = computed(manager, [1, 2, 3])
     request.tokens.extend([4])
@@ -150,7 +152,7 @@ def test_extend_appends_a_block_and_files_the_full_ones():
 
 
 @pytest.mark.parametrize(("length", "shared", "copied"), [(10, 2, True), (9, 2, False), (8, 1, True), (1, 0, False)])
-def test_fork_shares_full_blocks_and_copies_the_partial_tail(length, shared, copied):
+def test_fork_shares_full_blocks_and_copies_the_partial_one(length, shared, copied):
     manager = KVCacheManager(20, 4)
     leader = computed(manager, list(range(length)), "a")
     sibling = make_request(list(range(length)), "b")
@@ -183,7 +185,7 @@ def test_without_prefix_caching_nothing_is_shared_or_findable():
     assert (second.num_computed, manager.num_cached) == (0, 0)
 
 
-def test_nothing_is_remembered_of_requests_that_are_gone():
+def test_nothing_is_remembered_of_requests_that_have_ended():
     manager = KVCacheManager(2, 4)
     manager.release(computed(manager, list(range(8)), "a"))
     waiting = make_request(list(range(100)), "b")
@@ -192,7 +194,7 @@ def test_nothing_is_remembered_of_requests_that_are_gone():
     assert not manager._chains
 
 
-def test_check_finds_a_leak_and_a_shared_block_that_would_be_written():
+def test_check_finds_a_lost_block_and_a_shared_block_that_would_be_written():
     manager = KVCacheManager(8, 4)
     first = computed(manager, list(range(8)), "a")
     with pytest.raises(InternalError):
