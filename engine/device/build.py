@@ -28,6 +28,7 @@ from engine.startup import StartupClock
 
 log = logging.getLogger("tidegate.engine")
 
+SMALLER_STEPS = "lower scheduler.max_step_tokens, scheduler.max_num_seqs or max_model_len"
 MAX_BLOCKS = 1 << 18  # limit for a tiny model on a large device: more blocks would never be used and cost host memory
 
 
@@ -85,9 +86,8 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     if config.device == "cpu":
         available, remedy = config.cache.host_bytes, "raise it"
     else:
-        available = int(config.cache.memory_fraction * free_beside_steps(backend, config, limits, CudaMemory()))
-        torch.cuda.empty_cache()
-        remedy = "raise it, or lower scheduler.max_step_tokens, scheduler.max_num_seqs or max_model_len"
+        available = int(config.cache.memory_fraction * _free_on_cuda(backend, config, limits))
+        remedy = f"raise it, or {SMALLER_STEPS}"
     if available < each:
         raise ConfigError(
             f"{param} leaves {max(0, available)} bytes for the KV cache, and one block takes {each}: {remedy}", param=param
@@ -100,6 +100,20 @@ def _memory_param(config: EngineConfig) -> str:
     return "cache.host_bytes" if config.device == "cpu" else "cache.memory_fraction"
 
 
+def _free_on_cuda(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
+    """`free_beside_steps` of the CUDA device. Raises ConfigError if the largest steps do not fit."""
+    try:
+        return free_beside_steps(backend, config, limits, CudaMemory())
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"scheduler.max_step_tokens is {config.scheduler.max_step_tokens}, and the largest step does not fit into the device "
+            f"memory beside the model: {SMALLER_STEPS}",
+            param="scheduler.max_step_tokens",
+        ) from error
+    finally:
+        torch.cuda.empty_cache()
+
+
 @torch.inference_mode()
 def free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimits, probe: MemoryProbe) -> int:
     """Bytes of device memory that are free whatever steps run, measured by running the largest steps and capturing graphs."""
@@ -107,10 +121,12 @@ def free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimit
     storage = KVStorage(backend.kv_pools(), num_blocks=1, block_size=block_size, device=device)
     eager = TorchRunner(backend, storage, msgspec.structs.replace(config, cuda_graphs=False), limits)
     graphs = TorchRunner(backend, storage, config, limits).graphs
+    # No request can be longer than the tokens that all free memory holds.
+    held = max(1, probe.free() // block_bytes(backend.kv_pools(), block_size)) * block_size
     sizes = TrialLimits(
         max_rows=config.scheduler.max_num_seqs,
         max_tokens=config.scheduler.max_step_tokens or 1,
-        max_len=config.max_model_len or limits.max_model_len,
+        max_len=min(config.max_model_len or limits.max_model_len, held),
         block_size=block_size,
     )
     long_contexts = sizes.long_contexts()

@@ -15,6 +15,7 @@ from engine.errors import ConfigError
 from engine.models.families import read_spec
 
 BLOCK = 4
+FREE = 1 << 30  # bytes of the simulated device
 BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, dim, float32
 
 
@@ -80,7 +81,7 @@ class Probe:
 
 
 @pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
-@pytest.mark.parametrize(("max_len", "expected"), [(500, 1000 - 40 - 7), (30, 1000 - 40)], ids=["long contexts", "short"])
+@pytest.mark.parametrize(("max_len", "expected"), [(500, FREE - 40 - 7), (30, FREE - 40)], ids=["long contexts", "short"])
 def test_the_largest_steps_run_before_the_cache_is_sized(name, max_len, expected, tmp_path):
     scheduler = SchedulerConfig(max_num_seqs=5, max_step_tokens=64)
     config = EngineConfig(
@@ -88,9 +89,21 @@ def test_the_largest_steps_run_before_the_cache_is_sized(name, max_len, expected
     )
     spec = read_spec(config.model)
     config = resolve(config, spec.limits(), has_cuda=False)
-    probe = Probe(free=1000, peaks=[20, 40, 30, 7])
+    probe = Probe(free=FREE, peaks=[20, 40, 30, 7])
     assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == expected
     assert probe.peaks == ([] if max_len > 64 else [7])
+
+
+def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
+    """A small device must not run out of memory in a trial for a context that its cache will not hold."""
+    scheduler, cache = SchedulerConfig(max_num_seqs=5, max_step_tokens=64), CacheConfig(block_size=BLOCK)
+    config = EngineConfig(model=str(tiny.write(tmp_path, tiny.LLAMA)), device="cpu", scheduler=scheduler, cache=cache)
+    spec = ModelSpec.from_folder(config.model)
+    config = resolve(config, spec.limits(), has_cuda=False)
+    for blocks, num_trials in ((16, 3), (17, 4)):  # of the longest context: what one step holds, and more
+        probe = Probe(free=blocks * BLOCK_BYTES, peaks=[1, 1, 1, 1])
+        free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe)
+        assert len(probe.peaks) == 4 - num_trials
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter only")
@@ -106,6 +119,6 @@ def test_the_largest_graph_is_captured_before_the_cache_is_sized_and_first_of_al
     )
     spec = read_spec(folder)
     config = resolve(config, spec.limits(), has_cuda=False)
-    probe = Probe(free=1000, peaks=[20, 40, 30])
-    assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == 960
+    probe = Probe(free=FREE, peaks=[20, 40, 30])
+    assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == FREE - 40
     assert captured == [(48, 4), (3, 0), (1, 0), (2, 0), (32, 4)]

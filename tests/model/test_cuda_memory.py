@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from engine import LLM, SamplingParams
-from engine.config import CacheConfig, EngineConfig
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.device.build import build
 from engine.device.trial_steps import ALL_OPTIONS, PROMPT_LOGPROBS
 from engine.errors import ConfigError
@@ -109,3 +109,13 @@ def test_more_blocks_than_the_device_holds_are_refused_by_name(folder, num_block
     with pytest.raises(ConfigError, match=rf"^cache\.num_blocks is too large: a KV cache of {num_blocks} blocks") as refused:
         build(config)
     assert refused.value.param == "cache.num_blocks"
+
+
+def test_a_step_that_does_not_fit_beside_the_model_is_refused_by_name(folder, ballast):
+    scheduler = SchedulerConfig(max_num_seqs=256, max_step_tokens=1_000_000)
+    config = EngineConfig(model=str(folder), device="cuda", load_format="dummy", scheduler=scheduler)
+    with pytest.raises(
+        ConfigError, match=r"^scheduler\.max_step_tokens is 1000000, and the largest step does not fit"
+    ) as refused:
+        build(config)
+    assert refused.value.param == "scheduler.max_step_tokens"
