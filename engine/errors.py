@@ -99,3 +99,11 @@ class EngineUnavailable(TidegateError):
 
 class InternalError(TidegateError):
     code = "internal_error"
+
+
+def error_from_name(name: str, message: str, param: str | None = None) -> TidegateError:
+    """Return the exception that a RequestFailure describes. A name that is no class of this module gives an InternalError."""
+    cls = globals().get(name)
+    if not (isinstance(cls, type) and issubclass(cls, TidegateError)):
+        return InternalError(f"{name}: {message}")
+    return cls(message, param=param)

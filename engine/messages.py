@@ -35,6 +35,10 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     fork_of: str | None = None  # request id of the sibling (n > 1) whose prompt blocks to share
     salt: str = ""
 
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt)
+
 
 def check_submit(submit: Submit, limits: ModelLimits) -> None:
     """Refuse what this model cannot run: InvalidRequest or ContextTooLong, naming the field. The worker asks at its door,

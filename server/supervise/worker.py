@@ -54,7 +54,7 @@ class Worker:
     def __init__(self, start: WorkerStart) -> None:
         self._settings = settings = Settings.model_validate_json(start.settings)
         self._client = EngineClient(
-            start.endpoint,
+            [start.endpoint],
             f"api {start.index}",
             stall_timeout_s=settings.stall_timeout_s,
             resume_timeout_s=settings.resume_timeout_s,
