@@ -7,6 +7,7 @@ import msgspec
 import zmq
 
 from engine.config import ModelLimits
+from engine.errors import Overloaded
 from engine.messages import EngineInfo, Hello, Outputs, Submit, Welcome, decode_worker_message, encode
 from engine.request import FinishReason, RequestFailure, SamplingParams, TokenEvent
 
@@ -108,6 +109,39 @@ async def until(condition, what, seconds=10.0):
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:g} s in vain: {what}"
         await asyncio.sleep(0.005)
+
+
+async def fill_send_queue(client):
+    """Submit large requests while the engine reads nothing, until the client has refused one 20 times in a row.
+
+    ZeroMQ moves messages from the client's queue to the socket in a thread of its own, so one refusal is not enough. Returns
+    the number of requests that were sent. The client must have been created with a small `SEND_QUEUE`.
+    """
+    large = tuple(range(100, 400)) * 300
+    sent = refused = 0
+    while refused < 20:
+        assert sent < 1000, "the queue to an engine that does not read has no bound"
+        try:
+            client.submit(request(f"filler {sent}", prompt=large))
+        except Overloaded:
+            refused += 1
+            await asyncio.sleep(0.005)
+        else:
+            refused = 0
+            sent += 1
+    return sent
+
+
+def count_calls(monkeypatch, owner, name):
+    """Have each call of a method leave an entry in the list that is returned."""
+    calls, method = [], getattr(owner, name)
+
+    def counted(*args):
+        calls.append(args)
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
 
 
 async def collect(stream):
