@@ -62,7 +62,7 @@ class EngineClient:
         self._draining = False
 
     async def start(self) -> None:
-        """Start to connect to the engines; returns at once. An engine may come later, and may be replaced any number of times."""
+        """Start to connect to the engines and return at once. An engine may start later, and may be replaced at any time."""
         for link in self._links:
             link.connect()
 
@@ -240,13 +240,13 @@ class EngineClient:
         self._forget(stream)
 
     def _forget(self, stream: EngineStream) -> None:
-        """The only way out for a stream: it has ended, and no engine has it."""
+        """Remove a stream that has ended and that no engine has. Every stream leaves the client through this method."""
         self._streams.pop(stream.request_id, None)
         self._waiting.pop(stream.request_id, None)
         self._release(stream)
 
     def _release(self, stream: EngineStream) -> None:
-        """Let the next suspect be sent if this stream was the one at an engine."""
+        """Send the next suspect soon if this stream was the suspect at an engine."""
         if self._suspects.release(stream):
             asyncio.get_running_loop().call_soon(self._send_suspect)
 

@@ -40,6 +40,8 @@ class LinkListener(Protocol):
 
 
 class EngineLink:
+    """Connects to one engine, reconnects after each loss, and records which streams the engine has."""
+
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],

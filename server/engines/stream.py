@@ -91,7 +91,7 @@ class EngineStream:
 
     def put(self, event: TokenEvent) -> None:
         """Hand an event of the present engine to the consumer."""
-        error = None if event.finish is None else self._error_at(event)
+        error = None if event.finish is None else self._final_error(event)
         if error is not None:
             event.finish = None
         if error is None or event.tokens:
@@ -130,8 +130,8 @@ class EngineStream:
         fork_of = None if self.resumed else submit.fork_of
         return msgspec.structs.replace(submit, outputs=submit.outputs + self._received, params=params, fork_of=fork_of)
 
-    def _error_at(self, event: TokenEvent) -> TidegateError | None:
-        """The exception that a last event leads to, or None if the request ends well."""
+    def _final_error(self, event: TokenEvent) -> TidegateError | None:
+        """Return the exception that the last event of the request leads to, or None if the request ends well."""
         if event.finish is FinishReason.LENGTH and self._context_len is not None:
             return self._context_error(self._context_len)
         return error_of(event)

@@ -52,11 +52,11 @@ class Suspects:
         return {stream.request_id: self._verdict(stream, alone=len(convicted) == 1) for stream in convicted}
 
     def add(self, stream: EngineStream) -> None:
-        """Queue a suspect until `next` gives it out."""
+        """Queue a suspect until `next` returns it."""
         self._queue.append(stream)
 
     def next(self) -> EngineStream | None:
-        """Return the next suspect to send to an engine, which becomes the probe. Returns None while there is a probe."""
+        """Return the next suspect to send to an engine; it becomes the probe. Returns None if there is a probe already."""
         while self._queue and self._probe is None:
             stream = self._queue.popleft()
             if not stream.ended:

@@ -39,7 +39,7 @@ def engine():
 
 @contextlib.asynccontextmanager
 async def connected(engine, worker="api 0", **options):
-    """A client whose engines are all connected. `engine` is one EngineChild or a list of them."""
+    """A client that has connected to an engine. `engine` is one EngineChild or a list of them."""
     engines = engine if isinstance(engine, list) else [engine]
     client = EngineClient([engine.endpoint for engine in engines], worker, **options)
     await client.start()
