@@ -66,9 +66,7 @@ class Settings(BaseSettings):
         30, gt=0, description="Seconds without a step ended, with work to do, until an engine is replaced"
     )
     resume_timeout_s: float = Field(120, gt=0, description="Seconds that streams wait for a dead engine's successor")
-    max_deaths: int = Field(
-        3, ge=1, description="Engines in a row that may die while they run a request and make no progress with it; then it ends"
-    )
+    max_deaths: int = Field(3, ge=1, description="Engine deaths that a request may be part of before it is ended")
     crash_limit: int = Field(5, ge=1, description="Deaths of one process within crash_window_s that end the server")
     crash_window_s: float = Field(60, gt=0, description="See crash_limit")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least important log line shown")
