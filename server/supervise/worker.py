@@ -63,7 +63,7 @@ class Worker:
         self._listen_at_once = start.listen_at_once
         self._all_ready = all_ready
         self._client = EngineClient(
-            start.endpoint,
+            [start.endpoint],
             f"api {start.index}",
             stall_timeout_s=settings.stall_timeout_s,
             resume_timeout_s=settings.resume_timeout_s,

@@ -46,9 +46,7 @@ class EngineChild:
         self._folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
         self.endpoint = f"ipc://{self._folder.name}/engine"
         self.log = Path(self._folder.name) / "log"
-        self._start = msgspec.json.encode(
-            EngineStart(config=config, endpoint=self.endpoint, log_level="debug", log_format="json")
-        )
+        self._config = config
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> EngineChild:
@@ -59,14 +57,16 @@ class EngineChild:
         self.kill()
         self._folder.cleanup()
 
-    def start(self) -> None:
+    def start(self, config: EngineConfig | None = None) -> None:
+        """`config` is for an engine that comes back with other settings."""
+        start = EngineStart(config=config or self._config, endpoint=self.endpoint, log_level="debug", log_format="json")
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "engine.process"]
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
             )
         assert self.process.stdin is not None
-        self.process.stdin.write(self._start + b"\n")
+        self.process.stdin.write(msgspec.json.encode(start) + b"\n")
         self.process.stdin.flush()
 
     def send(self, number: int) -> None:
