@@ -5,7 +5,7 @@ import asyncio
 import httpx
 
 from engine.fake import expected_tokens
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.request import SamplingParams
 from server.bundled import bundled_checkpoint
 from tests.support.children import ServerChild, wait_until
@@ -21,7 +21,7 @@ def body(prompt):
 
 async def test_a_row_that_is_not_finite_ends_alone_is_counted_and_is_logged():
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    limits = ModelSpec.from_folder(bundled_checkpoint()).limits()
+    limits = read_spec(bundled_checkpoint()).limits()
     bad, good = (expected_tokens(prompt, NUM_TOKENS, params, 0, limits) for prompt in (BAD, GOOD))
     at = next(i for i, token in enumerate(bad) if i > 3 and token not in bad[:i] + good)
     with ServerChild(fake_nan_token=bad[at]) as server:

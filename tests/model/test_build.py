@@ -98,7 +98,7 @@ def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
     """A small device must not run out of memory in a trial for a context that its cache will not hold."""
     scheduler, cache = SchedulerConfig(max_num_seqs=5, max_step_tokens=64), CacheConfig(block_size=BLOCK)
     config = EngineConfig(model=str(tiny.write(tmp_path, tiny.LLAMA)), device="cpu", scheduler=scheduler, cache=cache)
-    spec = ModelSpec.from_folder(config.model)
+    spec = read_spec(config.model)
     config = resolve(config, spec.limits(), has_cuda=False)
     for blocks, num_trials in ((16, 3), (17, 4)):  # of the longest context: what one step holds, and more
         probe = Probe(free=blocks * BLOCK_BYTES, peaks=[1, 1, 1, 1])

@@ -111,7 +111,7 @@ def request(name="r", max_tokens=3, prompt=(5, 6), priority=0, fork_of="s", **pa
 
 def outputs_of(submit):
     """The tokens that a Submit says were generated already."""
-    return unpack_tokens(submit.outputs)
+    return unpack_tokens(submit.outputs).tolist()
 
 
 async def until(condition, what, seconds=10.0):
