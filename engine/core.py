@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
 from engine.messages import EngineInfo, EngineStats, Submit, check_submit
@@ -121,6 +122,7 @@ class Core:
             output_tokens=counts.output_tokens,
             step_seconds=self._step_seconds,
             exposed_cpu_seconds=self._exposed_seconds,
+            log_lines_dropped=logs.num_dropped(),
         )
 
     def info(self) -> EngineInfo:

@@ -121,6 +121,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     step_seconds: float = 0.0  # summed over all steps
     exposed_cpu_seconds: float = 0.0  # of it, time in which the device had nothing to do
+    log_lines_dropped: int = 0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -24,7 +24,7 @@ from engine import logs
 from engine.errors import ConfigError
 from engine.process import EXIT_BAD_SETTINGS, EngineStart
 from server.bundled import NOTICE, bundled_checkpoint
-from server.metrics import worker_died
+from server.metrics.supervisor import SupervisorDrops, worker_died
 from server.settings import Settings
 from server.supervise.child import Child, Fatal
 from server.supervise.sockets import bind_http, claim_grpc, socket_path
@@ -142,6 +142,7 @@ def serve(settings: Settings) -> int:
         metrics = folder / "metrics"
         metrics.mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+        logs.on_dropped(SupervisorDrops().add)
         # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         asyncio.run(_run(with_model(settings), folder))

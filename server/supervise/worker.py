@@ -27,7 +27,7 @@ from engine.process import EXIT_BAD_SETTINGS
 from server.engines.client import EngineClient
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.rpc.server import RpcServer, build_rpc_server
 from server.service.service import GenerateService
 from server.settings import Settings
@@ -71,6 +71,7 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         text = Tokenizer.from_folder(self._settings.model or "")
         metrics = Metrics(self._settings.model_name, lambda: self._client.health)
+        logs.on_dropped(metrics.log_lines_dropped)
         service = GenerateService(self._client, text, self._settings, metrics)
         http = HttpServer(self._http_config(service, metrics))
         rpc = build_rpc_server(service, self._settings)

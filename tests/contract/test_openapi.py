@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from server.http.app import build_app
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.settings import Settings
 from tests.unit.server.http.routes.scripted import ScriptedService
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer

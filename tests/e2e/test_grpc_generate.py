@@ -8,7 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.request import SamplingParams
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.service.service import GenerateService
 from server.service.types import Chunk, GenerationRequest

@@ -10,7 +10,7 @@ import pytest
 from engine.errors import InternalError
 from server.http.app import build_app
 from server.http.guard import HttpLimits
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.types import Chunk
 from server.settings import Settings
 from tests.support.http_server import serving
