@@ -120,9 +120,9 @@ class Core:
             prompt_tokens=counts.prompt_tokens,
             cached_tokens=counts.cached_tokens,
             output_tokens=counts.output_tokens,
+            log_lines_dropped=logs.num_dropped(),
             step_seconds=self._step_seconds,
             exposed_cpu_seconds=self._exposed_seconds,
-            log_lines_dropped=logs.num_dropped(),
         )
 
     def info(self) -> EngineInfo:

@@ -115,13 +115,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
+    num_failed: int = 0  # ended with an error after they were accepted: their logits were not finite
     num_preemptions: int = 0
     prompt_tokens: int = 0  # of admitted requests, counted once each
     cached_tokens: int = 0  # of those, found in the prefix cache
     output_tokens: int = 0
+    log_lines_dropped: int = 0
     step_seconds: float = 0.0  # summed over all steps
     exposed_cpu_seconds: float = 0.0  # of it, time in which the device had nothing to do
-    log_lines_dropped: int = 0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

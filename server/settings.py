@@ -54,6 +54,11 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30, gt=0, description="Seconds for a request's body to arrive")
     idle_timeout_s: float = Field(75, gt=0, description="Seconds a connection may stay open between requests")
     send_timeout_s: float = Field(60, gt=0, description="Seconds a client may read nothing before its stream is ended")
+    max_connections: int | None = Field(
+        None, ge=1, description="Most HTTP connections of one API worker; by default what the limit of open files allows"
+    )
+    # A call takes about 10 KB. 8192 is twice the default max_queue, so a full queue leaves as many calls for other methods.
+    max_grpc_calls: int = Field(8192, ge=1, description="Most gRPC calls of one API worker at once; further ones are refused")
     max_n: int = Field(16, ge=1, le=128, description="Most outputs of one request")
     max_stop_strings: int = Field(16, ge=0, le=1024, description="Most stop strings of one request")
     max_stop_len: int = Field(256, ge=1, le=65536, description="Longest stop string, in characters")

@@ -118,6 +118,7 @@ class RequestMeter:
     def finished(self, reason: str) -> None:
         """End the request as answered. `reason` is "length" if any output ended by length, else "stop"."""
         if not self._ended:
+            self._metrics.num_finished += 1
             self._metrics.e2e.observe(time.monotonic() - self._began)
             self._end(self._metrics.finished, reason)
 
@@ -143,6 +144,7 @@ class Metrics:
 
     def __init__(self, model_name: str, engine: Callable[[], EngineHealth]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.num_finished = 0  # requests that this process answered in full
         self._registry = CollectorRegistry()
         self._publish: Callable[[], None] = lambda: None
         workers: Collector = self._registry
@@ -175,11 +177,12 @@ class Metrics:
 
     def _add_refusals(self) -> None:
         r = self._registry
-        self.unreadable = Counter(
-            "tidegate_http_unreadable", "Malformed, oversized or too slow HTTP requests, by answer.", ["status"], registry=r
-        )
-        self.connections_refused = Counter(
-            "tidegate_http_connections_refused", "HTTP connections refused because too many were open.", registry=r
+        self.refused = Counter(
+            "tidegate_http_refused",
+            "HTTP refused before it reached a route, by status. 503: a connection, as too many were open. Others: a malformed, "
+            "oversized or too slow request.",
+            ["status"],
+            registry=r,
         )
         self.calls_refused = Counter(
             "tidegate_grpc_calls_refused",
@@ -209,14 +212,9 @@ class Metrics:
         self._publish()
         return RequestMeter(self, transport, time.monotonic())
 
-    def unreadable_http(self, status: int) -> None:
-        """A client's bytes were refused before they became a request. Nothing is logged, since any client could fill the log."""
-        self.unreadable.labels(str(status)).inc()
-        self._publish()
-
-    def connection_refused(self) -> None:
-        """An HTTP connection was refused because too many were open."""
-        self.connections_refused.inc()
+    def http_refused(self, status: int) -> None:
+        """HTTP was refused with `status` before it reached a route."""
+        self.refused.labels(str(status)).inc()
         self._publish()
 
     def call_refused(self, reason: str) -> None:

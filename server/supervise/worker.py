@@ -74,7 +74,7 @@ class Worker:
         logs.on_dropped(metrics.log_lines_dropped)
         service = GenerateService(self._client, text, self._settings, metrics)
         http = HttpServer(self._http_config(service, metrics))
-        rpc = build_rpc_server(service, self._settings)
+        rpc = build_rpc_server(service, self._settings, metrics)
         await self._client.start()
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
@@ -94,7 +94,7 @@ class Worker:
     def _http_config(self, service: GenerateService, metrics: Metrics) -> uvicorn.Config:
         return uvicorn.Config(
             build_app(self._settings, service, metrics),
-            http=guarded(HttpLimits.from_settings(self._settings), metrics.unreadable_http),
+            http=guarded(HttpLimits.from_settings(self._settings), metrics.http_refused),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -287,7 +287,7 @@ async def test_what_is_not_http_is_counted(api):
         writer.write(said)
         assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
         writer.close()
-    assert 'tidegate_http_unreadable_total{status="400"} 2.0' in (await api.http.get("/metrics")).text
+    assert 'tidegate_http_refused_total{status="400"} 2.0' in (await api.http.get("/metrics")).text
 
 
 async def test_a_deadline_is_408(api):

@@ -37,7 +37,9 @@ def wait_until(condition, seconds=3.0):
 
 @contextlib.contextmanager
 def app_server(service, limits=None):
-    with serving(build_app(Settings(), service, Metrics("tiny", service.health)), limits or HttpLimits()) as port:
+    with serving(
+        build_app(Settings(), service, Metrics("tiny", service.health)), limits or HttpLimits.from_settings(Settings())
+    ) as port:
         yield port
 
 
@@ -82,7 +84,7 @@ def test_a_client_that_reads_nothing_is_held_back_and_then_cut_off():
                 self.closed.append(request.request_id)
 
     service = Endless()
-    limits = HttpLimits(write_seconds=0.7)
+    limits = HttpLimits.from_settings(Settings(send_timeout_s=0.7))
     with app_server(service, limits) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
         client.sendall(request("/v1/generate", {"prompt": "x", "stream": True}))
         time.sleep(0.4)

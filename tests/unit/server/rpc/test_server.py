@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from engine.errors import ConfigError
 from server.engines.base import EngineHealth
+from server.metrics.registry import Metrics
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.server import build_rpc_server
@@ -24,6 +25,10 @@ UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 NAMES = ["", "tidegate.v1.Inference"]
 DOWN = EngineHealth(ready=False, reason="it died")
 UP = EngineHealth(ready=True)
+
+
+def build_server(service, settings):
+    return build_rpc_server(service, settings, Metrics("tiny", lambda: UP))
 
 
 def asking(service):
@@ -147,24 +152,24 @@ async def test_a_taken_port_is_a_setting_at_fault():
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(ConfigError, match="grpc_port") as caught:
-            build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=other.getsockname()[1]))
+            build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=other.getsockname()[1]))
     assert caught.value.param == "grpc_port"
 
 
 async def test_two_servers_share_a_port_only_where_workers_do():
-    first = build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0, api_workers=2))
+    first = build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0, api_workers=2))
     shared = Settings(host="127.0.0.1", grpc_port=first.port, api_workers=2)
-    second = build_rpc_server(ScriptedService(), shared)
+    second = build_server(ScriptedService(), shared)
     assert second.port == first.port
     await first.stop()
     await second.stop()
-    alone = build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0))
+    alone = build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0))
     with pytest.raises(ConfigError):
-        build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=alone.port))
+        build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=alone.port))
     await alone.stop()
 
 
 async def test_ipv6():
-    server = build_rpc_server(ScriptedService(), Settings(host="::1", grpc_port=0))
+    server = build_server(ScriptedService(), Settings(host="::1", grpc_port=0))
     assert server.port > 0
     await server.stop()
