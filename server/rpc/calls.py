@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from engine.errors import MalformedRequest, Overloaded, RequestTimeout, TidegateError
@@ -42,16 +42,11 @@ class CallGate:
         """A handler for a method that takes one message."""
 
         async def handler(messages: Messages, context: Context) -> Any:
-            with self._open() as admitted:
-                try:
-                    if not admitted:
-                        raise self._refusal("too_many")
-                    message = await self._next(messages, self._first_s)
-                    if message is None:
-                        raise MalformedRequest("the call ended without a message")
-                except TidegateError as error:
-                    await abort(context, error)
-                    return None
+            async with self._open_call(context):
+                self._check_number()
+                message = await self._next(messages, self._first_s)
+                if message is None:
+                    raise MalformedRequest("the call ended without a message")
                 return await method(message, context)
 
         return handler
@@ -60,27 +55,29 @@ class CallGate:
         """A handler for a method that takes a stream of messages."""
 
         async def handler(messages: Messages, context: Context) -> Any:
-            with self._open() as admitted:
-                try:
-                    if not admitted:
-                        raise self._refusal("too_many")
-                    return await method(self._timed(messages), context)
-                except (Overloaded, RequestTimeout) as error:
-                    await abort(context, error)
+            async with self._open_call(context):
+                self._check_number()
+                return await method(self._timed(messages), context)
 
         return handler
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[bool]:
-        """Count a call as open. Gives False if too many are."""
-        admitted = self._num_open < self._max_calls
-        self._num_open += admitted
+    @contextlib.asynccontextmanager
+    async def _open_call(self, context: Context) -> AsyncIterator[None]:
+        """Count a call as open, and end it with the error that is raised meanwhile."""
+        self._num_open += 1
         try:
-            yield admitted
+            yield
+        except TidegateError as error:
+            await abort(context, error)
         finally:
-            self._num_open -= admitted
+            self._num_open -= 1
+
+    def _check_number(self) -> None:
+        if self._num_open > self._max_calls:
+            raise self._refusal("too_many")
 
     async def _timed(self, messages: Messages) -> Messages:
+        """The messages of a stream. Raises RequestTimeout while it is read, if a message takes too long."""
         seconds = self._first_s
         while (message := await self._next(messages, seconds)) is not None:
             yield message
