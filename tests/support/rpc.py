@@ -1,4 +1,4 @@
-"""A real gRPC server on a free port, and a client of it, in the test's event loop."""
+"""A real gRPC server on a free port, and a client for it, both in the test's event loop."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def detail_of(error: grpc.aio.AioRpcError) -> pb.ErrorDetail:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():  # noqa: ASYNC110 - no event marks the condition
             await asyncio.sleep(0.005)

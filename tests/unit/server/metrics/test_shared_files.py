@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -13,11 +12,13 @@ from tests.support.small_disk import fill, small_disk
 from tests.unit.server.metrics.test_registry import conserved, parsed, total
 
 WORKER = """
-import json, os, sys
+import json, os, resource, sys
 from engine import logs
 from server.engines.base import EngineHealth
 from server.metrics.registry import Metrics
 
+if "FILE_BYTES" in os.environ:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["FILE_BYTES"]),) * 2)
 logs.set_up("info", "json", "api 0")
 metrics = Metrics("m", lambda: EngineHealth(ready=True))
 
@@ -42,10 +43,10 @@ DIED = "import sys; from server.metrics.supervisor import worker_died; worker_di
 class Worker:
     """A process with metrics of its own."""
 
-    def __init__(self, folder, **options):
-        self.env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    def __init__(self, folder, **variables):
+        self.env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder), **variables}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen([sys.executable, "-c", WORKER], env=self.env, text=True, **pipes, **options)
+        self.process = subprocess.Popen([sys.executable, "-c", WORKER], env=self.env, text=True, **pipes)
 
     def __enter__(self):
         return self
@@ -59,7 +60,7 @@ class Worker:
         self.process.stdin.write(act + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        assert line, f"the worker died: {self.process.wait()}"
+        assert line, f"the worker died: {self.process.wait()}\n{self.process.stderr.read()}"
         return parsed(json.loads(line))
 
     def end(self):
@@ -102,7 +103,7 @@ def full_disk(tmp_path):
 
 def no_large_file(tmp_path):
     """A limit of the size of files, which ends a write with EFBIG and not with ENOSPC."""
-    yield tmp_path, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))}
+    yield tmp_path, {"FILE_BYTES": "4096"}
 
 
 def deleted_folder(tmp_path):
@@ -111,13 +112,13 @@ def deleted_folder(tmp_path):
 
 @pytest.fixture(params=[full_disk, no_large_file, deleted_folder], ids=lambda way: way.__name__)
 def unwritable(request, tmp_path):
-    """(folder, options of Popen) with which a process cannot write its files."""
+    """(folder, environment variables) with which a process cannot write its files."""
     yield from request.param(tmp_path)
 
 
 def test_a_worker_that_cannot_write_files_counts_in_memory_and_says_so(unwritable):
-    folder, options = unwritable
-    with Worker(folder, **options) as worker:
+    folder, variables = unwritable
+    with Worker(folder, **variables) as worker:
         for rounds in (1, 2, 3):
             found = worker.do("serve")
             assert conserved(found)
