@@ -145,9 +145,7 @@ def _torch(settings: Settings, answer: TorchAnswer) -> list[Finding]:
         for i, d in enumerate(answer.devices)
     ]
     state: State = "missing" if settings.device == "cuda" else "note"
-    why = (
-        "torch was built without CUDA" if not answer.cuda else "torch finds no device: check that a driver is installed and works"
-    )
+    why = "torch finds no device: check that a driver is installed and works" if answer.cuda else "torch was built without CUDA"
     return [Finding("torch", "ok", f"{answer.version}, {built}"), *(devices or [Finding("CUDA", state, f"none: {why}")])]
 
 

@@ -34,12 +34,12 @@ from server.settings import Settings
 
 log = logging.getLogger("tidegate.http")
 
-URL_BYTES = 8192  # a URL may have
-NUM_HEADERS = 100  # a request may have
+URL_BYTES = 8192  # longest URL
+NUM_HEADERS = 100  # most headers of a request
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, counts and seconds that clients of one worker may take. Settings has the defaults."""
+    """Bytes, seconds and connections that the HTTP clients of one worker may take. The defaults are those of Settings."""
 
     head_bytes: int  # of the request line and all headers
     body_bytes: int  # as the app limits it
@@ -51,7 +51,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_settings(cls, settings: Settings) -> HttpLimits:
-        """Raises ConfigError if this process may not open as many connections as `settings` ask for."""
+        """Take the limits from `settings`. Raises ConfigError if this process may not open max_connections sockets."""
         return cls(
             head_bytes=settings.max_header_bytes,
             body_bytes=settings.max_body_bytes,
@@ -71,9 +71,7 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
 Phase = Literal["idle", "head", "body"]
 _SMALLEST_MEAN_CHUNK = 64  # bytes, after the first chunks. A chunk of one byte costs six on the wire, and a parser call
 _FREE_CHUNKS = 1024
-_DISCARDED_BYTES = (
-    64 << 20
-)  # of a body that is still sent after its answer: it is read for a while, so that the client reads the answer
+_DISCARDED_BYTES = 64 << 20  # read of a body whose answer is complete: many clients read an answer only once all is sent
 _ERROR_TYPES = {408: "timeout_error", 503: "service_unavailable_error"}  # of other statuses: invalid_request_error
 
 
@@ -98,7 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.body_wire_bytes = 0
         self.body_bytes = 0  # without the headers of chunks
         self.num_chunks = 0
-        self.running: RequestResponseCycle | None = None  # is answered now. uvicorn's `cycle` is the newest that was parsed
+        self.running: RequestResponseCycle | None = None  # the request being answered; uvicorn's `cycle` is the newest parsed
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
         self.refusal: tuple[int, str, str] | None = None

@@ -11,6 +11,9 @@ import threading
 import pytest
 
 from engine import logs
+from engine.config import EngineConfig
+from engine.core import build_core
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 LINE = b"x" * 999 + b"\n"
 
@@ -118,6 +121,16 @@ def test_a_non_blocking_descriptor_loses_no_line(pipe):
         writer.put(LINE)
     writer.put(b"last\n")
     assert read_until(read, b"last\n").count(LINE) == 200
+
+
+def test_an_engine_reports_its_dropped_lines_in_its_stats(restored, tmp_path, pipe):
+    core = build_core(EngineConfig(model=str(write_tiny_checkpoint(tmp_path)), runner="fake"))
+    formatter = logs.JsonFormatter("engine 0")
+    handler = logs.QueueHandler(logs.LineWriter(pipe[1], formatter), formatter)
+    logging.getLogger().addHandler(handler)
+    for _ in range(3):
+        handler.writer.put(bytes(logs.MAX_QUEUED_BYTES + 1))
+    assert core.stats().log_lines_dropped == 3
 
 
 CHILD = """

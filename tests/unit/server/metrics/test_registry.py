@@ -19,6 +19,8 @@ STATS = EngineStats(
     num_preemptions=1,
     prompt_tokens=90,
     cached_tokens=30,
+    num_failed=4,
+    log_lines_dropped=6,
 )
 HEALTH = EngineHealth(ready=True, restarts=2, stats=STATS)
 
@@ -28,7 +30,7 @@ def samples(metrics):
 
 
 def parsed(text):
-    """Every sample of an exposition: (name, labels without the model's) to value."""
+    """All samples of an exposition, as {(name, labels without the model's): value}. Each may occur once."""
     out = {}
     for family in text_string_to_metric_families(text):
         for s in family.samples:
@@ -74,7 +76,7 @@ def test_started_is_finished_aborted_failed_and_running_at_every_moment(acts):
         assert total(found, "tidegate_requests_running") == running
 
 
-def test_tokens_and_latencies():
+def test_tokens_and_latencies_are_counted_within_each_output():
     metrics = Metrics("m", lambda: HEALTH)
     meter = metrics.begin("http")
     meter.first_token(meter._began + 0.03, prompt_tokens=9, cached_tokens=4, queue_seconds=0.4)
@@ -96,8 +98,8 @@ def test_tokens_and_latencies():
     assert found["tidegate_requests_finished_total", (("reason", "length"), ("transport", "http"))] == 1
 
 
-def test_the_tally_counts_as_single_observations_would():
-    """Batching must not move an observation to another bucket: bounds are inclusive."""
+def test_the_tally_gives_the_same_buckets_as_single_observations():
+    """A value that equals a bucket's bound belongs to that bucket, with and without the tally."""
     metrics, plain = Metrics("m", lambda: HEALTH), Metrics("m", lambda: HEALTH)
     values = [*ITL_BUCKETS, *(b * 1.001 for b in ITL_BUCKETS), 0.0]
     for value in values:
@@ -151,3 +153,24 @@ def test_the_engines_start_is_shown_by_phase():
         if name == "tidegate_startup_seconds"
     }
     assert found == {(("phase", "imports"),): 3.5, (("phase", "weights"),): 2.25}
+
+
+def test_refusals_and_dropped_log_lines_are_counted():
+    metrics = Metrics("m", lambda: HEALTH)
+    metrics.http_refused(503)
+    metrics.http_refused(431)
+    metrics.http_refused(503)
+    metrics.call_refused("no_message")
+    metrics.log_lines_dropped(5)
+    metrics.log_lines_dropped(1)
+    found = samples(metrics)
+    assert found["tidegate_http_refused_total", (("status", "503"),)] == 2
+    assert found["tidegate_http_refused_total", (("status", "431"),)] == 1
+    assert found["tidegate_grpc_calls_refused_total", (("reason", "no_message"),)] == 1
+    assert found["tidegate_log_lines_dropped_total", (("process", "api"),)] == 6
+
+
+def test_the_engines_failed_requests_and_dropped_log_lines_are_shown():
+    found = samples(Metrics("m", lambda: HEALTH))
+    assert found["tidegate_engine_requests_failed_total", ()] == 4
+    assert found["tidegate_engine_log_lines_dropped_total", ()] == 6

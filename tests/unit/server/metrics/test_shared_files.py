@@ -95,6 +95,26 @@ def test_several_workers_are_added_up_and_a_dead_one_keeps_the_law(tmp_path):
     assert found["tidegate_inter_token_latency_seconds_bucket", (("le", "0.5"),)] == 4
 
 
+SUPERVISOR = """
+from server.metrics.supervisor import SupervisorDrops
+drops = SupervisorDrops()
+drops.add(3)
+drops.add(1)
+"""
+
+
+def test_the_supervisors_dropped_log_lines_are_shown_by_the_workers(tmp_path):
+    with Worker(tmp_path) as worker:
+        subprocess.run([sys.executable, "-c", SUPERVISOR], env=worker.env, check=True)
+        found = worker.do("scrape")
+    assert found["tidegate_log_lines_dropped_total", (("process", "supervisor"),)] == 4
+
+
+def test_a_supervisor_that_cannot_write_files_goes_on(tmp_path):
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "deleted")}
+    subprocess.run([sys.executable, "-c", SUPERVISOR], env=env, check=True)
+
+
 def full_disk(tmp_path):
     with small_disk(tmp_path / "small") as folder:
         fill(folder)
