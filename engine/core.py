@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
 from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
@@ -135,6 +136,7 @@ class Core:
             prompt_tokens=counts.prompt_tokens,
             cached_tokens=counts.cached_tokens,
             output_tokens=counts.output_tokens,
+            log_lines_dropped=logs.num_dropped(),
             step_seconds=self._step_seconds,
             exposed_cpu_seconds=self._exposed_seconds,
         )

@@ -183,6 +183,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0  # of admitted requests, each request counted once
     cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache
     output_tokens: int = 0
+    log_lines_dropped: int = 0
     step_seconds: float = 0.0  # summed over all steps
     exposed_cpu_seconds: float = 0.0  # the part of step_seconds in which the device had nothing to do
     gc_pause_seconds: float = 0.0  # longest pause of the engine process by Python's garbage collector

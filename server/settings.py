@@ -58,6 +58,13 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30, gt=0, description="Seconds within which a request's body must arrive")
     idle_timeout_s: float = Field(75, gt=0, description="Seconds that a connection may be idle between requests")
     send_timeout_s: float = Field(60, gt=0, description="Seconds that a client may read nothing before its stream ends")
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="Largest number of HTTP connections of one API worker; by default what the limit of open files allows",
+    )
+    # A call takes about 10 KB. 8192 is twice the default max_queue, so a full queue leaves as many calls for other methods.
+    max_grpc_calls: int = Field(8192, ge=1, description="Largest number of gRPC calls that one API worker runs at once")
     max_n: int = Field(16, ge=1, le=128, description="Largest number of outputs (n) of one request")
     max_stop_strings: int = Field(16, ge=0, le=1024, description="Largest number of stop strings of one request")
     max_stop_len: int = Field(256, ge=1, le=65536, description="Largest length of a stop string, in characters")

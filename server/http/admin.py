@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from server.http.app import SERVICE_ROUTERS, application
 from server.http.routes.api import Api
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 

@@ -21,7 +21,7 @@ from server.http.openapi import openapi_document
 from server.http.routes import chat, completions, generate, health, models, tokenize, version
 from server.http.routes import metrics as metrics_route
 from server.http.routes.api import Api
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 

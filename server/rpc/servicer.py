@@ -1,4 +1,4 @@
-"""tidegate.v1.Inference: each method translates, calls the service, and translates back."""
+"""The service tidegate.v1.Inference. Each method translates its message, calls the service, and translates the answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.service.types import Chunk
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
-    """`send_timeout_s` is how long a client may read nothing before its stream is ended."""
+    """A stream is ended if its client reads nothing for `send_timeout_s` seconds."""
 
     def __init__(self, service: GenerateService, send_timeout_s: float) -> None:
         self._service = service
@@ -28,7 +28,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.GenerateRequest)
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        """Writes by itself: a method that yields would be left hanging at its `yield` when the client cancels."""
+        """Writes each response itself: a generator would stay suspended at its `yield` when the client cancels."""
         asked = translate.checked(request, GenerateBody)
         id = f"gen-{uuid.uuid4().hex}"
         call = translate.generation_request(asked, id, context.time_remaining())

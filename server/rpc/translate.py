@@ -1,4 +1,4 @@
-"""Between protobuf messages and the service's own types. Ranges and refusals are HTTP's: its schemas do the checking."""
+"""Translation between protobuf messages and the types of the service. The schemas of HTTP validate the fields."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TokenText = Callable[[int], str]
 
 
 def checked(message: Message, schema: type[M]) -> M:
-    """The fields that are set in `message`, as `schema`. Raises the InvalidRequest that HTTP would answer."""
+    """Validate the fields that are set in `message` with `schema`. Raises the same InvalidRequest as HTTP."""
     try:
         return schema.model_validate({field.name: _plain(field.name, value) for field, value in message.ListFields()})
     except ValidationError as error:
@@ -30,7 +30,7 @@ def checked(message: Message, schema: type[M]) -> M:
 
 def _plain(name: str, value: Any) -> Any:
     if name == "logit_bias":
-        return {str(token): bias for token, bias in value.items()}  # JSON's keys are strings
+        return {str(token): bias for token, bias in value.items()}  # the schema expects keys as in JSON
     return value if isinstance(value, str | bool | int | float) else list(value)
 
 

@@ -21,7 +21,7 @@ from engine.errors import InternalError, RequestTimeout, TidegateError
 from engine.messages import Submit, check_submit, pack_tokens
 from engine.request import SEED_MAX, TokenEvent
 from server.engines.base import EngineClientProtocol, TokenStream
-from server.metrics import RequestMeter
+from server.metrics.registry import RequestMeter
 from server.service.output import Output
 from server.service.types import Chunk, Ending, GenerationRequest, Timing, Usage
 from server.text.stop import StopScanner, StopStrings

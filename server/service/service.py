@@ -18,7 +18,7 @@ from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError
 from engine.messages import check_ids
 from engine.request import SamplingParams
 from server.engines.base import EngineClientProtocol, EngineHealth
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.call import Call
 from server.service.checks import ServiceSettings, check_logprobs, check_model, check_request, check_text
 from server.service.types import Chunk, Ending, GenerationRequest

@@ -25,7 +25,7 @@ from engine import lifeline, logs
 from engine.errors import ConfigError
 from engine.process import EXIT_BAD_SETTINGS
 from server.bundled import NOTICE, bundled_checkpoint
-from server.metrics import worker_died
+from server.metrics.supervisor import SupervisorDrops, worker_died
 from server.settings import Settings
 from server.supervise import descriptors
 from server.supervise.child import Child, Fatal
@@ -183,6 +183,7 @@ def serve(settings: Settings) -> int:
         folder = RunFolder.make()
         try:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder.metrics)
+            logs.on_dropped(SupervisorDrops().add)
             # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             asyncio.run(_run(with_model(settings), folder))

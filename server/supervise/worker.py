@@ -30,7 +30,7 @@ from server.engines.client import EngineClient
 from server.http.admin import build_admin_app
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.rpc.server import RpcServer, build_rpc_server
 from server.service.service import GenerateService
 from server.settings import Settings
@@ -81,6 +81,7 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         text = Tokenizer.from_folder(self._settings.model or "")
         metrics = Metrics(self._settings.model_name, lambda: self._client.health)
+        logs.on_dropped(metrics.log_lines_dropped)
         service = GenerateService(self._client, text, self._settings, metrics, server_ready=self._all_ready.is_set)
         await self._client.start()
         helpers = [asyncio.create_task(self._report_ready()), asyncio.create_task(self._report_progress(metrics))]
@@ -107,7 +108,7 @@ class Worker:
         """Open the ports and serve until SIGTERM, then drain."""
         http = HttpServer(self._http_config(build_app(self._settings, service, metrics), metrics))
         admin = HttpServer(self._http_config(build_admin_app(self._settings, service, metrics), metrics))
-        rpc = build_rpc_server(service, self._settings)
+        rpc = build_rpc_server(service, self._settings, metrics)
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
         admin_serving = asyncio.create_task(admin.serve(sockets=[self._admin_socket]))
@@ -128,7 +129,7 @@ class Worker:
     def _http_config(self, app: FastAPI, metrics: Metrics) -> uvicorn.Config:
         return uvicorn.Config(
             app,
-            http=guarded(HttpLimits.from_settings(self._settings), metrics.unreadable_http),
+            http=guarded(HttpLimits.from_settings(self._settings), metrics.http_refused),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -9,7 +9,7 @@ import pytest
 
 from server.http.admin import ADMIN_ROUTERS, build_admin_app
 from server.http.app import ROUTERS, build_app
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.settings import Settings
 from tests.unit.server.http.routes.scripted import ScriptedService
 

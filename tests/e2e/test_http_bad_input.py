@@ -286,7 +286,7 @@ async def test_a_metric_counts_requests_that_are_not_http(api):
         writer.write(sent)
         assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
         writer.close()
-    assert 'tidegate_http_unreadable_total{status="400"} 2.0' in (await api.http.get("/metrics")).text
+    assert 'tidegate_http_refused_total{status="400"} 2.0' in (await api.http.get("/metrics")).text
 
 
 async def test_a_request_past_its_deadline_is_408(api):

@@ -9,7 +9,7 @@ import pytest
 from engine.errors import InternalError
 from server.http.app import build_app
 from server.http.guard import HttpLimits
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.types import Chunk
 from server.settings import Settings
 from tests.support.children import wait_until
@@ -31,7 +31,9 @@ def request(path, body):
 
 @contextlib.contextmanager
 def app_server(service, limits=None):
-    with serving(build_app(Settings(), service, Metrics("tiny", service.health)), limits or HttpLimits()) as port:
+    with serving(
+        build_app(Settings(), service, Metrics("tiny", service.health)), limits or HttpLimits.from_settings(Settings())
+    ) as port:
         yield port
 
 
@@ -78,7 +80,7 @@ def test_the_stream_of_a_client_that_reads_nothing_is_held_back_and_then_ended()
                 self.closed.append(request.request_id)
 
     service = Endless()
-    limits = HttpLimits(write_seconds=0.7)
+    limits = HttpLimits.from_settings(Settings(send_timeout_s=0.7))
     with app_server(service, limits) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
         client.sendall(request("/v1/generate", {"prompt": "x", "stream": True}))
         wait_until(lambda: service.closed, "the stream has ended")

@@ -7,7 +7,7 @@ from schemathesis.engine import events, from_schema
 
 from server.http.app import build_app
 from server.http.routes.api import Api
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer

@@ -136,7 +136,7 @@ FLAT = {
         "lifeline",
         "batch",
     ],
-    "server": ["__main__", "cli", "settings", "bundled", "doctor", "errors", "metrics"],
+    "server": ["__main__", "cli", "settings", "bundled", "doctor", "errors"],
 }
 
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ async def http_api(text: Tokenizer, *, engine: LocalEngine | None = None, limits
         service = GenerateService(engine, text, settings, metrics)
         app = build_app(settings, service, metrics)
         listener = socket.create_server(("127.0.0.1", 0))
-        protocol = guarded(limits or HttpLimits.from_settings(settings), metrics.unreadable_http)
+        protocol = guarded(limits or HttpLimits.from_settings(settings), metrics.http_refused)
         config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", access_log=False, log_level="critical")
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

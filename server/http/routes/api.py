@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.schemas.service import ErrorResponse
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.pacing import Pacer
 from server.service.service import GenerateService
 from server.service.types import Usage

@@ -57,7 +57,7 @@ def test_tensors_that_the_model_does_not_take_are_told(model, change, told):
     [
         ({"cache": CacheConfig(host_bytes=5)}, "host_bytes is 5, but one block of the KV cache has"),
         ({"cache": CacheConfig(num_blocks=2), "max_model_len": 129}, "max_model_len is 129, but the KV cache holds 128 tokens"),
-        ({"max_model_len": 5000}, "but the model supports at most 4096 tokens"),
+        ({"max_model_len": 5000}, "but the model was made for 4096 tokens at most"),
     ],
 )
 def test_settings_that_cannot_be_are_told(model, options, told):

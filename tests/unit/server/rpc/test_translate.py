@@ -1,3 +1,5 @@
+"""Translation between protobuf messages and the types of the service."""
+
 import asyncio
 import math
 
@@ -20,7 +22,7 @@ def request(*, time_remaining=None, **fields):
     return translate.generation_request(asked(**fields), "gen-1", time_remaining)
 
 
-def test_every_field_arrives():
+def test_every_field_reaches_the_request():
     made = request(
         prompt_token_ids=[5, 6],
         model="m",
@@ -56,7 +58,7 @@ def test_every_field_arrives():
     assert (params.logprobs, params.prompt_logprobs) == (0, 2)
 
 
-def test_what_is_left_out_keeps_its_default_and_zero_is_not_left_out():
+def test_an_omitted_field_keeps_its_default_and_a_zero_is_kept():
     made = request(prompt="hi")
     assert (made.prompt, made.n, made.stop, made.model, made.deadline_s) == ("hi", 1, (), None, None)
     assert made.params == type(made.params)()
@@ -67,7 +69,7 @@ def test_what_is_left_out_keeps_its_default_and_zero_is_not_left_out():
     ("deadline_ms", "remaining", "seconds"),
     [(None, None, None), (500, None, 0.5), (None, 2.0, 2.0), (500, 2.0, 0.5), (5000, 2.0, 2.0), (None, -1.0, 0.001)],
 )
-def test_the_nearer_deadline_holds(deadline_ms, remaining, seconds):
+def test_the_earlier_deadline_holds(deadline_ms, remaining, seconds):
     assert request(prompt="hi", deadline_ms=deadline_ms, time_remaining=remaining).deadline_s == seconds
 
 
@@ -97,7 +99,7 @@ def test_the_nearer_deadline_holds(deadline_ms, remaining, seconds):
         ({"prompt": "a", "request_id": "no spaces"}, "request_id"),
     ],
 )
-def test_what_http_refuses_is_refused(fields, param):
+def test_a_value_that_http_refuses_is_refused(fields, param):
     with pytest.raises(InvalidRequest) as caught:
         request(**fields)
     assert caught.value.param == param
@@ -109,7 +111,7 @@ async def chunk_message(chunk, text_of):
     return message
 
 
-async def test_chunk():
+async def test_a_chunk_with_all_fields():
     at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65, 66], top_logprobs=[-0.5, -math.inf])
     made = await chunk_message(
         Chunk(index=1, text="A", token_ids=[65], finish_reason="stop", stop_reason=65, logprobs=[at], prompt_logprobs=[None, at]),
@@ -163,7 +165,7 @@ async def test_many_log_probabilities_are_translated_in_slices(field):
     assert most < SLICE + 21
 
 
-def test_ending():
+def test_the_ending():
     made = translate.ending_message(
         Ending(
             usage=Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5),

@@ -20,7 +20,7 @@ from engine.errors import (
 from engine.fake import expected_tokens
 from engine.messages import unpack_tokens
 from engine.request import SEED_MAX, SamplingParams, TokenEvent
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service import call as call_module
 from server.service.service import THREAD_CHARS, GenerateService
 from server.service.types import Chunk, Ending, GenerationRequest
@@ -29,7 +29,7 @@ from server.text.chat import ChatTemplate
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LIMITS, LocalEngine, until
 from tests.support.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
-from tests.unit.server.test_metrics import conserved, samples, total
+from tests.unit.server.metrics.test_registry import conserved, samples, total
 
 TEXT = Tokenizer(tiny_tokenizer(), chat=ChatTemplate(CHAT_TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|end|>"}))
 SETTINGS = Settings(served_model_name="tiny", max_n=4)

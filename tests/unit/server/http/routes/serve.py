@@ -7,7 +7,7 @@ import json
 import httpx
 
 from server.http.app import build_app
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.settings import Settings
 
 
