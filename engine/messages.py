@@ -45,10 +45,10 @@ def check_submit(submit: Submit, limits: ModelLimits) -> None:
     for name, value in (("seed", submit.seed), ("priority", submit.priority)):
         if not BOUNDS[name].low <= value <= BOUNDS[name].high:
             raise InvalidRequest(f"{name} is {value}: it must lie between {BOUNDS[name].low} and {BOUNDS[name].high}", param=name)
-    _check_ids("prompt", submit.prompt, limits.vocab_size)
-    _check_ids("outputs", submit.outputs, limits.vocab_size)
-    _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
-    _check_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
+    check_ids(submit.prompt, limits.vocab_size, "prompt")
+    check_ids(submit.outputs, limits.vocab_size, "outputs")
+    check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
+    check_ids(params.logit_bias or (), limits.vocab_size, "logit_bias")
     if len(submit.prompt) >= limits.max_model_len:
         raise ContextTooLong(
             f"the prompt has {len(submit.prompt)} tokens; with the model's context of {limits.max_model_len} "
@@ -68,7 +68,7 @@ def check_submit(submit: Submit, limits: ModelLimits) -> None:
         )
 
 
-def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+def check_ids(ids: Collection[int], vocab_size: int, name: str) -> None:
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)

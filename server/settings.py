@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30, gt=0, description="Seconds for a request's body to arrive")
     idle_timeout_s: float = Field(75, gt=0, description="Seconds a connection may stay open between requests")
     send_timeout_s: float = Field(60, gt=0, description="Seconds a client may read nothing before its stream is ended")
+    max_waiting_text_bytes: int = Field(
+        64 << 20, ge=1 << 20, description="Bytes of long texts that may wait for one worker's tokenizer; more are refused"
+    )
     max_n: int = Field(16, ge=1, le=128, description="Most outputs of one request")
     max_stop_strings: int = Field(16, ge=0, le=1024, description="Most stop strings of one request")
     max_stop_len: int = Field(256, ge=1, le=65536, description="Longest stop string, in characters")

@@ -18,7 +18,7 @@ from server.http.routes.collect import Output, collect
 from server.http.routes.logprobs import chat_form, prompt_form
 from server.http.schemas.openai import ChatRequest, ChatResponse
 from server.http.sse import DONE, EventStream, event
-from server.service.types import Chunk, Ending, GenerationRequest
+from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
 
@@ -33,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
     api = api_of(request)
     asked = await read_json(request, ChatRequest, api.max_body_bytes)
     call = await _call(api, asked, new_id("chatcmpl"))
-    stream = api.service.generate(call)
+    stream = api.service.generate(call, ANONYMOUS)
     head = {"id": call.request_id, "created": now(), "model": api.service.model_name}
     if asked.stream:
         return EventStream(_events(api, asked, head, stream))

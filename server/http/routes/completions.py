@@ -20,7 +20,7 @@ from server.http.routes.collect import Output, collect_all, merge, total_usage
 from server.http.routes.logprobs import completion_form, prompt_form
 from server.http.schemas.openai import CompletionRequest, CompletionResponse
 from server.http.sse import DONE, EventStream, event
-from server.service.types import Chunk, Ending, GenerationRequest
+from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
 
@@ -47,7 +47,7 @@ async def completions(request: Request) -> Response:
     calls = _calls(asked, prompts, id)
     if len(calls) > 1:
         _check_together(api, calls)
-    streams = [api.service.generate(call) for call in calls]
+    streams = [api.service.generate(call, ANONYMOUS) for call in calls]
     writer = _Writer(api, asked, prompts, id)
     if asked.stream:
         return EventStream(writer.events(merge(streams, asked.num_outputs)))
@@ -58,10 +58,10 @@ async def completions(request: Request) -> Response:
 async def _prompt(api: Api, asked: CompletionRequest, ask: str | list[int]) -> Prompt:
     if not asked.echo and asked.prompt_logprobs is None:
         return Prompt(ask)
-    tokens = await api.service.tokenize(ask, model=asked.model) if isinstance(ask, str) else ask
+    tokens = await api.service.tokenize(ask, model=asked.model, as_prompt=True) if isinstance(ask, str) else ask
     if not asked.echo:
         return Prompt(tokens)
-    text = ask if isinstance(ask, str) else await api.service.detokenize(ask, model=asked.model)
+    text = ask if isinstance(ask, str) else await api.service.detokenize(ask, model=asked.model, as_prompt=True)
     return Prompt(tokens, text, tokens[0] if tokens else None)
 
 

@@ -18,7 +18,7 @@ from server.http.routes.collect import Output, collect
 from server.http.routes.logprobs import TokenText, own_list
 from server.http.schemas.generate import GenerateRequest, GenerateResponse
 from server.http.sse import DONE, EventStream, event
-from server.service.types import Chunk, Ending, GenerationRequest
+from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["generate"])
 _CACHE = "off"  # there is no response cache yet
@@ -47,7 +47,7 @@ async def generate(request: Request) -> Response:
     )
     model = api.service.model_name
     names = {"id": id} if asked.request_id is None else {"id": id, "request_id": asked.request_id}
-    stream = api.service.generate(call)
+    stream = api.service.generate(call, ANONYMOUS)
     if asked.stream:
         return EventStream(_events(stream, names, model, call.n, api.service.token_text))
     outputs, ending = await while_connected(request.receive, collect(stream, call.n))

@@ -21,7 +21,7 @@ class ScriptedService:
         self.closed = []  # request ids whose generator was closed or finished
         self.engine_health = EngineHealth(ready=ready, started=ready, reason=None if ready else "the engine is loading")
 
-    async def generate(self, request, *, transport="http"):
+    async def generate(self, request, identity, *, transport="http"):
         self.requests.append(request)
         num_tokens = 0
         try:
@@ -48,10 +48,10 @@ class ScriptedService:
     async def chat_tokens(self, messages):
         return list(range(10 + len(messages)))
 
-    async def tokenize(self, text, *, model=None, add_special_tokens=True):
+    async def tokenize(self, text, *, model=None, add_special_tokens=True, as_prompt=False):
         return [*([0] if add_special_tokens else []), *(ord(c) for c in text)]
 
-    async def detokenize(self, token_ids, *, model=None):
+    async def detokenize(self, token_ids, *, model=None, as_prompt=False):
         return "".join(chr(t % 0xD800) for t in token_ids)
 
     def token_text(self, token):
