@@ -55,6 +55,8 @@ def check_model(model: str | None, served: str) -> None:
 
 def check_text(text: str, name: str) -> None:
     """Raises InvalidRequest for half a surrogate pair, which is no character. JSON's \\u escapes can write one."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:

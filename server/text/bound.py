@@ -14,7 +14,7 @@ import numpy as np
 from server.text.cuts import Cuts, has_all_bytes, parts_of
 from server.text.token_bytes import BYTE_OF, byte_level_bytes
 
-_WINDOW = 1 << 16  # bytes looked at before the count is compared with the limit
+_WINDOW = 1 << 16  # characters searched before the count is compared with the limit
 # NFC and NFKC can shrink UTF-8 by 8 at most: a character of the result comes from at most 4 characters (the longest canonical
 # decomposition), each of them of 4 bytes at most. It has 2 bytes or more if it comes from several characters.
 _COMPOSED_SHRINK = 8
@@ -34,18 +34,17 @@ class TokenBound:
         """Whether `text` certainly has more than `limit` tokens."""
         if len(text) <= limit or any(content in text for content in self.strips):
             return False  # not certain
-        data = text.encode()
         longest = self.longest * (_COMPOSED_SHRINK if self.composes and not text.isascii() else 1)
-        if len(data) > limit * longest:
+        if len(text) > limit * longest or (not text.isascii() and len(text.encode()) > limit * longest):
             return True
-        return self.before_spaces and _num_words_exceeds(np.frombuffer(data, np.uint8), limit)
+        return self.before_spaces and _num_words_exceeds(text, limit)
 
 
-def _num_words_exceeds(data: np.ndarray[Any, np.dtype[np.uint8]], limit: int) -> bool:
+def _num_words_exceeds(text: str, limit: int) -> bool:
     """Whether more than `limit` places are a space behind a printing ASCII character. Each of these begins another token."""
     num = 0
-    for start in range(0, len(data) - 1, _WINDOW):
-        window = data[start : start + _WINDOW + 1]
+    for start in range(0, len(text), _WINDOW):
+        window = np.frombuffer(text[start : start + _WINDOW + 1].encode(), np.uint8)
         before = window[:-1]
         num += int(np.count_nonzero((window[1:] == 0x20) & (before > 0x20) & (before < 0x7F)))
         if num > limit:

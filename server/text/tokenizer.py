@@ -10,6 +10,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,8 +98,10 @@ class Tokenizer:
 
     def encoding(self, text: str, *, add_special_tokens: bool = True) -> EncodeJob:
         """`encode` as a job, with steps of PIECE_CHARS characters where the text can be cut."""
-        frame = self._frame if add_special_tokens else _to_list
-        return EncodeJob(pieces_of(text, self._cuts, PIECE_CHARS), self._encode_piece, frame)
+        before, behind = (self._before, self._behind) if add_special_tokens else ([], [])
+        bos = self._bos if add_special_tokens and self._add_bos else None
+        pieces = pieces_of(text, self._cuts, PIECE_CHARS)
+        return EncodeJob(pieces, self._encode_piece, partial(_framed, before, behind, bos))
 
     def exceeds(self, text: str, limit: int) -> bool:
         """Whether `text` certainly has more than `limit` tokens. It takes at most some milliseconds; False is no promise."""
@@ -151,13 +154,6 @@ class Tokenizer:
         # Of the library's ways to encode, those for batches release the interpreter lock; `encode` does not.
         return array("i", self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
 
-    def _frame(self, ids: array[int]) -> list[int]:
-        """The ids of a whole text with the special tokens that belong before and behind it."""
-        framed = [*self._before, *_to_list(ids), *self._behind]
-        if self._add_bos and self._bos is not None and framed[:1] != [self._bos]:
-            return [self._bos, *framed]
-        return framed
-
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """The special tokens that belong before and behind every text."""
         sample = self._tokenizer.encode("a")
@@ -177,12 +173,18 @@ class Tokenizer:
         return fallback_byte(self._tokenizer.id_to_token(id) or "") if self._has_byte_tokens else None
 
 
-def _to_list(ids: array[int]) -> list[int]:
-    """The same ids in a list, in steps short enough that another thread can run between two of them."""
-    listed: list[int] = []
+def _framed(before: list[int], behind: list[int], bos: int | None, ids: array[int]) -> list[int]:
+    """`ids` between special tokens, and behind `bos` if they do not begin with it.
+
+    The list is made in steps short enough that another thread can run between two of them.
+    """
+    framed = list(before)
+    if bos is not None and (before or ids[:1].tolist())[:1] != [bos]:
+        framed.insert(0, bos)
     for start in range(0, len(ids), _LIST_IDS):
-        listed += ids[start : start + _LIST_IDS]
-    return listed
+        framed += ids[start : start + _LIST_IDS]
+    framed += behind
+    return framed
 
 
 class _Memo(dict[int, T]):
