@@ -72,7 +72,7 @@ def test_a_client_that_reads_nothing_is_held_back_and_then_cut_off():
     made = 0
 
     class Endless(ScriptedService):
-        async def generate(self, request, *, transport="http"):
+        async def generate(self, request, identity, *, transport="http"):
             nonlocal made
             try:
                 while True:

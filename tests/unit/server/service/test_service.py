@@ -61,14 +61,14 @@ def request(prompt=PROMPT, id="r", n=1, stop=(), model=None, deadline_s=None, **
     )
 
 
-async def outputs_of(service, asked, identity=ANONYMOUS):
+async def outputs_of(service, sent, identity=ANONYMOUS):
     """Tokens, text and last chunk of each output, and the Ending. There must be one Ending, as the last item."""
-    items = [item async for item in service.generate(asked, identity)]
+    items = [item async for item in service.generate(sent, identity)]
     endings = [item for item in items if isinstance(item, Ending)]
     assert len(endings) == 1
     assert items[-1] is endings[0]
     outputs = []
-    for index in range(asked.n):
+    for index in range(sent.n):
         chunks = [item for item in items[:-1] if item.index == index]
         assert [chunk.finish_reason is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
         tokens = [token for chunk in chunks for token in chunk.token_ids]
@@ -207,8 +207,8 @@ async def test_a_call_whose_client_does_not_read_is_ended(service, engine, monke
     """The unread events are dropped at once. The client gets the error when it reads again."""
     monkeypatch.setattr(call_module, "UNREAD_LIMIT", 600)
     monkeypatch.setattr(call_module, "UNREAD_SECONDS", 0.01)
-    asked = msgspec.structs.replace(request(max_tokens=400, n=n, logprobs=5), num_prompts=num_prompts)
-    async with contextlib.aclosing(service.generate(asked)) as stream:
+    sent = msgspec.structs.replace(request(max_tokens=400, n=n, logprobs=5), num_prompts=num_prompts)
+    async with contextlib.aclosing(service.generate(sent)) as stream:
         await anext(stream)
         await until(lambda: len(engine.aborted) == n or engine.idle)
         assert all(held.unread == 0 for held in service._calls["r"]._streams.values())
@@ -298,9 +298,9 @@ async def test_several_greedy_outputs_are_allowed(service):
     assert len(outputs) == 2
 
 
-async def running(service, asked):
+async def running(service, sent):
     """A generator that has yielded its first chunk."""
-    stream = service.generate(asked)
+    stream = service.generate(sent)
     await anext(stream)
     return stream
 
@@ -441,8 +441,8 @@ async def test_a_long_text_can_be_tokenised_and_come_back(service):
     ("ceiling", "priority", "submitted"), [(-1000, -1000, -1000), (-1000, 7, 7), (0, -5, 0), (0, 5, 5), (3, -1000, 3)]
 )
 async def test_an_identity_bounds_the_priority(service, engine, ceiling, priority, submitted):
-    asked = msgspec.structs.replace(request(n=2), priority=priority)
-    await outputs_of(service, asked, Identity(priority_ceiling=ceiling))
+    sent = msgspec.structs.replace(request(n=2), priority=priority)
+    await outputs_of(service, sent, Identity(priority_ceiling=ceiling))
     assert [submit.priority for submit in engine.submitted] == [submitted, submitted]
 
 
