@@ -30,7 +30,7 @@ from server.text.stop import StopScanner, StopStrings
 from server.text.tokenizer import Tokenizer
 
 UNREAD_LIMIT = 1 << 17  # in units of `engines.base.size_of`: about 13 MB
-UNREAD_SECONDS = 0.25  # between two checks. Two checks in a row decide: after a pause of the event loop any call is behind
+UNREAD_SECONDS = 0.25  # between two checks. One check is not enough: after a pause of the event loop every call has unread events
 T = TypeVar("T")
 
 
@@ -62,18 +62,21 @@ class Call:
             self._deadline = asyncio.get_running_loop().call_later(request.deadline_s, self._pass_deadline)
 
     async def prepare(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled when the call is ended. Raises `ended_by` then."""
+        """Return the result of `work`. If the call is ended meanwhile, cancel `work` and raise `ended_by`."""
         task = asyncio.create_task(work)
         self._preparation = task
         try:
             return await task
         except asyncio.CancelledError:
-            self._raise_if_ended()
+            current = asyncio.current_task()
+            if current is None or not current.cancelling():  # only `work` was cancelled, by `end`
+                self._raise_if_ended()
             raise
         finally:
             self._preparation = None
 
     def submit(self, client: EngineClientProtocol, text: Tokenizer, prompt: list[int]) -> None:
+        """Send a request for each output to the engine. Raises what `check_submit` and the engine client raise."""
         self._raise_if_ended()
         self._num_prompt = len(prompt)
         submits = self._submits(prompt)
@@ -174,11 +177,11 @@ class Call:
 
     def _check_unread(self) -> None:
         unread = sum(stream.unread for stream in self._streams.values())
-        behind = unread > UNREAD_LIMIT // self.request.num_prompts
-        if behind and self._fell_behind:
+        is_behind = unread > UNREAD_LIMIT // self.request.num_prompts
+        if is_behind and self._fell_behind:
             self.end(RequestTimeout("the client does not read its stream: too much of it waits to be sent"))
             return
-        self._fell_behind = behind
+        self._fell_behind = is_behind
         self._watch_again()
 
     def _raise_if_ended(self) -> None:

@@ -124,7 +124,7 @@ class GenerateService:
         return True
 
     async def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that the model's chat template makes of `messages`. Raises InvalidRequest or ContextTooLong."""
+        """The token ids of `messages`, rendered with the model's chat template. Raises InvalidRequest or ContextTooLong."""
         template = self._text.chat
         if template is None:
             raise InvalidRequest(
@@ -192,7 +192,7 @@ class GenerateService:
         return request.prompt
 
     async def _prompt_ids(self, text: str, *, add_special_tokens: bool, name: str) -> list[int]:
-        """Raises ContextTooLong, naming the field `name`, as soon as it is certain that the ids do not fit."""
+        """The token ids of a prompt. Raises ContextTooLong, naming the field `name`, as soon as they are certain not to fit."""
         limit = self.max_model_len - 1
         try:
             return await self._text_work.encode(text, add_special_tokens=add_special_tokens, limit=limit)

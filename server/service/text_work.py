@@ -1,13 +1,15 @@
 """Runs an API worker's text work (tokenising, decoding, chat templates) without holding up the event loop or short texts.
 
-    text                      where it runs
-    up to INLINE_CHARS        in the event loop: about 1 ms
-    of one piece              in the short lane, whose threads only ever run pieces of that size
-    longer                    in the long lane, piece by piece; jobs take turns after each piece
-    with a piece over HUGE    that piece in the huge lane, one at a time: it may take seconds and a few hundred bytes a character
+A lane is a pool of threads with a queue. The length of a text decides where it runs:
 
-A job has at most one piece in its lane. So a cancelled job leaves nothing behind, jobs share a lane fairly, and memory does
-not grow with the number of jobs. The bytes of all texts longer than a piece are bounded: beyond that a text is refused.
+    up to INLINE_CHARS         in the event loop: about 1 ms
+    up to one piece            in the short lane, where no work is longer than one piece
+    longer                     in the long lane, piece by piece, alternating with the other long texts
+    pieces longer than HUGE    in the huge lane, one at a time: a piece may take seconds, and some 200 bytes a character
+
+A job has at most one piece in a lane's queue. So jobs share a lane fairly, a cancelled job frees the lane at once, and the
+tokenizer's memory does not grow with the number of jobs. The texts longer than a piece are bounded by their bytes in total.
+Above the bound a text is refused with Overloaded.
 """
 
 from __future__ import annotations
@@ -23,19 +25,20 @@ from engine.errors import Overloaded
 from server.text.jobs import Job
 from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
 
-INLINE_CHARS = 2048  # a longer text is not tokenised in the event loop, and a longer chat is not rendered there
-INLINE_TOKENS = 256  # likewise for token ids that become text
-HUGE = 16 * PIECE_CHARS  # characters, or token ids, of a step that must not hold up the long lane
+INLINE_CHARS = 2048  # longest text that is tokenised in the event loop, and longest chat that is rendered there
+INLINE_TOKENS = 256  # most token ids that are decoded in the event loop
+HUGE = 16 * PIECE_CHARS  # characters or token ids; a longer step would hold up the long lane
 _SHORT_THREADS = 2
 T = TypeVar("T")
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than the caller can use."""
+    """A text has more tokens than the limit that the caller gave."""
 
 
 class TextWork:
-    """The text work of one API worker. `max_waiting_bytes` bounds the long texts under way, apart from a single one."""
+    """The text work of one API worker. `max_waiting_bytes` bounds the long texts that run or wait at the same time. A single
+    text may be longer than the bound."""
 
     def __init__(self, tokenizer: Tokenizer, max_waiting_bytes: int) -> None:
         self._tokenizer = tokenizer
@@ -49,7 +52,7 @@ class TextWork:
         """The token ids of `text`.
 
         Raises TooManyTokens as soon as it is certain that there are more than `limit`, and Overloaded if too many long texts
-        are under way.
+        run or wait.
         """
         tokenizer = self._tokenizer
         if limit is not None and tokenizer.exceeds(text, limit):
@@ -67,7 +70,7 @@ class TextWork:
             return await self._in_lane(lane, job.result)
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Raises Overloaded if too many long texts are under way."""
+        """The text of `ids`. Raises Overloaded if too many long texts run or wait."""
         if len(ids) <= INLINE_TOKENS:
             return self._tokenizer.decode(ids)
         job = self._tokenizer.decoding(ids)
@@ -79,7 +82,7 @@ class TextWork:
             return await self._in_lane(lane, job.result)
 
     async def render(self, template: Callable[[], str], num_chars: int) -> str:
-        """The text of a chat template over messages of `num_chars` characters."""
+        """The result of `template`, which renders messages of `num_chars` characters."""
         if num_chars <= INLINE_CHARS:
             return template()
         lane = self._short if num_chars <= PIECE_CHARS else self._long

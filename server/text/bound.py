@@ -1,6 +1,6 @@
 """A lower bound on the number of tokens of a text, in microseconds to milliseconds and without tokenising it.
 
-The bound is exact knowledge and never a guess: a text that has at most the allowed number of tokens is never refused by it.
+The bound is proven: it never exceeds the true number of tokens, so a text that fits is never refused.
 For a tokenizer in which some part may shrink a text without limit (say, one that drops white space) there is no bound.
 """
 
@@ -22,12 +22,12 @@ _COMPOSED_SHRINK = 8
 
 @dataclass(frozen=True)
 class TokenBound:
-    """`longest` is the number of bytes of the longest token. `strips` are the added tokens that take in the white space
-    around them, without limit: there is no bound for a text with one of these."""
+    """`longest` is the number of bytes of the longest token. `strips` are the added tokens that absorb the white space around
+    them, however long it is: a text with one of these tokens has no bound."""
 
     longest: int
     composes: bool  # the normalizer is NFC or NFKC, which changes texts that are not ASCII
-    before_spaces: bool  # every place before a space and behind other text is a token boundary
+    before_spaces: bool  # a space after other text always begins a token
     strips: tuple[str, ...]
 
     def exceeds(self, text: str, limit: int) -> bool:
@@ -41,7 +41,7 @@ class TokenBound:
 
 
 def _num_words_exceeds(text: str, limit: int) -> bool:
-    """Whether more than `limit` places are a space behind a printing ASCII character. Each of these begins another token."""
+    """Whether more than `limit` places are a space after a printing ASCII character. Each such space begins a token."""
     num = 0
     for start in range(0, len(text), _WINDOW):
         window = np.frombuffer(text[start : start + _WINDOW + 1].encode(), np.uint8)
@@ -77,6 +77,7 @@ def find_bound(spec: dict[str, Any], cuts: Cuts | None) -> TokenBound | None:
 
 
 def _only_grows(part: dict[str, Any]) -> bool:
+    """Whether a normalizer never makes a text shorter, in bytes."""
     if part["type"] == "Prepend":
         return True
     pattern = part["pattern"].get("String") if part["type"] == "Replace" else None
@@ -84,9 +85,9 @@ def _only_grows(part: dict[str, Any]) -> bool:
 
 
 def _keeps_text(part: dict[str, Any], cuts: Cuts | None) -> bool:
-    """Whether a pre-tokenizer hands on every character."""
+    """Whether a pre-tokenizer keeps every character of a text."""
     if part["type"] in ("ByteLevel", "Digits", "Metaspace"):
         return True
-    if part["type"] == "Split":  # with Removed and invert only matches are kept: those of a known word pattern are everything
+    if part["type"] == "Split":  # Removed with invert keeps the matches only; matches of a known word pattern are the whole text
         return part["behavior"] != "Removed" or (part["invert"] and cuts is not None)
     return False

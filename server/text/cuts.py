@@ -24,10 +24,10 @@ from typing import Any
 META = "▁"  # stands for a space in SentencePiece vocabularies
 # Letters that are letters in every version of Unicode, and that NFC and NFKC leave alone where no mark follows.
 LETTERS = "A-Za-zÀ-ÖØ-öø-ÿΑ-ΡΣ-Ωα-ωА-яぁ-ゖァ-ヺ一-龥가-힣"
-# Characters that may begin a piece behind a letter. The apostrophe is missing: "'s" is part of some
+# Characters that may begin a piece after a letter. The apostrophe is missing: "'s" is part of some
 # words. The last seven are CJK punctuation.
 FOLLOWERS = '\t\n\r !"#$%&()*+,-./0123456789:;<=>?@[\\]^_`{|}~\uff0c\u3002\u3001\uff01\uff1f\uff1b\uff1a'
-_SEARCH_CHARS = 1 << 16  # one search of the regular expression; Python's other threads run between two searches
+_SEARCH_CHARS = 1 << 16  # searched at once; other Python threads can run between two searches
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -46,7 +46,7 @@ WORD_PATTERNS = frozenset(
         _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES,  # Qwen 3.5
         f"{_LOWER}{_CONTRACTIONS}?|{_UPPER}{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _SLASHES,  # GPT-4o
         f"{_LOWER}|{_UPPER}" + r"|\p{N}" + _SLASHES,  # Mistral (Tekken)
-        # DeepSeek V3, behind two PART_PATTERNS
+        # DeepSeek V3, which applies two PART_PATTERNS before
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
         # Tidepool
         r"\s*[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -62,8 +62,8 @@ class Cuts:
     """Finds the safe cuts of one tokenizer. `begins_piece` matches the character that begins a piece."""
 
     begins_piece: re.Pattern[str]
-    drops_space: bool  # the piece begins behind the matched space, since the normalizer puts a space before every text
-    before_spaces: bool  # every place before a space and behind other text is a token boundary
+    drops_space: bool  # pieces leave out the matched space: the normalizer puts a space before every text
+    before_spaces: bool  # a space after other text always begins a token
 
     def find(self, text: str, start: int) -> int | None:
         """The first safe cut at or after `start`, or None if there is none."""
@@ -85,7 +85,7 @@ def find_cuts(spec: dict[str, Any]) -> Cuts | None:
     before_spaces = " " in followers and not any(re.search(r"[^\s] ", content) for content in added)
     if not before_spaces:
         followers -= {" "}
-    # A token that takes the white space behind it must not be cut from that white space.
+    # An added token that absorbs the white space after it must stay in one piece with that white space.
     greedy = {token["content"][-1] for token in spec.get("added_tokens") or [] if token["rstrip"]}
     if any(re.fullmatch(f"[{LETTERS}]", character) for character in greedy):
         return None
@@ -112,7 +112,7 @@ def parts_of(part: dict[str, Any] | None, list_name: str) -> list[dict[str, Any]
 
 
 def followers_in(strings: Iterable[str]) -> set[str]:
-    """The characters that stand directly behind a letter anywhere in `strings`, with META as a space."""
+    """The characters that stand directly after a letter anywhere in `strings`. META counts as a space."""
     found = re.findall(f"(?<=[{LETTERS}])[^{LETTERS}\\0]", "\0".join(strings))
     return {" " if character == META else character for character in found}
 

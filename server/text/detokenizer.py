@@ -1,4 +1,4 @@
-"""Turn token ids into text as they arrive.
+"""Detokenizers: the text of token ids as they arrive.
 
 A detokenizer returns text in pieces. The pieces joined are the text of all tokens, and no piece ends inside a character.
 The tokenizer's decoder decides which of two classes is used:

@@ -1,7 +1,7 @@
-"""A model folder's tokenizer: text to token ids and back. It needs neither torch nor transformers.
+"""Tokenizer: text to token ids and back, with the tokenizer.json of a model folder. It needs neither torch nor transformers.
 
-A Tokenizer holds no state of any request. `detokenizer()` makes the object that follows one output, and `encoding()` and
-`decoding()` make jobs: long work in steps of some milliseconds, so that other work can run between two steps.
+A Tokenizer holds no state of a request. `detokenizer` creates the object that turns the tokens of one output into text.
+`encoding` and `decoding` create jobs, which do long work in steps of some milliseconds.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from server.text.token_bytes import byte_level_bytes, fallback_byte
 
 PIECE_CHARS = 1 << 14  # characters that one step tokenises: some 5 ms, some 3 MB
 PIECE_TOKENS = 1 << 10  # tokens that one step decodes: some 2 ms
-_CONTEXT_TOKENS = 8  # tokens at the prompt's end that a detokenizer sees: two characters of byte tokens
-_LIST_IDS = 1 << 16
+_CONTEXT_TOKENS = 8  # last tokens of the prompt that a detokenizer sees: enough for two characters of byte tokens
+_LIST_IDS = 1 << 16  # ids that become a list at once; other Python threads can run between two steps
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LOCAL_DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece"})
 T = TypeVar("T")
 
 
 class Tokenizer:
-    """`add_bos` and `bos_token` are for models whose tokenizer.json leaves the first token to its caller."""
+    """The tokenizer of one model. `add_bos` and `bos_token` come from tokenizer_config.json: True puts the begin token before
+    a text that does not have it, False leaves it out, and None follows tokenizer.json."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Tokenizer:
         self._token_bytes = _Memo(self._make_bytes)
         self.is_silent = _Memo(lambda id: id in self._special or not tokenizer.id_to_token(id))
         self.byte_of = _Memo(self._find_byte)
-        self._before, self._behind = self._special_tokens()
+        self._before, self._after = self._special_tokens()
         self._anchor: tuple[int, ...] | None = None
 
     @classmethod
@@ -97,14 +98,14 @@ class Tokenizer:
         return finish(self.encoding(text, add_special_tokens=add_special_tokens))
 
     def encoding(self, text: str, *, add_special_tokens: bool = True) -> EncodeJob:
-        """`encode` as a job, with steps of PIECE_CHARS characters where the text can be cut."""
-        before, behind = (self._before, self._behind) if add_special_tokens else ([], [])
+        """`encode` as a job. Its steps are PIECE_CHARS characters each, or one step if the text cannot be cut."""
+        before, after = (self._before, self._after) if add_special_tokens else ([], [])
         bos = self._bos if add_special_tokens and self._add_bos else None
         pieces = pieces_of(text, self._cuts, PIECE_CHARS)
-        return EncodeJob(pieces, self._encode_piece, partial(_framed, before, behind, bos))
+        return EncodeJob(pieces, self._encode_piece, partial(_framed, before, after, bos))
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether `text` certainly has more than `limit` tokens. It takes at most some milliseconds; False is no promise."""
+        """Whether `text` certainly has more than `limit` tokens. It takes a few milliseconds at most. False means not certain."""
         return self._bound is not None and self._bound.exceeds(text, limit)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -112,7 +113,7 @@ class Tokenizer:
         return finish(self.decoding(ids))
 
     def decoding(self, ids: Sequence[int]) -> DecodeJob:
-        """`decode` as a job, with steps of PIECE_TOKENS tokens where the decoder can work in pieces."""
+        """`decode` as a job. Its steps are PIECE_TOKENS tokens each, or one step if the decoder needs all tokens at once."""
         return DecodeJob(ids, self.detokenizer(), PIECE_TOKENS if self._decodes_in_pieces else len(ids))
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
@@ -120,7 +121,7 @@ class Tokenizer:
         return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
 
     def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizer:
-        """For one output that continues `prompt`."""
+        """The detokenizer of one output that continues `prompt`."""
         if self._is_byte_level:
             return ByteDetokenizer(self._token_bytes)
         return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:])
@@ -155,15 +156,15 @@ class Tokenizer:
         return array("i", self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """The special tokens that belong before and behind every text."""
+        """The special tokens that belong before and after every text."""
         sample = self._tokenizer.encode("a")
         mask = sample.special_tokens_mask  # 1 for these tokens, 0 for those of the sample
         if 0 not in mask:
             raise CheckpointError("the tokenizer has no token for the letter 'a'")
-        before, behind = sample.ids[: mask.index(0)], sample.ids[len(mask) - mask[::-1].index(0) :]
+        before, after = sample.ids[: mask.index(0)], sample.ids[len(mask) - mask[::-1].index(0) :]
         if self._add_bos is False and before[:1] == [self._bos]:
             before = before[1:]
-        return before, behind
+        return before, after
 
     def _make_bytes(self, id: int) -> bytes:
         content = self._tokenizer.id_to_token(id)
@@ -173,17 +174,14 @@ class Tokenizer:
         return fallback_byte(self._tokenizer.id_to_token(id) or "") if self._has_byte_tokens else None
 
 
-def _framed(before: list[int], behind: list[int], bos: int | None, ids: array[int]) -> list[int]:
-    """`ids` between special tokens, and behind `bos` if they do not begin with it.
-
-    The list is made in steps short enough that another thread can run between two of them.
-    """
+def _framed(before: list[int], after: list[int], bos: int | None, ids: array[int]) -> list[int]:
+    """`ids` between the special tokens `before` and `after`. If the result does not begin with `bos`, `bos` is put first."""
     framed = list(before)
     if bos is not None and (before or ids[:1].tolist())[:1] != [bos]:
         framed.insert(0, bos)
     for start in range(0, len(ids), _LIST_IDS):
         framed += ids[start : start + _LIST_IDS]
-    framed += behind
+    framed += after
     return framed
 
 
@@ -202,7 +200,7 @@ class _Memo(dict[int, T]):
 
 
 def _is_local(decoders: list[dict[str, Any]]) -> bool:
-    """Whether the text of many tokens is the text of its pieces joined, each piece decoded behind the token before it."""
+    """Whether tokens can be decoded in pieces: the text of a piece depends on the last token before it, and on nothing else."""
     fused = False
     for part in decoders:
         kind = part["type"]

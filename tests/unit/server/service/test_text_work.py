@@ -1,6 +1,6 @@
-"""Text work in lanes: who waits for whom, what a cancelled job leaves behind, how much is done at once.
+"""Text work in lanes: which texts wait for which, cancellation, and the size of a step.
 
-A `Gate` holds pieces of text in their thread, so that a test decides what is under way. The tokenizers are real.
+A `Gate` holds pieces of text in their thread, so that a test decides which pieces are running. The tokenizers are real.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ async def test_long_texts_do_not_wait_for_a_huge_piece(work, gate):
     await asyncio.gather(*huge)
 
 
-async def test_long_texts_take_turns(work, gate):
+async def test_long_texts_alternate_piece_by_piece(work, gate):
     texts = [LONG.replace("tide", name) for name in ("aaaa", "bbbb", "cccc")]
     await asyncio.gather(*[encode(work, text) for text in texts])
     order = [next(i for i, name in enumerate(("aaaa", "bbbb", "cccc")) if name in piece) for piece in gate.pieces]
@@ -103,7 +103,7 @@ async def test_long_texts_take_turns(work, gate):
         assert max(counts) - min(counts) <= 1
 
 
-async def test_a_cancelled_text_leaves_no_work_behind(work, gate):
+async def test_a_cancelled_text_is_not_tokenised_any_further(work, gate):
     gate.holds = lambda piece: "first" in piece
     first = encode(work, "first " + LONG)
     await until(lambda: len(gate.pieces) == 1)
@@ -131,7 +131,7 @@ async def test_a_text_that_is_certainly_too_long_is_not_tokenised_at_all(work, g
     assert gate.pieces == []
 
 
-async def test_long_texts_under_way_are_bounded_and_short_ones_always_accepted(gate):
+async def test_long_texts_are_bounded_in_total_and_short_ones_are_always_accepted(gate):
     work = TextWork(byte_level(), 2 * len(LONG))
     gate.holds = lambda piece: len(piece) >= PIECE_CHARS
     tasks = [encode(work, LONG), encode(work, LONG)]

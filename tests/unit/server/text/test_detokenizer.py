@@ -28,7 +28,7 @@ REPLACEMENT = "\ufffd"
 def library_text(tokenizer, ids):
     """The library's text of `ids`, in which an undecodable byte token counts as a token of the text U+FFFD.
 
-    The library itself turns all bytes of a run into U+FFFD if one of them is wrong, also the characters before it.
+    The library itself replaces all bytes of a run if one of them is wrong, also the complete characters before it.
     """
     replacement = tokenizer._tokenizer.token_to_id(REPLACEMENT)
     visible = [id for id in ids if not tokenizer.is_silent[id]]
@@ -190,7 +190,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_stream(make, units):
     for token in tokens:
         detokenizer.add([token])
     assert texts.calls <= 4 * len(tokens)
-    assert texts.num_tokens <= 13 * len(tokens)  # a character of 4 byte tokens is decoded behind another, and by itself
+    assert texts.num_tokens <= 13 * len(tokens)  # a character of 4 byte tokens is decoded after another one, and by itself
 
 
 def test_many_tokens_at_once_are_few_calls():

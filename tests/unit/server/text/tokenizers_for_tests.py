@@ -146,6 +146,13 @@ def word_piece() -> ServerTokenizer:
     return ServerTokenizer(tokenizer)
 
 
+@cache
+def no_decoder() -> ServerTokenizer:
+    tokenizer = Tokenizer.from_str(word_piece()._tokenizer.to_str())
+    tokenizer.decoder = None
+    return ServerTokenizer(tokenizer)
+
+
 ALL = {
     "byte_level": byte_level,
     "llama2": llama2,
@@ -153,6 +160,7 @@ ALL = {
     "gemma": gemma,
     "metaspace": metaspace,
     "word_piece": word_piece,
+    "no_decoder": no_decoder,
 }
 
 DEEPSEEK = [r"\p{N}{1,3}", "[一-龥぀-ゟ\u30a0-ヿ]+", next(pattern for pattern in WORD_PATTERNS if pattern.startswith("[!"))]
