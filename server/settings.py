@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30, gt=0, description="Seconds within which a request's body must arrive")
     idle_timeout_s: float = Field(75, gt=0, description="Seconds that a connection may be idle between requests")
     send_timeout_s: float = Field(60, gt=0, description="Seconds that a client may read nothing before its stream ends")
+    max_waiting_text_bytes: int = Field(
+        64 << 20, ge=1 << 20, description="Bytes of long texts that may wait for one worker's tokenizer; more are refused"
+    )
     max_connections: int | None = Field(
         None,
         ge=1,

@@ -15,7 +15,7 @@ from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from server.service.pacing import Pacer
 from server.service.service import GenerateService
-from server.service.types import Chunk
+from server.service.types import ANONYMOUS, Chunk
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
@@ -34,7 +34,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         call = translate.generation_request(asked, id, context.time_remaining())
         await context.send_initial_metadata((("x-request-id", id),))
         model = self._service.model_name
-        async with aclosing(self._service.generate(call, transport="grpc")) as stream:
+        async with aclosing(self._service.generate(call, ANONYMOUS, transport="grpc")) as stream:
             async for item in stream:
                 response = pb.GenerateResponse(id=id, request_id=asked.request_id)
                 if isinstance(item, Chunk):

@@ -70,7 +70,7 @@ def test_the_stream_of_a_client_that_reads_nothing_is_held_back_and_then_ended()
     made = 0
 
     class Endless(ScriptedService):
-        async def generate(self, request, identity=None, *, transport="http"):
+        async def generate(self, request, identity, *, transport="http"):
             nonlocal made
             try:
                 while True:

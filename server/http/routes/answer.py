@@ -13,7 +13,7 @@ from server.http.routes.api import api_of
 from server.http.routes.collect import CollectedOutput, Collector, merge
 from server.http.routes.logprobs import Written
 from server.http.sse import EventStream
-from server.service.types import Chunk, Ending, GenerationRequest
+from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest
 
 
 class Answer(Protocol):
@@ -37,7 +37,7 @@ async def respond(request: Request, answer: Answer, generations: list[Generation
     """
     api = api_of(request)
     n = generations[0].n
-    streams = [api.service.generate(generation) for generation in generations]
+    streams = [api.service.generate(generation, ANONYMOUS) for generation in generations]
     if stream:
         return EventStream(answer.events(merge(streams, n)))
     collector = Collector(n, answer.write_logprobs, api.pacer)

@@ -62,10 +62,10 @@ async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> P
     """The Prompt for `content`. It is tokenised here if `echo` or the limit on log-probabilities needs its tokens."""
     if not body.echo and body.prompt_logprobs is None:
         return Prompt(content)
-    tokens = await api.service.tokenize(content, model=body.model) if isinstance(content, str) else content
+    tokens = await api.service.tokenize(content, model=body.model, as_prompt=True) if isinstance(content, str) else content
     if not body.echo:
         return Prompt(tokens)
-    text = content if isinstance(content, str) else await api.service.detokenize(content, model=body.model)
+    text = content if isinstance(content, str) else await api.service.detokenize(content, model=body.model, as_prompt=True)
     return Prompt(tokens, text, tokens[0] if tokens else None)
 
 

@@ -11,7 +11,7 @@ from server.http.routes.api import JsonBody, api_of, errors, json_response
 from server.http.schemas.service import DetokenizeBody, DetokenizeResponse, TokenizeBody, TokenizeResponse
 
 router = APIRouter(tags=["tokens"])
-_ERRORS = errors(400, 404, 408, 413, 422, 499, 500, 503)
+_ERRORS = errors(400, 404, 408, 413, 422, 429, 499, 500, 503)
 
 
 @router.post("/tokenize", responses={200: {"model": TokenizeResponse}, **_ERRORS}, openapi_extra=JsonBody(TokenizeBody))

@@ -22,7 +22,7 @@ class ScriptedService:
         self.closed = []  # ids of requests whose generator has ended or was closed
         self.engine_health = EngineHealth(ready=ready, started=ready, reason=None if ready else "the engine is loading")
 
-    async def generate(self, request, identity=None, *, transport="http"):
+    async def generate(self, request, identity, *, transport="http"):
         self.requests.append(request)
         num_tokens = 0
         try:
