@@ -19,7 +19,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -29,23 +28,10 @@ from engine.kvcache.manager import KVCacheManager
 from engine.plan import NO_TOKEN, AdmittedRow, GrownRow, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
+from engine.scheduler.counts import SchedulerCounts
 from engine.scheduler.outcome import add_first, collect_prompt_logprobs, failure_event, set_finish
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet, row_of
-
-
-@dataclass(slots=True)
-class SchedulerCounts:
-    """Counters since start. Every accepted request is finished, aborted, failed, running or waiting, at every moment."""
-
-    num_accepted: int = 0
-    num_finished: int = 0
-    num_aborted: int = 0
-    num_failed: int = 0
-    num_preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
 
 
 class _UncommittedStep(NamedTuple):
@@ -182,9 +168,7 @@ class Scheduler:
                 raise InternalError(f"{request} is waiting, but holds blocks or a row")
         if len(running) + len(waiting) != len(self._requests):
             raise InternalError("a request is neither running nor waiting")
-        counts = self.counts
-        if counts.num_accepted != counts.num_finished + counts.num_aborted + counts.num_failed + len(self._requests):
-            raise InternalError("requests accepted and ended do not add up")
+        self.counts.check(len(self._requests))
 
     def _plan_decodes(self, plan: StepPlan, requests: list[Request]) -> bool:
         """Add one slice for each decoding request. Returns False if blocks were short."""
