@@ -44,7 +44,7 @@ class TokenBound:
         for start in range(0, len(text), _WINDOW):
             data = np.frombuffer(text[start : start + _WINDOW].encode(), np.uint8)
             num_words += _num_words(data) if self.before_spaces else 0
-            num_shares += 0.0 if is_composed else float(self.shares[data].sum())
+            num_shares += 0.0 if is_composed else float(np.bincount(data, minlength=256) @ self.shares)
             if num_words > limit or num_shares > limit + 1:  # one more for rounding
                 return True
         return False
