@@ -3,7 +3,7 @@
 A lane is a pool of threads with a queue. The length of a text decides where it runs:
 
     up to INLINE_CHARS         in the event loop: about 1 ms
-    up to one piece            in the short lane, where no work is longer than one piece
+    up to one piece            in the short lane, where no work is longer than one piece takes
     longer                     in the long lane, piece by piece, alternating with the other long texts
     pieces longer than HUGE    in the huge lane, one at a time: a piece may take seconds, and some 200 bytes a character
 
@@ -55,7 +55,7 @@ class TextWork:
         run or wait.
         """
         tokenizer = self._tokenizer
-        if limit is not None and tokenizer.exceeds(text, limit):
+        if limit is not None and await self._exceeds(text, limit):
             raise TooManyTokens
         if len(text) <= INLINE_CHARS:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -87,6 +87,10 @@ class TextWork:
             return template()
         lane = self._short if num_chars <= PIECE_CHARS else self._long
         return await self._in_lane(lane, template)
+
+    async def _exceeds(self, text: str, limit: int) -> bool:
+        exceeds = self._tokenizer.exceeds
+        return await self._in_lane(self._short, partial(exceeds, text, limit)) if len(text) > HUGE else exceeds(text, limit)
 
     async def _step(self, job: Job[object], lane: ThreadPoolExecutor) -> None:
         if not await self._in_lane(lane, partial(job.step, HUGE)):

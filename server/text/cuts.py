@@ -82,7 +82,7 @@ def find_cuts(spec: dict[str, Any]) -> Cuts | None:
         return None
     followers, needs_space = boundaries
     followers -= followers_in(added)
-    before_spaces = " " in followers and not any(re.search(r"[^\s] ", content) for content in added)
+    before_spaces = " " in followers and not any(re.search(r"[^\s] ", content.replace(META, " ")) for content in added)
     if not before_spaces:
         followers -= {" "}
     # An added token that absorbs the white space after it must stay in one piece with that white space.
@@ -95,7 +95,7 @@ def find_cuts(spec: dict[str, Any]) -> Cuts | None:
         ends, starts = {content[-1] for content in added}, {content[0] for content in added}
         patterns.append(f"(?<={_letters_without(ends)}) (?={_letters_without(starts)})")
     elif before_spaces:
-        patterns.append(f"(?<=[^\\s{re.escape(''.join(sorted(greedy)))}]) ")
+        patterns.append(f"(?<=[^\\s{META}{re.escape(''.join(sorted(greedy)))}]) ")
     others = "".join(sorted(followers - {" "}))
     if others and not needs_space:
         patterns.append(f"(?<=[{LETTERS}])[{re.escape(others)}]")

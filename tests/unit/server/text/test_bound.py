@@ -49,6 +49,17 @@ def test_words_count_where_bytes_alone_do_not():
     assert not tokenizer.exceeds("ab " * limit, limit)
 
 
+@pytest.mark.parametrize("make", [by_pattern, gemma], ids=["byte level", "gemma"])
+def test_one_long_word_counts_by_the_longest_token_with_its_letters(make):
+    """The tokens with an x are shorter than the longest token of these vocabularies."""
+    tokenizer = make()
+    limit = 30_000
+    text = "x" * (8 * limit)
+    assert len(text) < limit * tokenizer._bound.longest
+    assert tokenizer.exceeds(text, limit)
+    assert not tokenizer.exceeds(text, len(library_ids(tokenizer, text)))
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

@@ -30,7 +30,7 @@ WORDS = [
     "x" * 9,
 ]
 SIGNS = ["1", "234", "½", *'.,!-_/:<>|"(', "、", "。", "\uff0c", "\uff1a", "🌊", "\x00", "\ufffd", "\u2126", "ﬁ", "\u212b"]
-ADDED = ["<|end|>", "<s>", "<mask>", "a, b", "tide-gate", "été", "日本 語"]
+ADDED = ["<|end|>", "<s>", "<mask>", "a, b", "tide-gate", "été", "日本 語", ". 1", "! a"]
 PARTS = [*SPACES, *WORDS, *SIGNS, *ADDED]
 TEXTS = st.lists(st.sampled_from(PARTS) | st.characters(exclude_categories=["Cs"]), max_size=30).map("".join)
 CASES = pytest.mark.parametrize("make", (CUT | RARELY_CUT).values(), ids=CUT | RARELY_CUT)

@@ -103,17 +103,18 @@ def llama2_with_a_word() -> ServerTokenizer:
     return ServerTokenizer(tokenizer)
 
 
+def with_merge(tokenizer: ServerTokenizer, left: str, right: str) -> ServerTokenizer:
+    """A copy in which two tokens become one before all others."""
+    spec = json.loads(tokenizer._tokenizer.to_str())
+    spec["model"]["vocab"][left + right] = len(spec["model"]["vocab"])
+    spec["model"]["merges"].insert(0, [left, right])
+    return ServerTokenizer(Tokenizer.from_str(json.dumps(spec)))
+
+
 @cache
 def gemma() -> ServerTokenizer:
     split = pre_tokenizers.Split(" ", "merged_with_previous")
-    return sentencepiece(GEMMA_DECODER, normalizer=GROWS[1], pre_tokenizer=split)
-
-
-def gemma_with_a_comma_and_space() -> ServerTokenizer:
-    spec = json.loads(gemma()._tokenizer.to_str())
-    spec["model"]["vocab"][",▁"] = len(spec["model"]["vocab"])
-    spec["model"]["merges"].insert(0, [",", "▁"])
-    return ServerTokenizer(Tokenizer.from_str(json.dumps(spec)))
+    return with_merge(sentencepiece(GEMMA_DECODER, normalizer=GROWS[1], pre_tokenizer=split), "▁", "▁")
 
 
 @cache
@@ -192,7 +193,18 @@ CUT: dict[str, Make] = {
 }
 """Tokenizers for which safe cuts are known."""
 
-RARELY_CUT: dict[str, Make] = {"a token over a space": cache(gemma_with_a_comma_and_space)}
+
+def gemma_with_added(content: str) -> ServerTokenizer:
+    tokenizer = Tokenizer.from_str(gemma()._tokenizer.to_str())
+    tokenizer.add_tokens([AddedToken(content, normalized=True)])
+    return ServerTokenizer(tokenizer)
+
+
+RARELY_CUT: dict[str, Make] = {
+    "a token over a space": cache(lambda: with_merge(gemma(), ",", "▁")),
+    "an added token over a space": cache(partial(gemma_with_added, ".▁1")),
+    "an added token with a space": cache(partial(gemma_with_added, "! a")),
+}
 """Tokenizers that have no boundary before a space."""
 
 NOT_CUT: dict[str, Make] = {
