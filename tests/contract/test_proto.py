@@ -1,4 +1,4 @@
-"""The gRPC contract: the committed code is what the proto file makes, and no field, number or type that was given out changes."""
+"""The gRPC contract: the committed code is generated from the proto file, and no published field, number or type changes."""
 
 import itertools
 import re
@@ -33,12 +33,15 @@ def test_committed_code_has_the_descriptors_of_the_proto(tmp_path):
     for message in made.message_type:
         for part in (message, *message.nested_type):
             for field in part.field:
-                field.ClearField("json_name")  # generated code leaves it to the runtime
+                field.ClearField("json_name")  # generated code does not have it
     committed = FileDescriptorProto.FromString(inference_pb2.DESCRIPTOR.serialized_pb)
     assert committed == made, "server/rpc/pb is out of date: run `make proto`"
 
 
-@pytest.mark.skipif(version("grpcio-tools") != MADE_BY, reason=f"made by grpcio-tools {MADE_BY}; others write other code")
+@pytest.mark.skipif(
+    version("grpcio-tools") != MADE_BY,
+    reason=f"other versions than {MADE_BY} generate other code",
+)
 def test_committed_code_is_what_make_proto_writes(tmp_path):
     protoc(f"--python_out={tmp_path}", f"--pyi_out={tmp_path}", f"--grpc_python_out={tmp_path}")
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.py*"))
@@ -67,19 +70,19 @@ def contract() -> list[str]:
     return lines
 
 
-def test_nothing_given_out_has_changed():
-    gone = [line for line in LOCK.read_text().splitlines() if line not in contract()]
-    assert not gone, "clients in the field rely on these; add new fields instead:\n" + "\n".join(gone)
+def test_no_published_field_has_changed():
+    missing = [line for line in LOCK.read_text().splitlines() if line not in contract()]
+    assert not missing, "clients rely on these; add new fields instead:\n" + "\n".join(missing)
 
 
-def test_everything_given_out_is_locked():
+def test_every_field_is_locked():
     locked = LOCK.read_text().splitlines()
     new = [line for line in contract() if line not in locked]
     assert not new, f"add to {LOCK.name}:\n" + "\n".join(new)
 
 
 def test_generate_takes_the_fields_of_http():
-    """All but `stream`: here an answer always is one."""
+    """Generate has all fields of HTTP but `stream`, since its answer is always a stream."""
     assert set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) == set(GenerateRequest.model_fields) - {"stream"}
 
 

@@ -110,7 +110,25 @@ def test_a_reader_that_closed_its_end_does_not_stop_the_writer(pipe):
     for _ in range(3 * logs.MAX_QUEUED_BYTES // len(LINE)):
         writer.put(LINE)
     assert writer.flush(20)
+    assert writer.num_dropped == 3 * logs.MAX_QUEUED_BYTES // len(LINE)
     os.close(write)
+
+
+def test_lines_that_a_full_disk_refuses_are_counted_and_reported_once_it_has_space(pipe):
+    read, write = pipe
+    fd = os.open("/dev/full", os.O_WRONLY)
+    writer = logs.LineWriter(fd, logs.JsonFormatter("api 0"))
+    for _ in range(3):
+        writer.put(LINE)
+    assert writer.flush(20)
+    assert writer.num_dropped == 3
+    os.dup2(write, fd)
+    writer.put(b"after\n")
+    report, after = read_until(read, b"after\n").splitlines()
+    assert json.loads(report)["dropped_lines"] == 3
+    assert after == b"after"
+    assert writer.flush(20)
+    os.close(fd)
 
 
 def test_a_non_blocking_descriptor_loses_no_line(pipe):
