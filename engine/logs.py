@@ -4,7 +4,8 @@
 the readable line. Prompts and outputs must not be logged.
 
 A thread of its own writes the lines, since a pipe that nobody reads blocks its writer. Lines wait for the thread in a bounded
-queue. A line that does not fit is dropped and counted; the log reports the count at the place of the dropped lines.
+queue. A line that does not fit, or cannot be written, is dropped and counted. The log reports the count at the place of the
+dropped lines.
 """
 
 from __future__ import annotations
@@ -104,46 +105,58 @@ class LineWriter:
             return self._changed.wait_for(lambda: not self._queue and not self._is_writing, seconds)
 
     def _drop(self) -> None:
-        self.num_dropped += 1
         if self._queue and isinstance(self._queue[-1], int):
             self._queue[-1] += 1
         else:
             self._queue.append(1)
             self._changed.notify_all()
+        self._count_dropped()
+
+    def _count_dropped(self) -> None:
+        self.num_dropped += 1
         self._callback(1)
 
     def _run(self) -> None:
+        unreported = 0  # lines that were dropped since the last report
         while True:
-            self._write(self._next())
+            item = self._next()
+            line = b"" if isinstance(item, int) else item
+            unreported += item if isinstance(item, int) else 0
+            is_written = self._write((self._report(unreported) if unreported else b"") + line)
             with self._changed:
+                if is_written:
+                    unreported = 0
+                elif line:
+                    unreported += 1
+                    self._count_dropped()
                 self._is_writing = False
                 self._changed.notify_all()
 
-    def _next(self) -> bytes:
+    def _next(self) -> bytes | int:
         with self._changed:
             self._changed.wait_for(lambda: self._queue)
             self._is_writing = True
             item = self._queue.popleft()
             if isinstance(item, bytes):
                 self._num_bytes -= len(item)
-                return item
-        return self._report(item)
+            return item
 
     def _report(self, number: int) -> bytes:
-        text = f"{number} log line{'s were' if number > 1 else ' was'} dropped here: standard error was not read fast enough"
+        text = f"{number} log line{'s were' if number > 1 else ' was'} dropped here: standard error was not read, or failed"
         return _encoded(self._formatter.format(_record(text, dropped_lines=number)))
 
-    def _write(self, line: bytes) -> None:
-        """Blocks while nobody reads. Once the reader has closed its end, lines are discarded."""
-        while line:
+    def _write(self, data: bytes) -> bool:
+        """Write all, and wait while nobody reads. Returns False if that fails: the reader closed its end, or the disk is full."""
+        while data:
             try:
-                line = line[os.write(self._fd, line) :]
+                data = data[os.write(self._fd, data) :]
             except BlockingIOError:  # another program that shares the descriptor made it non-blocking
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll()
             except OSError:
-                return
+                return False
+        return True
 
 
 class QueueHandler(logging.Handler):

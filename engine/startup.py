@@ -79,8 +79,8 @@ def keep_kernels() -> None:
     ):
         return
     cache = os.environ.get("XDG_CACHE_HOME")
-    ours = Path(cache) / "tidegate" / "triton" if cache else None
-    os.environ["TRITON_CACHE_DIR"] = str(ours if ours is not None and _writable(ours) else _temporary())
+    folder = Path(cache) / "tidegate" / "triton" if cache else None
+    os.environ["TRITON_CACHE_DIR"] = str(folder if folder is not None and _writable(folder) else _temporary())
 
 
 def _writable(folder: Path) -> bool:

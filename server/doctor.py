@@ -71,7 +71,7 @@ class Checkpoint(NamedTuple):
 def examine(settings: Settings) -> list[Finding]:
     """Check everything, in the order of the report."""
     checkpoint = _model(settings)
-    answer = _ask_torch(checkpoint)
+    answer = _run_probe(checkpoint)
     return [
         _python(),
         *_packages(),
@@ -120,11 +120,11 @@ def _packages() -> list[Finding]:
     return [Finding("packages", "ok", "all required packages are installed")]
 
 
-def _ask_torch(checkpoint: Checkpoint) -> TorchAnswer | Finding:
+def _run_probe(checkpoint: Checkpoint) -> TorchAnswer | Finding:
     command = [sys.executable, "-m", "engine.weights.probe", _question(checkpoint)]
     try:
-        asked = subprocess.run(command, capture_output=True, timeout=TORCH_SECONDS, check=True)
-        return msgspec.json.decode(asked.stdout, type=TorchAnswer)
+        probe = subprocess.run(command, capture_output=True, timeout=TORCH_SECONDS, check=True)
+        return msgspec.json.decode(probe.stdout, type=TorchAnswer)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         return Finding("torch", "missing", f"cannot be used: {lines[-1] if lines else error}")

@@ -98,19 +98,19 @@ def _say(console: Console, text: str) -> None:
 def _job(settings: Settings, names: Sequence[str], console: Console) -> _Job:
     config = settings.engine_config()
     spec = read_spec(config.model)
-    limits, asked = spec.limits(), settings.max_model_len
-    most = asked or limits.max_model_len
+    limits, wanted = spec.limits(), settings.max_model_len
+    most = wanted or limits.max_model_len
     chosen = {name: build_workload(name, limits.vocab_size) for name in names or DEFAULT}
     if not names and (fitting := {name: work for name, work in chosen.items() if longest(work) <= most}):
         for name in chosen.keys() - fitting.keys():
             _say(console, f"{spec.architecture}: {name} is left out, it needs a context of {longest(chosen[name])} tokens")
         chosen = fitting
-    context = max(_context_of(name, work, limits, asked) for name, work in chosen.items())
+    context = max(_context_of(name, work, limits, wanted) for name, work in chosen.items())
     return _Job(settings, msgspec.structs.replace(config, max_model_len=context), spec, chosen)
 
 
-def _context_of(workload: str, work: list[Work], limits: ModelLimits, asked: int | None) -> int:
-    """The context to run a workload with. Raises ConfigError if the model's context, or the one asked for, is too short."""
+def _context_of(workload: str, work: list[Work], limits: ModelLimits, max_model_len: int | None) -> int:
+    """The context to run a workload with. Raises ConfigError if the model's context, or max_model_len, is too short."""
     need = longest(work)
     if need > limits.max_model_len:
         fitting = [name for name in WORKLOADS if longest(build_workload(name, limits.vocab_size)) <= limits.max_model_len]
@@ -120,12 +120,13 @@ def _context_of(workload: str, work: list[Work], limits: ModelLimits, asked: int
             f"{or_else} a model with a longer context",
             param="workload",
         )
-    if asked is not None and asked < need:
+    if max_model_len is not None and max_model_len < need:
         raise ConfigError(
-            f"max_model_len is {asked}, but workload {workload} needs {need} tokens: set it to {need} or more, or not at all",
+            f"max_model_len is {max_model_len}, but workload {workload} needs {need} tokens: set it to {need} or more, "
+            "or not at all",
             param="max_model_len",
         )
-    return need if asked is None else asked
+    return need if max_model_len is None else max_model_len
 
 
 def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iterator[OfflineLine]:
@@ -226,9 +227,9 @@ def _generate(llm: LLM, work: list[Work], progress: Callable[[int, TokenEvent], 
     llm.generate([w.prompt for w in work], params, progress=progress)
 
 
-def _precision(asked: str, of_checkpoint: str, device: str) -> str:
-    if asked != "auto":
-        return asked
+def _precision(dtype: str, of_checkpoint: str, device: str) -> str:
+    if dtype != "auto":
+        return dtype
     return "float32" if device.startswith("CPU") else of_checkpoint
 
 

@@ -1,8 +1,8 @@
 """NumberFile: numbers by key in a file, in the format of prometheus_client's multiprocess mode, which its collector reads.
 
-The library writes such files through a memory mapping. On a full disk, or when somebody truncates the file, a store into the
-mapping ends the process with SIGBUS. `pwrite` raises OSError instead. It costs a few microseconds, so changes are collected in
-memory and written together.
+The library writes such files through a memory mapping. On a full disk, or when another process truncates the file, a store into
+the mapping ends the process with SIGBUS. `pwrite` raises OSError instead. It costs a few microseconds, so changes are collected
+in memory and written together.
 """
 
 from __future__ import annotations

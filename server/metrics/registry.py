@@ -150,7 +150,7 @@ class Metrics:
         workers: Collector = self._registry
         if FOLDER_VARIABLE in os.environ:
             files = ProcessFiles(Path(os.environ[FOLDER_VARIABLE]))
-            values.ValueClass = value_class(files)  # the library makes every value of a metric by this
+            values.ValueClass = value_class(files)  # the library creates every number of a metric by this class
             workers, self._publish = AllProcesses(self._registry, files), files.publish
         self._add_requests()
         self._add_refusals()

@@ -23,7 +23,11 @@ from server.metrics.number_file import RESERVED_BYTES, NumberFile
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 FAILED = ("tidegate_requests_failed", "Requests that ended with an error, by error code.", ["transport", "code"])
-DROPPED = ("tidegate_log_lines_dropped", "Log lines dropped because standard error was not read fast enough.", ["process"])
+DROPPED = (
+    "tidegate_log_lines_dropped",
+    "Log lines dropped because standard error was not read, or failed.",
+    ["process"],
+)
 _KINDS = ("counter", "histogram", "gauge_livesum")
 _READ_ATTEMPTS = 5
 
@@ -96,9 +100,11 @@ class ProcessFiles:
 
 
 def value_class(files: ProcessFiles) -> type:
-    """A class for `prometheus_client.values.ValueClass`. The value of a metric is held in memory and set in `files`."""
+    """A class for `prometheus_client.values.ValueClass`, which keeps its number in memory and sets it in `files`."""
 
     class FileValue:
+        """One number of a metric, with the methods that prometheus_client calls."""
+
         def __init__(
             self,
             typ: str,

@@ -27,7 +27,7 @@ INFERENCE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 MAX_STREAMS = 1024  # calls on one connection at once
-PING_SECONDS = 30  # between two pings of the server, which find clients that are gone without closing their connection
+PING_SECONDS = 30  # between two pings of the server, which find clients that have left without closing their connection
 PONG_SECONDS = 10  # for the answer to a ping
 MIN_CLIENT_PING_SECONDS = 10  # between two pings of a client; the connection of one that pings more often is closed
 

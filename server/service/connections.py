@@ -23,14 +23,14 @@ def connection_limits(settings: Settings) -> ConnectionLimits:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     available = UNLIMITED if limit == resource.RLIM_INFINITY else max(limit - OWN_DESCRIPTORS, 2)
     for_grpc = max(available // GRPC_SHARE, 1)
-    asked = settings.max_connections
-    if asked is None:
+    max_http = settings.max_connections
+    if max_http is None:
         return ConnectionLimits(available - for_grpc, for_grpc)
-    if asked > available - for_grpc:
+    if max_http > available - for_grpc:
         raise ConfigError(
-            f"max_connections is {asked}, but each process may have only {limit} files and sockets open, which is enough for "
+            f"max_connections is {max_http}, but each process may have only {limit} files and sockets open, which is enough for "
             f"{available - for_grpc}: lower it, or raise the hard limit (ulimit -Hn, LimitNOFILE= in systemd, --ulimit nofile= "
             "in Docker)",
             param="max_connections",
         )
-    return ConnectionLimits(asked, available - asked)
+    return ConnectionLimits(max_http, available - max_http)

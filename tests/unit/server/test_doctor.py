@@ -28,7 +28,7 @@ def model(demo, tmp_path):
 @pytest.fixture
 def torch(monkeypatch):
     def answers(answer=NO_CUDA):
-        monkeypatch.setattr(doctor, "_ask_torch", lambda checkpoint: answer)
+        monkeypatch.setattr(doctor, "_run_probe", lambda checkpoint: answer)
 
     answers()
     return answers
