@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -22,8 +23,8 @@ def restored(monkeypatch):
     """Undoes what `logs.set_up` changes in this process."""
     root, cython = logging.getLogger(), logging.getLogger("grpc._cython")
     before = root.level, root.handlers[:], cython.level
-    for name in ("sys.excepthook", "threading.excepthook", "sys.stderr"):
-        monkeypatch.setattr(name, eval(name))
+    for module, name in ((sys, "excepthook"), (threading, "excepthook"), (sys, "stderr")):
+        monkeypatch.setattr(module, name, getattr(module, name))
     yield
     logging.captureWarnings(False)
     root.setLevel(before[0])
