@@ -105,8 +105,11 @@ class MixedBuffers(NamedTuple):
         return buffers
 
     def parts(self, values: Any) -> list[Any]:
-        """uniform, tokens, positions, owners, rows, kv_lens and query_starts as views of `values`: this array or a device tensor
-        of its layout."""
+        """Split `values`, the packed inputs of a mixed step on the host or on the device, into views.
+
+        In order: each query's uniform random number, each token's id, position and batch row, and each query's batch row, KV
+        length and first token.
+        """
         sizes = [self.num_tokens] * 3 + [self.num_queries] * 2 + [self.num_queries + 1]
         return _parts(values, self.num_queries, sizes)
 

@@ -83,9 +83,12 @@ def _survey(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, MARKS: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): the tiles `part`, `part` + programs of a row, ...; the last program samples or brackets a threshold.
+    """First kernel of sampling with a temperature.
 
-    Rows with temperature 0 are left alone. TILES is the number of tiles of a row, PADDED the same rounded up to a power of two.
+    Program (row, part): sum the weights of every parts-th tile of the row's logits, in all and above some marks. The last
+    program of a row to finish samples a token at once, or, if the row has top_k or top_p, stores a lower and an upper bound of
+    the threshold for `_finish`. Rows with temperature 0 are left alone. TILES is the number of tiles of a row, and PADDED is
+    TILES rounded up to a power of two.
     """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -154,9 +157,11 @@ def _finish(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): list the tokens at or above the lower end of the bracket; the last program searches and samples.
+    """Second kernel of top_k and top_p sampling. `_survey`, the first, has bounded each row's threshold from below and above.
 
-    Rows that `_survey` has finished, and rows with temperature 0, are left alone.
+    Program (row, part): list the row's tokens at or above the lower bound, from every parts-th tile of its logits. The last
+    program of a row to finish finds the exact threshold among the listed tokens and samples from those above it. Rows that
+    `_survey` could sample at once, and rows with temperature 0, are left alone.
     """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:

@@ -141,7 +141,10 @@ class PrefixIndex:
             chain.num_published += 1
 
     def forget(self, block: int) -> None:
-        """Remove a block that is about to be overwritten. A copy of its content takes its place, if there is one."""
+        """Remove a block from the prefix index, since it is about to be overwritten.
+
+        If another block holds the same content, that block takes its place in the index.
+        """
         entry = self._by_block.pop(block, None)
         if entry is None:
             return

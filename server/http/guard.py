@@ -80,7 +80,8 @@ class _Refused(Exception):
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. `guarded` makes subclasses that have the limits."""
+    """One HTTP connection, with limits on the size and time of everything a client sends. `guarded` makes a subclass for given
+    limits, since uvicorn takes a class and not an object."""
 
     limits: HttpLimits
     count: Callable[[int], None]  # called with the status of each refusal

@@ -27,7 +27,8 @@ from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
 
 INLINE_CHARS = 2048  # longest text that is tokenised in the event loop, and longest chat that is rendered there
 INLINE_TOKENS = 256  # most token ids that are decoded in the event loop
-HUGE = 16 * PIECE_CHARS  # characters or token ids; a longer step would hold up the long lane
+# A piece of text or of token ids larger than this goes to the lane for huge pieces: the lane for long texts would wait for it.
+HUGE = 16 * PIECE_CHARS  # characters or token ids
 _SHORT_THREADS = 2
 T = TypeVar("T")
 

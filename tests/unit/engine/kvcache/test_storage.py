@@ -1,4 +1,4 @@
-"""KVStorage copies whole blocks: every pool of every layer, in the order of the copies."""
+"""KVStorage copies whole blocks, with the pools of all layers, and the result is that of the copies one after another."""
 
 import random
 

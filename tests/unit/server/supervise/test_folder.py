@@ -60,7 +60,7 @@ def test_a_start_removes_the_folders_of_killed_servers_alone(temporary):
     (temporary / (PREFIX + "file")).touch()
     try:
         mine = RunFolder.make()
-        remove_abandoned(temporary)  # by another server, while this one runs
+        remove_abandoned(temporary)  # as a second server's start does
         left = {str(temporary / name) for name in os.listdir(temporary)}
         others = {str(temporary / name) for name in ("tidegate-triton-0", "another", PREFIX + "link", PREFIX + "file")}
         assert left == {str(mine.path), living_folder, *others}
