@@ -64,7 +64,7 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to run, to commit or to return."""
+        """Whether there is a reason to call `step`: requests, a submitted step whose tokens are not read, or events to return."""
         return self._scheduler.has_requests or self._in_flight is not None or bool(self._ended)
 
     def submit(self, submit: Submit) -> None:

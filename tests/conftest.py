@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def fresh():
-    """A server for a test that does something to it."""
+    """A server of its own for each test, for tests that kill, stop or overload it."""
     with ServerChild() as child:
         yield child
 

@@ -80,7 +80,7 @@ def read_source(name: str, source: Source, unpacked: Path) -> tuple[Tally, list[
 
 
 def read_once(name: str, source: Source, unpacked: Path, kept: Path) -> tuple[Tally, list[Document]]:
-    """Return the result of `read_source`, from the folder `kept` if it is stored there."""
+    """Read the documents of one source. The result is stored in the folder `kept`, and taken from there the next time."""
     code = b"".join(file.read_bytes() for file in CODE)
     file = kept / f"{name}.{hashlib.sha256(msgspec.json.encode(source) + code).hexdigest()[:16]}"
     if file.is_file():

@@ -70,7 +70,7 @@ class TritonMlaStep:
     def _captured(
         self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
     ) -> None:
-        """All queries of a captured batch, in latent space, into `out`."""
+        """Attend in latent space from all queries of a step captured in a CUDA graph, and write the result into `out`."""
         batch, tile_q = self._batch, tile_tokens(q.shape[1], q.dtype)
         if tile_q not in self._tiles:
             self._tiles[tile_q] = map_tiles(batch.query_starts, q.shape[0], tile_q, least=1)
@@ -81,7 +81,7 @@ class TritonMlaStep:
     def _decode(
         self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
     ) -> None:
-        """The step's decodes, q [D, heads, nope + rope], into `out` [D, heads, v_dim]."""
+        """Attend from the step's D decodes, q [D, heads, nope + rope], and write the result into `out` [D, heads, v_dim]."""
         batch, (decodes, heads) = self._batch, q.shape[:2]
         splits = decode_splits(decodes, heads, self._num_processors, q.dtype)
         alone = splits > 1 and is_alone(decodes, heads)

@@ -59,7 +59,7 @@ class PreparedStep(NamedTuple):
     """A plan as device tensors."""
 
     batch: ForwardBatch
-    sampled_rows: torch.Tensor  # [S] int64
+    sampled_rows: torch.Tensor  # [S] int64: the batch rows for which this step samples a token
     last_index: torch.Tensor  # [S] int64: places of the sampling slices' last tokens among the step's tokens
 
 

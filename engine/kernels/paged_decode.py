@@ -177,9 +177,10 @@ def paged_decode(
 
 
 def _stages(programs: int, num_splits: int, num_processors: int) -> int:
-    """Pipeline stages of the loop's loads; `programs` is the number of pairs of a sequence and a K/V head.
+    """Choose the number of pipeline stages of the loop's loads, for `programs` pairs of a sequence and a K/V head.
 
-    Fewer stages let more programs share a multiprocessor, which is faster if all programs run at once, unless they are few.
+    A program with fewer stages takes less shared memory, so more programs share a multiprocessor. That is faster if all programs
+    of the launch then run at once. If they run at once anyway, more stages are faster.
     """
     few = 1 < num_splits <= 4 and programs <= num_processors
     many = num_splits == 1 and programs > MANY_PROGRAMS

@@ -211,7 +211,7 @@ class Scheduler:
                 return
 
     def _grow(self, plan: StepPlan, request: Request) -> bool:
-        """Add one block to `request`. Returns False if it was preempted or no block is free."""
+        """Give `request` one more KV block. Returns False if no block is free, or if `request` was preempted to free blocks."""
         block = self.cache.extend(request) if request.status is Status.RUNNING else None
         if block is None:
             return False

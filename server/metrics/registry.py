@@ -223,7 +223,7 @@ class Metrics:
         self._publish()
 
     def log_lines_dropped(self, number: int) -> None:
-        """Log lines of this process were dropped. Safe in any thread."""
+        """Count log lines that this process dropped. Any thread may call it."""
         self.lines_dropped.labels("api").inc(number)
         self._publish()
 

@@ -101,7 +101,7 @@ def run(model, heldout, **more) -> Report:
     return evaluate(asked(model, heldout, **more), Console(file=StringIO()))
 
 
-# --- text and windows
+# --- how held-out text is cut into windows
 
 
 @given(num=st.integers(0, 400), size=st.integers(2, 70))
