@@ -1,4 +1,4 @@
-"""The engine's public names. Importing this package needs no torch: what does is imported when an engine is built."""
+"""The engine's public names. Importing this package does not import torch; building an engine does."""
 
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import TidegateError

@@ -1,6 +1,7 @@
-"""ForwardBatch: the device tensors of one step, handed down from the runner to every layer.
+"""The device tensors of one step, and how host arrays become device tensors.
 
-A query is one slice of the plan. With T tokens, B queries and S sampled positions in the step:
+ForwardBatch goes from the runner to every layer as an argument. A query is one slice of the plan. With T tokens, B queries
+and S sampled positions in the step:
 
     tokens      q0 | q1 | q2 | q3 q3 q3 q3 | q4 q4          num_decodes = 3, T = 9, B = 5
     query_starts  0    1    2    3             7     9      [B + 1]
@@ -8,18 +9,28 @@ A query is one slice of the plan. With T tokens, B queries and S sampled positio
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 LayerPools = dict[str, torch.Tensor]
-"""Per-token pools of one layer by name, each [num_blocks, block_size, *shape]: K and V, an MLA latent, indexer keys, scales."""
+"""The per-token pools of a layer by name, each [num_blocks, block_size, *shape]: K and V, an MLA latent, indexer keys, scales."""
+
+Upload = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
+"""Copies host arrays to the device without waiting for the device. An `Uploader` is one."""
+
+_ALIGN = 16  # bytes: every array of one upload begins where any dtype may begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
-    """One per-token pool of a layer: its name, the shape of one token's record, and of what sizes its vectors are where a record
-    is of several."""
+    """One per-token pool of a layer: its name and the shape and dtype of one token's record. `parts` are the sizes of the
+    vectors in a record, if a record consists of several."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,21 +38,31 @@ class PoolSpec:
     parts: tuple[int, ...] = ()
 
 
+def block_bytes(pools: Iterable[Sequence[PoolSpec]], block_size: int) -> int:
+    """Return the bytes of one KV block, summed over all layers and pools."""
+    return block_size * sum(math.prod(pool.shape) * pool.dtype.itemsize for layer in pools for pool in layer)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
+    """The tensors of one step.
+
+    `by_length` marks the batch of a captured step. Its lengths change from replay to replay and are known on the device only:
+    `query_starts` alone tells decodes (one token each) from chunks, `num_decodes` is 0, and the lists on the host are empty.
+    """
+
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     slots: torch.Tensor  # [T] int64: block * block_size + offset, where each token's KV is written
     query_starts: torch.Tensor  # [B + 1] int32
-    kv_lens: torch.Tensor  # [B] int32: tokens in the cache once this step's are written
-    block_tables: torch.Tensor  # [B, max_blocks] int32; past a row's own blocks the entries are meaningless
+    kv_lens: torch.Tensor  # [B] int32: tokens in the cache once this step's tokens are written
+    block_tables: torch.Tensor  # [B, max_blocks] int32; entries past a row's own blocks are meaningless
     num_decodes: int  # the first num_decodes queries have one token each
-    query_lens_host: list[int]  # [B], for the paths that loop on the host
+    query_lens_host: list[int]  # [B], for attention that loops on the host
     kv_lens_host: list[int]  # [B]
-    kv: list[LayerPools]  # one entry a layer
-    by_length: bool = False  # of a captured step: lengths change from replay to replay, so only `query_starts` tells decodes
-    # (one token each) from chunks; num_decodes is 0 and the host's lists are empty
-    read: Read | None = None  # None: all tokens are
+    kv: list[LayerPools]  # one entry per layer
+    by_length: bool = False
+    read: Read | None = None  # None: the hidden states of all tokens are read
 
     @property
     def num_tokens(self) -> int:
@@ -54,8 +75,11 @@ class ForwardBatch:
     def last_tokens(
         self, index: torch.Tensor, kv_lens: torch.Tensor, block_tables: torch.Tensor, kv_lens_host: list[int]
     ) -> Read:
-        """Of S queries: where their last tokens stand in the step [S] int64, and their lengths [S] int32, tables [S, max_blocks]
-        int32 and, for the paths that loop on the host, lengths once more."""
+        """Select the last tokens of S queries as the tokens whose hidden states are read.
+
+        index [S] int64 holds their places in the step. kv_lens [S] int32, block_tables [S, max_blocks] int32 and
+        kv_lens_host [S] belong to the same queries.
+        """
         num, device = index.shape[0], index.device
         return Read(
             index,
@@ -76,7 +100,42 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Tokens of a step whose hidden state somebody reads: of the others the last layer only writes the KV."""
+    """The tokens of a step whose hidden states are read after the last layer. For all other tokens the last layer only
+    writes the KV."""
 
-    index: torch.Tensor  # [S] int64, of the step's tokens
-    batch: ForwardBatch  # these alone: each the decode of a token that is in the cache already
+    index: torch.Tensor  # [S] int64: places in the step's tokens
+    batch: ForwardBatch  # these tokens alone, each as a decode of a token that is in the cache already
+
+
+class Uploader:
+    """Copies host arrays to a device. On CUDA, all arrays of one call go in a single transfer, and the host does not wait.
+
+    Every array of a call begins on 16 bytes, which Triton's compiled kernels rely on (`kernels/launch.py`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
+        if self._device.type == "cpu":
+            return [torch.from_numpy(a) for a in arrays]
+        ends = np.cumsum([-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays]).tolist()
+        staging = pinned(ends[-1], torch.uint8)
+        flat = staging.numpy()
+        begins = [0, *ends[:-1]]
+        for begin, a in zip(begins, arrays, strict=True):
+            flat[begin : begin + a.nbytes] = a.reshape(-1).view(np.uint8)
+        there = staging.to(self._device, non_blocking=True)
+        return [_view(there[begin : begin + a.nbytes], a) for begin, a in zip(begins, arrays, strict=True)]
+
+
+def pinned(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised array [size] in page-locked host memory: the host need not wait for copies between it and a device.
+
+    It comes from torch's cache of such memory, which gives a buffer out again only once the copies from it are done.
+    """
+    return torch.empty(size, dtype=dtype, pin_memory=True)
+
+
+def _view(data: torch.Tensor, like: npt.NDArray[Any]) -> torch.Tensor:
+    return data.view(torch.from_numpy(np.empty(0, like.dtype)).dtype).view(like.shape)

@@ -1,7 +1,7 @@
-"""What an operator can set about the engine, as frozen values.
+"""The engine's settings, as frozen values.
 
-A field whose default is None means "choose for me"; `resolve` turns every such field into a number, once, and returns a
-new config. Nothing is changed after that. Knows nothing of files, flags or environment: that is `server/settings.py`.
+None as a value means "choose automatically". `resolve` replaces every such value once and returns a new config; nothing
+changes after that. Files, flags and environment variables are read by `server/settings.py`, not here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import msgspec
 
 from engine.errors import ConfigError
 
-STEP_TOKENS = 8192  # on a GPU
-OFFLINE_STEP_TOKENS = 16384  # where a long step keeps nobody waiting
+STEP_TOKENS = 8192  # default of max_step_tokens on a GPU
+OFFLINE_STEP_TOKENS = 16384  # the same for an offline engine, where a long step delays no stream
 CPU_STEP_TOKENS = 512
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -23,53 +23,54 @@ RunnerKind = Literal["torch", "fake"]
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """KV cache: `block_size` tokens a block; `num_blocks` wins over `memory_fraction` when it is set."""
+    """The KV cache. A block holds `block_size` tokens. `num_blocks`, if set, takes precedence over the two memory settings."""
 
     block_size: int = 64
     num_blocks: int | None = None
-    memory_fraction: float = 0.9  # of the device memory that is free once the weights are loaded
-    host_bytes: int = 4 << 30  # the KV cache's size where the device is the CPU; taken page by page as it is used
+    memory_fraction: float = 0.9  # GPU: share of the memory that is free once the weights are loaded
+    host_bytes: int = 4 << 30  # CPU: bytes of the KV cache; a page of memory is used once it is written to
     prefix_caching: bool = True
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One token budget a step (`max_step_tokens`), shared by decodes and prompt chunks of at most `max_num_seqs` requests."""
+    """The limits of a step. Decodes and prompt chunks share `max_step_tokens`; at most `max_num_seqs` requests run at a time."""
 
     max_num_seqs: int = 256
     max_step_tokens: int | None = None
-    max_queue: int = 4096  # waiting requests past which a new one is refused
-    max_skips: int = 32  # how often later requests may pass one that does not fit, before they wait behind it
+    max_queue: int = 4096  # waiting requests; a further one is refused
+    max_skips: int = 32  # how many later requests may overtake one that does not fit; then they wait behind it
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FakeRunner's simulated device: a step takes `step_ms` plus `token_us` for each token in it."""
+    """FakeRunner's simulated device. A step takes `step_ms` plus `token_us` for each of its tokens."""
 
     step_ms: float = 0.0
     token_us: float = 0.0
     num_blocks: int = 4096
+    nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no row does
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One engine: the checkpoint folder, where and how it runs, and its cache and scheduler."""
+    """The settings of one engine: the checkpoint folder, the device, the runner, the cache and the scheduler."""
 
     model: str
     device: Device = "auto"
     dtype: DType = "auto"
     load_format: LoadFormat = "safetensors"
-    runner: RunnerKind = "torch"  # "fake" computes nothing: for load tests of everything above the device
+    runner: RunnerKind = "torch"  # "fake" computes nothing; it serves load tests of everything above the device
     max_model_len: int | None = None
-    seed: int = 0  # seeds what the operator does not: dummy weights
-    overlap: bool | None = None  # submit step N+1 before step N's tokens are read; None: on where the device is asynchronous
-    cuda_graphs: bool | None = None  # replay captured steps; None: on where the model allows it
-    offline: bool = False  # nobody waits for single tokens: steps may be larger; for whoever runs an engine as a library
-    debug_checks: bool = False  # run every check() after each step
+    seed: int = 0  # seed of dummy weights
+    overlap: bool | None = None  # submit step N+1 before step N's tokens are read; None: on if the device is asynchronous
+    cuda_graphs: bool | None = None  # replay captured steps; None: on if the model allows it
+    offline: bool = False  # no client waits for single tokens, so steps may be larger; for use as a library
+    debug_checks: bool = False  # run all consistency checks after each step
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     fake: FakeConfig = FakeConfig()
 
 
 class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler and the service must know of a model; filled from its checkpoint folder."""
+    """The limits of a model that the scheduler and the service need, read from its checkpoint folder."""
 
     max_model_len: int
     vocab_size: int
@@ -78,13 +79,13 @@ class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> EngineConfig:
-    """Return `config` with every automatic choice made, apart from `cache.num_blocks`, which needs the loaded device.
+    """Return `config` with every automatic value chosen except `cache.num_blocks`, which is known once the weights are loaded.
 
     Raises ConfigError, naming the setting, for a value that cannot work.
     """
     check(config, limits, has_cuda=has_cuda)
     device = config.device if config.device != "auto" else ("cuda" if has_cuda else "cpu")
-    # Few CPUs multiply bfloat16 fast, and all of them float32.
+    # All CPUs multiply float32 fast, and few of them bfloat16.
     auto_dtype = limits.dtype if device == "cuda" else "float32"
     gpu_tokens = OFFLINE_STEP_TOKENS if config.offline else STEP_TOKENS
     step_tokens = config.scheduler.max_step_tokens or (gpu_tokens if device == "cuda" else CPU_STEP_TOKENS)
@@ -102,9 +103,9 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
 
 
 def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> EngineConfig:
-    """`config`, resolved, for a cache of `num_blocks`: the context is held to what fits, since a request must fit by itself.
+    """Return the resolved `config` for a cache of `num_blocks`, with max_model_len reduced to what the cache can hold.
 
-    Raises ConfigError where `asked`, the operator's own max_model_len, is more than that.
+    One request must fit into the cache alone. Raises ConfigError if `asked`, the operator's own max_model_len, does not fit.
     """
     size = config.cache.block_size
     held = num_blocks * size
@@ -122,7 +123,7 @@ def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> En
 
 
 def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
-    """Refuse settings that cannot work; each message names the setting, its value and what would be right."""
+    """Raise ConfigError for a setting that cannot work. The message names the setting, its value and what would be right."""
     cache, sched = config.cache, config.scheduler
     _at_least("cache.block_size", cache.block_size, 1)
     _at_least("cache.num_blocks", cache.num_blocks, 1)

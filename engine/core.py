@@ -1,13 +1,13 @@
-"""Core: one engine in one process, a scheduler and a runner joined by a step of three calls.
+"""Core: one engine in one process. It joins a scheduler and a runner by a step of three calls.
 
-    plan = scheduler.schedule()              who runs, how many tokens, in which blocks
+    plan = scheduler.schedule()              which requests run, how many tokens, in which blocks
     pending = runner.submit(plan)            the device starts
     events = scheduler.commit(plan, pending.result())
 
-With overlap, the step just submitted stays in one in-flight slot, and what is committed is the one before it: its tokens
-reach the CPU while the device is at work on the next. The loop without overlap is its plain twin: same tokens.
+With overlap, `step` submits step N+1 and then commits step N, so step N's tokens reach the CPU while the device runs step
+N+1. Without overlap, `step` submits and commits the same step. Both loops generate the same tokens.
 
-Needs no torch itself; the runner that was chosen is imported by `build_core`.
+This module needs no torch. `build_core` imports the runner that the config names.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit
+from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan
 from engine.request import Request, TokenEvent
 from engine.scheduler.scheduler import Scheduler
@@ -31,21 +33,23 @@ from engine.startup import StartupClock
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
-class _Submitted(NamedTuple):
+class _InFlightStep(NamedTuple):
+    """The step that is submitted and not committed yet."""
+
     plan: StepPlan
     pending: PendingStep
-    followed: bool  # it was submitted while another was under way: what the device waited for it, we could have hidden
+    followed: bool  # submitted while another step was in flight, so device idle time before it counts as exposed CPU time
 
 
 class Core:
     """Not thread-safe: one loop owns it.
 
-    An exception out of `step` is a bug or a lost device. The core is then of no use, and nothing here catches it: the
-    process dies with it, the supervisor starts another, and the workers submit their requests again.
+    An exception from `step` is a bug or a lost device, and the core cannot be used after it. Nothing here catches it: the
+    process ends, the supervisor starts another engine, and the workers submit their requests again.
     """
 
     def __init__(self, built: BuiltRunner) -> None:
-        self.startup: dict[str, float] = {}  # seconds by phase, for `info`; who builds a core knows them
+        self.startup: dict[str, float] = {}  # seconds of each start-up phase, reported by `info`; set by `build_core`
         self._runner = built.runner
         self._config = built.config
         self._device = built.device
@@ -53,25 +57,25 @@ class Core:
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
         self._scheduler = Scheduler(built.config, built.runner.num_blocks)
-        self._in_flight: _Submitted | None = None
-        self._ended: list[TokenEvent] = []  # by abort, told with the next step
+        self._in_flight: _InFlightStep | None = None
+        self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to say."""
+        """Whether there is a reason to call `step`: requests, a submitted step whose tokens are not read, or events to return."""
         return self._scheduler.has_requests or self._in_flight is not None or bool(self._ended)
 
     def submit(self, submit: Submit) -> None:
-        """Accept a request, or raise InvalidRequest, ContextTooLong or Overloaded: then it never existed."""
+        """Accept a request. Raises InvalidRequest, ContextTooLong or Overloaded if it is refused; it is then not counted."""
         check_submit(submit, self._limits)
         self._scheduler.add(
             Request(
                 submit.request_id,
-                submit.prompt + submit.outputs,
+                unpack_tokens(submit.prompt + submit.outputs),
                 submit.params,
-                num_prompt=len(submit.prompt),
+                num_prompt=submit.num_prompt,
                 seed=submit.seed,
                 eos_token_ids=self._limits.eos_token_ids,
                 max_model_len=self._limits.max_model_len,
@@ -83,13 +87,22 @@ class Core:
         )
 
     def abort(self, request_id: str) -> None:
-        """End a request; its terminal event comes with the next step. A request that is not under way is left alone."""
+        """End a request. The next `step` returns its terminal event. Unknown ids are ignored."""
         event = self._scheduler.abort(request_id)
         if event is not None:
             self._ended.append(event)
 
+    def forget(self, request_ids: Collection[str]) -> None:
+        """End requests without any further event, including events of earlier aborts that `step` has not returned yet.
+
+        The ids can be submitted again at once.
+        """
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+        self._ended = [event for event in self._ended if event.request_id not in request_ids]
+
     def step(self) -> list[TokenEvent]:
-        """Run one step and return what became known; with overlap that is the step before."""
+        """Run one step and return its events. With overlap, the events are those of the previous step."""
         began = time.perf_counter()
         events, self._ended = self._ended, []
         events += self._overlapped_step(began) if self._config.overlap else self._plain_step(began)
@@ -99,8 +112,11 @@ class Core:
         return events
 
     def prepare(self) -> bool:
-        """While there is no work: do a piece of what later steps will want. It may take as long as a large step, or seconds where
-        kernels are compiled. False: nothing is left to do."""
+        """If there is no work, let the runner do one piece of preparation for later steps.
+
+        One piece may take as long as a large step, or seconds if kernels are compiled. Returns False if there is work, or if
+        nothing is left to prepare.
+        """
         return not self.has_work and self._runner.prepare()
 
     def stats(self) -> EngineStats:
@@ -115,10 +131,12 @@ class Core:
             num_accepted=counts.num_accepted,
             num_finished=counts.num_finished,
             num_aborted=counts.num_aborted,
+            num_failed=counts.num_failed,
             num_preemptions=counts.num_preemptions,
             prompt_tokens=counts.prompt_tokens,
             cached_tokens=counts.cached_tokens,
             output_tokens=counts.output_tokens,
+            log_lines_dropped=logs.num_dropped(),
             step_seconds=self._step_seconds,
             exposed_cpu_seconds=self._exposed_seconds,
         )
@@ -137,7 +155,7 @@ class Core:
         )
 
     def close(self) -> None:
-        """Let go of the device. Requests under way get no event from here: who submitted them still has them whole."""
+        """Release the device. Running and waiting requests get no event: whoever submitted them can submit them again."""
         self._in_flight = None
         self._runner.close()
 
@@ -156,7 +174,7 @@ class Core:
     def _overlapped_step(self, began: float) -> list[TokenEvent]:
         previous = self._in_flight
         plan = self._scheduler.schedule()
-        self._in_flight = None if plan is None else _Submitted(plan, self._runner.submit(plan), previous is not None)
+        self._in_flight = None if plan is None else _InFlightStep(plan, self._runner.submit(plan), previous is not None)
         if previous is None:
             self._exposed_seconds += time.perf_counter() - began
             return [] if plan is not None else self._nothing_to_run()
@@ -171,12 +189,12 @@ class Core:
 
     def _nothing_to_run(self) -> list[TokenEvent]:
         if self._scheduler.has_requests:
-            raise InternalError("requests are under way, nothing is in flight, and none of them can run")
+            raise InternalError("requests are running or waiting, no step is in flight, and none of them can be scheduled")
         return []
 
 
 def build_core(config: EngineConfig, clock: StartupClock | None = None) -> Core:
-    """Import the runner that `config` names, build it and put a scheduler on it. `clock` may have run since before."""
+    """Import the runner that `config` names, build it and join it to a scheduler. `clock` may already be running."""
     clock = clock or StartupClock()
     module = importlib.import_module(RUNNERS[config.runner])
     clock.end("imports")

@@ -1,32 +1,33 @@
-"""Every error Tidegate raises on purpose, in one tree.
+"""Every error that Tidegate raises on purpose, in one tree.
 
     TidegateError
     ├── ConfigError            a setting is wrong: start-up stops
     ├── CheckpointError        a checkpoint cannot be loaded: start-up stops
-    ├── RequestError           one request ends; the server and its neighbours carry on
+    ├── RequestError           one request ends because of the request itself; all others continue
     │   ├── InvalidRequest         a field is missing, of the wrong type or out of range
-    │   │   ├── MalformedRequest       the body could not be read at all
-    │   │   ├── UnsupportedField       understood, but this server or model cannot do it
-    │   │   └── ContextTooLong         prompt (+ max_tokens) past the model's context
+    │   │   ├── MalformedRequest       the body could not be parsed
+    │   │   ├── UnsupportedField       the field is valid, but this server or model does not support it
+    │   │   └── ContextTooLong         prompt (+ max_tokens) is longer than the model's context
     │   ├── Unauthenticated        missing or unknown key
-    │   ├── UnknownModel           no such model here
+    │   ├── UnknownModel           this server does not serve the named model
     │   ├── PayloadTooLarge        body or headers over the limit
     │   ├── RequestTimeout         the client was too slow, or the request passed its deadline
     │   ├── Overloaded             the queue is full: try again after `retry_after` seconds
-    │   └── Aborted                the client went away or called Abort
-    ├── EngineUnavailable      no engine to run on, or it did not come back in time
-    └── InternalError          a bug of ours; details go to the log, never to the client
+    │   └── Aborted                the client disconnected or called Abort
+    ├── NumericalError         the model computed NaN or infinity for one request; all others continue
+    ├── EngineUnavailable      no engine is running, or none came back in time
+    └── InternalError          a bug in Tidegate; details go to the log, never to the client
 
-`server/errors.py` maps each of them to an HTTP and a gRPC status; a test holds that table total.
+`server/errors.py` maps each class to an HTTP and a gRPC status. A test checks that the table covers every class.
 """
 
 from __future__ import annotations
 
 
 class TidegateError(Exception):
-    """Base of all of them. `message` is written for the person who has to act on it.
+    """Base class of all Tidegate errors. `message` is written for the person who has to act on it.
 
-    `param` names the request field or setting at fault; `code` is a stable word for programs.
+    `param` names the request field or setting at fault. `code` is a stable word for programs.
     """
 
     code = "internal_error"
@@ -93,9 +94,21 @@ class Aborted(RequestError):
     code = "aborted"
 
 
+class NumericalError(TidegateError):
+    code = "numerical_error"
+
+
 class EngineUnavailable(TidegateError):
     code = "engine_unavailable"
 
 
 class InternalError(TidegateError):
     code = "internal_error"
+
+
+def error_from_name(name: str, message: str, param: str | None = None) -> TidegateError:
+    """Return the exception that a RequestFailure describes. A name that is no class of this module gives an InternalError."""
+    cls = globals().get(name)
+    if not (isinstance(cls, type) and issubclass(cls, TidegateError)):
+        return InternalError(f"{name}: {message}")
+    return cls(message, param=param)

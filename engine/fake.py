@@ -1,26 +1,27 @@
 """FakeRunner: a peer of the real runner that computes nothing, for tests and for load tests of everything above it.
 
-A row's next token is a hash of all tokens before it and, unless it is greedy, of the row's seed, so it depends on what a
-request is and never on how it was scheduled. A simulated device takes the time that `FakeConfig` says, one step after the
-other.
+A row's next token is a hash of all its earlier tokens and, unless the row is greedy, of its seed. The token therefore
+depends only on the request and never on how the request was scheduled. The simulated device runs one step after the other
+and takes the time that FakeConfig says.
 
-With `verify` it also simulates what the blocks hold: each slot remembers the prefix whose KV was written there, and a
-step that would attend to anything else raises. Wrong block tables, missing copies, shared blocks written to and wrong
-positions all end there.
+With `verify`, FakeRunner also simulates the content of the blocks. Each slot remembers the prefix whose KV was written to
+it, and a step that would attend to any other prefix raises InternalError. This finds wrong block tables, missing copies,
+writes to shared blocks and wrong positions.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Sequence
 
 import msgspec
 import xxhash
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
 from engine.errors import InternalError
-from engine.models.spec import ModelSpec
-from engine.plan import AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
+from engine.models.families import read_spec
+from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
 from engine.startup import StartupClock
 
@@ -28,41 +29,43 @@ _MASK = (1 << 64) - 1
 
 
 class _Row:
-    """The state a device keeps of a row. `chain` hashes all of `tokens`."""
+    """The state that a device keeps for a row. `chain` is a hash of all of `tokens`."""
 
     __slots__ = ("blocks", "chain", "masked", "num_prompt", "params", "salt", "tokens")
 
     def __init__(self, admitted: AdmittedRow, eos: tuple[int, ...]) -> None:
-        self.tokens = admitted.tokens.copy()
+        self.tokens = array("i", admitted.tokens)
         self.num_prompt = admitted.num_prompt
         self.blocks = admitted.blocks.copy()
         self.params = admitted.params
         self.salt = 0 if admitted.params.greedy else admitted.seed * 0x9E3779B97F4A7C15 & _MASK
         self.masked = frozenset(admitted.params.stop_token_ids) | frozenset(() if admitted.params.ignore_eos else eos)
-        self.chain = xxhash.xxh3_64_intdigest(array("i", self.tokens[: self.num_prompt]).tobytes())
+        self.chain = xxhash.xxh3_64_intdigest(self.tokens[: self.num_prompt].tobytes())
         for token in self.tokens[self.num_prompt :]:
             self.chain = _mix(self.chain, token)
 
     def sample(self, vocab_size: int) -> int:
-        """Choose the next token and append it."""
+        """Return the next token. `append` must follow."""
         token = _mix(self.chain, self.salt) % vocab_size
         if len(self.tokens) - self.num_prompt < self.params.min_tokens:
             for _ in range(len(self.masked)):
                 if token not in self.masked:
                     break
                 token = (token + 1) % vocab_size
+        return token
+
+    def append(self, token: int) -> None:
         self.tokens.append(token)
         self.chain = _mix(self.chain, token)
-        return token
 
 
 class FakeRunner:
     def __init__(
-        self, limits: ModelLimits, *, num_blocks: int, block_size: int, times: FakeConfig | None = None, verify: bool = False
+        self, limits: ModelLimits, *, num_blocks: int, block_size: int, simulated: FakeConfig | None = None, verify: bool = False
     ) -> None:
         self._limits = limits
         self._num_blocks = num_blocks
-        self._times = times or FakeConfig()
+        self._simulated = simulated or FakeConfig()
         self._rows: dict[int, _Row] = {}
         self._blocks = SimulatedBlocks(num_blocks, block_size) if verify else None
         self._device_free_at = 0.0
@@ -80,7 +83,7 @@ class FakeRunner:
             result.prompt_logprobs[index] = self._prompt_logprobs(plan, index)
         for index in plan.samples:
             self._sample(plan, index, result)
-        return _FakePending(result, self._finish_time(plan))
+        return FakeStep(result, self._finish_time(plan))
 
     def prepare(self) -> bool:
         return False
@@ -102,6 +105,11 @@ class FakeRunner:
         if plan.starts[index] + plan.nums[index] != len(row.tokens):
             raise InternalError(f"row {plan.rows[index]} samples after position {plan.starts[index]} of {len(row.tokens)}")
         token = row.sample(self._limits.vocab_size)
+        if token == self._simulated.nan_token:
+            row.append(0)
+            result.tokens.append(NO_TOKEN)
+            return
+        row.append(token)
         result.tokens.append(token)
         if row.params.logprobs is not None:
             result.logprobs[index] = self._logprobs(token, row.params.logprobs)
@@ -121,21 +129,22 @@ class FakeRunner:
         return [self._logprobs(token, row.params.prompt_logprobs or 0) for token in tokens]
 
     def _logprobs(self, token: int, num: int) -> TokenLogprobs:
-        """The token itself is always the likeliest."""
+        """The fake model always samples its most probable token."""
         num = min(num, self._limits.vocab_size)
         top = [(token + i) % self._limits.vocab_size for i in range(num)]
         return TokenLogprobs(token, -0.5, 1, top, [-0.5 - i for i in range(num)])
 
     def _finish_time(self, plan: StepPlan) -> float:
-        times = self._times
-        seconds = times.step_ms / 1e3 + times.token_us / 1e6 * plan.num_tokens
+        seconds = self._simulated.step_ms / 1e3 + self._simulated.token_us / 1e6 * plan.num_tokens
         if seconds == 0.0:
             return 0.0
         self._device_free_at = max(time.monotonic(), self._device_free_at) + seconds
         return self._device_free_at
 
 
-class _FakePending:
+class FakeStep:
+    """A submitted step whose simulated device finishes at `done_at`, in seconds of the monotonic clock; 0 means at once."""
+
     __slots__ = ("_done_at", "_result")
 
     def __init__(self, result: StepResult, done_at: float) -> None:
@@ -151,14 +160,14 @@ class _FakePending:
 
 
 class SimulatedBlocks:
-    """What each slot holds: a hash of the tokens up to and including its own, or None."""
+    """The simulated content of each slot: a hash of the tokens up to and including the slot's own, or None."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
         self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
 
     def run(self, plan: StepPlan, rows: dict[int, _Row]) -> None:
-        """Copies first, then every slice writes, then every slice attends to all that is before its end."""
+        """Run the copies, then the writes of all slices, then the reads: each slice attends to all positions before its end."""
         for copy in plan.copies:
             self._copy(copy)
         if len(set(plan.rows)) != len(plan.rows):
@@ -181,30 +190,32 @@ class SimulatedBlocks:
 
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
-    """A FakeRunner with the limits of the model in `config.model`; it verifies the blocks where `debug_checks` is on."""
-    limits = ModelSpec.from_folder(config.model).limits()
+    """Build a FakeRunner with the limits of the model in the folder `config.model`. `debug_checks` turns `verify` on."""
+    limits = read_spec(config.model).limits()
     if clock is not None:
         clock.end("config")
     return build_fake(config, limits)
 
 
 def build_fake(config: EngineConfig, limits: ModelLimits) -> BuiltRunner:
-    """The same for limits that come from no checkpoint."""
-    # The simulated device is asynchronous, whatever it is called.
+    """Build a FakeRunner with the given limits, without a checkpoint folder."""
+    # The simulated device is asynchronous even if `device` is "cpu".
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
     resolved = resolve(config, limits, has_cuda=config.device == "cuda")
     num_blocks = config.cache.num_blocks or config.fake.num_blocks
     resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
     runner = FakeRunner(
-        limits, num_blocks=num_blocks, block_size=config.cache.block_size, times=config.fake, verify=config.debug_checks
+        limits, num_blocks=num_blocks, block_size=config.cache.block_size, simulated=config.fake, verify=config.debug_checks
     )
     return BuiltRunner(runner, resolved, limits, "fake device")
 
 
-def expected_tokens(prompt: list[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:
-    """The first `num` tokens that any FakeRunner of this model gives a request, however it is scheduled."""
+def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:
+    """Return the first `num` tokens that every FakeRunner of this model generates for a request, however it is scheduled."""
     row = _Row(AdmittedRow(0, prompt, len(prompt), [], params, seed), limits.eos_token_ids)
-    return [row.sample(limits.vocab_size) for _ in range(num)]
+    for _ in range(num):
+        row.append(row.sample(limits.vocab_size))
+    return row.tokens[len(prompt) :].tolist()
 
 
 def _mix(state: int, value: int) -> int:
@@ -212,8 +223,8 @@ def _mix(state: int, value: int) -> int:
     return state ^ state >> 29
 
 
-def _prefixes(tokens: list[int]) -> list[int]:
-    """A hash of tokens[: i + 1] for each i."""
+def _prefixes(tokens: Sequence[int]) -> list[int]:
+    """Return a hash of tokens[: i + 1] for each i."""
     state, out = 1, []
     for token in tokens:
         state = _mix(state + 1, token)

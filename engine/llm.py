@@ -4,7 +4,8 @@
     for completion in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
         print(completion.text)
 
-One call at a time: whoever calls `generate` turns the engine's loop. Chat templates and stop strings are the server's.
+An LLM serves one call at a time, because the engine's loop runs inside the caller's `generate`. The server adds chat
+templates and stop strings.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from engine import errors
 from engine.config import EngineConfig
 from engine.core import build_core
-from engine.errors import CheckpointError, ConfigError, InternalError, InvalidRequest, Overloaded, TidegateError
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit
-from engine.request import FinishReason, RequestFailure, SamplingParams, TokenEvent, TokenLogprobs
+from engine.errors import CheckpointError, ConfigError, InvalidRequest, Overloaded, error_from_name
+from engine.messages import EngineInfo, EngineStats, Submit, check_submit, pack_tokens
+from engine.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
 
 Prompt = str | list[int]
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """What one prompt gave. `text` is None where the prompt was token ids and no tokenizer was asked for."""
+    """The result of one prompt. `text` is None if the prompt was given as token ids."""
 
     prompt_token_ids: list[int]
     token_ids: list[int] = []
@@ -39,7 +39,7 @@ class Completion(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     num_cached: int = 0  # prompt tokens found in the prefix cache
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # one for each prompt token; None stands for the first
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # one for each prompt token; None for the first token
 
     def add(self, event: TokenEvent) -> None:
         self.token_ids += event.tokens
@@ -52,8 +52,11 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class LLM:
-    """`options` are the fields of EngineConfig; `cache` and `scheduler` also as dicts of theirs. Use it as a context manager,
-    or `close` it. `offline` is on unless given: what counts is when everything is done."""
+    """`options` are the fields of EngineConfig; `cache`, `scheduler` and `fake` may be given as dicts.
+
+    An LLM is a context manager; otherwise call `close`. `offline` is on by default, since the time until all completions are
+    there matters more than the time of a single token.
+    """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         try:
@@ -72,9 +75,10 @@ class LLM:
         *,
         progress: Callable[[int, TokenEvent], None] | None = None,
     ) -> list[Completion]:
-        """One completion for each prompt, in order. `progress` is told each event and the index of its prompt.
+        """Return one completion for each prompt, in order. `progress` is called with each event and the index of its prompt.
 
-        Raises InvalidRequest or ContextTooLong before anything runs, where a prompt cannot be.
+        Raises InvalidRequest or ContextTooLong before anything runs, and NumericalError if the model computes NaN or infinity.
+        After an exception, all requests of this call are aborted.
         """
         with_text = [isinstance(prompt, str) for prompt in prompts]
         completions = [Completion(prompt_token_ids=self._encode(prompt)) for prompt in prompts]
@@ -89,14 +93,14 @@ class LLM:
         return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """The events of one prompt, as they come. Leaving the loop early aborts the request."""
+        """Yield the events of one prompt as they arrive. Leaving the loop early aborts the request."""
         with closing(self._run([self._encode(prompt)], _one_each(params, 1))) as events:
             for _, event in events:
                 yield event
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the model's folder, read when it is first needed."""
+        """The tokenizer in the model's folder, read on first use. Raises CheckpointError if there is none."""
         if self._tokenizer is None:
             path = self._folder / "tokenizer.json"
             if not path.is_file():
@@ -127,7 +131,7 @@ class LLM:
         return ids
 
     def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> Generator[tuple[int, TokenEvent], None, None]:
-        """Submit all, then step until each has ended; whatever stops that early, what is left is aborted."""
+        """Submit all prompts and step until each has ended. If the iteration stops early, unfinished requests are aborted."""
         waiting = deque(enumerate(map(self._submission, prompts, params)))
         for _, submit in waiting:
             check_submit(submit, self._core.info().limits)
@@ -140,7 +144,7 @@ class LLM:
                     if event.finish is not None:
                         del running[event.request_id]
                     if event.failure is not None:
-                        raise _as_error(event.failure)
+                        raise error_from_name(event.failure.error, event.failure.message, event.failure.param)
                     yield index, event
         finally:
             self._drop(list(running))
@@ -148,10 +152,10 @@ class LLM:
     def _submission(self, prompt: list[int], params: SamplingParams) -> Submit:
         self._num_requests += 1
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return Submit(request_id=f"llm-{self._num_requests}", prompt=prompt, params=params, seed=seed)
+        return Submit(request_id=f"llm-{self._num_requests}", prompt=pack_tokens(prompt), params=params, seed=seed)
 
     def _submit(self, waiting: deque[tuple[int, Submit]], running: dict[str, int]) -> None:
-        """As many as the engine's queue takes now."""
+        """Submit as many requests as the engine's queue accepts now."""
         while waiting:
             index, submit = waiting[0]
             try:
@@ -176,10 +180,3 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num: int
             f"params has {len(params)} entries for {num} prompts: give one for each, or one for all", param="params"
         )
     return list(params)
-
-
-def _as_error(failure: RequestFailure) -> TidegateError:
-    """The error that `failure` names."""
-    kind = getattr(errors, failure.error, InternalError)
-    error: TidegateError = kind(failure.message, param=failure.param)
-    return error

@@ -1,84 +1,145 @@
 """Messages between an API worker and an engine process: msgspec structs in msgpack over ZeroMQ, never pickle.
 
     worker --> engine   Hello, Submit, Abort
-    engine --> worker   Welcome, Outputs, Heartbeat
+    engine --> worker   Welcome, StepEvents, Heartbeat
 
-A worker says Hello on every (re)connection; the engine then forgets whatever that worker had asked before, and answers
-Welcome. The worker keeps prompt, params and the tokens received of each stream, so after an engine's death it sends each
-of them again as a Submit whose `outputs` are what the client already has.
+A worker sends Hello on every connection and reconnection. The engine then forgets all earlier requests of that worker and
+answers with Welcome. The worker keeps the prompt, the params and the received tokens of each stream. After an engine has
+died, the worker sends each stream again as a Submit whose `outputs` are the tokens that the client already has.
+
+Token ids travel as int32 little-endian bytes, four bytes a token: `pack_tokens` and `unpack_tokens`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from array import array
+from collections.abc import Collection, Iterable
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine.config import ModelLimits
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.request import BOUNDS, SamplingParams, TokenEvent
 
+TOKEN_BYTES = 4
+INT32_MAX = 2**31 - 1
+
+
+def pack_tokens(ids: Iterable[int], name: str = "prompt") -> bytes:
+    """Return token ids as int32 little-endian bytes. Raises InvalidRequest, naming the field `name`, for an id outside int32."""
+    try:
+        packed = array("i", ids)
+    except OverflowError:
+        raise InvalidRequest(f"{name} has a token id outside 0 to {INT32_MAX}, the range of token ids", param=name) from None
+    return _little_endian(packed).tobytes()
+
+
+def unpack_tokens(data: bytes) -> array[int]:
+    """Return the token ids that `pack_tokens` packed. The length of `data` must be a multiple of four."""
+    tokens = array("i")
+    tokens.frombytes(data)
+    return _little_endian(tokens)
+
+
+def _little_endian(tokens: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The first message on every connection of a worker. `worker` is the worker's name."""
+
     worker: str
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """Run a request. `seed` is always set: the worker draws one where the client gave none, so a resumed stream repeats it."""
+    """Asks the engine to run a request. `seed` is always set: the worker picks a random one if the client gave none, so a
+    resumed stream repeats its tokens."""
 
     request_id: str
-    prompt: list[int]
+    prompt: bytes  # packed token ids
     params: SamplingParams
     seed: int
-    outputs: list[int] = []  # tokens of an earlier life, in order
+    outputs: bytes = b""  # packed token ids that an earlier engine already generated for this request, in order
     priority: int = 0
     fork_of: str | None = None  # request id of the sibling (n > 1) whose prompt blocks to share
     salt: str = ""
 
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt) // TOKEN_BYTES
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.outputs) // TOKEN_BYTES
+
 
 def check_submit(submit: Submit, limits: ModelLimits) -> None:
-    """Refuse what this model cannot run: InvalidRequest or ContextTooLong, naming the field. The worker asks at its door,
-    the engine again."""
-    params = submit.params
+    """Validate a request against the model's limits. Workers validate before they send, and the engine validates again.
+
+    Raises InvalidRequest or ContextTooLong, naming the field.
+    """
+    params, num_prompt = submit.params, submit.num_prompt
     if not submit.prompt:
         raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
     for name, value in (("seed", submit.seed), ("priority", submit.priority)):
         if not BOUNDS[name].low <= value <= BOUNDS[name].high:
             raise InvalidRequest(f"{name} is {value}: it must lie between {BOUNDS[name].low} and {BOUNDS[name].high}", param=name)
-    _check_ids("prompt", submit.prompt, limits.vocab_size)
-    _check_ids("outputs", submit.outputs, limits.vocab_size)
-    _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
-    _check_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
-    if len(submit.prompt) >= limits.max_model_len:
+    check_ids(_as_array("prompt", submit.prompt), limits.vocab_size, "prompt")
+    check_ids(_as_array("outputs", submit.outputs), limits.vocab_size, "outputs")
+    check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
+    check_ids(params.logit_bias or (), limits.vocab_size, "logit_bias")
+    if num_prompt >= limits.max_model_len:
         raise ContextTooLong(
-            f"the prompt has {len(submit.prompt)} tokens; with the model's context of {limits.max_model_len} "
+            f"the prompt has {num_prompt} tokens; with the model's context of {limits.max_model_len} "
             f"it can have {limits.max_model_len - 1} at most",
             param="prompt",
         )
-    if len(submit.prompt) + params.max_tokens > limits.max_model_len:
+    if num_prompt + params.max_tokens > limits.max_model_len:
         raise ContextTooLong(
-            f"the prompt's {len(submit.prompt)} tokens and max_tokens {params.max_tokens} come to more than the model's "
-            f"context of {limits.max_model_len}: send a shorter prompt or max_tokens {limits.max_model_len - len(submit.prompt)}",
+            f"the prompt's {num_prompt} tokens and max_tokens {params.max_tokens} come to more than the model's "
+            f"context of {limits.max_model_len}: send a shorter prompt or max_tokens {limits.max_model_len - num_prompt}",
             param="max_tokens",
         )
-    if len(submit.outputs) >= params.max_tokens:
+    if submit.num_outputs >= params.max_tokens:
         raise InvalidRequest(
-            f"outputs has {len(submit.outputs)} tokens, and max_tokens is {params.max_tokens}: nothing is left to do",
+            f"outputs has {submit.num_outputs} tokens, and max_tokens is {params.max_tokens}: nothing is left to generate",
             param="outputs",
         )
 
 
-def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
+def check_ids(ids: Collection[int] | npt.NDArray[np.int32], vocab_size: int, name: str) -> None:
+    """Raise InvalidRequest, naming the field `name`, if a token id is not in the vocabulary."""
+    if len(ids) == 0:
+        return
+    low, high = (int(ids.min()), int(ids.max())) if isinstance(ids, np.ndarray) else (min(ids), max(ids))
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
         raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)
 
 
+def _as_array(name: str, data: bytes) -> npt.NDArray[np.int32]:
+    if len(data) % TOKEN_BYTES:
+        raise InvalidRequest(
+            f"{name} has {len(data)} bytes: token ids travel as int32, so the length must be a multiple of {TOKEN_BYTES}",
+            param=name,
+        )
+    return np.frombuffer(data, "<i4")
+
+
 class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Asks the engine to end requests. Ids of requests that are not running or waiting are ignored."""
+
     request_ids: list[str]
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine tells each worker about itself, once per connection."""
+
     model: str
     limits: ModelLimits  # max_model_len here is the one in force
     block_size: int
@@ -87,23 +148,25 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int
     device: str
     pid: int
-    startup: dict[str, float] = {}  # seconds of each of `engine.startup.PHASES` that there was
+    startup: dict[str, float] = {}  # seconds of each start-up phase that took place, by its name in `engine.startup.PHASES`
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The engine's answer to Hello. A Welcome without a Hello before it means that the worker must connect again."""
+
     info: EngineInfo
 
 
-class Outputs(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """What one step says to one worker."""
+class StepEvents(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The events of one step that concern one worker's requests."""
 
     events: list[TokenEvent]
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since start (num_* of requests, tokens, steps) and gauges now. Conservation:
+    """Counters since start (num_* of requests, tokens, steps, seconds) and gauges of the present moment. At every moment:
 
-    num_accepted = num_finished + num_aborted + running + waiting
+    num_accepted = num_finished + num_aborted + num_failed + running + waiting
     """
 
     step: int = 0
@@ -115,17 +178,22 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
+    num_failed: int = 0  # ended with an error after they were accepted: their logits were not finite
     num_preemptions: int = 0
-    prompt_tokens: int = 0  # of admitted requests, counted once each
-    cached_tokens: int = 0  # of those, found in the prefix cache
+    prompt_tokens: int = 0  # of admitted requests, each request counted once
+    cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache
     output_tokens: int = 0
+    log_lines_dropped: int = 0
     step_seconds: float = 0.0  # summed over all steps
-    exposed_cpu_seconds: float = 0.0  # of it, time in which the device had nothing to do
+    exposed_cpu_seconds: float = 0.0  # the part of step_seconds in which the device had nothing to do
+    gc_pause_seconds: float = 0.0  # longest pause of the engine process by Python's garbage collector
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Sent at least every `HEARTBEAT_SECONDS` while the engine's loop turns, busy or idle. `preparing`: a turn of an idle one may
-    take seconds, for there is something left to capture or to rehearse."""
+    """Sent at least every HEARTBEAT_SECONDS while the engine's loop runs, busy or idle.
+
+    `preparing` means that an idle engine still captures graphs or warms up, so one iteration of its loop may take seconds.
+    """
 
     stats: EngineStats
     preparing: bool = False
@@ -134,7 +202,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 HEARTBEAT_SECONDS = 0.25
 
 WorkerMessage = Hello | Submit | Abort
-EngineMessage = Welcome | Outputs | Heartbeat
+EngineMessage = Welcome | StepEvents | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode

@@ -1,37 +1,41 @@
-"""All that passes between scheduler and runner: a StepPlan goes down, a StepResult comes back.
+"""The contract between scheduler and runner: a StepPlan goes to the runner, a StepResult comes back.
 
-A running request owns a batch row for as long as it runs. The runner keeps the row's state on the device (block table,
-latest token, sampling state), so a plan says only what changed: rows admitted, block tables grown, and for each slice
-which positions to run. A decode step of 256 requests therefore carries three short integer lists and next to nothing else.
+A running request owns a batch row until it ends or is preempted. The runner keeps each row's state on the device: block
+table, latest token and sampling state. A plan therefore carries only changes: the rows admitted, the block tables grown,
+and which positions of which rows to run. The plan of a decode step of 256 requests is little more than three lists of
+256 integers.
 
-    admitted    row 7 := tokens, blocks, params              once per admission (again after a preemption)
+    admitted    row 7 := tokens, blocks, params              once per admission, again after a preemption
     grown       row 7 += [block 41]                          once per block_size tokens
     slices      row 7: positions [start, start + num)        every step
-    samples     which slices' last position yields a token
+    samples     indices of the slices whose last position yields a token
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from engine.config import EngineConfig, ModelLimits
+from engine.request import NO_TOKEN as NO_TOKEN
 from engine.request import SamplingParams, TokenLogprobs
 
 
 class BlockCopy(NamedTuple):
-    """Copy every pool of block `src` to block `dst`, before anything else of the step runs."""
+    """Copies block `src` to block `dst` in every pool. All copies of a plan run before the plan's slices."""
 
     src: int
     dst: int
 
 
 class AdmittedRow(msgspec.Struct, gc=False):
-    """A request takes a row. Input tokens at positions below len(tokens) are these; later ones are what the row sampled."""
+    """The request that takes a batch row. Input tokens at positions below len(tokens) come from `tokens`; input tokens at
+    later positions are what the row has sampled since."""
 
     row: int
-    tokens: list[int]  # prompt, then outputs so far
+    tokens: Sequence[int]  # prompt, then the outputs so far; an int32 array when the scheduler made the plan
     num_prompt: int
     blocks: list[int]  # block table so far, in position order
     params: SamplingParams
@@ -39,7 +43,7 @@ class AdmittedRow(msgspec.Struct, gc=False):
 
 
 class GrownRow(NamedTuple):
-    """Append `blocks` to the row's block table, whose length before was `length`."""
+    """Appends `blocks` to the block table of `row`. `length` is the table's length before."""
 
     row: int
     length: int
@@ -47,21 +51,21 @@ class GrownRow(NamedTuple):
 
 
 class StepPlan(msgspec.Struct, gc=False):
-    """What to run in one step. `rows`, `starts` and `nums` are parallel, one entry a slice.
+    """What to run in one step. `rows`, `starts` and `nums` are parallel lists with one entry per slice.
 
-    Slices are ordered: the first `num_decodes` are of one token, which is the last known of its row; the rest are
-    chunks of prompts (or of a prompt and outputs being recomputed). A row occurs at most once.
+    The first `num_decodes` slices have one token each, the latest token of their row. The other slices are chunks of
+    prompts, or of prompts and outputs that are computed again after a preemption. A row occurs at most once.
     """
 
     step: int
-    rows: list[int]
-    starts: list[int]
-    nums: list[int]
-    num_decodes: int
-    samples: list[int]  # indices of the slices that sample, ascending
-    admitted: list[AdmittedRow]
-    grown: list[GrownRow]
-    copies: list[BlockCopy]
+    rows: list[int] = []
+    starts: list[int] = []
+    nums: list[int] = []
+    num_decodes: int = 0
+    samples: list[int] = []  # indices of the slices that sample, ascending
+    admitted: list[AdmittedRow] = []
+    grown: list[GrownRow] = []
+    copies: list[BlockCopy] = []
 
     @property
     def num_tokens(self) -> int:
@@ -69,26 +73,28 @@ class StepPlan(msgspec.Struct, gc=False):
 
 
 class StepResult(msgspec.Struct, gc=False):
-    """What came out. `tokens[i]` was sampled by slice `plan.samples[i]`; the maps are keyed by slice index.
+    """The outcome of one step. `tokens[i]` was sampled by slice `plan.samples[i]`, or is NO_TOKEN if that row's logits were
+    not finite. After NO_TOKEN the runner continues the row with token id 0 until the scheduler has ended the request.
 
-    `prompt_logprobs[s]` has one entry for each position start+1 .. start+num of slice s that lies in the prompt.
+    `logprobs` and `prompt_logprobs` are keyed by slice index. `prompt_logprobs[s]` has one entry for each position in
+    start+1 .. start+num of slice s that lies in the prompt.
     """
 
     step: int
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-    idle_seconds: float = 0.0  # the device had none of ours to do before this step, and after the one before
+    idle_seconds: float = 0.0  # device idle time between the end of the previous step and the start of this one
 
 
 class PendingStep(Protocol):
-    """A submitted step; `result` waits for the device and may be called once."""
+    """A submitted step. `result` waits for the device and may be called once."""
 
     def result(self) -> StepResult: ...
 
 
 class Runner(Protocol):
-    """Executes plans, in the order they are submitted. `submit` may return before the device is done."""
+    """Executes plans in the order in which they are submitted. `submit` may return before the device has finished."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -96,16 +102,17 @@ class Runner(Protocol):
     def submit(self, plan: StepPlan) -> PendingStep: ...
 
     def prepare(self) -> bool:
-        """Called while there is nothing to run: do a short piece of what later steps will want. False: nothing is left."""
+        """Do one short piece of preparation for later steps, such as capturing a graph. Called only while there is no
+        work. Returns False when nothing is left to prepare."""
         ...
 
     def close(self) -> None: ...
 
 
 class BuiltRunner(NamedTuple):
-    """What a runner module's `build(config)` returns: the runner, the config with every choice made, the model's limits."""
+    """The return value of a runner module's `build(config)`."""
 
     runner: Runner
-    config: EngineConfig
+    config: EngineConfig  # resolved: every automatic choice is made
     limits: ModelLimits
-    device: str  # in words, for people
+    device: str  # description for people

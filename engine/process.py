@@ -1,20 +1,22 @@
-"""The engine process: a Core behind a ZeroMQ ROUTER. `python -m engine.process`, started by the supervisor.
+"""The engine process: a Core behind a ZeroMQ ROUTER socket. The supervisor starts it as `python -m engine.process`.
 
-    forever:  read what workers sent  ->  core.step()  ->  one Outputs to each worker concerned, Heartbeats when due
+    loop:  read the workers' messages  ->  core.step()  ->  StepEvents to each worker concerned, Heartbeats when due
 
-With the heartbeats the supervisor is told that the engine gets on: that it is idle, or that a step has ended since. It kills
-an engine that has not said so for long.
+Together with each round of heartbeats the process reports to the supervisor that it makes progress: it is idle, or a step
+has ended since the last report. The supervisor kills an engine that has not reported for too long.
 
-An exception in a step ends the process: the supervisor starts another, and the workers submit again what they have in
-flight. Exit codes: 0 after SIGTERM, 2 for a setting or checkpoint that is wrong (not worth another try), 1 for the rest.
+An exception in a step ends the process. The supervisor then starts another engine, and the workers submit their unfinished
+requests again. Exit codes: 0 after SIGTERM, 2 for a wrong setting or checkpoint (another start would fail too), 1 otherwise.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import setproctitle
@@ -30,7 +32,7 @@ from engine.messages import (
     EngineMessage,
     Heartbeat,
     Hello,
-    Outputs,
+    StepEvents,
     Submit,
     Welcome,
     WorkerMessage,
@@ -42,12 +44,14 @@ from engine.request import FinishReason, RequestFailure, TokenEvent
 log = logging.getLogger("tidegate.engine")
 
 EXIT_BAD_SETTINGS = 2
-SEND_QUEUE = 4096  # messages kept for a worker that does not read; past it the worker is dropped
-READS_PER_STEP = 1024  # so that a flood of messages does not keep the running requests waiting
+SEND_QUEUE = 4096  # messages kept for a worker that does not read; a worker with more is dropped
+READS_PER_STEP = 1024  # messages read between two steps, so that a flood of messages does not stall running requests
+READ_BYTES_PER_STEP = 4 << 20  # likewise for long prompts: a million tokens, which take some milliseconds
+GC_THRESHOLDS = (5000, 20, 100)  # a young collection visits a few thousand objects, which takes less than a millisecond
 
 
 class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor writes to the process's standard input, as JSON on one line."""
+    """The settings of an engine process. The supervisor writes them to standard input, as one line of JSON."""
 
     config: EngineConfig
     endpoint: str
@@ -56,74 +60,138 @@ class EngineStart(msgspec.Struct, frozen=True, kw_only=True):
     log_format: logs.LogFormat = "auto"
 
 
+class CollectorPauses:
+    """Keeps the pauses by Python's garbage collector short, and measures the longest one.
+
+    Objects that exist after start-up, or after preparation, stay until the process ends. `freeze` excludes them from further
+    collections. Full collections run while the engine is idle (`collect`). The structures of requests contain no reference
+    cycles, so memory does not depend on these collections.
+    """
+
+    def __init__(self) -> None:
+        self.longest = 0.0  # seconds
+        self._began = 0.0
+        self._collected = True  # no step has run since the last `collect`
+        self._thresholds = gc.get_threshold()
+        self.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        gc.callbacks.append(self._measure)
+
+    def freeze(self) -> None:
+        """Exclude all present objects from further collections. Called only while there are no requests."""
+        gc.collect()
+        gc.freeze()
+
+    def close(self) -> None:
+        """Undo everything."""
+        gc.callbacks.remove(self._measure)
+        gc.set_threshold(*self._thresholds)
+        gc.unfreeze()
+
+    def note_step(self) -> None:
+        self._collected = False
+
+    def collect(self) -> None:
+        """Run a full collection if a step has run since the last one. Called only while the engine is idle."""
+        if not self._collected:
+            self._collected = True
+            gc.collect()
+
+    def _measure(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        else:
+            self.longest = max(self.longest, time.perf_counter() - self._began)
+
+
 class EngineProcess:
-    """Owns the core and the socket. A worker is known by its socket's identity, which is new with each connection."""
+    """Owns the core and the socket. A worker is identified by its socket's identity, which is new with each connection."""
 
     def __init__(self, core: Core, endpoint: str) -> None:
         self._core = core
         self._info = core.info()
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a worker that is gone is an error we hear of
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a worker that has disconnected raises an error
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # the scheduler's queue is the one that is bounded
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # unbounded: the scheduler's queue is the one with a limit
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
+        self._endpoint = endpoint
         self._socket.bind(endpoint)
         self._workers: dict[bytes, str] = {}  # identity -> name
-        self._lost: set[bytes] = set()  # could not be sent to; to be forgotten before the next step
-        self._dropped: set[bytes] = set()  # did not read; to be told so once they do
-        self._owners: dict[str, bytes] = {}  # request under way -> who asked for it
+        self._lost: set[bytes] = set()  # a send to them failed; they are forgotten before the next step
+        self._dropped: set[bytes] = set()  # they did not read; they are told to connect again once they do
+        self._owners: dict[str, bytes] = {}  # running or waiting request -> identity of the worker that submitted it
         self._heartbeat_at = 0.0
         self._told_step = -1  # the step counter when the supervisor last heard of us
+        self._served = False  # whether the supervisor knows that a step has ended
         self._preparing = True  # until the core has nothing left to do for later steps
         self._stopping = False
+        self._pauses = CollectorPauses()
 
     def stop(self) -> None:
-        """Ask `run` to return; safe in a signal handler."""
+        """Make `run` return after the current iteration. Safe to call in a signal handler."""
         self._stopping = True
 
     def run(self) -> None:
+        """Run the loop until `stop` is called."""
         was_busy = False
         while not self._stopping:
-            self._read(wait=not self._core.has_work and not self._prepare())
+            if not self._core.has_work and not self._prepare():
+                self._wait()
+            self._read()
             while self._lost:
                 self._forget(self._lost.pop())
-            # Also where work begins, as the first step may be long, and where it ends: the workers judge an engine that has
-            # work by its steps, and an idle one by its heartbeats.
+            # Heartbeats are also sent when work begins, since the first step may be long, and when it ends: workers judge an
+            # engine that has work by its steps, and an idle engine by its heartbeats.
             if time.monotonic() >= self._heartbeat_at or self._core.has_work != was_busy:
                 self._send_heartbeats()
             was_busy = self._core.has_work
             if was_busy:
                 self._send_events(self._core.step())
+                self._pauses.note_step()
                 if not self._core.has_work:
                     self._send_heartbeats()
                     was_busy = False
 
     def close(self) -> None:
+        self._pauses.close()
         self._socket.close()
         self._context.term()
         self._core.close()
 
     def _prepare(self) -> bool:
+        """Do a piece of preparation for later steps. Returns False once nothing is left to prepare."""
         if self._preparing and not self._core.prepare():
             self._preparing = False
-            self._heartbeat_at = 0.0  # from now on the workers expect quick turns again
+            self._pauses.freeze()
+            self._heartbeat_at = 0.0  # tell the workers that from now on every iteration of the loop is short
         return self._preparing
 
-    def _read(self, *, wait: bool) -> None:
-        if wait:
-            self._socket.poll(max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1))
+    def _wait(self) -> None:
+        """Wait for a message, at most until the next heartbeat is due."""
+        milliseconds = max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1)
+        if not self._socket.poll(milliseconds):
+            self._pauses.collect()
+
+    def _read(self) -> None:
+        """Handle the messages that have arrived, up to the limits of one iteration. Runs no step."""
+        num_bytes = 0
         for _ in range(READS_PER_STEP):
+            if num_bytes >= READ_BYTES_PER_STEP:
+                return
             try:
                 identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            data = b"".join(frames)
+            num_bytes += len(data)
             try:
-                message = decode_worker_message(b"".join(frames))
-            except TidegateError as error:  # a field of SamplingParams out of range, by a worker that did not check
-                log.warning("a worker's message is refused: %s", error.message)
+                message = decode_worker_message(data)
+            except TidegateError as error:  # a field of SamplingParams is out of range
+                log.warning("refused a worker's message: %s", error.message)
             except msgspec.MsgspecError as error:
-                log.warning("a worker's message cannot be read: %s", error)
+                log.warning("cannot decode a worker's message: %s", error)
             else:
                 self._handle(identity, message)
 
@@ -131,7 +199,7 @@ class EngineProcess:
         if isinstance(message, Hello):
             self._welcome(identity, message.worker)
         elif identity not in self._workers or identity in self._lost:
-            log.debug("a message of a worker that was dropped or never said Hello is ignored")
+            log.debug("ignored a message of a worker that was dropped or sent no Hello")
         elif isinstance(message, Submit):
             self._submit(identity, message)
         elif isinstance(message, Abort):
@@ -145,7 +213,7 @@ class EngineProcess:
                 self._forget(known)
         self._dropped.discard(identity)
         self._workers[identity] = worker
-        self._heartbeat_at = 0.0  # it must know how we are before what may be a long turn
+        self._heartbeat_at = 0.0  # the worker gets a heartbeat before the next step, which may be long
         log.info("worker connected", extra={"worker": worker})
         self._send(identity, Welcome(self._info))
 
@@ -154,45 +222,61 @@ class EngineProcess:
             self._core.submit(submit)
         except TidegateError as error:
             failure = RequestFailure(type(error).__name__, error.message, error.param)
-            self._send(identity, Outputs([TokenEvent(submit.request_id, [], FinishReason.ERROR, failure=failure)]))
+            self._send(identity, StepEvents([TokenEvent(submit.request_id, [], FinishReason.ERROR, failure=failure)]))
         else:
             self._owners[submit.request_id] = identity
 
     def _forget(self, identity: bytes) -> None:
-        """Abort what a worker had asked for."""
+        """End all requests of a worker, without any further event."""
         self._workers.pop(identity, None)
         requests = [request_id for request_id, owner in self._owners.items() if owner == identity]
         for request_id in requests:
             del self._owners[request_id]
-            self._core.abort(request_id)
-        if requests:
-            # Their last events leave the core now, without an owner, lest they end requests of the same names that the
-            # worker submits next.
-            self._send_events(self._core.step())
+        # The worker may submit requests with the same ids next, so the old ones must not produce another event.
+        self._core.forget(requests)
 
     def _send_events(self, events: list[TokenEvent]) -> None:
-        outputs: dict[bytes, list[TokenEvent]] = {}
+        by_owner: dict[bytes, list[TokenEvent]] = {}
         for event in events:
             owner = self._owners.get(event.request_id) if event.finish is None else self._owners.pop(event.request_id, None)
             if owner is not None:
-                outputs.setdefault(owner, []).append(event)
-        for identity, its_events in outputs.items():
-            self._send(identity, Outputs(its_events))
+                by_owner.setdefault(owner, []).append(event)
+        for identity, owned in by_owner.items():
+            self._send(identity, StepEvents(owned))
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
-        heartbeat = Heartbeat(self._core.stats(), self._preparing)
+        self._keep_bound()
+        stats = msgspec.structs.replace(self._core.stats(), gc_pause_seconds=self._pauses.longest)
+        heartbeat = Heartbeat(stats, self._preparing)
+        ended = heartbeat.stats.step - (1 if self._core.has_work else 0)  # with work to do, the latest step may not have ended
+        if not self._served and ended > 0:
+            self._served = True
+            lifeline.tell(lifeline.SERVED)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:
             self._told_step = heartbeat.stats.step
             lifeline.tell(lifeline.ALIVE)
         for identity in list(self._workers):
             self._send(identity, heartbeat)
         for identity in list(self._dropped):
-            # A Welcome that nobody asked for tells the worker to connect anew.
+            # A Welcome without a Hello before it tells the worker to connect again.
             if self._try_send(identity, Welcome(self._info)) != "full":
                 self._dropped.discard(identity)
 
+    def _keep_bound(self) -> None:
+        """Bind the socket again if its file was deleted, so that workers can connect. Connections that exist are not affected."""
+        path = Path(self._endpoint.removeprefix("ipc://"))
+        if path.exists() or not path.parent.exists():  # the supervisor makes the folder
+            return
+        try:
+            self._socket.bind(self._endpoint)
+        except zmq.ZMQError as error:  # the folder was deleted again: the next heartbeat tries once more
+            log.warning("the engine's socket was deleted and cannot be bound again yet: %s", error)
+        else:
+            log.warning("the engine's socket was deleted and is bound again", extra={"path": str(path)})
+
     def _send(self, identity: bytes, message: EngineMessage) -> None:
+        """Send to a connected worker. A worker that cannot be sent to is dropped."""
         if identity not in self._workers or identity in self._lost:
             return
         outcome = self._try_send(identity, message)
@@ -205,7 +289,7 @@ class EngineProcess:
             self._dropped.add(identity)
 
     def _try_send(self, identity: bytes, message: EngineMessage) -> str:
-        """Never blocks. Returns "sent", "full" (it does not read) or "gone"."""
+        """Send without blocking. Returns "sent", "full" (the worker does not read) or "gone" (it has disconnected)."""
         try:
             self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.Again:
@@ -222,10 +306,11 @@ def main() -> None:
     name = f"engine {start.index}"
     setproctitle.setproctitle(f"tidegate: {name}")
     logs.set_up(start.log_level, start.log_format, name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is handled by the supervisor
     startup.keep_kernels()
+    clock = startup.StartupClock(startup.process_seconds(), report=lambda: lifeline.tell(lifeline.ALIVE))
     try:
-        core = build_core(start.config, startup.StartupClock(before=startup.process_seconds()))
+        core = build_core(start.config, clock)
     except (ConfigError, CheckpointError) as error:
         log.error(error.message)
         sys.exit(EXIT_BAD_SETTINGS)
@@ -242,6 +327,7 @@ def main() -> None:
             **{f"{phase}_seconds": round(seconds, 2) for phase, seconds in info.startup.items()},
         },
     )
+    lifeline.tell(lifeline.READY)
     process.run()
     process.close()
 

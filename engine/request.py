@@ -1,13 +1,15 @@
-"""A request from admission to its last token: what was asked (SamplingParams), how far it is (Request), what it
-says (TokenEvent).
+"""The types of one generation request: its parameters (SamplingParams), its progress (Request), its output (TokenEvent).
 
-`Request` is the only mutable type here and belongs to the scheduler. The others are frozen and cross processes as msgpack.
+Request is mutable and belongs to the scheduler. The other types cross processes as msgpack.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from array import array
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -16,39 +18,40 @@ from engine.errors import InvalidRequest
 
 
 class Bound(NamedTuple):
-    """Closed range of a number, and what the API says of it: the request schemas are made from this table."""
+    """The closed range of a numeric field and its description in the API. The request schemas are built from BOUNDS."""
 
     low: float
     high: float
     about: str = ""
 
 
+NO_TOKEN = -1  # in place of a sampled token: the row's logits held NaN or infinity, so no token was sampled
 SEED_MAX = 2**63 - 1
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
 BOUNDS: dict[str, Bound] = {
     "max_tokens": Bound(1, 2**31 - 1),
-    "min_tokens": Bound(0, 2**31 - 1, "No end before this many tokens."),
-    "temperature": Bound(0.0, 100.0, "0 takes the likeliest token each time."),
-    "top_p": Bound(0.0, 1.0, "Sample from the likeliest tokens that make up this probability."),
-    "top_k": Bound(0, 2**31 - 1, "Sample from this many likeliest tokens; 0 for all."),
-    "min_p": Bound(0.0, 1.0, "Drop tokens below this share of the likeliest one's probability."),
-    "presence_penalty": Bound(-2.0, 2.0, "Against tokens already generated."),
-    "frequency_penalty": Bound(-2.0, 2.0, "The same, times how often."),
-    "repetition_penalty": Bound(0.01, 100.0, "Over prompt and output; 1 for none."),
+    "min_tokens": Bound(0, 2**31 - 1, "The output cannot end before it has this many tokens."),
+    "temperature": Bound(0.0, 100.0, "0 always selects the most probable token."),
+    "top_p": Bound(0.0, 1.0, "Sample from the most probable tokens whose probabilities add up to this value."),
+    "top_k": Bound(0, 2**31 - 1, "Sample from this many of the most probable tokens; 0 for all tokens."),
+    "min_p": Bound(0.0, 1.0, "Exclude tokens less probable than this fraction of the most probable token's probability."),
+    "presence_penalty": Bound(-2.0, 2.0, "Subtracted from the logit of each token that was already generated."),
+    "frequency_penalty": Bound(-2.0, 2.0, "Subtracted from the logit of each generated token once for each time it occurred."),
+    "repetition_penalty": Bound(0.01, 100.0, "Lowers tokens of the prompt and output if above 1; 1 changes nothing."),
     "seed": Bound(0, SEED_MAX, "The same seed and request give the same tokens."),
     "logprobs": Bound(0, 20),
-    "prompt_logprobs": Bound(0, 20, "Alternatives to report at each prompt token, once a prompt."),
+    "prompt_logprobs": Bound(0, 20, "Number of most probable tokens to report at each prompt position."),
     "logit_bias": Bound(-100.0, 100.0),
     "priority": Bound(-1000, 1000),
 }
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How to choose and when to stop. Raises InvalidRequest, naming the field, for a value out of `BOUNDS`.
+    """How to sample tokens and when to stop. Raises InvalidRequest, naming the field, for a value outside `BOUNDS`.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean "no limit". `logprobs` is the number of alternatives to
-    report beside the chosen token (0: the chosen one alone; None: none at all).
+    `temperature` 0 selects the argmax. `top_k` 0 and `top_p` 1 mean "no limit". `logprobs` is the number of most probable
+    tokens to report beside the sampled token: 0 reports the sampled token only, None reports nothing.
     """
 
     max_tokens: int = 16
@@ -57,9 +60,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    presence_penalty: float = 0.0  # over the tokens generated so far
-    frequency_penalty: float = 0.0  # likewise, times how often
-    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # applies once to each token generated so far
+    frequency_penalty: float = 0.0  # applies to each generated token once per occurrence
+    repetition_penalty: float = 1.0  # applies to tokens of the prompt and the output
     seed: int | None = None
     logit_bias: dict[int, float] | None = None
     stop_token_ids: tuple[int, ...] = ()
@@ -102,69 +105,80 @@ def _check(name: str, value: float | None, bound: Bound) -> None:
 class Status(enum.Enum):
     WAITING = "waiting"  # in the queue; holds no blocks
     RUNNING = "running"  # owns a batch row and blocks
-    FINISHED = "finished"  # its terminal event is out; holds nothing
+    FINISHED = "finished"  # has ended for any reason; holds nothing
 
 
 class FinishReason(enum.StrEnum):
-    STOP = "stop"  # end-of-sequence, a stop token, or a stop string
-    LENGTH = "length"  # max_tokens or the model's context
+    STOP = "stop"  # the end-of-sequence token, a stop token, or a stop string
+    LENGTH = "length"  # max_tokens or the model's context length was reached
     ABORT = "abort"
     ERROR = "error"
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Log-probabilities at one position: of the token that stands there, and of the `top` likeliest, best first."""
+    """Log-probabilities at one position: of the token at that position, and of the most probable tokens in descending order."""
 
     token: int
     logprob: float
-    rank: int  # 1 is the likeliest
+    rank: int  # of `token` by probability; 1 is the most probable
     top_ids: list[int]
     top_logprobs: list[float]
 
 
 class RequestFailure(msgspec.Struct, frozen=True, array_like=True):
-    """A request's error as it crosses processes: the class name in `engine.errors`, and its message."""
+    """A request's error in the form that crosses processes. `engine.errors.error_from_name` makes an exception of it."""
 
-    error: str
+    error: str  # name of a class in engine.errors
     message: str
     param: str | None = None
 
 
 class TokenEvent(msgspec.Struct, array_like=True, gc=False, omit_defaults=True):
-    """What one step says of one request. The last one of each request, and only it, has `finish`."""
+    """What one step produced for one request. The last event of a request has `finish`, and no other event has it."""
 
     request_id: str
     tokens: list[int]
     finish: FinishReason | None = None
-    logprobs: list[TokenLogprobs] | None = None  # one for each of `tokens`, where asked for
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token; None stands for position 0
-    num_cached: int | None = None  # prompt tokens found in the prefix cache; with the first token
-    queue_s: float | None = None  # seconds from arrival to first being scheduled; with the first token
-    stop_token: int | None = None  # the token that ended it, where one did (it is the last of `tokens`)
-    failure: RequestFailure | None = None  # with finish ERROR
+    logprobs: list[TokenLogprobs] | None = None  # one for each of `tokens`, if requested
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if requested; None at position 0
+    num_cached: int | None = None  # with the first token: prompt tokens found in the prefix cache
+    queue_s: float | None = None  # with the first token: seconds from arrival to the first admission
+    stop_token: int | None = None  # the stop token that ended the request (also the last of `tokens`), if one did
+    failure: RequestFailure | None = None  # set if and only if `finish` is ERROR
+
+
+@lru_cache(maxsize=64)
+def _stop_ids(stop_token_ids: tuple[int, ...], eos_token_ids: tuple[int, ...]) -> frozenset[int]:
+    """Return the ids that end a request. Most requests share one set, which the garbage collector then visits once.
+
+    NO_TOKEN is among them, so that the scheduler tests each token once for all these cases.
+    """
+    return frozenset(stop_token_ids).union(eos_token_ids, (NO_TOKEN,))
 
 
 class Request:
-    """One prompt from admission to its last token.
+    """One prompt and its output, from acceptance to the last token.
 
-        tokens      [ prompt ............ | outputs ...... ]
-        num_prompt  ^-------------------^
-        num_computed: KV is in the cache, or will be once the submitted steps have run
-        num_pending:  to be sampled by submitted steps whose results are not committed yet (0 to 2)
-        num_tokens  = len(tokens) + num_pending;  the work left is num_tokens - num_computed
+        tokens           [ prompt ............ | outputs ...... ]
+        num_prompt       ^-------------------^
+        num_computed     tokens whose KV is in the cache once the submitted steps have run
+        num_uncommitted  tokens sampled by submitted steps whose results are not committed yet (0 to 2)
+        num_tokens       len(tokens) + num_uncommitted; num_tokens - num_computed is the work left
 
     Times are in seconds of the engine's monotonic clock. A smaller `priority` runs first.
     """
 
     __slots__ = (
         "arrival",
+        "awaited",
         "blocks",
         "end_len",
         "fork_of",
+        "leader",
         "num_cached",
         "num_computed",
-        "num_pending",
         "num_prompt",
+        "num_uncommitted",
         "params",
         "priority",
         "prompt_logprobs",
@@ -175,6 +189,7 @@ class Request:
         "seed",
         "sequence",
         "skips",
+        "stalled",
         "status",
         "stop_ids",
         "tokens",
@@ -183,7 +198,7 @@ class Request:
     def __init__(
         self,
         request_id: str,
-        tokens: list[int],
+        tokens: Iterable[int],
         params: SamplingParams,
         *,
         num_prompt: int,
@@ -195,9 +210,9 @@ class Request:
         fork_of: str | None = None,
         salt: str = "",
     ) -> None:
-        """`tokens` may reach past `num_prompt`: outputs of an earlier life, which count towards max_tokens."""
+        """`tokens` may be longer than `num_prompt`: the rest are outputs of an earlier engine, and count towards max_tokens."""
         self.request_id = request_id
-        self.tokens = tokens
+        self.tokens = array("i", tokens)  # an array is small, and the garbage collector does not visit its elements
         self.num_prompt = num_prompt
         self.params = params
         self.seed = seed
@@ -205,23 +220,25 @@ class Request:
         self.arrival = arrival
         self.fork_of = fork_of
         self.salt = salt  # requests share cached blocks only within one salt
-        eos = () if params.ignore_eos else eos_token_ids
-        self.stop_ids = frozenset(params.stop_token_ids).union(eos)
+        self.stop_ids = _stop_ids(params.stop_token_ids, () if params.ignore_eos else eos_token_ids)
         self.end_len = min(num_prompt + params.max_tokens, max_model_len)  # len(tokens) at which it ends
         self.status = Status.WAITING
         self.num_computed = 0
-        self.num_pending = 0
-        self.num_cached = 0
+        self.num_uncommitted = 0
+        self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
         self.row: int | None = None
         self.blocks: list[int] = []
-        self.sequence = 0  # order of arrival, given by the queue
-        self.skips = 0
+        self.leader: Request | None = None  # the running or waiting request `fork_of`, once its prompt is known to be the same
+        self.sequence = 0  # order of arrival, assigned by the queue
+        self.skips = 0  # later requests that were admitted while this one did not fit
+        self.awaited = 0  # most tokens that a request had computed while this one waited for its prefix
+        self.stalled = 0  # steps in which this request waited for its prefix and `awaited` did not grow
         self.scheduled_at: float | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected chunk by chunk
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens) + self.num_pending
+        return len(self.tokens) + self.num_uncommitted
 
     @property
     def num_outputs(self) -> int:

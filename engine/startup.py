@@ -1,6 +1,6 @@
-"""How long an engine takes to start, phase by phase, and where its compiled kernels are kept for the next start.
+"""How long each phase of an engine's start takes, and the folder that keeps its compiled kernels for the next start.
 
-Phases follow one another without a gap: their sum is the whole. `PHASES` says what each holds.
+The phases follow one another without a gap, so their sum is the time of the whole start.
 """
 
 from __future__ import annotations
@@ -8,36 +8,59 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PHASES = {
-    "imports": "the interpreter, this program and torch",
-    "config": "settings and config.json",
-    "weights": "CUDA's context, memory for the model, and its weights in it",
-    "memory": "the size of the KV cache, found on CUDA by running a step, and the cache",
-    "runner": "the runner with its sampler and static inputs",
-    "ready": "the scheduler, until a request can come",
+    "imports": "start the interpreter, import the program and torch",
+    "config": "read the settings and config.json",
+    "weights": "create the CUDA context, allocate the model, load its weights",
+    "memory": "measure the size for the KV cache (on CUDA by running a step) and allocate it",
+    "runner": "build the runner, its sampler and its static buffers",
+    "ready": "build the scheduler; then the engine takes requests",
 }
 _STAT = Path("/proc/self/stat")
-_START_TIME = 19  # of the fields after the program's name in parentheses: clock ticks from boot to the process's start
+_START_TIME = 19  # index of the start time, in clock ticks since boot, among the fields after the program's name in parentheses
+
+
+Progress = Callable[[], None]  # reports that a start, or a part of one, makes progress
+PROGRESS_SECONDS = 0.5  # between two reports at least
+
+
+def no_report() -> None:
+    """The Progress of an engine that nobody watches."""
 
 
 class StartupClock:
-    """Seconds of each phase that has ended, in order; the first began `before` seconds ago."""
+    """Seconds of each phase that has ended, in order. The first phase began `before` seconds before the clock was made.
 
-    def __init__(self, before: float = 0.0) -> None:
+    `report` is called at the end of each phase, and by `progress` in between.
+    """
+
+    def __init__(self, before: float = 0.0, report: Progress = no_report) -> None:
         self._since = time.monotonic() - before
+        self._report = report
+        self._reported_at = float("-inf")
         self.seconds: dict[str, float] = {}
 
     def end(self, phase: str) -> None:
-        """`phase` ends now, and the next begins."""
+        """End `phase` now. The next phase begins at the same moment."""
         now = time.monotonic()
         self.seconds[phase] = now - self._since
         self._since = now
+        self._reported_at = now
+        self._report()
+
+    def progress(self) -> None:
+        """Report progress within a phase: a tensor was loaded, a kernel was compiled. Any thread may call it, and often."""
+        now = time.monotonic()
+        if now - self._reported_at >= PROGRESS_SECONDS:
+            self._reported_at = now
+            self._report()
 
 
 def process_seconds() -> float:
-    """How long this process has run, to a hundredth; without a /proc, the CPU time that it has used, which is less."""
+    """Seconds since this process began, to a hundredth. Without /proc it is the CPU time of the process, which is less."""
     if not _STAT.exists():
         return time.process_time()
     ticks = int(_STAT.read_text().rpartition(")")[2].split()[_START_TIME])
@@ -45,28 +68,32 @@ def process_seconds() -> float:
 
 
 def keep_kernels() -> None:
-    """Point Triton, before it is imported, to a folder for compiled kernels, where it could not write to its own choice.
+    """Set TRITON_CACHE_DIR if it is not set and Triton could not write compiled kernels to its default folder.
 
-    Its own is TRITON_CACHE_DIR, else .triton/cache in TRITON_HOME or the home folder; without a folder it cannot run. Ours is
-    tidegate/triton in XDG_CACHE_HOME, or else a folder of this user's in the one for temporary files.
+    Triton's default is .triton/cache in TRITON_HOME or in the home folder, and Triton fails if it cannot write there. The folder
+    that is set instead is tidegate/triton in XDG_CACHE_HOME, or else one of this user among the temporary files. Call this before
+    Triton is imported.
     """
     if "TRITON_CACHE_DIR" in os.environ or _writable(
         Path(os.environ.get("TRITON_HOME") or "~").expanduser() / ".triton" / "cache"
     ):
         return
     cache = os.environ.get("XDG_CACHE_HOME")
-    ours = Path(cache) / "tidegate" / "triton" if cache else None
-    os.environ["TRITON_CACHE_DIR"] = str(ours if ours is not None and _writable(ours) else _temporary())
+    folder = Path(cache) / "tidegate" / "triton" if cache else None
+    os.environ["TRITON_CACHE_DIR"] = str(folder if folder is not None and _writable(folder) else _temporary())
 
 
 def _writable(folder: Path) -> bool:
-    """Whether `folder`, or the nearest one above it that exists, lets this process write."""
+    """Whether this process may write to `folder`, or, if it does not exist, to the nearest folder above it."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:
-    """The same at each start, unless somebody else made it: what lies in it is run."""
+    """A folder among the temporary files, the same at each start.
+
+    The code in it is executed. So a new folder is made instead if another user owns it or can write to it.
+    """
     folder = Path(tempfile.gettempdir()) / f"tidegate-triton-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -1,11 +1,11 @@
-"""What a streamed token costs an API worker in CPU time: FakeRunner behind it, so nothing but the path of tokens is measured.
+"""Measures the CPU time that an API worker spends on a streamed token. The engine runs FakeRunner, which computes nothing.
 
     python -m loadtest.bench_api [--streams 256] [--tokens 400] [--rounds 3] [--route generate|completions|chat]
 
-Starts a real server (`tidegate serve --runner fake`), and opens all streams at once from another process, whose client
-reads raw sockets and looks at no more than it must. The figure is the worker process's CPU time, user and system, from before the
-first request to after the last token, requests included, divided by the tokens that the answers' usage counts. Prints a
-table and one JSON line.
+The script starts a real server (`tidegate serve --runner fake`). A second process opens all streams at once and reads raw
+sockets, parsing no more than it must. The figure is the CPU time of the worker process, user and system, from before the
+first request to after the last token, divided by the number of tokens in the answers' usage. It includes the cost of the
+requests themselves. The script prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _COMPLETION_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU cost of a streamed token in an API worker.")
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens of each stream")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--step-ms", type=float, default=25.0, help="of the simulated device")
+    parser.add_argument("--step-ms", type=float, default=25.0, help="milliseconds of a step of the simulated device")
     parser.add_argument("--route", choices=sorted(ROUTES), default="generate")
     parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
         return
     began = time.perf_counter()
     with _server(args) as (port, startup_s):
-        _client(port, args, tokens=32)  # the first requests pay for what is made once
+        _client(port, args, tokens=32)  # the first requests are slower: modules and tables are loaded once
         rounds = [_round(port, args) for _ in range(args.rounds)]
     _report(args, rounds, startup_s, time.perf_counter() - began)
 
@@ -79,7 +79,7 @@ def _report(args: argparse.Namespace, rounds: list[dict[str, float]], startup_s:
         "seconds": round(seconds, 1),
         "out_tok_s": round(middle["tokens"] / middle["seconds"]),
         "startup_s": round(startup_s, 2),
-        "events_per_token": round(middle["events"] / middle["tokens"], 3),  # below 1, tokens shared an event, and its cost
+        "events_per_token": round(middle["events"] / middle["tokens"], 3),  # below 1, some events carried several tokens
         "cpu_us_per_token": round(statistics.median(r["cpu_us"] for r in rounds), 1),
     }
     print(json.dumps(line))
@@ -88,14 +88,14 @@ def _report(args: argparse.Namespace, rounds: list[dict[str, float]], startup_s:
 def _round(port: int, args: argparse.Namespace) -> dict[str, float]:
     worker = _worker(port)
     before = worker.cpu_times()
-    said = _client(port, args, tokens=args.tokens)
+    result = _client(port, args, tokens=args.tokens)
     after = worker.cpu_times()
     cpu = after.user + after.system - before.user - before.system
-    return {**said, "cpu_s": cpu, "cpu_us": cpu / said["tokens"] * 1e6}
+    return {**result, "cpu_s": cpu, "cpu_us": cpu / result["tokens"] * 1e6}
 
 
 def _worker(port: int) -> psutil.Process:
-    """The process with the worker's title that serves `port`: other servers may run on this machine."""
+    """The API worker that listens on `port`. Other servers may run on this machine."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             ports = {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
@@ -106,10 +106,10 @@ def _worker(port: int) -> psutil.Process:
 
 @contextlib.contextmanager
 def _server(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """Give the port, and the seconds until it was ready."""
+    """Start a server. Yields its port and the seconds until it was ready."""
     port, grpc_port = _free_port(), _free_port()
     command = [str(Path(sys.executable).with_name("tidegate")), "serve", "--runner", "fake"]
-    command += ["--port", str(port), "--grpc-port", str(grpc_port), "--log-level", "warning"]
+    command += ["--port", str(port), "--grpc-port", str(grpc_port), "--admin-port", "0", "--log-level", "warning"]
     command += ["--fake-step-ms", str(args.step_ms), "--max-num-seqs", str(args.streams)]
     began = time.perf_counter()
     process = subprocess.Popen(command)
@@ -141,18 +141,18 @@ def _client(port: int, args: argparse.Namespace, *, tokens: int) -> dict[str, fl
     command = [sys.executable, "-m", "loadtest.bench_api", "--client", str(port), "--route", args.route]
     command += ["--streams", str(args.streams), "--tokens", str(tokens)]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    said: dict[str, float] = json.loads(run.stdout)
+    result: dict[str, float] = json.loads(run.stdout)
     expected = args.streams * tokens
-    if said["tokens"] != expected:
-        raise SystemExit(f"{said['tokens']:.0f} tokens came, and not {expected}: {said}")
-    return said
+    if result["tokens"] != expected:
+        raise SystemExit(f"the streams had {result['tokens']:.0f} tokens instead of {expected}: {result}")
+    return result
 
 
 # -- the client's process ----------------------------------------------------------------------------------------------
 
 
 def _stream_all(port: int, route: str, num_streams: int, num_tokens: int) -> dict[str, float]:
-    """Open all streams, read each to its end, and keep only the tail of it."""
+    """Open all streams and read each to its end. Only the last 2 KB of a stream are kept, for its usage."""
     path, fields = ROUTES[route]
     fields = {"model": _model(port), **fields, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
     body = json.dumps(fields).encode()
@@ -174,7 +174,7 @@ def _stream_all(port: int, route: str, num_streams: int, num_tokens: int) -> dic
             if piece:
                 if not tails[client]:
                     first_bytes.append(time.perf_counter() - began)
-                events += (tails[client][-5:] + piece).count(b"data: ")  # also one that a read cuts in two
+                events += (tails[client][-5:] + piece).count(b"data: ")  # the tail finds a mark that two reads cut in half
                 tails[client] = (tails[client] + piece)[-2048:]
                 continue
             selector.unregister(client)

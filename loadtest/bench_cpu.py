@@ -1,11 +1,11 @@
-"""Tokens/s on this CPU beside `transformers.generate`, on the same random llama-shaped weights, 0.1B parameters, float32.
+"""Tokens per second on this CPU, compared with `transformers.generate` on the same random 0.1B Llama weights in float32.
 
-    transformers   one stream, greedy, its default settings
-    one stream     ours
-    16 streams     ours, all submitted at once
+    transformers   one stream, greedy, with its default settings
+    one stream     Tidegate
+    16 streams     Tidegate, all submitted at once
 
-The three take turns, and the best of the rounds counts: others may be at work on the same cores. Both sides' single
-streams must give the same tokens. Prints a table, and one JSON line last.
+The three run alternately, and the best round of each counts, since other processes may use the same cores. All three must
+generate the same tokens. Prints a table, and a JSON line last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from engine import LLM, CacheConfig, SamplingParams
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 
 ROUNDS = 3
 PROMPT_TOKENS, OUTPUT_TOKENS, STREAMS = 128, 64, 16
@@ -53,9 +53,9 @@ CONFIG = {
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Random weights, N(0, 0.02) and unit norms, once for both sides."""
+    """Write a checkpoint of random weights, N(0, 0.02) with norm weights of 1, that both sides load."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.ones(t.shape) if name.endswith("norm.weight") else torch.randn(t.shape, generator=generator) * 0.02
@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path) -> None:
 
 def their_stream(folder: Path) -> Callable[[list[list[int]]], list[list[int]]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None  # to the full length; cheaper for it than forbidding the end by min_new_tokens
+    model.generation_config.eos_token_id = None  # generate to the full length; min_new_tokens would be slower
 
     def run(prompts: list[list[int]]) -> list[list[int]]:
         ids = torch.tensor(prompts)
@@ -88,28 +88,28 @@ def our_streams(llm: LLM) -> Callable[[list[list[int]]], list[list[int]]]:
 
 
 def rate(run: Callable[[list[list[int]]], list[list[int]]], prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-    """(output tokens a second, the tokens)"""
+    """Generate from `prompts`. Returns the output tokens per second, and the tokens."""
     began = time.perf_counter()
     tokens = run(prompts)
     return sum(map(len, tokens)) / (time.perf_counter() - began), tokens
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """Each contender's rates, round by round."""
-    draw = random.Random(0)
-    prompts = [[draw.randrange(VOCAB) for _ in range(PROMPT_TOKENS)] for _ in range(STREAMS)]
+    """Output tokens per second of each contender in each round. Raises SystemExit if their tokens differ."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(VOCAB) for _ in range(PROMPT_TOKENS)] for _ in range(STREAMS)]
     with LLM(folder, device="cpu", cache=CacheConfig(prefix_caching=False)) as llm:
         theirs, ours = their_stream(folder), our_streams(llm)
         contenders = {"transformers": (theirs, prompts[:1]), "one": (ours, prompts[:1]), "many": (ours, prompts)}
         rounds: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(ROUNDS + 1):
-            said = {}
+        for number in range(ROUNDS + 1):
+            tokens = {}
             for name, (run, some) in contenders.items():
-                speed, said[name] = rate(run, some)
-                if turn:  # the first is a warm-up
+                speed, tokens[name] = rate(run, some)
+                if number:  # round 0 is a warm-up
                     rounds[name].append(round(speed, 2))
-            if not said["transformers"][0] == said["one"][0] == said["many"][0]:
-                raise SystemExit("the contenders do not give the same tokens")
+            if not tokens["transformers"][0] == tokens["one"][0] == tokens["many"][0]:
+                raise SystemExit("transformers, one stream and many streams did not generate the same tokens")
     return rounds
 
 

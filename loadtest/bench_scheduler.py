@@ -1,10 +1,10 @@
-"""What a step costs on the CPU: schedule + commit of decode steps, with no device and no runner at all.
+"""Measures the CPU time of a decode step in the scheduler: schedule plus commit, without a runner or a device.
 
     python -m loadtest.bench_scheduler [--requests 256] [--steps 2000] [--rounds 5]
 
-What is timed is the scheduler alone: the tokens are made up outside the clock. Prompt lengths are staggered, so that each
-step has its share of requests that cross into a new block, and the figure is the mean over all steps of the median round:
-garbage collection, block growth and filing of full blocks are in it. Prints a table and one JSON line.
+Only the scheduler is timed; the tokens of a step are made outside the measured time. Prompt lengths are staggered, so that in
+each step some requests need a new block. The result is the mean over all steps of the median round, and includes garbage
+collection, block growth and the publication of full blocks. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Round:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="CPU cost of a scheduler step.")
+    parser = argparse.ArgumentParser(description="CPU time of a scheduler step.")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -82,7 +82,7 @@ def _run(num_requests: int, steps: int, overlap: bool) -> Round:
 
 
 def _running(num_requests: int, steps: int) -> Scheduler:
-    """A scheduler whose requests are all past their prompts."""
+    """Return a scheduler whose requests have all computed their prompts."""
     length = PROMPT_LEN + BLOCK_SIZE + steps + 8
     num_blocks = num_requests * (length // BLOCK_SIZE + 2) + 1
     config = EngineConfig(

@@ -1,13 +1,15 @@
-"""Mixed random requests for minutes, aborts included, in one engine: it must hold together and hold nothing back.
+"""Soak test: minutes of mixed random requests, aborts included, in one engine, which must neither fail nor leak.
 
     python -m loadtest.soak --model DIR [--load-format dummy] [--seconds 300]
 
-Prompts of 1 to 2,000 tokens, some of which begin like others, 1 to 500 outputs, all kinds of sampling, up to twice as many
-requests as there are rows; now and then one is aborted. `check()` runs after each step. At the end no block may be in use and
-every request must have ended once; and after the first minute (or fifth of the time, if that is less) the device's memory must
-not have grown. If it has, each growth is told: when, to what, how much of it torch's allocator holds, how much pinned memory of
-the host there is, which the device has to map, and what Triton loaded since the growth before. All other kernels are loaded at
-the start, since otherwise each takes its memory when it is first wanted.
+Prompts have 1 to 2,000 tokens, and some share a prefix. Requests ask for 1 to 500 outputs with all kinds of sampling. Up to
+twice as many requests as rows are in the engine, and some are aborted. `check()` runs after each step. At the end no block may be
+in use, and every request must have ended exactly once.
+
+The device's memory must not grow after the first minute, or after the first fifth of the run if that is shorter. Each growth is
+reported with its time, the memory in use, the share that torch's allocator holds, the host's pinned memory (which the device must
+map), and the kernels that Triton has loaded since the growth before. Kernels of libraries are loaded at the start; each would
+otherwise take memory at its first use.
 """
 
 from __future__ import annotations
@@ -25,22 +27,22 @@ import torch
 
 from engine.config import CacheConfig, EngineConfig
 from engine.core import Core, build_core
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens
 from engine.request import SamplingParams
 
-TEXT = 4000  # tokens that prompts are cut from: those that begin at the same place share a prefix
-STARTS = 40
+TEXT = 4000  # tokens that prompts are cut from; prompts that begin at the same place share a prefix
+STARTS = 40  # places where prompts begin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Minutes of random requests.")
+    parser = argparse.ArgumentParser(description="Run random requests for minutes; the engine must neither fail nor leak.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="safetensors")
     parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--num-blocks", type=int, default=None, help="of the KV cache: few of them, and requests are preempted")
+    parser.add_argument("--num-blocks", type=int, default=None, help="Blocks of the KV cache; few blocks cause preemptions.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # A kernel takes device memory when it is first launched, 2 MiB at a time: no leak, but not to be told from one here.
+    # By default a kernel takes device memory at its first launch, 2 MiB at a time, which would look like a leak.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     cache = CacheConfig(num_blocks=args.num_blocks)
     core = build_core(EngineConfig(model=args.model, load_format=args.load_format, debug_checks=True, cache=cache))
@@ -53,18 +55,19 @@ def main() -> None:
 class Soak:
     def __init__(self, core: Core, seed: int) -> None:
         self._core = core
-        self._draw = random.Random(seed)
+        self._random = random.Random(seed)
         self._limits = core.info().limits
-        self._text = [self._draw.randrange(self._limits.vocab_size) for _ in range(TEXT)]
-        self._ends: Counter[str] = Counter()  # by request
+        self._text = [self._random.randrange(self._limits.vocab_size) for _ in range(TEXT)]
+        self._ends: Counter[str] = Counter()  # terminal events by request
         self._under_way: list[str] = []
         self._submitted = 0
         self._loaded = _triton_loads()
 
     def run(self, seconds: float) -> dict[str, object]:
-        """Raises AssertionError where something does not hold; the line of figures otherwise."""
+        """Run for `seconds`, and then until all requests have ended. Returns the figures of the run. Raises AssertionError if the
+        engine leaks or a request does not end exactly once."""
         began, settled, tokens, most = time.monotonic(), min(60.0, seconds / 5), 0, _Memory(0, 0, 0)
-        growths: list[dict[str, object]] = []  # after the device has settled
+        growths: list[dict[str, object]] = []  # of the device's memory, after the settling time
         while (elapsed := time.monotonic() - began) < seconds:
             self._submit_some()
             self._abort_some()
@@ -95,34 +98,36 @@ class Soak:
 
     def _submit_some(self) -> None:
         most = 2 * self._core.info().max_num_seqs
-        if len(self._under_way) >= most or self._draw.random() < 0.5:
+        if len(self._under_way) >= most or self._random.random() < 0.5:
             return
-        for _ in range(self._draw.randint(1, 20)):
+        for _ in range(self._random.randint(1, 20)):
             prompt, params = self._prompt(), self._params()
             first = f"soak-{self._submitted}"
-            for _ in range(self._draw.choice([1, 1, 1, 3])):  # several outputs of one prompt: the others fork the first
+            for _ in range(self._random.choice([1, 1, 1, 3])):  # several outputs of one prompt: the later ones fork the first
                 request_id = f"soak-{self._submitted}"
                 fork_of = None if request_id == first else first
-                seed = self._draw.randrange(1 << 60)
-                self._core.submit(Submit(request_id=request_id, prompt=prompt, params=params, seed=seed, fork_of=fork_of))
+                seed = self._random.randrange(1 << 60)
+                self._core.submit(
+                    Submit(request_id=request_id, prompt=pack_tokens(prompt), params=params, seed=seed, fork_of=fork_of)
+                )
                 self._submitted += 1
                 self._under_way.append(request_id)
 
     def _prompt(self) -> list[int]:
         longest = min(2000, self._limits.max_model_len - 501)
-        begin = self._draw.randrange(STARTS) * (TEXT // 2 // STARTS)
-        length = self._draw.choice([1, self._draw.randint(1, 64), self._draw.randint(1, longest)])
-        own = [self._draw.randrange(self._limits.vocab_size)] if self._draw.random() < 0.5 else []
+        begin = self._random.randrange(STARTS) * (TEXT // 2 // STARTS)
+        length = self._random.choice([1, self._random.randint(1, 64), self._random.randint(1, longest)])
+        own = [self._random.randrange(self._limits.vocab_size)] if self._random.random() < 0.5 else []
         return self._text[begin : begin + length] + own
 
     def _params(self) -> SamplingParams:
-        draw = self._draw
-        kind = draw.randrange(6)
-        most = draw.choice([1, draw.randint(1, 50), draw.randint(1, 500)])
+        rng = self._random
+        kind = rng.randrange(6)
+        most = rng.choice([1, rng.randint(1, 50), rng.randint(1, 500)])
         if kind < 2:
             return SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=kind == 0)
         if kind == 2:
-            return SamplingParams(max_tokens=most, temperature=draw.uniform(0.1, 1.5), top_p=draw.uniform(0.5, 1.0), top_k=50)
+            return SamplingParams(max_tokens=most, temperature=rng.uniform(0.1, 1.5), top_p=rng.uniform(0.5, 1.0), top_k=50)
         if kind == 3:
             return SamplingParams(max_tokens=most, temperature=0.8, min_p=0.05, logit_bias={5: 3.0, 7: -100.0})
         if kind == 4:
@@ -131,15 +136,15 @@ class Soak:
                 temperature=0.0,
                 frequency_penalty=0.3,
                 presence_penalty=0.2,
-                prompt_logprobs=draw.choice([None, 1]),
+                prompt_logprobs=rng.choice([None, 1]),
             )
         return SamplingParams(
-            max_tokens=most, temperature=1.0, repetition_penalty=1.1, logprobs=draw.choice([None, 3]), min_tokens=min(3, most)
+            max_tokens=most, temperature=1.0, repetition_penalty=1.1, logprobs=rng.choice([None, 3]), min_tokens=min(3, most)
         )
 
     def _abort_some(self) -> None:
-        if self._under_way and self._draw.random() < 0.3:
-            self._core.abort(self._draw.choice(self._under_way))
+        if self._under_way and self._random.random() < 0.3:
+            self._core.abort(self._random.choice(self._under_way))
 
     def _step(self) -> int:
         num = 0
@@ -153,15 +158,15 @@ class Soak:
 
 
 class _Memory(NamedTuple):
-    """Bytes of the device."""
+    """Bytes in use."""
 
-    used: int  # by whomever
-    reserved: int  # of them, by this process's torch allocator
-    pinned: int  # of the host, by the same process
+    used: int  # on the device, by all processes
+    reserved: int  # on the device, by this process's torch allocator
+    pinned: int  # on the host, page-locked by this process
 
 
 def _memory() -> _Memory:
-    """Zeros without a device."""
+    """The memory in use now; zeros without a CUDA device."""
     if not torch.cuda.is_available():
         return _Memory(0, 0, 0)
     free, total = torch.cuda.mem_get_info()
@@ -170,7 +175,7 @@ def _memory() -> _Memory:
 
 
 def _triton_loads() -> list[str]:
-    """Names of the kernels that Triton loads from now on, as it does. None without a device."""
+    """A list to which the name of each kernel is appended when Triton loads it. It stays empty without a CUDA device."""
     names: list[str] = []
     if torch.cuda.is_available():
         runtime = importlib.import_module("triton").knobs.runtime

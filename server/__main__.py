@@ -1,4 +1,4 @@
-"""The `tidegate` command: imports nothing slow itself, so that Ctrl-C while the rest is imported ends without a traceback."""
+"""The `tidegate` command. This module imports nothing slow, so that Ctrl-C during the other imports ends without a traceback."""
 
 import sys
 

@@ -1,9 +1,8 @@
-"""The `tidegate` command. Each command imports what it runs when it runs: `tidegate --help` needs neither torch nor FastAPI."""
+"""The commands of `tidegate`. Each one imports its modules when it runs, so `tidegate --help` needs neither torch nor FastAPI."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import os
 import sys
@@ -15,9 +14,10 @@ import msgspec
 import typer
 from rich.markup import escape
 
-from engine.errors import InvalidRequest, TidegateError
+from engine.errors import ConfigError, InvalidRequest, TidegateError
 from engine.request import SamplingParams
 from engine.startup import keep_kernels
+from server import __version__
 from server.settings import Settings, describe, flag, in_settings_names, load_settings
 
 EXIT_FAILED = 1
@@ -31,13 +31,19 @@ bench = typer.Typer(no_args_is_help=True, help="Measure how fast this machine is
 app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
-Record = Annotated[Path | None, typer.Option(metavar="FILE", help="Append the lines of JSON to it as well.")]
-ENGINE_FLAGS = ("model", "device", "dtype", "load_format", "max_model_len")  # of commands that run an engine in this process
+Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File to which the lines of JSON are appended as well.")]
+ENGINE_FLAGS = (
+    "model",
+    "device",
+    "dtype",
+    "load_format",
+    "max_model_len",
+)  # of commands that run an engine in their process
 ALIASES = {"dtype": ["--precision"]}
 
 
 def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose first argument is Settings, with a flag for each of the fields `names`, and --config."""
+    """Make a command of a function whose first argument is Settings: it has --config, and a flag for each of `names`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(config: Path | None, **given: Any) -> None:
@@ -62,7 +68,7 @@ def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Calla
 def _option(name: str) -> Any:
     field, right = Settings.model_fields[name], describe(name)
     is_switch, is_text = right == "true or false", right.startswith("a text")
-    kind: Any = bool if is_switch else str  # Settings reads the text, so that an error reads alike from wherever it came
+    kind: Any = bool if is_switch else str  # Settings parses the text, so that errors read alike for flags, variables and files
     words = [f"{flag(name)}/{flag('no_' + name)}"] if is_switch else [flag(name), *ALIASES.get(name, [])]
     says = field.description if is_switch or is_text else f"{field.description} ({right})"
     default = "" if field.default is None else f" [default: {str(field.default).lower() if is_switch else field.default}]"
@@ -76,15 +82,15 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _tell_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tidegate {importlib.metadata.version('tidegate')}")
+        typer.echo(f"tidegate {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def tidegate(
-    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print version.")] = False,
 ) -> None:
     """An inference server for large language models."""
 
@@ -102,7 +108,7 @@ def serve(settings: Settings) -> None:
 @app.command()
 @with_settings(Settings.model_fields)
 def doctor(settings: Settings) -> None:
-    """Say what this machine can run with these settings, and why not the rest."""
+    """Report what this machine can run with these settings, and why it cannot run the rest."""
     module = _load("server.doctor")
     raise typer.Exit(module.report(module.examine(settings)))
 
@@ -111,21 +117,21 @@ def doctor(settings: Settings) -> None:
 @with_settings(ENGINE_FLAGS)
 def generate(
     settings: Settings,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability to choose from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    max_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token each time.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that have this probability together.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling: the same seed gives the same text.")] = None,
 ) -> None:
-    """Generate from one prompt in this process, and print the text as it comes.
+    """Generate text from one prompt in this process, and print it as it is generated.
 
     The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included.
     """
-    # What may be said here is said by Settings and SamplingParams, in the words that `serve` uses.
+    # Settings and SamplingParams refuse wrong values, in the same words as for `serve`.
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     words = _prompt(prompt)
     config = _with_model(settings).engine_config()
-    keep_kernels()
+    _keep_kernels()
     text = _load("server.text.tokenizer").Tokenizer.from_folder(config.model)
     ids = text.encode(words)
     detokenizer = text.detokenizer(ids)
@@ -139,21 +145,21 @@ def generate(
 @with_settings([name for name in ENGINE_FLAGS if name != "model"])
 def offline(
     settings: Settings,
-    model: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="A checkpoint; may be given several times.")] = None,
+    model: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="Checkpoint; may be given several times.")] = None,
     workload: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May be given several times; a wrong one lists them all.")
+        list[str] | None, typer.Option(metavar="NAME", help="Workload; may be given several times. A wrong name lists all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="How often to run each; the best counts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Number of runs of each workload; the best one counts.")] = 3,
     record: Record = None,
 ) -> None:
-    """Run workloads through engines in this process; each model has one for all of its own.
+    """Measure workloads with engines in this process, one engine for each model.
 
-    Without --workload: single, decode64, mixed256 and prefill, as far as the model has the context. A row on standard error
-    and a line of JSON on standard output tell of each model and workload as it is done.
+    Without --workload these run: single, decode64, mixed256 and prefill, except those that need a longer context than the model
+    has. After each model and workload, a row is written to standard error and a line of JSON to standard output.
 
     The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included; the prefix cache is off.
     """
-    keep_kernels()
+    _keep_kernels()
     named = [settings.model_copy(update={"model": folder}) for folder in model or ()] or [_with_model(settings)]
     _load("server.bench.offline").run(named, workload or (), rounds=rounds, record=record)
 
@@ -161,17 +167,17 @@ def offline(
 @bench.command()
 def kernels(
     kernel: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="May be given several times; a wrong one lists them all.")
+        list[str] | None, typer.Option(metavar="NAME", help="Kernel; may be given several times. A wrong name lists all.")
     ] = None,
     record: Record = None,
 ) -> None:
-    """Measure each of our kernels at shapes of real models, against the device's bandwidth and rate. Takes CUDA."""
-    keep_kernels()
+    """Measure each kernel at shapes of real models, against the device's bandwidth and peak rate. Needs CUDA."""
+    _keep_kernels()
     _load("server.bench.kernels").run(kernel or (), record=record)
 
 
 def _prompt(given: str) -> str:
-    """The text itself, or that of standard input."""
+    """The prompt as text; "-" stands for standard input. Raises InvalidRequest if it is not UTF-8."""
     raw = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
     try:
         return raw.decode("utf-8")
@@ -181,12 +187,19 @@ def _prompt(given: str) -> str:
 
 
 def _with_model(settings: Settings) -> Settings:
-    """With the bundled model's folder in it, where no model is named."""
+    """The settings, with the bundled model's folder in them if no model is named."""
     if settings.model is not None:
         return settings
     bundled = _load("server.bundled")
     typer.echo(bundled.NOTICE, err=True)
     return settings.model_copy(update={"model": str(bundled.bundled_checkpoint())})
+
+
+def _keep_kernels() -> None:
+    try:
+        keep_kernels()
+    except OSError as error:
+        raise ConfigError(f"there is no folder for compiled kernels: {error}; set TRITON_CACHE_DIR to one") from None
 
 
 def _load(module: str) -> Any:

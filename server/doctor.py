@@ -1,6 +1,6 @@
-"""`tidegate doctor`: what this machine can run, and why not the rest.
+"""`tidegate doctor`: checks whether this machine can serve with the given settings, and says what is missing.
 
-It refuses what `serve` would refuse, by the same code, as far as that can be told without reading a weight.
+It checks by the same code as `serve`, except what would need the weights to be read.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from rich.table import Table
 
 from engine.config import ModelLimits, check
 from engine.errors import CheckpointError, ConfigError
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from server.bundled import bundled_checkpoint
 from server.settings import Settings, in_settings_names
 from server.text.tokenizer import Tokenizer
 
-State = Literal["ok", "missing", "note"]  # "missing": the server cannot run as it is set up
+State = Literal["ok", "missing", "note"]  # "missing": `serve` would not start
 
 NEEDED = ("torch", "safetensors", "tokenizers", "msgspec", "zmq", "fastapi", "uvicorn", "uvloop", "grpc", "prometheus_client")
-OPTIONAL = {"triton": "faster kernels on a CUDA device"}
-LOW_DISK_BYTES = 1 << 30
-TORCH_SECONDS = 120
+OPTIONAL = {"triton": "faster kernels on a CUDA device"}  # package: purpose
+LOW_DISK_BYTES = 1 << 30  # of free space; below it the disk gets a note
+TORCH_SECONDS = 120  # for torch to be imported and to answer
 
 
 class Finding(NamedTuple):
+    """One row of the report: what was checked, whether it is ok, and the details."""
+
     what: str
     state: State
     text: str
@@ -50,23 +52,26 @@ class TorchDevice(msgspec.Struct, frozen=True):
 
 
 class TorchAnswer(msgspec.Struct, frozen=True):
+    """What `engine.weights.probe` prints, as JSON. It runs in another process, since the server must not import torch."""
+
     version: str
-    cuda: str | None
+    cuda: str | None  # the CUDA version that torch was built for
     devices: list[TorchDevice]
-    problem: str | None  # with the checkpoint or the engine's settings
+    problem: str | None  # what is wrong with the checkpoint or the engine's settings
 
 
 class Checkpoint(NamedTuple):
-    """What could be read of the model. `limits` is None where it cannot be served."""
+    """What could be read of the model's folder. `limits` is None if the model cannot be served."""
 
     findings: list[Finding]
-    settings: Settings  # with a model in them
+    settings: Settings  # these name a model
     limits: ModelLimits | None
 
 
 def examine(settings: Settings) -> list[Finding]:
+    """Check everything, in the order of the report."""
     checkpoint = _model(settings)
-    answer = _ask_torch(checkpoint)
+    answer = _run_probe(checkpoint)
     return [
         _python(),
         *_packages(),
@@ -77,12 +82,13 @@ def examine(settings: Settings) -> list[Finding]:
         *_engine(checkpoint, answer),
         _port("HTTP port", settings.host, settings.port),
         _port("gRPC port", settings.host, settings.grpc_port),
+        _port("admin port", settings.admin_host, settings.admin_port),
         *_optional(),
     ]
 
 
 def report(findings: list[Finding]) -> int:
-    """Print a table at a terminal, and plain lines elsewhere; returns the exit code."""
+    """Print the findings, as a table at a terminal and else as plain lines. Returns the exit code: 1 if something is missing."""
     console = Console()
     if console.is_terminal:
         _print_table(console, findings)
@@ -111,23 +117,23 @@ def _packages() -> list[Finding]:
     absent = [name for name in NEEDED if not _has(name)]
     if absent:
         return [Finding("packages", "missing", f"{', '.join(absent)}: install Tidegate with `make serve`")]
-    return [Finding("packages", "ok", "all that are needed are installed")]
+    return [Finding("packages", "ok", "all required packages are installed")]
 
 
-def _ask_torch(checkpoint: Checkpoint) -> TorchAnswer | Finding:
+def _run_probe(checkpoint: Checkpoint) -> TorchAnswer | Finding:
     command = [sys.executable, "-m", "engine.weights.probe", _question(checkpoint)]
     try:
-        asked = subprocess.run(command, capture_output=True, timeout=TORCH_SECONDS, check=True)
-        return msgspec.json.decode(asked.stdout, type=TorchAnswer)
+        probe = subprocess.run(command, capture_output=True, timeout=TORCH_SECONDS, check=True)
+        return msgspec.json.decode(probe.stdout, type=TorchAnswer)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines()
         return Finding("torch", "missing", f"cannot be used: {lines[-1] if lines else error}")
     except (subprocess.TimeoutExpired, msgspec.MsgspecError) as error:
-        return Finding("torch", "missing", f"gives no answer: {error}")
+        return Finding("torch", "missing", f"does not answer: {error}")
 
 
 def _question(checkpoint: Checkpoint) -> str:
-    """The engine's config, where there is more to find out about it."""
+    """The engine's config as JSON, for the probe to check; empty if there is nothing to check."""
     if checkpoint.limits is None or checkpoint.settings.runner == "fake":
         return ""
     return msgspec.json.encode(checkpoint.settings.engine_config()).decode()
@@ -140,37 +146,37 @@ def _torch(settings: Settings, answer: TorchAnswer) -> list[Finding]:
         for i, d in enumerate(answer.devices)
     ]
     state: State = "missing" if settings.device == "cuda" else "note"
-    why = "torch was built without CUDA" if not answer.cuda else "torch sees no device: is there one, with a driver that works?"
+    why = "torch finds no device: check that a driver is installed and works" if answer.cuda else "torch was built without CUDA"
     return [Finding("torch", "ok", f"{answer.version}, {built}"), *(devices or [Finding("CUDA", state, f"none: {why}")])]
 
 
 def _engine(checkpoint: Checkpoint, answer: TorchAnswer | Finding) -> list[Finding]:
-    """What the engine would say of its settings, its memory and the checkpoint's files."""
+    """Check the engine's settings, its memory and the checkpoint's files, as the engine does when it starts."""
     if checkpoint.limits is None:
         return []
     if isinstance(answer, TorchAnswer) and answer.problem is not None:
         return [Finding("engine", "missing", in_settings_names(answer.problem))]
     settings = checkpoint.settings
     try:
-        # Whether there is CUDA is told above.
+        # Whether there is a CUDA device is a finding of its own.
         check(settings.engine_config(), checkpoint.limits, has_cuda=True)
     except ConfigError as error:
         return [Finding("engine", "missing", in_settings_names(error.message))]
     if settings.runner == "fake" or isinstance(answer, Finding):
-        why = "runner is fake" if settings.runner == "fake" else "torch is needed for it"
-        return [Finding("engine", "note", f"settings fit the model; its weights are not looked at: {why}")]
-    read = "random, as load_format is dummy" if settings.load_format == "dummy" else "have the names and shapes that it takes"
-    return [Finding("engine", "ok", f"settings fit the model; weights {read}")]
+        why = "runner is fake" if settings.runner == "fake" else "that needs torch"
+        return [Finding("engine", "note", f"the settings fit the model; its weights are not checked: {why}")]
+    weights = "are random, as load_format is dummy" if settings.load_format == "dummy" else "have the right names and shapes"
+    return [Finding("engine", "ok", f"the settings fit the model; its weights {weights}")]
 
 
 def _memory(settings: Settings, *, has_cuda: bool) -> Finding:
     size = os.sysconf("SC_PAGE_SIZE")
     total, free = os.sysconf("SC_PHYS_PAGES") * size, os.sysconf("SC_AVPHYS_PAGES") * size
-    text = f"{_gib(total)}, of it free {_gib(free)}"
+    text = f"{_gib(total)}, {_gib(free)} free"
     on_host = settings.device == "cpu" or (settings.device == "auto" and not has_cuda)
     if on_host and settings.num_blocks is None and settings.host_bytes > total:
         cache = _gib(settings.host_bytes)
-        return Finding("memory", "note", f"{text}: a KV cache of host_bytes, {cache}, may not fill up; set a smaller one")
+        return Finding("memory", "note", f"{text}: less than host_bytes, the size of the KV cache, {cache}; set a smaller one")
     return Finding("memory", "ok", text)
 
 
@@ -184,12 +190,12 @@ def _model(settings: Settings) -> Checkpoint:
     try:
         is_bundled, folder = settings.model is None, settings.model or str(bundled_checkpoint())
         settings = settings.model_copy(update={"model": folder})
-        spec = ModelSpec.from_folder(folder)
+        spec = read_spec(folder)
         text = Tokenizer.from_folder(folder)
     except (ConfigError, CheckpointError) as error:
         return Checkpoint([Finding("model", "missing", error.message)], settings, None)
     if is_bundled:
-        found = [Finding("model", "note", f"none is set: the bundled model Tidepool at {folder} would be served")]
+        found = [Finding("model", "note", f"none is set: the bundled model Tidepool at {folder} will be served")]
     else:
         what = f"{spec.architecture}, {spec.num_layers} layers, context {spec.max_model_len}, at {folder}"
         found = [Finding("model", "ok", what)]
@@ -206,9 +212,9 @@ def _port(what: str, host: str, port: int) -> Finding:
             sock.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return Finding(what, "missing", f"{host}:{port} is in use already; if that is your own Tidegate, all is well")
-        return Finding(what, "missing", f"{host}:{port} cannot be had: {error.strerror}")
-    return Finding(what, "ok", f"{host}:{port} is free" if port else f"{host}: any that is free")
+            return Finding(what, "missing", f"{host}:{port} is in use by another program, or by a Tidegate that runs already")
+        return Finding(what, "missing", f"{host}:{port} cannot be bound: {error.strerror}")
+    return Finding(what, "ok", f"{host}:{port} is free" if port else f"{host}: the system will choose a free one")
 
 
 def _optional() -> list[Finding]:
@@ -221,7 +227,7 @@ def _optional() -> list[Finding]:
 def _has(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name
+    except ModuleNotFoundError:  # the parent package of a dotted name is missing
         return False
 
 

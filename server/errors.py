@@ -1,7 +1,7 @@
-"""Every error's way to the client: one table from error class to HTTP status, OpenAI error type and gRPC status name.
+"""How errors are reported to clients: a table from error class to HTTP status, OpenAI error type and gRPC status name.
 
-Body of every HTTP error: {"error": {"type", "code", "message", "param"}}, at most about 4 KB: what the client sent is
-named by its path, and never echoed at length. A bug of ours says only that it happened; the log has the rest.
+The body of every HTTP error is {"error": {"type", "code", "message", "param"}}, of at most about 4 KB. It names the field at
+fault by its path, and does not repeat what the client sent. For a bug it says only that there is one; the log has the details.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine.errors import (
     InternalError,
     InvalidRequest,
     MalformedRequest,
+    NumericalError,
     Overloaded,
     PayloadTooLarge,
     RequestError,
@@ -34,7 +35,7 @@ from engine.errors import (
 class ErrorStatus(NamedTuple):
     http: int
     type: str  # OpenAI's error type
-    grpc: str  # the name of a grpc.StatusCode
+    grpc: str  # name of a grpc.StatusCode
 
 
 _INVALID = ErrorStatus(400, "invalid_request_error", "INVALID_ARGUMENT")
@@ -56,17 +57,18 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     Overloaded: ErrorStatus(429, "rate_limit_error", "RESOURCE_EXHAUSTED"),
     Aborted: ErrorStatus(499, "aborted", "CANCELLED"),
     EngineUnavailable: ErrorStatus(503, "service_unavailable_error", "UNAVAILABLE"),
+    NumericalError: _BUG,
     InternalError: _BUG,
 }
 
-MAX_MESSAGE = 384  # characters; with the param the body stays under 4 KB even when each takes six bytes, as \u0001 does
-MAX_PARAM = 256
-ENGINE_RETRY_SECONDS = 1
-_BUG_MESSAGE = "The server failed on this request. The fault is the server's; its log has the details."
+MAX_MESSAGE = 384  # characters; a body with both stays under 4 KB even if each character takes six bytes, as \u0001 does
+MAX_PARAM = 256  # characters
+ENGINE_RETRY_SECONDS = 1  # Retry-After of EngineUnavailable
+_BUG_MESSAGE = "The server failed on this request because of a bug. The server's log has the details."
 
 
 def status_of(error: BaseException) -> ErrorStatus:
-    """The row of the nearest class in the table; whatever is not ours is a bug."""
+    """The table's row for the error's class, or for the nearest base class in the table. Other exceptions are bugs: 500."""
     for cls in type(error).__mro__:
         if cls in STATUS:
             return STATUS[cls]
@@ -74,6 +76,7 @@ def status_of(error: BaseException) -> ErrorStatus:
 
 
 def error_object(type_: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """The body of an HTTP error, with message and param cut to their limits."""
     return {
         "error": {
             "type": type_,
@@ -85,6 +88,7 @@ def error_object(type_: str, code: str, message: str, param: str | None = None) 
 
 
 def error_body(error: BaseException) -> bytes:
+    """The body of the HTTP error that reports `error`, as JSON."""
     status = status_of(error)
     if status is _BUG or not isinstance(error, TidegateError):
         return orjson.dumps(error_object(status.type, InternalError.code, _BUG_MESSAGE))
@@ -92,6 +96,7 @@ def error_body(error: BaseException) -> bytes:
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
+    """The headers that an answer with `error` has besides the usual ones."""
     if isinstance(error, Overloaded):
         return {"retry-after": str(max(1, error.retry_after))}
     if isinstance(error, EngineUnavailable):
@@ -102,13 +107,16 @@ def error_headers(error: BaseException) -> dict[str, str]:
 
 
 def clip(text: str, limit: int) -> str:
-    """Shorten `text`, and make it encodable: a lone surrogate becomes a question mark."""
+    """The first `limit` characters of `text`, with lone surrogates replaced by question marks, so that it can be encoded."""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def field_path(loc: tuple[int | str, ...]) -> str:
-    """("messages", 0, "content") -> "messages[0].content". Pydantic's own words ("[key]", and our union tags) are left out."""
+    """The path of a field from pydantic's location: ("messages", 0, "content") -> "messages[0].content".
+
+    Pydantic's marker "[key]" and the tags of our unions, which begin with "#", are left out.
+    """
     path = ""
     for part in loc:
         if isinstance(part, int):
@@ -118,7 +126,7 @@ def field_path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-_PLAIN_WORDS = {
+_SENTENCES = {
     "missing": "{path} is required",
     "extra_forbidden": "{path} is not a field of this request",
     "finite_number": "{path} must be a finite number",
@@ -126,18 +134,18 @@ _PLAIN_WORDS = {
 
 
 def from_validation(error: ValidationError) -> InvalidRequest:
-    """The first fault pydantic found, as one sentence that names the field and not its value."""
+    """The first fault that pydantic found, as one sentence that names the field but not its value."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = clip(field_path(first["loc"]), MAX_PARAM)
-    said = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")
+    fault = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")
     more = error.error_count() - 1
-    template = _PLAIN_WORDS.get(first["type"])
+    template = _SENTENCES.get(first["type"])
     if template is not None:
         message = template.format(path=path or "the body")
     elif path:
-        message = f"{path}{' ' if said.startswith(('should', 'must')) else ': '}{said[:1].lower() + said[1:]}"
+        message = f"{path}{' ' if fault.startswith(('should', 'must')) else ': '}{fault[:1].lower() + fault[1:]}"
     else:
-        message = said
+        message = fault
     if more:
         message += f" (and {more} more fault{'s' if more > 1 else ''})"
     return InvalidRequest(message, param=path or None)

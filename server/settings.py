@@ -1,12 +1,13 @@
-"""What an operator can set, from four places: flags > TIDEGATE_* environment > YAML file > the defaults below.
+"""The settings of the server, merged from four places: flags > TIDEGATE_* environment > YAML file > the defaults below.
 
-`Settings` is the only list of settings: the flags of `tidegate serve`, the variables and the YAML keys are made from its
-fields. It is frozen and travels to the workers as JSON. `load_settings` is the way in, and raises ConfigError only.
+`Settings` is the only list of settings: the flags of `tidegate serve`, the environment variables and the YAML keys are made from
+its fields. It is frozen, and is sent to the workers as JSON. `load_settings` makes one; ConfigError is all that it raises.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -23,82 +24,100 @@ from engine.errors import ConfigError
 from server import bundled
 
 PREFIX = "TIDEGATE_"
-CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the YAML file's path; `--config` wins over it
+CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the path of the YAML file; `--config` has precedence
 
 _CACHE, _SCHEDULER, _FAKE = CacheConfig(), SchedulerConfig(), FakeConfig()
-_ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # a group of EngineConfig -> how the names of its settings begin
+_ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings' names
 _GROUPED = {f"{group}.{name}" for group in _ENGINE_PREFIX for name in getattr(EngineConfig(model=""), group).__struct_fields__}
 _ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. `Settings(port=0)` reads the environment too, but no file. An empty variable is unset."""
+    """All settings. `Settings(port=0)` reads the environment too, but no file. An empty variable counts as not set."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
-    # What is served, and where. The loopback address is the default since keys are off by default: whoever can reach the
-    # port can use the accelerator. In a container, set 0.0.0.0.
-    model: str | None = Field(None, min_length=1, description="Checkpoint folder; without one, the bundled model Tidepool")
-    served_model_name: str | None = Field(None, min_length=1, description="Name in the API; by default the folder's")
+    # What is served, and where. The default host is the loopback address, since API keys are off by default: anyone who can
+    # reach the port can use the accelerator. In a container, set 0.0.0.0.
+    model: str | None = Field(None, min_length=1, description="Checkpoint folder; by default the bundled model Tidepool")
+    served_model_name: str | None = Field(None, min_length=1, description="Model name in the API; by default its folder's")
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 or :: for every interface")
-    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 picks a free one")
-    grpc_port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 picks a free one")
-    api_workers: int = Field(1, ge=1, le=256, description="Processes that serve HTTP and gRPC")
+    port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 means any free port")
+    grpc_port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 means any free port")
+    # The admin port is on by default: it is reachable from this machine only, and serves nothing that the HTTP port does not.
+    admin_host: str = Field("127.0.0.1", min_length=1, description="Address of the admin port")
+    admin_port: int = Field(9001, ge=0, le=65535, description="Port for health and metrics; 0 means any free port")
+    api_workers: int = Field(1, ge=1, le=256, description="Number of processes that serve HTTP and gRPC")
 
-    # Limits on what a client may send, and how slowly.
+    # Limits on what a client may send or request, and on how slowly.
     max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="Largest request body (HTTP) or message (gRPC)")
-    max_header_bytes: int = Field(32 << 10, ge=1024, le=1 << 20, description="Largest request line and headers together")
-    header_timeout_s: float = Field(10, gt=0, description="Seconds for a request's headers to arrive")
-    body_timeout_s: float = Field(30, gt=0, description="Seconds for a request's body to arrive")
-    idle_timeout_s: float = Field(75, gt=0, description="Seconds a connection may stay open between requests")
-    send_timeout_s: float = Field(60, gt=0, description="Seconds a client may read nothing before its stream is ended")
-    max_n: int = Field(16, ge=1, le=128, description="Most outputs of one request")
-    max_stop_strings: int = Field(16, ge=0, le=1024, description="Most stop strings of one request")
-    max_stop_len: int = Field(256, ge=1, le=65536, description="Longest stop string, in characters")
-    max_logprobs: int = Field(1 << 22, ge=0, description="Most log-probabilities of one answer, alternatives counted")
-    max_prompt_logprobs: int = Field(1 << 17, ge=0, description="Most of them for prompts, which come all at once")
-
-    # Starting, failing and stopping.
-    drain_timeout_s: float = Field(30, ge=0, description="Seconds that running requests have to finish after SIGTERM")
-    stall_timeout_s: float = Field(
-        30, gt=0, description="Seconds without a step ended, with work to do, until an engine is replaced"
+    max_header_bytes: int = Field(32 << 10, ge=1024, le=1 << 20, description="Largest sum of request line and headers")
+    header_timeout_s: float = Field(10, gt=0, description="Seconds within which a request's headers must arrive")
+    body_timeout_s: float = Field(30, gt=0, description="Seconds within which a request's body must arrive")
+    idle_timeout_s: float = Field(75, gt=0, description="Seconds that a connection may be idle between requests")
+    send_timeout_s: float = Field(60, gt=0, description="Seconds that a client may read nothing before its stream ends")
+    max_waiting_text_bytes: int = Field(
+        64 << 20, ge=1 << 20, description="Bytes of long texts that may wait for one worker's tokenizer; more are refused"
     )
-    resume_timeout_s: float = Field(120, gt=0, description="Seconds that streams wait for a dead engine's successor")
-    max_deaths: int = Field(3, ge=1, description="Engine deaths that a request may be part of before it is ended")
-    crash_limit: int = Field(5, ge=1, description="Deaths of one process within crash_window_s that end the server")
-    crash_window_s: float = Field(60, gt=0, description="See crash_limit")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least important log line shown")
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="Largest number of HTTP connections of one API worker; by default what the limit of open files allows",
+    )
+    # A call takes about 10 KB. 8192 is twice the default max_queue, so a full queue leaves as many calls for other methods.
+    max_grpc_calls: int = Field(8192, ge=1, description="Largest number of gRPC calls that one API worker runs at once")
+    max_n: int = Field(16, ge=1, le=128, description="Largest number of outputs (n) of one request")
+    max_stop_strings: int = Field(16, ge=0, le=1024, description="Largest number of stop strings of one request")
+    max_stop_len: int = Field(256, ge=1, le=65536, description="Largest length of a stop string, in characters")
+    max_logprobs: int = Field(1 << 22, ge=0, description="Most log-probabilities in one answer, alternatives included")
+    max_prompt_logprobs: int = Field(1 << 17, ge=0, description="Most log-probabilities for the prompts of one request")
+
+    # Starting, failing and stopping. Processes report progress a few times a second: a timeout below 1 would kill healthy ones.
+    start_timeout_s: float = Field(300, ge=1, description="Seconds that a starting process may report no progress until replaced")
+    stall_timeout_s: float = Field(30, ge=1, description="Seconds that one step may take until the engine is replaced")
+    worker_stall_timeout_s: float = Field(20, ge=1, description="Seconds that an API worker may hang until it is replaced")
+    crash_limit: int = Field(5, ge=1, description="Deaths of a process, with no work done in between, that end the server")
+    crash_window_s: float = Field(60, gt=0, description="Seconds of readiness after which a death does not count in crash_limit")
+    resume_timeout_s: float = Field(120, gt=0, description="Seconds that streams wait for a new engine after a death")
+    max_deaths: int = Field(3, ge=1, description="Engine deaths during a request that end the request, which may be the cause")
+    drain_timeout_s: float = Field(30, ge=0, description="Seconds for running requests to finish after SIGTERM or SIGHUP")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level of log lines written")
     log_format: Literal["auto", "human", "json"] = Field("auto", description="auto: human at a terminal, JSON otherwise")
 
-    # The engine: see engine/config.py. A default of None means "choose for me".
-    device: Device = Field("auto", description="Where to run")
+    # The engine: see engine/config.py. With the default None, the engine chooses the value.
+    device: Device = Field("auto", description="Device of the engine")
     dtype: DType = Field("auto", description="Number format of weights and activations")
-    load_format: LoadFormat = Field("safetensors", description="dummy: random weights of the right shapes")
-    runner: RunnerKind = Field("torch", description="fake: no model, made-up tokens, for load tests")
-    max_model_len: int | None = Field(None, ge=1, description="Longest prompt and output together; by default the model's")
-    seed: int = Field(0, ge=0, description="Seeds dummy weights")
-    overlap: bool | None = Field(None, description="Submit a step before the last one's tokens are read")
-    cuda_graphs: bool | None = Field(None, description="Replay captured decode steps on CUDA")
-    debug_checks: bool = Field(False, description="Check every invariant after each step")
-    block_size: int = Field(_CACHE.block_size, ge=1, description="Tokens in a KV-cache block")
-    num_blocks: int | None = Field(_CACHE.num_blocks, ge=1, description="KV-cache blocks; wins over memory_fraction")
-    memory_fraction: float = Field(_CACHE.memory_fraction, gt=0, le=1, description="Share of free device memory for KV")
-    host_bytes: int = Field(_CACHE.host_bytes, ge=1, description="KV-cache bytes where the device is the CPU")
-    prefix_caching: bool = Field(_CACHE.prefix_caching, description="Share KV blocks of equal prompt prefixes")
-    max_num_seqs: int = Field(_SCHEDULER.max_num_seqs, ge=1, description="Most requests running at once")
-    max_step_tokens: int | None = Field(_SCHEDULER.max_step_tokens, ge=1, description="Most tokens in one step")
-    max_queue: int = Field(_SCHEDULER.max_queue, ge=1, description="Most requests waiting; further ones are refused")
-    max_skips: int = Field(_SCHEDULER.max_skips, ge=0, description="Times a request that does not fit may be passed")
-    fake_step_ms: float = Field(_FAKE.step_ms, ge=0, description="runner fake: milliseconds a step takes")
-    fake_token_us: float = Field(_FAKE.token_us, ge=0, description="runner fake: microseconds more for each token")
-    fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, description="runner fake: KV-cache blocks")
+    load_format: LoadFormat = Field("safetensors", description="Source of the weights; dummy: random weights of the right shapes")
+    runner: RunnerKind = Field("torch", description="What runs the steps; fake: no model and made-up tokens, for load tests")
+    max_model_len: int | None = Field(None, ge=1, description="Context length in tokens; by default the model's")
+    seed: int = Field(0, ge=0, description="Seed of dummy weights")
+    overlap: bool | None = Field(None, description="Submit a step before the tokens of the previous step are read")
+    cuda_graphs: bool | None = Field(None, description="Replay steps that were captured as CUDA graphs")
+    debug_checks: bool = Field(False, description="Check all invariants after each step; slow")
+    block_size: int = Field(_CACHE.block_size, ge=1, description="Tokens in one block of the KV cache")
+    num_blocks: int | None = Field(_CACHE.num_blocks, ge=1, description="Blocks of the KV cache; overrides memory_fraction")
+    memory_fraction: float = Field(
+        _CACHE.memory_fraction, gt=0, le=1, description="Fraction of free device memory for the KV cache"
+    )
+    host_bytes: int = Field(_CACHE.host_bytes, ge=1, description="Bytes of the KV cache if the device is the CPU")
+    prefix_caching: bool = Field(_CACHE.prefix_caching, description="Reuse KV blocks for equal prompt prefixes")
+    max_num_seqs: int = Field(_SCHEDULER.max_num_seqs, ge=1, description="Largest number of outputs that run at once")
+    max_step_tokens: int | None = Field(_SCHEDULER.max_step_tokens, ge=1, description="Largest number of tokens in one step")
+    max_queue: int = Field(_SCHEDULER.max_queue, ge=1, description="Largest number of waiting outputs; more are refused")
+    max_skips: int = Field(_SCHEDULER.max_skips, ge=0, description="Times that others may overtake a request that does not fit")
+    fake_step_ms: float = Field(_FAKE.step_ms, ge=0, description="Fake runner: milliseconds that each step takes")
+    fake_token_us: float = Field(_FAKE.token_us, ge=0, description="Fake runner: microseconds that each token adds to a step")
+    fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, description="Fake runner: blocks of the KV cache")
+    fake_nan_token: int | None = Field(
+        _FAKE.nan_token, ge=0, description="Fake runner: a row that would sample this token id reports logits that are not finite"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        """YAML reads `port: yes` as true, which pydantic would take for 1."""
+        """Refuse `port: yes`: YAML reads it as true, which pydantic would accept as 1."""
         if isinstance(value, bool) and not _is_bool(info.field_name or ""):
             raise ValueError("a truth value")
         return value
@@ -135,12 +154,17 @@ class Settings(BaseSettings):
                 max_queue=self.max_queue,
                 max_skips=self.max_skips,
             ),
-            fake=FakeConfig(step_ms=self.fake_step_ms, token_us=self.fake_token_us, num_blocks=self.fake_num_blocks),
+            fake=FakeConfig(
+                step_ms=self.fake_step_ms,
+                token_us=self.fake_token_us,
+                num_blocks=self.fake_num_blocks,
+                nan_token=self.fake_nan_token,
+            ),
         )
 
 
 def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Path | None = None) -> Settings:
-    """Merge the four places. `flags` holds the flags that were given, by field name; `config` is the YAML file's path."""
+    """Merge the four places. `flags` holds the flags that were given, by field name; `config` is the path of the YAML file."""
     flags = dict(flags or {})
     unknown = [name for name in os.environ if name.upper().startswith(PREFIX) and not _known_variable(name.upper())]
     if unknown:
@@ -167,7 +191,7 @@ def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Pa
 
 
 def in_settings_names(message: str) -> str:
-    """An engine's message with the names that an operator sets: `cache.block_size` is `block_size` here."""
+    """Replace the engine's names of settings in `message` with the operator's: `cache.block_size` becomes `block_size`."""
 
     def as_set(found: re.Match[str]) -> str:
         group, _, name = found[0].partition(".")
@@ -177,12 +201,13 @@ def in_settings_names(message: str) -> str:
 
 
 def describe(name: str) -> str:
-    """What is right for a field, in words: "a whole number from 0 to 65535"."""
+    """Say in words which values a setting may have: "a whole number from 0 to 65535"."""
     kinds = _kinds(name)
     return " or ".join(_in_words(kind) for kind in kinds if kind.get("type") != "null")
 
 
 def flag(name: str) -> str:
+    """The flag of a setting: "--max-n" for "max_n"."""
     return "--" + name.replace("_", "-")
 
 
@@ -200,11 +225,11 @@ def _is_bool(name: str) -> bool:
 
 
 def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
-    """What each value by itself cannot show."""
-    if settings.port and settings.port == settings.grpc_port:
-        raise ConfigError(
-            f"port and grpc_port are both {settings.port}: HTTP and gRPC each need a port of their own", param="grpc_port"
-        )
+    """Refuse values that contradict each other. Raises ConfigError."""
+    ports = {name: getattr(settings, name) for name in ("port", "grpc_port", "admin_port")}
+    for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
+        if port and port == same:
+            raise ConfigError(f"{one} and {other} are both {port}: each needs a port of its own", param=other)
     tokens, seqs = settings.max_step_tokens, settings.max_num_seqs
     if tokens is not None and tokens < seqs:
         origin = origins.get("max_step_tokens", "the call")
@@ -266,7 +291,7 @@ def _closest(name: str) -> str:
 
 
 def _service_links(value: object) -> str:
-    """Kubernetes gives each pod TIDEGATE_PORT=tcp://... when a Service is named tidegate."""
+    """A hint for a variable such as TIDEGATE_PORT=tcp://..., which Kubernetes sets in each pod for a Service named tidegate."""
     if not str(value).startswith("tcp://"):
         return ""
     return " (Kubernetes sets such variables for a Service named tidegate: set enableServiceLinks: false in the pod's spec)"

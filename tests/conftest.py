@@ -50,6 +50,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("torch")]
 
 
+@pytest.fixture
+def fresh():
+    """A server of its own for each test, for tests that kill, stop or overload it."""
+    with ServerChild() as child:
+        yield child
+
+
 @pytest.fixture(scope="module")
 def server():
     """A whole `tidegate serve` with a fake engine, for tests that leave it as it was."""

@@ -1,5 +1,6 @@
-"""Make Tidepool and its draft from nothing, one stage after the other: `python -m train`. A stage that was interrupted goes on
-where it was; `--first` and `--last` run some of them.
+"""Trains Tidepool and its draft model from scratch: `python -m train` runs one stage after the other.
+
+An interrupted stage continues where it stopped. `--first` and `--last` select a range of stages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ EVALUATION = CHECKPOINTS / "tidepool" / "evaluation.jsonl"
 
 
 def stages(work: Path) -> dict[str, list[Command]]:
-    """Arguments of `python -m` by stage."""
+    """Return the arguments of `python -m` for each stage."""
     work_option = ["--work", str(work)]
     run, draft = work / "tidepool", work / "tidepool-draft"
     shipped, shipped_draft = CHECKPOINTS / "tidepool", CHECKPOINTS / "tidepool-draft"

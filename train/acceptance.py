@@ -1,12 +1,12 @@
-"""How often a guess at the model's next greedy token is right, and how evenly its experts are used.
+"""Measures how often a predicted token equals the model's next greedy token, and how evenly the model uses its experts.
 
-The greedy continuations are an engine's. Guesses are measured teacher-forced: prompt and continuation go through the model
-once, whole, and at each position the guess is compared with the token that the model did choose.
+An engine makes the greedy continuations. Predictions are then measured with teacher forcing: prompt and continuation go
+through the model once as a whole, and each prediction is compared with the token that the model chose at that position.
 
     position           i           i + 1         i + 2
     token              prompt...   continuation
-    MTP    sees        hidden[i]   token[i + 1]  guesses this one
-    draft  sees        ...         token[i + 1]  guesses this one
+    MTP    sees        hidden[i]   token[i + 1]  predicts this one
+    draft  sees        ...         token[i + 1]  predicts this one
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from engine.layers.moe import MoeMlp, route
 from engine.layers.ops import Ops
 from engine.models import registry
 from engine.models.deepseek_mtp import DeepseekMtp
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader
 
 BLOCK_SIZE = 64
-PROMPT_TOKENS = (128, 256)  # least and most
+PROMPT_TOKENS = (128, 256)  # minimum and maximum
 OUTPUT_TOKENS = 64
 SEED = 2026
 
 
 class Continued(NamedTuple):
-    """A prompt with the tokens that the model chose after it."""
+    """A prompt, and the tokens that the model generated after it."""
 
     ids: list[int]
     num_prompt: int
 
 
 class Balance(NamedTuple):
-    """Load of experts, one entry a layer that has them; `utilisation` is the share with half the mean load or more."""
+    """Load of the experts, one entry for each layer that has them.
+
+    `utilisation` is the share of experts that get at least half the mean load.
+    """
 
     layers: list[int]
     max_over_mean: list[float]
@@ -52,7 +55,7 @@ class Balance(NamedTuple):
 
 
 def choose_prompts(files: Sequence[list[int]], num: int, *, seed: int = SEED) -> list[list[int]]:
-    """`num` pieces of the files' tokens, spread over the files; the same seed gives the same ones."""
+    """Choose `num` pieces of the files' tokens, spread over the files. The same seed gives the same pieces."""
     rng = random.Random(seed)
     usable = [ids for ids in files if len(ids) > 1]
     prompts = []
@@ -65,7 +68,11 @@ def choose_prompts(files: Sequence[list[int]], num: int, *, seed: int = SEED) ->
 
 
 def continue_greedily(llm: LLM, prompts: Sequence[list[int]], num_tokens: int = OUTPUT_TOKENS) -> list[Continued]:
-    """Prompts are cut where the context has no room for `num_tokens` more; where it has none for a prompt, for half of them."""
+    """Continue each prompt greedily by `num_tokens` tokens.
+
+    A prompt is shortened if the context cannot hold the continuation too. If the context cannot hold `num_tokens` and a prompt
+    at all, each gets half of it.
+    """
     most = llm.info.limits.max_model_len
     num_tokens = min(num_tokens, most // 2)
     room = most - num_tokens
@@ -75,7 +82,7 @@ def continue_greedily(llm: LLM, prompts: Sequence[list[int]], num_tokens: int = 
 
 
 def draft_acceptance(draft: LLM, continued: Sequence[Continued]) -> float | None:
-    """Share of the continuations' tokens that are the draft's likeliest; None where there is no token."""
+    """Share of the continuations' tokens that are the draft model's argmax; None if there is no token."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     right = total = 0
     for c, said in zip(continued, draft.generate([c.ids for c in continued], params), strict=True):
@@ -86,10 +93,10 @@ def draft_acceptance(draft: LLM, continued: Sequence[Continued]) -> float | None
 
 
 class TeacherForced:
-    """A model, and its MTP module where the checkpoint has one, run over whole sequences one at a time."""
+    """Runs a model, and its MTP module if the checkpoint has one, over whole sequences one at a time."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
-        spec = ModelSpec.from_folder(folder)
+        spec = read_spec(folder)
         self._device = device
         self._model = registry.build(spec, dtype=dtype, device=device)
         self._model.attention = select.choose(device, self._model.kv_pools()[0], BLOCK_SIZE)
@@ -98,13 +105,16 @@ class TeacherForced:
 
     @torch.inference_mode()
     def mtp_acceptance(self, continued: Sequence[Continued]) -> float | None:
-        """Share of the continuations' tokens, each one's first apart, that the MTP module guesses; None without either."""
+        """Share of the continuations' tokens that the MTP module predicts, not counting each continuation's first token.
+
+        None if there is no MTP module or no token.
+        """
         if self.mtp is None:
             return None
         right = total = 0
         for c in continued:
             ids = torch.tensor(c.ids, device=self._device)
-            # Of positions 0 .. n - 3, whose guesses are of tokens 2 .. n - 1.
+            # Positions 0 .. n - 3 predict tokens 2 .. n - 1.
             out = self._run_mtp(self.mtp, self._run(ids), ids)[c.num_prompt - 1 : -1]
             wanted = ids[c.num_prompt + 1 :]
             right += int((self.mtp.logits(out).argmax(-1) == wanted).sum())
@@ -113,7 +123,7 @@ class TeacherForced:
 
     @torch.inference_mode()
     def expert_balance(self, sequences: Sequence[list[int]]) -> Balance | None:
-        """Over all tokens of `sequences`; None for a model without experts."""
+        """Measure the load of the experts over all tokens of `sequences`; None for a model without experts."""
         layers: list[nn.Module] = [*self._model.decoder_layers(), *([] if self.mtp is None else [self.mtp.layer])]
         loads = {i: _ExpertLoad(m) for i, layer in enumerate(layers) for m in layer.modules() if isinstance(m, MoeMlp)}
         if not loads:
@@ -130,17 +140,19 @@ class TeacherForced:
         return _balance({i: load.counts for i, load in loads.items()})
 
     def _run(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [T] -> hidden [T, H]"""
+        """Run the model on ids [T] -> hidden [T, H]."""
         return self._model(_whole(ids, self._model.kv_pools()))  # type: ignore[no-any-return]
 
     def _run_mtp(self, mtp: DeepseekMtp, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """-> out [T - 1, H]: the last position has no token after it."""
+        """Run the MTP module on T tokens -> out [T - 1, H]. The last position has no next token as input."""
         return mtp(hidden[:-1], ids[1:], _whole(ids[:-1], mtp.kv_pools()))  # type: ignore[no-any-return]
 
 
 class _ExpertLoad:
-    """Counts the tokens that each expert of a layer is given. The router is asked a second time, beside the layer's forward,
-    so that what the engine runs has no code for being watched."""
+    """Counts the tokens that each expert of a layer gets.
+
+    It evaluates the router a second time beside the layer's forward, so that the engine needs no code for observation.
+    """
 
     def __init__(self, moe: MoeMlp) -> None:
         self.counts = torch.zeros(moe.routing.num_experts, dtype=torch.int64)
@@ -158,7 +170,7 @@ class _ExpertLoad:
 
 
 def _balance(counts: dict[int, torch.Tensor]) -> Balance:
-    share = torch.stack([c / c.float().mean() for c in counts.values()])  # [layers, experts]: of the mean load
+    share = torch.stack([c / c.float().mean() for c in counts.values()])  # [layers, experts]: load divided by the mean load
     return Balance(
         layers=list(counts),
         max_over_mean=[round(float(s.max()), 4) for s in share],
@@ -167,7 +179,7 @@ def _balance(counts: dict[int, torch.Tensor]) -> Balance:
 
 
 def _whole(ids: torch.Tensor, pools: list[list[PoolSpec]]) -> ForwardBatch:
-    """A sequence from its first token to its last, in one step, with pools of its own."""
+    """Make a batch of one whole sequence as a single prefill step, with pools of its own."""
     num, device = len(ids), ids.device
     blocks = -(-num // BLOCK_SIZE)
     kv: list[LayerPools] = [

@@ -1,5 +1,6 @@
-"""The model cards of Tidepool and of its draft: `python -m train.card` fills the texts in `cards/` with what was recorded. Every
-figure of a run or a measurement is read from a file; none is typed in.
+"""Writes the model cards of Tidepool and of its draft model: `python -m train.card` fills the templates in `cards/`.
+
+Every figure of a training run or a measurement is read from a recorded file; none is typed in.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def draw_curve(log: list[Line], file: Path) -> None:
-    """Loss of both predictions, and below it bits per byte on held-out text, over tokens."""
+    """Plot the loss of both predictions over tokens, and below it the bits per byte on held-out text."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for key, label in (("second_loss", "the token after the next (MTP)"), ("loss", "the next token")):
@@ -47,7 +48,7 @@ def draw_curve(log: list[Line], file: Path) -> None:
 
 
 def rate(log: list[Line], length: int) -> str:
-    """Medians over the lines with windows of `length`: tokens/s and, where the GPU's peak is known, model FLOP utilisation."""
+    """Medians over the log lines with windows of `length`: tokens/s, and model FLOP utilisation if the GPU's peak is known."""
     lines = [line for line in log if line["length"] == length]
     said = f"{statistics.median(line['tok_s'] for line in lines) / 1e6:.2f} million tokens/s"
     used = [line["mfu"] for line in lines if "mfu" in line]
@@ -55,7 +56,7 @@ def rate(log: list[Line], length: int) -> str:
 
 
 def latest(lines: list[Line]) -> dict[str, Line]:
-    """The last line of each precision."""
+    """Return the last evaluation line of each precision."""
     return {line["precision"]: line for line in lines}
 
 
@@ -66,7 +67,7 @@ def evaluation_table(lines: Iterable[Line]) -> str:
 
 
 def licences(manifest: Line) -> str:
-    """Megabytes by licence, largest first; those of less than one together."""
+    """Megabytes of text by licence, largest first. Licences with less than one megabyte are added up in one entry."""
     size: dict[str, int] = defaultdict(int)
     for source in manifest["sources"].values():
         size[source["licence"]] += source["kept_bytes"]
@@ -76,7 +77,7 @@ def licences(manifest: Line) -> str:
 
 
 def folder_size(folder: Path) -> float:
-    """Million bytes."""
+    """Size of a folder in million bytes."""
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
 
 
@@ -148,7 +149,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder of the runs and the corpus.")] = Path(".cache/train"),
     checkpoints: Annotated[Path, typer.Option(help="Folder of both models.")] = Path("checkpoints"),
 ) -> None:
-    """Write README.md, the training log and its picture beside both models."""
+    """Write README.md, the training log and its plot beside both models."""
     tidepool, draft = checkpoints / "tidepool", checkpoints / "tidepool-draft"
     for folder in (tidepool, draft):
         shutil.copyfile(work / folder.name / LOG, folder / TRAINING)

@@ -1,13 +1,13 @@
-"""The corpus: unpacked files in, filtered, without duplicates, and split into held-out text and 16 shards to train on.
+"""Builds the corpus: unpacked files are filtered, deduplicated, and split into held-out text and 16 training shards.
 
     unpacked files --filters--> documents --hash--> no exact duplicates --MinHash--> no near-duplicates
         --rank of hash--> held out: HELDOUT_BYTES, to train/heldout.jsonl.xz
         +-- the rest --> corpus/train-00.jsonl.xz ... train-15.jsonl.xz
 
-What is held out depends only on the paths that are left after the duplicates are gone. How near it comes to what is trained on
-is measured (`nearest`) and in the manifest. For every source, files found = files kept + files dropped for each reason
-(`Tally.check`). The same sources give the same files, byte for byte. Not here: the sources (`train.fetch`), how a file
-is read (`train.reading`) and what makes it good (`train.filters`).
+Only the paths that remain after deduplication decide what is held out. The manifest says how similar the held-out text is
+to the training text (`nearest`). For every source, files found = files kept + files dropped for each reason
+(`Tally.check`). The same sources give the same files, byte for byte. Other modules have the sources (`train.fetch`), the
+reading of files (`train.reading`) and the quality rules (`train.filters`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from train.reading import Tally, read_once
 from train.shards import Document
 
 HELDOUT = Path(__file__).with_name("heldout.jsonl.xz")
-NOTICES = "heldout-copyright.txt.xz"  # beside it: what the licences of the held-out files ask to keep with them
-HELDOUT_BYTES = 1_000_000  # of text: the first files in order of rank that reach it
-SEED = 2026  # of every rank
+NOTICES = "heldout-copyright.txt.xz"  # the copyright notices that must accompany the held-out files
+HELDOUT_BYTES = 1_000_000  # of held-out text: files are taken in order of rank until they reach it
+SEED = 2026  # hashed into every rank
 SHARDS = 16
-MAX_COMPRESSED = 44_000_000  # bytes of all shards: copied to a machine with a GPU in seconds
-CODE_BYTES = 200_000_000  # of text to train on: past it, files with the highest ranks are left out
+MAX_COMPRESSED = 44_000_000  # bytes of all shards together, so that copying them to a GPU machine takes seconds
+CODE_BYTES = 200_000_000  # of code to train on; beyond it, files with the highest ranks are left out
 PROSE_BYTES = 58_000_000
 PROCESSES = 2
 
@@ -46,11 +46,11 @@ PROCESSES = 2
 class Split(NamedTuple):
     heldout: list[Document]
     train: list[Document]
-    left_out: list[Document]  # over CODE_BYTES or PROSE_BYTES
+    left_out: list[Document]  # beyond CODE_BYTES or PROSE_BYTES
 
 
 def deduplicate(documents: Iterable[Document], tallies: dict[str, Tally]) -> list[Document]:
-    """The documents in order without those whose text, or most of it, came before."""
+    """Return the documents in order, without those whose text, or most of it, came before."""
     seen: set[bytes] = set()
     distinct = []
     for document in documents:
@@ -70,7 +70,7 @@ def deduplicate(documents: Iterable[Document], tallies: dict[str, Tally]) -> lis
 
 
 def rank(document: Document) -> bytes:
-    """Where a document stands in the order that decides what is held out: a hash of its name, so that no choice enters."""
+    """Rank of a document, which decides what is held out. It is a hash of the document's name, so nobody chooses."""
     return hashlib.sha256(f"{SEED}/{document.source}/{document.path}".encode()).digest()
 
 
@@ -92,13 +92,13 @@ def split(documents: Sequence[Document], heldout_bytes: int, code_bytes: int, pr
 
 
 def nearest(heldout: Sequence[Document], train: Sequence[Document]) -> float:
-    """The highest similarity of a held-out document to one that is trained on, every pair compared."""
+    """The highest similarity between a held-out document and a training document. Every pair is compared."""
     signatures = np.stack([document.signature for document in train])
     return max(float((signatures == document.signature).mean(1).max()) for document in heldout)
 
 
 def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, Tally], list[Document]]:
-    """Every source's documents, in the order of `sources` whichever is read first."""
+    """Read every source's documents. The result is in the order of `sources`, whichever is read first."""
     absent = [name for name, source in sources.items() if not is_unpacked(name, source, unpacked)]
     if absent:
         raise ConfigError(
@@ -117,7 +117,7 @@ def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, 
 
 
 def write_shards(documents: Sequence[Document], folder: Path) -> dict[str, Any]:
-    """Write the shards; return what the manifest says of each."""
+    """Write the shards, and return the manifest's entry for each."""
     written = {}
     with progress() as bar, ProcessPoolExecutor(PROCESSES) as pool:
         task = bar.add_task("compress", total=SHARDS)
@@ -144,7 +144,7 @@ def write_heldout(documents: Sequence[Document], licences: dict[str, str], path:
 
 
 def write_notices(documents: Sequence[Document], sources: dict[str, Source], unpacked: Path, path: Path) -> None:
-    """The copyright file of each package that a held-out document is from."""
+    """Write the copyright file of each package that a held-out document comes from."""
     names = sorted({sources[document.source].copyright or document.source for document in documents})
     texts = [(unpacked / name / "usr/share/doc" / name / "copyright").read_text("utf-8") for name in names]
     parts = [f"==== {name} ====\n\n{text}\n" for name, text in zip(names, texts, strict=True)]
@@ -152,8 +152,8 @@ def write_notices(documents: Sequence[Document], sources: dict[str, Source], unp
 
 
 def build(sources: dict[str, Source], unpacked: Path, folder: Path, heldout: Path) -> dict[str, Any]:
-    """Write shards, held-out text with its notices, and manifest; return the manifest."""
-    (folder / "manifest.json").unlink(missing_ok=True)  # written last: without it there is no corpus
+    """Write the shards, the held-out text with its copyright notices, and the manifest; return the manifest."""
+    (folder / "manifest.json").unlink(missing_ok=True)  # the manifest is written last; a folder without one is not a corpus
     tallies, documents = read_sources(sources, unpacked)
     parts = split(deduplicate(documents, tallies), HELDOUT_BYTES, CODE_BYTES, PROSE_BYTES)
     for document in parts.left_out:
@@ -178,7 +178,7 @@ def build(sources: dict[str, Source], unpacked: Path, folder: Path, heldout: Pat
 
 
 def check_compressed(manifest: dict[str, Any]) -> int:
-    """The bytes of all shards, or ConfigError where they are too many to carry."""
+    """Return the size of all shards in bytes. Raises ConfigError if they exceed MAX_COMPRESSED."""
     total = sum(shard["compressed_bytes"] for shard in manifest["shards"].values())
     if total > MAX_COMPRESSED:
         raise ConfigError(f"the shards have {total} bytes, over {MAX_COMPRESSED}: lower CODE_BYTES and PROSE_BYTES in {__name__}")
@@ -192,7 +192,7 @@ def _size(documents: Sequence[Document]) -> dict[str, int]:
 
 
 def main(work: Work = WORK, heldout: Annotated[Path, typer.Option(help="Where to write the held-out files.")] = HELDOUT) -> None:
-    """Make the corpus of what `python -m train.fetch` unpacked."""
+    """Build the corpus from the packages that `python -m train.fetch` unpacked."""
     try:
         manifest = build(load_sources(), work / "unpacked", work / "corpus", heldout)
         compressed = check_compressed(manifest)

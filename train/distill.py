@@ -1,5 +1,7 @@
-"""Train the draft model to say what Tidepool says: `python -m train.distill`, or under torchrun. The loss is the Kullback-Leibler
-divergence of the whole next-token distributions, teacher to student, on the texts that the teacher was trained on.
+"""Trains the draft model to predict what Tidepool predicts: `python -m train.distill`, or under torchrun.
+
+The loss is the Kullback-Leibler divergence of the full next-token distributions, teacher to student, on the texts that the
+teacher was trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 import typer
 from torch.nn import functional as F
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from train import state
 from train.loop import Devices, Metrics, Objective, Training
 from train.model import Decoder, flops_per_token
@@ -48,7 +50,7 @@ class Distillation(Objective):
         return loss, {"loss": loss.detach(), "agreement": agreement}
 
     def flops_per_token(self, length: int) -> float:
-        """The teacher only goes forward, a third, and without its MTP module."""
+        """FLOPs per token: the student's training, plus the teacher's forward (a third of training) without its MTP module."""
         student, teacher = self.student, self.teacher
         return flops_per_token(student, length) + flops_per_token(teacher, length, mtp=False) / 3
 
@@ -56,8 +58,10 @@ class Distillation(Objective):
 def divergence(
     wanted: torch.Tensor, hidden: torch.Tensor, wanted_head: torch.Tensor, head: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [B, T, H] of teacher and student, and their heads [V, H] -> mean divergence in nats, and the share of
-    positions at which both would take the same token."""
+    """Compare teacher and student, from hidden states [B, T, H] and heads [V, H].
+
+    Returns the mean divergence in nats, and the share of positions at which both have the same argmax.
+    """
     teacher = F.linear(wanted.flatten(0, 1), wanted_head.to(wanted.dtype)).float()
     student = F.linear(hidden.flatten(0, 1), head.to(hidden.dtype)).float()
     loss = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
@@ -65,8 +69,8 @@ def divergence(
 
 
 def load_teacher(run: Path, device: torch.device) -> Decoder:
-    """The model that `train.pretrain` left in `run`. Raises SystemExit where there is none."""
-    teacher = Decoder(ModelSpec.from_hf(TIDEPOOL), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    """Load the model that `train.pretrain` left in `run`. Raises SystemExit if there is none."""
+    teacher = Decoder(parse_spec(TIDEPOOL), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     state.load_model(run, teacher)
     teacher.to(device)
     if device.type == "cuda":

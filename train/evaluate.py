@@ -1,7 +1,8 @@
-"""How good a model is: `python -m train.evaluate --model checkpoints/tidepool`, or `--model http://host:port` for a server's.
+"""Measures the quality of a model: `python -m train.evaluate --model checkpoints/tidepool`, or `--model http://host:port`.
 
-A table on stderr; the last line on stdout is JSON. Bits per byte are over the UTF-8 bytes of the held-out texts, so that
-models of other vocabularies, and xz, compare. What runs is the engine; nothing here needs the training code.
+It prints a table on stderr, and one line of JSON as the last line on stdout. Bits per byte are over the UTF-8 bytes of the
+held-out texts, so that models with other vocabularies, and xz, can be compared. The engine runs the model; the training code
+is not needed.
 """
 
 from __future__ import annotations
@@ -26,45 +27,46 @@ from rich.table import Table
 from engine import LLM
 from engine.config import EngineConfig, resolve
 from engine.errors import ConfigError, TidegateError
+from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
 from train.acceptance import Balance, TeacherForced, choose_prompts, continue_greedily, draft_acceptance
 from train.scoring import EngineScorer, Score, Scorer, ServerFailure, ServerScorer, read_documents, score, windows, xz_size
 
-BALANCE_SEQUENCES, BALANCE_TOKENS = 64, 512  # at most so many pieces of text, of at most so many tokens
+BALANCE_SEQUENCES, BALANCE_TOKENS = 64, 512  # maximum number of pieces of text, and of tokens in each
 EXIT_FAILED = 1
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The result as one JSON line. What cannot be had of a model is null; `mtp_reason` says why for the MTP module."""
+    """The result, as one JSON line. A figure that cannot be measured for a model is null; `mtp_reason` says why for MTP."""
 
     date: str
     model: str
-    precision: str | None  # how the weights are stored
-    compute: str | None  # what they are computed in
+    precision: str | None  # type that the weights are stored in
+    compute: str | None  # type that the model computes in
     device: str | None
     bits_per_byte: float
-    xz_bits_per_byte: float  # all texts as one stream, `xz -9e`
+    xz_bits_per_byte: float  # of all texts compressed as one stream by `xz -9e`
     xz_per_file_bits_per_byte: float
-    top1: float  # share of tokens that are the likeliest
+    top1: float  # share of tokens that are the model's argmax
     mtp_acceptance: float | None
     mtp_reason: str | None = None
     draft: str | None = None
     draft_acceptance: float | None
-    expert_layers: list[int] | None  # those that have experts, the MTP module's as the last
-    expert_max_over_mean: list[float] | None  # the busiest expert's load over the mean load, by layer
+    expert_layers: list[int] | None  # indices of the layers with experts; the MTP module's comes last
+    expert_max_over_mean: list[float] | None  # load of the busiest expert divided by the mean load, by layer
     expert_max_over_mean_max: float | None
-    expert_utilisation: float | None  # share of all layers' experts that have half the mean load or more
+    expert_utilisation: float | None  # share of experts, over all layers, with at least half the mean load
     heldout_bytes: int
     heldout_files: int
-    heldout_sha256: str  # of the held-out file's lines, whatever xz made of them
+    heldout_sha256: str  # of the held-out file's uncompressed lines
     tokens: int
-    context: int  # tokens in a window at most
+    context: int  # maximum tokens of a window
     seconds: float
     command: str
 
 
 class Beside(NamedTuple):
-    """What is measured beside the score, where the model is at hand."""
+    """Figures beyond the score, which need the model's own weights and are not available from a server."""
 
     precision: str | None = None
     compute: str | None = None
@@ -90,7 +92,7 @@ class Asked(NamedTuple):
 
 
 def evaluate(asked: Asked, console: Console) -> Report:
-    """Raises TidegateError for what was asked wrongly, ServerFailure where a server does not answer."""
+    """Evaluate a model. Raises TidegateError for wrong arguments, and ServerFailure if a server does not answer."""
     began = time.perf_counter()
     documents = read_documents(asked.heldout, asked.max_bytes)
     texts = [document.text for document in documents]
@@ -152,12 +154,12 @@ def _by_engine(asked: Asked, texts: Sequence[str], console: Console) -> _Scored:
 
 
 def _llm(folder: str, dtype: str) -> LLM:
-    # No prompt comes twice, and prompt log-probabilities want every position computed anyway.
+    # No prompt occurs twice, and prompt log-probabilities need every position computed, so a prefix cache is of no use.
     return LLM(folder, dtype=dtype, cache={"prefix_caching": False})
 
 
 def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: Console) -> tuple[list[list[int]], int, Score]:
-    """-> tokens of each file, window size, sums"""
+    """Score the held-out files; return the tokens of each file, the window size, and the sums."""
     size = scorer.max_window if context is None else min(context, scorer.max_window)
     files = [scorer.encode(text) for text in texts]
     total = sum(span.end - span.start for ids in files for span in windows(len(ids), size))
@@ -168,7 +170,7 @@ def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: C
 
 
 def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
-    spec = ModelSpec.from_folder(asked.model)
+    spec = read_spec(asked.model)
     config = msgspec.convert({"model": asked.model, "dtype": asked.dtype}, EngineConfig)
     config = resolve(config, spec.limits(), has_cuda=torch.cuda.is_available())
     own = TeacherForced(Path(asked.model), dtype=getattr(torch, config.dtype), device=torch.device(config.device))
@@ -183,7 +185,7 @@ def _beside(asked: Asked, llm: LLM, files: Sequence[list[int]]) -> Beside:
     )
     if asked.draft is None:
         return beside
-    _check_draft(ModelSpec.from_folder(asked.draft), spec, asked)
+    _check_draft(read_spec(asked.draft), spec, asked)
     with _llm(asked.draft, asked.dtype) as draft:
         return beside._replace(draft_acceptance=draft_acceptance(draft, continued))
 
@@ -206,7 +208,7 @@ def _check_draft(draft: ModelSpec, target: ModelSpec, asked: Asked) -> None:
 
 
 def _spread(files: Sequence[list[int]]) -> list[list[int]]:
-    """Some pieces, taken evenly from all of the text: the beginnings of files, say, are all imports, which few experts know."""
+    """Take some pieces evenly from all of the text. The beginnings of files alone would be imports, which few experts handle."""
     pieces = [ids[at : at + BALANCE_TOKENS] for ids in files for at in range(0, len(ids), BALANCE_TOKENS)]
     pieces = [piece for piece in pieces if len(piece) > 1]
     num = min(BALANCE_SEQUENCES, len(pieces))
@@ -252,7 +254,7 @@ def main(
 ) -> None:
     """Measure a model on held-out text; the last line on standard output is JSON.
 
-    `auto` computes in float32 on a CPU and in the checkpoint's type on a GPU: few CPUs multiply bfloat16 fast.
+    `auto` computes in float32 on a CPU, since few CPUs multiply bfloat16 fast, and in the checkpoint's type on a GPU.
     """
     console = Console(stderr=True)
     if record is not None:

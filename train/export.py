@@ -1,9 +1,9 @@
-"""A trained model as a checkpoint folder, in Hugging Face's names and files.
+"""Writes a trained model as a checkpoint folder with Hugging Face's names and files.
 
-    python -m train.export plain RUN OUT        bfloat16, of what a run of training left
-    python -m train.export fp8 PLAIN OUT        the same with its matrices as DeepSeek ships V3: e4m3 in blocks of 128 x 128
+    python -m train.export plain RUN OUT        bfloat16 weights of a training run
+    python -m train.export fp8 PLAIN OUT        the same, with matrices as DeepSeek ships V3: e4m3 in blocks of 128 x 128
 
-What stays bfloat16 in FP8 is what does in V3's own files: embedding and head, norms, routers, and MTP's eh_proj.
+The FP8 folder keeps in bfloat16 what V3's own files keep: embedding and head, norms, routers, and MTP's eh_proj.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from engine.quant import fp8
 from train import state
 from train.model import Decoder
@@ -31,14 +31,14 @@ BLOCK = (128, 128)
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 QUANTIZED = re.compile(r".*\.(?!eh_)\w+_proj(_with_mqa)?\.weight")
 STACKED = re.compile(r"(.*\.experts)\.(\w+_proj)")
-KEPT_FLOAT32 = "e_score_correction_bias"  # moves in steps that bfloat16 would swallow
+KEPT_FLOAT32 = "e_score_correction_bias"  # its updates are smaller than bfloat16's precision
 CONFIGS = {"tidepool": TIDEPOOL, "draft": DRAFT}
 
 Tensors = dict[str, torch.Tensor]
 
 
 def checkpoint_tensors(model: nn.Module) -> Tensors:
-    """The state dict of a trained `Decoder`, with stacked experts apart: [E, out, in] -> E times [out, in]. float32"""
+    """The float32 state dict of a trained `Decoder`, with stacked experts [E, out, in] split into E tensors [out, in]."""
     out: Tensors = {}
     for name, tensor in model.state_dict().items():
         if match := STACKED.fullmatch(name):
@@ -53,7 +53,7 @@ def to_bfloat16(tensors: Tensors) -> Tensors:
 
 
 def to_fp8(tensors: Tensors) -> Tensors:
-    """Matrices as e4m3 beside their float32 scales; the rest as it is."""
+    """Convert matrices to e4m3 with float32 scales beside them; leave all other tensors as they are."""
     out: Tensors = {}
     for name, tensor in tensors.items():
         if QUANTIZED.fullmatch(name):
@@ -67,7 +67,7 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any], tokenizer: Pat
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
     save_file(dict(sorted(tensors.items())), weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors lets only the owner read it
+    weights.chmod(0o644)  # safetensors creates the file readable by its owner only
     generation = {"bos_token_id": BEGIN, "eos_token_id": END}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -83,10 +83,10 @@ def plain(
     model: Annotated[str, typer.Option(help=f"What was trained: {' or '.join(CONFIGS)}.")] = "tidepool",
     tokenizer: Annotated[Path, typer.Option(help="Folder of tokenizer.json.")] = Path(".cache/train/tokenizer"),
 ) -> None:
-    """Write RUN's model in bfloat16."""
+    """Write the model of RUN in bfloat16."""
     if model not in CONFIGS:
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(CONFIGS)}", param_hint="--model")
-    decoder = Decoder(ModelSpec.from_hf(CONFIGS[model]), dtype=torch.float32)
+    decoder = Decoder(parse_spec(CONFIGS[model]), dtype=torch.float32)
     state.load_model(run, decoder)
     write(out, to_bfloat16(checkpoint_tensors(decoder)), CONFIGS[model], tokenizer)
 
@@ -96,7 +96,7 @@ def quantized(
     plain: Annotated[Path, typer.Argument(help="A folder that `plain` wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
-    """Write PLAIN with its matrices in FP8."""
+    """Write the model of PLAIN with its matrices in FP8."""
     config = json.loads((plain / "config.json").read_text())
     tensors = load_file(plain / "model.safetensors")
     write(out, to_fp8(tensors), config | {"quantization_config": QUANTIZATION}, plain)

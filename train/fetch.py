@@ -1,11 +1,11 @@
-"""The packages of `sources.toml`: downloaded with apt, checked, and their text files unpacked.
+"""Fetches the packages of `sources.toml`: downloads them with apt, checks them, and unpacks their text files.
 
-    <work>/debs/NAME_VERSION_ARCH.deb      what apt gave
-    <work>/unpacked/NAME/usr/...           the files `wanted` chose, and the package's copyright file
-    <work>/unpacked/NAME.ok                written last: the sha256 of the .deb and the choice it was unpacked with
+    <work>/debs/NAME_VERSION_ARCH.deb      the downloaded package
+    <work>/unpacked/NAME/usr/...           the files that `wanted` chose, and the package's copyright file
+    <work>/unpacked/NAME.ok                written last: the sha256 of the .deb and the patterns it was unpacked with
 
-Nothing is installed. Both steps skip what is there, so a run that was cut off goes on where it stopped. Not here: which of the
-unpacked files are good enough to train on (`train.filters`).
+Nothing is installed. Both steps skip what exists, so an interrupted run continues where it stopped. `train.filters` decides
+which of the unpacked files are good enough to train on.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from engine.errors import ConfigError
 
 SOURCES = Path(__file__).with_name("sources.toml")
 WORK = Path(".cache/train")
-BATCH = 16  # packages in one call of apt, which reads its whole index (about a second) for each
-CALLS = 4  # of apt at once
-UNPACKERS = 2  # dpkg-deb processes at once
+BATCH = 16  # packages in one call of apt, since each call reads the whole index (about a second)
+CALLS = 4  # concurrent calls of apt
+UNPACKERS = 2  # concurrent dpkg-deb processes
 
 Work = Annotated[Path, typer.Option("--work", metavar="FOLDER", help="Where packages, corpus and tokenizer are kept.")]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One package. The patterns are fnmatch's, over paths such as `usr/share/doc/NAME/index.html`."""
+    """One package. The patterns are fnmatch patterns over paths such as `usr/share/doc/NAME/index.html`."""
 
     version: str
     licence: str
@@ -48,7 +48,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     html: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    copyright: str = ""  # the package that has this one's copyright file, where it is another
+    copyright: str = ""  # name of the package with the copyright file, if it is not this one
 
 
 class _Table(msgspec.Struct, forbid_unknown_fields=True):
@@ -56,7 +56,7 @@ class _Table(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_sources(path: Path = SOURCES) -> dict[str, Source]:
-    """The packages by name, in order of their names."""
+    """Return the packages by name, sorted by name."""
     try:
         packages = msgspec.convert(tomllib.loads(path.read_text("utf-8")), _Table).packages
     except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as e:
@@ -65,7 +65,7 @@ def load_sources(path: Path = SOURCES) -> dict[str, Source]:
 
 
 def wanted(path: str, source: Source) -> bool:
-    """Whether `path` is text to train on, by its name alone."""
+    """Whether `path` is text to train on, judged by its name alone."""
     if _matches(path, source.exclude):
         return False
     if path.endswith(".html"):
@@ -83,7 +83,7 @@ def progress() -> Progress:
 
 
 def download(sources: dict[str, Source], debs: Path) -> None:
-    """Fetch what is missing from `debs`, then check every file there against its sha256."""
+    """Download what is missing from `debs`, then check every file there against its sha256."""
     debs.mkdir(parents=True, exist_ok=True)
     missing = [name for name, source in sources.items() if find_deb(name, source, debs) is None]
     batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
@@ -98,7 +98,7 @@ def download(sources: dict[str, Source], debs: Path) -> None:
 
 
 def find_deb(name: str, source: Source, debs: Path) -> Path | None:
-    version = source.version.replace(":", "%3a")  # how apt writes an epoch in a file's name
+    version = source.version.replace(":", "%3a")  # apt escapes the colon of an epoch in file names
     return next(iter(sorted(debs.glob(f"{name}_{version}_*.deb"))), None)
 
 
@@ -116,7 +116,7 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
 
 
 def _apt_download(names: Sequence[str], sources: dict[str, Source], debs: Path) -> None:
-    """Exactly these versions or an error: another version would be another corpus, under the same name."""
+    """Download exactly these versions, or fail: another version would give another corpus under the same name."""
     asked = [f"{name}={sources[name].version}" for name in names]
     try:
         done = subprocess.run(["apt-get", "download", "-q", *asked], cwd=debs, capture_output=True, text=True, check=False)
@@ -150,7 +150,7 @@ def _unpack_one(name: str, source: Source, debs: Path, unpacked: Path) -> None:
         raise ConfigError(f"{name} {source.version} is not in {debs}: run `python -m train.fetch`")
     mark = _mark(name, unpacked)
     mark.unlink(missing_ok=True)
-    shutil.rmtree(unpacked / name, ignore_errors=True)  # of another version, or of a run that was cut off
+    shutil.rmtree(unpacked / name, ignore_errors=True)  # left by another version or an interrupted run
     try:
         with (
             subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process,
@@ -167,7 +167,7 @@ def _unpack_one(name: str, source: Source, debs: Path, unpacked: Path) -> None:
 
 
 def is_unpacked(name: str, source: Source, unpacked: Path) -> bool:
-    """Whether all that `source` asks for is there, of that very version."""
+    """Whether all that `source` requests is unpacked, from exactly that version."""
     mark = _mark(name, unpacked)
     return mark.is_file() and mark.read_bytes() == msgspec.json.encode(source)
 

@@ -1,6 +1,7 @@
-"""Which files are worth training on, and what is taken off those that are. Each drop has one reason, counted in the manifest.
+"""Decides which files are worth training on, and removes boilerplate from those that are.
 
-The numbers were set by reading what fell on either side of them. Not here: duplicates (`train.neardup`, `train.corpus`).
+Each dropped file has one reason, which the manifest counts. The thresholds were set by reading files on both sides of them.
+Duplicates are handled elsewhere (`train.neardup`, `train.corpus`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import string
 import warnings
 from collections.abc import Callable
 
-MIN_BYTES, MAX_BYTES = 200, 100_000  # of the clean text
+MIN_BYTES, MAX_BYTES = 200, 100_000  # of the cleaned text
 MAX_MEAN_LINE, MAX_LINE = 100, 1000  # characters
-MIN_LETTERS = 0.45  # of the characters that are not white space
-MAX_DIGITS = 0.2  # of the same
-MAX_NON_ASCII = 0.05  # of all characters; English text has quotation marks and names
-MIN_DISTINCT = 0.35  # of the non-empty lines, where there are at least MIN_LINES of them
+MIN_LETTERS = 0.45  # share of the non-space characters
+MAX_DIGITS = 0.2  # share of the non-space characters
+MAX_NON_ASCII = 0.05  # share of all characters; English text has some in quotation marks and names
+MIN_DISTINCT = 0.35  # share of the non-empty lines, if there are at least MIN_LINES
 MIN_LINES = 20
-MAX_BLOBS = 2  # lines that hold encoded data
-TOP = 2000  # characters in which a file says under which licence it is
-TOP_LINES = 10  # non-empty lines in which a file says that a program wrote it
+MAX_BLOBS = 2  # lines of encoded data
+TOP = 2000  # characters at the start of a file that are searched for a licence
+TOP_LINES = 10  # non-empty lines that are searched for a note that the file is generated
 
 GENERATED = re.compile(
     r"\b(?:auto(?:matically|matic)?|machine)[- ]?generated\b|\bgenerated (?:by|from|with|using)\b"
@@ -40,16 +41,16 @@ KEPT_COMMENT = re.compile(r"#!|#.*coding[:=]")
 
 
 def clean(text: str) -> str:
-    """`text` with \\n line ends, no white space at the end of lines or file, and no licence header. Tabs stay."""
+    """Return `text` with \\n line ends, without trailing white space and licence header. Tabs stay."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").replace("\f", "")
     lines = strip_licence([line.rstrip() for line in text.split("\n")])
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n") + "\n"
 
 
 def strip_licence(lines: list[str]) -> list[str]:
-    """`lines` without the comment blocks at their top that name a licence or a copyright: the same text in thousands of files.
+    """Remove the comment blocks at the top of `lines` that name a licence or a copyright: thousands of files repeat them.
 
-    A shebang and an encoding line stay. A block is a run of `#` lines, or reStructuredText's `..` with what is indented below.
+    A shebang and an encoding line stay. A block is a run of `#` lines, or reStructuredText's `..` with its indented lines.
     """
     kept: list[str] = []
     at = 0
@@ -68,7 +69,7 @@ def strip_licence(lines: list[str]) -> list[str]:
 
 
 def why_dropped(text: str, *, python: bool) -> str | None:
-    """The first reason not to train on `text`, which `clean` has cleaned, or None."""
+    """The first reason not to train on `text`, which `clean` has cleaned; None if there is none."""
     for reason, fails in TEXT_CHECKS.items():
         if fails(text):
             return reason
@@ -76,7 +77,7 @@ def why_dropped(text: str, *, python: bool) -> str | None:
 
 
 def why_refused(text: str) -> str | None:
-    """The reason that a file's own first lines give, which `clean` would take off: ask this first."""
+    """The reason to refuse a file that its first lines give. Call it before `clean`, which would remove those lines."""
     if COPYLEFT.search(text[:TOP]):
         return "copyleft"
     top = [line for line in text[: 2 * TOP].splitlines() if line.strip()][:TOP_LINES]
@@ -144,7 +145,7 @@ def _blobs(text: str) -> bool:
 
 
 def _parses(text: str) -> bool:
-    """Templates, Python 2 and files that are wrong on purpose do not."""
+    """Whether the text is valid Python. Templates, Python 2 and deliberately broken files are not."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)

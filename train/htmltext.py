@@ -1,7 +1,7 @@
-"""The words of a documentation page: HTML in, plain text out, with paragraphs, list items and preformatted blocks kept.
+"""Extracts the text of a documentation page: HTML in, plain text out, with paragraphs, list items and preformatted blocks.
 
-Made for what Sphinx, DocBook and the projects of `sources.toml` write. Navigation, scripts and page furniture go by their tag,
-class or id. It is not a renderer: tables become lines of cells, images and the targets of links vanish.
+It handles what Sphinx, DocBook and the projects of `sources.toml` write. Navigation, scripts and page decoration are dropped
+by tag, class or id. It is not a renderer: tables become lines of cells; images and link targets are dropped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import textwrap
 from html.parser import HTMLParser
 
-WIDTH = 80  # columns of a paragraph, as in the hand-written documentation that the corpus has beside these pages
+WIDTH = 80  # columns of a paragraph, as in the corpus's hand-written documentation
 SKIPPED_TAGS = frozenset(["script", "style", "head", "nav", "header", "footer", "form", "button", "select", "svg", "noscript"])
 SKIPPED_CLASSES = frozenset(
     [
@@ -76,7 +76,7 @@ BLOCKS = frozenset(
 )
 SPACED = frozenset(
     ["p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "dt"]
-)  # an empty line before and after
+)  # block elements: an empty line before and after
 VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
 
 
@@ -91,15 +91,15 @@ def html_to_text(html: str) -> str:
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.lines: list[str] = []  # complete
-        self.line: list[str] = []  # pieces of the one that is being read
-        self.indent = ""  # of that line's continuation
-        self.skipped: list[str] = []  # tags like that of the skipped element that are open in it, itself first
-        self.pre = 0  # <pre> that are open
+        self.lines: list[str] = []  # complete lines
+        self.line: list[str] = []  # pieces of the current line
+        self.indent = ""  # of the current line's continuation lines
+        self.skipped: list[str] = []  # open tags of the skipped element's name, the element itself first
+        self.pre = 0  # number of open <pre> elements
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self.skipped:
-            if tag == self.skipped[0]:  # only these are counted: pages leave <p> and <li> open
+            if tag == self.skipped[0]:  # other tags are not counted, since pages leave <p> and <li> open
                 self.skipped.append(tag)
         elif tag not in VOID and _is_furniture(tag, dict(attrs)):
             self.skipped.append(tag)
@@ -124,12 +124,12 @@ class _Page(HTMLParser):
             self.line.append(data if self.pre else re.sub(r"\s+", " ", data))
 
     def end_line(self, *, spaced: bool = False) -> None:
-        """Put the line that is being read among the complete ones, and an empty one after it where `spaced`."""
+        """Append the current line to the complete lines, followed by an empty line if `spaced`."""
         text = "".join(self.line)
         if self.pre:
             self.lines += [line.rstrip() for line in text.strip("\n").split("\n")] if text.strip() else []
         elif text.strip() == "-" and self.indent:
-            return  # an item whose text stands in a paragraph of its own
+            return  # a list item whose text is in a paragraph of its own
         else:
             self.lines += _wrap(text.strip(), self.indent)
         self.line, self.indent = [], ""

@@ -1,8 +1,8 @@
-"""Trainable layers: parameters in float32, cast to the activations' type where they are used. Modules and parameters bear the
-checkpoint's names, so that a state dict is a checkpoint but for the stacked experts (see `train/export.py`).
+"""Trainable layers. Parameters are float32 and are cast to the activations' type where they are used.
 
-The engine's layers are not these: they are for inference, on a paged cache, and change their inputs in place. What must agree
-between the two, routing and rotary embedding, is the engine's own functions.
+Modules and parameters have the checkpoint's names, so a state dict is a checkpoint except for the stacked experts (see
+`train/export.py`). The engine's layers cannot be trained: they are written for inference on a paged cache and change their
+inputs in place. Routing and rotary embedding must agree in both, so they are the engine's own functions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Linear(nn.Module):
-    """y = x W^T. `scale` is of the weights' standard deviation at the start, 1 / sqrt(inputs)."""
+    """y = x W^T. The initial standard deviation of W is `scale` / sqrt(inputs)."""
 
     def __init__(self, in_size: int, out_size: int, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention with the latent expanded to every head's keys and values: the form for many tokens."""
+    """Multi-head latent attention that expands the latent to every head's keys and values, as suits many tokens at once."""
 
     def __init__(self, spec: ModelSpec, mla: MlaSpec, *, out_scale: float) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((m.kv_lora_rank, m.rope_dim), -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(rows, length, -1, m.nope_dim + m.v_dim)
         k_nope, v = kv.split((m.nope_dim, m.v_dim), -1)
-        k_rope = self._turn(k_rope.unsqueeze(2), angles).expand(-1, -1, k_nope.shape[2], -1)  # one for all heads
-        q = torch.cat((q_nope, self._turn(q_rope, angles)), -1)
+        k_rope = self._rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, k_nope.shape[2], -1)  # all heads share one key
+        q = torch.cat((q_nope, self._rotate(q_rope, angles)), -1)
         k = torch.cat((k_nope, k_rope), -1)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=m.softmax_scale
@@ -74,12 +74,12 @@ class LatentAttention(nn.Module):
         projected: torch.Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
-    def _turn(self, x: torch.Tensor, angles: Angles) -> torch.Tensor:
+    def _rotate(self, x: torch.Tensor, angles: Angles) -> torch.Tensor:
         return rotate(deinterleave(x) if self.interleaved else x, *angles)
 
 
 class GroupedAttention(nn.Module):
-    """Grouped-query attention with normed queries and keys, as Qwen3's."""
+    """Grouped-query attention with normed queries and keys, as in Qwen3."""
 
     def __init__(self, spec: ModelSpec, *, out_scale: float) -> None:
         super().__init__()
@@ -132,11 +132,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(num, hidden, size) * (out_scale / math.sqrt(size)))
 
     def forward(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """x [N, H], shares [N, E] (0 where a token does not go) -> [N, H]
+        """Apply the experts to x [N, H] with weights shares [N, E], 0 for experts that a token was not sent to -> [N, H].
 
-        Every expert computes every token, and those that were not chosen count nothing: the same numbers as sorting tokens
-        by expert, four times the arithmetic, and three large matrix products in place of fifteen small kernels. With experts
-        as small as these that is the faster way.
+        Every expert computes every token, and weight 0 removes the unwanted results. Compared with sorting tokens by expert
+        this is four times the arithmetic, but three large products instead of fifteen small kernels, which is faster for
+        experts this small.
         """
         num, hidden, size = self.down_proj.shape
         gate = F.linear(x, self.gate_proj.to(x.dtype).view(-1, hidden)).view(-1, num, size)
@@ -154,7 +154,7 @@ class MoeMlp(nn.Module):
         self.shared_experts = GatedMlp(spec.hidden_size, shared_size, out_scale=out_scale)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, T, H] -> out [B, T, H], and the number of tokens that each expert got, [E]"""
+        """Run the layer on x [B, T, H] -> out [B, T, H], and the number of tokens that each expert got, [E]."""
         flat = x.flatten(0, 1)
         scores = F.linear(flat.float(), self.gate.weight)
         weights, ids = route(scores, self.routing, self.gate.e_score_correction_bias)
@@ -164,7 +164,10 @@ class MoeMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer -> the residual stream [B, T, H], and the load of its experts [E], or none where it is dense."""
+    """One decoder layer.
+
+    Its forward returns the residual stream [B, T, H], and the load of its experts [E] (None if the layer is dense).
+    """
 
     def __init__(self, spec: ModelSpec, mlp: GatedMlp | MoeMlp, *, out_scale: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training loop, for whatever is trained: steps of accumulated gradients, clipping, schedule, log, state on disk.
+"""The training loop for any objective: gradient accumulation, clipping, learning-rate schedule, log, and state on disk.
 
 On several GPUs under torchrun it is data parallel: each process takes its share of a step's windows, and torch's
 DistributedDataParallel averages the gradients.
@@ -29,14 +29,16 @@ from train.plan import Plan
 from train.windows import Windows
 
 LOG, FACTS = "log.jsonl", "run.json"
-PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense bf16, of the data sheets
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense bf16, from the data sheets
 
 Metrics = dict[str, torch.Tensor]
 
 
 class Objective(nn.Module):
-    """What is trained. Its forward takes ids [B, length + ahead] and gives a loss, a mean over tokens, and what else is worth
-    logging, likewise a mean or a sum over the batch. `trained` is the part that is optimised and saved.
+    """What is trained.
+
+    Its forward takes ids [B, length + ahead] and returns a loss (a mean over tokens) and further values to log (a mean, or a sum
+    over the batch). `trained` is the part that is optimised and saved.
     """
 
     def __init__(self, trained: nn.Module, *, ahead: int) -> None:
@@ -44,19 +46,19 @@ class Objective(nn.Module):
         self.trained, self.ahead = trained, ahead
 
     def after_step(self, metrics: Metrics, left_of_decay: float) -> None:
-        """Called with the sums over a step's forwards on all devices."""
+        """Called after each step with the logged values summed over the step's forwards on all devices."""
 
     def flops_per_token(self, length: int) -> float:
-        """Of training on windows of `length`, forward and backward."""
+        """FLOPs of training on one token in windows of `length`, forward and backward."""
         raise NotImplementedError
 
     def summary(self, metrics: Metrics) -> dict[str, float]:
-        """For the log, of the means over a step's forwards."""
+        """Turn the means over a step's forwards into the fields of a log line."""
         return {name: float(value) for name, value in metrics.items()}
 
 
 class Devices:
-    """This process among those that train together; alone, unless torchrun started it."""
+    """This process's place among the processes that train together; a single one unless torchrun started it."""
 
     def __init__(self, device: str) -> None:
         self.num, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -88,11 +90,11 @@ class Training:
         self.optimizers = make_optimizers(objective.trained, lr=plan.lr)
         self.kind = {"plan": msgspec.json.encode(plan).decode(), "tokens": str(len(stream))}
         self.start, self.seconds = state.resume(run, objective.trained, self.optimizers, self.kind)
-        # Buffers are not broadcast: each process makes the same changes to its own.
+        # Buffers are not broadcast, since every process makes the same changes to its own.
         self.forward: Any = DistributedDataParallel(objective, broadcast_buffers=False) if devices.num > 1 else objective
 
     def train(self, measure: Measure | None = None, *, until: int | None = None) -> None:
-        """All steps that are left, or those before `until`."""
+        """Run all remaining steps, or those before `until`."""
         log, clock = _Log(self), time.perf_counter() - self.seconds
         with _progress(self) as advance:
             for step in range(self.start, self.plan.steps if until is None else until):
@@ -108,7 +110,7 @@ class Training:
                     self._save(done, time.perf_counter() - clock)
 
     def _save(self, done: int, seconds: float) -> None:
-        """`seconds` is all that was spent on the steps so far, by every process that ran some: compiling and measuring too."""
+        """Save the state. `seconds` is the time spent on all steps so far, over all runs, with compiling and measuring."""
         state.save(self.run, self.objective.trained, self.optimizers, state.Progress(done, seconds), self.kind)
         device = self.devices.device
         facts = {
@@ -152,13 +154,13 @@ class Training:
 
 
 class Measure(Protocol):
-    """Says how good the model is now, for the log."""
+    """Measures the current quality of the model for the log."""
 
     def __call__(self) -> dict[str, float]: ...
 
 
 class _Log:
-    """Lines of `log.jsonl`; those past the step that a resumed run starts with are dropped."""
+    """Appends lines to `log.jsonl`. A resumed run first drops the lines after the step that it starts with."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.file = training, training.run / LOG
@@ -170,7 +172,7 @@ class _Log:
             self.file.write_text("".join(line + "\n" for line in kept))
 
     def line(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Waits for the device. Times count since the line before, what was measured between them left out."""
+        """Write one log line; this waits for the device. Times count since the line before, without the time of measurements."""
         t, plan = self.training, self.training.plan
         forwards = t.share.forwards * t.devices.num
         norm = float(metrics.pop("grad_norm"))

@@ -1,9 +1,9 @@
-"""The trainable decoder: a trunk of blocks, a tied head, and where the spec has one a module for multi-token prediction (MTP).
+"""The trainable decoder: a trunk of blocks, a tied head, and (if the spec has one) a multi-token prediction (MTP) module.
 
-    tokens  t0 t1 t2 ... --trunk, norm--> hidden h0 h1 ...      head(h_i) is asked for t_(i+1)
-    MTP:    eh_proj(enorm(embed(t_(i+1))) | hnorm(h_i)) --block, norm--> head is asked for t_(i+2)
+    tokens  t0 t1 t2 ... --trunk, norm--> hidden h0 h1 ...      head(h_i) predicts t_(i+1)
+    MTP:    eh_proj(enorm(embed(t_(i+1))) | hnorm(h_i)) --block, norm--> head predicts t_(i+2)
 
-Source of the MTP module: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2. As in the servers that speculate with
+Source of the MTP module: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2. As in servers that speculate with
 it, h is the trunk's output after its final norm.
 """
 
@@ -20,17 +20,17 @@ from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
 from train.layers import Angles, Block, GatedMlp, Linear, MoeMlp, RMSNorm
 
-COMPILED_VARIANTS = 32  # of a block's code: its kinds, times the lengths of windows, times with and without gradients
+COMPILED_VARIANTS = 32  # of a block's code: kinds of blocks x window lengths x with and without gradients
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Losses(NamedTuple):
-    """Means over tokens, in nats."""
+    """Mean losses over tokens, in nats."""
 
     next_token: torch.Tensor
-    second_token: torch.Tensor | None  # of the MTP module
-    load: torch.Tensor | None  # [MoE layers, E]: tokens that each expert got
+    second_token: torch.Tensor | None  # loss of the MTP module
+    load: torch.Tensor | None  # [expert layers, E]: tokens that each expert got
 
 
 class MtpBlock(Block):
@@ -42,28 +42,28 @@ class MtpBlock(Block):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(spec.hidden_size, spec.norm_eps)})
 
     def join(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The block's input, of what the tokens after are and what the trunk made of those before. All [B, T, H]."""
+        """Make the MTP block's input from the next tokens' embeddings and the trunk's output. All are [B, T, H]."""
         joined: torch.Tensor = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
         return joined
 
 
 class Trunk(nn.Module):
-    """`layers` past spec.num_layers are MTP blocks."""
+    """The decoder's blocks. Blocks from spec.num_layers on are MTP blocks."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         if not spec.tie_embeddings or spec.num_mtp_layers > 1:
             raise ValueError("trained here are models with tied embeddings and at most one MTP layer")
-        out_scale = (2 * spec.num_layers) ** -0.5  # what goes into the residual stream starts small, as GPT-2's did
+        out_scale = (2 * spec.num_layers) ** -0.5  # GPT-2's initial scale of what is added to the residual stream
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=spec.hidden_size**-0.5)  # as the head, it gives logits of about 1
+        nn.init.normal_(self.embed_tokens.weight, std=spec.hidden_size**-0.5)  # the tied head then gives logits of about 1
         kinds = [Block] * spec.num_layers + [MtpBlock] * spec.num_mtp_layers
         self.layers = nn.ModuleList(kind(spec, _mlp(spec, i, out_scale), out_scale=out_scale) for i, kind in enumerate(kinds))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
 class Decoder(nn.Module):
-    """`dtype` is of the activations; parameters are float32."""
+    """The decoder with its head. `dtype` is the type of the activations; parameters are float32."""
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -73,7 +73,10 @@ class Decoder(nn.Module):
         self.cross_entropy: CrossEntropy = cross_entropy
 
     def compile(self) -> None:
-        """Each block by itself, so that one compilation serves all of a kind; and the loss, so that no logits are stored."""
+        """Compile each block separately, so that blocks of one kind share a compilation.
+
+        The loss is compiled too, so that no logits are stored.
+        """
         torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
         for block in self.model.layers:
             block.compile(fullgraph=True, dynamic=False)
@@ -84,11 +87,11 @@ class Decoder(nn.Module):
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     def moe_layers(self) -> Iterator[MoeMlp]:
-        """In the order of the rows of `Losses.load`."""
+        """Indices of the layers with experts, in the order of the rows of `Losses.load`."""
         return (block.mlp for block in self.blocks if isinstance(block.mlp, MoeMlp))
 
     def hidden(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """ids [B, T] -> the trunk's output after the final norm [B, T, H], and each MoE layer's load."""
+        """Run the trunk on ids [B, T] -> its output after the final norm [B, T, H], and the load of each expert layer."""
         angles, loads = self._angles(ids), []
         x = self._embed(ids)
         for block in self.blocks[: self.spec.num_layers]:
@@ -100,7 +103,7 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
 
     def second_hidden(self, hidden: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The MTP module: `after` [B, T] holds the token that follows each position of `hidden`. Its load comes second."""
+        """Run the MTP module -> its output and its load. `after` [B, T] holds the token after each position of `hidden`."""
         block = self.blocks[-1]
         assert isinstance(block, MtpBlock)
         out, load = block(block.join(self._embed(after), hidden), self._angles(after))
@@ -108,7 +111,7 @@ class Decoder(nn.Module):
         return normed, load
 
     def forward(self, ids: torch.Tensor) -> Losses:
-        """ids [B, T + 1], or [B, T + 2] with MTP."""
+        """Compute the losses for ids [B, T + 1], or [B, T + 2] with MTP."""
         with_mtp = self.spec.num_mtp_layers > 0
         length = ids.shape[1] - 1 - with_mtp
         hidden, loads = self.hidden(ids[:, :length])
@@ -137,26 +140,26 @@ def _mlp(spec: ModelSpec, index: int, out_scale: float) -> GatedMlp | MoeMlp:
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """hidden [B, T, H], head [V, H], targets [B, T] -> mean over tokens, in nats"""
+    """Mean cross-entropy over tokens in nats, from hidden [B, T, H], head [V, H] and targets [B, T]."""
     logits = F.linear(hidden.flatten(0, 1), head.to(hidden.dtype)).float()
     return F.cross_entropy(logits, targets.flatten())
 
 
 def active_parameters(model: Decoder, *, mtp: bool = True) -> int:
-    """Weights that one token is multiplied with, the head once for each prediction; experts that it does not go to left out."""
+    """Number of weights that one token is multiplied with. The head counts once per prediction, and only chosen experts count."""
     moe, layers = model.spec.moe, model.spec.num_layers
     share = 1.0 if moe is None else moe.routing.top_k / moe.routing.num_experts
     total = 0.0
     for name, p in model.named_parameters():
         if p.ndim > 1 and (mtp or not name.startswith(f"model.layers.{layers}.")):
             total += p.numel() * (share if ".experts." in name else 1.0)
-    heads = model.spec.num_mtp_layers if mtp else 0  # beside the one that is the embedding
+    heads = model.spec.num_mtp_layers if mtp else 0  # heads beyond the one that counts as the embedding
     return round(total) + heads * model.model.embed_tokens.weight.numel()
 
 
 def flops_per_token(model: Decoder, length: int, *, mtp: bool = True) -> float:
-    """Of training: forward and backward of every product a token needs (6 a weight), and of causal attention over `length`."""
+    """FLOPs of training on one token: every product forward and backward (6 per weight), and causal attention over `length`."""
     spec = model.spec
     head_dims = spec.head_dim + (spec.mla.v_dim if spec.mla is not None else spec.head_dim)
-    scores = spec.num_heads * head_dims * length / 2  # multiply-adds, on average, since a token sees half of the window
+    scores = spec.num_heads * head_dims * length / 2  # multiply-adds; on average a token attends to half of the window
     return 6.0 * (active_parameters(model, mtp=mtp) + (spec.num_layers + (spec.num_mtp_layers if mtp else 0)) * scores)

@@ -1,9 +1,9 @@
-"""Near-duplicates: files that share most of their lines, found by MinHash and locality-sensitive hashing (datasketch).
+"""Finds near-duplicates: files that share most of their lines, by MinHash and locality-sensitive hashing (datasketch).
 
-A file is the set of its pairs of consecutive non-empty lines, stripped; two files are near-duplicates where the Jaccard
-similarity of those sets is estimated at THRESHOLD or more. The first in the order given stays. The hashing's bands (8 of
-8 rows, datasketch's choice) find 99% of the pairs that share nine tenths, 77% of those that share eight, 38% right at the
-threshold: this removes copies, and does not prove that there are none. Not here: exact duplicates.
+A file is represented by the set of its pairs of consecutive non-empty stripped lines. Two files are near-duplicates if the
+estimated Jaccard similarity of their sets is at least THRESHOLD; the first in the given order is kept. The hashing uses 8
+bands of 8 rows (datasketch's choice), which find 99% of the pairs with similarity 0.9, 77% of those with 0.8, and 38% right
+at the threshold. So it removes copies, and does not prove that none is left. Exact duplicates are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
 THRESHOLD = 0.7
-PERMUTATIONS = 64  # the estimate's standard error is then 0.06 at the threshold
+PERMUTATIONS = 64  # gives the estimate a standard error of 0.06 at the threshold
 SEED = 1
 
 SCHEME: Literal["affine32"] = "affine32"
@@ -28,7 +28,7 @@ Signature = NDArray[np.uint32]
 
 
 def signature(text: str) -> Signature:
-    """The MinHash values [PERMUTATIONS] of `text`; equal for equal texts, on every machine."""
+    """The MinHash values [PERMUTATIONS] of `text`. Equal texts have equal values on every machine."""
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())] or [""]
     pairs = {f"{a}\n{b}".encode() for a, b in itertools.pairwise(lines)} or {lines[0].encode()}
     minhash = _minhash()
@@ -37,7 +37,7 @@ def signature(text: str) -> Signature:
 
 
 def near_duplicates(signatures: Sequence[Signature]) -> Iterator[bool]:
-    """For each signature in turn, whether one before it that was itself kept is too similar."""
+    """For each signature in order, whether it is too similar to an earlier one that was kept."""
     lsh = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
     for index, values in enumerate(signatures):
         minhash = _minhash(values)
@@ -60,5 +60,5 @@ def _minhash(values: Signature | None = None) -> MinHash:
 
 @functools.cache
 def _permutations() -> Any:
-    """Drawn once: making them takes longer than using them."""
+    """The hash permutations, made once, since making them takes longer than using them."""
     return MinHash(seed=SEED, num_perm=PERMUTATIONS, scheme=SCHEME).permutations

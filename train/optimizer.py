@@ -1,10 +1,10 @@
-"""Muon for the matrices of the layers, AdamW for the rest (embedding, norms, routers).
+"""Optimisers: Muon for the matrices of the layers, AdamW for the rest (embedding, norms, routers).
 
-Muon steps along the nearest orthogonal matrix to the momentum, which a Newton-Schulz iteration approximates: K. Jordan et al.,
-"Muon: An optimizer for hidden layers in neural networks" (2024). The step is scaled to AdamW's typical size, so that both share
-one learning rate: J. Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2. torch.optim.Muon
-takes matrices one by one, which for hundreds of small ones would be thousands of launches a step; this one takes all of a shape
-at once, stacked experts among them.
+Muon steps along the orthogonal matrix nearest to the momentum, which a Newton-Schulz iteration approximates: K. Jordan et
+al., "Muon: An optimizer for hidden layers in neural networks" (2024). The step is scaled to AdamW's typical size, so that
+both share one learning rate: J. Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 2.2.
+torch.optim.Muon takes matrices one by one, which is thousands of launches per step for hundreds of small matrices. This
+version processes all matrices of one shape at once, stacked experts included.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from J
 ITERATIONS = 5
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
-ADAM_SHARE = 0.5  # of the learning rate
+ADAM_SHARE = 0.5  # AdamW's learning rate divided by Muon's
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """[N, rows, columns] -> about U V^T of each one's singular value decomposition, singular values within 0.7 to 1.2."""
+    """Approximate U V^T of each matrix's singular value decomposition, for matrices [N, rows, columns].
+
+    The singular values of the result lie between 0.7 and 1.2.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16() if matrices.is_cuda else matrices
@@ -38,7 +41,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Parameters have two dimensions, or three: a stack of matrices."""
+    """The Muon optimiser. A parameter has two dimensions, or three if it is a stack of matrices."""
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(params, {"lr": lr, "share": 1.0})
@@ -60,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         assert len(grads) == len(params), "every matrix has a part in the loss"
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-        ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's
+        ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov momentum
         rows, columns = params[0].shape[-2:]
         stacked = torch.cat([update.view(-1, rows, columns) for update in ahead])
         directions = torch.split(orthogonalize(stacked), [p.numel() // (rows * columns) for p in params])

@@ -1,4 +1,4 @@
-"""What a run of training does, as frozen numbers: how many steps, how large, how fast, on windows of which length."""
+"""The plan of a training run, as frozen numbers: steps, tokens per step, learning rate, and window lengths."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ import msgspec
 
 
 class Phase(msgspec.Struct, frozen=True):
-    """From `start` (a share of the run) on, windows have `length` tokens."""
+    """A part of the run: from `start` (a share of the run) on, windows have `length` tokens."""
 
     start: float
     length: int
 
 
 class Share(msgspec.Struct, frozen=True):
-    """What one device does in a step: so many forwards of so many tokens."""
+    """What one device does in a step: the number of forwards, and the tokens of each."""
 
     forwards: int
     tokens: int
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Learning rate: a linear warm-up, a constant, and a linear decay to zero over the last `decay` of the run (WSD: S. Hu et
-    al., MiniCPM, arXiv 2404.06395). Raises ValueError for numbers that do not fit together."""
+    """The numbers of a run. Raises ValueError if they contradict each other.
+
+    The learning rate warms up linearly, stays constant, and decays linearly to zero over the last `decay` of the run (WSD: S. Hu
+    et al., MiniCPM, arXiv 2404.06395).
+    """
 
     steps: int
-    tokens_per_step: int  # over all devices
-    micro_tokens: int  # of one forward on one device at most; what is left is gradient accumulation
+    tokens_per_step: int  # summed over all devices
+    micro_tokens: int  # maximum per forward on one device; gradient accumulation does the rest
     lr: float
     phases: tuple[Phase, ...]
     warmup: int = 100  # steps
-    decay: float = 0.35  # share of the steps
-    clip: float = 1.0  # most norm of the gradient
+    decay: float = 0.35  # share of the run's steps
+    clip: float = 1.0  # maximum norm of the gradient
     seed: int = 2026
-    log_every: int = 20  # steps
-    measure_every: int = 500  # steps: loss on held-out text
-    save_every: int = 1000  # steps
+    log_every: int = 20  # steps between log lines
+    measure_every: int = 500  # steps between measurements of the held-out loss
+    save_every: int = 1000  # steps between saves
 
     def __post_init__(self) -> None:
         if not self.phases or self.phases[0].start != 0.0 or list(self.phases) != sorted(self.phases, key=lambda p: p.start):
@@ -50,20 +53,20 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, steps=steps, **changes)
 
     def learning_rate(self, step: int) -> float:
-        """Of step 0, 1, ..."""
+        """Learning rate of step 0, 1, ..."""
         return self.lr * min((step + 1) / self.warmup, 1.0, self.left_of_decay(step))
 
     def left_of_decay(self, step: int) -> float:
-        """1 until the decay begins, then down to nearly 0."""
+        """Factor of the decay: 1 until it begins, then down to nearly 0."""
         return min((self.steps - step) / (self.decay * self.steps), 1.0)
 
     def phase(self, step: int) -> tuple[Phase, int]:
-        """The phase that `step` is in, and the first step of it."""
+        """The phase that `step` belongs to, and that phase's first step."""
         begun = [(p, round(p.start * self.steps)) for p in self.phases]
         return [(p, first) for p, first in begun if first <= step][-1]
 
     def share(self, num_devices: int) -> Share:
-        """One device's part of a step, out of `num_devices`. Raises ValueError where a step cannot be cut that finely."""
+        """One device's part of a step. Raises ValueError if the step cannot be divided among `num_devices`."""
         each, odd = divmod(self.tokens_per_step, num_devices)
         tokens = min(self.micro_tokens, each)
         if odd or each % tokens or any(tokens % phase.length for phase in self.phases):

@@ -1,6 +1,7 @@
-"""Train Tidepool: `python -m train.pretrain`, or under torchrun on several GPUs. Goes on where an earlier run of the same folder
-stopped. Balances the experts without an auxiliary loss: after each step the bias that an expert is chosen by moves up where it
-got less than its share of the tokens, and down where it got more (DeepSeek-V3, section 2.1.2).
+"""Trains Tidepool: `python -m train.pretrain`, or under torchrun on several GPUs. A run continues where an earlier one stopped.
+
+Experts are balanced without an auxiliary loss: after each step an expert's selection bias moves up if it got less than its
+share of the tokens, and down if it got more (DeepSeek-V3, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import typer
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from train.loop import Devices, Metrics, Objective, Training
 from train.model import Decoder, flops_per_token
 from train.plan import Phase, Plan
@@ -39,7 +40,7 @@ DEFAULT = Plan(
 
 
 class Pretraining(Objective):
-    """Loss: of the next token, plus that of the MTP module."""
+    """The pretraining objective: the loss of the next token plus the loss of the MTP module."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__(model, ahead=1 + model.spec.num_mtp_layers)
@@ -73,8 +74,10 @@ class Pretraining(Objective):
 
 
 class HeldOut:
-    """Bits per byte on the held-out stream, cut into windows of `length`: for the curve. `train.evaluate` is what counts, and
-    gives each token more context."""
+    """Measures bits per byte on the held-out stream in windows of `length`, for the training curve.
+
+    The published figures come from `train.evaluate`, which gives each token more context.
+    """
 
     def __init__(self, model: Decoder, work: Path, *, length: int) -> None:
         facts = json.loads((work / FACTS).read_text())
@@ -86,7 +89,7 @@ class HeldOut:
 
     def __call__(self) -> dict[str, float]:
         head, total = self.model.model.embed_tokens.weight, 0.0
-        # Eagerly: these shapes would be compiled for a second's work.
+        # Run without compilation, which would take longer than this second of work.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for ids in torch.split(self.ids, 16):
                 hidden, _ = self.model.hidden(ids[:, :-1])
@@ -102,10 +105,10 @@ def load_stream(file: Path, device: torch.device) -> torch.Tensor:
 
 
 def build(config: dict[str, Any], device: torch.device, *, seed: int) -> Decoder:
-    """On CUDA compiled, and bfloat16 between the float32 parameters."""
+    """Build the model. On CUDA it is compiled and computes in bfloat16 with float32 parameters."""
     on_cuda = device.type == "cuda"
     torch.manual_seed(seed)
-    model = Decoder(ModelSpec.from_hf(config), dtype=torch.bfloat16 if on_cuda else torch.float32).to(device)
+    model = Decoder(parse_spec(config), dtype=torch.bfloat16 if on_cuda else torch.float32).to(device)
     if on_cuda:
         model.compile()
     return model
@@ -119,7 +122,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of 65,536 tokens.")] = DEFAULT.steps,
     lr: Annotated[float, typer.Option(help="Learning rate between warm-up and decay.")] = DEFAULT.lr,
 ) -> None:
-    """Train Tidepool on WORK's tokens."""
+    """Train Tidepool on the tokens in WORK."""
     devices = Devices("cuda" if torch.cuda.is_available() else "cpu")
     plan = DEFAULT.with_steps(steps, lr=lr)
     model = build(TIDEPOOL, devices.device, seed=plan.seed)

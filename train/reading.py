@@ -1,5 +1,7 @@
-"""A package's unpacked files as documents, and a tally of what became of the others. Each package is read once: the result is
-kept in a file, so that a run that was cut off goes on, and is read anew when its source or the code that reads it has changed.
+"""Reads a package's unpacked files as documents, and counts why the others were dropped.
+
+Each package is read once. The result is kept in a file, so that an interrupted run continues; a package is read again if its
+source or the code that reads it has changed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (filters, htm
 
 
 class Tally(msgspec.Struct):
-    """What became of one source's files."""
+    """Counts of what happened to the files of one source."""
 
     licence: str
     files: int = 0
@@ -38,7 +40,7 @@ class Tally(msgspec.Struct):
 
 
 class _Stored(msgspec.Struct):
-    """A package's result in its file. A document is its path, its text and its signature's bytes."""
+    """The stored result of one package. A document is its path, its text and the bytes of its signature."""
 
     licence: str
     files: int
@@ -47,7 +49,7 @@ class _Stored(msgspec.Struct):
 
 
 def read_document(file: Path, source: str, path: str) -> Document | str:
-    """The document at `file`, or the reason why it is not one."""
+    """Return the document at `file`, or the reason why it is dropped."""
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -78,7 +80,7 @@ def read_source(name: str, source: Source, unpacked: Path) -> tuple[Tally, list[
 
 
 def read_once(name: str, source: Source, unpacked: Path, kept: Path) -> tuple[Tally, list[Document]]:
-    """What `read_source` gives, from the folder `kept` where it is there already."""
+    """Read the documents of one source. The result is stored in the folder `kept`, and taken from there the next time."""
     code = b"".join(file.read_bytes() for file in CODE)
     file = kept / f"{name}.{hashlib.sha256(msgspec.json.encode(source) + code).hexdigest()[:16]}"
     if file.is_file():

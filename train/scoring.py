@@ -1,7 +1,7 @@
-"""Held-out text, and how well a model predicts it: windows over each file's tokens, scored by an engine or by a server.
+"""Scores held-out text: windows over each file's tokens, whose log-probabilities come from an engine or a server.
 
-Each token is scored exactly once, the first of a file from <|begin|>. A file longer than a window is read in windows of which
-each overlaps the one before by half, so that a token has at least half a window before it, or all of its file.
+Each token is scored exactly once, the first of a file after <|begin|>. A file longer than a window is read in windows that
+overlap by half, so that every token has at least half a window, or all of its file, before it.
 
     tokens    |b 1 2 3 4 5 6 7 8 9 a b c|
     window 0  |. x x x x x x x|                  x: scored, .: context only
@@ -30,7 +30,7 @@ from engine.errors import ConfigError
 _Answer = TypeVar("_Answer", bound=msgspec.Struct)
 
 TIMEOUT_S = 600.0
-CONCURRENT = 4  # requests to a server at once: while one is turned into JSON, others are computed
+CONCURRENT = 4  # concurrent requests to a server, so that it computes some while it serialises another
 
 
 class Document(NamedTuple):
@@ -39,7 +39,7 @@ class Document(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tokens [start, end) go through the model; those from `scored` on count."""
+    """One window: tokens [start, end) go through the model, and those from `scored` on are scored."""
 
     start: int
     end: int
@@ -47,14 +47,14 @@ class Span(NamedTuple):
 
 
 class Position(NamedTuple):
-    """What a model said of one token: its log-probability in nats, and its rank, 1 for the likeliest."""
+    """A model's score of one token: its log-probability in nats, and its rank (1 is the argmax)."""
 
     logprob: float
     rank: int
 
 
 class Score(NamedTuple):
-    """Sums over tokens: of their log-probabilities in nats, of how many there are, of how many were the likeliest."""
+    """Sums over tokens: log-probabilities in nats, number of tokens, number of argmax tokens."""
 
     logprob: float
     tokens: int
@@ -69,31 +69,34 @@ class Score(NamedTuple):
 
 
 class Scorer(Protocol):
-    """A model that scores. `max_window` is the most tokens of one prompt."""
+    """A model that scores tokens. `max_window` is the maximum number of tokens in a prompt."""
 
     name: str
     max_window: int
 
     def encode(self, text: str) -> list[int]:
-        """With what the tokenizer puts before a prompt."""
+        """Tokenise a text, with the special tokens that the tokenizer puts before a prompt."""
         ...
 
     def positions(self, prompts: Sequence[list[int]], done: Callable[[int], None]) -> Iterator[list[Position]]:
-        """For each prompt, in order, its tokens from the second on. `done` is told the tokens of each that is ready."""
+        """Score the tokens of each prompt, in order, from the second token on.
+
+        `done` is called with the number of tokens of each finished prompt.
+        """
         ...
 
 
 def read_documents(path: Path, max_bytes: int | None = None) -> list[Document]:
-    """Of xz-compressed JSON lines; with `max_bytes`, the first so many bytes of text, the last document cut to fit.
+    """Read documents from xz-compressed JSON lines; `max_bytes` limits the text, and the last document is cut to fit.
 
-    Raises ConfigError for a file that is not there or has another form.
+    Raises ConfigError if the file is missing or has another form.
     """
     documents, left = [], max_bytes
     for document in _read(path):
         raw = document.text.encode()[:left]
         if left is not None:
             left -= len(raw)
-        text = raw.decode(errors="ignore")  # a character that was cut goes
+        text = raw.decode(errors="ignore")  # drops a character that the limit cut in two
         if text:
             documents.append(Document(document.path, text))
         if left == 0:
@@ -121,7 +124,7 @@ def _document(line: str, where: str) -> Document:
 
 
 def windows(num_tokens: int, size: int) -> list[Span]:
-    """Cover `num_tokens` tokens with windows of at most `size`; each token but the first is scored once."""
+    """Cover `num_tokens` tokens with windows of at most `size`. Each token but the first is scored once."""
     if size < 2:
         raise ConfigError(f"context is {size}: a window must have at least 2 tokens, one to predict from", param="context")
     if num_tokens < 2:
@@ -149,17 +152,17 @@ def score(scorer: Scorer, files: Sequence[list[int]], size: int, done: Callable[
 
 
 def xz_size(raw: bytes) -> int:
-    """Bytes of what `xz -9e` makes of `raw`."""
+    """Size of `raw` in bytes after `xz -9e`."""
     return len(lzma.compress(raw, format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME))
 
 
 class EngineScorer:
-    """An engine in this process."""
+    """Scores with an engine in this process."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self.name = llm.info.model
-        self.max_window = llm.info.limits.max_model_len - 1  # a request generates one token at least
+        self.max_window = llm.info.limits.max_model_len - 1  # a request generates at least one token
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._llm.tokenizer.encode(text).ids
@@ -172,7 +175,7 @@ class EngineScorer:
 
 
 class ServerFailure(Exception):
-    """A server cannot be reached, or does not answer as Tidegate does."""
+    """A server cannot be reached, or its answer is not Tidegate's."""
 
 
 class _Model(msgspec.Struct):
@@ -202,7 +205,7 @@ class _Generated(msgspec.Struct):
 
 
 class ServerScorer:
-    """A server's POST /v1/generate and /tokenize."""
+    """Scores with a server, by its POST /v1/generate and /tokenize."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")

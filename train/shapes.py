@@ -1,5 +1,7 @@
-"""The two models that are trained here, as their `config.json` says it. Sizes follow from 26 MB in all for Tidepool (FP8
-matrices, bfloat16 embedding) and 4 MB for its draft. Inputs of matrices are multiples of 128 wide, as kernels for FP8 blocks ask.
+"""The shapes of the two models that are trained here, as in their `config.json`.
+
+They follow from 26 MB in all for Tidepool (FP8 matrices, bfloat16 embedding) and 4 MB for its draft model. Matrix inputs are
+multiples of 128 wide, as kernels for FP8 blocks require.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ TIDEPOOL: dict[str, Any] = {
     "kv_lora_rank": 128,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
-    "v_head_dim": 64,  # as wide as a query head, which fused attention kernels ask for
+    "v_head_dim": 64,  # equal to a query head's width, as fused attention kernels require
     "attention_bias": False,
     "intermediate_size": 1024,
     "first_k_dense_replace": 1,

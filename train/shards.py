@@ -1,4 +1,7 @@
-"""Files of documents: one JSON object a line, {"source", "path", "text"} and what else the writer adds, compressed with xz."""
+"""Reads and writes shards: files of documents, one JSON object per line, compressed with xz.
+
+A line holds {"source", "path", "text"} and the fields that its writer adds.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 
 from train.neardup import Signature
 
-PRESET = 9  # its dictionary of 64 MiB holds a whole shard
+PRESET = 9  # the preset's dictionary of 64 MiB holds a whole shard
 
 
 class Document(NamedTuple):
@@ -23,7 +26,7 @@ class Document(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of text."""
+        """Size of the text in bytes."""
         return len(self.text.encode())
 
     @property
@@ -32,7 +35,7 @@ class Document(NamedTuple):
 
 
 def cut(documents: Sequence[Document], count: int) -> list[list[Document]]:
-    """`count` runs of about the same size, in the order given: neighbours are alike, and compress well together."""
+    """Split documents into `count` runs of similar size, in the given order: similar neighbours compress well together."""
     total, done = max(1, sum(document.size for document in documents)), 0
     runs: list[list[Document]] = [[] for _ in range(count)]
     for document in documents:
@@ -52,8 +55,10 @@ def write(path: Path, rows: Iterable[dict[str, str]]) -> tuple[str, int]:
 
 
 def training_files(corpus: Path) -> list[Path]:
-    """The shards that the manifest in `corpus` lists. Raises SystemExit where there is none: a corpus that is not whole may
-    hold text that is held out by now."""
+    """The shards that the manifest in `corpus` lists.
+
+    Raises SystemExit if there is no manifest, since an incomplete corpus may hold text that is held out.
+    """
     manifest = corpus / "manifest.json"
     if not manifest.is_file():
         raise SystemExit(f"{manifest}: no such file; `python -m train.corpus` writes it last")

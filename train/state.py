@@ -1,4 +1,4 @@
-"""A run on disk: everything that the next step depends on, as one safetensors file that is replaced whole."""
+"""The state of a training run on disk: everything that the next step depends on, in one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STATE = "state.safetensors"
 
 
 class Progress(NamedTuple):
-    step: int  # the next one to do
-    seconds: float  # spent on those before it
+    step: int  # number of the next step
+    seconds: float  # spent on the steps before it
 
 
 def save(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, kind: dict[str, str]) -> None:
-    """`kind` says what run this is: only one of the same kind may go on with it."""
+    """Save the state. `kind` names the kind of run; only a run of the same kind may resume it."""
     partial = run / (STATE + ".partial")
     tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(model, optimizers).items()}
     save_file(tensors, partial, metadata={"step": str(progress.step), "seconds": str(progress.seconds), **kind})
@@ -28,7 +28,7 @@ def save(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
 
 
 def resume(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], kind: dict[str, str]) -> Progress:
-    """Put the saved state back; nothing is done where none is saved. Raises SystemExit where it is of another kind of run."""
+    """Restore the saved state, if there is one. Raises SystemExit if it belongs to another kind of run."""
     file = run / STATE
     if not file.exists():
         return Progress(0, 0.0)
@@ -58,7 +58,7 @@ def _check_same(file: Path, saved: dict[str, str], wanted: dict[str, str]) -> No
 
 
 def load_model(run: Path, model: nn.Module) -> None:
-    """Fill `model` from the state in `run`, optimizers left aside. Raises SystemExit where there is none."""
+    """Fill `model` from the state in `run`, without optimizer state. Raises SystemExit if there is none."""
     file = run / STATE
     if not file.exists():
         raise SystemExit(f"{file}: no such file; a run of training writes it")
@@ -78,7 +78,7 @@ def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[
 
 
 def _ensure_state(optimizer: torch.optim.Optimizer) -> None:
-    """torch's optimizers make their state in the first step: do one that changes nothing."""
+    """Make torch's optimizers create their state, which they do in their first step, by a step that changes nothing."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

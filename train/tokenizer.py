@@ -1,7 +1,8 @@
-"""Tidepool's tokenizer: `python -m train.tokenizer` learns a byte-level BPE from a sample of the training text.
+"""Trains Tidepool's tokenizer: `python -m train.tokenizer` learns a byte-level BPE from a sample of the training text.
 
-It is cut for code: a line's end and the indentation after it are one piece, a word may carry one sign or space before it (" if",
-".append", "_name", "(self"), and numbers are cut every three digits. Every text comes back byte for byte.
+Its pieces suit code: a line end and the indentation after it are one piece, a word may carry one sign or space before it
+(" if", ".append", "_name", "(self"), and numbers are split every three digits. Every text survives encoding and decoding byte
+for byte.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant
 SAMPLE_BYTES = 60_000_000
 SEED = 2026
 PIECES = (
-    r"\s*[\r\n]+[ \t]*"  # ends of lines, and the indentation of the next
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with what stands right before it
+    r"\s*[\r\n]+[ \t]*"  # line ends, and the next line's indentation
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with one sign or space before it
     r"|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+"  # signs
     r"|\s+(?!\S)|\s+"
@@ -42,7 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def learn(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` tokens, if the texts have enough to learn. Puts <|begin|> before a prompt."""
+    """Learn a tokenizer of exactly `vocab_size` tokens, if the texts suffice. It puts <|begin|> before a prompt."""
     tokenizer = Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -62,7 +63,7 @@ def learn(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
 
 
 def sample(files: list[Path], num_bytes: int) -> Iterator[str]:
-    """About `num_bytes` of text in all, the same share of each shard's documents."""
+    """Sample about `num_bytes` of text, the same share of each shard's documents."""
     rng = random.Random(SEED)
     for file in files:
         texts = [row["text"] for row in shards.read(file)]

@@ -1,5 +1,7 @@
-"""The corpus as one stream of token ids: `python -m train.tokens`. Documents are shuffled; each begins with <|begin|> and ends
-with <|end|>. The held-out files become a stream of their own, which only measures.
+"""Turns the corpus into one stream of token ids: `python -m train.tokens`.
+
+Documents are shuffled; each begins with <|begin|> and ends with <|end|>. The held-out files become a second stream, which is
+used only for measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from train.shapes import BEGIN, END
 
 TRAIN, HELDOUT, FACTS = "train.bin", "heldout.bin", "tokens.json"
 SEED = 2026
-Ids = npt.NDArray[np.int16]  # ids stay below 8192, and torch indexes int16 on every device, as it does not uint16
+Ids = npt.NDArray[np.int16]  # ids are below 8192; torch can index with int16 on every device, but not with uint16
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Ids]:
@@ -31,7 +33,7 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Ids]:
 
 
 def _encoded_shards(tokenizer: Tokenizer, files: list[Path]) -> Iterator[list[Ids]]:
-    """Decompressing and tokenising both let other threads run."""
+    """Encode the shards in threads, since decompressing and tokenising both release the interpreter lock."""
     with ThreadPoolExecutor() as pool:
         yield from pool.map(lambda shard: encode(tokenizer, _texts(shard)), files)
 
@@ -41,7 +43,7 @@ def _texts(file: Path) -> list[str]:
 
 
 def write(work: Path, heldout: Path, tokenizer_file: Path) -> dict[str, int]:
-    """Write the two streams and their facts to `work`; the same corpus and tokenizer give the same bytes."""
+    """Write the two streams and their manifest to `work`. The same corpus and tokenizer give the same bytes."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     files = shards.training_files(work / "corpus")
     documents: list[Ids] = []

@@ -1,4 +1,4 @@
-"""Which tokens a step is trained on, as a function of seed and step alone: a run that is resumed sees what it would have seen."""
+"""Chooses the tokens of each training step from the seed and the step number alone, so a resumed run sees the same tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 
 class Windows:
-    """A stream of token ids cut into windows of `length` tokens and `ahead` more, which are only to be predicted.
+    """A stream of token ids cut into windows of `length` tokens, each with `ahead` more tokens that are only predicted.
 
-    Each epoch goes through all windows in an order of its own, and cuts the stream at another offset.
+    Each epoch goes through all windows in another order, and cuts the stream at another offset.
     """
 
     def __init__(self, stream: torch.Tensor, *, length: int, ahead: int, seed: int) -> None:
-        """`stream` [N], any integer type, on any device. Raises ValueError where it has no two windows' worth of tokens."""
-        self.num = (len(stream) - ahead) // length - 1  # one less, so that every offset leaves as many
+        """`stream` [N] holds any integer type on any device. Raises ValueError if it is shorter than two windows."""
+        self.num = (len(stream) - ahead) // length - 1  # one less, so that every offset leaves the same number of windows
         if self.num < 1:
             raise ValueError(f"{len(stream)} tokens are too few for windows of {length}: there must be at least two windows")
         self.stream, self.length, self.seed = stream, length, seed
@@ -21,7 +21,7 @@ class Windows:
         self._epoch: tuple[int, torch.Tensor] | None = None
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows `first` to `first + count` of the endless sequence of windows -> [count, length + ahead] int64"""
+        """Rows `first` to `first + count` of the endless sequence of windows -> [count, length + ahead] int64."""
         starts = []
         while count > 0:
             epoch, at = divmod(first, self.num)

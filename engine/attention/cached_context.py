@@ -60,7 +60,7 @@ class LongChunks(NamedTuple):
 
 def find_long(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> LongChunks:
     """The chunks of a step that go to cuDNN, for query heads [dim] and value heads [v_dim] of this type."""
-    return LongChunks(long_prompts.find(batch, dtype), find(batch, dtype, dim, v_dim))
+    return LongChunks(long_prompts.find_prompts(batch, dtype), find(batch, dtype, dim, v_dim))
 
 
 def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> list[CachedChunk]:

@@ -2,7 +2,7 @@
 
 cuDNN plans a kernel the first time it sees a length, which takes 65 to 70 ms, and for the very first more than a second. A plan
 also depends on the number of prompts in a call, and on whether the prompts needed padding, since padding changes the strides of
-q, k and v. Lengths are therefore rounded up to multiples of LENGTH_STEP, and `kinds` lists the usual plans, for a warm-up.
+q, k and v. Lengths are therefore rounded up to multiples of LENGTH_STEP, and `warmup_lengths` lists the usual plans.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MIN_PROMPT = 1024  # tokens; shorter prompts go to our kernel, which attends to 
 LENGTH_STEP = 512  # tokens
 
 
-def kinds(most: int, dtype: torch.dtype) -> list[int]:
+def warmup_lengths(most: int, dtype: torch.dtype) -> list[int]:
     """One prompt length for each plan that a server usually needs, up to `most` tokens.
 
     They are single prompts with padding, one for each multiple of LENGTH_STEP, and `most` itself if it needs no padding: a prompt
@@ -31,7 +31,7 @@ def kinds(most: int, dtype: torch.dtype) -> list[int]:
     return padded if most < MIN_PROMPT or most % LENGTH_STEP else [*padded, most]
 
 
-def find(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
+def find_prompts(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
     """The tokens of each long prompt of a step: its chunks without a cached prefix, of MIN_PROMPT or more tokens.
 
     There are none on a CPU, and none for a dtype that cuDNN does not take.
@@ -43,7 +43,7 @@ def find(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
     return [range(end - num, end) for end, num, length in lens if num == length >= MIN_PROMPT]
 
 
-def fill(prompts: list[range], num_tokens: int) -> bool:
+def fill_step(prompts: list[range], num_tokens: int) -> bool:
     """Whether `prompts` have one length and are all the step's `num_tokens` tokens. One call can then attend to all of them."""
     return len({len(prompt) for prompt in prompts}) == 1 and sum(map(len, prompts)) == num_tokens
 

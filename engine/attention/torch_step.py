@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.attention.in_pool import InPool, plan
+from engine.attention.single_rows import decode_rows, is_finite
 from engine.batch import ForwardBatch
 from engine.errors import InternalError
 
@@ -75,6 +76,7 @@ class TorchPaged:
 class GatheredStep:
     """The decodes and chunks of one step, and where their K and V are."""
 
+    batch: ForwardBatch
     num_decodes: int
     order: torch.Tensor | None  # [D] int64: decode rows in ascending order of length; None if they have that order
     in_pool: InPool | None  # set if the decodes attend directly in the pool; `groups` is then empty
@@ -97,6 +99,7 @@ class GatheredStep:
         order = sorted(range(batch.num_decodes), key=batch.kv_lens_host.__getitem__)
         in_order = order == list(range(batch.num_decodes))
         return GatheredStep(
+            batch,
             batch.num_decodes,
             order=None if in_order else torch.tensor(order, device=tables.device),
             in_pool=in_pool,
@@ -105,7 +108,16 @@ class GatheredStep:
         )
 
     def decode(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]. Both pools may be one tensor."""
+        """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]. Both pools may be one tensor.
+
+        Rows are computed one by one if the result is not finite: NaN in the KV of one row must not reach another.
+        """
+        out = self._decode_together(q, k_pool, v_pool, scale)
+        masked = self.in_pool is not None or any(group.mask is not None for group in self.groups)
+        return decode_rows(q, k_pool, v_pool, self.batch, scale) if masked and not is_finite(out) else out
+
+    def _decode_together(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
+        """Decode many rows in one call. Some rows then read the KV of other rows behind a mask, with weight 0."""
         kv_heads = k_pool.shape[2]
         if self.in_pool is not None:
             return self.in_pool.attend(q.view(q.shape[0], kv_heads, -1, q.shape[2]), k_pool, v_pool, scale).flatten(1, 2)

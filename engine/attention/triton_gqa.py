@@ -39,7 +39,7 @@ class TritonGqa:
         return TritonGqaStep(batch, self._num_processors)
 
     def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        return long_prompts.kinds(most, dtype)
+        return long_prompts.warmup_lengths(most, dtype)
 
 
 class TritonGqaStep:
@@ -58,7 +58,7 @@ class TritonGqaStep:
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         long = self._long_chunks(q)
         prompts = long.prompts
-        if long_prompts.fill(prompts, q.shape[0]):
+        if long_prompts.fill_step(prompts, q.shape[0]):
             return long_prompts.attend(q, k, v, scale, len(prompts))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for prompt in prompts:

@@ -38,7 +38,7 @@ class TritonMla:
         return TritonMlaStep(batch, self._num_processors)
 
     def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        return long_prompts.kinds(most, dtype)
+        return long_prompts.warmup_lengths(most, dtype)
 
 
 class TritonMlaStep:
@@ -57,7 +57,7 @@ class TritonMlaStep:
         batch, pool = self._batch, pools["latent"]
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
-        if not batch.by_length and long_prompts.fill(prompts := self._long_chunks(q, kv_b, nope).prompts, q.shape[0]):
+        if not batch.by_length and long_prompts.fill_step(prompts := self._long_chunks(q, kv_b, nope).prompts, q.shape[0]):
             return attend_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if batch.by_length:
@@ -72,7 +72,7 @@ class TritonMlaStep:
     def _captured(
         self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
     ) -> None:
-        """All queries of a captured batch, in latent space, into `out`."""
+        """Attend in latent space from all queries of a step captured in a CUDA graph, and write the result into `out`."""
         batch, tile_q = self._batch, tile_tokens(q.shape[1], q.dtype)
         if tile_q not in self._tiles:
             self._tiles[tile_q] = map_tiles(batch.query_starts, q.shape[0], tile_q, least=1)
@@ -83,7 +83,7 @@ class TritonMlaStep:
     def _decode(
         self, q: torch.Tensor, kv_b: torch.Tensor, nope: int, pool: torch.Tensor, scale: float, out: torch.Tensor
     ) -> None:
-        """The step's decodes, q [D, heads, nope + rope], into `out` [D, heads, v_dim]."""
+        """Attend from the step's D decodes, q [D, heads, nope + rope], and write the result into `out` [D, heads, v_dim]."""
         batch, (decodes, heads) = self._batch, q.shape[:2]
         splits = decode_splits(decodes, heads, self._num_processors, q.dtype)
         alone = splits > 1 and is_alone(decodes, heads)

@@ -1,4 +1,4 @@
-"""A backend owns a whole forward: torch here; another library's runtime would stand beside it."""
+"""The interface of a backend, which runs a model's whole forward pass with one library. The one backend uses torch."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from engine.batch import ForwardBatch, PoolSpec
 class Backend(Protocol):
     @property
     def graphable(self) -> bool:
-        """Whether `forward` of a batch of decodes never waits for the device, so that a CUDA graph can hold it."""
+        """Whether a CUDA graph can hold `forward` of a batch of decodes, because it never waits for the device."""
         ...
 
     @property
     def graph_tokens(self) -> int:
-        """Tokens of the largest batch `by_length`, of decodes and chunks, of which that holds too; 0: of none."""
+        """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if mixed steps cannot be
+        captured. Such a step is a batch `by_length`."""
         ...
 
     def prompt_lengths(self, most: int) -> list[int]:
-        """Whole prompts of up to `most` tokens whose kind takes longer the first time it comes: one length of each kind."""
+        """Lengths of whole prompts, up to `most` tokens, to run as a warm-up: one of each kind of length whose first prompt takes
+        longer than later ones. Empty if no kind does."""
         ...
 
     def kv_pools(self) -> list[list[PoolSpec]]:
-        """The pools that each layer keeps."""
+        """The pools of the KV cache, a list for each layer."""
         ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """-> hidden, one row a token, [T, H], or [S, H] of those that `batch` says are read; ready for `logits`. Writes the
-        step's KV into the pools of `batch`."""
+        """Run all layers and write the step's KV into the pools of `batch`. Returns the hidden states for `logits`: [T, H] of all
+        tokens, or [S, H] of the tokens of `batch.read` if it is set."""
         ...
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [N, H] -> [N, V] in the model's own type, in `out` where given; the caller may overwrite it."""
+        """hidden [N, H] -> logits [N, V] in the model's own dtype, which the caller may overwrite; in `out` if it is given."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The torch backend: a model of `engine.models` with its weights."""
+"""The torch backend runs a model of `engine.models`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from engine.batch import ForwardBatch, PoolSpec
 from engine.config import EngineConfig
 from engine.models import registry
 from engine.models.spec import ModelSpec
-from engine.weights import dummy, loader, room
+from engine.startup import Progress, no_report
+from engine.weights import capacity, dummy, loader
 
 
 class TorchBackend:
@@ -37,18 +38,19 @@ class TorchBackend:
         return self._model.logits(hidden, out)
 
     def close(self) -> None:
-        """Nothing is held that the garbage collector does not free."""
+        """Does nothing: the garbage collector frees the model."""
 
 
-def load(spec: ModelSpec, config: EngineConfig, device: torch.device) -> TorchBackend:
-    """The model that `config.model` holds, with the checkpoint's weights or with random ones."""
+def load(spec: ModelSpec, config: EngineConfig, device: torch.device, progress: Progress = no_report) -> TorchBackend:
+    """Build the model of `spec` on `device` and fill it with the weights of the checkpoint `config.model`, or with random weights
+    if `load_format` is "dummy". Raises CheckpointError if the weights do not fit or cannot be read."""
     dtype: torch.dtype = getattr(torch, config.dtype)
-    room.check(spec, dtype=dtype, device=device)
+    capacity.check(spec, dtype=dtype, device=device)
     with torch.inference_mode():
         model = registry.build(spec, dtype=dtype, device=device)
         model.attention = select.choose(device, model.kv_pools()[0], config.cache.block_size)
         if config.load_format == "dummy":
-            dummy.fill(model, seed=config.seed)
+            dummy.fill(model, seed=config.seed, progress=progress)
         else:
-            loader.load(model, config.model)
+            loader.load(model, config.model, progress)
     return TorchBackend(model)

@@ -1,10 +1,13 @@
-"""From a config to a runner: its model with weights, and a KV cache as large as the memory allows."""
+"""Builds a runner from a config: loads the model, and gives the KV cache the memory that steps leave."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
+import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -12,95 +15,142 @@ import torch
 
 from engine.backends.base import Backend
 from engine.backends.torch import load
+from engine.batch import block_bytes
 from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
+from engine.device.memory import CudaMemory, MemoryProbe, Trials, measure
 from engine.device.runner import TorchRunner
+from engine.device.trial_steps import TrialLimits, graph_keys
 from engine.errors import ConfigError
-from engine.kvcache.storage import KVStorage, block_bytes
-from engine.models.spec import ModelSpec
-from engine.plan import AdmittedRow, BuiltRunner, StepPlan
-from engine.request import SamplingParams
+from engine.kvcache.storage import KVStorage
+from engine.models.families import read_spec
+from engine.plan import BuiltRunner, StepPlan
 from engine.startup import StartupClock
 
 log = logging.getLogger("tidegate.engine")
 
-MAX_BLOCKS = 1 << 18  # a tiny model on a large device: more blocks than anyone fills would only cost the host memory
+SMALLER_STEPS = "lower scheduler.max_step_tokens, scheduler.max_num_seqs or max_model_len"
+MAX_BLOCKS = 1 << 18  # limit for a tiny model on a large device: more blocks would never be used and cost host memory
 
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
-    """The runner of `config`: its model with weights, and a cache as large as the memory allows."""
+    """Load the model of `config` and return its runner, with a KV cache of `cache.num_blocks` or else as large as the memory
+    allows. Raises ConfigError for settings that cannot work on this device."""
     clock = clock or StartupClock()
-    spec = ModelSpec.from_folder(config.model)
+    spec = read_spec(config.model)
     limits = spec.limits()
-    asked = config.max_model_len
+    requested = config.max_model_len
     config = resolve(config, limits, has_cuda=torch.cuda.is_available())
     device = torch.device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(_num_threads())
     clock.end("config")
-    backend = load(spec, config, device)
+    if device.type == "cuda":
+        importlib.import_module("engine.kernels.compiles").report(clock.progress)  # not every machine has Triton
+    backend = load(spec, config, device, clock.progress)
     clock.end("weights")
-    pools = backend.kv_pools()
-    num_blocks = config.cache.num_blocks or _num_blocks(backend, config, limits)
-    config = fit_cache(config, num_blocks, asked=asked)
-    if config.max_model_len != (asked or limits.max_model_len):
+    num_blocks = config.cache.num_blocks
+    fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=requested)
+    if fitted.max_model_len != (requested or limits.max_model_len):
         log.info(
-            "the context is %d tokens, what the KV cache can hold; the model's is %d", config.max_model_len, limits.max_model_len
+            "the context is limited to %d tokens, which the KV cache can hold; the model allows %d",
+            fitted.max_model_len,
+            limits.max_model_len,
         )
-    storage = KVStorage(pools, num_blocks=num_blocks, block_size=config.cache.block_size, device=device)
+    storage = _allocate(backend, fitted, param="cache.num_blocks" if num_blocks else _memory_param(fitted))
     clock.end("memory")
-    runner = TorchRunner(backend, storage, config, limits)
+    runner = TorchRunner(backend, storage, fitted, limits)
     clock.end("runner")
-    return BuiltRunner(runner, config, limits, _describe(device))
+    return BuiltRunner(runner, fitted, limits, _describe(device))
+
+
+def _allocate(backend: Backend, config: EngineConfig, *, param: str) -> KVStorage:
+    """Allocate the KV cache of `cache.num_blocks` blocks. Raises ConfigError, naming `param`, if the device cannot hold it."""
+    num_blocks, device, pools = config.cache.num_blocks or 0, torch.device(config.device), backend.kv_pools()
+    size = (num_blocks + 1) * block_bytes(pools, config.cache.block_size)
+    try:
+        if size > sys.maxsize:
+            raise MemoryError
+        return KVStorage(pools, num_blocks=num_blocks, block_size=config.cache.block_size, device=device)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        hint = ", or leave it unset to use the memory that is free" if param == "cache.num_blocks" else ""
+        raise ConfigError(
+            f"{param} is too large: a KV cache of {num_blocks} blocks takes {_gib(size)}, which device {config.device!r} does "
+            f"not have beside the model. Set a smaller {param}{hint}",
+            param=param,
+        ) from error
 
 
 def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
-    """How many blocks the cache can have: on the CPU those of `host_bytes`; on CUDA a fraction of what a full step leaves."""
-    each = block_bytes(backend.kv_pools(), config.cache.block_size)
+    """The number of blocks that fit: into `cache.host_bytes` on a CPU, into a fraction of the free device memory on CUDA."""
+    each, param = block_bytes(backend.kv_pools(), config.cache.block_size), _memory_param(config)
     if config.device == "cpu":
-        param, available = "cache.host_bytes", config.cache.host_bytes
+        available, remedy = config.cache.host_bytes, "raise it"
     else:
-        param, available = (
-            "cache.memory_fraction",
-            int(config.cache.memory_fraction * _free_beside_a_step(backend, config, limits)),
-        )
-    if available // each > MAX_BLOCKS:
-        return MAX_BLOCKS
+        available = int(config.cache.memory_fraction * _free_on_cuda(backend, config, limits))
+        remedy = f"raise it, or {SMALLER_STEPS}"
     if available < each:
-        raise ConfigError(f"{param} leaves {available} bytes for the KV cache, and one block has {each}", param=param)
-    return available // each
+        raise ConfigError(
+            f"{param} leaves {max(0, available)} bytes for the KV cache, and one block takes {each}: {remedy}", param=param
+        )
+    return min(available // each, MAX_BLOCKS)
 
 
-def _free_beside_a_step(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
-    """Bytes of CUDA memory that are free while a step of `max_step_tokens` runs, measured by running one."""
-    plan, num_blocks = _largest_step(config, limits)
-    storage = KVStorage(
-        backend.kv_pools(), num_blocks=num_blocks, block_size=config.cache.block_size, device=torch.device(config.device)
+def _memory_param(config: EngineConfig) -> str:
+    """The setting that decides the size of the KV cache if `cache.num_blocks` is not set."""
+    return "cache.host_bytes" if config.device == "cpu" else "cache.memory_fraction"
+
+
+def _free_on_cuda(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
+    """`free_beside_steps` of the CUDA device. Raises ConfigError if the largest steps do not fit."""
+    try:
+        return free_beside_steps(backend, config, limits, CudaMemory())
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"scheduler.max_step_tokens is {config.scheduler.max_step_tokens}, and the largest step does not fit into the device "
+            f"memory beside the model: {SMALLER_STEPS}",
+            param="scheduler.max_step_tokens",
+        ) from error
+    finally:
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimits, probe: MemoryProbe) -> int:
+    """Bytes of device memory that are free whatever steps run, measured by running the largest steps and capturing graphs."""
+    block_size, device = config.cache.block_size, torch.device(config.device)
+    storage = KVStorage(backend.kv_pools(), num_blocks=1, block_size=block_size, device=device)
+    eager = TorchRunner(backend, storage, msgspec.structs.replace(config, cuda_graphs=False), limits)
+    graphs = TorchRunner(backend, storage, config, limits).graphs
+    # No request can be longer than the tokens that all free memory holds.
+    held = max(1, probe.free() // block_bytes(backend.kv_pools(), block_size)) * block_size
+    sizes = TrialLimits(
+        max_rows=config.scheduler.max_num_seqs,
+        max_tokens=config.scheduler.max_step_tokens or 1,
+        max_len=min(config.max_model_len or limits.max_model_len, held),
+        block_size=block_size,
     )
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    plainly = msgspec.structs.replace(config, cuda_graphs=False)  # a graph would be of this storage
-    TorchRunner(backend, storage, plainly, limits).submit(plan).result()
-    peak = torch.cuda.max_memory_allocated() - before
-    del storage
-    torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info()[0]) - peak
+    long_contexts = sizes.long_contexts()
+    keys = [] if graphs is None else graphs.keys
+    trials = Trials(
+        steps=[partial(_run, eager, plan) for plan in sizes.steps()],
+        long_context=None if long_contexts is None else partial(_run, eager, long_contexts),
+        captures=[] if graphs is None else [partial(graphs.capture, key) for key in graph_keys(keys)],
+        num_graphs=len(keys),
+    )
+    needs, free = measure(probe, trials), probe.free()
+    log.info(
+        "%s are free beside weights and captured graphs; of them steps need %s, long contexts %s and other graphs %s",
+        *map(_gib, (free, needs.step, needs.long_context, needs.graphs)),
+    )
+    return free - needs.total
 
 
-def _largest_step(config: EngineConfig, limits: ModelLimits) -> tuple[StepPlan, int]:
-    """A plan that fills the budget with as many rows as there are, each drawing a token; and the blocks that it needs."""
-    rows, budget = config.scheduler.max_num_seqs, config.scheduler.max_step_tokens or 1
-    each = max(1, min(budget // rows, (config.max_model_len or limits.max_model_len) - 1))
-    width = math.ceil(each / config.cache.block_size)
-    admitted = [
-        AdmittedRow(row, [0] * each, each, list(range(row * width, (row + 1) * width)), SamplingParams(top_p=0.9), 0)
-        for row in range(rows)
-    ]
-    plan = StepPlan(0, list(range(rows)), [0] * rows, [each] * rows, 0, list(range(rows)), admitted, [], [])
-    return plan, rows * width
+def _run(runner: TorchRunner, plan: StepPlan) -> None:
+    runner.submit(plan).result()
 
 
 def _num_threads() -> int:
-    """Threads for torch: what OMP_NUM_THREADS says, else the CPUs that this process may use."""
+    """Threads for torch: OMP_NUM_THREADS if it is set, else the number of CPUs that this process may use."""
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -113,3 +163,7 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB"

@@ -1,4 +1,4 @@
-"""The shapes that captured steps have, and how what the host tells such a step lies in one array of int32."""
+"""The shapes of captured steps, and the layout of the one int32 array that the host uploads for a captured step."""
 
 from __future__ import annotations
 
@@ -11,76 +11,77 @@ import torch
 
 from engine.device.inputs import Ints, Slices
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-LARGER = 64  # past the last of SIZES, rows between graphs
-TOKENS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
-QUERIES = (16, 64)  # and as many as there can be
-ALIGN = 4  # numbers, 16 bytes: where parts of an array begin
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows of a graph of decodes
+LARGER = 64  # rows between the sizes past the last of SIZES
+TOKENS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)  # of a mixed step
+QUERIES = (16, 64)  # of a mixed step; the largest number of queries comes last
+ALIGN = 4  # numbers, 16 bytes: every part of an array begins on a multiple
 
 Numbers = npt.NDArray[np.float64]
 Packed = npt.NDArray[np.int32]
 Key = tuple[int, int]
-"""(tokens, queries) of a mixed step; (rows, 0) of decodes alone."""
+"""The shape of a captured step: (tokens, queries) of a mixed step, or (rows, 0) of a step of decodes alone."""
 
 
 class GraphSizes(NamedTuple):
-    """What steps are rounded up to, ascending. Of mixed steps, one query is for the tokens that pad."""
+    """The sizes that steps are rounded up to, each list ascending. A mixed step needs one query more for its padding tokens."""
 
-    decodes: list[int]  # rows; the last holds all
+    decodes: list[int]  # rows; the last size holds all rows
     tokens: list[int]
     queries: list[int]
 
     @staticmethod
-    def of(max_rows: int, most_tokens: int) -> GraphSizes:
-        """`most_tokens` of a mixed step; 0: no mixed steps."""
+    def of(max_rows: int, max_tokens: int) -> GraphSizes:
+        """`max_tokens` is the largest mixed step that may be captured, in tokens; 0 if mixed steps cannot be captured."""
         larger = range(SIZES[-1] + LARGER, max_rows + LARGER, LARGER)
         decodes = [size for size in (*SIZES, *larger) if size < max_rows]
         all_queries = -(-(max_rows + 1) // ALIGN) * ALIGN
         queries = [num for num in QUERIES if num <= max_rows]
-        return GraphSizes([*decodes, max_rows], [num for num in TOKENS if num <= most_tokens], [*queries, all_queries])
+        return GraphSizes([*decodes, max_rows], [num for num in TOKENS if num <= max_tokens], [*queries, all_queries])
 
     def decode(self, num_rows: int) -> Key:
+        """The shape for a step of `num_rows` decodes."""
         return self.decodes[bisect_left(self.decodes, num_rows)], 0
 
     def mixed(self, num_tokens: int, num_queries: int) -> Key | None:
-        """None: the step is too large."""
+        """The shape for a mixed step, or None if the step is too large for a graph."""
         if not self.tokens or num_tokens > self.tokens[-1]:
             return None
         tokens = self.tokens[bisect_left(self.tokens, num_tokens)]
         return tokens, self.queries[bisect_left(self.queries, num_queries + 1)]
 
     def all_keys(self) -> list[Key]:
-        """Of all graphs that steps may want, small ones first and decodes before the others."""
-        fewest = [1, *self.queries]  # a step of more queries than a graph holds has as many tokens
+        """Every shape that a step may need: decodes first, then mixed steps, each from small to large."""
+        fewest = [1, *self.queries]  # a step with more queries than the smaller size has at least as many tokens
         mixed = [(t, q) for t in self.tokens for q, least in zip(self.queries, fewest, strict=False) if t >= least]
         return [*((size, 0) for size in self.decodes), *mixed]
 
 
-class DecodeInputs(NamedTuple):
-    """What a captured step of decodes is told: uniform [B] float64 | rows, positions [B]. What only pads is the scratch row."""
+class DecodeBuffers(NamedTuple):
+    """The upload for a captured step of B decodes: uniform [B] float64 | rows, positions [B]. Padding uses the scratch row."""
 
     values: Packed
-    stride: int  # B, and some to align
+    stride: int  # B, at least ALIGN
 
     @staticmethod
-    def of(rows: Ints, positions: Ints, uniform: Numbers, *, size: int, scratch_row: int) -> DecodeInputs:
+    def of(rows: Ints, positions: Ints, uniform: Numbers, *, size: int, scratch_row: int) -> DecodeBuffers:
         num, stride = rows.size, max(size, ALIGN)
-        inputs = DecodeInputs(np.zeros(4 * stride, np.int32), stride)
-        numbers, all_rows, all_positions = inputs.parts(inputs.values)
+        buffers = DecodeBuffers(np.zeros(4 * stride, np.int32), stride)
+        numbers, all_rows, all_positions = buffers.parts(buffers.values)
         numbers[:num], all_positions[:num] = uniform, positions
         all_rows[:num], all_rows[num:] = rows, scratch_row
-        return inputs
+        return buffers
 
     def parts(self, values: Any) -> list[Any]:
-        """uniform, rows, positions: views of this array, or of its like on a device; each of `stride`."""
+        """uniform, rows and positions, each [stride], as views of `values`: this array or a device tensor of its layout."""
         return _parts(values, self.stride, [self.stride] * 2)
 
 
-class MixedInputs(NamedTuple):
-    """What a captured step of chunks and decodes is told.
+class MixedBuffers(NamedTuple):
+    """The upload for a captured mixed step of chunks and decodes.
 
-    uniform [B] float64 | tokens, positions, owners [T] | rows, kv_lens [B] | query_starts [B + 1]. The tokens that only pad
-    are one more query, of the scratch row; the queries that only pad have no token.
+    uniform [B] float64 | tokens, positions, owners [T] | rows, kv_lens [B] | query_starts [B + 1]. The padding tokens form one
+    more query, of the scratch row. The padding queries have no tokens.
     """
 
     values: Packed
@@ -88,12 +89,12 @@ class MixedInputs(NamedTuple):
     num_queries: int  # B
 
     @staticmethod
-    def of(tokens: tuple[Ints, Ints, Ints], slices: Slices, uniform: Numbers, *, key: Key, scratch_row: int) -> MixedInputs:
-        """`tokens` as `Rows.mixed` gives them, `uniform` one number a slice."""
+    def of(tokens: tuple[Ints, Ints, Ints], slices: Slices, uniform: Numbers, *, key: Key, scratch_row: int) -> MixedBuffers:
+        """`tokens` is the result of `Rows.mixed`; `uniform` has one number per slice."""
         num_tokens, num_queries = key
         used, padding = tokens[0].size, num_tokens - tokens[0].size
-        inputs = MixedInputs(np.zeros(3 * num_tokens + 5 * num_queries + 1, np.int32), num_tokens, num_queries)
-        numbers, token_ids, positions, owners, rows, kv_lens, starts = inputs.parts(inputs.values)
+        buffers = MixedBuffers(np.zeros(3 * num_tokens + 5 * num_queries + 1, np.int32), num_tokens, num_queries)
+        numbers, token_ids, positions, owners, rows, kv_lens, starts = buffers.parts(buffers.values)
         token_ids[:used], positions[:used], owners[:used] = tokens
         positions[used:], owners[used:] = np.arange(padding), scratch_row
         num = slices.rows.size
@@ -101,16 +102,20 @@ class MixedInputs(NamedTuple):
         rows[:num], rows[num:] = slices.rows, scratch_row
         kv_lens[:num], kv_lens[num], kv_lens[num + 1 :] = slices.ends, max(1, padding), 1
         starts[: num + 1], starts[num + 1 :] = slices.first, num_tokens
-        return inputs
+        return buffers
 
     def parts(self, values: Any) -> list[Any]:
-        """uniform, tokens, positions, owners, rows, kv_lens, query_starts: views of this array, or of its like on a device."""
+        """Split `values`, the packed inputs of a mixed step on the host or on the device, into views.
+
+        In order: each query's uniform random number, each token's id, position and batch row, and each query's batch row, KV
+        length and first token.
+        """
         sizes = [self.num_tokens] * 3 + [self.num_queries] * 2 + [self.num_queries + 1]
         return _parts(values, self.num_queries, sizes)
 
 
 def _parts(values: Any, num_floats: int, sizes: list[int]) -> list[Any]:
-    """The leading float64 of an int32 array of numpy or torch, and then its parts of `sizes`."""
+    """Cut an int32 array of numpy or torch into `num_floats` leading float64 and then parts of `sizes`, all as views."""
     floats = values[: 2 * num_floats].view(np.float64 if isinstance(values, np.ndarray) else torch.float64)
     ends = (2 * num_floats + np.cumsum(sizes)).tolist()
     return [floats, *(values[end - size : end] for end, size in zip(ends, sizes, strict=True))]

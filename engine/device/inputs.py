@@ -1,14 +1,13 @@
-"""From a plan's short lists to a ForwardBatch: what a row is, kept from step to step, and numpy over all slices at once.
+"""Turns a plan's short lists into a ForwardBatch, with numpy over all slices at once.
 
-    host      tokens as admitted, block tables               the plan's positions are looked up here
-    device    block tables, the latest sampled token         changed by what the plan says and what was sampled
+    host      each row's tokens at admission, and its block table     read by the plan's positions
+    device    block tables, and the latest sampled token              changed by the plan and by sampling
 
-Everything a step needs on the device goes there in one copy. Nothing here waits for the device.
+Everything that a step needs on the device goes there in one copy. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,46 +15,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.batch import ForwardBatch, LayerPools
+from engine.batch import ForwardBatch, LayerPools, Upload
 from engine.errors import InternalError
 from engine.plan import GrownRow, StepPlan
 
 Ints = npt.NDArray[np.int64]
-_ALIGN = 16  # bytes: each array begins where any dtype may
-
-
-class Uploader:
-    """Copies host arrays to the device: on CUDA all of one call in a single transfer that the host does not wait for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
-        if self._device.type == "cpu":
-            return [torch.from_numpy(a) for a in arrays]
-        ends = np.cumsum([-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays]).tolist()
-        # From torch's cache of pinned memory, which keeps the buffer until the copy out of it is done.
-        staging = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-        flat = staging.numpy()
-        begins = [0, *ends[:-1]]
-        for begin, a in zip(begins, arrays, strict=True):
-            flat[begin : begin + a.nbytes] = a.reshape(-1).view(np.uint8)
-        there = staging.to(self._device, non_blocking=True)
-        return [_view(there[begin : begin + a.nbytes], a) for begin, a in zip(begins, arrays, strict=True)]
-
-
-def _view(data: torch.Tensor, like: npt.NDArray[Any]) -> torch.Tensor:
-    return data.view(torch.from_numpy(np.empty(0, like.dtype)).dtype).view(like.shape)
 
 
 class Slices(NamedTuple):
-    """A plan's slices as arrays, and which of them sample. B slices, S samples."""
+    """The B slices of a plan as arrays, and the S of them that sample."""
 
     rows: Ints  # [B]
     starts: Ints  # [B]
     nums: Ints  # [B]
-    first: Ints  # [B + 1]: where each slice begins in the step's tokens
-    samples: Ints  # [S]: slices
+    first: Ints  # [B + 1]: where each slice begins among the step's tokens
+    samples: Ints  # [S]: indices of the slices that sample
 
     @property
     def ends(self) -> Ints:
@@ -71,52 +45,58 @@ class Slices(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """What the device remembers of each row. The last row is nobody's: batches are padded with it."""
+    """The state of each row that is kept on the device. The last row is the scratch row, which pads batches."""
 
-    tables: torch.Tensor  # [rows + 1, width] int32; entries past a row's own blocks are some old ones
-    latest: torch.Tensor  # [rows + 1] int64: the token sampled last
+    tables: torch.Tensor  # [rows + 1, width] int32; entries past a row's own blocks are left from earlier owners
+    latest: torch.Tensor  # [rows + 1] int64: the token sampled last, always a valid token id
 
     @property
     def scratch_row(self) -> int:
         return self.latest.shape[0] - 1
 
 
-class StepInputs(NamedTuple):
+class PreparedStep(NamedTuple):
+    """A plan as device tensors."""
+
     batch: ForwardBatch
-    sampled_rows: torch.Tensor  # [S] int64
-    last_index: torch.Tensor  # [S] int64: the sampling slices' last tokens
+    sampled_rows: torch.Tensor  # [S] int64: the batch rows for which this step samples a token
+    last_index: torch.Tensor  # [S] int64: places of the sampling slices' last tokens among the step's tokens
 
 
 class Rows:
-    """The rows' tokens and blocks. `tokens[row]` are those known at admission; later ones exist on the device alone."""
+    """The tokens and blocks of every row. `tokens[row]` are the tokens known at admission; later tokens exist on the device
+    only."""
 
     def __init__(
-        self, *, max_rows: int, max_len: int, block_size: int, scratch_block: int, device: torch.device, upload: Uploader
+        self, *, max_rows: int, max_len: int, block_size: int, scratch_block: int, device: torch.device, upload: Upload
     ) -> None:
         self._block_size = block_size
         self._upload = upload
         width = -(-max_len // block_size)
         self.tokens: list[Ints] = [np.zeros(0, np.int64)] * max_rows
         self._num_known = np.zeros(max_rows, np.int64)
-        self._tables = np.zeros((max_rows, width), np.int64)  # entries past a row's own blocks are some old ones
+        self._tables = np.zeros((max_rows, width), np.int64)  # entries past a row's own blocks are left from earlier owners
         self.state = RowState(
             torch.full((max_rows + 1, width), scratch_block, dtype=torch.int32, device=device),
             torch.zeros(max_rows + 1, dtype=torch.int64, device=device),
         )
 
     def set_latest(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Set the latest token of rows [S] int64 to tokens [S] int64, which must be valid token ids."""
         self.state.latest.index_copy_(0, rows, tokens)
 
-    def change(self, plan: StepPlan) -> None:
-        """Take in the rows that the plan admits and the blocks that it adds."""
+    def apply(self, plan: StepPlan) -> None:
+        """Apply the plan's admissions and its block table growth, on the host and on the device."""
         if not plan.admitted and not plan.grown:
             return
-        indices, blocks = self._upload(self._change(plan))
+        indices, blocks = self._upload(self._apply_on_host(plan))
         self.state.tables.view(-1).index_copy_(0, indices, blocks)
 
-    def batch(self, plan: StepPlan, slices: Slices, kv: list[LayerPools], *, all_read: bool = False) -> StepInputs:
-        """The batch of a plan that is taken in. A plan has at least one slice. Unless `all_read`, only the tokens that samples
-        follow are."""
+    def batch(self, plan: StepPlan, slices: Slices, kv: list[LayerPools], *, all_read: bool = False) -> PreparedStep:
+        """Build the batch of a plan that was applied and has at least one slice.
+
+        With `all_read`, the hidden states of all tokens are read; otherwise only those of tokens that a sample follows.
+        """
         positions = self._positions(slices)
         owners = np.repeat(slices.rows, slices.nums)
         block, offset = np.divmod(positions, self._block_size)
@@ -153,20 +133,20 @@ class Rows:
         if not all_read and last.size < positions.size:
             tables = self.state.tables[:, :width].index_select(0, t[6])
             batch = replace(batch, read=batch.last_tokens(t[7], t[10], tables, kv_lens[slices.samples].tolist()))
-        return StepInputs(batch, t[6], t[7])
+        return PreparedStep(batch, t[6], t[7])
 
     def all_sampled(self, slices: Slices) -> bool:
-        """Whether each slice begins with its row's latest sample: a decode, and no prompt of one token."""
+        """Whether every slice begins with its row's latest sampled token. False if a slice is a prompt of one token."""
         return bool(np.all(slices.starts >= self._num_known[slices.rows]))
 
     def mixed(self, slices: Slices) -> tuple[Ints, Ints, Ints]:
-        """Of each token of the step: itself (-1: its row's latest sample), its position and its row."""
+        """Token id (-1: the row's latest sampled token), position and row of each of the step's T tokens, each [T]."""
         token_ids, from_device = self._tokens(slices)
         token_ids[slices.first[from_device]] = -1
         return token_ids, self._positions(slices), np.repeat(slices.rows, slices.nums)
 
-    def _change(self, plan: StepPlan) -> tuple[Ints, npt.NDArray[np.int32]]:
-        """Write admissions and growth into the host's tables; (flat indices, blocks) for the device's."""
+    def _apply_on_host(self, plan: StepPlan) -> tuple[Ints, npt.NDArray[np.int32]]:
+        """Write admissions and growth into the host's tables. Returns (flat indices, blocks) to write into the device's."""
         indices, blocks = [], []
         for a in plan.admitted:
             self.tokens[a.row] = np.array(a.tokens, np.int64)
@@ -186,7 +166,8 @@ class Rows:
         return np.arange(slices.first[-1]) + np.repeat(slices.starts - slices.first[:-1], slices.nums)
 
     def _tokens(self, slices: Slices) -> tuple[Ints, Ints]:
-        """The step's tokens, and which slices' only token is the row's latest sample, which the host may not know yet."""
+        """The step's token ids, and the indices of the slices whose only token is the row's latest sampled token. The host may
+        not know that token yet; its id is 0 here."""
         token_ids = np.zeros(slices.first[-1], np.int64)
         unknown = slices.starts >= self._num_known[slices.rows]
         from_device = np.flatnonzero(unknown)

@@ -1,5 +1,6 @@
-"""Long prompts that are run before anybody sends one, for the first of a kind takes longer: a library plans attention for each
-length, and loads what it needs for a first plan (docs/gpu.md). What they write goes to the scratch block, over and over.
+"""Warm-up of long prompts: the first prompt of a kind takes longer, so an idle engine runs one of each kind beforehand.
+
+A library plans attention for each prompt length, and loads its code for the first plan (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from engine.backends.base import Backend
 from engine.batch import ForwardBatch, LayerPools
 
 
-class Rehearsals:
-    """One prompt at a time, each as a step of its own without a graph."""
+class PromptWarmup:
+    """Runs one warm-up prompt at a time, each as a step of its own without a graph. Their KV goes to the scratch block."""
 
     def __init__(
         self,
@@ -20,18 +21,20 @@ class Rehearsals:
         *,
         scratch_block: int,
         block_size: int,
-        most_tokens: int,
+        max_tokens: int,
         device: torch.device,
     ) -> None:
+        """`max_tokens` is the longest prompt that one step may hold."""
         self._backend = backend
         self._kv = kv
         self._scratch_block = scratch_block
         self._block_size = block_size
         self._device = device
-        self._lengths = backend.prompt_lengths(most_tokens)
+        self._lengths = backend.prompt_lengths(max_tokens)
 
-    def next(self) -> bool:
-        """Run the next prompt and wait for it: so nobody who comes meanwhile waits for more than one. False: none is left."""
+    def run_next(self) -> bool:
+        """Run the next prompt and wait for it, so that a request that arrives meanwhile waits for one prompt at most. Returns
+        False, and runs nothing, if none is left."""
         if not self._lengths:
             return False
         self._backend.forward(self._batch(self._lengths.pop(0)))

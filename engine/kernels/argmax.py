@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
+from engine.plan import NO_TOKEN
 
 VOCAB_TILE = 4096  # logits of one program
 
@@ -19,7 +20,7 @@ VOCAB_TILE = 4096  # logits of one program
 @triton.jit
 def _argmax(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
-    TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+    NO_TOKEN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, tile): the argmax of one tile of TILE logits; the last program of a row combines its TILES tiles.
 
@@ -31,9 +32,10 @@ def _argmax(
         tl.extra.cuda.gdc_launch_dependents()
     col = tile * TILE + tl.arange(0, TILE)
     logits = tl.load(logits_ptr + seq.to(tl.int64) * vocab + col, mask=col < vocab, other=float("-inf")).to(tl.float32)
+    # NaN counts as +inf, since a maximum may skip NaN. Neither is the largest logit of a row that is sound.
+    logits = tl.where(logits != logits, float("inf"), logits)
     best = tl.max(logits, 0)
-    # Of equal logits the first index wins, as in torch's argmax. In a tile of NaN only, no index is found, and `vocab` marks
-    # that.
+    # Of equal logits the first index wins, as in torch's argmax.
     index = tl.min(tl.where(logits == best, col, vocab), 0)
     tl.store(best_ptr + seq * TILES + tile, best)
     tl.store(index_ptr + seq * TILES + tile, index)
@@ -45,16 +47,18 @@ def _argmax(
         inside = tiles < TILES
         bests = tl.load(best_ptr + seq * TILES + tiles, mask=inside, other=float("-inf"), cache_modifier=".cg")
         indices = tl.load(index_ptr + seq * TILES + tiles, mask=inside, other=0, cache_modifier=".cg")
-        token = tl.min(tl.where(inside & (bests == tl.max(bests, 0)), indices, vocab), 0)
-        token = tl.where(token < vocab, token, 0).to(tl.int64)
-        tl.store(tokens_ptr + seq, token)
-        tl.store(latest_ptr + tl.load(rows_ptr + seq), token)
+        largest = tl.max(bests, 0)
+        token = tl.min(tl.where(inside & (bests == largest), indices, vocab), 0).to(tl.int64)
+        failed = tl.abs(largest) == float("inf")
+        tl.store(tokens_ptr + seq, tl.where(failed, NO_TOKEN, token))
+        tl.store(latest_ptr + tl.load(rows_ptr + seq), tl.where(failed, 0, token))
 
 
 def argmax_tokens(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
     """The index of the largest logit of each row of logits [B, V], the first of equal ones: [B] int64.
 
-    The index is also written to `latest` [R] int64 at `rows` [B] int32. A row without any comparable logit gets token 0.
+    The index is also written to `latest` [R] int64 at `rows` [B] int32. A row whose logits hold NaN or +inf, or are all -inf,
+    gets NO_TOKEN, and 0 in `latest`.
     """
     num, vocab = logits.shape
     tiles = cdiv(vocab, VOCAB_TILE)
@@ -63,6 +67,6 @@ def argmax_tokens(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor
     index = torch.empty(num, tiles, dtype=torch.int32, device=logits.device)
     _argmax[(num, tiles)](
         logits, rows, latest, tokens, best, index, arrivals(logits.device), vocab,
-        TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
+        NO_TOKEN=NO_TOKEN, TILE=VOCAB_TILE, TILES=tiles, PADDED=power_of_two(tiles), num_warps=4, **pdl(logits.device),
     )  # fmt: skip
     return tokens

@@ -17,7 +17,7 @@ HEADS_A_PROGRAM = 8  # heads of one program of `norm_rotate`, which share a load
 
 @triton.jit
 def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
-    """Program (row,): the norm of one row of SIZE numbers."""
+    """Program (row,): root-mean-square normalise one row of SIZE numbers, and multiply it by the weight."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < SIZE

@@ -1,7 +1,7 @@
 """The experts of one or two tokens: every pair of token and expert reads its expert's weights, in plain arithmetic.
 
-With so few tokens hardly any expert is used twice, so sorting pairs by expert would save no reads. `experts.py` explains the data
-flow. The twin is `layers.moe.run_experts`.
+With so few tokens hardly any expert is used twice, so sorting pairs by expert would save few reads. `experts.py` explains the
+data flow. The twin is `layers.moe.run_experts`.
 
 `_few_up`    grid (tiles of I, pairs + S T): a program computes ROWS numbers of silu(gate) * up of one pair
 `_few_down`  grid (tiles of H, T): a program computes ROWS outputs of one token, over all its experts, and adds them to the stream
@@ -20,7 +20,7 @@ from engine.kernels.launch import cdiv, pdl
 
 
 class Strip(NamedTuple):
-    """How a program is cut."""
+    """The part of a product that one program of `_few_up` or `_few_down` computes."""
 
     rows: int  # of a weight matrix
     columns: int  # in one pass of the loop

@@ -25,7 +25,9 @@ from engine.kernels.sort_pairs import Sorted
 
 
 class Tile(NamedTuple):
-    """How a program is cut."""
+    """The part of a product that one program of `_tiles_up` or `_tiles_down` computes at a time, and how many programs there
+    are.
+    """
 
     rows: int  # of a weight matrix
     columns: int  # in one pass of the loop

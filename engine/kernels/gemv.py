@@ -3,8 +3,8 @@
     x [M, K], W [N, K] -> y [M, N], M in (1, 2); sums in float32
     grid: (ceil(N / ROWS),); a program computes ROWS outputs of every row of x, and reads its rows of W whole
 
-From 3 rows of x on, tensor cores are faster: with 4 rows this kernel took
-1.33 times the best measured time on average, and `skinny.py` 1.01 times (docs/gpu.md). `linear_tiles.py` chooses the tiles.
+From 3 rows of x on, tensor cores are faster: with 4 rows this kernel took 1.33 times the best measured time on average, and
+`skinny.py` 1.01 times (docs/gpu.md). `linear_tiles.py` chooses the tiles.
 
 For one row the kernel can also norm x. With s = sqrt(mean(x^2) + eps), norm(x) W^T = ((x * weight) W^T) / s: the norm's weight is
 multiplied into x, and the division comes after the sum, when all of x has been read.

@@ -30,7 +30,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use. Triton's interpreter has no limit."""
     if device.type != "cuda":
         return 1 << 30
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin"))  # noqa: B009  # torch's stub lacks this attribute
+    # By getattr, since torch's type stub lacks this attribute.
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin"))  # noqa: B009
 
 
 def measure() -> tuple[float, float]:

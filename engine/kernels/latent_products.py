@@ -7,8 +7,8 @@ Decodes attend in latent space (DeepSeek-V2, arXiv 2405.04434, section 2.1), so 
     expand      after attention: W_v times each head's averaged latents
 
 For a single sequence of few heads, `absorb_few` and `merge_expand` do this in plain arithmetic; `merge_expand` also merges the
-splits of the decode. From absorb to expand, one sequence of 16 heads and 1,100 tokens takes 12.6 us, and took 16.3 us with the
-kernels for many sequences; for two or more sequences plain arithmetic is slower (docs/gpu.md).
+splits of the decode. From absorb to expand, one sequence of 16 heads and 1,100 tokens takes 12.6 us, and took 16.3 us before
+these two kernels existed; for two or more sequences plain arithmetic is slower (docs/gpu.md).
 
 `build_keys` puts keys together for a library that wants them as one tensor. The twins are in `attention/torch_mla.py`.
 """

@@ -32,7 +32,7 @@ ALONE_SPLITS = 64  # of a sequence that is alone
 
 
 class Tile(NamedTuple):
-    """How a program is cut."""
+    """The heads of one program of `mla_decode`, and the cached tokens that it reads in one pass of its loop."""
 
     rows: int  # heads
     tokens: int  # in one pass of the loop; at most a block
@@ -58,7 +58,7 @@ def _split(
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, part, sequence): attend from ROWS heads to one split of a sequence, in passes of TILE tokens.
+    """Program (split, group, sequence): attend from one group of ROWS heads to one split of a sequence, TILE tokens at a time.
 
     With one split the averaged latents are written in the queries' type, otherwise in float32 next to their log-sum-exp.
     """

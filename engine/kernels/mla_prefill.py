@@ -20,7 +20,7 @@ from engine.kernels.softmax import LOG2_E, add_pass
 
 
 class Tile(NamedTuple):
-    """How a program is cut."""
+    """The query tokens of one program of `mla_prefill`, and the keys that it reads in one pass of its loop."""
 
     queries: int  # query tokens
     keys: int  # keys in one pass of the loop

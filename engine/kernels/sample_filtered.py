@@ -12,7 +12,8 @@ samples: first the tile, then the token in it. Otherwise the last program bracke
 
 `_finish`, the same grid, lists the tokens at or above the lower end of the bracket, usually few. The last program searches this
 list for the exact threshold and samples from it. If a tile has more such tokens than SLOTS, the last program searches the whole
-row instead, with the same result: 199 to 283 us in place of 94 us for 64 rows of 151,936 logits (docs/gpu.md).
+row instead, with the same result. For 64 rows of 151,936 logits, sampling takes 94 us with short lists, and 197 to 283 us if
+whole rows are searched (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -82,9 +83,12 @@ def _survey(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, MARKS: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): the tiles `part`, `part` + programs of a row, ...; the last program samples or brackets a threshold.
+    """First kernel of sampling with a temperature.
 
-    Rows with temperature 0 are left alone. TILES is the number of tiles of a row, PADDED the same rounded up to a power of two.
+    Program (row, part): sum the weights of every parts-th tile of the row's logits, in all and above some marks. The last
+    program of a row to finish samples a token at once, or, if the row has top_k or top_p, stores a lower and an upper bound of
+    the threshold for `_finish`. Rows with temperature 0 are left alone. TILES is the number of tiles of a row, and PADDED is
+    TILES rounded up to a power of two.
     """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -92,11 +96,12 @@ def _survey(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(rows_ptr + seq)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    if temperature == 0.0:
+    argmax = tl.load(tokens_ptr + seq)
+    if (temperature == 0.0) | (argmax < 0):  # NO_TOKEN stays
         return
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     at = logits_ptr + seq.to(tl.int64) * vocab
-    best = tl.load(at + tl.load(tokens_ptr + seq)).to(tl.float32)
+    best = tl.load(at + argmax).to(tl.float32)
     lowest, highest = key_of(tl.full([], float("-inf"), tl.float32), BITS), key_of(best, BITS)
     floor = tl.where(top_p < 1.0, float("-inf"), min_p_floor(min_p))  # top_p is a share of all weights
     # If all tokens were `depth` below the best logit, they would together weigh no more than the share that top_p leaves out.
@@ -152,9 +157,11 @@ def _finish(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): list the tokens at or above the lower end of the bracket; the last program searches and samples.
+    """Second kernel of top_k and top_p sampling. `_survey`, the first, has bounded each row's threshold from below and above.
 
-    Rows that `_survey` has finished, and rows with temperature 0, are left alone.
+    Program (row, part): list the row's tokens at or above the lower bound, from every parts-th tile of its logits. The last
+    program of a row to finish finds the exact threshold among the listed tokens and samples from those above it. Rows that
+    `_survey` could sample at once, and rows with temperature 0, are left alone.
     """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -162,13 +169,14 @@ def _finish(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.load(rows_ptr + seq)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    if temperature == 0.0:
+    argmax = tl.load(tokens_ptr + seq)
+    if (temperature == 0.0) | (argmax < 0):  # NO_TOKEN stays
         return
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     if (top_k >= vocab) & (top_p >= 1.0):
         return
     at = logits_ptr + seq.to(tl.int64) * vocab
-    best = tl.load(at + tl.load(tokens_ptr + seq)).to(tl.float32)
+    best = tl.load(at + argmax).to(tl.float32)
     low, high = tl.load(bracket_ptr + seq * 2), tl.load(bracket_ptr + seq * 2 + 1)
     col = part * TILE + tl.arange(0, TILE)
     following = tl.load(at + col, mask=col < vocab, other=float("nan"))  # NaN compares false, so padding is never listed
@@ -215,6 +223,8 @@ def sample_filtered(
     params: SampleParams,
 ) -> None:
     """Replace the argmax tokens of rows with a temperature by sampled ones, in `tokens` [B] and in `latest` [R], int64.
+
+    NO_TOKEN is not replaced.
 
     logits [B, V] are bfloat16 or float32. `tokens` holds the argmax of each row, which `argmax_tokens` computes. rows [B] int32
     are the indices into `latest` and `params`; uniform [B] is float64 in [0, 1).

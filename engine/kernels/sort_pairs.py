@@ -36,9 +36,9 @@ class Sorted(NamedTuple):
 
 
 class Part(NamedTuple):
-    """How a program of the sort is cut."""
+    """The pairs that one program of the sort scans at once."""
 
-    pairs: int  # scanned at once; a power of two
+    pairs: int  # a power of two
     num_warps: int
 
 

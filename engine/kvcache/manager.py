@@ -1,10 +1,10 @@
-"""KVCacheManager: gives requests their blocks and takes them back. It decides; the runner moves.
+"""KVCacheManager: gives requests their blocks and takes them back. It decides which blocks; the runner moves their content.
 
     request.blocks   [ shared, full ... | own, full ... | own, being filled | own, empty ... ]
                        matched or forked                  ^ num_computed // block_size
 
-Only full blocks are ever shared, and a request always computes at least its last token, so what it writes lies behind
-every shared block. A block counts as readable once the step that writes it is submitted: steps run in order.
+Only full blocks are ever shared, and a request always computes at least its last token. A request therefore never writes
+to a shared block. A block counts as readable once the step that writes it is submitted, because steps run in order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class KVCacheManager:
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.prefix_caching = prefix_caching
         self._pool = BlockPool(num_blocks)
-        self._index = PrefixIndex()
-        self._prefix_caching = prefix_caching
+        self._index = PrefixIndex(block_size)
         self._chains: dict[Request, Chain] = {}
 
     @property
@@ -38,67 +38,113 @@ class KVCacheManager:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that a prompt can be matched with, held or free."""
+        """Blocks that a prompt can be matched with, held or free. Copies with the same content count once."""
         return len(self._index)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def start(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
-        """Give `request` blocks for all its tokens, the cached ones first, and set `num_computed` to what those hold.
+    def match(self, request: Request) -> int:
+        """Return how many blocks of a waiting request's tokens are in the cache. The last token is never matched.
 
-        False, and nothing changed, where that would leave fewer than `spare` blocks free.
+        The result is remembered, so that the next call does only the work for what changed in between.
         """
-        shared: list[int] = []
+        chain = self._chain(request)
+        chain.retry_at -= self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
+        return len(chain.matched)
+
+    def next_digest(self, request: Request) -> bytes | None:
+        """Return the hash of the first full block that is not cached (waiting request) or not published (running request).
+
+        None if there is no such block, or if it will not be published.
+        """
+        if not self.prefix_caching:
+            return None
+        chain = self._chain(request)
+        if chain.closed:
+            return None
+        link = chain.link(chain.num_published if request.blocks else len(chain.matched), self.block_size)
+        return None if link is None else link.digest
+
+    def admit(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
+        """Give `request` blocks for all its tokens, so that `spare` blocks stay free. Returns False if they do not fit.
+
+        The leading blocks come from the cache, unless `match` is off.
+        """
         chain: Chain | None = None
-        if match and self._prefix_caching:
-            limit = (len(request.tokens) - 1) // self.block_size
-            chain = self._chain(request, limit)
-            shared, parent = self._index.match(chain, limit)
-        if not self._hold(request, shared, spare):
+        shared: list[int] = []
+        if match and self.prefix_caching:
+            self.match(request)
+            chain = self._chains[request]
+            if self._pool.num_released < chain.retry_at:
+                return False
+            shared = [entry.block for entry in chain.matched]
+        missing = self._missing(request, shared)
+        if missing + spare > 0:
+            if chain is not None and missing > 0:
+                # A released block or a further matched block reduces what is missing by one at most; nothing else does.
+                chain.retry_at = self._pool.num_released + missing
             return False
+        self._hold(request, shared)
         if chain is not None:
-            chain.num_filed, chain.parent = len(shared), parent
+            chain.num_published, chain.parent = len(shared), chain.matched[-1] if shared else None
+            chain.matched = []
         request.num_computed = len(shared) * self.block_size
         return True
 
     def fork(self, request: Request, leader: Request, *, spare: int = 0) -> list[BlockCopy] | None:
-        """Give `request` the prompt of `leader`, which is computed, all but its last token; None where blocks are short.
+        """Give `request` the computed prompt of `leader`, all but its last token. Returns None if blocks are short.
 
-        Full blocks are shared. The one that both would write to is copied, as far as it is filled.
+        Full blocks are shared. The block that both requests would write to is copied.
         """
         computed = request.num_prompt - 1
         full, part = divmod(computed, self.block_size)
-        if not self._hold(request, leader.blocks[:full], spare):
+        num_new = self.blocks_for(len(request.tokens)) - full
+        if num_new + spare > self._pool.num_free:
             return None
-        if self._prefix_caching and leader in self._chains:
-            chain = self._chains[request] = Chain(request.salt)
+        self._hold(request, leader.blocks[:full])
+        if self.prefix_caching and leader in self._chains:
+            chain = self._chain(request)
             chain.links = self._chains[leader].links[:full]
+            chain.closed = self._chains[leader].closed
         request.num_computed = computed
         return [BlockCopy(leader.blocks[full], request.blocks[full])] if part else []
 
     def extend(self, request: Request) -> int | None:
-        """Append one block to a request whose blocks are all full; None when there is none."""
+        """Append one block to a request whose blocks are all full. Returns the block, or None if no block is free."""
         if self._pool.num_free == 0:
             return None
-        self.file(request)
+        self.publish(request)
         block = self._take()
         request.blocks.append(block)
         return block
 
-    def file(self, request: Request) -> None:
-        """Make the request's full blocks findable. From here on only later steps may share them."""
-        if not self._prefix_caching:
+    def publish(self, request: Request) -> None:
+        """Make the request's full blocks findable. Only requests of later steps may share them."""
+        if not self.prefix_caching:
             return
         full = min(request.num_computed, len(request.tokens)) // self.block_size
-        chain = self._chain(request, full)
-        if chain.num_filed < full:
-            self._index.file(chain, request.blocks[:full])
+        chain = self._chain(request)
+        if chain.num_published < full:
+            self._index.publish(chain, request.blocks, full)
+
+    def withdraw(self, request: Request) -> None:
+        """Remove all blocks of the request's tokens from the cache, because their content may be wrong.
+
+        A preempted request has no blocks of its own: whatever its tokens match is removed.
+        """
+        chain = self._chain(request)
+        blocks = request.blocks
+        if not blocks:
+            self._index.match(chain, len(request.tokens) // self.block_size)
+            blocks = [block for entry in chain.matched for block in (entry.block, *entry.copies)]
+        self._index.withdraw(blocks)
+        chain.closed = True
 
     def release(self, request: Request) -> None:
-        """Take all blocks back. They stay findable, and the ends of a chain are reused before its beginning."""
+        """Take all blocks back. Published blocks stay findable, and the end of a chain is evicted before its beginning."""
         if request.blocks:
-            self.file(request)
+            self.publish(request)
         for block in reversed(request.blocks):
             self._pool.drop(block, keep=block in self._index)
         request.blocks = []
@@ -106,7 +152,7 @@ class KVCacheManager:
         self._chains.pop(request, None)
 
     def check(self, holders: Iterable[Request]) -> None:
-        """Holds are counted right, and no request can write to a block that another one can read."""
+        """Raise InternalError if block counts are wrong, or if a request could write to a block that another can read."""
         self._pool.check()
         self._index.check()
         held: Counter[int] = Counter()
@@ -120,23 +166,24 @@ class KVCacheManager:
         if held != Counter({block: refs for block, refs in enumerate(self._pool.refs) if refs}):
             raise InternalError("block counts differ from what the requests hold")
 
-    def _chain(self, request: Request, num_blocks: int) -> Chain:
+    def _chain(self, request: Request) -> Chain:
         chain = self._chains.get(request)
         if chain is None:
-            chain = self._chains[request] = Chain(request.salt)
-        chain.lengthen(request.tokens, self.block_size, num_blocks)
+            chain = self._chains[request] = Chain(request.salt, request.tokens)
         return chain
 
-    def _hold(self, request: Request, shared: list[int], spare: int) -> bool:
-        pool = self._pool
+    def _missing(self, request: Request, shared: list[int]) -> int:
+        """Return how many blocks the request needs beyond those that are free now. Negative: that many stay free."""
+        refs = self._pool.refs
         num_new = self.blocks_for(len(request.tokens)) - len(shared)
-        revived = sum(1 for block in shared if pool.refs[block] == 0)
-        if num_new + revived + spare > pool.num_free:
-            return False
+        return num_new + sum(1 for block in shared if not refs[block]) - self._pool.num_free
+
+    def _hold(self, request: Request, shared: list[int]) -> None:
+        """Give `request` the blocks `shared`, and new ones for the rest of its tokens."""
         for block in shared:
-            pool.hold(block)
+            self._pool.hold(block)
+        num_new = self.blocks_for(len(request.tokens)) - len(shared)
         request.blocks = shared + [self._take() for _ in range(num_new)]
-        return True
 
     def _take(self) -> int:
         block = self._pool.take()

@@ -1,9 +1,9 @@
-"""BlockPool: which KV blocks are held, how often, and in which order the free ones are given out.
+"""BlockPool: which KV blocks are held, by how many requests, and in which order free blocks are given out.
 
-    held   refs[b] > 0    in the block table of refs[b] requests
-    free   refs[b] == 0   on the free list, least recently used first; what it holds stays readable until it is taken
+    held   refs[b] > 0    block b is in the block tables of refs[b] requests
+    free   refs[b] == 0   block b is on the free list, least recently used first; its content stays until the block is taken
 
-Knows ids and counts only: what a block contains is `prefix.py`'s, whose block it is `manager.py`'s.
+The pool knows ids and counts only. `prefix.py` knows what a block contains, `manager.py` which requests hold it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ from engine.errors import InternalError
 
 
 class BlockPool:
-    """All operations are O(1): the free list is a ring of two arrays, doubly linked through a sentinel at `num_blocks`."""
+    """All operations are O(1). The free list is a doubly linked ring in two arrays, with a sentinel at index `num_blocks`."""
 
-    __slots__ = ("_next", "_prev", "num_blocks", "num_free", "refs")
+    __slots__ = ("_next", "_prev", "num_blocks", "num_free", "num_released", "refs")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        self.num_released = 0  # times that a block lost its last holder, since the start
         self.refs = [0] * num_blocks
         self._next: list[int] = [*range(1, num_blocks + 1), 0]
         self._prev: list[int] = [num_blocks, *range(num_blocks)]
 
     def take(self) -> int:
-        """Hold the least recently used free block; whatever it contained is lost. The caller made sure that there is one."""
+        """Hold the least recently used free block and return it. Its content is lost.
+
+        Raises InternalError if no block is free.
+        """
         block = self._next[self.num_blocks]
         if block == self.num_blocks:
             raise InternalError("took a block from an empty pool")
@@ -33,22 +37,26 @@ class BlockPool:
         return block
 
     def hold(self, block: int) -> None:
-        """One more holder of `block`, free or not; its content stays."""
+        """Add a holder to `block`, which may be free or held. Its content stays."""
         if self.refs[block] == 0:
             self._unlink(block)
         self.refs[block] += 1
 
     def drop(self, block: int, *, keep: bool) -> None:
-        """One holder less. The last one frees it: to the far end of the list where its content is worth a `keep`."""
+        """Remove a holder from `block`. Without a holder the block is free.
+
+        With `keep`, the block becomes the most recently used free one; otherwise it is the next to be taken.
+        """
         refs = self.refs[block] - 1
         if refs < 0:
             raise InternalError(f"block {block} dropped more often than held")
         self.refs[block] = refs
         if refs == 0:
+            self.num_released += 1
             self._link(block, before=self.num_blocks if keep else self._next[self.num_blocks])
 
     def check(self) -> None:
-        """Every block is either held or on the free list once, and the list is whole in both directions."""
+        """Raise InternalError unless each block is either held or on the free list once, and the list is linked both ways."""
         seen = 0
         end = self.num_blocks
         block = self._next[end]

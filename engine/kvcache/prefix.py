@@ -1,119 +1,203 @@
 """PrefixIndex: finds the blocks that already hold the KV of a prompt's beginning.
 
-A full block is filed under a chained hash: of its token ids and of the hash of the block before it; the first link of
-the chain is the salt.
+A full block is published under a chained hash: the hash of its token ids and of the hash of the block before it. The salt
+is the first input of the chain, so requests with different salts never share blocks.
 
     salt "a" -> H(salt) -> H(.. + tokens 0..63) -> H(.. + tokens 64..127) -> ...
 
-A hash only finds candidates. A hit counts once the token ids are the same and the entry hangs from the very entry that
-was matched before it (or from this salt), so requests whose hashes collide never read each other's KV.
+A hash only finds candidates. An entry matches if its token ids are the same and its parent is the entry matched before it
+(or the salt, for the first block). Requests whose hashes collide therefore never read each other's KV.
+
+Requests that compute the same tokens side by side have the same content in different blocks. One block is the entry's
+`block`; the others are its `copies`. An entry loses its content only when the last of these blocks is overwritten.
+
+An entry outlives all entries that descend from it: a request that holds a block of an entry also holds a block of each
+ancestor, and it releases the ancestors' blocks last. Only a withdrawal or a hash collision breaks this rule. Both advance
+`epoch`, and a match remembered from an earlier epoch is void.
 """
 
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
 
+import msgspec
 import xxhash
 
 from engine.errors import InternalError
 
+HASH_AHEAD = 16  # blocks hashed at a time: a prompt is hashed only as far as it is matched or computed
 
-class Link(NamedTuple):
-    """One full block of a request's tokens: the chain's hash up to it, and its own token ids."""
+
+class Link(msgspec.Struct, frozen=True, gc=False):
+    """One full block of a request's tokens: the hash of the chain up to and including the block, and the block's token ids."""
 
     digest: bytes
     tokens: bytes
 
 
+class Entry(msgspec.Struct, gc=False):
+    """One published block content. `number` is never reused, so the child of a removed entry cannot match its successor."""
+
+    number: int
+    link: Link
+    parent: int | str  # number of the entry before, or the salt
+    block: int  # the block that a matching request shares
+    copies: tuple[int, ...] = ()  # other blocks with the same content
+
+
 class Chain:
-    """A request's full blocks as links, and how far they are filed. `parent` is what the next link hangs from."""
+    """A request's full blocks as hashed links, and how far they are matched (while it waits) and published (while it runs).
 
-    __slots__ = ("links", "num_filed", "parent", "salt")
+    `tokens` is the request's own array of token ids, which grows. Links are made when they are first needed.
+    """
 
-    def __init__(self, salt: str) -> None:
+    __slots__ = ("closed", "epoch", "links", "matched", "num_published", "parent", "retry_at", "salt", "tokens")
+
+    def __init__(self, salt: str, tokens: array[int]) -> None:
         self.salt = salt
+        self.tokens = tokens
         self.links: list[Link] = []
-        self.num_filed = 0
-        self.parent: int | str = salt
+        self.matched: list[Entry] = []  # entries of the first blocks, as of `epoch`
+        self.epoch = 0
+        self.retry_at = 0  # BlockPool.num_released below which the request cannot fit
+        self.num_published = 0
+        self.parent: Entry | None = None  # entry of the last published block
+        self.closed = False  # nothing more may be published: blocks were withdrawn
 
-    def lengthen(self, tokens: list[int], block_size: int, num_blocks: int) -> None:
-        """Have the links of the first `num_blocks` blocks of `tokens`."""
+    def link(self, index: int, block_size: int) -> Link | None:
+        """Return the link of block `index`, or None if the tokens do not fill that block."""
+        if index >= len(self.links):
+            num_full = len(self.tokens) // block_size
+            if index >= num_full:
+                return None
+            self._lengthen(min(index + HASH_AHEAD, num_full), block_size)
+        return self.links[index]
+
+    def _lengthen(self, num_blocks: int, block_size: int) -> None:
         links = self.links
-        if len(links) >= num_blocks:
-            return
-        first = len(links) * block_size
-        data = array("i", tokens[first : num_blocks * block_size]).tobytes()
+        data = self.tokens[len(links) * block_size : num_blocks * block_size].tobytes()
         digest = links[-1].digest if links else xxhash.xxh3_128_digest(self.salt.encode())
-        size = len(data) // (num_blocks - len(links))
+        size = block_size * self.tokens.itemsize
         for at in range(0, len(data), size):
             part = data[at : at + size]
             digest = xxhash.xxh3_128_digest(digest + part)
             links.append(Link(digest, part))
 
 
-class _Entry(NamedTuple):
-    number: int  # never used twice, so that a child of an entry long gone is not taken for a child of its successor
-    block: int
-    parent: int | str
-    link: Link
-
-
 class PrefixIndex:
-    __slots__ = ("_by_block", "_by_digest", "_number")
+    __slots__ = ("_block_size", "_by_block", "_by_digest", "_number", "epoch")
 
-    def __init__(self) -> None:
-        self._by_digest: dict[bytes, _Entry] = {}
-        self._by_block: dict[int, _Entry] = {}
+    def __init__(self, block_size: int) -> None:
+        self.epoch = 0
+        self._block_size = block_size
+        self._by_digest: dict[bytes, Entry] = {}
+        self._by_block: dict[int, Entry] = {}
         self._number = 0
 
     def __len__(self) -> int:
-        return len(self._by_block)
+        return len(self._by_digest)
 
     def __contains__(self, block: int) -> bool:
         return block in self._by_block
 
-    def match(self, chain: Chain, limit: int) -> tuple[list[int], int | str]:
-        """Return the blocks that hold the first links of `chain`, `limit` at most, and the parent of the link after them."""
-        blocks: list[int] = []
-        parent: int | str = chain.salt
-        for link in chain.links[:limit]:
-            entry = self._by_digest.get(link.digest)
-            if entry is None or entry.parent != parent or entry.link.tokens != link.tokens:
-                break
-            blocks.append(entry.block)
-            parent = entry.number
-        return blocks, parent
+    def match(self, chain: Chain, limit: int) -> int:
+        """Bring `chain.matched` up to date, with at most `limit` entries. Returns the number of entries added.
 
-    def file(self, chain: Chain, blocks: list[int]) -> None:
-        """File those of the chain's links that are not filed yet; `blocks` is the table that holds them."""
-        for link, block in zip(chain.links[chain.num_filed :], blocks[chain.num_filed :], strict=False):
-            entry = self._by_digest.get(link.digest)
-            if entry is None or entry.parent != chain.parent or entry.link.tokens != link.tokens:
-                entry = self._put(block, chain.parent, link)
-            chain.parent = entry.number
-            chain.num_filed += 1
+        A match remembered from an earlier call is continued: the work is proportional to what changed since.
+        """
+        matched = chain.matched
+        if chain.epoch != self.epoch:
+            chain.epoch = self.epoch
+            matched.clear()
+        while matched and not self._is_alive(matched[-1]):
+            matched.pop()
+        before = len(matched)
+        parent = matched[-1] if matched else None
+        for index in range(before, limit):
+            link = chain.link(index, self._block_size)
+            parent = None if link is None else self._find(link, _number(parent, chain))
+            if parent is None:
+                break
+            matched.append(parent)
+        return len(matched) - before
+
+    def publish(self, chain: Chain, blocks: list[int], num_full: int) -> None:
+        """Publish the chain's links up to block `num_full` that are not published yet. `blocks` is the request's block table."""
+        if chain.parent is not None and not self._is_alive(chain.parent):
+            chain.closed = True
+        while chain.num_published < num_full and not chain.closed:
+            block, link = blocks[chain.num_published], chain.link(chain.num_published, self._block_size)
+            if link is None:
+                raise InternalError(f"block {block} is published before it is full")
+            parent = _number(chain.parent, chain)
+            entry = self._find(link, parent)
+            if entry is None:
+                entry = self._put(block, parent, link)
+            elif self._by_block.get(block) is not entry:
+                self.forget(block)
+                entry.copies += (block,)
+                self._by_block[block] = entry
+            chain.parent = entry
+            chain.num_published += 1
 
     def forget(self, block: int) -> None:
-        """The block is about to be overwritten."""
+        """Remove a block from the prefix index, since it is about to be overwritten.
+
+        If another block holds the same content, that block takes its place in the index.
+        """
         entry = self._by_block.pop(block, None)
-        if entry is not None:
+        if entry is None:
+            return
+        if block != entry.block:
+            entry.copies = tuple(copy for copy in entry.copies if copy != block)
+        elif entry.copies:
+            entry.block, *others = entry.copies
+            entry.copies = tuple(others)
+        else:
             del self._by_digest[entry.link.digest]
 
-    def check(self) -> None:
-        if len(self._by_block) != len(self._by_digest):
-            raise InternalError(f"{len(self._by_block)} blocks filed under {len(self._by_digest)} hashes")
-        for block, entry in self._by_block.items():
-            if entry.block != block or self._by_digest.get(entry.link.digest) is not entry:
-                raise InternalError(f"block {block} is filed as {entry.block}")
+    def withdraw(self, blocks: list[int]) -> None:
+        """Remove blocks whose content may be wrong. Entries that descend from them can no longer be matched."""
+        for block in blocks:
+            self.forget(block)
+        self.epoch += 1
 
-    def _put(self, block: int, parent: int | str, link: Link) -> _Entry:
-        # An entry in the way either collides or hangs from an entry that is gone: it can never be matched from here.
-        stale = self._by_digest.get(link.digest)
-        if stale is not None:
-            self.forget(stale.block)
+    def check(self) -> None:
+        """Raise InternalError if the two maps disagree, or if an entry has outlived its parent."""
+        for block, entry in self._by_block.items():
+            if block != entry.block and block not in entry.copies:
+                raise InternalError(f"block {block} is listed under the entry of block {entry.block}")
+        for digest, entry in self._by_digest.items():
+            blocks = (entry.block, *entry.copies)
+            if digest != entry.link.digest or any(self._by_block.get(block) is not entry for block in blocks):
+                raise InternalError(f"the entry of block {entry.block} is listed under a wrong hash or block")
+        if len(self._by_block) != sum(1 + len(entry.copies) for entry in self._by_digest.values()):
+            raise InternalError(f"{len(self._by_block)} blocks are published under {len(self._by_digest)} hashes")
+        numbers = {entry.number for entry in self._by_digest.values()}
+        if not self.epoch and any(isinstance(e.parent, int) and e.parent not in numbers for e in self._by_digest.values()):
+            raise InternalError("an entry has outlived its parent")
+
+    def _find(self, link: Link, parent: int | str) -> Entry | None:
+        entry = self._by_digest.get(link.digest)
+        if entry is None or entry.parent != parent or entry.link.tokens != link.tokens:
+            return None
+        return entry
+
+    def _is_alive(self, entry: Entry) -> bool:
+        return self._by_digest.get(entry.link.digest) is entry
+
+    def _put(self, block: int, parent: int | str, link: Link) -> Entry:
+        stale = self._by_digest.pop(link.digest, None)
+        if stale is not None:  # its hash collides, or one of its ancestors was withdrawn
+            for other in (stale.block, *stale.copies):
+                del self._by_block[other]
+            self.epoch += 1
         self.forget(block)
         self._number += 1
-        entry = _Entry(self._number, block, parent, link)
+        entry = Entry(self._number, link, parent, block)
         self._by_digest[link.digest] = self._by_block[block] = entry
         return entry
+
+
+def _number(parent: Entry | None, chain: Chain) -> int | str:
+    return chain.salt if parent is None else parent.number

@@ -1,31 +1,24 @@
-"""KVStorage: the tensors that hold the cache, any set of pools for each layer, and the copying of blocks among them.
+"""KVStorage holds the tensors of the KV cache, any set of pools for each layer, and copies blocks within them.
 
-It moves what the plan tells it to and decides nothing: who owns a block is `manager.py`'s business.
+It carries out the copies of a plan and decides nothing. `manager.py` decides who owns a block.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from engine.batch import LayerPools, PoolSpec
+from engine.batch import LayerPools, PoolSpec, Upload
 from engine.plan import BlockCopy
 
 
-def block_bytes(pools: list[list[PoolSpec]], block_size: int) -> int:
-    """Bytes of one block over all layers and pools."""
-    return block_size * sum(math.prod(p.shape) * p.dtype.itemsize for layer in pools for p in layer)
-
-
 class KVStorage:
-    """`layers[i]` has layer i's pools by name, each [num_blocks + 1, block_size, *shape], all zeros at first.
+    """The KV cache of `num_blocks` blocks. `layers[i]` has layer i's pools by name, each [num_blocks + 1, block_size, *shape],
+    zeros at first.
 
-    The last block, `scratch_block`, belongs to no request: rows that only pad a batch write there.
+    The last block, `scratch_block`, belongs to no request. The scratch row, which pads batches, writes there.
     """
 
     def __init__(self, pools: list[list[PoolSpec]], *, num_blocks: int, block_size: int, device: torch.device) -> None:
@@ -35,8 +28,8 @@ class KVStorage:
             {p.name: _zeros((num_blocks + 1, block_size, *p.shape), p.dtype, device) for p in layer} for layer in pools
         ]
 
-    def copy(self, copies: list[BlockCopy], upload: Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]) -> None:
-        """Carry out `copies` as if one after the other, every pool of a block together."""
+    def copy(self, copies: list[BlockCopy], upload: Upload) -> None:
+        """Copy blocks, every pool of a block together, with the result of carrying out `copies` one after the other."""
         for group in _independent(copies):
             src, dst = upload([np.array(column, np.int64) for column in zip(*group, strict=True)])
             for layer in self.layers:
@@ -45,7 +38,8 @@ class KVStorage:
 
 
 def _independent(copies: list[BlockCopy]) -> list[list[BlockCopy]]:
-    """Cut the list where a copy reads or overwrites what one before it wrote: within a group all may be done at once."""
+    """Cut `copies` before each copy that reads or overwrites a block that an earlier copy of its group wrote. The copies of one
+    group may then run at once."""
     groups: list[list[BlockCopy]] = []
     written: set[int] = set()
     for copy in copies:
@@ -60,5 +54,5 @@ def _independent(copies: list[BlockCopy]) -> list[list[BlockCopy]]:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy takes zeroed pages from the system as they are touched, where torch would write the whole cache at start-up.
+    # numpy takes zeroed pages from the system as they are touched. torch would write the whole cache at start.
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,6 +1,6 @@
-"""Linear: y = x W^T + b over weights that are allocated empty and filled by the loader.
+"""Linear layers: y = x W^T + b. Weights are allocated empty, and the loader fills them.
 
-Our own, so that quantisation, tensor parallelism and LoRA can replace it in a finished model.
+The class is our own rather than torch's, so that quantisation, tensor parallelism and LoRA can replace it in a built model.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch.nn import functional as F
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-ONEDNN_FROM = 1 << 19  # numbers in a weight: see `linear`
+ONEDNN_FROM = 1 << 19  # smallest weight, in numbers, that `linear` gives to oneDNN
 
 Weights = dict[str, torch.Tensor]
-"""Checkpoint name -> the tensor, often a slice of a fused parameter, that holds it."""
+"""Maps the name of a checkpoint tensor to the tensor that it fills, which is often a slice of a fused parameter."""
 
 Norm = tuple[torch.Tensor, float]
-"""Weight [size] and eps of a root-mean-square norm."""
+"""Weight [size] and epsilon of a root-mean-square norm."""
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """An empty parameter that is never trained."""
+    """Allocate an uninitialised parameter without a gradient."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
@@ -43,17 +43,18 @@ class _Kernels(Protocol):
 
 @cache
 def _kernels() -> _Kernels:
-    kernels: _Kernels = importlib.import_module("engine.kernels.linear")  # a machine without CUDA may have no Triton
+    kernels: _Kernels = importlib.import_module("engine.kernels.linear")  # by name: Triton may be missing
     return kernels
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """F.linear, in `out` where given (for x [T, K] and no bias). On CUDA, few rows in bfloat16 go to kernels of our own.
+    """Compute x [..., K] times weight [N, K] transposed, plus bias [N] -> [..., N]. `out` needs x [T, K] and no bias.
 
-    In float32 on a CPU a large weight goes to oneDNN: torch's default there, MKL, runs one-row products on one core
-    and was half as fast on AMD with 1, 16 and 64 rows. Each call of oneDNN costs 20 us, which a small weight does not earn back.
+    On CUDA a bfloat16 product of few rows runs in our own kernels. On a CPU a large float32 weight goes to oneDNN, since
+    torch's default there (MKL) runs one-row products on one core and was half as fast on AMD with 1, 16 and 64 rows. A call
+    of oneDNN costs 20 us, so small weights stay with MKL.
     """
     if x.is_cuda and _kernels().fits(x, weight):
         return _kernels().linear(x, weight, bias, out)
@@ -66,8 +67,9 @@ def linear(
 
 
 def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """hidden [T, N] += `linear` of x [T, K], in place. On CUDA the product adds as it writes, in its own float32, but for
-    many rows with a bias.
+    """Add `linear(x, weight, bias)` of x [T, K] to hidden [T, N] in place.
+
+    On CUDA the kernel adds its float32 sums as it writes them, except for many rows with a bias, which take a second pass.
     """
     if x.is_cuda and _kernels().fits(x, weight):
         _kernels().add_linear(hidden, x, weight, bias)
@@ -78,13 +80,13 @@ def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias
 
 
 class NormLinear(Protocol):
-    """Of an `Ops`, what a Linear wants."""
+    """The one method of `Ops` that a Linear uses."""
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
 class Linear(nn.Module):
-    """`weight` is [out, in]. `weights` names the row ranges of a fused one, as checkpoints know them."""
+    """A linear layer with weight [out, in] and an optional bias [out]. It may fuse several layers of a checkpoint row-wise."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -95,15 +97,15 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def of_norm(self, x: torch.Tensor, norm: Norm, ops: NormLinear) -> torch.Tensor:
-        """The product of the norm of x [T, in], whose rows may lie apart -> [T, out]"""
+        """Norm x [T, in], then apply the layer -> [T, out]. The rows of x need not be contiguous."""
         return ops.norm_linear(x, norm, self.weight, self.bias)
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
-        """hidden [T, out] += the product of x [T, in], in place"""
+        """Add the layer's output for x [T, in] to hidden [T, out] in place."""
         add_linear(hidden, x, self.weight, self.bias)
 
     def weights(self, rows: dict[str, int]) -> Weights:
-        """`rows` maps each checkpoint name to its number of output rows, in order."""
+        """Split the fused weight: `rows` maps each checkpoint layer's name to its number of output rows, in order."""
         names, sizes = list(rows), list(rows.values())
         out = {f"{n}.weight": w for n, w in zip(names, torch.split(self.weight, sizes), strict=True)}
         if self.bias is not None:

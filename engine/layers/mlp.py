@@ -17,11 +17,11 @@ class GatedMlp(nn.Module):
         self.down_proj = Linear(size, hidden, dtype=dtype, device=device)
 
     def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
-        """Add to hidden [T, H], in place, what the MLP makes of its norm."""
+        """Norm hidden [T, H], apply the MLP, and add the result to hidden in place."""
         self.down_proj.add_to(hidden, ops.gated(hidden, self.gate_up_proj.weight, norm))
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor, ops: Ops) -> None:
-        """The same of x [T, H], as it is."""
+        """Apply the MLP to x [T, H] without a norm, and add the result to hidden [T, H] in place."""
         self.down_proj.add_to(hidden, ops.gated(x, self.gate_up_proj.weight))
 
     def weights(self, prefix: str) -> Weights:

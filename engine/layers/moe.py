@@ -1,6 +1,6 @@
-"""Mixture of experts: routing as pure functions, experts as stacked matrices, and the plain loop over them.
+"""Mixture of experts in plain torch: routing as pure functions, expert weights as stacked matrices, and a loop over experts.
 
-No expert has a capacity: what a token gets does not depend on the tokens beside it.
+No expert has a capacity limit, so a token's output does not depend on the other tokens of its step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Routed(NamedTuple):
 
 
 def route(logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None = None) -> Routed:
-    """logits [T, E] -> which experts each token goes to and with what weight. `bias` [E] is of noaux_tc."""
+    """Choose experts and weights for each token from its router logits [T, E]. Only noaux_tc has a `bias` [E]."""
     if spec.method == "noaux_tc":
         scores = logits.float().sigmoid()
         choice = scores if bias is None else scores + bias
@@ -43,7 +43,10 @@ def route(logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None = N
 
 
 def _within_best_groups(scores: torch.Tensor, spec: RoutingSpec, *, judged_by: int, closed: float) -> torch.Tensor:
-    """Set the scores [T, E] outside the best `topk_group` groups to `closed`; a group counts as the sum of its best few."""
+    """Set the scores [T, E] of experts outside the best `topk_group` groups to `closed`.
+
+    A group's score is the sum of its best `judged_by` experts.
+    """
     grouped = scores.view(-1, spec.n_group, spec.num_experts // spec.n_group)
     best = grouped.topk(judged_by, -1).values.sum(-1).topk(spec.topk_group, -1).indices  # [T, topk_group]
     shut = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
@@ -51,7 +54,10 @@ def _within_best_groups(scores: torch.Tensor, spec: RoutingSpec, *, judged_by: i
 
 
 def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: torch.Tensor, ops: Ops) -> torch.Tensor:
-    """x [T, H], gate_up [E, 2 I, H], down [E, H, I] -> [T, H]. Waits for the device to learn which experts have tokens."""
+    """Apply the routed experts to x [T, H], with gate_up [E, 2 I, H] and down [E, H, I] -> [T, H].
+
+    The call waits for the device, since the host must know which experts have tokens.
+    """
     weights, ids = routed
     order = ids.flatten().argsort(stable=True)  # pairs (token, choice) sorted by expert
     counts = ids.flatten().bincount(minlength=gate_up.shape[0]).tolist()
@@ -61,15 +67,17 @@ def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: to
 
 
 def _weighted_sum(sorted_out: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Experts' outputs [T * top_k, H] in `order`, weights [T, top_k] -> [T, H]. In one product: adding expert by expert into
-    the tokens' rows made layers of 1 to 64 tokens a sixth slower on a CPU.
+    """Sum each token's expert outputs by weight: [T * top_k, H] sorted by `order`, weights [T, top_k] -> [T, H].
+
+    One batched product does it. Adding each expert's rows to the tokens' rows made layers of 1 to 64 tokens a sixth slower
+    on a CPU.
     """
-    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # back in the order of tokens and choices
+    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # restores the order (token, choice)
     return torch.bmm(weights.to(out.dtype).unsqueeze(1), out.view(*weights.shape, -1)).squeeze(1)
 
 
 def can_group(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether all of a layer runs by `moe_cuda.py`, which never waits for the device."""
+    """Whether `moe_cuda.py` can run a whole expert layer; it never waits for the device."""
     return dtype == torch.bfloat16 and device.type == "cuda"
 
 
@@ -79,12 +87,12 @@ class _OnCuda(Protocol):
 
 @cache
 def _on_cuda() -> _OnCuda:
-    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # by name: it needs Triton
+    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # imported by name, since it needs Triton
     return on_cuda
 
 
 class MoeMlp(nn.Module):
-    """Router, routed experts and, where `shared_size` is not 0, an MLP that every token takes as well."""
+    """A router, routed experts, and (unless `shared_size` is 0) shared experts: an MLP that is applied to every token."""
 
     def __init__(
         self,
@@ -109,7 +117,7 @@ class MoeMlp(nn.Module):
         self.shared = GatedMlp(hidden, shared_size, dtype=dtype, device=device) if shared_size else None
 
     def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
-        """Add to hidden [T, H], in place, what the experts make of its norm."""
+        """Norm hidden [T, H], apply routed and shared experts, and add the result to hidden in place."""
         x = ops.norm(hidden, *norm)
         if can_group(x.dtype, x.device):
             _on_cuda().add_to(hidden, self, x, ops)

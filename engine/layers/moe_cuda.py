@@ -1,6 +1,7 @@
-"""A mixture of experts on CUDA in bfloat16: which kernels run it is decided by shapes alone. `moe.py` has the plain twin.
+"""A mixture of experts on CUDA in bfloat16. Shapes alone decide which kernels run it. `moe.py` has the plain twin.
 
-Nothing here waits for the device, so that a step may be captured in a graph: grids are for the most blocks there can be.
+Nothing here waits for the device, so a step can be captured in a CUDA graph. For that, grids have the largest number of
+blocks that the routing could need.
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ from engine.kernels.sort_pairs import sort_pairs
 from engine.layers.moe import MoeMlp, Routed
 from engine.layers.ops import Ops
 
-# What follows is chosen by measurement on DeepSeek-V2-Lite's layer (docs/gpu.md).
-FEW_TOKENS = 2  # up to which a token reads its own experts, though another may have just read them
-STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # gate_up, down
+# These values were chosen by measurement on DeepSeek-V2-Lite's layer (docs/gpu.md).
+FEW_TOKENS = 2  # largest step in which each token reads its own experts' weights, even if tokens share experts
+STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # for gate_up and for down
 
 
 class Cut(NamedTuple):
-    """Products in blocks of one expert's pairs."""
+    """How to run the products in blocks, where a block holds (token, choice) pairs of one expert."""
 
-    block: int
+    block: int  # pairs
     gate_up: Tile
     down: Tile
-    with_shared: bool  # the shared experts' tokens are blocks too; else they are an MLP of their own
+    with_shared: bool  # run the shared experts as further blocks of the same kernels; if not, as an MLP
 
 
 TILE = Tile(128, 64, 8, 4, 99)
-CUTS: tuple[tuple[int, Cut], ...] = (  # up to how many pairs an expert, evenly spread
+CUTS: tuple[tuple[int, Cut], ...] = (  # by the largest mean number of pairs per expert that the entry serves
     (5, Cut(16, TILE, TILE, True)),
     (10, Cut(32, TILE, TILE, True)),
     (32, Cut(32, TILE, TILE, False)),
     (64, Cut(64, TILE, TILE, False)),
     (192, Cut(128, Tile(128, 64, 8, 4, 1), Tile(128, 64, 8, 3, 99), False)),
 )
-SORT_BLOCK = 128  # where nothing is cut: torch's grouped product wants the experts' ends, not blocks
+SORT_BLOCK = 128  # for torch's grouped product, which takes the end of each expert's pairs and no blocks
 
 
 def add_to(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> None:
-    """hidden [T, H] += what routed and shared experts make of x [T, H], in place"""
+    """Apply routed and shared experts to x [T, H], and add the result to hidden [T, H] in place."""
     run_experts(hidden, moe, x, route(moe, x), ops)
 
 
@@ -73,7 +74,7 @@ def run_experts(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Rout
 
 
 def _shared_weights(moe: MoeMlp) -> ExpertWeights | None:
-    """gate_up and down of the shared experts, if they can be taken as experts of the routed ones' size."""
+    """gate_up and down of the shared experts, if their size is a multiple of a routed expert's; else None."""
     if moe.shared is None or moe.shared.size % moe.size:
         return None
     return moe.shared.gate_up_proj.weight, moe.shared.down_proj.weight
@@ -97,7 +98,7 @@ def run_cut(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, 
 
 
 def run_grouped(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Routed, ops: Ops) -> None:
-    """The products by torch, which is the faster where each expert has many tokens."""
+    """Run the products with torch's grouped matmul, which is fastest when each expert has many tokens."""
     weights, ids = routed
     by_expert = sort_pairs(ids, moe.routing.num_experts, SORT_BLOCK)
     at_places = spread(x, by_expert.place)

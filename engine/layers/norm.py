@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
 
     @property
     def params(self) -> Norm:
-        """For the `Ops` that norm and do more."""
+        """Weight and epsilon, for the methods of `Ops` that fuse this norm with another operation."""
         return self.weight, self.eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""The small operations between matrix products: `PlainOps` by torch, `CudaOps` in `ops_cuda.py` with a kernel for each.
+"""The small operations between matrix products: norms, rotary embedding, KV writes and SwiGLU.
 
-A model chooses one of the two when it is built (`ops_for`).
+`PlainOps` is plain torch. `CudaOps` of `ops_cuda.py` runs each operation as one Triton kernel. A model gets one of the two when
+it is built.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from engine.layers.linear import Norm, linear
 from engine.layers.rotary import deinterleave, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-"""cos and signed sin of each token's position, [T, 1, dim] float32, as `Rotary` gives them."""
+"""cos and signed sin of each token's position, each [T, 1, dim] float32, as computed by `Rotary`."""
 
 
 class Ops(Protocol):
+    """One implementation of the operations. T is the number of tokens, and a row belongs to one token."""
+
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The root-mean-square norm of x [T, size], whose rows may lie apart."""
+        """The root-mean-square norm of each row of x [T, size]. The rows of x need not be adjacent in memory."""
         ...
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [T, K], weight [N, K], bias [N] -> [T, N]: the product of the norm of x, whose rows may lie apart."""
+        """Norm x [T, K] and multiply it by weight [N, K], bias [N] -> [T, N]. The rows of x need not be adjacent in memory."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[T, 2 I] -> [T, I]: silu of the first half times the second."""
+        """gate_up [T, 2 I] -> [T, I]: the silu of the first half of each row times its second half."""
         ...
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-        """x [T, H], weight [2 I, H] -> [T, I]: `silu_mul` of their product, or of that of the norm of x."""
+        """x [T, H], weight [2 I, H] -> [T, I]: `silu_mul` of the product. With `norm`, x is normed first."""
         ...
 
     def norm_rotate(
@@ -46,8 +49,10 @@ class Ops(Protocol):
         slots: torch.Tensor,
         pools: LayerPools,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From `heads` [T, q + k + v heads, dim], which may be overwritten, the q, k and v heads: q and k normed where
-        `weights` has their two, then turned where there are `angles`. k and v are written to their `slots` [T] of the pools.
+        """Split heads [T, q + k + v heads, dim], which may be overwritten, into q, k and v.
+
+        q and k are normed if `weights` has their two weights, then rotated if `angles` are given. k and v are written to
+        `slots` [T] of `pools`.
         """
         ...
 
@@ -62,15 +67,19 @@ class Ops(Protocol):
         *,
         interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and records of latent attention, from q [T, heads, nope + rope] and kv [T, rank + rope], which may be
-        overwritten: the last `rope` numbers of both turned, the first `rank` of kv normed by `norm`.
-        The records are written to their `slots` [T] of the pool. `interleaved`: a pair to turn lies side by side, and is put
-        half a head apart as it is turned.
+        """Queries and cache records of latent attention, from q [T, heads, nope + rope] and kv [T, rank + rope], which may be
+        overwritten.
+
+        The last `rope` numbers of q and kv are rotated, and the first `rank` numbers of kv are normed by `norm`. The records are
+        written to `slots` [T] of the pool. With `interleaved`, the two numbers of a rotated pair are adjacent in the input; in
+        the output they are half a head apart, as without it.
         """
         ...
 
 
 class PlainOps:
+    """Ops in plain torch, the twin of `CudaOps`."""
+
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
 
@@ -95,7 +104,7 @@ class PlainOps:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kv_heads, size = pools["k"].shape[2], heads.shape[-1:]
         q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
-        if weights is None and angles is not None:  # q and k are side by side: one pass for both
+        if weights is None and angles is not None:  # q and k are adjacent: one pass for both
             q, k = torch.split(rotate(heads[:, :-kv_heads], *angles), [q.shape[1], kv_heads], 1)
         elif weights is not None:
             q, k = F.rms_norm(q, size, weights[0], eps), F.rms_norm(k, size, weights[1], eps)
@@ -129,13 +138,14 @@ class PlainOps:
 
 
 def write(pool: torch.Tensor, records: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write records [T, *shape] to their slots [T] of a pool [num_blocks, block_size, *shape]."""
+    """Write records [T, *shape] to slots [T] of a pool [num_blocks, block_size, *shape]."""
     pool.flatten(0, 1).index_copy_(0, slots, records)
 
 
 def ops_for(device: torch.device, rotary_dim: int) -> Ops:
-    """`rotary_dim`: what is turned of a head. A kernel wants a power of two."""
+    """The operations for a model on `device` that rotates `rotary_dim` numbers of each head. The kernels need a power of two."""
     if device.type != "cuda" or rotary_dim & (rotary_dim - 1):
         return PlainOps()
-    make: Callable[[], Ops] = importlib.import_module("engine.layers.ops_cuda").make  # by name: it needs Triton
+    # Imported by name, since this module must also import on machines without Triton.
+    make: Callable[[], Ops] = importlib.import_module("engine.layers.ops_cuda").make
     return make()

@@ -1,7 +1,7 @@
-"""Rotary position embedding. Angles are computed once a step, in float32, and handed to every layer.
+"""Rotary position embedding. The angles are computed once per step, in float32, and passed to every layer.
 
-A pair (a, b) of a head's numbers is turned by the angle position * inv_freq: (a cos - b sin, b cos + a sin). With the
-halves of a head swapped by `roll`, that is x * cos + roll(x) * (-sin | sin), three operations for all heads together.
+A pair (a, b) of a head's numbers is rotated by the angle position * inv_freq: (a cos - b sin, b cos + a sin). `roll` swaps
+the two halves of a head, so rotating all heads is x * cos + roll(x) * (-sin | sin): three operations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(spec).to(device), persistent=False)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin, each [T, 1, dim] float32, for `rotate`."""
+        """Return cos and signed sin of positions [T], each [T, 1, dim] float32, as `rotate` takes them."""
         if positions.is_cuda:
             kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]
             kernel = importlib.import_module("engine.kernels.elementwise").angles
@@ -34,7 +34,7 @@ class Rotary(nn.Module):
         return self.plain(positions)
 
     def plain(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same in torch: the kernel's twin."""
+        """Compute the result of `forward` in plain torch; the CUDA kernel is tested against this."""
         angles = torch.outer(positions.float(), self.inv_freq)  # [T, dim / 2]
         cos, sin = angles.cos(), angles.sin()
         if self.magnitude != 1.0:
@@ -43,17 +43,20 @@ class Rotary(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x [T, heads, dim], whose pairs are (i, i + dim / 2)."""
+    """Rotate x [T, heads, dim], in which numbers i and i + dim / 2 form a pair."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def deinterleave(x: torch.Tensor) -> torch.Tensor:
-    """Reorder pairs (0, 1), (2, 3), ... of the last dimension to (i, i + dim / 2). Queries and keys alike: products keep."""
+    """Reorder the last dimension so that the pairs (0, 1), (2, 3), ... become (i, i + dim / 2).
+
+    Queries and keys are both reordered, so their dot products do not change.
+    """
     return torch.cat((x[..., 0::2], x[..., 1::2]), -1)
 
 
 def inverse_frequencies(spec: RopeSpec) -> torch.Tensor:
-    """[dim / 2] float32"""
+    """Return the rotation per position of each pair, in radians, after scaling: [dim / 2] float32."""
     plain = 1.0 / spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.float32) / spec.dim)
     if spec.scaling == "linear":
         return plain / spec.factor
@@ -65,18 +68,18 @@ def inverse_frequencies(spec: RopeSpec) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
-    """Slow turns are stretched by `factor`, fast ones kept, those between blended."""
-    turns = spec.original_max_len * plain / (2 * math.pi)  # within the original context
-    keep = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    """Llama 3 scaling: divide low frequencies by `factor`, keep high ones, and blend those between."""
+    rotations = spec.original_max_len * plain / (2 * math.pi)  # full rotations within the original context
+    keep = (rotations - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
     return plain / spec.factor * (1 - keep) + plain * keep
 
 
 def _yarn(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
-    """The same idea with a ramp over dimensions, from `beta_fast` turns (kept) to `beta_slow` turns (stretched)."""
+    """YaRN scaling: a linear ramp over dimensions, from `beta_fast` rotations (kept) to `beta_slow` rotations (divided)."""
 
-    def dimension(turns: float) -> float:
-        return spec.dim * math.log(spec.original_max_len / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+    def dimension(rotations: float) -> float:
+        return spec.dim * math.log(spec.original_max_len / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))
 
     low, high = dimension(spec.beta_fast), dimension(spec.beta_slow)
     if spec.truncate:

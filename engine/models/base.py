@@ -1,7 +1,7 @@
 """The decoder that all families share: embedding, layers of (attention, MLP) on a residual stream, final norm, head.
 
-A family's file brings the attention and MLP modules of each layer. `weights` says where each tensor of a checkpoint goes;
-`kv_pools` what a layer keeps of a token. A batch goes down as an argument; nothing of a step is kept here.
+A family's file provides the attention and MLP modules of each layer. `weights` maps each checkpoint tensor to its parameter.
+`kv_pools` lists what each layer stores per token. The batch is passed down as an argument; a model keeps no state of a step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
 
 Projected = Sequence[torch.Tensor]
-"""What a family's attention hands from one of its halves to the other, each [T, ...]."""
+"""Tensors [T, ...] that an attention module passes from `project` to `attend`."""
 
 StepT = TypeVar("StepT")
 """The kind of attention of a family: GqaStep or MlaStep."""
@@ -35,20 +35,24 @@ StepT_contra = TypeVar("StepT_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[StepT]):
-    """What every layer of one forward is handed: the batch's attention and the angles of its positions."""
+    """Per-step values that every layer receives: the batch's attention, and the rotary angles of its positions."""
 
-    attention: StepT  # of the tokens of `read` alone, where that is set
+    attention: StepT  # covers only the tokens of `read` if that is set
     cos: torch.Tensor  # [T, 1, rotary dim]
-    sin: torch.Tensor  # likewise, signed for `rotate`
-    slots: torch.Tensor  # [T] int64: where each token's records go in a layer's pools
+    sin: torch.Tensor  # [T, 1, rotary dim], signed for `rotate`
+    slots: torch.Tensor  # [T] int64: where each token's KV is written in a layer's pools
     ops: Ops
-    read: torch.Tensor | None = None  # [S] int64: the tokens that attend and go on; None: all do
+    read: torch.Tensor | None = None  # [S] int64: tokens that this layer continues with after `project`; None: all
 
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """`targets`: every tensor the checkpoint must hold. `skip`: those it may hold and we know we do not need. `copies`: those
-    it may hold a second time, and what they must then be equal to."""
+    """What a checkpoint holds.
+
+    targets: every tensor that it must hold, with the parameter to fill.
+    skip: a pattern of tensors that it may hold and that are not needed.
+    copies: tensors that it may hold a second time, with the parameter that each must equal.
+    """
 
     targets: Weights
     skip: re.Pattern[str]
@@ -56,14 +60,14 @@ class WeightMap:
 
 
 class Attention(Protocol[StepT_contra]):
-    """An attention module, as the decoder sees it."""
+    """What the decoder needs of an attention module."""
 
     def project(self, hidden: torch.Tensor, norm: Norm, step: Step[Any], pools: LayerPools) -> Projected:
-        """Of the norm of hidden [T, H]: what attention takes of each token. Its records are then in the pools."""
+        """Norm hidden [T, H], project it, and write each token's KV to the pools. Returns the input of `attend`."""
         ...
 
     def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepT_contra, pools: LayerPools) -> None:
-        """Add to hidden [S, H], in place, what attention makes of the same tokens' `projected`."""
+        """Compute attention for S tokens from their `projected`, and add the output to hidden [S, H] in place."""
         ...
 
     def weights(self, prefix: str) -> Weights: ...
@@ -71,7 +75,7 @@ class Attention(Protocol[StepT_contra]):
 
 
 class Mlp(Protocol):
-    """It adds to hidden [S, H], in place, what it makes of its norm."""
+    """A feed-forward module: it norms hidden [S, H], and adds its output to hidden in place."""
 
     def __call__(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None: ...
     def weights(self, prefix: str) -> Weights: ...
@@ -88,8 +92,10 @@ class DecoderLayer(nn.Module, Generic[StepT]):
         self.mlp = mlp
 
     def forward(self, hidden: torch.Tensor, step: Step[StepT], pools: LayerPools) -> torch.Tensor:
-        """hidden [T, H] -> itself, with what attention and then the MLP make of it added in place; or rows [S, H] of it, where
-        the step reads only those."""
+        """Add attention's and then the MLP's output to hidden [T, H] in place, and return it.
+
+        If the step reads only S of the tokens, the result holds those rows alone: [S, H].
+        """
         projected = self.attention.project(hidden, self.input_norm.params, step, pools)
         if step.read is not None:
             hidden, *projected = (x.index_select(0, step.read) for x in (hidden, *projected))
@@ -108,7 +114,7 @@ class DecoderLayer(nn.Module, Generic[StepT]):
 
 
 class DecoderModel(nn.Module, Generic[StepT]):
-    """Run it under `torch.inference_mode()`. Weights are empty until a loader has filled what `weights` lists."""
+    """A decoder-only model. Call it under `torch.inference_mode()`, after a loader has filled what `weights` lists."""
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -132,7 +138,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
 
     @property
     def graphable(self) -> bool:
-        """Whether a forward of decodes never waits for the device: see `run_experts` for what may."""
+        """Whether a forward of decodes never waits for the device, as a CUDA graph requires. Plain `run_experts` waits."""
         return self.attention.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
 
     @property
@@ -147,8 +153,10 @@ class DecoderModel(nn.Module, Generic[StepT]):
         raise NotImplementedError
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """-> hidden [T, H], or [S, H] of the tokens that are read, final norm applied. Writes this step's KV into the pools of
-        `batch`."""
+        """Run the layers and the final norm -> hidden [T, H], or [S, H] if the batch reads only S tokens.
+
+        The KV of all T tokens is written to the pools of `batch`.
+        """
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
         step = Step(self.attention.prepare(batch), cos, sin, batch.slots, self.ops)
@@ -162,7 +170,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         return self.ops.norm(hidden, *self.norm.params) if hidden.shape[0] else hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [N, H] -> [N, V], in `out` where given"""
+        """Apply the head to hidden [N, H] -> logits [N, V], written to `out` if it is given."""
         return linear(hidden, self.lm_head.weight, out=out)
 
     def weights(self) -> WeightMap:
@@ -177,7 +185,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         return WeightMap(targets, re.compile("|".join([*skip, *self.skipped()])))
 
     def skipped(self) -> list[str]:
-        """Patterns of further tensors a checkpoint of this family may hold that are not used."""
+        """Patterns of further tensors that a checkpoint of this family may hold and that are not used."""
         return []
 
     def kv_pools(self) -> list[list[PoolSpec]]:

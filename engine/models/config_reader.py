@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 from engine.errors import CheckpointError
 
-# Far past any model there is. A number beyond them would only end in a failure that names no key: memory that no machine
-# has, a list of layers that takes hours to make, a float that overflows.
+# Limits far above every known model. A larger number would fail later without naming its key: in an allocation that no machine
+# can serve, in a list of layers that takes hours to build, or in a float that overflows.
 MAX_SIZE = 1 << 18
 LEAST, MOST = 1e-15, 1e15
 
@@ -18,7 +18,10 @@ _REQUIRED: Any = object()
 
 
 class ConfigReader:
-    """One JSON object of the file `source`; `path` is where in the file it stands ("" at the top)."""
+    """Reads typed values from one JSON object of the file `source`. `path` is the object's place in the file ("" at the top).
+
+    Each method raises CheckpointError, naming the key, its value and what would be right.
+    """
 
     def __init__(self, data: dict[str, Any], source: str, path: str = "") -> None:
         self.data = data
@@ -26,7 +29,7 @@ class ConfigReader:
         self.path = path
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        """Raise for `key`; `why` completes the sentence "key is value: ..."."""
+        """Raise CheckpointError for `key`. `why` completes the sentence "key is value: ..."."""
         name = self.path + key
         state = f"{name} is {_shown(self.data[key])}" if key in self.data else f"{name} is missing"
         raise CheckpointError(f"{self.source}: {state}: {why}", param=name)
@@ -69,7 +72,7 @@ class ConfigReader:
         return str(value)
 
     def integers(self, key: str) -> list[int]:
-        """A list of them; empty where the key is missing or null."""
+        """Return a list of integers; empty if the key is missing or null."""
         value = self._get(key, [], "")
         if not isinstance(value, list) or any(type(i) is not int for i in value):
             self.refuse(key, "it must be a list of integers")
@@ -83,7 +86,7 @@ class ConfigReader:
         return ConfigReader(self.data[key], self.source, f"{self.path}{key}.")
 
     def token_ids(self, key: str, vocab_size: int) -> list[int]:
-        """A token id, a list of them, or nothing."""
+        """Return the token ids of `key`, which may hold one id, a list of ids, or null."""
         value = self.data.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
@@ -100,7 +103,7 @@ def _shown(value: Any) -> str:
 
 
 def read_json(path: Path) -> ConfigReader:
-    """Read a JSON object from `path`."""
+    """Read a JSON object from `path`. Raises CheckpointError if the file is missing or holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

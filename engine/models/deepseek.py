@@ -1,11 +1,11 @@
-"""DeepSeek-V2 and V3: multi-head latent attention, and from some layer on a mixture of routed and shared experts.
+"""DeepSeek-V2 and V3: multi-head latent attention (MLA). All layers but the first few have routed and shared experts.
 
-    x --q_a, norm, q_b (or q)--> q [heads, nope | rope], the second part turned
-    x --kv_a--> latent [rank] --norm--+--> cached: [rank | rope], one record for all heads
-            \\-> key   [rope] --turn--/
-    kv_b expands a latent to each head's key (nope) and value: where and when is up to the attention implementation.
+    x --q_a, norm, q_b (or q)--> q [heads, nope | rope], the rope part rotated
+    x --kv_a--> latent [rank] --norm----+--> cached: [rank | rope], one record per token for all heads
+            \\-> key   [rope] --rotate--/
+    kv_b expands a latent to each head's key (nope) and value; the attention implementation decides when to apply it.
 
-The layers past num_hidden_layers that V3 checkpoints carry (multi-token prediction) are `deepseek_mtp.py`'s and skipped here.
+V3 checkpoints carry multi-token prediction layers after num_hidden_layers. They are skipped here; see `deepseek_mtp.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.layers.norm import RMSNorm
 from engine.models.base import Attention, DecoderModel, Mlp, Projected, Step
 from engine.models.spec import MlaSpec, ModelSpec
 
-LATENT_EPS = 1e-6  # of the norms inside attention; not in config.json
+LATENT_EPS = 1e-6  # epsilon of the norms inside attention, which config.json does not have
 
 
 class MlaAttention(nn.Module):
@@ -36,7 +36,7 @@ class MlaAttention(nn.Module):
         rank, self.record = mla.q_lora_rank, mla.kv_lora_rank + mla.rope_dim
         self.q_norm = RMSNorm(rank, LATENT_EPS, dtype=dtype, device=device) if rank is not None else None
         self.q_b_proj = Linear(rank, q_size, dtype=dtype, device=device) if rank is not None else None
-        # What has x for input is one product: q, or what q is projected from, then the latent and its key.
+        # One product computes all projections of x: q (or q_a if there is a query rank), then the latent and its key.
         self.in_size = q_size if rank is None else rank
         self.in_proj = Linear(hidden, self.in_size + self.record, dtype=dtype, device=device)
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
@@ -82,7 +82,7 @@ class DeepseekModel(DecoderModel[MlaStep]):
         return MlaAttention(self.spec, self.spec.mla, dtype=self.dtype, device=self.device)
 
     def make_mlp(self, index: int) -> Mlp:
-        """A layer past the last is one of multi-token prediction, which has experts where the model has any."""
+        """Make the MLP of layer `index`. Multi-token prediction layers (from num_layers on) have experts if the model has any."""
         spec, moe = self.spec, self.spec.moe
         if moe is None or (index < spec.num_layers and index not in moe.layers):
             return GatedMlp(spec.hidden_size, spec.intermediate_size, dtype=self.dtype, device=self.device)
@@ -91,7 +91,7 @@ class DeepseekModel(DecoderModel[MlaStep]):
             spec.hidden_size,
             moe.intermediate_size,
             shared_size=moe.shared_size,
-            router_dtype=torch.float32,  # as the family's own code does: neighbouring scores differ by little
+            router_dtype=torch.float32,  # as in DeepSeek's own code, since the scores of two experts may differ by little
             dtype=self.dtype,
             device=self.device,
         )

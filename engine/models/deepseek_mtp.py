@@ -1,15 +1,15 @@
-"""DeepSeek-V3's multi-token prediction (MTP): one more decoder layer, which guesses the token after the next one.
+"""DeepSeek-V3's multi-token prediction (MTP): one more decoder layer, which predicts the token after the next one.
 
     token[i + 1] --embedding, enorm--+
                                      +--cat, eh_proj--> decoder layer at position i --> out
     hidden[i] -----------------hnorm-+
     out --shared_head.norm, head--> logits of token[i + 2]
 
-hidden[i] is the main model's output, final norm included. The layer has KV pools of its own, and attends over its own
-positions 0..i. Embedding and head are the main model's; a checkpoint may hold them again under the module's names.
+hidden[i] is the main model's output after the final norm. The layer has KV pools of its own and attends over its own
+positions 0..i. It uses the main model's embedding and head; a checkpoint may hold them again under the module's names.
 
-What is computed is what vLLM and SGLang compute, except that vLLM zeroes the embedding at position 0, which was trained like
-any other. Only the first module of a checkpoint is here: published ones have no second.
+vLLM and SGLang compute the same, except that vLLM zeroes the embedding at position 0, which was trained like any other. Only
+the first module of a checkpoint is supported; published checkpoints have no second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from engine.models.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What is the main model's. In a dataclass, so that the module does not count, fill or move it as its own."""
+    """The main model's parts. They are in a dataclass so that torch does not register them as this module's own."""
 
     embedding: torch.Tensor  # [V, H]
     lm_head: Linear
@@ -44,7 +44,7 @@ class _Shared:
 
 
 class DeepseekMtp(nn.Module):
-    """Run it under `torch.inference_mode()`. Weights are empty until a loader has filled what `weights` lists."""
+    """The MTP module. Call it under `torch.inference_mode()`, after a loader has filled what `weights` lists."""
 
     def __init__(self, model: DeepseekModel) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class DeepseekMtp(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
 
     def forward(self, hidden: torch.Tensor, next_ids: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """hidden [T, H] of the main model at the batch's positions, and the tokens that follow them [T] -> out [T, H].
+        """Run the module on the main model's hidden [T, H] and the tokens that follow each position [T] -> out [T, H].
 
-        `batch` is that of the main model's step with `kv` of `kv_pools`; its `token_ids` are not looked at. `out` may stand
-        for `hidden` of the next position when more than one token ahead is guessed.
+        `batch` is the main model's batch with this module's pools in `kv`; its `token_ids` are not read. To predict further
+        ahead, pass `out` as the `hidden` of the next position.
         """
         shared = self._shared
         embedded = self.embedding_norm(F.embedding(next_ids, shared.embedding))
@@ -72,7 +72,7 @@ class DeepseekMtp(nn.Module):
         return self.layer(out, Step(shared.attention.prepare(batch), cos, sin, batch.slots, shared.ops), pools)  # type: ignore[no-any-return]
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
-        """out [N, H] -> [N, V] float32: of the token two after each position."""
+        """Logits of the token two positions ahead, from out [N, H] -> [N, V] float32."""
         logits: torch.Tensor = self._shared.lm_head(self.norm(out))
         return logits.float()
 
@@ -93,10 +93,10 @@ class DeepseekMtp(nn.Module):
         return WeightMap(targets, re.compile(rf"(?!{mine}).*|{mine}self_attn\.rotary_emb\.inv_freq"), copies)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
-        """As a model's: of one layer."""
+        """Pools of the module's one layer, in the form of `DecoderModel.kv_pools`."""
         return [self.layer.attention.pools()]
 
 
 def mtp_prefix(spec: ModelSpec) -> str:
-    """What the names of the module's tensors begin with."""
+    """The prefix of the names of the module's tensors in a checkpoint."""
     return f"model.layers.{spec.num_layers}."

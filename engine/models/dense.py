@@ -1,7 +1,7 @@
 """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: grouped-query attention and a gated MLP.
 
-What sets them apart are four switches of the spec: biases on q, k, v (Qwen2), a bias on o, norms on q and k (Qwen3),
-layers without rotary embedding (SmolLM3).
+These architectures differ in four fields of the spec: biases on q, k and v (Qwen2), a bias on o, norms on q and k (Qwen3),
+and layers without rotary embedding (SmolLM3).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention; the MLP of most or all layers is a mixture of experts."""
+"""Qwen3-MoE: Qwen3's attention, and a mixture of experts instead of the MLP in most or all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Family of architectures -> the class that computes it, and the part of it that guesses a token further ahead."""
+"""Maps each model family to the class that computes it, and builds models and multi-token prediction modules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from engine.models.base import DecoderModel
 from engine.models.deepseek import DeepseekModel
 from engine.models.deepseek_mtp import DeepseekMtp
 from engine.models.dense import DenseModel
+from engine.models.families import ARCHITECTURES, Family
 from engine.models.qwen3_moe import Qwen3MoeModel
-from engine.models.spec import ARCHITECTURES, Family, ModelSpec
+from engine.models.spec import ModelSpec
 
 __all__ = ["MODELS", "Model", "build", "build_mtp"]
 
@@ -26,22 +27,25 @@ MODELS: dict[Family, type[Model]] = {
 
 
 def build(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> Model:
-    """The model of `spec`, with plain torch attention, and with its weights allocated on `device` but not filled."""
+    """Build the model of `spec`, with plain torch attention and with its weights allocated on `device` but not filled.
+
+    Raises CheckpointError for an architecture that no family serves.
+    """
     family = ARCHITECTURES.get(spec.architecture)
     if family is None:
-        raise CheckpointError(f"no model computes {spec.architecture}; there is: {', '.join(ARCHITECTURES)}", param="model")
+        raise CheckpointError(f"{spec.architecture} is not supported; supported are: {', '.join(ARCHITECTURES)}", param="model")
     return MODELS[family](spec, dtype=dtype, device=device)
 
 
 def build_mtp(model: Model) -> DeepseekMtp:
-    """The first multi-token prediction module that goes with `model`, allocated beside it but not filled.
+    """Build the first multi-token prediction module of `model`, with its weights allocated but not filled.
 
-    It takes embedding, head and attention of `model` as they are now. Raises CheckpointError where there is none.
+    It shares the embedding, head and attention of `model`. Raises CheckpointError if the architecture has no such module.
     """
     if not isinstance(model, DeepseekModel) or not model.spec.num_mtp_layers:
         raise CheckpointError(
-            f"{model.spec.architecture} has no multi-token prediction here: it takes DeepseekV3ForCausalLM "
-            "with num_nextn_predict_layers 1 in config.json",
+            f"{model.spec.architecture} has no multi-token prediction module; only DeepseekV3ForCausalLM has one, if "
+            "num_nextn_predict_layers in config.json is at least 1",
             param="model",
         )
     return DeepseekMtp(model)

@@ -1,12 +1,13 @@
-"""From adjusted logits to a token: temperature, top_k, top_p, min_p, and the inverse of the distribution function.
+"""Chooses tokens from adjusted logits: argmax, or temperature, top_k, top_p, min_p and inverse transform sampling.
 
 Every filter is a threshold on the logits, so the distribution keeps the vocabulary's order and nothing is scattered back:
 
     top_k   the k-th largest logit
-    top_p   the last logit of the smallest set, likeliest first, that holds `top_p` of what top_k left
-    min_p   the logit of a token `min_p` times as likely as the likeliest
+    top_p   the last logit of the smallest set, most probable first, that holds `top_p` of the probability that top_k left
+    min_p   the logit of a token with `min_p` times the probability of the most probable token
 
-A token must pass all three; tokens tied with the threshold pass.
+A token must pass all three; tokens tied with the threshold pass. A row whose largest logit is not finite, because its logits
+hold NaN or +inf or are all -inf, gets NO_TOKEN.
 """
 
 from __future__ import annotations
@@ -15,38 +16,53 @@ from typing import NamedTuple
 
 import torch
 
-COLDEST = 1e-30  # what a lower temperature is taken for: float32 ends at 1e-45, and GPUs flush to 0 from 1e-38 down
-_CHUNK = 128  # tokens summed before the float64 scan: the scan is then short, and most of the work one plain sum
-_PARTIAL_SORT = 1024  # where every row's top_k is at most this, only so many logits are sorted
+from engine.plan import NO_TOKEN
+
+# Lower temperatures count as this one: float32 ends at 1e-45, and GPUs flush numbers below 1e-38 to 0.
+LOWEST_TEMPERATURE = 1e-30
+_CHUNK = 128  # tokens summed before the float64 scan: the scan is then short, and most of the work is one plain sum
+_PARTIAL_SORT = 1024  # if no row's top_k is larger, only the largest top_k logits are sorted
 
 
 class Choice(NamedTuple):
-    """How each row chooses; all [N] float64, on the logits' device. All but `uniform` are named as in SamplingParams."""
+    """How to choose each row's token; all [N] float64, on the logits' device. The names but `uniform` are SamplingParams' own."""
 
     uniform: torch.Tensor
-    temperature: torch.Tensor  # at least COLDEST
-    top_k: torch.Tensor  # the vocabulary's size where there is no limit
+    temperature: torch.Tensor  # at least LOWEST_TEMPERATURE
+    top_k: torch.Tensor  # the vocabulary's size if there is no limit
     top_p: torch.Tensor
     min_p: torch.Tensor
 
 
-COLUMNS = Choice._fields[1:]  # what the sampler keeps of each row; a field added to Choice is kept by that alone
+COLUMNS = Choice._fields[1:]  # the sampler keeps these for each row; a field added to Choice needs no more than that
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The index of the largest logit of each row of logits [N, V], the first of equals: [N] int64, or NO_TOKEN."""
+    tokens = logits.argmax(-1)  # NaN counts as the largest
+    return _mark_failed(tokens, logits.gather(1, tokens[:, None])[:, 0])
+
+
+def _mark_failed(tokens: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """`tokens` [N], with NO_TOKEN where the row's `largest` logit [N] is not finite."""
+    return torch.where(largest.abs() < float("inf"), tokens, NO_TOKEN)
 
 
 def choose(logits: torch.Tensor, choice: Choice, sorted_rows: torch.Tensor | None, max_top_k: int) -> torch.Tensor:
-    """Draw one token a row, [N], from `logits` [N, V].
+    """Sample one token per row, [N] int64, from `logits` [N, V].
 
-    `sorted_rows` are the indices of the rows with a top_k or top_p, None where there are none; `max_top_k` is the largest
+    `sorted_rows` are the indices of the rows with a top_k or top_p, or None if there are none; `max_top_k` is the largest
     top_k among them.
     """
-    # The largest is subtracted first, so that a temperature near zero cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / choice.temperature.float()[:, None]  # [N, V], largest 0
-    threshold = choice.min_p.log().float()  # [N]; -inf where min_p is 0
+    largest = logits.amax(-1)  # NaN if the row holds one
+    # The largest logit is subtracted first, so that a temperature near zero cannot overflow.
+    scaled = (logits - largest[:, None]) / choice.temperature.float()[:, None]  # [N, V], largest 0
+    threshold = choice.min_p.log().float()  # [N]; -inf if min_p is 0
     if sorted_rows is not None:
         some = _threshold(scaled[sorted_rows], choice.top_k[sorted_rows], choice.top_p[sorted_rows], max_top_k)
         threshold = threshold.index_copy(0, sorted_rows, torch.maximum(threshold[sorted_rows], some))
     weights = scaled.masked_fill(scaled < threshold[:, None], float("-inf")).exp()
-    return inverse_cdf(weights, choice.uniform)
+    return _mark_failed(inverse_cdf(weights, choice.uniform), largest)
 
 
 def _threshold(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, max_top_k: int) -> torch.Tensor:
@@ -55,14 +71,17 @@ def _threshold(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, m
     values = scaled.topk(max_top_k).values if partial else scaled.sort(descending=True).values  # [N, K], largest first
     within_k = torch.arange(values.shape[1], device=values.device) < top_k[:, None]
     weights = values.double().exp() * within_k
-    before = weights.cumsum(-1) - weights  # weight of the likelier ones
+    before = weights.cumsum(-1) - weights  # weight of the more probable tokens
     limit = torch.where(top_p < 1.0, top_p * weights.sum(-1), float("inf"))
     kept = ((before < limit[:, None]) & within_k).sum(-1).clamp_(min=1)
     return values.gather(1, kept[:, None] - 1)[:, 0]
 
 
 def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """First index in each row at which the running sum of `weights` [N, V] exceeds `uniform` times their total; [N]."""
+    """First index in each row at which the running sum of `weights` [N, V] exceeds `uniform` times their total: [N] int64.
+
+    A row with NaN weights gives index 0.
+    """
     rows, vocab = weights.shape
     if vocab % _CHUNK:
         weights = torch.nn.functional.pad(weights, (0, _CHUNK - vocab % _CHUNK))
@@ -77,5 +96,6 @@ def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _below(x: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """`x`, or the number just below `limit`: a target that rounding put on the total would choose a token of weight 0."""
+    """The smaller of `x` and the number just below `limit`. A target that rounding puts on the total would otherwise choose a
+    token of weight 0."""
     return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit)))

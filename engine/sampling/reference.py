@@ -1,4 +1,4 @@
-"""The sampler's plain twin: one row at a time, on the host, in float64. Slow and obviously right; for tests."""
+"""The sampler's plain twin, for tests: one row at a time, on the host, in float64. Slow, and simple enough to check by eye."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from engine.plan import NO_TOKEN
 from engine.request import SamplingParams, TokenLogprobs
 
 Logits = npt.NDArray[np.float64]
@@ -17,16 +18,22 @@ _MASK = 2**64 - 1
 def sample(
     logits: Logits, tokens: Sequence[int], num_prompt: int, params: SamplingParams, seed: int, eos_token_ids: Sequence[int] = ()
 ) -> tuple[int, TokenLogprobs | None]:
-    """The token that follows `tokens`, and what `params.logprobs` asks to hear of it."""
+    """Sample the token after `tokens` from logits [V]. Returns it with its log-probabilities, None unless `params` requests them.
+
+    Logits with NaN or +inf, or of -inf alone, give (NO_TOKEN, None).
+    """
     adjusted = adjust(logits.astype(np.float64), tokens, num_prompt, params, eos_token_ids)
+    if not (math.isfinite(logits.max()) and math.isfinite(adjusted.max())):
+        return NO_TOKEN, None
     u = uniform(seed, len(tokens))
-    token = int(adjusted.argmax()) if params.greedy else draw(probabilities(adjusted, params), u)
+    token = int(adjusted.argmax()) if params.greedy else inverse_cdf(probabilities(adjusted, params), u)
     return token, None if params.logprobs is None else logprobs(logits, token, params.logprobs)
 
 
 def adjust(
     logits: Logits, tokens: Sequence[int], num_prompt: int, params: SamplingParams, eos_token_ids: Sequence[int]
 ) -> Logits:
+    """Apply penalties and logit_bias to a copy of `logits`, and forbid stop tokens until min_tokens tokens are generated."""
     out = logits.copy()
     outputs = list(tokens[num_prompt:])
     for token in set(tokens):
@@ -43,8 +50,8 @@ def adjust(
 
 
 def probabilities(logits: Logits, params: SamplingParams) -> Logits:
-    """The distribution that is drawn from, in vocabulary order; filtered tokens have 0."""
-    with np.errstate(over="ignore"):  # near temperature 0 all but the largest become -inf, which is the limit
+    """The distribution to sample from, in vocabulary order; tokens that a filter removes have probability 0."""
+    with np.errstate(over="ignore"):  # near temperature 0 all logits but the largest become -inf, which is the limit
         scaled = (logits - logits.max()) / params.temperature
     ranked = sorted(scaled.tolist(), reverse=True)
     if params.top_k:
@@ -61,8 +68,8 @@ def probabilities(logits: Logits, params: SamplingParams) -> Logits:
     return np.asarray(weights / weights.sum())
 
 
-def draw(probs: Logits, u: float) -> int:
-    """First token at which the distribution function exceeds `u`."""
+def inverse_cdf(probs: Logits, u: float) -> int:
+    """The first token at which the running sum of `probs` exceeds `u`."""
     running = 0.0
     for token, p in enumerate(probs.tolist()):
         running += p
@@ -72,7 +79,7 @@ def draw(probs: Logits, u: float) -> int:
 
 
 def uniform(seed: int, position: int) -> float:
-    """splitmix64 in Python's integers; see uniform.py."""
+    """The random number of uniform.py, computed with Python's integers."""
     return (_splitmix((_splitmix(seed) + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
 
 
@@ -84,7 +91,7 @@ def _splitmix(x: int) -> int:
 
 
 def logprobs(logits: Logits, token: int, num_top: int) -> TokenLogprobs:
-    """Log-softmax of the raw logits: of `token`, and of the `num_top` likeliest."""
+    """Log-softmax of the unadjusted logits: of `token`, and of the `num_top` most probable tokens."""
     values = logits.astype(np.float64)
     values = values - values.max()
     values = values - math.log(np.exp(values).sum())

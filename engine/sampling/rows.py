@@ -1,24 +1,23 @@
-"""What the sampler remembers of each batch row: its parameters on the host, and its token counts on the device.
+"""The sampler's state of each batch row: its parameters on the host, and its token counts on the device.
 
-Counts are kept only for rows with penalties, in slots handed out as such rows are admitted; the slabs double when they run
-out, so a server that never sees a penalty spends nothing on them.
+Only rows with penalties have counts. Such a row gets a slot when it is admitted; the count tensors double when the slots run
+out. A server that never sees a penalty spends no memory on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.batch import Upload
 from engine.plan import AdmittedRow
-from engine.sampling.choose import COLDEST, COLUMNS
+from engine.sampling.choose import COLUMNS, LOWEST_TEMPERATURE
 
 Ints = npt.NDArray[np.int64]
-Upload = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
-"""Copies host arrays to the device without waiting for it."""
 
 _RECORD = np.dtype(
     [
@@ -29,7 +28,7 @@ _RECORD = np.dtype(
         ("repetition", np.float64),
         ("presence", np.float64),
         ("frequency", np.float64),
-        ("plain", np.bool_),  # chosen from the logits as they are, and nothing is reported of them
+        ("plain", np.bool_),  # the token is sampled from the unadjusted logits, and no log-probabilities are reported
         ("penalised", np.bool_),
         ("biased", np.bool_),
         ("wants_logprobs", np.bool_),
@@ -42,12 +41,14 @@ _RECORD = np.dtype(
 
 
 class TokenBias(NamedTuple):
+    """A row's logit_bias."""
+
     ids: Ints
     values: npt.NDArray[np.float32]
 
 
 class RowParams:
-    """`table` has one record a row; token lists, of any length, stand beside it."""
+    """The sampling parameters of every row on the host: one record per row in `table`, and lists of tokens beside it."""
 
     def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.table: npt.NDArray[Any] = np.zeros(max_rows, _RECORD)
@@ -57,10 +58,11 @@ class RowParams:
         self._eos = tuple(eos_token_ids)
 
     def admit(self, admitted: AdmittedRow) -> None:
+        """Replace the row's parameters by those of its new owner."""
         p, row = admitted.params, admitted.row
         columns = {name: getattr(p, name) for name in COLUMNS}
         columns["top_k"] = min(p.top_k, self._vocab_size) if p.top_k else self._vocab_size
-        columns["temperature"] = max(p.temperature, COLDEST) if p.temperature else 0.0
+        columns["temperature"] = max(p.temperature, LOWEST_TEMPERATURE) if p.temperature else 0.0
         self.table[row] = (
             admitted.seed,
             admitted.num_prompt,
@@ -85,7 +87,7 @@ class RowParams:
 
 
 class TokenCounts:
-    """For each row with penalties: which tokens its prompt has, and how often each was generated."""
+    """For each row with penalties: the tokens that occur in its prompt, and how often each token was generated."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device, upload: Upload) -> None:
         self._slots: dict[int, int] = {}  # row -> slot
@@ -96,7 +98,7 @@ class TokenCounts:
         self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]
 
     def admit(self, admitted: AdmittedRow) -> None:
-        """Take a slot where the row needs one, count its tokens into it, and free the slot of the row's last owner."""
+        """Free the slot of the row's previous owner. If the new owner has penalties, take a slot and count its tokens."""
         if (old := self._slots.pop(admitted.row, None)) is not None:
             self._free.append(old)
         if not admitted.params.has_penalties:
@@ -111,14 +113,16 @@ class TokenCounts:
         self._generated[slot].zero_().index_copy_(0, on_device[1], on_device[2])
 
     def slots(self, rows: Ints) -> Ints:
+        """The slots of `rows`, all of which have penalties."""
         return np.array([self._slots[row] for row in rows.tolist()], np.int64)
 
     def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(in prompt [N, V] bool, times generated [N, V] int32) of `slots`."""
+        """(occurs in the prompt [N, V] bool, times generated [N, V] int32) for each of `slots` [N]."""
         return self._in_prompt[slots], self._generated[slots]
 
     def add(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        self._generated[slots, tokens] += 1  # a row samples once a step, so no pair occurs twice
+        """Count one more of tokens [N], valid token ids, in slots [N]."""
+        self._generated[slots, tokens] += 1  # a row samples once per step, so no pair occurs twice
 
     def _grow(self) -> None:
         old = self._in_prompt.shape[0]

@@ -1,13 +1,14 @@
-"""The sampler: logits of the step's sampling rows in, one token a row out, all rows at once.
+"""The sampler turns the logits of a step's sampling rows into one token per row, all rows at once.
 
-The order for each row, from the model's logits:
+It adjusts and samples the logits of each row in this order:
 
     1  repetition penalty (over prompt and output), then frequency and presence penalties (over the output)
     2  logit_bias
-    3  stop tokens forbidden until min_tokens are out
-    4  temperature 0: the largest. Otherwise temperature, then top_k, top_p and min_p, then one draw (choose.py)
+    3  stop tokens get -inf until min_tokens tokens are generated
+    4  temperature 0: argmax. Otherwise temperature, then top_k, top_p and min_p, then one sample (choose.py)
 
-`reference.py` does the same one row at a time, plainly. Nothing here waits for the device.
+Steps 1 to 3 keep NaN and +inf, so that step 4 gives NO_TOKEN to every row whose logits hold one. `reference.py` is the plain
+twin and does one row at a time. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.batch import Upload
 from engine.plan import AdmittedRow
-from engine.sampling.choose import COLUMNS, Choice, choose
-from engine.sampling.draw_rows import DrawRows
+from engine.sampling.choose import COLUMNS, Choice, argmax, choose
+from engine.sampling.cuda_sampler import CudaSampler
 from engine.sampling.logprobs import LogprobTensors, log_probabilities
-from engine.sampling.rows import Ints, RowParams, TokenCounts, Upload
+from engine.sampling.rows import Ints, RowParams, TokenCounts
 from engine.sampling.uniform import uniforms
 
 
 class Sampled(NamedTuple):
-    tokens: torch.Tensor  # [S] int64
-    logprobs: LogprobTensors | None  # of those of the S rows that asked, in order
-    logprob_rows: Ints  # which of the S those are
-    num_top: list[int]  # how many alternatives each of those asked for
+    """The tokens of S rows, and log-probabilities of the L of them that request some."""
+
+    tokens: torch.Tensor  # [S] int64: token ids, or NO_TOKEN
+    latest: torch.Tensor  # [S] int64: the same with token 0 for NO_TOKEN, so that the model can run on with it
+    logprobs: LogprobTensors | None  # [L] positions; None if L is 0
+    logprob_rows: Ints  # [L]: indices into the S rows
+    num_top: list[int]  # [L]: alternatives requested
 
 
 class Sampler:
@@ -42,51 +47,54 @@ class Sampler:
         self._counts = TokenCounts(max_rows, vocab_size, device, upload)
         self._vocab_size = vocab_size
         self._upload = upload
-        self._on_device = DrawRows(max_rows, device, upload) if device.type == "cuda" else None
+        self._cuda = CudaSampler(max_rows, device, upload) if device.type == "cuda" else None
 
     @property
-    def on_device(self) -> DrawRows:
-        """How rows choose, for the kernels; on CUDA alone."""
-        assert self._on_device is not None
-        return self._on_device
+    def cuda(self) -> CudaSampler:
+        """The part of the sampler that a CUDA graph can hold. Exists on CUDA only."""
+        assert self._cuda is not None
+        return self._cuda
 
     def admit(self, admitted: Sequence[AdmittedRow]) -> None:
-        """Forget the rows' last owners and learn the new ones' parameters, seeds and tokens so far."""
+        """Replace the state of the admitted rows by their new owners' parameters, seeds and tokens so far."""
         for a in admitted:
             self.params.admit(a)
             self._counts.admit(a)
-        if admitted and self._on_device is not None:
-            self._on_device.admit(self.params, np.array([a.row for a in admitted], np.int64))
+        if admitted and self._cuda is not None:
+            self._cuda.admit(self.params, np.array([a.row for a in admitted], np.int64))
 
     def is_plain(self, rows: Ints, ends: Ints) -> bool:
-        """Whether `sample` chooses from the logits as they are for each of these, and reports nothing."""
+        """Whether `sample` would adjust no logits of these rows and report no log-probabilities."""
         records = self.params.table[rows]
         return bool(np.all(records["plain"] & (ends - records["num_prompt"] >= records["min_tokens"])))
 
     def uniforms(self, rows: Ints, ends: Ints) -> npt.NDArray[np.float64]:
-        """The random number of each row for the token at its end; zeros where nobody draws."""
+        """The random number of each row for the token at position ends[i]; zeros if all temperatures are 0."""
         records = self.params.table[rows]
         return uniforms(records["seed"], ends) if records["temperature"].any() else np.zeros(rows.size)
 
     def sample(self, logits: torch.Tensor, rows: Ints, ends: Ints) -> Sampled:
-        """Choose the token at position `ends[i]` of row `rows[i]` from `logits[i]`; `logits` [S, V] may be overwritten."""
+        """Sample the token at position `ends[i]` of row `rows[i]` from `logits[i]`; `logits` [S, V] may be overwritten."""
         records = self.params.table[rows]
         if self.is_plain(rows, ends):
-            return Sampled(self._choose(logits, rows, records, ends), None, np.zeros(0, np.int64), [])
+            tokens = self._choose(logits, rows, records, ends)
+            return Sampled(tokens, tokens.clamp(min=0), None, np.zeros(0, np.int64), [])
         logits = logits.float()
-        wanting = np.flatnonzero(records["wants_logprobs"])
-        plain = logits[self._upload([wanting])[0]].log_softmax(-1) if wanting.size else None
+        reporting = np.flatnonzero(records["wants_logprobs"])
+        reported = self._upload([reporting])[0] if reporting.size else None
+        unadjusted = None if reported is None else logits[reported].log_softmax(-1)
         penalised = self._penalise(logits, rows, records)
         self._bias(logits, rows, records)
         self._forbid_stops(logits, rows, records, ends)
         tokens = self._choose(logits, rows, records, ends)
+        latest = tokens.clamp(min=0)
         if penalised is not None:
-            self._counts.add(penalised.slots, tokens[penalised.indices])
-        num_top = records["logprobs"][wanting].tolist()
-        reported = None
-        if plain is not None:
-            reported = log_probabilities(plain, tokens[self._upload([wanting])[0]], max(num_top))
-        return Sampled(tokens, reported, wanting, num_top)
+            self._counts.add(penalised.slots, latest[penalised.indices])
+        num_top = records["logprobs"][reporting].tolist()
+        logprobs = None
+        if unadjusted is not None:
+            logprobs = log_probabilities(unadjusted, latest[reported], max(num_top))
+        return Sampled(tokens, latest, logprobs, reporting, num_top)
 
     def _penalise(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any]) -> _Penalised | None:
         which = np.flatnonzero(records["penalised"])
@@ -119,31 +127,35 @@ class Sampler:
         if not which.size:
             return
         stops = [self.params.stop_ids[row] for row in rows[which].tolist()]
-        i, token = self._upload([np.repeat(which, [s.size for s in stops]), np.concatenate(stops)])
-        logits.view(-1).index_fill_(0, i * self._vocab_size + token, float("-inf"))
+        places = np.repeat(which, [s.size for s in stops]) * self._vocab_size + np.concatenate(stops)
+        index, minus_inf = self._upload([places, np.full(places.size, -np.inf, np.float32)])
+        logits.view(-1).index_add_(0, index, minus_inf)  # added, not written: NaN and +inf must not become -inf
 
     def _choose(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any], ends: Ints) -> torch.Tensor:
-        drawn = np.flatnonzero(records["temperature"] > 0.0)
-        if not drawn.size:
-            # What has been penalised is float32, for which a kernel of ours would be compiled now. That of a model's own type is.
-            if self._on_device is None or logits.dtype == torch.float32:
-                return logits.argmax(-1)
-            return self._on_device.likeliest(logits, *self._upload([rows.astype(np.int32)]))
-        if self._on_device is not None:
-            return self._on_device.draw(logits, *self._upload([rows.astype(np.int32), self.uniforms(rows, ends)]))
-        some, r = logits.float(), records[drawn]
+        random = np.flatnonzero(records["temperature"] > 0.0)
+        if not random.size:
+            # Adjusted logits are float32, for which our kernel would have to be compiled in the middle of a step. For logits in
+            # the model's own dtype it is compiled already.
+            if self._cuda is None or logits.dtype == torch.float32:
+                return argmax(logits)
+            return self._cuda.argmax(logits, *self._upload([rows.astype(np.int32)]))
+        if self._cuda is not None:
+            return self._cuda.sample_eagerly(logits, *self._upload([rows.astype(np.int32), self.uniforms(rows, ends)]))
+        some, r = logits.float(), records[random]
         columns = [r[name] for name in COLUMNS]
         sorting = np.flatnonzero((r["top_k"] < self._vocab_size) | (r["top_p"] < 1.0))
-        uniform = uniforms(r["seed"], ends[drawn])
-        index, sorted_rows, *choice = self._upload([drawn, sorting, uniform, *(np.ascontiguousarray(c) for c in columns)])
-        everyone = drawn.size == len(records)
-        if not everyone:
+        uniform = uniforms(r["seed"], ends[random])
+        index, sorted_rows, *choice = self._upload([random, sorting, uniform, *(np.ascontiguousarray(c) for c in columns)])
+        all_random = random.size == len(records)
+        if not all_random:
             some = some[index]
         max_top_k = int(r["top_k"][sorting].max()) if sorting.size else 0
         chosen = choose(some, Choice(*choice), sorted_rows if sorting.size else None, max_top_k)
-        return chosen if everyone else logits.argmax(-1).index_copy_(0, index, chosen)
+        return chosen if all_random else argmax(logits).index_copy_(0, index, chosen)
 
 
 class _Penalised(NamedTuple):
-    indices: torch.Tensor  # into the step's sampling rows
-    slots: torch.Tensor  # of their counts
+    """The P rows of a step that have penalties."""
+
+    indices: torch.Tensor  # [P]: indices into the step's sampling rows
+    slots: torch.Tensor  # [P]: slots of their token counts

@@ -1,7 +1,7 @@
-"""One uniform number for each (seed, position): the only randomness in sampling.
+"""A uniform random number for each pair of seed and position. Sampling has no other randomness.
 
-It is a hash, not a generator with a state, so a request's tokens do not depend on what else is in its batch, on how it was
-batched, or on whether it was preempted or resubmitted after a crash.
+The number is a hash and there is no generator state. A request's tokens therefore do not depend on the other requests of its
+batch, on how it was batched, or on whether it was preempted or resubmitted after a crash.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1) with 53 random bits, one for each pair; `positions` are those of the tokens to be chosen."""
+    """Numbers in [0, 1) with 53 random bits, one per pair. `positions` are the positions of the tokens to be sampled."""
     keys = _mix(seeds) + positions.astype(np.uint64) * _GOLDEN
     bits: npt.NDArray[np.float64] = (_mix(keys) >> np.uint64(11)).astype(np.float64)
     return bits * 2.0**-53

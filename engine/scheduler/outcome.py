@@ -1,13 +1,21 @@
-"""What a step's result means for a request: is this its last token, and what is told with its first one."""
+"""What a step's result means for a request: its first token, its last token, or its failure."""
 
 from __future__ import annotations
 
+import logging
+
+from engine.errors import NumericalError
 from engine.plan import StepPlan
-from engine.request import FinishReason, Request, Status, TokenEvent, TokenLogprobs
+from engine.request import FinishReason, Request, RequestFailure, Status, TokenEvent, TokenLogprobs
+
+log = logging.getLogger("tidegate.engine")
 
 
 def set_finish(event: TokenEvent, request: Request) -> bool:
-    """Mark `event`, which has the newest token of `request`, as its last where it is. A stop token outdoes the length."""
+    """Return whether the newest token of `request` is its last one, and if so, set the reason in `event`.
+
+    A stop token takes precedence over the length limit.
+    """
     token = event.tokens[-1]
     if token in request.stop_ids and request.num_outputs >= request.params.min_tokens:
         event.finish = FinishReason.STOP
@@ -20,20 +28,35 @@ def set_finish(event: TokenEvent, request: Request) -> bool:
 
 
 def add_first(event: TokenEvent, request: Request) -> None:
-    """What goes with a request's first token, and with no other."""
+    """Add to `event` what is reported only with a request's first token."""
     event.num_cached = request.num_cached
     event.queue_s = (request.scheduled_at or request.arrival) - request.arrival
     event.prompt_logprobs = request.prompt_logprobs
     request.prompt_logprobs = None
 
 
+def failure_event(request: Request, step: int) -> TokenEvent:
+    """Log that the logits of `request` were not finite in `step`, and return the event that ends the request."""
+    number = request.num_outputs + 1
+    log.error(
+        "a request's logits are not finite (NaN or infinity): the request is ended",
+        extra={"request_id": request.request_id, "step": step, "output_token": number},
+    )
+    message = f"the model computed logits that are not finite (NaN or infinity) for output token {number}"
+    failure = RequestFailure(NumericalError.__name__, message)
+    return TokenEvent(request.request_id, [], FinishReason.ERROR, failure=failure)
+
+
 def collect_prompt_logprobs(plan: StepPlan, requests: list[Request], chunks: dict[int, list[TokenLogprobs]]) -> None:
-    """Add the chunks' to their requests. A prompt that is computed again brings some a second time: each counts once."""
+    """Append each chunk's prompt log-probabilities to its request.
+
+    A prompt that is computed again after a preemption yields some positions twice; each position is kept once.
+    """
     for index, chunk in chunks.items():
         request = requests[index]
         if request.status is Status.FINISHED or request.num_outputs:
             continue
         if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None]  # nothing comes before position 0
+            request.prompt_logprobs = [None]  # position 0 has no log-probability
         known = len(request.prompt_logprobs) - (plan.starts[index] + 1)
         request.prompt_logprobs += chunk[known:]

@@ -1,4 +1,4 @@
-"""WaitingQueue: requests that hold nothing, smaller priority first, then in order of arrival."""
+"""WaitingQueue: requests that hold no blocks, ordered by priority (smaller first), then by arrival."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from engine.request import Request
 
 
 def rank(request: Request) -> tuple[int, int]:
-    """What goes first, and what is preempted last: the smaller."""
+    """Return the sort key of a request. The smallest rank runs first and is preempted last."""
     return request.priority, request.sequence
 
 
 class WaitingQueue:
-    """A sorted list: at the few thousand entries that are let in, moving its tail costs less than any cleverer structure."""
+    """A sorted list. The queue is bounded to a few thousand requests, where shifting the tail of a list is cheapest."""
 
     __slots__ = ("_last", "_requests")
 
@@ -27,23 +27,25 @@ class WaitingQueue:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        """In order. The queue must not be changed meanwhile."""
+        """Iterate in rank order. The queue must not change during the iteration."""
         return iter(self._requests)
 
     def push(self, request: Request) -> None:
-        """A new request goes behind its equals; one that was here before returns to its old place."""
+        """Insert a request behind its equals. A request that was in the queue before returns to its old position."""
         if request.sequence == 0:
             self._last += 1
             request.sequence = self._last
         insort(self._requests, request, key=rank)
 
     def remove(self, request: Request) -> None:
+        """Remove a request. Raises InternalError if it is not in the queue."""
         index = bisect_left(self._requests, rank(request), key=rank)
         if index == len(self._requests) or self._requests[index] is not request:
             raise InternalError(f"{request} is not in the queue")
         del self._requests[index]
 
     def check(self) -> None:
+        """Raise InternalError if the queue is not sorted."""
         ranks = [rank(request) for request in self._requests]
         if ranks != sorted(set(ranks)):
             raise InternalError("the queue is out of order")

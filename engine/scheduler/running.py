@@ -1,4 +1,4 @@
-"""RunningSet: the requests that own a batch row, in rank order: those with a prompt to compute, and those that decode."""
+"""RunningSet: the requests that own a batch row, in two lists in rank order: prompts being computed, and decodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RunningSet:
     __slots__ = ("_max_rows", "decodes", "free_rows", "prompts")
 
     def __init__(self, max_rows: int) -> None:
-        self.prompts: list[Request] = []  # some of the tokens known at admission are still to be computed
+        self.prompts: list[Request] = []  # some of the tokens known at admission are not scheduled yet
         self.decodes: list[Request] = []  # one token a step
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self._max_rows = max_rows
@@ -22,26 +22,29 @@ class RunningSet:
         return len(self.prompts) + len(self.decodes)
 
     def add(self, request: Request) -> int:
-        """Give `request` a row, which is returned, and put it among the prompts."""
+        """Give `request` a row, add it to the prompts, and return the row."""
         request.row = row = self.free_rows.pop()
         request.status = Status.RUNNING
         insort(self.prompts, request, key=rank)
         return row
 
-    def promote(self, request: Request) -> None:
-        """Its last known token is scheduled: from here on it decodes."""
+    def start_decoding(self, request: Request) -> None:
+        """Move a request from the prompts to the decodes, once its last known token is scheduled."""
         self.prompts.remove(request)
         insort(self.decodes, request, key=rank)
 
     def remove(self, request: Request) -> None:
+        """Take the row of a request back."""
         (self.decodes if request in self.decodes else self.prompts).remove(request)
         self.free_rows.append(row_of(request))
         request.row = None
 
     def worst(self) -> Request:
+        """Return the running request of the worst rank."""
         return max(self.decodes[-1:] + self.prompts[-1:], key=rank)
 
     def check(self) -> None:
+        """Raise InternalError if a row is lost or given twice, or if a request is in the wrong list or position."""
         rows = self.free_rows + [row_of(request) for request in self.prompts + self.decodes]
         if sorted(rows) != list(range(self._max_rows)):
             raise InternalError("batch rows are lost or given twice")
@@ -49,14 +52,15 @@ class RunningSet:
             if sorted(group, key=rank) != group:
                 raise InternalError("running requests are out of order")
         for request in self.prompts:
-            if request.num_computed >= len(request.tokens) or request.num_pending:
+            if request.num_computed >= len(request.tokens) or request.num_uncommitted:
                 raise InternalError(f"{request} has no prompt left to compute")
         for request in self.decodes:
             if request.num_computed != request.num_tokens - 1:
-                raise InternalError(f"{request} is not one token behind")
+                raise InternalError(f"{request} is not exactly one token behind")
 
 
 def row_of(request: Request) -> int:
+    """Return the batch row of a running request."""
     if request.row is None:
         raise InternalError(f"{request} has no row")
     return request.row

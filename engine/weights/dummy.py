@@ -1,4 +1,4 @@
-"""Seeded random weights in place of a checkpoint's: norms one, biases zero, the rest N(0, 0.02)."""
+"""Seeded random weights, for a run without a checkpoint: norm weights are 1, biases are 0, all others are N(0, 0.02)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from engine.layers.norm import RMSNorm
+from engine.startup import Progress, no_report
 
 STD = 0.02
 
 
-def fill(model: nn.Module, *, seed: int) -> None:
-    """Fill every parameter of `model`."""
+def fill(model: nn.Module, *, seed: int, progress: Progress = no_report) -> None:
+    """Fill every parameter of `model`, with a call of `progress` after each."""
     norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
     for name, param in model.named_parameters():
         generator = torch.Generator(param.device).manual_seed(seed)
@@ -22,3 +23,4 @@ def fill(model: nn.Module, *, seed: int) -> None:
             param.zero_()
         else:
             param.normal_(0.0, STD, generator=generator)
+        progress()

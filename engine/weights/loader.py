@@ -1,8 +1,8 @@
-"""Safetensors checkpoints straight into a model's allocated parameters. Never pickle.
+"""Loads safetensors checkpoints into a model's allocated parameters. Pickled files are never read.
 
-Names, shapes and types of all tensors are checked against the model before the first byte is copied. A fused parameter is
-filled slice by slice; FP8 block weights are turned into the parameter's type on its device on the way. To a CUDA device the
-bytes are streamed (`stream.py`); elsewhere tensors are read one at a time.
+Names, shapes and types of all tensors are validated against the model before the first byte is copied. A fused parameter is
+filled slice by slice. FP8 block weights are converted to the parameter's type on its device. For a CUDA device the bytes are
+streamed (`stream.py`); for other devices tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engine.models.config_reader import read_json
 from engine.models.deepseek_mtp import DeepseekMtp, mtp_prefix
 from engine.models.spec import Fp8Spec, ModelSpec
 from engine.quant import fp8
+from engine.startup import Progress, no_report
 from engine.weights import stream
 
 INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor in a file, not read yet."""
+    """A tensor in a safetensors file whose data has not been read."""
 
     name: str
     file: Path
@@ -53,48 +54,51 @@ class _Stored:
 
 
 class Loadable(Protocol):
-    """A model, or a part of one that a checkpoint's file holds beside the rest."""
+    """A model, or a module of its own that the same checkpoint holds (such as multi-token prediction)."""
 
     @property
     def spec(self) -> ModelSpec: ...
     def weights(self) -> WeightMap: ...
 
 
-def load(model: Loadable, folder: str | Path) -> None:
-    """Fill `model` from the checkpoint in `folder`; raises CheckpointError, naming tensor and file."""
+def load(model: Loadable, folder: str | Path, progress: Progress = no_report) -> None:
+    """Fill `model` from the checkpoint in `folder`, and call `progress` after each tensor or piece of one.
+
+    Raises CheckpointError, naming tensor and file.
+    """
     weights, block = model.weights(), model.spec.fp8
     with ExitStack() as stack:
         stored, scales = _open_checked(Path(folder), weights, block, stack)
         with torch.no_grad():
-            _fill(stored, scales, weights, block)
+            _fill(stored, scales, weights, block, progress)
             for name, original in weights.copies.items():
                 if name in stored and not torch.equal(stored[name].read().to(original), original):
                     stored[name].refuse("differs from the main model's, which is used in its place: the two must be equal")
 
 
 def verify(model: Loadable, folder: str | Path) -> None:
-    """Raise what `load` would for names, shapes, types and files that are cut short; reads headers only."""
+    """Raise what `load` would raise for wrong names, shapes and types and for truncated files. Only headers are read."""
     with ExitStack() as stack:
         _open_checked(Path(folder), model.weights(), model.spec.fp8, stack)
 
 
 def has_mtp(spec: ModelSpec, folder: str | Path) -> bool:
-    """Whether the checkpoint has a module for multi-token prediction: config.json may promise one that was left out."""
+    """Whether the checkpoint's files hold a multi-token prediction module. config.json may promise one that is missing."""
     with ExitStack() as stack:
         names = _open(Path(folder), stack)
     return spec.num_mtp_layers > 0 and any(name.startswith(mtp_prefix(spec)) for name in names)
 
 
 def load_mtp(model: registry.Model, folder: str | Path) -> DeepseekMtp:
-    """The multi-token prediction module of the checkpoint that `model` was loaded from, filled.
+    """Build and fill the multi-token prediction module of the checkpoint in `folder`, which `model` was loaded from.
 
-    Raises CheckpointError where architecture or checkpoint has none, and what `load` raises.
+    Raises CheckpointError if the architecture or the checkpoint has none, and for every reason that `load` has.
     """
     mtp = registry.build_mtp(model)
     if not has_mtp(model.spec, folder):
         raise CheckpointError(
-            f"{folder}: no multi-token prediction: config.json says num_nextn_predict_layers {model.spec.num_mtp_layers}, "
-            f"but there is no tensor {mtp_prefix(model.spec)}*",
+            f"{folder}: no multi-token prediction module: num_nextn_predict_layers is {model.spec.num_mtp_layers} in "
+            f"config.json, but no tensor is named {mtp_prefix(model.spec)}*",
             param="model",
         )
     load(mtp, folder)
@@ -104,7 +108,7 @@ def load_mtp(model: registry.Model, folder: str | Path) -> DeepseekMtp:
 def _open_checked(
     folder: Path, weights: WeightMap, block: Fp8Spec | None, stack: ExitStack
 ) -> tuple[dict[str, _Stored], dict[str, _Stored]]:
-    """The tensors by name, and the scales by the name of their weight."""
+    """Open and validate the checkpoint; return its tensors by name, and its FP8 scales by the name of their weight."""
     stored = _open(folder, stack)
     scales = _take_scales(stored, weights, block)
     _check(folder, stored, weights, scales)
@@ -112,7 +116,7 @@ def _open_checked(
 
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
-    """Every tensor of the checkpoint by name, from one file or from the shards its index lists."""
+    """Return every tensor of the checkpoint by name, from the one file or from the shards that the index lists."""
     index = _read_index(folder)
     files = sorted({folder / shard for shard in index.values()}) if index else [_single_file(folder)]
     stored: dict[str, _Stored] = {}
@@ -123,7 +127,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
             stored[tensor.name] = tensor
     for name, shard in index.items():
         if name not in stored or stored[name].file.name != shard:
-            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, though {INDEX} says it is here", param="model")
+            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, although {INDEX} lists it", param="model")
     return stored
 
 
@@ -136,9 +140,9 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names", param="model")
     for name, shard in shards.items():
         if Path(shard).name != shard:
-            raise CheckpointError(f"{path}: tensor {name} is said to be in {shard!r}, outside this folder", param="model")
+            raise CheckpointError(f"{path}: tensor {name} is in {shard!r}: it must be a file of this folder", param="model")
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / shard}: no such file, though {INDEX} puts tensor {name} there", param="model")
+            raise CheckpointError(f"{folder / shard}: no such file, although {INDEX} lists it for tensor {name}", param="model")
     return shards
 
 
@@ -147,7 +151,7 @@ def _single_file(folder: Path) -> Path:
     standard = folder / "model.safetensors"
     if standard in files or len(files) == 1:
         return standard if standard in files else files[0]
-    found = f"{len(files)} .safetensors files but no {INDEX}" if files else "no .safetensors file (no other format is read)"
+    found = f"{len(files)} .safetensors files but no {INDEX}" if files else "no .safetensors file, and no other format is read"
     raise CheckpointError(f"{folder}: {found}", param="model")
 
 
@@ -157,11 +161,11 @@ def _open_file(file: Path, stack: ExitStack) -> list[_Stored]:
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
         return [_Stored(n, file, handle, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file: {error}", param="model") from None
+        raise CheckpointError(f"{file}: not a complete safetensors file: {error}", param="model") from None
 
 
 def _take_scales(stored: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None) -> dict[str, _Stored]:
-    """Take the scales out of `stored`; the result is keyed by the name of the weight they belong to."""
+    """Remove the FP8 scales from `stored` and return them, keyed by the name of the weight that each one scales."""
     if block is None:
         return {}
     owners = [name for name in weights.targets if name + fp8.SCALE_SUFFIX in stored]
@@ -177,7 +181,7 @@ def _check(folder: Path, stored: dict[str, _Stored], weights: WeightMap, scales:
         if wanted is not None:
             _check_tensor(tensor, tuple(wanted.shape), scales.get(name))
         elif not weights.skip.fullmatch(name):
-            tensor.refuse("is unexpected: this architecture has no such tensor")
+            tensor.refuse("is unexpected: this architecture has no tensor of that name")
 
 
 def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None) -> None:
@@ -189,18 +193,21 @@ def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None
     elif tensor.dtype not in FLOATS:
         tensor.refuse(f"has type {tensor.dtype}; supported are {', '.join((*FLOATS, FP8))}")
     elif scale is not None:
-        scale.refuse(f"has no use: the weight it would scale is {tensor.dtype}")
+        scale.refuse(f"is a scale, but the weight that it belongs to is {tensor.dtype}, which takes none")
 
 
-def _fill(stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None) -> None:
+def _fill(
+    stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None, progress: Progress
+) -> None:
     for name, scale in scales.items():
         _check_scale(scale, stored[name], block)
     devices = {target.device for target in weights.targets.values()}
     if len(devices) == 1 and (device := devices.pop()).type == "cuda":
-        stream.fill(transfers(stored, scales, weights, block), device)
+        stream.fill(transfers(stored, scales, weights, block), device, progress)
         return
     for name, target in weights.targets.items():
         _copy(stored[name], scales.get(name), target, block)
+        progress()
 
 
 def _check_scale(scale: _Stored, tensor: _Stored, block: Fp8Spec | None) -> None:
@@ -208,7 +215,9 @@ def _check_scale(scale: _Stored, tensor: _Stored, block: Fp8Spec | None) -> None
         return
     expected = fp8.scale_shape(tensor.shape, block.block)
     if scale.shape != expected or scale.dtype not in FLOATS:
-        scale.refuse(f"is {scale.dtype} {list(scale.shape)}: it must be F32 {list(expected)}, one scale a block of {block.block}")
+        scale.refuse(
+            f"is {scale.dtype} {list(scale.shape)}: it must be F32 {list(expected)}, one for each block of {block.block}"
+        )
 
 
 def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: Fp8Spec | None) -> None:
@@ -221,7 +230,7 @@ def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: F
 def transfers(
     stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None
 ) -> list[stream.Transfer]:
-    """What `_copy` does for each target, for `stream.fill`."""
+    """Describe for `stream.fill` the same copies that `_copy` does one by one."""
     offsets = {file: stream.offsets(file) for file in {tensor.file for tensor in stored.values()}}
 
     def source(tensor: _Stored) -> stream.Source:

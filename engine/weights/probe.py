@@ -1,24 +1,24 @@
-"""What this machine's torch says, and whether a checkpoint's files fit its config.json: asked by `tidegate doctor`.
+"""Reports torch's devices, and whether an engine config would start. `tidegate doctor` runs it.
 
-Run in a process of its own, `python -m engine.weights.probe CONFIG`: importing torch takes seconds, and a broken CUDA
-installation can end the process. CONFIG is an EngineConfig as JSON, or empty: then only torch is looked at. The answer is one
-JSON object on standard output. No weight is read: the model stands on the meta device, and of the files only the headers count.
+It is a process of its own, `python -m engine.weights.probe CONFIG`, since importing torch takes seconds and a broken CUDA
+installation can end the process. CONFIG is an EngineConfig as JSON; if it is empty, only torch is examined. The result is one
+JSON object on standard output. No weight is read: the model is built on the meta device, and only file headers are read.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
 import msgspec
 import torch
 
+from engine.batch import block_bytes
 from engine.config import EngineConfig, fit_cache, resolve
 from engine.errors import ConfigError, TidegateError
 from engine.models import registry
-from engine.models.spec import ModelSpec
-from engine.weights import loader, room
+from engine.models.families import read_spec
+from engine.weights import capacity, loader
 
 
 def torch_facts() -> dict[str, Any]:
@@ -29,12 +29,12 @@ def torch_facts() -> dict[str, Any]:
 
 
 def problem_with(asked: EngineConfig) -> str | None:
-    """Why the engine of `asked` would not start, as far as can be known before any weight is read."""
+    """Return why an engine with this config would not start, or None. No weight is read to find out."""
     try:
-        spec = ModelSpec.from_folder(asked.model)
+        spec = read_spec(asked.model)
         config = resolve(asked, spec.limits(), has_cuda=torch.cuda.is_available())
         dtype: torch.dtype = getattr(torch, config.dtype)
-        room.check(spec, dtype=dtype, device=torch.device(config.device))
+        capacity.check(spec, dtype=dtype, device=torch.device(config.device))
         model = registry.build(spec, dtype=dtype, device=torch.device("meta"))
         if config.load_format == "safetensors":
             loader.verify(model, config.model)
@@ -45,9 +45,9 @@ def problem_with(asked: EngineConfig) -> str | None:
 
 
 def _check_cache(config: EngineConfig, model: registry.Model, *, asked: int | None) -> None:
-    """On CUDA, the room for the cache is measured by running a step, and so is not known here."""
+    """Raise ConfigError if the KV cache cannot hold the context. On CUDA its size is measured at start and not known here."""
     cache = config.cache
-    each = cache.block_size * sum(math.prod(p.shape) * p.dtype.itemsize for layer in model.kv_pools() for p in layer)
+    each = block_bytes(model.kv_pools(), cache.block_size)
     num_blocks = cache.num_blocks or (cache.host_bytes // each if config.device == "cpu" else None)
     if num_blocks == 0:
         raise ConfigError(f"host_bytes is {cache.host_bytes}, but one block of the KV cache has {each}", param="host_bytes")

@@ -1,11 +1,11 @@
-"""A checkpoint's bytes from its files to a CUDA device, by several readers at once.
+"""Streams a checkpoint's bytes from its files to a CUDA device with several reader threads.
 
     file --pread--> pinned buffer --copy on the reader's own stream--> the parameter itself
                                                                    '-> raw bytes on the device, decoded into the parameter
 
-A reader has two buffers and fills one while the other is copied. A large tensor is cut, so that several readers share it; one
-that is to be converted, or goes into memory that is not in one piece, is one reader's alone and needs room for its raw bytes.
-The plain twin is the loop in `loader.py`, which asks the safetensors library for each tensor.
+Each reader has two buffers and fills one while the other is copied. A large tensor is split so that several readers share it.
+A tensor that must be converted, or whose target is not contiguous, is read by one reader, which also needs device memory for
+the raw bytes. The plain twin is the loop in `loader.py`, which reads each tensor with the safetensors library.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import msgspec
 import torch
 
 from engine.errors import CheckpointError
+from engine.startup import Progress, no_report
 
-READERS = 8  # one reads 5 GB/s from the page cache, and the bus takes 54
-PIECE = 16 << 20  # bytes; a buffer, and what a reader takes at a time
+READERS = 8  # one reader delivers 5 GB/s from the page cache; the bus carries 54 GB/s
+PIECE = 16 << 20  # bytes of one buffer, and of one read
 
 Decode = Callable[..., torch.Tensor]
 
 
 class Source(NamedTuple):
-    """A tensor in a safetensors file; `offset` counts from the file's start."""
+    """A tensor in a safetensors file. `offset` is its first byte, counted from the start of the file."""
 
     name: str
     file: Path
@@ -43,7 +44,7 @@ class Source(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Fill `target` with `decode` of the `sources`, tensors on its device; without `decode`, with the one there is."""
+    """Fill `target` with `decode(*sources)`, computed on its device; without `decode`, with its single source."""
 
     target: torch.Tensor
     sources: tuple[Source, ...]
@@ -51,40 +52,43 @@ class Transfer(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the file's bytes are the target's."""
+        """Whether the file's bytes can be copied into the target without conversion."""
         return self.decode is None and self.target.dtype == self.sources[0].dtype and self.target.is_contiguous()
 
 
 class _Part(NamedTuple):
-    """Bytes from `start` of a plain transfer; or a whole other one."""
+    """One unit of work: PIECE bytes from `start` of a plain transfer, or the whole of any other transfer."""
 
     transfer: Transfer
     start: int = 0
 
 
 def offsets(file: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins. The file is known to be whole."""
+    """Map each tensor of a safetensors file to its first byte. The caller has checked that the file is complete."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = msgspec.json.decode(opened.read(size))
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
-def fill(transfers: Iterable[Transfer], device: torch.device) -> None:
-    """Run all; the targets are filled when it returns. Raises CheckpointError for a file that cannot be read to the end."""
+def fill(transfers: Iterable[Transfer], device: torch.device, progress: Progress = no_report) -> None:
+    """Run all transfers; every target is filled on return. Readers call `progress` after each piece.
+
+    Raises CheckpointError for a file that cannot be read fully.
+    """
     in_file_order = sorted(transfers, key=lambda t: (t.sources[0].file, t.sources[0].offset))
     parts = deque(part for transfer in in_file_order for part in _parts(transfer))
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # targets may lie where work under way still writes
+        torch.cuda.current_stream(device).synchronize()  # the targets' memory may still be written by queued work
     with ExitStack() as stack:
         files = {s.file: -1 for t in in_file_order for s in t.sources}
         for file in files:
             files[file] = stack.enter_context(file.open("rb", buffering=0)).fileno()
         with ThreadPoolExecutor(READERS, "weights") as pool:
-            for reader in [pool.submit(_work, parts, files, device) for _ in range(READERS)]:
+            for reader in [pool.submit(_work, parts, files, device, progress) for _ in range(READERS)]:
                 reader.result()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # raw bytes were the readers' streams' own: no other could have their memory
+        torch.cuda.empty_cache()  # the raw bytes' memory is bound to the readers' streams, which end here
 
 
 def _parts(transfer: Transfer) -> list[_Part]:
@@ -93,11 +97,11 @@ def _parts(transfer: Transfer) -> list[_Part]:
     return [_Part(transfer, start) for start in range(0, transfer.target.nbytes, PIECE)]
 
 
-def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device) -> None:
-    """What one reader does until nothing is left, or until it or another one fails."""
+def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device, progress: Progress) -> None:
+    """One reader's thread: take parts until none is left, or until this or another reader fails."""
     reader = _Reader(files, device)
     try:
-        # Inference mode is a thread's own, and what is filled was made under it.
+        # Inference mode is set per thread, and the targets were created under it.
         with torch.inference_mode(), reader.context():
             while parts:
                 try:
@@ -105,13 +109,14 @@ def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device) -> 
                 except IndexError:  # another reader took the last one
                     return
                 reader.run(part)
+                progress()
     finally:
         parts.clear()
         reader.finish()
 
 
 class _Reader:
-    """Its two buffers, used in turn, and the stream that empties them. On a CPU there is no stream, and nothing is pinned."""
+    """A reader's two alternating buffers and its copy stream. On a CPU there is no stream, and no buffer is pinned."""
 
     def __init__(self, files: dict[Path, int], device: torch.device) -> None:
         self._files = files
@@ -142,7 +147,7 @@ class _Reader:
         return tensor
 
     def _copy(self, source: Source, start: int, data: torch.Tensor) -> None:
-        """The source's bytes from `start` on into `data`, all of it."""
+        """Copy the source's bytes, from `start` on, into `data` until `data` is full."""
         for part in torch.split(data, PIECE):
             buffer, emptied = self._idle.popleft()
             if emptied is not None:

@@ -1,8 +1,8 @@
 """`tidegate bench`: how fast this machine is.
 
-offline.py    an engine in this process, over `workloads.py`, against `bounds.py`
-kernels.py    each of our kernels by itself; `engine.kernels.bench` measures them
-lines.py      a result as a JSON line
+offline.py    runs the workloads of `workloads.py` in an engine in this process, and compares the times with `bounds.py`
+kernels.py    measures single kernels, by `engine.kernels.bench`
+lines.py      writes a result as a JSON line
 """
 
 from server.bench.workloads import WORKLOADS, Work, build_workload, fixed, mixed, warm_up_of

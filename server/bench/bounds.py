@@ -1,12 +1,12 @@
-"""The least time that a workload can take on given hardware: a roofline (Williams et al., 2009) for each step, summed.
+"""The least time that a workload can take on given hardware: the sum of a roofline (Williams et al., 2009) over its steps.
 
-A step reads every weight that it uses once and the KV of every token that is attended, and computes each product once:
+A step reads each weight that it uses once, and the KV of each attended token once. It computes each product once:
 
     bound of a step = max(bytes / bandwidth, floating-point operations / rate)
 
-The steps are those of an ideal scheduler. A token that no sample follows needs no more of the last layer than its KV. Norms,
-biases, activations and the writes of KV are left out, as are launches. Of experts a step reads as many as tokens that choose
-at random are expected to pick: where a model's tokens agree, it reads fewer.
+The steps are those of an ideal scheduler. A token that is not sampled needs only its KV of the last layer. The bound leaves out
+norms, biases, activations, writes of KV, and kernel launches. It assumes that tokens choose experts at random. If the tokens of a
+model agree on experts, a step reads fewer weights.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from typing import NamedTuple
 
 from engine.models.spec import MlaSpec, ModelSpec
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of one number
 
 
 class Hardware(NamedTuple):
-    bandwidth: float  # bytes a second, to and from the device's memory
-    rate: float  # floating-point operations a second, of a matrix product
+    bandwidth: float  # bytes per second, to and from the device's memory
+    rate: float  # floating-point operations per second of a matrix product
 
 
 class Length(NamedTuple):
-    """A request, as far as its time goes."""
+    """The tokens of one request's prompt and of its output."""
 
     prompt: int
     outputs: int
 
 
 class Step(NamedTuple):
-    """What one step has to do. A pair is a token and a token that it attends to, itself included."""
+    """The work of one step. A pair is a token and one token that it attends to; each token attends to itself, too."""
 
     tokens: int
     samples: int
-    decode_pairs: int  # also the tokens whose KV decodes read
-    chunk_pairs: int
-    chunk_kv: int  # tokens whose KV chunks of prompts read
-    last_pairs: int  # of chunk_pairs, those of the tokens that samples follow
+    decode_pairs: int  # pairs of decodes, which is also the number of tokens whose KV the decodes read
+    chunk_pairs: int  # pairs of prompt chunks
+    chunk_kv: int  # tokens whose KV the prompt chunks read
+    last_pairs: int  # the part of chunk_pairs that belongs to sampled tokens
 
 
 def steps(lengths: Iterable[Length], *, max_tokens: int, max_rows: int) -> Iterator[Step]:
-    """Those of an ideal scheduler: each has a token of every request that decodes, and as much of prompts as still fits."""
+    """The steps of an ideal scheduler. Each has one token of every decoding request, and as many prompt tokens as fit besides."""
     waiting = list(lengths)[::-1]
-    prompts: list[tuple[Length, int]] = []  # under way, with what of each is computed
-    decodes: list[tuple[int, int]] = []  # tokens that the next one attends to, outputs left
+    prompts: list[tuple[Length, int]] = []  # admitted prompts, and how many of their tokens are computed
+    decodes: list[tuple[int, int]] = []  # tokens that the next token attends to, and outputs left
     while waiting or prompts or decodes:
         while waiting and len(prompts) + len(decodes) < max_rows:
             prompts.append((waiting.pop(), 0))
@@ -76,25 +76,29 @@ def steps(lengths: Iterable[Length], *, max_tokens: int, max_rows: int) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of a model, in numbers (weights, entries of the cache) and in multiply-adds; all layers together, `spared` apart."""
+    """What a model costs: counts of numbers (weights, cache entries) and of multiply-adds, for all layers together.
+
+    The `spared` fields are what a token that is not sampled saves in the last layer.
+    """
 
     weights: int  # that every token uses: attention, dense and shared MLPs, routers
     expert: int  # weights of one expert
-    num_experts: int  # of a layer, and those that a token picks
-    top_k: int
-    moe_layers: int
-    head: int
-    hidden: int
-    kv: int  # of a token
-    decode_pair: int
-    chunk_pair: int
-    spared: int  # weights of the last layer, experts apart, that a token spares which no sample follows
-    spared_experts: int  # 1: the last layer has experts, 0: it has none
-    spared_pair: int  # a layer's chunk_pair
-    spared_kv: int  # a layer's kv
+    num_experts: int  # in one layer
+    top_k: int  # experts that a token uses in one layer
+    moe_layers: int  # layers that have experts
+    head: int  # weights of the output head
+    hidden: int  # numbers in one row of the embedding
+    kv: int  # cache entries of one token
+    decode_pair: int  # multiply-adds for a pair in a decode
+    chunk_pair: int  # multiply-adds for a pair in a prompt chunk
+    spared: int  # weights of the last layer, without experts
+    spared_experts: int  # 1 if the last layer has experts, else 0
+    spared_pair: int  # chunk_pair of one layer
+    spared_kv: int  # kv of one layer
 
     @staticmethod
     def of(spec: ModelSpec) -> Costs:
+        """The costs of a model, from its spec."""
         hidden, moe, layers = spec.hidden_size, spec.moe, spec.num_layers
         attention, kv, decode_pair, chunk_pair = _attention(spec) if spec.mla is None else _latent(spec, spec.mla)
         moe_layers = len(moe.layers) if moe else 0
@@ -119,6 +123,7 @@ class Costs:
         )
 
     def numbers_read(self, step: Step) -> float:
+        """Weights and cache entries that a step reads."""
         layers = (self.moe_layers - self.spared_experts, step.tokens), (self.spared_experts, step.samples)
         experts = sum(num * self._distinct(tokens) for num, tokens in layers)
         weights = self.weights + experts * self.expert + (self.head if step.samples else -self.spared)
@@ -126,11 +131,11 @@ class Costs:
         return weights + step.tokens * self.hidden + kv
 
     def _distinct(self, tokens: int) -> float:
-        """Experts of a layer that so many tokens are expected to pick."""
+        """The expected number of different experts of one layer that `tokens` tokens choose."""
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
 
     def operations(self, step: Step) -> float:
-        """Two for each multiply-add."""
+        """Floating-point operations of a step: two for each multiply-add."""
         products = step.tokens * (self.weights + self.moe_layers * self.top_k * self.expert) + step.samples * self.head
         products -= (step.tokens - step.samples) * (self.spared + self.spared_experts * self.top_k * self.expert)
         pairs = step.decode_pairs * self.decode_pair + step.chunk_pairs * self.chunk_pair
@@ -139,14 +144,14 @@ class Costs:
 
 
 def _attention(spec: ModelSpec) -> tuple[int, int, int, int]:
-    """Of a layer: weights, numbers cached of a token, multiply-adds for a pair in a decode and in a chunk."""
+    """For one layer: weights, cache entries of a token, and multiply-adds for a pair in a decode and in a prompt chunk."""
     heads = spec.num_heads * spec.head_dim
     kv = 2 * spec.num_kv_heads * spec.head_dim
     return spec.hidden_size * (2 * heads + kv), kv, 2 * heads, 2 * heads
 
 
 def _latent(spec: ModelSpec, mla: MlaSpec) -> tuple[int, int, int, int]:
-    """A decode attends in latent space; for a chunk keys and values are expanded, each once."""
+    """As `_attention`, for MLA. A decode attends in latent space. For a prompt chunk, each key and value is expanded once."""
     hidden, heads, rank = spec.hidden_size, spec.num_heads, mla.kv_lora_rank
     q_size = heads * (mla.nope_dim + mla.rope_dim)
     queries = hidden * q_size if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + q_size)
@@ -156,14 +161,17 @@ def _latent(spec: ModelSpec, mla: MlaSpec) -> tuple[int, int, int, int]:
 
 
 def step_seconds(costs: Costs, step: Step, hardware: Hardware, *, number_size: int) -> float:
+    """The bound of one step. `number_size` is the size of a weight and of a cache entry, in bytes."""
     return max(number_size * costs.numbers_read(step) / hardware.bandwidth, costs.operations(step) / hardware.rate)
 
 
 def workload_seconds(
     spec: ModelSpec, lengths: Iterable[Length], hardware: Hardware, *, number_size: int, max_tokens: int, max_rows: int
 ) -> float:
-    """The bound of a workload in steps of up to so many tokens and requests; `number_size` is the bytes of a weight and of an
-    entry of the cache."""
+    """The bound of a workload, in steps of at most `max_tokens` tokens and `max_rows` requests.
+
+    `number_size` is the size of a weight and of a cache entry, in bytes.
+    """
     costs = Costs.of(spec)
     found = steps(lengths, max_tokens=max_tokens, max_rows=max_rows)
     return sum(step_seconds(costs, step, hardware, number_size=number_size) for step in found)

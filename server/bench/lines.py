@@ -1,4 +1,4 @@
-"""A result as one JSON line: on standard output, and at the end of a file where one is asked for."""
+"""A benchmark's result as one JSON line, on standard output and, on request, at the end of a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 
 
 class OfflineLine(msgspec.Struct, kw_only=True):
-    """`bound_share` is the bound's seconds over those measured, and null where the hardware's figures are not known."""
+    """One workload on one model. `bound_share` is bound / measured time, or null if the hardware's speed is not known."""
 
     date: str
     commit: str
@@ -26,7 +26,7 @@ class OfflineLine(msgspec.Struct, kw_only=True):
     seconds: float
     out_tok_s: float
     total_tok_s: float
-    startup_s: float  # from the process's start, or from that of a later model's engine, until a request could come
+    startup_s: float  # until the engine could take a request, from the process's start; for later engines, from their own
     bound_share: float | None
     command: str
     num_requests: int
@@ -35,14 +35,16 @@ class OfflineLine(msgspec.Struct, kw_only=True):
     num_steps: int
     exposed_cpu_s: float
     load_format: str
-    rounds: list[float]  # seconds of each; `seconds` is the least
+    rounds: list[float]  # seconds of each round; `seconds` is the shortest
     warm_up_s: float
-    startup: dict[str, float]  # seconds by phase
-    bandwidth: float | None  # of the device as measured, in bytes a second, and
-    rate: float | None  # floating-point operations a second
+    startup: dict[str, float]  # seconds of each phase of the start
+    bandwidth: float | None  # measured, in bytes per second
+    rate: float | None  # measured, in floating-point operations per second
 
 
 class KernelLine(msgspec.Struct, kw_only=True):
+    """One kernel at one shape. `bound_share` is bound / measured time."""
+
     date: str
     commit: str
     device: str
@@ -60,7 +62,7 @@ Line = OfflineLine | KernelLine
 
 
 def check_record(record: Path | None) -> None:
-    """Raise ConfigError where `write` could not append: said before hours of measuring."""
+    """Raise ConfigError if `write` could not append to the file. Call it before measuring, which may take hours."""
     if record is None:
         return
     try:
@@ -70,6 +72,7 @@ def check_record(record: Path | None) -> None:
 
 
 def write(line: Line, record: Path | None) -> None:
+    """Print the line, and append it to the file `record`."""
     text = msgspec.json.encode(line).decode() + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -83,12 +86,13 @@ def today() -> str:
 
 
 def command() -> str:
-    name = Path(sys.argv[0]).name  # __main__.py: by `python -m server`
+    """The command line of this process, as a user would type it."""
+    name = Path(sys.argv[0]).name  # __main__.py for `python -m server`
     return shlex.join(["tidegate" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def commit() -> str:
-    """Of the source tree that this runs from; an installed copy has none."""
+    """The commit of the source tree that this code is in, or "unknown" for an installed copy. "+" marks changed files."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)

@@ -1,8 +1,9 @@
-"""`tidegate bench offline`: how fast an engine in this process works off workloads that are all there at once.
+"""`tidegate bench offline`: how long an engine in this process takes for workloads whose requests all arrive at once.
 
-The prefix cache is off, every request runs to its full length, and at most `max_num_seqs` (256) run at a time. Time counts
-from the submission of the first request to the last token; start-up and a warm-up are measured apart and before. Of several
-rounds the best counts. Each model has one engine for all its workloads, and each pair of the two a row and a line.
+The prefix cache is off, every request runs to its full length, and at most `max_num_seqs` (256) run at a time. The time is from
+the submission of the first request to the last token. Start-up and warm-up come before, and are measured separately. The result
+is the shortest of several rounds. Each model has one engine for all its workloads. Each workload of a model gives a table row
+and a JSON line.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine import LLM, SamplingParams
 from engine.config import EngineConfig, ModelLimits
 from engine.errors import ConfigError
 from engine.messages import EngineInfo
+from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
 from engine.request import TokenEvent
 from engine.startup import process_seconds
@@ -38,7 +40,7 @@ _HEAD = _ROW.format("model", "workload", "seconds", "out tok/s", "total tok/s", 
 
 
 class _Job(NamedTuple):
-    """One model, and its workloads by name."""
+    """One model, with its workloads by name."""
 
     settings: Settings
     config: EngineConfig
@@ -66,10 +68,10 @@ class _Engine(NamedTuple):
 def run(
     settings: Sequence[Settings], workloads: Sequence[str] = (), *, rounds: int = ROUNDS, record: Path | None = None
 ) -> list[OfflineLine]:
-    """Run each of the `workloads` on the model of each of the `settings`. A row on stderr and a line on stdout tell of each as it
-    is done; the lines are also appended to `record`.
+    """Run the named workloads on each settings' model. Each result is a table row on stderr and a JSON line on stdout.
 
-    Without `workloads`, the usual ones that the model has the context for. Raises ConfigError before anything is loaded.
+    The lines are also appended to the file `record`. Without names, the workloads of DEFAULT run whose context the model has.
+    Raises ConfigError before a model is loaded.
     """
     if rounds < 1:
         raise ConfigError(f"rounds is {rounds}: it must be at least 1", param="rounds")
@@ -80,12 +82,12 @@ def run(
     _say(console, _HEAD)
     done: list[OfflineLine] = []
     for job in jobs:
-        # An engine's own clock begins when it is asked for.
+        # The clock of an engine begins when the engine is built, so only the first one includes the start of the process.
         for line in _run_job(job, rounds, console, before=0.0 if done else age):
             _say(console, _row(line))
             lines.write(line, record)
             done.append(line)
-        gc.collect()  # a model's memory is the next one's
+        gc.collect()  # free the model's memory for the next one
     return done
 
 
@@ -95,46 +97,47 @@ def _say(console: Console, text: str) -> None:
 
 def _job(settings: Settings, names: Sequence[str], console: Console) -> _Job:
     config = settings.engine_config()
-    spec = ModelSpec.from_folder(config.model)
-    limits, asked = spec.limits(), settings.max_model_len
-    most = asked or limits.max_model_len
+    spec = read_spec(config.model)
+    limits, wanted = spec.limits(), settings.max_model_len
+    most = wanted or limits.max_model_len
     chosen = {name: build_workload(name, limits.vocab_size) for name in names or DEFAULT}
     if not names and (fitting := {name: work for name, work in chosen.items() if longest(work) <= most}):
         for name in chosen.keys() - fitting.keys():
-            _say(console, f"{spec.architecture}: {name} is left out, it takes a context of {longest(chosen[name])} tokens")
+            _say(console, f"{spec.architecture}: {name} is left out, it needs a context of {longest(chosen[name])} tokens")
         chosen = fitting
-    context = max(_context_of(name, work, limits, asked) for name, work in chosen.items())
+    context = max(_context_of(name, work, limits, wanted) for name, work in chosen.items())
     return _Job(settings, msgspec.structs.replace(config, max_model_len=context), spec, chosen)
 
 
-def _context_of(workload: str, work: list[Work], limits: ModelLimits, asked: int | None) -> int:
-    """Tokens of the longest request. Raises ConfigError where the model has no room for it."""
+def _context_of(workload: str, work: list[Work], limits: ModelLimits, max_model_len: int | None) -> int:
+    """The context to run a workload with. Raises ConfigError if the model's context, or max_model_len, is too short."""
     need = longest(work)
     if need > limits.max_model_len:
         fitting = [name for name in WORKLOADS if longest(build_workload(name, limits.vocab_size)) <= limits.max_model_len]
         or_else = f"choose one that fits ({', '.join(fitting)}) or" if fitting else "choose"
         raise ConfigError(
-            f"workload {workload} takes a context of {need} tokens, and the model has {limits.max_model_len}: "
+            f"workload {workload} needs a context of {need} tokens, and the model has {limits.max_model_len}: "
             f"{or_else} a model with a longer context",
             param="workload",
         )
-    if asked is not None and asked < need:
+    if max_model_len is not None and max_model_len < need:
         raise ConfigError(
-            f"max_model_len is {asked}, but workload {workload} takes {need} tokens: set it to {need} or more, or not at all",
+            f"max_model_len is {max_model_len}, but workload {workload} needs {need} tokens: set it to {need} or more, "
+            "or not at all",
             param="max_model_len",
         )
-    return need if asked is None else asked
+    return need if max_model_len is None else max_model_len
 
 
 def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iterator[OfflineLine]:
-    """`before`: seconds of this engine's start that were over when it was asked for."""
+    """Run all workloads of one model. `before` is the number of seconds of the start that passed before the engine was built."""
     cache = msgspec.structs.replace(job.config.cache, prefix_caching=False)
     with LLM(**msgspec.structs.asdict(msgspec.structs.replace(job.config, cache=cache, offline=True))) as llm:
         startup = dict(llm.info.startup)
         startup["imports"] += before
         engine = _Engine(llm, startup, _hardware(job.config, llm.info))
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in startup.items())
-        _say(console, f"{llm.info.model} on {llm.info.device}: up in {sum(startup.values()):.1f} s ({phases})")
+        _say(console, f"{llm.info.model} on {llm.info.device}: ready after {sum(startup.values()):.1f} s ({phases})")
         for name, work in job.workloads.items():
             began = time.perf_counter()
             for part in warm_up_of(work, job.settings.max_num_seqs):
@@ -144,7 +147,7 @@ def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iter
 
 
 def _hardware(config: EngineConfig, info: EngineInfo) -> bounds.Hardware | None:
-    """Measured once the engine is up, so that its start is not longer for it."""
+    """The measured speed of a CUDA device, or None. Call it once the engine is ready, so that its start does not take longer."""
     if config.runner != "torch" or info.device.startswith("CPU"):
         return None
     return bounds.Hardware(*importlib.import_module("engine.kernels.hardware").measure())
@@ -224,9 +227,9 @@ def _generate(llm: LLM, work: list[Work], progress: Callable[[int, TokenEvent], 
     llm.generate([w.prompt for w in work], params, progress=progress)
 
 
-def _precision(asked: str, of_checkpoint: str, device: str) -> str:
-    if asked != "auto":
-        return asked
+def _precision(dtype: str, of_checkpoint: str, device: str) -> str:
+    if dtype != "auto":
+        return dtype
     return "float32" if device.startswith("CPU") else of_checkpoint
 
 

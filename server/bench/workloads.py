@@ -1,4 +1,4 @@
-"""The work that is measured: prompts of random token ids, and how many tokens each is answered with."""
+"""The workloads that are measured: prompts of random token ids, each with a number of output tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from engine.errors import ConfigError
 
-VOCAB = 10_000  # ids are drawn from 0 to this, or to the model's last one where it has fewer
-_WARM_UP_PROMPT = 8  # tokens of a request in the warm-up, and
-_WARM_UP_TOKENS = 8  # those that it generates at least
-_WARM_UP_SHRINK = 0.85  # of the requests that still run, each step ends the rest: no size between CUDA graphs is passed over
+VOCAB = 10_000  # token ids are random from 0 to this, or to the model's last id if that is smaller
+_WARM_UP_PROMPT = 8  # prompt tokens of a request in the warm-up
+_WARM_UP_TOKENS = 8  # fewest tokens that a request in the warm-up generates
+_WARM_UP_SHRINK = 0.85  # share of the requests that go on after each step of the warm-up: every CUDA graph size gets a batch
 
 
 class Work(NamedTuple):
@@ -21,22 +21,26 @@ class Work(NamedTuple):
 
 
 def mixed(n: int, *, low: int = 100, high: int = 1024, vocab: int = VOCAB, seed: int = 0) -> list[Work]:
-    """`n` requests whose prompt and output lengths are each drawn from low..high; all prompts are drawn before any output."""
-    draw = random.Random(seed).randint
+    """`n` requests with random prompt and output lengths from `low` to `high`, both inclusive.
+
+    All prompts are generated before the first output length. Another order would give other workloads from the same seed.
+    """
+    randint = random.Random(seed).randint
     prompts = []
     for _ in range(n):
-        length = draw(low, high)
-        prompts.append([draw(0, vocab) for _ in range(length)])
-    return [Work(prompt, draw(low, high)) for prompt in prompts]
+        length = randint(low, high)
+        prompts.append([randint(0, vocab) for _ in range(length)])
+    return [Work(prompt, randint(low, high)) for prompt in prompts]
 
 
 def fixed(n: int, num_prompt: int, num_outputs: int, *, vocab: int = VOCAB, seed: int = 1) -> list[Work]:
-    draw = random.Random(seed).randint
-    return [Work([draw(0, vocab) for _ in range(num_prompt)], num_outputs) for _ in range(n)]
+    """`n` requests with random prompts, all of the same length and with the same number of outputs."""
+    randint = random.Random(seed).randint
+    return [Work([randint(0, vocab) for _ in range(num_prompt)], num_outputs) for _ in range(n)]
 
 
-# The same token lists for every engine that is measured on them: a changed seed or order makes old figures incomparable.
-WORKLOADS: dict[str, Callable[[int], list[Work]]] = {  # each takes the highest token id that it may draw
+# Every engine is measured on the same token lists. A changed seed or order makes old results incomparable.
+WORKLOADS: dict[str, Callable[[int], list[Work]]] = {  # the argument is the highest token id that may occur
     "single": lambda vocab: fixed(1, 1024, 256, vocab=vocab),
     "decode64": lambda vocab: fixed(64, 128, 256, vocab=vocab),
     "mixed256": lambda vocab: mixed(256, vocab=vocab),
@@ -46,20 +50,26 @@ WORKLOADS: dict[str, Callable[[int], list[Work]]] = {  # each takes the highest 
 
 
 def build_workload(name: str, vocab_size: int = VOCAB + 1) -> list[Work]:
-    """The same lists for every model of more than 10,000 tokens; ids that a smaller one has for the others."""
+    """A workload by name. Models with a vocabulary above 10,000 get the same lists; smaller ones get ids within theirs.
+
+    Raises ConfigError for an unknown name.
+    """
     if name not in WORKLOADS:
         raise ConfigError(f"workload is {name!r}: it must be one of {', '.join(WORKLOADS)}", param="workload")
     return WORKLOADS[name](min(VOCAB, vocab_size - 1))
 
 
 def longest(work: list[Work]) -> int:
-    """Tokens of the longest request: the context that the work takes."""
+    """Tokens of the longest request, prompt and output together. The model's context must be at least this long."""
     return max(len(w.prompt) + w.num_outputs for w in work)
 
 
 def warm_up_of(work: list[Work], max_num_seqs: int) -> list[list[Work]]:
-    """What to run before: the longest prompt, whose steps are the largest, and then as many requests at once as the workload has,
-    in few tokens and ever fewer at the end, so that the CUDA graphs of all batch sizes are captured."""
+    """The work to run before a measurement: two lists of requests, to be run one after the other.
+
+    The first has the longest prompt, for the largest steps. The second has as many short requests as the workload runs at once.
+    They end a few at a time, so that the CUDA graphs of all batch sizes are captured.
+    """
     num = min(len(work), max_num_seqs)
     at_once = []
     for rank, w in enumerate(work[:num], 1):

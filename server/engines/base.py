@@ -1,4 +1,7 @@
-"""What the service needs of an engine, as Protocols. `EngineClient` implements them; tests use `tests.support.local_engine`."""
+"""What the service needs of an engine, as Protocols.
+
+`server.engines.client.EngineClient` implements them over ZeroMQ, and `tests.support.local_engine.LocalEngine` in one process.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,27 @@ from typing import Protocol
 
 import msgspec
 
-from engine import errors
+from engine.errors import Aborted, InternalError, TidegateError, error_from_name
 from engine.messages import EngineInfo, EngineStats, Submit
 from engine.request import FinishReason, TokenEvent
 
 
 class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """How the engine looks from this worker now."""
+    """The state of the engines as one API worker sees it."""
 
-    ready: bool  # reached, its heartbeat is fresh, and its step counter moves where it has work
-    reason: str | None = None  # why not, for people
-    started: bool = False  # ready was true once
-    restarts: int = 0  # engines seen since this worker began, less one
-    stats: EngineStats | None = None  # of the latest heartbeat
-    startup: Mapping[str, float] = {}  # seconds of each phase of the latest engine's start
+    ready: bool  # an engine is connected, its heartbeat is fresh, and its step counter moves while it has work
+    reason: str | None = None  # why `ready` is False, for people
+    started: bool = False  # an engine has been connected at least once
+    restarts: int = 0  # engines that took the place of an earlier one since this worker started
+    stats: EngineStats | None = None  # of the latest heartbeat; summed if there are several engines
+    startup: Mapping[str, float] = {}  # seconds of each start-up phase of the engine that connected last
 
 
 class TokenStream(Protocol):
-    """The events of one request, from its first token to the one with `finish`, which is "stop" or "length".
+    """The events of one request, from its first token to the event with `finish`, which is "stop" or "length".
 
-    Every other end is raised by `__anext__`, as an exception of `engine.errors`. After `abort`, which may be called at any
-    time and more than once, a waiting `__anext__` wakes and raises Aborted.
+    If the request ends in any other way, `__anext__` raises an exception of `engine.errors`. `abort` may be called at any time
+    and more than once; a task that waits in `__anext__` then wakes up and raises Aborted.
     """
 
     def __aiter__(self) -> TokenStream: ...
@@ -38,37 +41,38 @@ class TokenStream(Protocol):
 
     @property
     def unread(self) -> int:
-        """`size_of` all events that came and were not taken."""
+        """The memory that received events hold until the consumer reads them, in the units of `size_of`."""
 
 
 class EngineClientProtocol(Protocol):
+    """Submits requests to engines. Every request gets a TokenStream of its own."""
+
     @property
     def info(self) -> EngineInfo:
-        """Of the engine reached last. Raises EngineUnavailable before the first one was."""
+        """The engine's model and limits. Raises EngineUnavailable before the first engine has connected."""
 
     @property
     def health(self) -> EngineHealth: ...
 
     def submit(self, submit: Submit) -> TokenStream:
-        """Send a request off. A refusal is raised here or by the stream's first `__anext__`."""
+        """Submit a request. A refusal is raised here or by the first `__anext__` of the stream."""
 
 
 def size_of(event: TokenEvent) -> int:
-    """What an event holds in memory, in units of about 100 bytes. The prompt's log-probabilities have their own limit."""
+    """Return the memory that an event holds, in units of about 100 bytes.
+
+    Log-probabilities of the prompt are not counted: the service limits them separately.
+    """
     logprobs = event.logprobs
     return 2 + len(event.tokens) + (len(logprobs) * (2 + len(logprobs[0].top_ids)) if logprobs else 0)
 
 
-def error_of(event: TokenEvent) -> errors.TidegateError | None:
-    """The exception that an event with finish "abort" or "error" stands for."""
+def error_of(event: TokenEvent) -> TidegateError | None:
+    """Return the exception for an event whose `finish` is "abort" or "error", and None for every other event."""
     if event.finish is FinishReason.ABORT:
-        return errors.Aborted("the request was aborted")
+        return Aborted("the request was aborted")
     if event.finish is not FinishReason.ERROR:
         return None
-    failure = event.failure
-    if failure is None:
-        return errors.InternalError(f"request {event.request_id} failed without a reason")
-    cls = getattr(errors, failure.error, None)
-    if not (isinstance(cls, type) and issubclass(cls, errors.TidegateError)):
-        return errors.InternalError(f"{failure.error}: {failure.message}")
-    return cls(failure.message, param=failure.param)
+    if event.failure is None:
+        return InternalError(f"request {event.request_id} failed without a reason")
+    return error_from_name(event.failure.error, event.failure.message, event.failure.param)

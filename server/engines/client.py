@@ -1,120 +1,103 @@
-"""EngineClient: an API worker's side of the ZeroMQ boundary. Keeps each request whole until it ends, so that an engine's
-death costs its streams nothing but time.
+"""EngineClient: an API worker's access to the engines. It keeps every request whole until its last event, so an engine's death
+costs a stream time, but no tokens.
 
-    connecting --Welcome--> synced --disconnect, or a Welcome nobody asked for--> connecting
-                  |            |
-                  |            '-- resume_timeout_s later, still connecting: every stream ends with EngineUnavailable
-                  '-- every live stream is submitted again, with the tokens it has as `outputs`
-
-A request that comes meanwhile waits in the same way. A death counts against the streams that the engine may have begun; one
-that can afford no further death is a suspect. Suspects are sent one at a time, each once the one before has a token, and with a
-token it is cleared for that engine: of many streams that shared a few deaths, only the one that engines die of is ended.
-
-Each connection is a fresh socket with a Hello as its first message, so nothing of an older one is ever delivered late.
-The event loop reads the socket itself: one decode a step and one dictionary look-up an event.
+Each engine has an EngineLink. When a link loses its engine, the streams of that link are submitted again, with the tokens
+received so far, to another engine that is live. If there is none, they wait for one, together with the requests that arrive
+meanwhile, for up to `resume_timeout_s`. `Suspects` finds the streams that engines die of.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import time
+from collections.abc import Sequence
 
 import zmq
 
-from engine.errors import EngineUnavailable, InternalError, Overloaded, TidegateError
-from engine.messages import (
-    Abort,
-    EngineInfo,
-    EngineMessage,
-    Heartbeat,
-    Hello,
-    Outputs,
-    Submit,
-    Welcome,
-    WorkerMessage,
-)
+from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Overloaded, TidegateError
+from engine.messages import EngineInfo, EngineStats, Submit
 from engine.request import FinishReason, TokenEvent
 from server.engines.base import EngineHealth
-from server.engines.health import Pulse
+from server.engines.health import Clock
+from server.engines.link import EngineLink
 from server.engines.stream import EngineStream
-from server.engines.zmq_connection import Connection
+from server.engines.suspects import Suspects
 
 log = logging.getLogger("tidegate.client")
 
-RETRY_SECONDS = 0.25  # until a resumed request that found the queue full is sent again
+RETRY_SECONDS = 0.25  # pause before a request that was accepted earlier is sent again to an engine whose queue is full
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class EngineClient:
-    """One for each API worker; `worker` is its name, by which the engine knows it again."""
+    """One for each API worker. Implements `server.engines.base.EngineClientProtocol` and `server.engines.link.LinkListener`."""
 
     def __init__(
         self,
-        endpoint: str,
+        endpoints: Sequence[str],
         worker: str,
         *,
         stall_timeout_s: float = 30.0,
         resume_timeout_s: float = 120.0,
         max_deaths: int = 3,
         max_queue: int = 4096,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self._endpoint = endpoint
-        self._worker = worker
-        self._stall_timeout = stall_timeout_s
-        self._resume_timeout = resume_timeout_s
-        self._max_deaths = max_deaths
-        self._max_queue = max_queue
-        self._streams: dict[str, EngineStream] = {}
-        self._suspects: deque[EngineStream] = deque()  # not yet sent to this engine
-        self._probe: EngineStream | None = None  # the suspect sent last, while it has no answer
-        self._unsent_aborts: list[str] = []
-        self._pulse = Pulse(stall_timeout_s)
-        self._info: EngineInfo | None = None
-        self._synced = False
-        self._restarts = 0
-        self._draining = False
-        self._closed = False
-        self._give_up: asyncio.TimerHandle | None = None  # set while connecting again
-        self._gave_up = False
+        """`endpoints` has a ZeroMQ address for each engine. `worker` is the name by which the engines know this worker."""
         self._context = zmq.Context(io_threads=1)
-        self._connection: Connection | None = None
-        self._arrived = asyncio.Event()  # a first Welcome came
+        self._links = [
+            EngineLink(self._context, endpoint, worker, self, stall_timeout_s=stall_timeout_s, clock=clock)
+            for endpoint in endpoints
+        ]
+        self._resume_timeout_s = resume_timeout_s
+        self._max_queue = max_queue
+        self._streams: dict[str, EngineStream] = {}  # all that have not ended, by request id
+        self._waiting: dict[str, EngineStream] = {}  # of these, the streams that wait for an engine
+        self._suspects = Suspects(max_deaths)
+        self._info: EngineInfo | None = None  # of the engine that connected last
+        self._found = asyncio.Event()  # set once an engine has connected
+        self._give_up: asyncio.TimerHandle | None = None  # runs while no engine is live
+        self._gave_up = False  # the timer has run out, and no engine has connected since
+        self._draining = False
 
     async def start(self) -> None:
-        """Begin to connect; returns at once. The engine may come later, and more than once."""
-        self._loop = asyncio.get_running_loop()
-        self._connect()
+        """Start to connect to the engines and return at once. An engine may start later, and may be replaced at any time."""
+        for link in self._links:
+            link.connect()
 
     def drain(self) -> None:
-        """Say that we are not ready from here on. Requests are still taken, of connections that are still open."""
+        """Stop being ready. Requests that still arrive over open connections are accepted while an engine is live."""
         self._draining = True
 
     async def close(self) -> None:
-        """End what is left with EngineUnavailable, and the engine forgets it."""
-        self._draining = self._closed = True
-        self._end_all(EngineUnavailable("the server is shutting down"))
-        if self._give_up is not None:
-            self._give_up.cancel()
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        self._synced = False
+        """End all streams with EngineUnavailable and disconnect. The engines then abort what they still run for this worker."""
+        self._draining = True
+        self._stop_timer()
+        self._end_all(EngineUnavailable(SHUTTING_DOWN))
+        for link in self._links:
+            link.close()
         self._context.destroy(linger=0)
 
     async def wait_ready(self, timeout_s: float | None = None) -> EngineInfo:
-        """Wait for the first engine. Raises EngineUnavailable when `timeout_s` seconds pass without one."""
+        """Wait for the first engine. Raises EngineUnavailable if none has connected after `timeout_s` seconds."""
         try:
-            await asyncio.wait_for(self._arrived.wait(), timeout_s)
+            await asyncio.wait_for(self._found.wait(), timeout_s)
         except TimeoutError:
             raise EngineUnavailable(f"no engine came within {timeout_s} s") from None
         return self.info
 
     @property
     def info(self) -> EngineInfo:
-        """Of the engine reached last. Raises EngineUnavailable before the first one was."""
-        if self._info is None:
+        """The live engine with the largest context or, if none is live, the engine that connected last.
+
+        Raises EngineUnavailable before the first engine has connected.
+        """
+        live = [link.info for link in self._live_links() if link.info is not None]
+        info = max(live, key=lambda info: info.limits.max_model_len, default=self._info)
+        if info is None:
             raise EngineUnavailable("the engine is still starting: try again shortly")
-        return self._info
+        return info
 
     @property
     def num_streams(self) -> int:
@@ -127,175 +110,177 @@ class EngineClient:
             ready=reason is None,
             reason=reason,
             started=self._info is not None,
-            restarts=self._restarts,
-            stats=self._pulse.stats,
+            restarts=sum(link.restarts for link in self._links),
+            stats=_sum([link.health.stats for link in self._links if link.health.stats is not None]),
             startup={} if self._info is None else self._info.startup,
         )
 
     def submit(self, submit: Submit) -> EngineStream:
-        """Send a request off, or keep it for an engine that is being started again. Raises EngineUnavailable where there was
-        none yet, or there will be none."""
-        if not self._synced:
+        """Send a request to an engine or, while the engines restart, keep it for the first that comes.
+
+        Raises EngineUnavailable if no engine has connected yet or none is expected, and Overloaded if too many requests wait.
+        """
+        live = self._live_links()
+        if not live:
             self._check_may_wait()
         if submit.request_id in self._streams:
             raise InternalError(f"request {submit.request_id!r} is under way already")
         stream = EngineStream(submit, self._abort)
-        if self._synced and not self._send_off(stream):
+        if not live:
+            self._waiting[submit.request_id] = stream
+        elif not choose(submit, live).send(stream, submit):
             raise Overloaded("the engine does not keep up with new requests: try again later")
         self._streams[submit.request_id] = stream
         return stream
 
+    def on_engine_found(self, link: EngineLink) -> None:
+        self._info = link.info
+        self._gave_up = False
+        self._stop_timer()
+        self._found.set()
+        self._place_waiting()
+
+    def on_engine_lost(self, link: EngineLink, sent: list[EngineStream], *, died: bool) -> None:
+        convicted: dict[str, TidegateError] = {}
+        if died and link.info is not None:
+            convicted = self._suspects.charge_death(sent, link.info.max_num_seqs)
+        for stream in sent:
+            stream.lose_engine()
+            self._suspects.release(stream)
+            if stream.request_id in convicted:
+                self._end(stream, convicted[stream.request_id])
+            else:
+                self._waiting[stream.request_id] = stream
+        self._place_waiting()
+
+    def on_event(self, stream: EngineStream, event: TokenEvent) -> None:
+        if stream.resumed and _is_overload(event):
+            # An engine accepted this request before. It is not refused now because the queue is full of its neighbours.
+            self._retry_later(stream)
+            return
+        stream.put(event)
+        if stream.ended:
+            self._forget(stream)
+        elif stream is self._suspects.probe and stream.has_progressed:
+            self._release(stream)
+
+    def _live_links(self) -> list[EngineLink]:
+        return [link for link in self._links if link.live]
+
     def _check_may_wait(self) -> None:
         if self._info is None or self._draining or self._gave_up:
-            raise EngineUnavailable(self._why_not_synced())
-        if len(self._streams) >= self._max_queue + self._info.max_num_seqs:
+            raise EngineUnavailable(self._why_not_ready() or "the engine is restarting")
+        max_num_seqs = sum(link.info.max_num_seqs for link in self._links if link.info is not None)
+        if len(self._streams) >= self._max_queue + max_num_seqs:
             raise Overloaded("the engine is restarting, and its queue is full already: try again later")
 
     def _why_not_ready(self) -> str | None:
         if self._draining:
-            return "the server is shutting down"
-        return self._pulse.reason() if self._synced else self._why_not_synced()
+            return SHUTTING_DOWN
+        reasons = [link.why_not_ready() for link in self._links]
+        return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
 
-    def _why_not_synced(self) -> str:
-        if self._closed:
-            return "the server is shutting down"
-        return "the engine is still starting" if self._info is None else "the engine is restarting"
-
-    def _abort(self, request_id: str) -> None:
-        """A stream that has ended by itself; the engine is told, or learns it by not getting it again."""
-        stream = self._streams.pop(request_id, None)
-        if stream is None or not self._synced:
+    def _place_waiting(self) -> None:
+        """Submit the streams that wait for an engine, or start the timer that ends them if no engine is live."""
+        if not self._live_links():
+            if self._give_up is None:
+                loop = asyncio.get_running_loop()
+                self._give_up = loop.call_later(self._resume_timeout_s, self._no_engine_came)
             return
-        if stream.sent and not self._send(Abort([request_id])):
-            self._unsent_aborts.append(request_id)
-        self._cleared(stream)
-
-    def _connect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._synced = False
-        self._unsent_aborts.clear()
-        self._suspects.clear()
-        self._probe = None
-        for stream in self._streams.values():
-            stream.lose_engine()
-        self._connection = Connection(self._context, self._loop, self._endpoint, self._on_message, self._on_disconnect)
-        self._connection.send(Hello(self._worker))
-
-    def _send(self, message: WorkerMessage) -> bool:
-        return self._connection is not None and self._connection.send(message)
-
-    def _send_off(self, stream: EngineStream) -> bool:
-        stream.sent = self._send(stream.submission())
-        return stream.sent
-
-    def _on_disconnect(self) -> None:
-        if self._synced:
-            log.warning("engine lost", extra={"streams": len(self._streams)})
-            self._count_death()
-        self._reconnect()
-
-    def _count_death(self) -> None:
-        """Streams that only waited are spared: the engine begins them in this order, and has so many at a time at most."""
-        sent = sorted((stream for stream in self._streams.values() if stream.sent), key=_order)
-        for stream in sent[: self.info.max_num_seqs]:
-            if not (stream.answered and self._is_suspect(stream)):
-                stream.deaths += 1
-
-    def _reconnect(self) -> None:
-        if self._give_up is None:
-            self._give_up = self._loop.call_later(self._resume_timeout, self._no_engine_came)
-        self._connect()
-
-    def _no_engine_came(self) -> None:
-        self._gave_up = True
-        self._end_all(EngineUnavailable(f"the engine died, and none took its place within {self._resume_timeout:g} s"))
-
-    def _end_all(self, error: TidegateError) -> None:
-        streams = list(self._streams.values())
-        self._streams.clear()
-        for stream in streams:
-            stream.end(error)
-
-    def _on_message(self, message: EngineMessage) -> None:
-        if isinstance(message, Outputs):
-            if self._synced:
-                self._pulse.moved()
-                for event in message.events:
-                    self._on_event(event)
-        elif isinstance(message, Heartbeat):
-            self._pulse.beat(message.stats, preparing=message.preparing)
-            if self._unsent_aborts and self._send(Abort(self._unsent_aborts)):
-                self._unsent_aborts = []
-        elif self._synced:  # a Welcome nobody asked for: we read too slowly, and the engine let us go
-            log.warning("the engine dropped this worker; connecting again", extra={"streams": len(self._streams)})
-            self._reconnect()
-        else:
-            self._on_welcome(message)
-
-    def _on_event(self, event: TokenEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
-            return  # aborted meanwhile
-        if event.finish is FinishReason.ERROR and stream.resumed and event.failure and event.failure.error == "Overloaded":
-            # It was admitted once and is not to be refused now, for a queue that is full of its neighbours.
-            stream.sent = False
-            self._loop.call_later(RETRY_SECONDS, self._retry, stream, self._connection)
-            return
-        if event.finish is not None:
-            del self._streams[event.request_id]
-        stream.put(event)
-        self._cleared(stream)
-
-    def _on_welcome(self, message: Welcome) -> None:
-        if self._info is not None and message.info.pid != self._info.pid:
-            self._restarts += 1
-        if self._give_up is not None:
-            self._give_up.cancel()
-            self._give_up = None
-        self._info = message.info
-        self._synced = True
-        self._gave_up = False
-        self._pulse = Pulse(self._stall_timeout)
-        self._arrived.set()
-        for stream in list(self._streams.values()):
-            if self._is_suspect(stream):
-                self._suspects.append(stream)
+        waiting, self._waiting = self._waiting, {}
+        for stream in waiting.values():
+            if self._suspects.is_suspect(stream):
+                self._suspects.add(stream)
             else:
                 self._resume(stream)
         self._send_suspect()
-        log.info("engine found", extra={"engine_pid": message.info.pid, "resumed": len(self._streams)})
-
-    def _is_suspect(self, stream: EngineStream) -> bool:
-        return stream.deaths >= max(1, self._max_deaths - 1)
 
     def _send_suspect(self) -> None:
-        self._probe = None
-        while self._suspects and self._probe is None:
-            stream = self._suspects.popleft()
-            if self._streams.get(stream.request_id) is stream:
-                self._resume(stream)
-                self._probe = stream if stream.sent else None
-
-    def _cleared(self, stream: EngineStream) -> None:
-        """It has an answer or is gone, and the next suspect may go."""
-        if stream is self._probe:
-            self._send_suspect()
-
-    def _retry(self, stream: EngineStream, connection: Connection | None) -> None:
-        """Unless a new engine came meanwhile, which has been sent everything."""
-        if self._connection is connection and self._streams.get(stream.request_id) is stream:
+        """Send the next suspect, unless one is at an engine already. If it cannot be sent, the one after it is next."""
+        while self._live_links() and (stream := self._suspects.next()) is not None:
             self._resume(stream)
 
     def _resume(self, stream: EngineStream) -> None:
-        if stream.deaths >= self._max_deaths:
-            del self._streams[stream.request_id]
-            log.error("a request is ended, since engines die of it", extra={"request_id": stream.request_id})
-            stream.end(InternalError(f"the engine died {stream.deaths} times while it ran this request"))
-        elif not self._send_off(stream):
-            del self._streams[stream.request_id]
-            stream.end(EngineUnavailable("the engine does not take requests"))
+        """Submit a stream to a live engine. A stream that is too long for it is ended, one that cannot be sent now is retried."""
+        link = choose(stream.request, self._live_links())
+        try:
+            submit = stream.resumption(link.max_model_len)
+        except ContextTooLong as error:
+            self._end(stream, error)
+        else:
+            if not link.send(stream, submit):
+                self._retry_later(stream)
+
+    def _retry_later(self, stream: EngineStream) -> None:
+        """Submit a stream again after a pause. A suspect goes to the end of the queue, and the next one may be sent."""
+        asyncio.get_running_loop().call_later(RETRY_SECONDS, self._retry, stream)
+        self._release(stream)
+
+    def _retry(self, stream: EngineStream) -> None:
+        if not stream.ended:
+            self._waiting[stream.request_id] = stream
+            self._place_waiting()
+
+    def _no_engine_came(self) -> None:
+        self._give_up = None
+        self._gave_up = True
+        self._end_all(EngineUnavailable(f"the engine died, and none took its place within {self._resume_timeout_s:g} s"))
+
+    def _abort(self, stream: EngineStream) -> None:
+        for link in self._links:
+            link.abort(stream.request_id)
+        self._forget(stream)
+
+    def _end_all(self, error: TidegateError) -> None:
+        for stream in list(self._streams.values()):
+            self._end(stream, error)
+
+    def _end(self, stream: EngineStream, error: TidegateError) -> None:
+        stream.end(error)
+        self._forget(stream)
+
+    def _forget(self, stream: EngineStream) -> None:
+        """Remove a stream that has ended and that no engine has. Every stream leaves the client through this method."""
+        self._streams.pop(stream.request_id, None)
+        self._waiting.pop(stream.request_id, None)
+        self._release(stream)
+
+    def _release(self, stream: EngineStream) -> None:
+        """Send the next suspect soon if this stream was the suspect at an engine."""
+        if self._suspects.release(stream):
+            asyncio.get_running_loop().call_soon(self._send_suspect)
+
+    def _stop_timer(self) -> None:
+        if self._give_up is not None:
+            self._give_up.cancel()
+            self._give_up = None
 
 
-def _order(stream: EngineStream) -> tuple[bool, int]:
-    return not stream.answered, stream.priority
+def choose(submit: Submit, links: Sequence[EngineLink]) -> EngineLink:
+    """Choose the engine for a request among `links`, which are live and at least one.
+
+    A fork goes to the engine of its sibling, whose prompt blocks it shares. Other requests go to the engine with the fewest
+    streams of this worker, among the engines that are ready and whose context can hold prompt and max_tokens. If no context
+    can, the largest is taken.
+    """
+    if len(links) == 1:
+        return links[0]
+    for link in links:
+        if submit.fork_of is not None and submit.fork_of in link.sent:
+            return link
+    needed = submit.num_prompt + submit.params.max_tokens
+    largest = max(link.max_model_len for link in links)
+    fitting = [link for link in links if link.max_model_len >= min(needed, largest)]
+    ready = [link for link in fitting if link.why_not_ready() is None]
+    return min(ready or fitting, key=lambda link: len(link.sent))
+
+
+def _is_overload(event: TokenEvent) -> bool:
+    return event.finish is FinishReason.ERROR and event.failure is not None and event.failure.error == Overloaded.__name__
+
+
+def _sum(stats: list[EngineStats]) -> EngineStats | None:
+    """The statistics of several engines as if they were one, or None if there are none."""
+    if len(stats) < 2:
+        return stats[0] if stats else None
+    return EngineStats(**{field: sum(getattr(each, field) for each in stats) for field in EngineStats.__struct_fields__})

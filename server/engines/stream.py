@@ -1,4 +1,4 @@
-"""EngineStream: one request as an API worker sees it, from its submission to its end, through as many engines as it takes."""
+"""EngineStream: one request as an API worker sees it, from submission to its last event, through as many engines as it takes."""
 
 from __future__ import annotations
 
@@ -8,41 +8,51 @@ from collections.abc import Callable
 
 import msgspec
 
-from engine.errors import Aborted, TidegateError
-from engine.messages import Submit
-from engine.request import TokenEvent
+from engine.errors import Aborted, ContextTooLong, TidegateError
+from engine.messages import Submit, pack_tokens
+from engine.request import FinishReason, TokenEvent
 from server.engines.base import error_of, size_of
+
+# Events with tokens from one engine that prove that the engine survives the request. One is not enough: the engine sends the
+# first event while it already runs the next step, and may die in that step.
+PROGRESS_EVENTS = 2
 
 
 class EngineStream:
-    """See `server.engines.base.TokenStream`. Events that queue up while the consumer is busy come out as one."""
+    """Implements `server.engines.base.TokenStream`.
+
+    Keeps the request and all tokens received, so that the request can be submitted again after an engine's death. Events that
+    arrive faster than the consumer reads them are merged into one.
+    """
 
     __slots__ = (
-        "_ended",
+        "_context_len",
         "_error",
         "_events",
+        "_num_events",
         "_on_abort",
         "_received",
-        "_submit",
         "_waiter",
-        "answered",
         "deaths",
+        "deaths_since",
+        "ended",
+        "request",
         "request_id",
         "resumed",
-        "sent",
     )
 
-    def __init__(self, submit: Submit, on_abort: Callable[[str], None]) -> None:
-        self.request_id = submit.request_id
-        self.deaths = 0  # of engines that had this request
-        self.sent = False  # to the engine there is now
-        self.answered = False  # by it
-        self.resumed = False  # an earlier engine had this request
+    def __init__(self, request: Submit, on_abort: Callable[[EngineStream], None]) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.deaths = 0  # engines in a row that died with this request and made no progress with it; see `Suspects`
+        self.deaths_since = 0  # number of the first of these deaths; see `Suspects`
+        self.ended = False
+        self.resumed = False  # whether an earlier engine had this request
+        self._num_events = 0  # events with tokens from the present engine
+        self._context_len: int | None = None  # the present engine's context, if it cannot hold prompt and max_tokens
         self._on_abort = on_abort
-        self._submit = submit
         self._received: list[int] = []
         self._events: deque[TokenEvent] = deque()
-        self._ended = False
         self._error: TidegateError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -53,59 +63,101 @@ class EngineStream:
         while not self._events:
             if self._error is not None:
                 raise self._error
-            if self._ended:
+            if self.ended:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._events.popleft() if len(self._events) == 1 else self._drain()
+        return self._events.popleft() if len(self._events) == 1 else self._merge_events()
 
     @property
     def unread(self) -> int:
         return sum(map(size_of, self._events))
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the present engine has sent tokens of this request."""
+        return self._num_events > 0
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether the present engine has survived a step of this request."""
+        return self._num_events >= PROGRESS_EVENTS
+
     def abort(self) -> None:
-        if not self._ended:
-            self._on_abort(self.request_id)
+        if not self.ended:
+            self._on_abort(self)
             self._events.clear()
             self.end(Aborted("the request was aborted"))
 
     def put(self, event: TokenEvent) -> None:
-        self.answered = True
-        error = error_of(event) if event.finish is not None else None
+        """Hand an event of the present engine to the consumer."""
+        error = None if event.finish is None else self._final_error(event)
+        if error is not None:
+            event.finish = None
+        if error is None or event.tokens:
+            self._add(event)
         if error is not None:
             self.end(error)
-            return
-        if self._received and self.resumed:  # told once already, before the engine died
+
+    def end(self, error: TidegateError) -> None:
+        """Raise `error` at the consumer once it has read the events received so far."""
+        if not self.ended:
+            self._error = error
+            self.ended = True
+            self._wake()
+
+    def lose_engine(self) -> None:
+        """The present engine has died or has been disconnected."""
+        self.resumed = True
+        self._num_events = 0
+
+    def resumption(self, max_model_len: int) -> Submit:
+        """Return the message for another engine than the one that this request was accepted for.
+
+        If an engine already had the request, the message holds the tokens received so far. If the new engine's context of
+        `max_model_len` tokens cannot hold prompt and max_tokens, the request may run as far as that context goes, and then
+        ends with ContextTooLong. Raises ContextTooLong if the context cannot hold even the next token.
+        """
+        submit, params = self.request, self.request.params
+        capacity = max_model_len - submit.num_prompt  # for output
+        self._context_len = max_model_len if params.max_tokens > capacity else None
+        if len(self._received) >= capacity:
+            raise self._context_error(max_model_len)
+        if self._context_len is not None:
+            params = msgspec.structs.replace(params, max_tokens=capacity, min_tokens=min(params.min_tokens, capacity))
+        if self._received:
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
+        fork_of = None if self.resumed else submit.fork_of
+        return msgspec.structs.replace(
+            submit, outputs=submit.outputs + pack_tokens(self._received), params=params, fork_of=fork_of
+        )
+
+    def _final_error(self, event: TokenEvent) -> TidegateError | None:
+        """Return the exception that the last event of the request leads to, or None if the request ends well."""
+        if event.finish is FinishReason.LENGTH and self._context_len is not None:
+            return self._context_error(self._context_len)
+        return error_of(event)
+
+    def _context_error(self, max_model_len: int) -> ContextTooLong:
+        return ContextTooLong(
+            f"the engine was replaced by one with a context of {max_model_len} tokens while this request was under way, and the "
+            f"request needs {self.request.num_prompt + self.request.params.max_tokens} "
+            f"(prompt {self.request.num_prompt}, max_tokens {self.request.params.max_tokens})",
+            param="max_tokens" if self.request.num_prompt < max_model_len else "prompt",
+        )
+
+    def _add(self, event: TokenEvent) -> None:
+        self._num_events += 1
+        if self._num_events == PROGRESS_EVENTS:
+            self.deaths = 0
+        if self._received and self.resumed:  # the consumer got these values before the engine died
             event.num_cached = event.queue_s = event.prompt_logprobs = None
         self._received += event.tokens
         self._events.append(event)
-        self._ended = event.finish is not None
+        self.ended = event.finish is not None
         self._wake()
 
-    def end(self, error: TidegateError) -> None:
-        if not self._ended:
-            self._error = error
-            self._ended = True
-            self._wake()
-
-    @property
-    def priority(self) -> int:
-        return self._submit.priority
-
-    def lose_engine(self) -> None:
-        self.resumed = self.resumed or self.sent
-        self.sent = self.answered = False
-
-    def submission(self) -> Submit:
-        """What to send: the request as it came or, where an engine had it before, with the tokens that are here already."""
-        submit, params = self._submit, self._submit.params
-        if not self.resumed:
-            return submit
-        if self._received:
-            params = msgspec.structs.replace(params, prompt_logprobs=None)
-        return msgspec.structs.replace(submit, outputs=submit.outputs + self._received, params=params, fork_of=None)
-
-    def _drain(self) -> TokenEvent:
+    def _merge_events(self) -> TokenEvent:
         first, *others = self._events
         self._events.clear()
         for event in others:

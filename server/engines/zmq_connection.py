@@ -1,4 +1,4 @@
-"""Connection: one ZeroMQ socket to an engine, read by asyncio. It ends with the engine; the next one gets a new Connection."""
+"""ZmqConnection: one ZeroMQ socket to an engine, read by the asyncio event loop. A reconnection needs a new ZmqConnection."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from engine.messages import EngineMessage, WorkerMessage, decode_engine_message,
 
 log = logging.getLogger("tidegate.client")
 
-READ_SECONDS = 0.01  # at a stretch: what was read must also be sent on, however fast the engine is
-SEND_QUEUE = 65536  # messages to an engine that does not read
+READ_SECONDS = 0.01  # longest uninterrupted read: other tasks of the event loop must run, however fast the engine sends
+SEND_QUEUE = 65536  # messages that ZeroMQ keeps for an engine that does not read
 
 
-class Connection:
-    """One DEALER socket and its monitor, read by the event loop.
+class ZmqConnection:
+    """A DEALER socket and the monitor socket that reports its disconnection. Both are read by the running event loop.
 
-    A ZeroMQ descriptor turns readable at edges only, and sending can swallow one: so every read goes on until the socket is
-    empty, or schedules the next one, and every send schedules a read.
+    ZeroMQ's file descriptor signals only that its state has changed, and a send can consume that signal. So a read goes on
+    until the socket is empty, or else schedules the next read; and every send schedules a read.
     """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        loop: asyncio.AbstractEventLoop,
         endpoint: str,
         on_message: Callable[[EngineMessage], None],
         on_disconnect: Callable[[], None],
     ) -> None:
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
         self._on_message, self._on_disconnect = on_message, on_disconnect
         self._read_scheduled = False
         self._closed = False
@@ -47,11 +46,11 @@ class Connection:
         self._fds = int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD))
         self._socket.connect(endpoint)
         for fd in self._fds:
-            loop.add_reader(fd, self._read)
+            self._loop.add_reader(fd, self._read)
         self._schedule_read()
 
     def send(self, message: WorkerMessage) -> bool:
-        """False where the engine has not read for so long that the queue is full."""
+        """Queue a message and return at once. Returns False if the queue is full because the engine has not read for long."""
         try:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
@@ -75,7 +74,7 @@ class Connection:
     def _read(self) -> None:
         self._read_scheduled = False
         until = self._loop.time() + READ_SECONDS
-        while not self._closed:  # a message can lead to a new connection
+        while not self._closed:  # handling a message may close this connection
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -83,7 +82,7 @@ class Connection:
             try:
                 message = decode_engine_message(frame)
             except msgspec.MsgspecError as error:
-                log.error("the engine's message cannot be read: %s", error)
+                log.error("a message of the engine is dropped, since it cannot be decoded: %s", error)
                 continue
             self._on_message(message)
             if self._loop.time() > until:

@@ -1,15 +1,16 @@
-"""The HTTP application: routes, what each error becomes, and the OpenAPI document. No middleware.
+"""The application of the HTTP port: its routes, the answer to each error, and the OpenAPI document. It has no middleware.
 
-There is no /docs page: FastAPI's loads its scripts from elsewhere. /openapi.json is what any viewer needs.
+There is no /docs page, because FastAPI's page loads scripts from other hosts. Any viewer can read /openapi.json.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,35 +21,36 @@ from server.http.openapi import openapi_document
 from server.http.routes import chat, completions, generate, health, models, tokenize, version
 from server.http.routes import metrics as metrics_route
 from server.http.routes.api import Api
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 
 log = logging.getLogger("tidegate.http")
-ROUTERS = (generate, completions, chat, models, tokenize, health, metrics_route, version)
+
+SERVICE_ROUTERS = (health.router, metrics_route.router, version.router)
+ROUTERS = (generate.router, completions.router, chat.router, models.router, tokenize.router, *SERVICE_ROUTERS)
 
 
 def build_app(settings: Settings, service: GenerateService, metrics: Metrics) -> FastAPI:
-    app = FastAPI(
-        title="Tidegate",
-        summary="An inference server for large language models.",
-        version=version.VERSION,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    app.state.api = Api(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes)
-    for module in ROUTERS:
-        app.include_router(module.router)
-    app.add_exception_handler(TidegateError, _on_our_error)
+    api = Api(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    return application("Tidegate", "An inference server for large language models.", ROUTERS, api)
+
+
+def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api) -> FastAPI:
+    """A FastAPI application with the routes of `routers`. It answers errors in the form of `server.errors`."""
+    app = FastAPI(title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.api = api
+    for router in routers:
+        app.include_router(router)
+    app.add_exception_handler(TidegateError, _on_tidegate_error)
     app.add_exception_handler(HTTPException, _on_no_route)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _on_bug)
-    document: dict[str, Any] = openapi_document(app, [module.router for module in ROUTERS])
+    document: dict[str, Any] = openapi_document(app, routers)
     app.openapi = lambda: document  # type: ignore[method-assign]
     return app
 
 
-async def _on_our_error(request: Request, error: Exception) -> Response:
+async def _on_tidegate_error(request: Request, error: Exception) -> Response:
     status = status_of(error).http
     if status == 500:
         log.error("%s %s failed: %r", request.method, request.scope["path"], error, exc_info=error)
@@ -56,17 +58,17 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """Starlette raises it again once this is sent, and uvicorn logs it."""
+    """Answers an exception that is not a TidegateError with 500. Starlette raises it again afterwards, and uvicorn logs it."""
     return Response(error_body(error), 500, media_type="application/json")
 
 
 async def _on_no_route(request: Request, error: HTTPException) -> Response:
-    """404 and 405 of the router."""
-    path = request.scope["path"]
+    """Answers a request whose path has no route (404) or whose route does not have the method (405)."""
+    path = request.scope["path"][:256]
     if error.status_code == 405:
-        body = error_object("invalid_request_error", "method_not_allowed", f"{request.method} is not for {path[:256]}")
+        body = error_object("invalid_request_error", "method_not_allowed", f"{path} does not support {request.method}")
     elif error.status_code == 404:
-        body = error_object("not_found_error", "unknown_route", f"there is no {path[:256]} here: see /openapi.json")
+        body = error_object("not_found_error", "unknown_route", f"there is no {path}: /openapi.json lists what there is")
     else:
         body = error_object("invalid_request_error", "http_error", str(error.detail))
     return Response(orjson.dumps(body), error.status_code, error.headers, "application/json")

@@ -1,7 +1,7 @@
-"""From an HTTP request's body to a checked schema object, whatever its content type says.
+"""Reads the body of an HTTP request as JSON and validates it, whatever content type the request names.
 
-The body is counted while it streams in, so a lie about its length, or none told, cannot pass the limit. A large one is read
-by a thread, while other clients' tokens go on.
+The bytes are counted while they arrive, so the limit also holds for a wrong or missing content-length. A thread parses large
+bodies, so that the event loop can go on sending other clients' tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from server.http import strict_json
 
 M = TypeVar("M", bound=BaseModel)
 
-THREAD_BYTES = 64 << 10  # about a millisecond's work
-# One thread for all: each holds the interpreter for as long as one C call takes, and the event loop should wait for one of
-# them at most, however many bodies come at once.
+THREAD_BYTES = 64 << 10  # bodies from this size on are parsed by the thread; parsing this much takes about a millisecond
+# All large bodies share one thread. A thread that parses holds the interpreter lock for as long as one C call takes, and the
+# event loop should have to wait for one such call at most, however many bodies arrive together.
 _PARSER = ThreadPoolExecutor(1, "tidegate-body")
 
 
 async def read_json(request: Request, model: type[M], max_bytes: int) -> M:
-    """The body as `model`. Raises the InvalidRequest or PayloadTooLarge that says what is wrong with it."""
+    """Read and validate the body of `request`. Returns an instance of `model`.
+
+    Raises MalformedRequest (not a JSON object), InvalidRequest (a field is wrong), PayloadTooLarge, or Aborted (the client left).
+    """
     _check_encoding(request)
     body = await read_body(request, max_bytes)
     if len(body) < THREAD_BYTES:
@@ -38,7 +41,7 @@ def _check_encoding(request: Request) -> None:
     encoding = request.headers.get("content-encoding", "")
     if encoding.strip().lower() not in ("", "identity"):
         raise MalformedRequest(
-            f"content-encoding is {encoding[:32]!r}: this server takes bodies as they are, without compression",
+            f"content-encoding is {encoding[:32]!r}: send the body without compression",
             param="content-encoding",
         )
 
@@ -56,6 +59,7 @@ def _parse(body: bytes, model: type[M]) -> M:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read the bytes of the body of `request`. Raises PayloadTooLarge as soon as more than `max_bytes` have arrived."""
     too_large = PayloadTooLarge(f"the body is larger than this server's limit of {max_bytes} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
@@ -69,5 +73,5 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                 raise too_large
             parts.append(part)
     except ClientDisconnect:
-        raise Aborted("the client went away before its request was complete") from None
+        raise Aborted("the client left before its request was complete") from None
     return parts[0] if len(parts) == 1 else b"".join(parts)

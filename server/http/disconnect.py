@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves."""
+"""Cancels the work for a request as soon as the client of the request disconnects."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ T = TypeVar("T")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, cancelling it as soon as `receive` tells of a disconnect; then raise Aborted.
+    """Await `work`, and return its result. If `receive` reports a disconnect first, cancel `work` and raise Aborted.
 
-    The request's body must have been read. The watcher can run only while this task is suspended inside `work`, so a
-    cancellation it asks for always lands there and nowhere later.
+    The body of the request must have been read. The watcher can run only while this task is suspended inside `work`, so its
+    cancellation always hits `work` and never what follows it.
     """
     task = asyncio.current_task()
-    gone = False
+    has_left = False
 
     async def watch() -> None:
-        nonlocal gone
+        nonlocal has_left
         while (await receive())["type"] != "http.disconnect":
             pass
-        gone = True
+        has_left = True
         if task is not None:
             task.cancel()
 
@@ -34,8 +34,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         return await work
     except asyncio.CancelledError:
-        if gone and task is not None and task.uncancel() == 0:
-            raise Aborted("the client went away") from None
+        if has_left and task is not None and task.uncancel() == 0:
+            raise Aborted("the client left") from None
         raise
     finally:
         watcher.cancel()

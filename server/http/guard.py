@@ -1,19 +1,23 @@
-"""uvicorn's httptools protocol with an end to everything a client can make long: the request line, the headers, the time
-to send them, the body, its chunks, and the time it leaves an answer unread.
+"""GuardedProtocol: uvicorn's HTTP protocol with a limit on everything that a client can make long or many.
+
+That is: the request line, the headers, the time to send them, the body, its chunks, the time that an answer stays unread, and the
+number of connections.
 
     idle ----first byte----> head ----blank line----> body ----last byte----> idle
          closed silently at      408 at head_seconds,     408 at body_seconds,
          idle_seconds            414/431 at its limits     413/400 at its limits
 
     any state: write buffer full (or unsent after the last byte) for write_seconds -> connection aborted
+    a new connection while max_connections are open -> 503
 
-The app still counts each body against its own limit and answers 413 itself; the limit here is the backstop behind it.
-Everything refused here closes the connection.
+The app counts each body against its own limit too, and answers 413 itself. The limit here is larger: it stops bodies that the app
+does not read. A connection that is refused here is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
@@ -22,25 +26,32 @@ import orjson
 from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from engine.errors import MalformedRequest, PayloadTooLarge, RequestTimeout
+from engine.errors import MalformedRequest, Overloaded, PayloadTooLarge, RequestTimeout
+from engine.logs import ThrottledWarning
 from server.errors import error_object
+from server.service.connections import connection_limits
 from server.settings import Settings
+
+log = logging.getLogger("tidegate.http")
+
+URL_BYTES = 8192  # longest URL
+NUM_HEADERS = 100  # most headers of a request
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, counts and seconds that one connection may take."""
+    """Bytes, seconds and connections that the HTTP clients of one worker may take. The defaults are those of Settings."""
 
-    url_bytes: int = 8192
-    head_bytes: int = 32768  # request line and all headers
-    num_headers: int = 100
-    body_bytes: int = 4 << 20  # as the app limits it
-    head_seconds: float = 10.0  # from the first byte to the blank line
-    body_seconds: float = 60.0  # from the blank line to the body's last byte
-    idle_seconds: float = 75.0  # a connection with no request on it
-    write_seconds: float = 30.0  # a full write buffer that does not drain
+    head_bytes: int  # of the request line and all headers
+    body_bytes: int  # as the app limits it
+    head_seconds: float  # from the first byte to the blank line
+    body_seconds: float  # from the blank line to the body's last byte
+    idle_seconds: float  # of a connection without a request
+    write_seconds: float  # of a full write buffer that does not drain
+    max_connections: int  # open at once
 
     @classmethod
     def from_settings(cls, settings: Settings) -> HttpLimits:
+        """Take the limits from `settings`. Raises ConfigError if this process may not open max_connections sockets."""
         return cls(
             head_bytes=settings.max_header_bytes,
             body_bytes=settings.max_body_bytes,
@@ -48,18 +59,20 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
             body_seconds=settings.body_timeout_s,
             idle_seconds=settings.idle_timeout_s,
             write_seconds=settings.send_timeout_s,
+            max_connections=connection_limits(settings).http,
         )
 
     @property
     def wire_bytes(self) -> int:
-        """A body as it travels, with chunk headers; past it the connection goes, whatever the app thinks."""
+        """Bytes that a body may take as it is sent, chunk headers included. The connection of a longer one is closed."""
         return 2 * self.body_bytes + 65536
 
 
 Phase = Literal["idle", "head", "body"]
-_SMALLEST_MEAN_CHUNK = 64  # bytes, past the first chunks: one byte a chunk costs six on the wire and a call each
+_SMALLEST_MEAN_CHUNK = 64  # bytes, after the first chunks. A chunk of one byte costs six on the wire, and a parser call
 _FREE_CHUNKS = 1024
-_DISCARDED_BYTES = 64 << 20  # of a body nobody wants any more: read on for a while, so that the answer gets read
+_DISCARDED_BYTES = 64 << 20  # read of a body whose answer is complete: many clients read an answer only once all is sent
+_ERROR_TYPES = {408: "timeout_error", 503: "service_unavailable_error"}  # of other statuses: invalid_request_error
 
 
 class _Refused(Exception):
@@ -67,22 +80,24 @@ class _Refused(Exception):
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """Use a subclass made by `guarded`, which carries the limits."""
+    """One HTTP connection, with limits on the size and time of everything a client sends. `guarded` makes a subclass for given
+    limits, since uvicorn takes a class and not an object."""
 
-    limits = HttpLimits()
-    count: Callable[[int], None]  # is told the status of each request that is refused here
+    limits: HttpLimits
+    count: Callable[[int], None]  # called with the status of each refusal
+    warn_of_connections: Callable[..., None]  # called for each refused connection
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.timeout_keep_alive = self.limits.idle_seconds  # type: ignore[assignment]  # a call_later takes either
         self.phase: Phase = "idle"
-        self.head_bytes = 0  # as received; `header_bytes` as parsed, for heads that arrive in one piece with more
-        self.header_bytes = 0
+        self.head_bytes = 0  # as received
+        self.header_bytes = 0  # as parsed. A head may arrive in one piece with what follows it, so both are limited
         self.num_headers = 0
         self.body_wire_bytes = 0
-        self.body_bytes = 0  # without the chunks' headers
+        self.body_bytes = 0  # without the headers of chunks
         self.num_chunks = 0
-        self.running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the newest one parsed, not the one that runs
+        self.running: RequestResponseCycle | None = None  # the request being answered; uvicorn's `cycle` is the newest parsed
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
         self.refusal: tuple[int, str, str] | None = None
@@ -91,7 +106,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._set_phase_timer(self.limits.idle_seconds)
+        if len(self.connections) > self.limits.max_connections:
+            self.warn_of_connections(limit=self.limits.max_connections)
+            self._refuse(503, Overloaded.code, "the server has too many open connections: try again later")
+        else:
+            self._set_phase_timer(self.limits.idle_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self.phase_timer, self.write_timer, self.timeout_keep_alive_task):
@@ -119,14 +138,14 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(431, PayloadTooLarge.code, "the request's headers are too large")
 
     def _parse(self, data: bytes) -> None:
-        """uvicorn's data_received, less the line that it logs for each malformed request: a stranger could fill the log."""
+        """As uvicorn's data_received, but a malformed request is not logged, since any client could fill the log."""
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except HttpParserError:
             self.send_400_response("")
         except HttpParserUpgrade:
-            pass  # an Upgrade header is the client's affair: it gets its answer by HTTP/1.1
+            pass  # an Upgrade header is ignored: the client gets its answer by HTTP/1.1
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -162,15 +181,15 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
-        if len(self.url) > self.limits.url_bytes:
+        if len(self.url) > URL_BYTES:
             self._stop(414, PayloadTooLarge.code, "the request's URL is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Of trailers too, after the body; those count, and are dropped."""
+        """Called for headers, and for trailers after the body. Trailers are counted and dropped."""
         self.num_headers += 1
         self.header_bytes += len(name) + len(value) + 4
-        if self.num_headers > self.limits.num_headers:
-            self._stop(431, PayloadTooLarge.code, f"the request has more than {self.limits.num_headers} headers")
+        if self.num_headers > NUM_HEADERS:
+            self._stop(431, PayloadTooLarge.code, f"the request has more than {NUM_HEADERS} headers")
         if self.header_bytes + len(self.url) > self.limits.head_bytes:
             self._stop(431, PayloadTooLarge.code, "the request's headers are too large")
         if self.phase == "head":
@@ -208,7 +227,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return False
 
     def send_400_response(self, msg: str) -> None:
-        """For when the parser stops, be it by its own judgement or by ours."""
+        """Called when the parser has stopped, by its own error or by `_Refused`."""
         self._refuse(*(self.refusal or (400, MalformedRequest.code, "this is not a valid HTTP/1.1 request")))
 
     # -- refusing --------------------------------------------------------------------------------------------------
@@ -218,7 +237,7 @@ class GuardedProtocol(HttpToolsProtocol):
         raise _Refused
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer where no answer is under way, and close."""
+        """Close the connection, with an error answer unless another answer is under way."""
         self.refusal = (status, code, message)
         self._cancel_phase_timer()
         if self.transport.is_closing():
@@ -231,15 +250,13 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             running.disconnected = True
             running.message_event.set()
-        body = orjson.dumps(error_object("timeout_error" if status == 408 else "invalid_request_error", code, message))
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.write(_answer(status, code, message))
         self.transport.close()
         self._set_write_timer()
 
     @property
     def _answering(self) -> RequestResponseCycle | None:
-        """The request whose answer is not complete."""
+        """The request whose answer is under way."""
         return self.running if self.running is not None and not self.running.response_complete else None
 
     def _check_body(self) -> None:
@@ -268,11 +285,11 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         answering = self._answering is not None
         if self.flow.read_paused or (self.phase == "head" and answering):
-            self._set_phase_timer(seconds)  # it waits for us: a pipelined request, or a body the app has yet to take
+            self._set_phase_timer(seconds)  # the client waits for the server: it pipelined a request, or the app reads slowly
         elif self.phase == "idle":
             self.transport.close()
         elif self.phase == "body" and not answering:
-            self.transport.abort()  # answered long ago, and still sending
+            self.transport.abort()  # the answer is complete, and the client still sends its body
         else:
             self._refuse(408, RequestTimeout.code, f"the request's {self.phase} took longer than {seconds:g} s")
 
@@ -281,6 +298,15 @@ class GuardedProtocol(HttpToolsProtocol):
             self.write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
 
+def _answer(status: int, code: str, message: str) -> bytes:
+    body = orjson.dumps(error_object(_ERROR_TYPES.get(status, "invalid_request_error"), code, message))
+    retry = b"retry-after: 1\r\n" if status == 503 else b""
+    head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n" % (len(body), retry)
+    return STATUS_LINE[status] + head + body
+
+
 def guarded(limits: HttpLimits, count: Callable[[int], None] = lambda status: None) -> type[GuardedProtocol]:
-    """The protocol class to give to uvicorn as `http=`."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"limits": limits, "count": staticmethod(count)})
+    """The protocol class to give to uvicorn as `http=`. `count` is called with the status of each refusal."""
+    warn = ThrottledWarning(log, "HTTP connections are refused: as many are open as this API worker may have")
+    attributes = {"limits": limits, "count": staticmethod(count), "warn_of_connections": staticmethod(warn)}
+    return type("GuardedProtocol", (GuardedProtocol,), attributes)

@@ -1,14 +1,15 @@
 """Server-sent events, as one pure ASGI response.
 
-Nothing is sent before the first event is there, so an error until then still gets its HTTP status; a later one becomes a
-last `data: {"error": ...}` and the stream ends without [DONE]. `send` waits while the client's buffer is full, and a client
-that goes away (or that `server.http.guard` cuts off because it reads nothing) cancels the events' source at once.
+Nothing is sent before the first event exists, so an error until then still gets its HTTP status. A later error becomes a
+last `data: {"error": ...}` event, and the stream ends without [DONE]. `send` waits while the client's buffer is full. A
+client that leaves, or that `server.http.guard` disconnects because it reads nothing, cancels the source of the events at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -17,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from engine.errors import Aborted
 from server.errors import error_body, status_of
 from server.http.disconnect import while_connected
+from server.http.json_parts import Parts, joined
+from server.service.pacing import Backlog
 
 log = logging.getLogger("tidegate.http")
 
@@ -26,15 +29,22 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold the events back
 ]
+_BACKLOG_BYTES = 64 << 10  # bytes sent per loop iteration if events are waiting already
+_EVENT_BYTES = 512  # added to the size of each event, as making an event takes about as long as writing so many bytes
 
 
 def event(data: bytes) -> bytes:
-    """`data` must hold no line break; JSON as we write it has none."""
+    """The text of one event. `data` must have no line break; orjson writes none."""
     return b"data: " + data + b"\n\n"
 
 
+def event_pieces(parts: Parts) -> Iterator[bytes]:
+    """The text of one event whose JSON is in parts. A large event has several pieces, which are sent one after the other."""
+    return joined([b"data: ", *parts, b"\n\n"])
+
+
 class EventStream(Response):
-    """Sends each item of `events` (finished frames, see `event`) as one piece of the body."""
+    """An HTTP response of server-sent events. Each item of `events` is an event, or a piece of one (see `event_pieces`)."""
 
     media_type = "text/event-stream"
 
@@ -53,23 +63,27 @@ class EventStream(Response):
                 raise
 
     async def _run(self, send: Send) -> None:
+        backlog = Backlog(_BACKLOG_BYTES)
         async with aclosing(self.events) as events:
             first = await anext(events)
             self.started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             try:
-                async for frame in events:
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-            except Exception as error:  # noqa: BLE001 - the status line is out: whatever it is must be told in the stream
-                await send({"type": "http.response.body", "body": _last_words(error), "more_body": True})
+                async for piece in events:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    if backlog.is_due(len(piece) + _EVENT_BYTES):
+                        await asyncio.sleep(0)
+            except Exception as error:  # noqa: BLE001 - the status line is sent, so any error must be reported in the stream
+                await send({"type": "http.response.body", "body": _last_event(error), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _last_words(error: Exception) -> bytes:
+def _last_event(error: Exception) -> bytes:
+    """The event that reports `error`. Errors that are the server's fault are logged too."""
     status = status_of(error).http
     if status == 500:
-        log.error("a stream ended by an error: %r", error, exc_info=error)
+        log.error("a stream ended with an error: %r", error, exc_info=error)
     elif status > 500:
-        log.warning("a stream ended by an error: %s", error)
+        log.warning("a stream ended with an error: %s", error)
     return event(error_body(error))

@@ -1,6 +1,6 @@
-"""An error's way out of a gRPC call: status code, message for people, and an ErrorDetail in the trailing metadata.
+"""How an error ends a gRPC call: with a status code, a message for people, and an ErrorDetail in the trailing metadata.
 
-The codes are those of the one table in `server.errors`. Nothing of a bug's traceback leaves the server.
+The status codes come from the table in `server.errors`. A traceback is logged and never sent to a client.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.errors import error_body, error_headers, status_of
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 
 DETAIL_KEY = "tidegate-error-bin"
-MAX_DETAILS_BYTES = 1024  # percent-encoding makes three of each, and clients refuse trailers of more than 8 KB
+MAX_DETAILS_BYTES = 1024  # percent-encoding makes three bytes of one, and clients refuse trailers of more than 8 KB
 
 log = logging.getLogger(__name__)
 S = TypeVar("S")
@@ -31,10 +31,10 @@ Method = Callable[[S, R, Context], Awaitable[Any]]
 
 
 def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S, Q]], Method[S, bytes]]:
-    """Hand the servicer's method a `kind` read from the call's bytes, and make what it raises the status of the call.
+    """Decode the call's message as a `kind` for the servicer's method. An exception of the method ends the call with its status.
 
-    The bytes are read here, since grpc's own answer to a message that is none is UNKNOWN, and a traceback in the log. With
-    `closed`, fields that this server does not know are refused.
+    grpc itself would answer a message that cannot be decoded with UNKNOWN, and log a traceback. With `closed`, a message with
+    fields that this server does not know is refused.
     """
 
     def decorate(method: Method[S, Q]) -> Method[S, bytes]:
@@ -42,11 +42,11 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
         async def answering(self: S, message: bytes, context: Context) -> Any:
             try:
                 return await method(self, read(kind, message, closed=closed), context)
-            except grpc.aio.AbortError:  # the method has given its status itself
+            except grpc.aio.AbortError:  # the method has already ended the call
                 raise
             except Exception as error:
                 is_bug = status_of(error).grpc == grpc.StatusCode.INTERNAL.name
-                if is_bug and not isinstance(error, grpc.aio.InternalError):  # a write to a client that is just leaving
+                if is_bug and not isinstance(error, grpc.aio.InternalError):  # grpc raises InternalError if the client has left
                     log.exception("a %s call failed", method.__name__)
                 await abort(context, error)
 
@@ -56,11 +56,11 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
 
 
 def read(kind: type[Q], message: bytes, *, closed: bool) -> Q:
-    """Raises MalformedRequest, or UnsupportedField where `closed`."""
+    """Decode `message` as a `kind`. Raises MalformedRequest, or with `closed` UnsupportedField for an unknown field."""
     try:
         request = kind.FromString(message)
     except DecodeError:
-        why = "it is cut short, is no protobuf, or has text that is not UTF-8"
+        why = "it is cut short, is not protobuf, or has text that is not UTF-8"
         raise MalformedRequest(f"the message cannot be read as a {kind.DESCRIPTOR.full_name}: {why}") from None
     if closed:
         refuse_unknown_fields(request)
@@ -68,13 +68,13 @@ def read(kind: type[Q], message: bytes, *, closed: bool) -> Q:
 
 
 async def abort(context: Context, error: Exception) -> None:
-    """End the call with `error`, by an exception of grpc's own; returns only where the client has gone meanwhile."""
-    said = orjson.loads(error_body(error))["error"]
-    detail = pb.ErrorDetail(type=said["type"], code=said["code"], param=said["param"])
+    """End the call with `error`. It raises grpc's AbortError, and returns only if the client has left."""
+    body = orjson.loads(error_body(error))["error"]
+    detail = pb.ErrorDetail(type=body["type"], code=body["code"], param=body["param"])
     wait = error_headers(error).get("retry-after")
     if wait is not None:
         detail.retry_after = int(wait)
-    details = said["message"].encode()[:MAX_DETAILS_BYTES].decode(errors="ignore")
+    details = body["message"].encode()[:MAX_DETAILS_BYTES].decode(errors="ignore")
     trailers = ((DETAIL_KEY, detail.SerializeToString()),)
     try:
         await context.abort(grpc.StatusCode[status_of(error).grpc], details, trailers)
@@ -83,7 +83,9 @@ async def abort(context: Context, error: Exception) -> None:
 
 
 def refuse_unknown_fields(request: Message) -> None:
-    """protobuf keeps silent about fields of a newer client; dropping one of them would change what was asked."""
+    """Raise UnsupportedField for a field of a newer client. protobuf would ignore it, and so change the request silently."""
     unknown = UnknownFieldSet(request)
     if len(unknown):
-        raise UnsupportedField(f"this server knows no field number {unknown[0].field_number} of {request.DESCRIPTOR.name}")
+        raise UnsupportedField(
+            f"{request.DESCRIPTOR.name} has field number {unknown[0].field_number}, which this server does not know"
+        )

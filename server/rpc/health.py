@@ -1,7 +1,7 @@
-"""grpc.health.v1: SERVING while the service is ready and the server is not draining.
+"""The service grpc.health.v1: SERVING while the service is ready and the server does not drain.
 
-Written against the generated base, since the package's own servicer has to be told of each change, and its Watch streams
-never end, which would hold up a graceful stop.
+The servicer of the grpc_health package is not used: each change must be reported to it, and its Watch streams never end, so a
+graceful stop would wait for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SERVICE_UNKNOWN: int = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types
-    """Asks `is_ready` at each Check, and every `WATCH_SECONDS` for each Watch. Answers for "" and the given services."""
+    """Calls `is_ready` for each Check, and every WATCH_SECONDS for each Watch. It knows "" and the names in `services`."""
 
     def __init__(self, is_ready: Callable[[], bool], services: tuple[str, ...]) -> None:
         self._is_ready = is_ready
@@ -29,14 +29,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # t
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
-        """NOT_SERVING from here on; every Watch stream says so and ends."""
+        """Answer NOT_SERVING from now on. Every Watch stream reports it and ends."""
         self._draining.set()
 
     @answers_errors(health_pb2.HealthCheckRequest, closed=False)
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         status = self._status(request.service)
         if status == SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"this server has no service {request.service[:256]!r}")
         return health_pb2.HealthCheckResponse(status=status)
 
     @answers_errors(health_pb2.HealthCheckRequest, closed=False)

@@ -1,4 +1,7 @@
-"""grpc.reflection.v1alpha: the package's own servicer, but for the reading of messages: those that are none are answered for."""
+"""The service grpc.reflection.v1alpha: the servicer of the grpc_reflection package, with messages decoded here.
+
+So a message that cannot be decoded ends the call with INVALID_ARGUMENT. The package would end it with UNKNOWN.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from server.rpc.errors import Context, abort, read
 
 
 class ReflectionServicer:
+    """Describes `services`, by their full names."""
+
     def __init__(self, services: tuple[str, ...]) -> None:
         self._answers: Any = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined]  # missing in the stubs
 

@@ -1,6 +1,9 @@
-"""The gRPC server of one API worker: tidegate.v1.Inference, health and reflection, bound and limited as the settings say."""
+"""The gRPC server of one API worker: tidegate.v1.Inference, health and reflection, with its port and its limits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -10,24 +13,27 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from engine.errors import ConfigError
+from server.metrics.registry import Metrics
+from server.rpc.calls import CallGate
 from server.rpc.health import HealthServicer
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.reflection import ReflectionServicer
 from server.rpc.servicer import InferenceServicer
+from server.service.connections import connection_limits
 from server.service.service import GenerateService
 from server.settings import Settings
 
 INFERENCE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-MAX_STREAMS = 1024  # calls at once on one connection
-PING_SECONDS = 30  # between our pings, which find clients that vanished without a word
-PONG_SECONDS = 10
-MIN_CLIENT_PING_SECONDS = 10  # a client that pings oftener than this is cut off
+MAX_STREAMS = 1024  # calls on one connection at once
+PING_SECONDS = 30  # between two pings of the server, which find clients that have left without closing their connection
+PONG_SECONDS = 10  # for the answer to a ping
+MIN_CLIENT_PING_SECONDS = 10  # between two pings of a client; the connection of one that pings more often is closed
 
 
 class RpcServer:
-    """`start`, then `drain` when it should get no new clients, then `stop`. `port` is the one it is bound to."""
+    """One gRPC server. Call `start`, then `drain` when new clients should go elsewhere, then `stop`. `port` is the bound port."""
 
     def __init__(self, server: grpc.aio.Server, health: HealthServicer, port: int) -> None:
         self._server = server
@@ -38,38 +44,40 @@ class RpcServer:
         await self._server.start()
 
     def drain(self) -> None:
-        """The health service says NOT_SERVING; calls go on being taken and answered."""
+        """The health service answers NOT_SERVING from now on. New calls are still answered."""
         self._health.drain()
 
     async def stop(self, grace: float | None = None) -> None:
-        """Take no more calls, and cancel those that run after `grace` seconds."""
+        """Refuse new calls, and cancel after `grace` seconds those that still run."""
         self.drain()
         await self._server.stop(grace)
 
 
-def build_rpc_server(service: GenerateService, settings: Settings) -> RpcServer:
-    """Call it in the event loop that will run the server. Raises ConfigError where the port cannot be had."""
+def build_rpc_server(service: GenerateService, settings: Settings, metrics: Metrics) -> RpcServer:
+    """Call it in the event loop that will run the server. Raises ConfigError if the port cannot be bound."""
     server = grpc.aio.server(options=_options(settings))
+    gate = CallGate(settings, metrics)
     health = HealthServicer(lambda: service.health().ready, (INFERENCE,))
-    _add(server, pb.DESCRIPTOR.services_by_name["Inference"], InferenceServicer(service, settings.send_timeout_s))
-    _add(server, health_pb2.DESCRIPTOR.services_by_name["Health"], health)
-    _add(server, REFLECTION, ReflectionServicer((INFERENCE, HEALTH, REFLECTION.full_name)))
+    _add(server, gate, pb.DESCRIPTOR.services_by_name["Inference"], InferenceServicer(service, settings.send_timeout_s))
+    _add(server, gate, health_pb2.DESCRIPTOR.services_by_name["Health"], health)
+    _add(server, gate, REFLECTION, ReflectionServicer((INFERENCE, HEALTH, REFLECTION.full_name)))
     return RpcServer(server, health, _bind(server, settings))
 
 
-def _add(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
-    """What the generated `add_..._to_server` does, but for the bytes of a request: `answers_errors` reads them."""
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler(service.full_name, {m.name: _handler(m, servicer) for m in service.methods})]
-    )
+def _add(server: grpc.aio.Server, gate: CallGate, service: ServiceDescriptor, servicer: object) -> None:
+    """Register the methods of `servicer`, as the generated `add_..._to_server` does, but with undecoded messages.
+
+    `answers_errors` decodes a message, so that a wrong one gets a proper answer.
+    """
+    handlers = {method.name: _handler(gate, method, getattr(servicer, method.name)) for method in service.methods}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service.full_name, handlers)])
 
 
-def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[bytes, Message]:
-    if method.client_streaming:
-        make = grpc.stream_stream_rpc_method_handler
-    else:
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
-    return make(getattr(servicer, method.name), response_serializer=GetMessageClass(method.output_type).SerializeToString)
+def _handler(gate: CallGate, method: MethodDescriptor, answer: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, Message]:
+    streams = method.client_streaming or method.server_streaming
+    make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+    handler = gate.many_messages(answer) if method.client_streaming else gate.one_message(answer)
+    return make(handler, response_serializer=GetMessageClass(method.output_type).SerializeToString)
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> int:
@@ -86,11 +94,12 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
     return [
-        ("grpc.so_reuseport", int(settings.api_workers > 1)),  # the default would share the port with any other program
+        ("grpc.so_reuseport", int(settings.api_workers > 1)),  # on by default, which shares the port with any other program
         ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
-        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a few kilobytes of gzip could unpack to gigabytes
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # no compression: a few kilobytes of gzip can unpack to gigabytes
+        ("grpc.max_allowed_incoming_connections", connection_limits(settings).grpc),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.server_handshake_timeout_ms", int(settings.header_timeout_s * 1000)),
         ("grpc.max_connection_idle_ms", int(settings.idle_timeout_s * 1000)),

@@ -1,4 +1,4 @@
-"""tidegate.v1.Inference: each method translates, calls the service, and translates back."""
+"""The service tidegate.v1.Inference. Each method translates its message, calls the service, and translates the answer."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ import uuid
 from contextlib import aclosing
 
 from engine.errors import RequestTimeout
-from server.http.schemas.generate import GenerateRequest
-from server.http.schemas.service import DetokenizeRequest, TokenizeRequest
+from server.http.schemas.generate import GenerateBody
+from server.http.schemas.service import DetokenizeBody, TokenizeBody
 from server.rpc import translate
 from server.rpc.errors import Context, answers_errors
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
+from server.service.pacing import Pacer
 from server.service.service import GenerateService
-from server.service.types import Chunk
+from server.service.types import ANONYMOUS, Chunk
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
-    """`send_timeout_s` is how long a client may read nothing before its stream is ended."""
+    """A stream is ended if its client reads nothing for `send_timeout_s` seconds."""
 
     def __init__(self, service: GenerateService, send_timeout_s: float) -> None:
         self._service = service
         self._send_timeout_s = send_timeout_s
+        self._pacer = Pacer()
 
     @answers_errors(pb.GenerateRequest)
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        """Writes by itself: a method that yields would be left hanging at its `yield` when the client cancels."""
-        asked = translate.checked(request, GenerateRequest)
+        """Writes each response itself: a generator would stay suspended at its `yield` when the client cancels."""
+        asked = translate.checked(request, GenerateBody)
         id = f"gen-{uuid.uuid4().hex}"
         call = translate.generation_request(asked, id, context.time_remaining())
         await context.send_initial_metadata((("x-request-id", id),))
         model = self._service.model_name
-        async with aclosing(self._service.generate(call, transport="grpc")) as stream:
+        async with aclosing(self._service.generate(call, ANONYMOUS, transport="grpc")) as stream:
             async for item in stream:
                 response = pb.GenerateResponse(id=id, request_id=asked.request_id)
                 if isinstance(item, Chunk):
-                    response.chunk.CopyFrom(translate.chunk_message(item, self._service.token_text))
+                    response.chunk.SetInParent()
+                    await translate.write_chunk(response.chunk, item, self._service.token_text, self._pacer)
                 else:
                     response.ending.CopyFrom(translate.ending_message(item, model))
                 await self._send(context, response)
@@ -50,7 +53,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.TokenizeRequest)
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        asked = translate.checked(request, TokenizeRequest)
+        asked = translate.checked(request, TokenizeBody)
         tokens = await self._service.tokenize(
             asked.prompt, model=asked.model, add_special_tokens=asked.add_special_tokens is not False
         )
@@ -58,7 +61,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.DetokenizeRequest)
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        asked = translate.checked(request, DetokenizeRequest)
+        asked = translate.checked(request, DetokenizeBody)
         return pb.DetokenizeResponse(prompt=await self._service.detokenize(asked.tokens, model=asked.model))
 
     @answers_errors(pb.ListModelsRequest)

@@ -1,17 +1,19 @@
-"""Between protobuf messages and the service's own types. Ranges and refusals are HTTP's: its schemas do the checking."""
+"""Translation between protobuf messages and the types of the service. The schemas of HTTP validate the fields."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
 
 from engine.request import TokenLogprobs
 from server.errors import from_validation
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.service.pacing import Pacer, Positions, slices
 from server.service.types import Chunk, Ending, GenerationRequest
 
 M = TypeVar("M", bound=BaseModel)
@@ -19,7 +21,7 @@ TokenText = Callable[[int], str]
 
 
 def checked(message: Message, schema: type[M]) -> M:
-    """The fields that are set in `message`, as `schema`. Raises the InvalidRequest that HTTP would answer."""
+    """Validate the fields that are set in `message` with `schema`. Raises the same InvalidRequest as HTTP."""
     try:
         return schema.model_validate({field.name: _plain(field.name, value) for field, value in message.ListFields()})
     except ValidationError as error:
@@ -28,42 +30,35 @@ def checked(message: Message, schema: type[M]) -> M:
 
 def _plain(name: str, value: Any) -> Any:
     if name == "logit_bias":
-        return {str(token): bias for token, bias in value.items()}  # JSON's keys are strings
+        return {str(token): bias for token, bias in value.items()}  # the schema expects keys as in JSON
     return value if isinstance(value, str | bool | int | float) else list(value)
 
 
-def generation_request(asked: GenerateRequest, request_id: str, time_remaining: float | None) -> GenerationRequest:
-    """`time_remaining` is what the call's own deadline leaves, in seconds."""
-    deadlines = [] if time_remaining is None else [max(time_remaining, 0.001)]  # passed already: it still ends as such
-    if asked.deadline_ms is not None:
-        deadlines.append(asked.deadline_ms / 1000)
-    return GenerationRequest(
-        request_id=request_id,
-        prompt=asked.text_or_tokens,
-        client_names=asked.client_names,
-        params=asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs),
-        model=asked.model,
-        n=asked.num_outputs,
-        stop=asked.stop_strings,
-        priority=asked.priority or 0,
-        deadline_s=min(deadlines, default=None),
-    )
+def generation_request(asked: GenerateBody, request_id: str, time_remaining: float | None) -> GenerationRequest:
+    """`time_remaining` is what the call's own deadline leaves, in seconds. A deadline that has passed still ends the call."""
+    return asked.generation_request(request_id, deadline_s=None if time_remaining is None else max(time_remaining, 0.001))
 
 
-def chunk_message(chunk: Chunk, text_of: TokenText) -> pb.Chunk:
-    message = pb.Chunk(
-        index=chunk.index,
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        finish_reason=chunk.finish_reason,
-        logprobs=[_token_info(at, text_of) for at in chunk.logprobs or ()],
-        prompt_logprobs=[_token_info(at, text_of) for at in chunk.prompt_logprobs or () if at is not None],
-    )
+async def write_chunk(message: pb.Chunk, chunk: Chunk, text_of: TokenText, pacer: Pacer) -> None:
+    """Fills the empty `message` in place, because copying a large message takes milliseconds."""
+    message.MergeFrom(pb.Chunk(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids, finish_reason=chunk.finish_reason))
+    for field, positions in ((message.logprobs, chunk.logprobs), (message.prompt_logprobs, chunk.prompt_logprobs)):
+        if positions is not None:
+            await pacer.run(_add_logprobs(field, positions, text_of))
     if isinstance(chunk.stop_reason, str):
         message.stop_text = chunk.stop_reason
     elif chunk.stop_reason is not None:
         message.stop_token_id = chunk.stop_reason
-    return message
+
+
+def _add_logprobs(
+    field: RepeatedCompositeFieldContainer[pb.TokenInfo], positions: Positions, text_of: TokenText
+) -> Iterator[None]:
+    """Appends `positions` to the field of a message. Yields between two slices."""
+    for i, part in enumerate(slices(positions)):
+        if i:
+            yield
+        field.extend(_token_info(at, text_of) for at in part if at is not None)
 
 
 def _token_info(at: TokenLogprobs, text_of: TokenText) -> pb.TokenInfo:

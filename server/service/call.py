@@ -1,12 +1,12 @@
-"""Call: one request's siblings in the engine, from submission to the last event. The service drives it.
+"""Call: the requests that run in the engine for one `generate`, from submission to their last event. The service drives it.
 
-Output i of n runs as a request of its own: `id` itself for the first, `id-1`, `id-2`, ... for the others, which name the first in
-`fork_of` so that the engine shares its prompt's blocks. Output i samples with seed + i (mod 2^63); where the client gave no
-seed, one is drawn. So output i of a seeded call of n equals the one output of a call with seed + i. The prompt's
-log-probabilities come with the first output only.
+Output i of n is a request of its own. The first has the call's `request_id`, the others `request_id-1`, `request_id-2`, ...,
+and they name the first in `fork_of`, so that the engine shares the prompt's blocks. Output i samples with seed + i (mod 2^63).
+If the client gave no seed, the call picks a random one. So output i of a seeded call of n equals the only output of a call
+with seed + i. The prompt's log-probabilities come with the first output only.
 
-What nobody takes stays in the streams, where it can grow: the queue that brings the siblings together holds one event of each.
-A call that has left more than UNREAD_LIMIT there for a while ends with RequestTimeout.
+Events that the client has not read stay in the engine client's streams: the queue that joins the outputs holds at most one
+event of each. A call whose streams hold more than UNREAD_LIMIT for a while ends with RequestTimeout.
 """
 
 from __future__ import annotations
@@ -14,37 +14,45 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 
 from engine.errors import InternalError, RequestTimeout, TidegateError
-from engine.messages import Submit, check_submit
+from engine.messages import Submit, check_submit, pack_tokens
 from engine.request import SEED_MAX, TokenEvent
 from server.engines.base import EngineClientProtocol, TokenStream
-from server.metrics import RequestMeter
-from server.service.output import Output
-from server.service.types import Chunk, Ending, GenerationRequest, Timing, Usage
+from server.metrics.registry import RequestMeter
+from server.service.output_builder import OutputBuilder
+from server.service.types import Chunk, Ending, GenerationRequest, Identity, Timing, Usage
 from server.text.stop import StopScanner, StopStrings
 from server.text.tokenizer import Tokenizer
 
-UNREAD_LIMIT = 1 << 17  # in `size_of`'s units: some 13 MB
-UNREAD_SECONDS = 0.25  # between looks; the second one in a row decides, since any call falls behind while the loop itself does
+UNREAD_LIMIT = 1 << 17  # in units of `engines.base.size_of`: about 13 MB
+UNREAD_SECONDS = 0.25  # between two checks. One check is not enough: after a pause of the event loop every call has unread events
+T = TypeVar("T")
 
 
 class Call:
-    def __init__(self, request: GenerationRequest, meter: RequestMeter) -> None:
+    """One `generate`. `unfinished` counts the outputs that have not ended; `ended_by` is the error that ended them from
+    outside (an abort, a deadline, a client that does not read)."""
+
+    def __init__(self, request: GenerationRequest, identity: Identity, meter: RequestMeter) -> None:
         self.request = request
+        self.identity = identity
         self.meter = meter
-        self.ended_by: TidegateError | None = None  # why we ended it ourselves
-        self.unfinished = request.n  # outputs
+        self.ended_by: TidegateError | None = None
+        self.unfinished = request.n
         self._began = time.monotonic()
         self._num_prompt = 0
         self._num_cached = 0
         self._queue_s = 0.0
         self._ttft: float | None = None
-        self._streams: dict[str, TokenStream] = {}  # by sibling's request id, in order
-        self._only: TokenStream | None = None  # the one stream, which then needs no queue
-        self._outputs: dict[str, Output] = {}
+        self._preparation: asyncio.Task[Any] | None = None  # work before the submission, such as tokenising
+        self._streams: dict[str, TokenStream] = {}  # by the output's request id, in order of the outputs
+        self._only: TokenStream | None = None  # the stream of a call with one output, which needs no queue
+        self._outputs: dict[str, OutputBuilder] = {}
         self._pumps: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[str, TokenEvent | BaseException]] = asyncio.Queue(request.n)
         self._fell_behind = False
@@ -53,7 +61,22 @@ class Call:
         if request.deadline_s is not None:
             self._deadline = asyncio.get_running_loop().call_later(request.deadline_s, self._pass_deadline)
 
+    async def prepare(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`. If the call is ended meanwhile, cancel `work` and raise `ended_by`."""
+        task = asyncio.create_task(work)
+        self._preparation = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is None or not current.cancelling():  # only `work` was cancelled, by `end`
+                self._raise_if_ended()
+            raise
+        finally:
+            self._preparation = None
+
     def submit(self, client: EngineClientProtocol, text: Tokenizer, prompt: list[int]) -> None:
+        """Send a request for each output to the engine. Raises what `check_submit` and the engine client raise."""
         self._raise_if_ended()
         self._num_prompt = len(prompt)
         submits = self._submits(prompt)
@@ -61,7 +84,7 @@ class Call:
         params = self.request.params
         stops = StopStrings(self.request.stop) if self.request.stop else None
         for index, submit in enumerate(submits):
-            self._outputs[submit.request_id] = Output(
+            self._outputs[submit.request_id] = OutputBuilder(
                 index,
                 text.detokenizer(prompt),
                 None if stops is None else StopScanner(stops),
@@ -76,7 +99,7 @@ class Call:
         self._watch_again()
 
     async def next_event(self) -> TokenEvent | None:
-        """The next event of any sibling; None for one that says nothing."""
+        """The next event of any output, or None for an event after the output's stop string."""
         self._raise_if_ended()
         if self._only is not None:
             try:
@@ -85,17 +108,17 @@ class Call:
                 raise _ended_early(self.request.request_id) from None
         id, item = await self._queue.get()
         if self._outputs[id].finish_reason is not None:
-            return None  # what comes of an output after its stop string
+            return None
         if isinstance(item, BaseException):
             raise item
         return item
 
-    def take(self, event: TokenEvent) -> Chunk:
+    def chunk_of(self, event: TokenEvent) -> Chunk:
+        """The chunk of an event from `next_event`. An output that ends at a stop string is aborted in the engine."""
         now = time.monotonic()
-        output = self._outputs[event.request_id]
-        chunk = output.take(event)
+        chunk = self._outputs[event.request_id].add(event)
         if self._ttft is None:
-            self._take_first(event, now)
+            self._meter_first(event, now)
         if chunk.token_ids:
             self.meter.tokens(chunk.index, len(chunk.token_ids), now)
         if chunk.finish_reason is not None:
@@ -120,17 +143,19 @@ class Call:
 
     @property
     def finish_reason(self) -> str:
-        """ "length" where any output ended so."""
+        """The call's reason for metrics: "length" if any output ended by length, else "stop"."""
         return "length" if any(o.finish_reason == "length" for o in self._outputs.values()) else "stop"
 
     def end(self, error: TidegateError) -> None:
-        """Have the call end with `error`, from outside of it."""
+        """End the call with `error`, at whatever point it is."""
         if self.ended_by is None:
             self.ended_by = error
+            if self._preparation is not None:
+                self._preparation.cancel()
             self._abort_streams()
 
     def close(self) -> None:
-        """Leave nothing behind in the engine or the loop."""
+        """Stop all timers and tasks, and abort the outputs that have not ended."""
         for timer in (self._deadline, self._watch):
             if timer is not None:
                 timer.cancel()
@@ -152,11 +177,11 @@ class Call:
 
     def _check_unread(self) -> None:
         unread = sum(stream.unread for stream in self._streams.values())
-        behind = unread > UNREAD_LIMIT // self.request.num_prompts
-        if behind and self._fell_behind:
+        is_behind = unread > UNREAD_LIMIT // self.request.num_prompts
+        if is_behind and self._fell_behind:
             self.end(RequestTimeout("the client does not read its stream: too much of it waits to be sent"))
             return
-        self._fell_behind = behind
+        self._fell_behind = is_behind
         self._watch_again()
 
     def _raise_if_ended(self) -> None:
@@ -164,34 +189,37 @@ class Call:
             raise self.ended_by
 
     def _submits(self, prompt: list[int]) -> list[Submit]:
-        request = self.request
+        request, identity = self.request, self.identity
         given = request.params.seed
-        others = msgspec.structs.replace(request.params, prompt_logprobs=None)  # they have the first one's prompt
+        others = msgspec.structs.replace(request.params, prompt_logprobs=None)
         seed = secrets.randbelow(SEED_MAX + 1) if given is None else given
         first = request.request_id
+        packed = pack_tokens(prompt)
         return [
             Submit(
                 request_id=first if i == 0 else f"{first}-{i}",
-                prompt=prompt,
+                prompt=packed,
                 params=request.params if i == 0 else others,
                 seed=(seed + i) % (SEED_MAX + 1),
-                priority=request.priority,
+                priority=max(request.priority, identity.priority_ceiling),
                 fork_of=None if i == 0 else first,
+                salt=identity.salt,
             )
             for i in range(request.n)
         ]
 
-    def _take_first(self, event: TokenEvent, now: float) -> None:
+    def _meter_first(self, event: TokenEvent, now: float) -> None:
         self._ttft = now - self._began
         self._num_cached = event.num_cached or 0
         self._queue_s = event.queue_s or 0.0
         self.meter.first_token(now, prompt_tokens=self._num_prompt, cached_tokens=self._num_cached, queue_seconds=self._queue_s)
 
     async def _pump(self, id: str, stream: TokenStream) -> None:
+        """Move the events of one output into the queue."""
         try:
             async for event in stream:
                 await self._queue.put((id, event))
-            await self._queue.put((id, _ended_early(id)))  # read only where the last event did not end the output
+            await self._queue.put((id, _ended_early(id)))  # raised only if the last event did not end the output
         except Exception as error:  # noqa: BLE001 - raised again in the task that reads the queue
             await self._queue.put((id, error))
 

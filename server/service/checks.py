@@ -1,20 +1,19 @@
-"""What is said to a request at the door, before anything is spent on it; each refusal names the field.
+"""Validates a request before it costs any work. Each refusal names the field.
 
-Rules about token ids, lengths and ranges are the engine's (`engine.messages.check_submit`) and are asked after tokenising.
+The engine's own rules for token ids, lengths and ranges are in `engine.messages.check_submit`, which runs after tokenising.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from engine.errors import InvalidRequest, UnknownModel
-from engine.request import SamplingParams
+from engine.errors import ContextTooLong, InvalidRequest, UnknownModel
+from engine.request import BOUNDS, SamplingParams
 from server.service.types import GenerationRequest
 
 
 class ServiceSettings(Protocol):
-    """What the service reads of `server.settings.Settings`."""
+    """The settings that GenerateService reads; `server.settings.Settings` has them."""
 
     @property
     def model_name(self) -> str: ...
@@ -28,9 +27,12 @@ class ServiceSettings(Protocol):
     def max_stop_strings(self) -> int: ...
     @property
     def max_stop_len(self) -> int: ...
+    @property
+    def max_waiting_text_bytes(self) -> int: ...
 
 
 def check_request(request: GenerationRequest, settings: ServiceSettings) -> None:
+    """Raises InvalidRequest or UnknownModel for what is wrong whatever the prompt's tokens are."""
     check_model(request.model, settings.model_name)
     if not request.prompt:
         raise InvalidRequest("the prompt is empty", param="prompt")
@@ -38,6 +40,9 @@ def check_request(request: GenerationRequest, settings: ServiceSettings) -> None
         check_text(request.prompt, "prompt")
     if not 1 <= request.n <= settings.max_n:
         raise InvalidRequest(f"n is {request.n}: it must lie between 1 and {settings.max_n}", param="n")
+    low, high, _ = BOUNDS["priority"]
+    if not low <= request.priority <= high:  # before the identity's ceiling hides the number that was sent
+        raise InvalidRequest(f"priority is {request.priority}: it must lie between {low} and {high}", param="priority")
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest("the deadline must be more than 0", param="deadline_ms")
     _check_stops(request.stop, settings)
@@ -49,7 +54,9 @@ def check_model(model: str | None, served: str) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """Half a surrogate pair is no character; JSON's \\u escapes can write one all the same."""
+    """Raises InvalidRequest for half a surrogate pair, which is no character. JSON's \\u escapes can write one."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -58,15 +65,18 @@ def check_text(text: str, name: str) -> None:
         ) from error
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
-    """For ids that never reach the engine, whose own check covers those that do."""
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise InvalidRequest(f"{name} has token id {wrong}: it must lie between 0 and {vocab_size - 1}", param=name)
+def context_too_long(num_tokens: int | None, max_model_len: int, name: str) -> ContextTooLong:
+    """The error for a prompt that does not fit. `num_tokens` is None if the prompt was not tokenised to its end."""
+    num = f"more than {max_model_len - 1}" if num_tokens is None else num_tokens
+    return ContextTooLong(
+        f"the prompt has {num} tokens, and this model's maximum context length is {max_model_len} tokens: send a prompt of at "
+        f"most {max_model_len - 1} tokens",
+        param=name,
+    )
 
 
 def check_logprobs(params: SamplingParams, settings: ServiceSettings, *, prompt_tokens: int, outputs: int) -> None:
-    """The log-probabilities that the answer would hold, each alternative counted: they are made into text all at once."""
+    """Raises InvalidRequest if one answer would hold too many log-probabilities. Each alternative counts."""
     if params.prompt_logprobs is not None:
         num = prompt_tokens * (1 + params.prompt_logprobs)
         if num > settings.max_prompt_logprobs:

@@ -1,46 +1,66 @@
-"""GenerateService: the one path of a request, under HTTP and gRPC, streaming or not.
+"""GenerateService: the path of every request, under HTTP and gRPC, streaming or not.
 
-    door.check_request -> tokenise -> Call.submit: n siblings -> events -> Output.take -> Chunks, then one Ending
+    validate -> tokenise -> Call.submit: a request for each output -> events -> OutputBuilder -> Chunks, then one Ending
 
-However a call ends (its generator is closed, its task is cancelled, its deadline passes, `abort` is called, an error comes),
-what is left of it in the engine is aborted at once, in one `finally`.
+A call can end in many ways: its generator is closed, its task is cancelled, its deadline passes, `abort` is called, an error
+occurs. In every case one `finally` aborts at once what still runs for it in the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 import msgspec
 
 from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError
+from engine.messages import check_ids
 from engine.request import SamplingParams
 from server.engines.base import EngineClientProtocol, EngineHealth
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.call import Call
-from server.service.checks import ServiceSettings, check_ids, check_logprobs, check_model, check_request, check_text
-from server.service.types import Chunk, Ending, GenerationRequest
+from server.service.checks import (
+    ServiceSettings,
+    check_logprobs,
+    check_model,
+    check_request,
+    check_text,
+    context_too_long,
+)
+from server.service.text_work import TextWork, TooManyTokens
+from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest, Identity
 from server.text.chat import Message
 from server.text.tokenizer import Tokenizer
 
-THREAD_CHARS = 2048  # longer texts (about 1 ms of work) are tokenised off the loop, so that other streams' tokens need not wait
-THREAD_TOKENS = 8192  # likewise for token ids to text
+_CHECKED_IDS = 1 << 16  # token ids validated in one go: about 2 ms of the event loop
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     id: str
-    created: int  # when this worker began to serve it, in seconds since 1970
+    created: int  # when this worker started, in seconds since 1970
     owned_by: str
     max_model_len: int
 
 
 class GenerateService:
-    """One a worker. Everything it raises is of `engine.errors`."""
+    """The service of one API worker. Every error it raises is an exception of `engine.errors`."""
 
-    def __init__(self, client: EngineClientProtocol, text: Tokenizer, settings: ServiceSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        client: EngineClientProtocol,
+        text: Tokenizer,
+        settings: ServiceSettings,
+        metrics: Metrics,
+        *,
+        server_ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`server_ready` says whether all workers of the server have an engine; before that, this one is not ready either."""
         self._client = client
+        self._server_ready = server_ready
         self._text = text
+        self._text_work = TextWork(text, settings.max_waiting_text_bytes)
         self._settings = settings
         self._metrics = metrics
         self._created = int(time.time())
@@ -56,30 +76,35 @@ class GenerateService:
 
     @property
     def num_running(self) -> int:
-        """Calls of `generate` that have begun and not ended."""
+        """Number of `generate` calls that have begun and not ended."""
         return len(self._calls)
 
-    async def generate(self, request: GenerationRequest, *, transport: str = "http") -> AsyncGenerator[Chunk | Ending, None]:
-        """Chunks of all outputs as they come, then one Ending; or an exception. Closing it aborts the request."""
+    async def generate(
+        self, request: GenerationRequest, identity: Identity = ANONYMOUS, *, transport: str = "http"
+    ) -> AsyncGenerator[Chunk | Ending, None]:
+        """Yield chunks of all outputs as they come, then one Ending. Closing the generator aborts the request.
+
+        `identity` bounds the request's priority and separates its prefix cache by a salt.
+        """
         meter = self._metrics.begin(transport)
-        call = Call(request, meter)
+        call = Call(request, identity, meter)
         try:
             check_request(request, self._settings)
             self._enter(call)
-            prompt = await self._prompt_of(request)
+            prompt = await self._prompt_of(call)
             check_logprobs(request.params, self._settings, prompt_tokens=len(prompt), outputs=request.n)
             call.submit(self._client, self._text, prompt)
             while call.unfinished:
                 event = await call.next_event()
                 if event is not None:
-                    yield call.take(event)
+                    yield call.chunk_of(event)
             meter.finished(call.finish_reason)
             yield call.ending()
         except (GeneratorExit, asyncio.CancelledError):
             meter.aborted()
             raise
         except TidegateError as error:
-            # A stream that we aborted ourselves raises Aborted; the call knows why.
+            # A stream that the call itself aborted raises Aborted; the call knows the reason.
             reason = call.ended_by if isinstance(error, Aborted) and call.ended_by is not None else error
             _use_client_names(reason, request.client_names)
             if isinstance(reason, Aborted):
@@ -97,11 +122,11 @@ class GenerateService:
             self._leave(call)
 
     def check_logprobs(self, params: SamplingParams, *, prompt_tokens: int, outputs: int) -> None:
-        """For a call of several prompts, whose answer is one: `generate` knows of one prompt each."""
+        """Validate a client's call of several prompts with one answer. `generate` checks only its own prompt."""
         check_logprobs(params, self._settings, prompt_tokens=prompt_tokens, outputs=outputs)
 
     def abort(self, request_id: str) -> bool:
-        """End a call of this worker: its generator raises Aborted. False where there is none of that id."""
+        """End a call of this worker; its generator raises Aborted. False if this worker has no such call."""
         call = self._calls.get(request_id)
         if call is None:
             return False
@@ -109,36 +134,43 @@ class GenerateService:
         return True
 
     async def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt that the model's chat template makes of `messages`."""
+        """The token ids of `messages`, rendered with the model's chat template. Raises InvalidRequest or ContextTooLong."""
         template = self._text.chat
         if template is None:
             raise InvalidRequest(
-                f"{self.model_name} has no chat template, so it cannot be asked in messages: use /v1/completions",
+                f"{self.model_name} has no chat template, so it cannot answer messages: use /v1/completions",
                 param="messages",
             )
         for i, message in enumerate(messages):
             for value in _texts(message):
                 check_text(value, f"messages[{i}]")
-        if sum(len(value) for message in messages for value in _texts(message)) > THREAD_CHARS:
-            prompt = await asyncio.to_thread(template.render, messages)
-        else:
-            prompt = template.render(messages)
-        return await self._encode(prompt, add_special_tokens=False)  # the template has written them
+        num_chars = sum(len(value) for message in messages for value in _texts(message))
+        prompt = await self._text_work.render(partial(template.render, messages), num_chars)
+        # The template has written the special tokens.
+        return await self._prompt_ids(prompt, add_special_tokens=False, name="messages")
 
-    async def tokenize(self, text: str, *, model: str | None = None, add_special_tokens: bool = True) -> list[int]:
+    async def tokenize(
+        self, text: str, *, model: str | None = None, add_special_tokens: bool = True, as_prompt: bool = False
+    ) -> list[int]:
+        """The token ids of `text`. With `as_prompt`, raises ContextTooLong for a text that cannot be a prompt."""
         check_model(model, self.model_name)
         check_text(text, "prompt")
-        return await self._encode(text, add_special_tokens=add_special_tokens)
+        if as_prompt:
+            return await self._prompt_ids(text, add_special_tokens=add_special_tokens, name="prompt")
+        return await self._text_work.encode(text, add_special_tokens=add_special_tokens)
 
-    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None) -> str:
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, as_prompt: bool = False) -> str:
+        """The text of `token_ids`. With `as_prompt`, raises ContextTooLong for ids that cannot be a prompt."""
         check_model(model, self.model_name)
-        check_ids(token_ids, self._client.info.limits.vocab_size, "tokens")
-        if len(token_ids) > THREAD_TOKENS:
-            return await asyncio.to_thread(self._text.decode, token_ids)
-        return self._text.decode(token_ids)
+        if as_prompt:
+            self._check_length(token_ids, "prompt")
+        for start in range(0, len(token_ids), _CHECKED_IDS):
+            check_ids(token_ids[start : start + _CHECKED_IDS], self._client.info.limits.vocab_size, "tokens")
+            await asyncio.sleep(0)
+        return await self._text_work.decode(token_ids)
 
     def token_text(self, token: int) -> str:
-        """One token by itself, for log-probabilities."""
+        """The text of one token by itself, for log-probabilities."""
         return self._text.token_text(token)
 
     def token_bytes(self, token: int) -> bytes:
@@ -148,12 +180,16 @@ class GenerateService:
         return [ModelInfo(id=self.model_name, created=self._created, owned_by="tidegate", max_model_len=self.max_model_len)]
 
     def health(self) -> EngineHealth:
-        return self._client.health
+        """The engine's health as this worker sees it; not ready and not started before all workers of the server are."""
+        health = self._client.health
+        if self._server_ready() or not health.ready:
+            return health
+        return msgspec.structs.replace(health, ready=False, started=False, reason="another API worker is still starting")
 
     def _enter(self, call: Call) -> None:
         id = call.request.request_id
         if id in self._calls:
-            raise InvalidRequest(f"request {id!r} is under way already", param="request_id")
+            raise InvalidRequest(f"request {id!r} is already running", param="request_id")
         self._calls[id] = call
 
     def _leave(self, call: Call) -> None:
@@ -161,19 +197,29 @@ class GenerateService:
         if self._calls.get(id) is call:
             del self._calls[id]
 
-    async def _prompt_of(self, request: GenerationRequest) -> list[int]:
+    async def _prompt_of(self, call: Call) -> list[int]:
+        request = call.request
         if isinstance(request.prompt, str):
-            return await self._encode(request.prompt, add_special_tokens=request.add_special_tokens)
+            ids = self._prompt_ids(request.prompt, add_special_tokens=request.add_special_tokens, name="prompt")
+            return await call.prepare(ids)
+        self._check_length(request.prompt, "prompt")
         return request.prompt
 
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) > THREAD_CHARS:
-            return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
-        return self._text.encode(text, add_special_tokens=add_special_tokens)
+    async def _prompt_ids(self, text: str, *, add_special_tokens: bool, name: str) -> list[int]:
+        """The token ids of a prompt. Raises ContextTooLong, naming the field `name`, as soon as they are certain not to fit."""
+        limit = self.max_model_len - 1
+        try:
+            return await self._text_work.encode(text, add_special_tokens=add_special_tokens, limit=limit)
+        except TooManyTokens:
+            raise context_too_long(None, self.max_model_len, name) from None
+
+    def _check_length(self, ids: Sequence[int], name: str) -> None:
+        if len(ids) >= self.max_model_len:
+            raise context_too_long(len(ids), self.max_model_len, name)
 
 
 def _use_client_names(error: TidegateError, names: dict[str, str]) -> None:
-    """Have `error` name the field that the client sent, where it knows it by another name than we do."""
+    """Rename the field in `error` to the client's own name for it, if the client's API has another name."""
     ours = error.param
     if ours is None or ours not in names:
         return
@@ -184,7 +230,7 @@ def _use_client_names(error: TidegateError, names: dict[str, str]) -> None:
 
 
 def _texts(message: Message) -> list[str]:
-    """Every text of a message, for checks before the template sees it."""
+    """Every text of a message: its role and the texts of its content."""
     content = message.get("content")
     parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
     return [value for value in [message.get("role"), *parts] if isinstance(value, str)]

@@ -1,4 +1,4 @@
-"""What the service takes and gives: the one form that every route and servicer translates to and from.
+"""What GenerateService takes and gives. Every HTTP route and gRPC method translates to and from these types.
 
 Nothing here knows of JSON, SSE, OpenAI or protobuf.
 """
@@ -7,49 +7,67 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.request import SamplingParams, TokenLogprobs
+from engine.request import BOUNDS, SamplingParams, TokenLogprobs
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Who sent a request, and what the request may ask for. No header names a tenant: every route passes ANONYMOUS until
+    there are API keys.
+
+    `tenant` and `slo` (the class of latency promised to the caller) have no reader yet. They stand here so that keys and
+    latency classes can be added without a change to every route.
+    """
+
+    tenant: str = "anonymous"
+    priority_ceiling: int = int(BOUNDS["priority"].low)  # most urgent priority allowed; a smaller number runs first
+    slo: str = "default"
+    salt: str = ""  # requests share blocks of the prefix cache only if their salts are equal
+
+
+ANONYMOUS = Identity()
+"""The identity of every request while there are no keys: any priority, one prefix cache for all."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One call: `n` outputs of one prompt. `prompt` is text, or token ids taken as they are."""
+    """One prompt and the `n` outputs wanted for it. `prompt` is text, or token ids that are used unchanged."""
 
-    request_id: str  # made by the server; the client's own id, if any, is only echoed
+    request_id: str  # made by the server; an id that the client sends is only echoed
     prompt: str | list[int]
     params: SamplingParams
     model: str | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
-    priority: int = 0
-    deadline_s: float | None = None  # seconds from admission after which it ends with RequestTimeout
-    add_special_tokens: bool = True  # False where a chat template has put them in already
-    client_names: dict[str, str] = {}  # what the client calls a field of ours, where that is another name: for errors
-    num_prompts: int = 1  # of the client's call that this is one of: together they may leave so much unread
+    priority: int = 0  # a smaller number runs first
+    deadline_s: float | None = None  # seconds from admission after which the request ends with RequestTimeout
+    add_special_tokens: bool = True  # False if a chat template has written the special tokens already
+    client_names: dict[str, str] = {}  # our field name -> the name in the client's request, where they differ: for errors
+    num_prompts: int = 1  # prompts in the client's call; together they share one limit on unread events
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, found in the prefix cache
-    completion_tokens: int  # over all n outputs
+    cached_tokens: int  # prompt tokens that were found in the prefix cache
+    completion_tokens: int  # summed over all n outputs
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds since admission, apart from queue_ms, which is the wait before the first step."""
+    """Durations in milliseconds. `ttft_ms` and `total_ms` count from the start of `generate`."""
 
-    queue_ms: float
-    ttft_ms: float
+    queue_ms: float  # from the engine's receipt of the request to its first step
+    ttft_ms: float  # to the first token
     total_ms: float
 
 
-class Chunk(msgspec.Struct, kw_only=True, gc=False):
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Text and tokens that output `index` gained. The last chunk of each output has `finish_reason`."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None  # "stop" | "length"
-    stop_reason: str | int | None = None  # the stop string or stop token that ended it
-    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, where asked for
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of output 0 alone
+    stop_reason: str | int | None = None  # the stop string or stop token that ended the output
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if requested
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # only for output 0, if requested
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):

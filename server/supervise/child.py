@@ -1,4 +1,4 @@
-"""Child: a process that the supervisor starts again when it dies, and kills when it hangs."""
+"""Child: a program that the supervisor starts again when it dies, and kills when it makes no progress."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import asyncio
 import logging
 import signal
 import sys
-import time
-from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from engine import lifeline
 from engine.process import EXIT_BAD_SETTINGS
 from server.settings import Settings
 from server.supervise.child_process import ChildProcess
+from server.supervise.crashes import CrashCount
 from server.supervise.watchdog import Watchdog
 
 log = logging.getLogger("tidegate.supervisor")
 
-BACKOFF_SECONDS = 0.1  # before the first restart; it doubles with each further death
-MAX_BACKOFF_SECONDS = 5.0
-
 
 class Fatal(Exception):
-    """The server cannot go on. The message is None where a child has told it already."""
+    """The server cannot go on. The message is None where a child has already logged the reason."""
 
     def __init__(self, exit_code: int, message: str | None = None) -> None:
         super().__init__(message)
@@ -31,84 +28,137 @@ class Fatal(Exception):
         self.message = message
 
 
-class Child:
-    """A process that is started again when it dies, ever later, until it has died too often. One that has said that it gets on,
-    as engines do, is killed once it has not said so for stall_timeout_s."""
+class Timeout(NamedTuple):
+    """How long a process may report no progress, and the setting that says so."""
 
-    def __init__(self, name: str, module: str, start: bytes, settings: Settings, *, fds: tuple[int, ...] = ()) -> None:
-        self.name = name
+    setting: str
+    seconds: float
+
+
+class Program(NamedTuple):
+    """What a Child runs: `python -m module`, with the line of `start()` on its standard input and the descriptors `fds` open."""
+
+    name: str
+    module: str
+    start: Callable[[], bytes]
+    stall: Timeout  # once it is ready
+    fds: tuple[int, ...] = ()
+
+
+def nothing() -> None:
+    """The default of `Child.on_ready`."""
+
+
+class Child:
+    """Runs a program until `stop` or `kill`, over as many processes as that takes.
+
+    A process that reports no progress is killed: after start_timeout_s while it starts, after the program's own timeout once it
+    is ready. A new process follows each death, until crash_limit deaths in a row.
+    """
+
+    def __init__(self, program: Program, settings: Settings) -> None:
+        self.name = program.name
         self.ready = asyncio.Event()
+        self.on_ready: Callable[[], None] = nothing
         self.on_death: Callable[[int], None] = lambda pid: None
-        self._module, self._start, self._fds = module, start, fds
-        self._limit, self._window = settings.crash_limit, settings.crash_window_s
-        self._deaths: deque[float] = deque()
-        self._stall_timeout = settings.stall_timeout_s
-        self._watchdog = Watchdog(settings.stall_timeout_s, self._stalled)
+        self._program = program
+        self._crash_limit = settings.crash_limit
+        self._start = Timeout("start_timeout_s", settings.start_timeout_s)
+        self._crashes = CrashCount(settings.crash_window_s)
+        self._watchdog = Watchdog(self._kill_silent)
         self._process: ChildProcess | None = None
+        self._was_ready = False  # once, in any of its processes
         self._stopping = False
         self._killed = False
 
     async def run(self) -> None:
-        """Returns after `stop`. Raises Fatal when there is no use in another start."""
+        """Return after `stop` or `kill`. Raises Fatal when another start makes no sense."""
         while not self._stopping:
-            process = self._process = await self._spawn()
-            if self._stopping:  # asked while the process began
-                process.send_signal(signal.SIGKILL if self._killed else signal.SIGTERM)
+            try:
+                process = await self._spawn()
+            except (OSError, RuntimeError) as error:
+                if self._stopping:
+                    return
+                await self._pause(f"it could not be started: {error}")
+                continue
             code = await process.wait()
-            self._watchdog.stop()
-            self.ready.clear()
-            self.on_death(process.pid)
+            self._forget(process)
             if self._stopping:
-                if code != 0 and not self._killed:  # whoever kills it has said why
+                if code != 0 and not self._killed:  # the reason for a kill has been logged
                     log.warning("%s ended badly", self.name, extra={"exit_code": code})
                 return
-            if code == EXIT_BAD_SETTINGS:
+            if code == EXIT_BAD_SETTINGS and not self._was_ready:
                 raise Fatal(EXIT_BAD_SETTINGS)
-            await asyncio.sleep(self._backoff(code))
+            await self._pause(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 
     def stop(self) -> None:
+        """Ask the process to end; no other follows."""
         self._stopping = True
         self._signal(signal.SIGTERM)
 
+    def hurry(self) -> None:
+        """Ask a worker to end at once, and to end its streams with an error."""
+        self.stop()
+        self._signal(signal.SIGINT)  # the second request to stop; two signals of one kind can become one
+
     def kill(self) -> None:
+        """End the process without asking it; no other follows."""
         self._stopping = self._killed = True
         self._signal(signal.SIGKILL)
 
-    def cut(self) -> bool:
-        """Have a worker end what it runs, now. False where it is not ready, and so runs nothing."""
-        if not self.ready.is_set():
-            return False
-        self.stop()
-        self._signal(signal.SIGINT)  # the second request to stop; two of one signal can become one
-        return True
+    def tell(self, word: bytes) -> None:
+        """Write a word to the process, if there is one."""
+        if self._process is not None:
+            self._process.write_line(word)
 
     async def _spawn(self) -> ChildProcess:
-        command = (sys.executable, "-m", self._module)
-        return await ChildProcess.spawn(command, self._start + b"\n", self._on_line, fds=self._fds)
+        program = self._program
+        start = program.start()
+        process = await ChildProcess.spawn((sys.executable, "-m", program.module), self._on_line, fds=program.fds)
+        self._process = process
+        process.write_line(start)
+        self._watchdog.expect(self._start.seconds)
+        if self._stopping:  # `stop` or `kill` was called while the process began
+            process.send_signal(signal.SIGKILL if self._killed else signal.SIGTERM)
+        return process
+
+    def _forget(self, process: ChildProcess) -> None:
+        self._process = None
+        self._watchdog.stop()
+        self.ready.clear()
+        self.on_death(process.pid)
 
     def _on_line(self, line: bytes) -> None:
         if line == lifeline.ALIVE:
-            self._watchdog.feed()
+            self._watchdog.expect(self._timeout.seconds)
+        elif line == lifeline.SERVED:
+            self._crashes.served()
+            log.debug("%s has served", self.name)
         elif line == lifeline.READY:
+            self._crashes.ready()
+            self._was_ready = True
             self.ready.set()
+            self.on_ready()
         else:
             log.info("%s printed: %s", self.name, line.decode(errors="replace").strip())
 
-    def _stalled(self) -> None:
-        log.error("%s makes no progress and is killed", self.name, extra={"stall_timeout_s": self._stall_timeout})
+    @property
+    def _timeout(self) -> Timeout:
+        return self._program.stall if self.ready.is_set() else self._start
+
+    def _kill_silent(self) -> None:
+        setting, seconds = self._timeout
+        log.error("%s makes no progress and is killed", self.name, extra={setting: seconds})
         self._signal(signal.SIGKILL)
 
-    def _backoff(self, code: int) -> float:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - self._window:
-            self._deaths.popleft()
-        died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if len(self._deaths) >= self._limit:
-            raise Fatal(1, f"{self.name} died {self._limit} times within {self._window:g} s, last with {died}: giving up")
-        pause = min(BACKOFF_SECONDS * 2.0 ** (len(self._deaths) - 1), MAX_BACKOFF_SECONDS)
-        log.error("%s died, starting it again", self.name, extra={"why": died, "in_seconds": pause})
-        return pause
+    async def _pause(self, why: str) -> None:
+        """Count a death, log it, and wait before the next start. Raises Fatal at crash_limit deaths in a row."""
+        deaths = self._crashes.died()
+        if deaths >= self._crash_limit:
+            raise Fatal(1, f"{self.name} died {deaths} times and served nothing in between; the last time: {why}. Giving up")
+        pause = self._crashes.pause_seconds
+        log.error("%s died, starting it again", self.name, extra={"why": why, "in_seconds": pause})
+        await asyncio.sleep(pause)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:

@@ -1,6 +1,7 @@
-"""ChildProcess: one process, which gets its start on standard input and is heard line by line on standard output.
+"""ChildProcess: one run of a program, with lines to its standard input and lines from its standard output.
 
-Its death is known at once, whoever else may hold its output by then: asyncio's own `Process.wait` waits for those, too.
+Its death is known at once, even if a process that it started still holds its output. asyncio's own `Process.wait` would wait for
+that one too.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 
-STDIN, STDOUT = 0, 1
+STDIN = 0
 MAX_LINE = 4096  # bytes kept of a line that does not end
 
 
 class ChildProcess(asyncio.SubprocessProtocol):
-    """Made by `spawn`. `on_line` gets each line, without its end."""
+    """Made by `spawn`."""
 
     def __init__(self, on_line: Callable[[bytes], None]) -> None:
         self._on_line = on_line
@@ -24,42 +25,53 @@ class ChildProcess(asyncio.SubprocessProtocol):
         self._transport: asyncio.SubprocessTransport | None = None
 
     @classmethod
-    async def spawn(
-        cls, command: Sequence[str], start: bytes, on_line: Callable[[bytes], None], *, fds: tuple[int, ...] = ()
-    ) -> ChildProcess:
-        """`start` is written to its standard input, which then stays open for as long as we live."""
-        transport, child = await asyncio.get_running_loop().subprocess_exec(
-            lambda: cls(on_line),
-            *command,
-            stderr=None,  # ours
-            pass_fds=fds,
-            start_new_session=True,  # Ctrl-C at a terminal is for us alone
-        )
-        stdin = transport.get_pipe_transport(STDIN)
-        if isinstance(stdin, asyncio.WriteTransport):
-            stdin.write(start)
+    async def spawn(cls, command: Sequence[str], on_line: Callable[[bytes], None], *, fds: tuple[int, ...] = ()) -> ChildProcess:
+        """Start `command`; `on_line` gets each line of its output, without the line's end.
+
+        Raises OSError or RuntimeError when the system has no process, descriptor or thread for it. No process is left then.
+        """
+        child = cls(on_line)
+        try:
+            await asyncio.get_running_loop().subprocess_exec(
+                lambda: child,
+                *command,
+                stderr=None,  # inherited: the logs of all processes go to one place
+                pass_fds=fds,
+                start_new_session=True,  # Ctrl-C at a terminal reaches the supervisor alone
+            )
+        except (OSError, RuntimeError):
+            child._abandon()
+            raise
         return child
 
     @property
     def pid(self) -> int:
         return self._started.get_pid()
 
+    def write_line(self, line: bytes) -> None:
+        """Write to its standard input, which stays open for as long as this process runs."""
+        stdin = self._started.get_pipe_transport(STDIN)
+        if isinstance(stdin, asyncio.WriteTransport):
+            stdin.write(line + b"\n")
+
     async def wait(self) -> int:
         """Its exit code, once it is dead; negative for a signal."""
         await self._exited.wait()
         code = self._started.get_returncode()
-        self._closed = True  # what others may still write is for nobody
+        self._closed = True  # what its own children may still write is not its output
         self._started.close()
         return code if code is not None else 1
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Nothing happens where it is dead."""
+        """Send a signal; a dead process gets none."""
         if self._started.get_returncode() is None:
             self._started.send_signal(number)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if isinstance(transport, asyncio.SubprocessTransport):
             self._transport = transport
+            if self._closed:
+                transport.close()
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         if self._closed:
@@ -71,6 +83,12 @@ class ChildProcess(asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self._exited.set()
+
+    def _abandon(self) -> None:
+        """Kill a process that asyncio has started but cannot watch. Its transport may come later, by `connection_made`."""
+        self._closed = True
+        if self._transport is not None:
+            self._transport.close()
 
     @property
     def _started(self) -> asyncio.SubprocessTransport:

@@ -1,10 +1,13 @@
 """`tidegate serve`: starts one engine and the API workers, starts again what dies, and stops all of it in order.
 
-    SIGTERM, SIGINT   workers stop accepting and finish what runs  ->  engine ends  ->  exit 0
-    again             what runs is ended with an error
+    SIGTERM, SIGINT, SIGHUP   workers stop accepting and finish what runs, then the engine ends; exit code 0
+    a second of these         what still runs is ended with an error
+    SIGQUIT                   both at once
+    SIGUSR1, SIGUSR2          ignored
 
-The HTTP socket is bound here, once, and inherited by the workers; they bind the gRPC port together, while this process
-holds the claim to it. A child that exits with code 2 has said what is wrong with the settings: nothing is tried again.
+The HTTP socket is bound here, once, and inherited by the workers. They bind the gRPC port together, while this process holds
+the claim to it. A child that exits with code 2 before it was ever ready has logged what is wrong with the settings: the server
+ends with code 2. Later that code is a death like others, as memory that another program takes for a moment can cause it.
 """
 
 from __future__ import annotations
@@ -12,108 +15,145 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
-import tempfile
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import setproctitle
 
-from engine import logs
+from engine import lifeline, logs
 from engine.errors import ConfigError
-from engine.process import EXIT_BAD_SETTINGS, EngineStart
+from engine.process import EXIT_BAD_SETTINGS
 from server.bundled import NOTICE, bundled_checkpoint
-from server.metrics import worker_died
+from server.metrics.supervisor import SupervisorDrops, worker_died
 from server.settings import Settings
+from server.supervise import descriptors
 from server.supervise.child import Child, Fatal
-from server.supervise.sockets import bind_http, claim_grpc, socket_path
-from server.supervise.worker_start import WorkerStart
+from server.supervise.folder import RunFolder, keep
+from server.supervise.programs import Programs
+from server.supervise.sockets import bind_admin, bind_http, claim_grpc
 
 log = logging.getLogger("tidegate.supervisor")
 
 KILL_MARGIN_SECONDS = 4.0  # past the time to drain, until a child that has not ended is killed
 ENGINE_STOP_SECONDS = 5.0
-CUT_SECONDS = 2.0  # for the streams' last words, where the server cannot go on
+CUT_SECONDS = 2.0  # for the workers to send an error to each stream, where the server cannot go on
 KILL_SECONDS = 1.0  # for killed children to be seen dead
 
 
 class Supervisor:
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        """`settings` name a model; `folder` is private and empty."""
+    """Owns the ports and the child processes of one server."""
+
+    def __init__(self, settings: Settings, folder: RunFolder) -> None:
+        """`settings` name a model."""
+        self._folder = folder
         self._http = bind_http(settings)
         self._grpc, grpc_port = claim_grpc(settings)
-        settings = settings.model_copy(update={"port": self._http.getsockname()[1], "grpc_port": grpc_port})
-        self._settings = settings
-        endpoint = f"ipc://{socket_path(folder)}"
-        self._engine = Child("engine 0", "engine.process", _engine_start(settings, endpoint), settings)
-        self._workers = [self._worker(index, endpoint) for index in range(settings.api_workers)]
-        self._asked = asyncio.Event()
-        self._draining = False
+        self._admin = bind_admin(settings)  # open until the end, so that probes see a server that drains
+        ports = {"port": self._http.getsockname()[1], "grpc_port": grpc_port, "admin_port": self._admin.getsockname()[1]}
+        self._settings = settings.model_copy(update=ports)
+        programs = Programs(self._settings, folder, http_fd=self._http.fileno(), admin_fd=self._admin.fileno())
+        self._engine = Child(programs.engine(), self._settings)
+        self._workers = [self._worker_child(programs, index) for index in range(settings.api_workers)]
+        self._tasks: dict[Child, asyncio.Task[None]] = {}
+        self._all_ready = False  # once all workers were; stays true
+        self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Returns once all has ended as asked. Raises Fatal."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-        children = [self._engine, *self._workers]
-        tasks = [asyncio.create_task(child.run()) for child in children]
-        telling = asyncio.create_task(self._tell_ready())
-        asked = asyncio.create_task(self._until_asked())
+        """Return once all has ended on request. Raises Fatal."""
+        self._handle_signals()
+        self._tasks = {child: asyncio.create_task(child.run()) for child in (self._engine, *self._workers)}
+        helpers: list[asyncio.Task[Any]] = [asyncio.create_task(self._stop.wait()), asyncio.create_task(keep(self._folder))]
         try:
-            await asyncio.wait([*tasks, asked], return_when=asyncio.FIRST_COMPLETED)
-            if self._asked.is_set():
-                telling.cancel()
-                await self._drain(tasks[0], tasks[1:])
-            for task in tasks:
+            await asyncio.wait([*self._tasks.values(), *helpers], return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.is_set():
+                await self._drain()
+            for task in (*self._tasks.values(), *helpers):
                 if task.done():
-                    task.result()  # raises its Fatal
+                    task.result()  # raises its Fatal, or the exception of a bug
         except Fatal:
-            await self._cut(tasks[1:])
+            await self._cut()
             raise
         finally:
-            for child in children:
-                child.kill()
-            await asyncio.wait(tasks, timeout=KILL_SECONDS)
-            for task in (*tasks, telling, asked):
-                task.cancel()
-            await asyncio.gather(*tasks, telling, asked, return_exceptions=True)
+            await self._kill()
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
 
-    async def _until_asked(self) -> None:
-        await self._asked.wait()
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        stopping = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+            stopping.append(signal.SIGHUP)
+        for number in stopping:
+            loop.add_signal_handler(number, self._on_stop)
+        loop.add_signal_handler(signal.SIGQUIT, self._on_quit)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            loop.add_signal_handler(number, log.warning, "%s has no meaning here and is ignored", number.name)
 
-    def _on_signal(self) -> None:
-        self._asked.set()
-        if self._draining:
-            log.warning("asked again to stop: ending what still runs")
-            for worker in self._workers:
-                worker.stop()
-        self._draining = True
+    def _on_stop(self) -> None:
+        if self._stop.is_set():
+            self._on_quit()
+        self._stop.set()
 
-    async def _drain(self, engine: asyncio.Task[None], workers: list[asyncio.Task[None]]) -> None:
+    def _on_quit(self) -> None:
+        log.warning("stopping at once: what still runs is ended with an error")
+        self._stop.set()
+        for worker in self._workers:
+            worker.hurry()
+
+    async def _drain(self) -> None:
         log.info("stopping", extra={"drain_timeout_s": self._settings.drain_timeout_s})
         self._http.close()  # with the workers' copies closed, new connections are refused
         if self._grpc is not None:
             self._grpc.close()
         for worker in self._workers:
-            worker.stop()
-        _, late = await asyncio.wait(workers, timeout=self._settings.drain_timeout_s + KILL_MARGIN_SECONDS)
+            if worker.ready.is_set():
+                worker.stop()
+            else:
+                worker.kill()  # it runs nothing, and may hang in its start
+        _, late = await asyncio.wait(self._worker_tasks, timeout=self._settings.drain_timeout_s + KILL_MARGIN_SECONDS)
         if late:
             raise Fatal(1, f"{len(late)} API workers did not end in time and are killed")
         self._engine.stop()  # the streams that ran to their ends needed it until here
-        _, late = await asyncio.wait({engine}, timeout=ENGINE_STOP_SECONDS)
+        _, late = await asyncio.wait({self._tasks[self._engine]}, timeout=ENGINE_STOP_SECONDS)
         if late:
             log.warning("%s did not end in time and is killed", self._engine.name)
         log.info("stopped")
 
-    async def _cut(self, tasks: list[asyncio.Task[None]]) -> None:
-        """Have the workers end their streams with an error that says so, rather than in the middle of a line."""
-        running = [task for worker, task in zip(self._workers, tasks, strict=True) if not task.done() and worker.cut()]
+    async def _cut(self) -> None:
+        """Have the workers end their streams with an error, instead of breaking off in the middle of a line."""
+        running = []
+        for worker in self._workers:
+            if worker.ready.is_set() and not self._tasks[worker].done():
+                worker.hurry()
+                running.append(self._tasks[worker])
         if running:
             await asyncio.wait(running, timeout=CUT_SECONDS)
 
-    async def _tell_ready(self) -> None:
-        for worker in self._workers:
-            await worker.ready.wait()
+    async def _kill(self) -> None:
+        """Kill what is left, and wait until it is dead."""
+        for child in self._tasks:
+            child.kill()
+        await asyncio.wait(self._tasks.values(), timeout=KILL_SECONDS)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    @property
+    def _worker_tasks(self) -> list[asyncio.Task[None]]:
+        return [self._tasks[worker] for worker in self._workers]
+
+    def _on_worker_ready(self) -> None:
+        """Once all workers have an engine, tell each of them: until then none says that the server is ready."""
+        if not self._all_ready and not self._stop.is_set() and all(worker.ready.is_set() for worker in self._workers):
+            self._all_ready = True
+            self._log_ready()
+        if self._all_ready:
+            for worker in self._workers:
+                worker.tell(lifeline.ALL_READY)
+
+    def _log_ready(self) -> None:
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         log.info(
             "ready",
@@ -121,14 +161,15 @@ class Supervisor:
                 "http": f"http://{host}:{self._settings.port}",
                 "http_port": self._settings.port,
                 "grpc_port": self._settings.grpc_port,
+                "admin_port": self._settings.admin_port,
                 "model": self._settings.model_name,
             },
         )
 
-    def _worker(self, index: int, endpoint: str) -> Child:
-        fd = self._http.fileno()
-        start = WorkerStart(settings=self._settings.model_dump_json(), endpoint=endpoint, http_fd=fd, index=index)
-        child = Child(f"api {index}", "server.supervise.worker", msgspec.json.encode(start), self._settings, fds=(fd,))
+    def _worker_child(self, programs: Programs, index: int) -> Child:
+        program = programs.worker(index, lambda: any(worker.ready.is_set() for worker in self._workers))
+        child = Child(program, self._settings)
+        child.on_ready = self._on_worker_ready
         child.on_death = worker_died
         return child
 
@@ -137,14 +178,17 @@ def serve(settings: Settings) -> int:
     """Run the server until it is told to stop; returns the exit code."""
     setproctitle.setproctitle("tidegate: supervisor")
     logs.set_up(settings.log_level, settings.log_format, "supervisor")
-    folder = Path(tempfile.mkdtemp(prefix="tidegate-"))  # 0700: the engine's socket has no other lock
     try:
-        metrics = folder / "metrics"
-        metrics.mkdir()
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
-        # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-        asyncio.run(_run(with_model(settings), folder))
+        descriptors.raise_limit(settings.api_workers)
+        folder = RunFolder.make()
+        try:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder.metrics)
+            logs.on_dropped(SupervisorDrops().add)
+            # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+            asyncio.run(_run(with_model(settings), folder))
+        finally:
+            folder.remove()
     except ConfigError as error:
         log.error(error.message)
         return EXIT_BAD_SETTINGS
@@ -152,12 +196,10 @@ def serve(settings: Settings) -> int:
         if fatal.message is not None:
             log.critical(fatal.message)
         return fatal.exit_code
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
-async def _run(settings: Settings, folder: Path) -> None:
+async def _run(settings: Settings, folder: RunFolder) -> None:
     await Supervisor(settings, folder).run()
 
 
@@ -169,10 +211,3 @@ def with_model(settings: Settings) -> Settings:
     if not (Path(settings.model) / "config.json").is_file():
         raise ConfigError(f"model is {settings.model!r}: it must be a checkpoint folder, with a config.json in it", param="model")
     return settings
-
-
-def _engine_start(settings: Settings, endpoint: str) -> bytes:
-    start = EngineStart(
-        config=settings.engine_config(), endpoint=endpoint, log_level=settings.log_level, log_format=settings.log_format
-    )
-    return msgspec.json.encode(start)

@@ -1,4 +1,4 @@
-"""Watchdog: calls back once it has not been fed for some time."""
+"""Watchdog: calls back when no sign of progress has come for some time."""
 
 from __future__ import annotations
 
@@ -9,34 +9,39 @@ TICKS = 8
 
 
 class Watchdog:
-    """It counts `TICKS` short waits, not one long one: a process that was itself stopped for a while takes that for one of them,
-    and finds the food that came meanwhile."""
+    """Waits for the next sign of progress, by `TICKS` short timers instead of one long one.
 
-    def __init__(self, seconds: float, on_hunger: Callable[[], None]) -> None:
-        self._tick_seconds = seconds / TICKS
-        self._on_hunger = on_hunger
+    A supervisor that was itself stopped for a while then loses one tick only, and reads the signs that came in the meantime
+    before the next.
+    """
+
+    def __init__(self, on_silence: Callable[[], None]) -> None:
+        self._on_silence = on_silence
+        self._seconds = 0.0
         self._left = TICKS
         self._timer: asyncio.TimerHandle | None = None
 
-    def feed(self) -> None:
-        """The first time starts it."""
+    def expect(self, seconds: float) -> None:
+        """A sign has come, and the next one is due within `seconds`. The first call starts the watchdog."""
         self._left = TICKS
-        if self._timer is None:
-            self._wait()
+        if self._timer is None or seconds != self._seconds:
+            self.stop()
+            self._seconds = seconds
+            self._start_timer()
 
     def stop(self) -> None:
-        """Until it is fed again."""
+        """Call back no more, until `expect` is called again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._tick_seconds, self._tick)
+    def _start_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds / TICKS, self._tick)
 
     def _tick(self) -> None:
         self._left -= 1
         if self._left > 0:
-            self._wait()
+            self._start_timer()
         else:
             self._timer = None
-            self._on_hunger()
+            self._on_silence()

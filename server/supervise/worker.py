@@ -1,7 +1,7 @@
 """An API worker: one EngineClient, one GenerateService, and HTTP and gRPC on top of it. `python -m server.supervise.worker`.
 
-SIGTERM   not ready, no new connections or calls; what runs may finish
-deadline  what still runs ends with EngineUnavailable (a second SIGTERM is a deadline now)
+SIGTERM   the worker is not ready and accepts no new connections or calls; what runs may finish
+deadline  what still runs ends with EngineUnavailable; a second SIGTERM, or SIGINT, brings the deadline forward to now
 exit      0; 2 for a setting or checkpoint that is wrong
 """
 
@@ -14,20 +14,23 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import msgspec
 import setproctitle
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from engine import lifeline, logs
 from engine.errors import CheckpointError, ConfigError
 from engine.process import EXIT_BAD_SETTINGS
 from server.engines.client import EngineClient
+from server.http.admin import build_admin_app
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.rpc.server import RpcServer, build_rpc_server
 from server.service.service import GenerateService
 from server.settings import Settings
@@ -36,14 +39,16 @@ from server.text.tokenizer import Tokenizer
 
 log = logging.getLogger("tidegate.worker")
 
-CUT_SHARE = 0.9  # of drain_timeout_s, after which streams are cut short: the rest is for their last words to arrive
+CUT_SHARE = 0.9  # of drain_timeout_s, after which streams end with an error; the rest is for the error to reach the clients
+ADMIN_STOP_SECONDS = 1.0  # for answers of the admin port that are being sent when the worker ends
 BACKLOG = 2048
-# Python's own, (700, 10, 10), walks the heap several times over while a body of a million small lists is read.
+REPORT_SHARE = 0.1  # of the time after which a silent worker is killed: how often the worker reports
+# Python's default, (700, 10, 10), walks the heap several times while a body of a million small lists is parsed.
 GC_THRESHOLD = (50_000, 20, 100)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the worker has its own."""
+    """uvicorn without its signal handlers, since the worker has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,10 +56,14 @@ class HttpServer(uvicorn.Server):
 
 
 class Worker:
-    def __init__(self, start: WorkerStart) -> None:
+    """One API worker of a server. `all_ready` is set once every worker of that server has an engine."""
+
+    def __init__(self, start: WorkerStart, all_ready: asyncio.Event) -> None:
         self._settings = settings = Settings.model_validate_json(start.settings)
+        self._listen_at_once = start.listen_at_once
+        self._all_ready = all_ready
         self._client = EngineClient(
-            start.endpoint,
+            [start.endpoint],
             f"api {start.index}",
             stall_timeout_s=settings.stall_timeout_s,
             resume_timeout_s=settings.resume_timeout_s,
@@ -62,6 +71,7 @@ class Worker:
             max_queue=settings.max_queue,
         )
         self._socket = socket.socket(fileno=start.http_fd)
+        self._admin_socket = socket.socket(fileno=start.admin_fd)
         self._draining = asyncio.Event()
         self._deadline = asyncio.Event()
 
@@ -71,29 +81,55 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         text = Tokenizer.from_folder(self._settings.model or "")
         metrics = Metrics(self._settings.model_name, lambda: self._client.health)
-        service = GenerateService(self._client, text, self._settings, metrics)
-        http = HttpServer(self._http_config(service, metrics))
-        rpc = build_rpc_server(service, self._settings)
+        logs.on_dropped(metrics.log_lines_dropped)
+        service = GenerateService(self._client, text, self._settings, metrics, server_ready=self._all_ready.is_set)
         await self._client.start()
+        helpers = [asyncio.create_task(self._report_ready()), asyncio.create_task(self._report_progress(metrics))]
+        try:
+            if await self._may_listen():
+                await self._serve(service, metrics)
+            else:
+                await self._client.close()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+
+    async def _may_listen(self) -> bool:
+        """Wait until it is time to open the ports; False if SIGTERM comes first.
+
+        A worker that replaces a dead one waits for its engine, so that none of its clients is told that the server is not ready
+        while the other workers are. If there is no other worker that serves, the ports open at once: /health/live must answer.
+        """
+        if not self._listen_at_once:
+            await _first_of(self._all_ready.wait(), self._draining.wait())
+        return not self._draining.is_set()
+
+    async def _serve(self, service: GenerateService, metrics: Metrics) -> None:
+        """Open the ports and serve until SIGTERM, then drain."""
+        http = HttpServer(self._http_config(build_app(self._settings, service, metrics), metrics))
+        admin = HttpServer(self._http_config(build_admin_app(self._settings, service, metrics), metrics))
+        rpc = build_rpc_server(service, self._settings, metrics)
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
-        telling = asyncio.create_task(self._tell_ready())
-        await asyncio.wait({serving, asyncio.create_task(self._draining.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        telling.cancel()
+        admin_serving = asyncio.create_task(admin.serve(sockets=[self._admin_socket]))
+        await _first_of(serving, admin_serving, self._draining.wait())
         await self._drain(http, rpc, serving)
         metrics.tally.flush()
-        if serving.done():
-            serving.result()  # a bug ends the process with its traceback
+        admin.should_exit = admin.force_exit = True
+        await asyncio.wait({admin_serving}, timeout=ADMIN_STOP_SECONDS)
+        for task in (serving, admin_serving):
+            if task.done():
+                task.result()  # a bug ends the process with its traceback
 
     def _on_signal(self) -> None:
         if self._draining.is_set():
             self._deadline.set()
         self._draining.set()
 
-    def _http_config(self, service: GenerateService, metrics: Metrics) -> uvicorn.Config:
+    def _http_config(self, app: FastAPI, metrics: Metrics) -> uvicorn.Config:
         return uvicorn.Config(
-            build_app(self._settings, service, metrics),
-            http=guarded(HttpLimits.from_settings(self._settings), metrics.unreadable_http),
+            app,
+            http=guarded(HttpLimits.from_settings(self._settings), metrics.http_refused),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -102,18 +138,28 @@ class Worker:
             backlog=BACKLOG,
         )
 
-    async def _tell_ready(self) -> None:
-        """One line on standard output, once tokens can be made."""
+    async def _report_ready(self) -> None:
+        """Tell the supervisor once that this worker has an engine."""
         await self._client.wait_ready()
         lifeline.tell(lifeline.READY)
+
+    async def _report_progress(self, metrics: Metrics) -> None:
+        """Report to the supervisor, again and again, that the event loop runs, and once that a request was answered."""
+        served = False
+        while True:
+            lifeline.tell(lifeline.ALIVE)
+            if not served and metrics.num_finished:
+                served = True
+                lifeline.tell(lifeline.SERVED)
+            await asyncio.sleep(min(1.0, self._settings.worker_stall_timeout_s * REPORT_SHARE))
 
     async def _drain(self, http: HttpServer, rpc: RpcServer, serving: asyncio.Task[None]) -> None:
         log.info("draining", extra={"streams": self._client.num_streams})
         self._client.drain()
         http.should_exit = True
         cut_after = self._settings.drain_timeout_s * CUT_SHARE
-        last_words = max(self._settings.drain_timeout_s - cut_after, 1.0) / 2
-        stopping = asyncio.create_task(rpc.stop(cut_after + last_words))
+        for_errors = max(self._settings.drain_timeout_s - cut_after, 1.0) / 2
+        stopping = asyncio.create_task(rpc.stop(cut_after + for_errors))
         rest: set[asyncio.Task[None]] = {serving, stopping}
         deadline = asyncio.create_task(self._deadline.wait())
         until = asyncio.get_running_loop().time() + cut_after
@@ -121,32 +167,43 @@ class Worker:
             done, _ = await asyncio.wait({*rest, deadline}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             rest -= done
         if rest:
-            log.warning("the time to drain is over", extra={"streams": self._client.num_streams})
+            log.warning("the time to drain is over: streams end with an error", extra={"streams": self._client.num_streams})
         await self._client.close()
         if rest:
-            await asyncio.wait(rest, timeout=last_words)
+            await asyncio.wait(rest, timeout=for_errors)
             http.force_exit = True
         deadline.cancel()
 
 
+async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
+    """Wait until one of them is done. Coroutines are cancelled then; tasks go on."""
+    tasks = [each if isinstance(each, asyncio.Task) else asyncio.create_task(each) for each in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task not in awaitables:
+            task.cancel()
+
+
 def main() -> None:
-    start = msgspec.json.decode(lifeline.read_start(), type=WorkerStart)
-    settings = Settings.model_validate_json(start.settings)
-    name = f"api {start.index}"
-    setproctitle.setproctitle(f"tidegate: {name}")
-    logs.set_up(settings.log_level, settings.log_format, name)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    gc.set_threshold(*GC_THRESHOLD)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(start))
-    except (ConfigError, CheckpointError) as error:
-        log.error(error.message)
-        sys.exit(EXIT_BAD_SETTINGS)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        loop, all_ready = runner.get_loop(), asyncio.Event()
+        line = lifeline.read_start({lifeline.ALL_READY: lambda: loop.call_soon_threadsafe(all_ready.set)})
+        start = msgspec.json.decode(line, type=WorkerStart)
+        settings = Settings.model_validate_json(start.settings)
+        name = f"api {start.index}"
+        setproctitle.setproctitle(f"tidegate: {name}")
+        logs.set_up(settings.log_level, settings.log_format, name)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        gc.set_threshold(*GC_THRESHOLD)
+        try:
+            runner.run(_run(start, all_ready))
+        except (ConfigError, CheckpointError) as error:
+            log.error(error.message)
+            sys.exit(EXIT_BAD_SETTINGS)
 
 
-async def _serve(start: WorkerStart) -> None:
-    await Worker(start).run()
+async def _run(start: WorkerStart, all_ready: asyncio.Event) -> None:
+    await Worker(start, all_ready).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the supervisor tells a worker. A module of its own, so that the supervisor does not import the whole server."""
+"""What the supervisor writes to a worker. It is a module of its own, so that the supervisor does not import the whole server."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import msgspec
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What the supervisor writes to the process's standard input, as JSON on one line."""
+    """The worker's first line on standard input, as JSON."""
 
     settings: str  # Settings as JSON
-    endpoint: str
+    endpoint: str  # of the engine
     http_fd: int  # a bound socket
+    admin_fd: int  # likewise
     index: int = 0
+    listen_at_once: bool = True  # False: other workers serve, so this one opens its ports only once all workers are ready

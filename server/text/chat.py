@@ -1,6 +1,6 @@
-"""Chat messages to one prompt, by the template in the model's folder: Hugging Face's dialect of Jinja, in a sandbox.
+"""Renders chat messages to one prompt with the model's chat template: Jinja as Hugging Face uses it, in a sandbox.
 
-The template is the operator's. What clients send reaches it only as values, never as source.
+The template comes from the model folder, which the operator chose. Clients' texts reach it only as values, never as source.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from engine.errors import CheckpointError, InvalidRequest
 
 MAX_PROMPT_CHARS = 1 << 24
 Message = Mapping[str, Any]
-"""`role`, and `content`: a string or a list of {"type": "text", "text": ...}."""
+"""Has `role` and `content`. The content is a string, or a list of {"type": "text", "text": ...}."""
 
 
 class _Refusal(Exception):
-    """What a template says by `raise_exception`."""
+    """Raised by a template that calls `raise_exception`, with the template's message."""
 
 
 class ChatTemplate:
     def __init__(self, source: str, tokens: Mapping[str, str], *, origin: str = "the chat template") -> None:
-        """`tokens` are the names that a template may use for the model's own tokens, such as `bos_token`."""
+        """`tokens` are the special tokens that a template may use by name, such as `bos_token`.
+
+        Raises CheckpointError, naming `origin` and the line, for a template that does not parse.
+        """
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -39,7 +42,7 @@ class ChatTemplate:
             raise CheckpointError(f"{origin}: the chat template does not parse, line {error.lineno}: {error.message}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt, with the model's special tokens as text. Raises InvalidRequest where the template refuses."""
+        """The prompt, with the model's special tokens as text. Raises InvalidRequest if the template refuses or fails."""
         plain = [{**message, "content": _plain_text(message.get("content"))} for message in messages]
         parts: list[str] = []
         size = 0
@@ -48,17 +51,17 @@ class ChatTemplate:
                 parts.append(part)
                 size += len(part)
                 if size > MAX_PROMPT_CHARS:
-                    raise _Refusal(f"the prompt comes to more than {MAX_PROMPT_CHARS} characters")
+                    raise _Refusal(f"the prompt has more than {MAX_PROMPT_CHARS} characters")
         except _Refusal as refusal:
             raise InvalidRequest(f"the model's chat template refuses these messages: {refusal}", param="messages") from refusal
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-            # Templates are made for messages of a certain shape, and fail on others in every way that Jinja has.
+            # A template expects messages of a certain shape. On other messages it may fail with any of these errors.
             raise InvalidRequest(f"the model's chat template cannot take these messages: {error}", param="messages") from error
         return "".join(parts)
 
 
 def _plain_text(content: Any) -> Any:
-    """Most templates know strings only."""
+    """The content as one string: most templates cannot handle a list of parts."""
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
     return content
@@ -69,7 +72,7 @@ def _raise_exception(message: str) -> str:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    """Jinja's own would escape <, > and & for HTML."""
+    """The `tojson` filter of Hugging Face. Jinja's own filter escapes <, > and & for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
 

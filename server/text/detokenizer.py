@@ -1,11 +1,12 @@
-"""Tokens to text as they come: the pieces joined are the text of all the tokens, and no piece ends inside a character.
+"""Detokenizers: the text of token ids as they arrive.
 
-Two kinds, chosen by the tokenizer's decoder:
+A detokenizer returns text in pieces. The pieces joined are the text of all tokens, and no piece ends inside a character.
+The tokenizer's decoder decides which of two classes is used:
 
-    ByteDetokenizer     byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek): a token is bytes, text is their UTF-8
-    WindowDetokenizer   everything else (SentencePiece, WordPiece): a token's text depends on its neighbours
+    ByteDetokenizer     byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek): a token is bytes, and the text is their UTF-8
+    WindowDetokenizer   all other tokenizers (SentencePiece, WordPiece): a token's text depends on the token before it
 
-Special tokens have no text, and neither have ids that the tokenizer does not know.
+Special tokens and ids that the tokenizer does not know have no text.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ import codecs
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer(Protocol):
     def add(self, tokens: Sequence[int]) -> str:
-        """The text that has become certain; it may lag behind the tokens."""
+        """Return the text that is certain after `tokens`. Bytes of an incomplete character are held back."""
 
     def flush(self) -> str:
-        """The rest, when there are no more tokens."""
+        """Return the text that was held back. Called once, after the last token."""
 
 
 class ByteDetokenizer:
+    """The detokenizer of one output of a byte-level BPE. It holds back at most the 3 bytes of an incomplete character."""
+
     __slots__ = ("_bytes", "_decode")
 
     def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
@@ -43,48 +46,115 @@ class ByteDetokenizer:
         return self._decode(b"", True)
 
 
+class TokenTexts(Protocol):
+    """What WindowDetokenizer needs to know of a tokenizer."""
+
+    @property
+    def decode_tokens(self) -> Callable[[Sequence[int]], str]:
+        """The library's decoder over a list of tokens. No token of the list is special or unknown."""
+
+    @property
+    def is_silent(self) -> Mapping[int, bool]:
+        """True for tokens without text: special tokens, ids that the tokenizer does not know."""
+
+    @property
+    def byte_of(self) -> Mapping[int, int | None]:
+        """The byte of a byte-fallback token ("<0x0A>" is 10), and None for every other token."""
+
+    @property
+    def anchor(self) -> tuple[int, ...]:
+        """One ordinary token with text, or nothing if the vocabulary has none."""
+
+
 class WindowDetokenizer:
-    """Decodes the new tokens behind the ones of the piece before, and takes what that adds.
+    """The detokenizer of one output for tokenizers whose tokens depend on the token before.
 
-        context or piece before | held back ...... | new
-        ^ self._before          ^ self._new
+    The text of new tokens is what they add to a short context: decode(context + new) without decode(context). The context
+    is the last unit that was written. A unit is one ordinary token, or the byte tokens of one complete character.
 
-    Text is held back while it ends in U+FFFD, and while the last token is one of a byte fallback ("<0x0A>"): a decoder with
-    byte fallback looks at a whole run of those at once, and one wrong byte makes U+FFFD of every byte in the run.
+    Byte tokens are held back, at most 3 of them, until they complete a character. A byte token that cannot be part of a
+    character becomes U+FFFD. The library instead replaces every byte of a run that has one wrong byte, and for that it must
+    see the end of the run, which may be the end of the stream.
     """
 
-    __slots__ = ("_before", "_before_len", "_decode", "_is_byte", "_is_silent", "_new")
+    __slots__ = ("_begun", "_context", "_context_len", "_held", "_texts")
 
-    def __init__(
-        self,
-        decode: Callable[[list[int]], str],
-        *,
-        is_silent: Mapping[int, bool],
-        is_byte: Mapping[int, bool],
-        context: Sequence[int] = (),
-    ) -> None:
-        """`is_silent` tokens are those without text. `context` are tokens that stand before the text, the prompt's last
-        few: a SentencePiece decoder drops the space before the very first word."""
-        self._decode = decode
-        self._is_silent = is_silent
-        self._is_byte = is_byte
-        self._before = [token for token in context if not is_silent[token]]
-        self._before_len = len(decode(self._before)) if self._before else 0
-        self._new: list[int] = []
+    def __init__(self, texts: TokenTexts, prompt_end: Sequence[int] = ()) -> None:
+        """`prompt_end` is the last tokens of the prompt: a SentencePiece decoder drops the space before the first word only
+        at the start of a text."""
+        self._texts = texts
+        self._context: list[int] = []
+        self._context_len = 0  # of decode(context), in characters
+        self._held: list[int] = []  # byte tokens of an incomplete character
+        self._begun = False  # whether any text was written
+        self.add(prompt_end)
 
     def add(self, tokens: Sequence[int]) -> str:
-        new, is_silent = self._new, self._is_silent
-        new += [token for token in tokens if not is_silent[token]]
-        if not new or self._is_byte[new[-1]]:
-            return ""
-        text = self._decode(self._before + new)[self._before_len :]
-        if text.endswith(_UNFINISHED):
-            return ""
-        self._before, self._new = new, []
-        self._before_len = len(self._decode(new))
-        return text
+        is_silent, byte_of = self._texts.is_silent, self._texts.byte_of
+        parts: list[str] = []
+        run: list[int] = []  # units that the library can decode together
+        unit: list[int] = []  # the last unit of the run
+        for token in tokens:
+            if is_silent[token]:
+                continue
+            if byte_of[token] is None:
+                if self._held:
+                    parts += [self._write(run, unit), self.flush()]
+                    run = []
+                unit = [token]
+                run.append(token)
+                continue
+            self._held.append(token)
+            while self._held:
+                num_bytes, is_character = self._first_unit()
+                if not num_bytes:
+                    break
+                done, self._held = self._held[:num_bytes], self._held[num_bytes:]
+                if is_character:
+                    unit = done
+                    run += done
+                else:
+                    parts += [self._write(run, unit), self._write_undecodable(done)]
+                    run = []
+        parts.append(self._write(run, unit))
+        return "".join(parts)
 
     def flush(self) -> str:
-        if not self._new:
+        held, self._held = self._held, []
+        return self._write_undecodable(held)
+
+    def _first_unit(self) -> tuple[int, bool]:
+        """The number of held byte tokens that are decided, and whether they are one character or undecodable bytes.
+
+        (0, False) means that the bytes may still become a character.
+        """
+        byte_of = self._texts.byte_of
+        held = bytes([byte for token in self._held if (byte := byte_of[token]) is not None])
+        try:
+            _, num_bytes = codecs.utf_8_decode(held, "strict", False)
+        except UnicodeDecodeError as error:
+            return error.end - error.start, False
+        return num_bytes, True
+
+    def _write(self, run: list[int], unit: list[int]) -> str:
+        """Return the text that `run` adds, and make its last unit the context of what follows."""
+        if not run:
             return ""
-        return self._decode(self._before + self._new)[self._before_len :]
+        decode = self._texts.decode_tokens
+        text = decode([*self._context, *run])[self._context_len :]
+        self._begun = self._begun or bool(text)
+        unit_len = len(decode(unit))
+        if unit_len:
+            self._context, self._context_len = list(unit), unit_len
+        else:  # a space that the decoder drops at the start of a text: the context must not look like a start
+            self._context = [*(self._texts.anchor if self._begun else self._context), *unit]
+            self._context_len = len(decode(self._context))
+        return text
+
+    def _write_undecodable(self, tokens: list[int]) -> str:
+        """Return U+FFFD for each byte token. An ordinary token becomes the context: the bytes would spoil what follows."""
+        if tokens:
+            self._begun = True
+            self._context = list(self._texts.anchor)
+            self._context_len = len(self._texts.decode_tokens(self._context)) if self._context else 0
+        return REPLACEMENT * len(tokens)

@@ -1,10 +1,10 @@
-"""Stop strings in text that arrives in pieces.
+"""Finds stop strings in text that arrives in pieces.
 
-Text is read character by character, so how it is cut into pieces changes nothing: the stop string that is complete first
-wins, and of two that are complete at the same character the longer. What comes out is the text before it.
+Text is read character by character, so the result does not depend on how it is cut into pieces. The stop string that is
+complete first wins. Of two that are complete at the same character, the longer wins. The output is the text before it.
 
-The automaton is Aho and Corasick's. Its state is the longest end of the text that could still become a stop string, which is
-exactly what must be held back. One step a character, whatever the text and the stop strings are.
+The automaton is that of Aho and Corasick. Its state is the longest suffix of the text that could still become a stop string,
+which is exactly what must be held back. It costs one step a character, whatever the text and the stop strings are.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """The automaton of some stop strings, none of them empty; shared by the outputs of a request."""
+    """The automaton of a request's stop strings, none of them empty. The outputs of the request share it."""
 
     __slots__ = ("depths", "ends", "fails", "nexts")
 
     def __init__(self, strings: Sequence[str]) -> None:
-        # By state; 0 is the root.
+        # Each list is indexed by state; state 0 is the root.
         self.nexts: list[dict[str, int]] = [{}]
-        self.depths = [0]  # how many of the latest characters the state stands for
-        self.ends: list[str | None] = [None]  # the longest stop string that is complete in it
-        self.fails = [0]  # the state of the longest proper end of what it stands for
+        self.depths = [0]  # number of latest characters that the state stands for
+        self.ends: list[str | None] = [None]  # the longest stop string that is complete in the state
+        self.fails = [0]  # the state of the longest proper suffix of the state's characters
         for string in strings:
             self._add(string)
         self._link()
@@ -42,7 +42,7 @@ class StopStrings:
         self.ends[state] = string
 
     def _link(self) -> None:
-        """Breadth first, so that a state's `fail`, which is shallower, is whole before the state needs it."""
+        """Fill in `fails`, breadth first: the fail state of a state is shallower, so it is complete when it is needed."""
         queue = deque(self.nexts[0].values())
         while queue:
             state = queue.popleft()
@@ -53,6 +53,7 @@ class StopStrings:
                 queue.append(following)
 
     def step(self, state: int, character: str) -> int:
+        """The state after `character`."""
         while True:
             following = self.nexts[state].get(character)
             if following is not None:
@@ -63,7 +64,7 @@ class StopStrings:
 
 
 class StopScanner:
-    """One output's text. After `matched` is set it takes no more."""
+    """Searches the text of one output. Once `matched` is set, further text is dropped."""
 
     __slots__ = ("_held", "_state", "_strings", "matched")
 
@@ -74,7 +75,7 @@ class StopScanner:
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
-        """Take `text` and return what has become certain not to belong to a stop string, or stands before one."""
+        """Read `text` and return what is certain: the text that cannot belong to a stop string, or stands before one."""
         if self.matched is not None or not text:
             return ""
         strings = self._strings
@@ -100,6 +101,6 @@ class StopScanner:
         return whole[:certain]
 
     def flush(self) -> str:
-        """The text has ended: what was held back belongs to it after all."""
+        """Return the text that is held back, at the end of the output: no more text can complete a stop string."""
         held, self._held, self._state = self._held, "", 0
         return held

@@ -1,29 +1,42 @@
-"""A model folder's tokenizer: text to token ids and back. No torch, no transformers.
+"""Tokenizer: text to token ids and back, with the tokenizer.json of a model folder. It needs neither torch nor transformers.
 
-Holds no state of any request: `detokenizer()` makes what follows one output.
+A Tokenizer holds no state of a request. `detokenizer` creates the object that turns the tokens of one output into text.
+`encoding` and `decoding` create jobs, which do long work in steps of some milliseconds.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
 
 from engine.errors import CheckpointError
+from server.text.bound import find_bound
 from server.text.chat import ChatTemplate
+from server.text.cuts import find_cuts, parts_of, pieces_of
 from server.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from server.text.jobs import DecodeJob, EncodeJob, finish
+from server.text.model_files import chat_template, read_config, token_text
+from server.text.token_bytes import byte_level_bytes, fallback_byte
 
-_CONTEXT_TOKENS = 8  # of the prompt, for decoders that look at neighbours
+PIECE_CHARS = 1 << 14  # characters that one step tokenises: some 5 ms, some 3 MB
+PIECE_TOKENS = 1 << 10  # tokens that one step decodes: some 2 ms
+_CONTEXT_TOKENS = 8  # last tokens of the prompt that a detokenizer sees: enough for two characters of byte tokens
+_LIST_IDS = 1 << 16  # ids that become a list at once; other Python threads can run between two steps
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LOCAL_DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece"})
 T = TypeVar("T")
 
 
 class Tokenizer:
-    """`add_bos` and `bos_token` are for models whose tokenizer.json leaves the first token to its caller."""
+    """The tokenizer of one model. `add_bos` and `bos_token` come from tokenizer_config.json: True puts the begin token before
+    a text that does not have it, False leaves it out, and None follows tokenizer.json."""
 
     def __init__(
         self,
@@ -33,24 +46,31 @@ class Tokenizer:
         add_bos: bool | None = None,
         bos_token: str | None = None,
     ) -> None:
-        tokenizer.no_truncation()  # some files carry settings of their training
+        tokenizer.no_truncation()  # some files carry the truncation and padding of their training
         tokenizer.no_padding()
         self.chat = chat
         self._tokenizer = tokenizer
         self._add_bos = add_bos
         self._bos = None if bos_token is None else tokenizer.token_to_id(bos_token)
         self._special = frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-        decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-        kinds = [part["type"] for part in decoder.get("decoders", [decoder] if decoder else [])]
+        spec = json.loads(tokenizer.to_str())
+        self._cuts = find_cuts(spec)
+        self._bound = find_bound(spec, self._cuts)
+        decoders = parts_of(spec["decoder"], "decoders")
+        self._decodes_in_pieces = _is_local(decoders)
+        kinds = [part["type"] for part in decoders]
         self._is_byte_level = kinds == ["ByteLevel"]
+        self._has_byte_tokens = "ByteFallback" in kinds
         self._token_bytes = _Memo(self._make_bytes)
-        self._is_silent = _Memo(lambda id: id in self._special or tokenizer.id_to_token(id) is None)
-        self._is_byte = _Memo(lambda id: _fallback_byte(tokenizer.id_to_token(id) or "") is not None)
+        self.is_silent = _Memo(lambda id: id in self._special or not tokenizer.id_to_token(id))
+        self.byte_of = _Memo(self._find_byte)
+        self._before, self._after = self._special_tokens()
+        self._anchor: tuple[int, ...] | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """Raises CheckpointError, naming the file that is missing or cannot be read."""
-        # A server encodes one prompt a call. Threads of the library's own would only compete with the engine's.
+        # A server encodes one piece of text a call. Threads of the library's own would only compete with the engine's.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
@@ -59,79 +79,114 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        config = _read_config(Path(folder) / "tokenizer_config.json")
-        named = {name: text for name in _TEMPLATE_TOKENS if (text := _token_text(config.get(name))) is not None}
+        config = read_config(Path(folder) / "tokenizer_config.json")
+        named = {name: text for name in _TEMPLATE_TOKENS if (text := token_text(config.get(name))) is not None}
         return cls(
             tokenizer,
-            chat=_chat_template(Path(folder), config, named),
+            chat=chat_template(Path(folder), config, named),
             add_bos=config.get("add_bos_token"),
             bos_token=named.get("bos_token"),
         )
 
     @property
     def vocab_size(self) -> int:
-        """Ids known here; a model may have more, which then have no text."""
+        """Number of ids that the tokenizer knows. A model may have more ids, which then have no text."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """`text` must have no lone surrogates. May run in a thread: other threads go on meanwhile."""
-        # Of the library's ways to encode, those for batches let go of the interpreter lock; `encode` does not.
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        if not add_special_tokens or self._bos is None or self._add_bos is None:
-            return ids
-        if self._add_bos and ids[:1] != [self._bos]:
-            return [self._bos, *ids]
-        if not self._add_bos and ids[:1] == [self._bos] and not self._encodes_to_bos(text):
-            return ids[1:]
-        return ids
+        """The token ids of `text`, which must have no lone surrogates."""
+        return finish(self.encoding(text, add_special_tokens=add_special_tokens))
+
+    def encoding(self, text: str, *, add_special_tokens: bool = True) -> EncodeJob:
+        """`encode` as a job. Its steps are PIECE_CHARS characters each, or one step if the text cannot be cut."""
+        before, after = (self._before, self._after) if add_special_tokens else ([], [])
+        bos = self._bos if add_special_tokens and self._add_bos else None
+        pieces = pieces_of(text, self._cuts, PIECE_CHARS)
+        return EncodeJob(pieces, self._encode_piece, partial(_framed, before, after, bos))
+
+    def exceeds(self, text: str, limit: int) -> bool:
+        """Whether `text` certainly has more than `limit` tokens. It takes a few milliseconds at most. False means not certain."""
+        return self._bound is not None and self._bound.exceeds(text, limit)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Their text, special tokens left out."""
-        if self._is_byte_level:
-            return b"".join([self._token_bytes[id] for id in ids]).decode("utf-8", "replace")
-        return str(self._tokenizer.decode([id for id in ids if not self._is_silent[id]], skip_special_tokens=True))
+        """The text of `ids`. Special tokens are left out."""
+        return finish(self.decoding(ids))
+
+    def decoding(self, ids: Sequence[int]) -> DecodeJob:
+        """`decode` as a job. Its steps are PIECE_TOKENS tokens each, or one step if the decoder needs all tokens at once."""
+        return DecodeJob(ids, self.detokenizer(), PIECE_TOKENS if self._decodes_in_pieces else len(ids))
+
+    def decode_tokens(self, ids: Sequence[int]) -> str:
+        """The library's text of `ids`, none of them special. Other threads run meanwhile."""
+        return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
 
     def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizer:
-        """For one output that continues `prompt`."""
+        """The detokenizer of one output that continues `prompt`."""
         if self._is_byte_level:
             return ByteDetokenizer(self._token_bytes)
-        context = list(prompt[-_CONTEXT_TOKENS:])
-        while context and self._is_byte[context[0]]:  # the run it belongs to may begin before the window
-            del context[0]
-        return WindowDetokenizer(self.decode, is_silent=self._is_silent, is_byte=self._is_byte, context=context)
+        return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:])
+
+    @property
+    def anchor(self) -> tuple[int, ...]:
+        """One ordinary token with text that is no white space, or nothing if the vocabulary has none."""
+        if self._anchor is None:
+            usable = (id for id in range(self.vocab_size) if not self.is_silent[id] and self.byte_of[id] is None)
+            self._anchor = next(((id,) for id in usable if self.decode_tokens([id]).strip()), ())
+        return self._anchor
 
     def token_text(self, id: int) -> str:
-        """One token by itself, special ones included; bytes that are no whole character show as U+FFFD."""
+        """The text of one token by itself, special tokens included. Bytes of an incomplete character show as U+FFFD."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """What one token adds to the text, special ones included."""
+        """The bytes that one token adds to the text, special tokens included."""
         content = self._tokenizer.id_to_token(id)
         if content is None:
             return b""
         if id in self._special:
-            return content.encode()
+            return str(content).encode()
         if self._is_byte_level:
             return self._token_bytes[id]
-        byte = _fallback_byte(content)
+        byte = self.byte_of[id]
         return content.replace("▁", " ").encode() if byte is None else bytes([byte])
 
-    def _encodes_to_bos(self, text: str) -> bool:
-        """Whether the text itself begins with the token."""
-        return bool(self._tokenizer.encode(text[:64], add_special_tokens=False).ids[:1] == [self._bos])
+    def _encode_piece(self, piece: str) -> array[int]:
+        """The token ids of a piece, without the special tokens around a text. Other threads run meanwhile."""
+        # Of the library's ways to encode, those for batches release the interpreter lock; `encode` does not.
+        return array("i", self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """The special tokens that belong before and after every text."""
+        sample = self._tokenizer.encode("a")
+        mask = sample.special_tokens_mask  # 1 for these tokens, 0 for those of the sample
+        if 0 not in mask:
+            raise CheckpointError("the tokenizer has no token for the letter 'a'")
+        before, after = sample.ids[: mask.index(0)], sample.ids[len(mask) - mask[::-1].index(0) :]
+        if self._add_bos is False and before[:1] == [self._bos]:
+            before = before[1:]
+        return before, after
 
     def _make_bytes(self, id: int) -> bytes:
         content = self._tokenizer.id_to_token(id)
-        if content is None or id in self._special:
-            return b""
-        try:
-            return bytes([_BYTE_OF[character] for character in content])
-        except KeyError:  # an added token is written as it is
-            return content.encode()
+        return b"" if content is None or id in self._special else byte_level_bytes(content)
+
+    def _find_byte(self, id: int) -> int | None:
+        return fallback_byte(self._tokenizer.id_to_token(id) or "") if self._has_byte_tokens else None
+
+
+def _framed(before: list[int], after: list[int], bos: int | None, ids: array[int]) -> list[int]:
+    """`ids` between the special tokens `before` and `after`. If the result does not begin with `bos`, `bos` is put first."""
+    framed = list(before)
+    if bos is not None and (before or ids[:1].tolist())[:1] != [bos]:
+        framed.insert(0, bos)
+    for start in range(0, len(ids), _LIST_IDS):
+        framed += ids[start : start + _LIST_IDS]
+    framed += after
+    return framed
 
 
 class _Memo(dict[int, T]):
-    """A table that fills itself: a vocabulary has some 100,000 entries, of which a worker meets a few thousand soon."""
+    """A table that computes an entry at its first use: of some 100,000 tokens a worker meets a few thousand."""
 
     __slots__ = ("_make",)
 
@@ -144,56 +199,18 @@ class _Memo(dict[int, T]):
         return value
 
 
-def _byte_of() -> dict[str, int]:
-    """GPT-2's alphabet: bytes that print stand for themselves, the others for the characters from U+0100 on, in order."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in set(printing)]
-    return {chr(byte): byte for byte in printing} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_of()
-
-
-def _fallback_byte(content: str) -> int | None:
-    """65 for "<0x41>"."""
-    if len(content) != 6 or not (content.startswith("<0x") and content.endswith(">")):
-        return None
-    try:
-        return int(content[3:5], 16)
-    except ValueError:
-        return None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold one object")
-    return config
-
-
-def _token_text(value: Any) -> str | None:
-    """Written as a string, or as an object with its `content`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _chat_template(folder: Path, config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
-    """From chat_template.jinja, which is the newer place, or the config's `chat_template`: a string, or a list of named ones."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), named, origin=str(path))
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named_so = (entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default")
-        source = next(named_so, {}).get("template")
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string")
-    return ChatTemplate(source, named, origin=str(folder / "tokenizer_config.json"))
+def _is_local(decoders: list[dict[str, Any]]) -> bool:
+    """Whether tokens can be decoded in pieces: the text of a piece depends on the last token before it, and on nothing else."""
+    fused = False
+    for part in decoders:
+        kind = part["type"]
+        if kind == "Replace":
+            known = len(part["pattern"].get("String", "")) == 1
+        elif kind == "Strip":
+            known = part["stop"] == 0 and (part["start"] <= 1 or not fused)
+        else:
+            known = kind in _LOCAL_DECODERS and not (fused and kind in ("Metaspace", "WordPiece", "ByteFallback"))
+        if not known:
+            return False
+        fused = fused or kind == "Fuse"
+    return True

@@ -1,11 +1,15 @@
-"""The OpenAPI document's shape. `tests/e2e/test_openapi_fuzz.py` holds made-up requests against it."""
+"""The OpenAPI documents of the HTTP port and the admin port: routes, schemas and errors.
+
+`tests/e2e/test_openapi_fuzz.py` sends generated requests and compares the answers with the document.
+"""
 
 from pathlib import Path
 
 import pytest
 
-from server.http.app import build_app
-from server.metrics import Metrics
+from server.http.admin import ADMIN_ROUTERS, build_admin_app
+from server.http.app import ROUTERS, build_app
+from server.metrics.registry import Metrics
 from server.settings import Settings
 from tests.unit.server.http.routes.scripted import ScriptedService
 
@@ -23,21 +27,56 @@ OPERATIONS = {
     "GET /metrics",
     "GET /version",
 }
+ADMIN_OPERATIONS = {"GET /health/live", "GET /health/ready", "GET /health/startup", "GET /metrics", "GET /version"}
+ON_BOTH_PORTS = {"GET /health/live", "GET /health/ready", "GET /health/startup", "GET /metrics", "GET /version"}
+ROUTERS_OF = {build_app: ROUTERS, build_admin_app: ADMIN_ROUTERS}
 GENERATING = ("/v1/generate", "/v1/completions", "/v1/chat/completions")
+
+
+def application(build):
+    service = ScriptedService()
+    return build(Settings(), service, Metrics("tiny", service.health))
+
+
+def operations(document):
+    return {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
 
 
 @pytest.fixture(scope="module")
 def document():
-    service = ScriptedService()
-    return build_app(Settings(), service, Metrics("tiny", service.health)).openapi()
+    return application(build_app).openapi()
 
 
-def test_these_are_the_operations(document):
-    found = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
-    assert found == OPERATIONS
+@pytest.fixture(scope="module")
+def admin_document():
+    return application(build_admin_app).openapi()
 
 
-def test_the_readme_names_them_all():
+def test_the_http_port_has_these_operations(document):
+    assert operations(document) == OPERATIONS
+
+
+def test_the_admin_port_has_these_operations(admin_document):
+    assert operations(admin_document) == ADMIN_OPERATIONS
+
+
+def test_the_admin_routes_are_not_on_the_http_port_apart_from_the_listed_ones(document, admin_document):
+    assert operations(document) & operations(admin_document) == ON_BOTH_PORTS
+
+
+@pytest.mark.parametrize("build", [build_app, build_admin_app])
+async def test_no_route_is_missing_from_its_document(build):
+    """A route that is kept out of the document, as `include_in_schema=False` does, must answer HEAD like a listed GET."""
+    app = application(build)
+    listed = operations(app.openapi())
+    routes = [route for router in ROUTERS_OF[build] for route in router.routes]
+    assert len(routes) > len(ADMIN_OPERATIONS)
+    for route in routes:
+        hidden = {f"{method} {route.path.replace(':path', '')}" for method in route.methods} - listed
+        assert all(name.startswith("HEAD ") and name.replace("HEAD", "GET") in listed for name in hidden), hidden
+
+
+def test_the_readme_names_all_operations():
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     assert not [operation for operation in OPERATIONS if f"{operation.split()[1]}`" not in readme]
 
@@ -52,21 +91,21 @@ def references(value):
             yield from references(inner)
 
 
-def test_every_reference_leads_somewhere(document):
-    there = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
-    assert set(references(document)) <= there
+def test_every_reference_has_its_schema(document, admin_document):
+    for each in (document, admin_document):
+        schemas = {f"#/components/schemas/{name}" for name in each["components"]["schemas"]}
+        assert set(references(each)) <= schemas
 
 
-def test_requests_are_closed_and_every_field_says_what_it_is(document):
+def test_request_bodies_refuse_unknown_fields_and_describe_every_field(document):
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     names = {ref.rpartition("/")[2] for operation in operations for ref in references(operation.get("requestBody", {}))}
-    assert {"GenerateRequest", "TokenizeRequest"} <= names
-    silent = {"model", "messages", "prompt", "max_tokens"}
+    assert {"GenerateBody", "TokenizeBody"} <= names
     for name in names:
         schema = document["components"]["schemas"][name]
         assert schema["additionalProperties"] is False
         for field, about in schema["properties"].items():
-            assert "description" in about or field in silent or "$ref" in str(about), (name, field)
+            assert "description" in about or "$ref" in str(about), (name, field)
 
 
 @pytest.mark.parametrize("path", GENERATING)

@@ -1,4 +1,4 @@
-"""EngineClient and a real engine process: what happens when one of them dies, sticks or lies."""
+"""EngineClient and real engine processes: what happens when one of them dies, hangs or sends rubbish."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ import zmq
 
 from engine.config import CacheConfig, EngineConfig, FakeConfig, SchedulerConfig
 from engine.errors import Aborted, ContextTooLong, EngineUnavailable, InternalError, InvalidRequest
-from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode
+from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode, pack_tokens
 from engine.request import FinishReason, SamplingParams
 from server.bundled import bundled_checkpoint
 from server.engines.client import EngineClient
@@ -39,7 +39,9 @@ def engine():
 
 @contextlib.asynccontextmanager
 async def connected(engine, worker="api 0", **options):
-    client = EngineClient(engine.endpoint, worker, **options)
+    """A client that has connected to an engine. `engine` is one EngineChild or a list of them."""
+    engines = engine if isinstance(engine, list) else [engine]
+    client = EngineClient([engine.endpoint for engine in engines], worker, **options)
     await client.start()
     try:
         await client.wait_ready(30)
@@ -51,11 +53,11 @@ async def connected(engine, worker="api 0", **options):
 def ask(number, max_tokens=100, **changes):
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     prompt = [2 + (number * 7 + i) % 200 for i in range(20 + number)]
-    return Submit(request_id=f"r{number}", prompt=prompt, params=params, seed=number, **changes)
+    return Submit(request_id=f"r{number}", prompt=pack_tokens(prompt), params=params, seed=number, **changes)
 
 
 async def collect(stream, first=None):
-    """Its tokens and how it finished. `first` is set once a token came."""
+    """Return the tokens of a stream and its finish reason. The event `first` is set when the first token has come."""
     tokens, finish = [], None
     async for event in stream:
         tokens += event.tokens
@@ -90,8 +92,63 @@ async def test_streams_survive_the_engines_death_with_the_same_tokens(engine):
         await until(lambda: client.health.ready and client.health.stats.running == 0, "idle again")
 
 
+async def test_streams_of_a_killed_engine_move_to_the_other_engine_at_once(engine):
+    """The killed engine is not started again. Each stream gets the tokens of an undisturbed run, once each."""
+    with EngineChild(config()) as other:
+        async with connected([engine, other]) as client:
+            await until(lambda: client.health.stats and len(client._live_links()) == 2, "both engines are live", 30)
+            undisturbed = await asyncio.gather(*(collect(client.submit(ask(i))) for i in range(32)))
+            firsts = [asyncio.Event() for _ in range(32)]
+            tasks = [asyncio.create_task(collect(client.submit(ask(i)), firsts[i])) for i in range(32)]
+            await asyncio.gather(*(first.wait() for first in firsts))
+            assert [len(link.sent) for link in client._links] == [16, 16]
+            engine.kill()
+            await until(lambda: len(client._live_links()) == 1, "the death is noticed")
+            assert client.health.ready
+            assert not all(task.done() for task in tasks), "killed too late: nothing was in flight"
+            assert await asyncio.gather(*tasks) == undisturbed
+            assert all(len(tokens) == 100 and finish is FinishReason.LENGTH for tokens, finish in undisturbed)
+
+
+async def test_streams_that_progress_on_each_engine_survive_any_number_of_kills(engine):
+    """Not even the strictest `max_deaths` blames them, since each engine served them before something else killed it."""
+    async with connected(engine, max_deaths=1) as client:
+        undisturbed = await asyncio.gather(*(collect(client.submit(ask(i, max_tokens=400))) for i in range(8)))
+        streams = [client.submit(ask(i, max_tokens=400)) for i in range(8)]
+        tasks = [asyncio.create_task(collect(stream)) for stream in streams]
+        for restarts in (1, 2, 3):
+            await until(lambda: all(stream.has_progressed for stream in streams), "all streams progress", 30)
+            engine.kill()
+            assert not any(task.done() for task in tasks), "killed too late: a stream had ended"
+            engine.start()
+            await until(lambda restarts=restarts: client.health.restarts == restarts, "the engine is back", 30)
+        assert await asyncio.gather(*tasks) == undisturbed
+
+
+async def test_an_engine_that_restarts_with_a_smaller_context_serves_what_still_fits(engine):
+    async with connected(engine) as client:
+        (short, _), (long, _) = [await collect(client.submit(ask(i, max_tokens))) for i, max_tokens in ((1, 40), (2, 200))]
+        streams = [client.submit(ask(1, max_tokens=40)), client.submit(ask(2, max_tokens=200))]
+        tokens = [[], []]
+
+        async def read(index):
+            async for event in streams[index]:
+                tokens[index] += event.tokens
+
+        tasks = [asyncio.create_task(read(index)) for index in range(2)]
+        await until(lambda: all(tokens), "both streams have tokens")
+        engine.kill()
+        assert not any(task.done() for task in tasks), "killed too late: a stream had ended"
+        engine.start(config(max_model_len=64))
+        with pytest.raises(ContextTooLong, match=r"context of 64 tokens .* needs 222 \(prompt 22, max_tokens 200\)"):
+            await asyncio.wait_for(tasks[1], 30)
+        await asyncio.wait_for(tasks[0], 30)
+        assert tokens == [short, long[: 64 - 22]]
+        assert client.info.limits.max_model_len == 64
+
+
 async def test_a_request_that_engines_die_of_is_ended():
-    """Its engines die in its first step, which takes long enough for that."""
+    """Each engine is killed in the request's first step, which takes a minute."""
     with EngineChild(config(fake=FakeConfig(step_ms=60_000))) as engine:
         async with connected(engine, max_deaths=2) as client:
             task = asyncio.create_task(collect(client.submit(ask(1, max_tokens=400))))
@@ -134,9 +191,9 @@ async def test_abort_frees_the_blocks_within_two_steps_and_wakes_the_consumer(en
 @pytest.mark.parametrize(
     ("submit", "error"),
     [
-        (Submit(request_id="x", prompt=[], params=SamplingParams(), seed=1), InvalidRequest),
-        (Submit(request_id="x", prompt=[10**6], params=SamplingParams(), seed=1), InvalidRequest),
-        (Submit(request_id="x", prompt=[5] * 10**5, params=SamplingParams(), seed=1), ContextTooLong),
+        (Submit(request_id="x", prompt=b"", params=SamplingParams(), seed=1), InvalidRequest),
+        (Submit(request_id="x", prompt=pack_tokens([10**6]), params=SamplingParams(), seed=1), InvalidRequest),
+        (Submit(request_id="x", prompt=pack_tokens([5] * 10**5), params=SamplingParams(), seed=1), ContextTooLong),
     ],
     ids=["empty", "unknown token", "too long"],
 )
@@ -147,17 +204,17 @@ async def test_a_refusal_is_raised_by_the_stream(engine, submit, error):
         assert (await collect(client.submit(ask(1, max_tokens=5))))[1] is FinishReason.LENGTH
 
 
-async def test_events_that_queue_up_come_out_as_one(engine):
+async def test_events_that_arrive_faster_than_they_are_read_are_merged(engine):
     async with connected(engine) as client:
         stream = client.submit(ask(1, max_tokens=20))
-        await until(lambda: client.health.stats and client.health.stats.num_finished == 1, "all is there")
+        await until(lambda: client.health.stats and client.health.stats.num_finished == 1, "all tokens have arrived")
         events = [event async for event in stream]
         assert len(events) == 1
         assert len(events[0].tokens) == 20
 
 
-async def test_a_worker_that_comes_back_starts_clean(engine):
-    """It was killed and began anew under its name: what its earlier self had asked is aborted, its neighbour's is not."""
+async def test_a_restarted_worker_finds_nothing_of_its_earlier_requests(engine):
+    """A worker that is killed and started again has the same name. Its earlier requests are aborted, its neighbour's are not."""
     async with connected(engine, "api 1") as neighbour:
         kept = asyncio.create_task(collect(neighbour.submit(ask(5))))
         async with connected(engine, "api 0") as first:
@@ -170,14 +227,14 @@ async def test_a_worker_that_comes_back_starts_clean(engine):
         assert len((await kept)[0]) == 100
 
 
-async def test_a_worker_that_is_gone_leaves_nothing_behind(engine):
+async def test_requests_of_a_worker_that_disappears_are_aborted(engine):
     async with connected(engine, "api 1") as witness:
-        gone = EngineClient(engine.endpoint, "api 0")
+        gone = EngineClient([engine.endpoint], "api 0")
         await gone.start()
         await gone.wait_ready(10)
         gone.submit(ask(1, max_tokens=450))
         await until(lambda: witness.health.stats and witness.health.stats.running == 1, "running")
-        await gone.close()  # says nothing to the engine
+        await gone.close()  # sends nothing to the engine
         await until(lambda: witness.health.stats.running == 0, "aborted")
         assert witness.health.stats.num_aborted == 1
         assert witness.health.stats.blocks_used == 0
@@ -200,8 +257,8 @@ async def test_a_stopped_engine_is_not_ready(engine):
         assert len((await task)[0]) == 300
 
 
-def test_rubbish_is_dropped_and_a_stuck_worker_holds_up_nobody():
-    """A worker that never reads is dropped once its queue is full; others get their tokens all the while."""
+def test_rubbish_is_dropped_and_a_worker_that_never_reads_delays_no_other():
+    """A worker that never reads is dropped when its queue is full. Other workers get their tokens meanwhile."""
     with EngineChild(config(debug_checks=False, fake=FakeConfig(step_ms=0))) as engine:
         context = zmq.Context()
         stuck, other = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
@@ -241,7 +298,7 @@ def rename(number):
     return msgspec.structs.replace(ask(number % 100, max_tokens=400), request_id=f"stuck-{number}")
 
 
-def test_sigterm_ends_it_cleanly_and_at_once(engine):
+def test_sigterm_ends_an_engine_cleanly_and_at_once(engine):
     wait_until(lambda: "engine ready" in engine.log.read_text(), "ready")
     assert psutil.Process(engine.process.pid).cmdline()[0] == "tidegate: engine 0"
     engine.send(signal.SIGTERM)
@@ -249,14 +306,14 @@ def test_sigterm_ends_it_cleanly_and_at_once(engine):
     assert "Traceback" not in engine.log.read_text()
 
 
-def test_it_ends_with_its_parent_even_while_stopped(engine):
+def test_an_engine_ends_with_its_parent_even_while_it_is_stopped(engine):
     wait_until(lambda: "engine ready" in engine.log.read_text(), "ready")
     engine.process.stdin.close()
     assert engine.wait(5) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("changes", [{"model": "/nowhere"}, {"max_model_len": 10**9}], ids=["checkpoint", "setting"])
-def test_what_no_retry_mends_ends_it_with_one_message(changes):
+def test_a_wrong_setting_ends_the_engine_with_one_message(changes):
     with EngineChild(config(**changes)) as engine:
         assert engine.wait(30) == 2
         lines = [line for line in engine.log.read_text().splitlines() if '"error"' in line]

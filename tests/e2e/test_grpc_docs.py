@@ -1,4 +1,4 @@
-"""The Python example of docs/grpc.md, run as a newcomer would, against a server with the real service."""
+"""The Python example of docs/grpc.md, run by the commands of that page against a server with the real service."""
 
 import asyncio
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs/grpc.md").read_text()
 
 @pytest.fixture
 def client(tmp_path):
-    """A folder with the client code that the page has its reader make, by its own commands."""
+    """The path for the example. The commands of the page have generated the client code beside it."""
     (commands,) = re.findall(r"```sh\n(mkdir.*?)```", PAGE, re.DOTALL)
     folder = tmp_path / "client"
     commands = commands.replace("/tmp/tidegate-client", str(folder)).replace(".venv/bin/python", sys.executable)

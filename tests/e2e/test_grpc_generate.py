@@ -1,4 +1,4 @@
-"""gRPC over the real service and a real scheduler and cache; only the model is a fake one."""
+"""gRPC with the real service, scheduler and cache. Only the model is a fake."""
 
 import asyncio
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.request import SamplingParams
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.service.service import GenerateService
 from server.service.types import Chunk, GenerationRequest
@@ -28,7 +28,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 async def up(text):
-    """engine, service, and a client's stub and channel."""
+    """The engine, the service and the server, with a client's stub and channel."""
     async with LocalEngine() as engine:
         metrics = Metrics("tiny", lambda: engine.health)
         service = GenerateService(engine, text, Settings(), metrics)
@@ -37,7 +37,7 @@ async def up(text):
 
 
 async def collect(call):
-    """Per output its text, tokens, last chunk and log-probabilities; then the ending."""
+    """Read a stream to its end. Returns ({index: text, tokens, last chunk and log-probabilities of the output}, ending)."""
     outputs, ending = {}, None
     async for response in call:
         assert ending is None, "nothing comes after the ending"
@@ -66,7 +66,7 @@ def greedy(**fields):
     return pb.GenerateRequest(**{"prompt": PROMPT, "temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "seed": 1} | fields)
 
 
-async def test_greedy_tokens_are_the_services_own(up, text):
+async def test_greedy_tokens_equal_those_of_the_service(up, text):
     outputs, ending = await collect(up.stub.Generate(greedy()))
     request = GenerationRequest(
         request_id="direct", prompt=PROMPT, params=SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, seed=1)
@@ -82,14 +82,14 @@ async def test_greedy_tokens_are_the_services_own(up, text):
     assert 0 <= ending.timing.queue_ms <= ending.timing.ttft_ms <= ending.timing.total_ms
 
 
-async def test_a_prompt_of_token_ids(up):
+async def test_a_prompt_of_token_ids_gives_the_tokens_of_its_text(up):
     tokens = (await up.stub.Tokenize(pb.TokenizeRequest(prompt=PROMPT))).tokens
     as_text, _ = await collect(up.stub.Generate(greedy()))
     as_ids, _ = await collect(up.stub.Generate(greedy(prompt=None, prompt_token_ids=tokens)))
     assert as_ids[0].tokens == as_text[0].tokens
 
 
-async def test_two_outputs_of_one_prompt(up):
+async def test_two_outputs_of_one_prompt_differ_and_can_be_repeated(up):
     outputs, ending = await collect(up.stub.Generate(greedy(n=2, temperature=1.0, seed=7)))
     assert sorted(outputs) == [0, 1]
     assert all(len(output.tokens) == 12 and output.last for output in outputs.values())
@@ -119,7 +119,7 @@ async def test_a_stop_string_ends_the_output_and_is_left_out(up):
     await until(lambda: up.engine.idle)
 
 
-async def test_logprobs(up):
+async def test_logprobs_are_returned_if_requested(up):
     outputs, ending = await collect(up.stub.Generate(greedy(max_tokens=4, logprobs=2, prompt_logprobs=1)))
     assert [at.token_id for at in outputs[0].logprobs] == outputs[0].tokens
     assert all(len(at.top) == 2 and at.logprob <= 0 and at.rank >= 1 for at in outputs[0].logprobs)
@@ -145,7 +145,7 @@ async def test_logprobs(up):
         ({"model": "another"}, "NOT_FOUND", "model"),
     ],
 )
-async def test_refusals(up, fields, code, param):
+async def test_a_refusal_has_its_status_and_names_the_field(up, fields, code, param):
     error = await refusal(up.stub.Generate(greedy(**fields)))
     assert error.code().name == code
     assert error.details()
@@ -157,7 +157,7 @@ async def test_refusals(up, fields, code, param):
     assert up.engine.idle
 
 
-async def test_no_engine_is_unavailable_and_says_when_to_try_again(up):
+async def test_without_an_engine_a_call_is_unavailable_with_a_time_to_retry(up):
     up.engine.unavailable = "the engine is loading"
     error = await refusal(up.stub.Generate(greedy()))
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the engine is loading")
@@ -165,7 +165,7 @@ async def test_no_engine_is_unavailable_and_says_when_to_try_again(up):
     assert detail_of(error).retry_after >= 1
 
 
-async def test_health_follows_the_engine(up):
+async def test_health_is_that_of_the_engine(up):
     health = health_pb2_grpc.HealthStub(up.channel)
     asked = health_pb2.HealthCheckRequest(service="tidegate.v1.Inference")
     assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.SERVING
@@ -176,7 +176,7 @@ async def test_health_follows_the_engine(up):
 
 
 async def begin(up, **fields):
-    """A call that is under way, its first chunk read; the engine is held between steps."""
+    """Start a call and read its first chunk. The engine is then paused between two steps."""
     call = up.stub.Generate(greedy(max_tokens=400, **fields))
     response = await anext(aiter(call))
     up.engine.pause()
@@ -224,7 +224,7 @@ async def test_deadline_ms_ends_the_request(up):
     await until(lambda: up.engine.idle)
 
 
-async def test_abort(up):
+async def test_abort_ends_a_running_call(up):
     call, first = await begin(up)
     assert (await up.stub.Abort(pb.AbortRequest(id=first.id))).aborted
     error = await refusal(call)
@@ -234,13 +234,13 @@ async def test_abort(up):
     assert not (await up.stub.Abort(pb.AbortRequest(id=first.id))).aborted
 
 
-async def test_many_calls_at_once_each_get_their_own(up):
+async def test_calls_at_the_same_time_get_the_tokens_that_each_gets_alone(up):
     alone = [(await collect(up.stub.Generate(greedy(prompt=f"{PROMPT} {i}"))))[0][0].tokens for i in range(16)]
     together = await asyncio.gather(*(collect(up.stub.Generate(greedy(prompt=f"{PROMPT} {i}"))) for i in range(16)))
     assert [outputs[0].tokens for outputs, _ in together] == alone
 
 
-async def test_tokens_and_models(up):
+async def test_tokenize_detokenize_and_list_models(up):
     made = await up.stub.Tokenize(pb.TokenizeRequest(prompt=PROMPT))
     assert made.count == len(made.tokens) > 0
     assert made.max_model_len == LIMITS.max_model_len

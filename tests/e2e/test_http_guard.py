@@ -1,8 +1,11 @@
-"""Hostile clients against `server.http.guard` in a real uvicorn: raw sockets, one small ASGI app behind it."""
+"""Hostile clients against `server.http.guard`: raw sockets, and a real uvicorn with a small ASGI app behind the guard."""
 
 import contextlib
 import json
 import logging
+import re
+import resource
+import select
 import socket
 import time
 
@@ -10,13 +13,17 @@ import psutil
 import pytest
 
 from server.http.guard import HttpLimits
+from server.settings import Settings
+from tests.support.children import ServerChild, wait_until
 from tests.support.http_server import serving
 
-LIMITS = HttpLimits(head_seconds=0.4, body_seconds=0.6, idle_seconds=1, write_seconds=0.5, body_bytes=100_000)
+LIMITS = HttpLimits.from_settings(
+    Settings(header_timeout_s=0.4, body_timeout_s=0.6, idle_timeout_s=1, send_timeout_s=0.5, max_body_bytes=100_000)
+)
 
 
 class EchoApp:
-    """Reads the body and says its length; /flood streams without end; /ignore answers without reading."""
+    """Reads the body and answers its length. /flood streams without end. /ignore answers without reading the body."""
 
     def __init__(self):
         self.disconnects = 0
@@ -57,7 +64,7 @@ def port(app):
 
 
 def talk(port, *pieces, timeout=5.0, pause=0.0):
-    """Send the pieces, and return all that comes back until the server closes (or says enough)."""
+    """Send the pieces, and return all that the server sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout) as client:
         with contextlib.suppress(ConnectionError):
             for piece in pieces:
@@ -99,7 +106,7 @@ def test_no_content_length_means_no_body(port):
     assert talk(port, b"POST / HTTP/1.1\r\n" + CLOSE + b"\r\n").endswith(b"\r\n\r\n0")
 
 
-def test_one_huge_header(port):
+def test_one_huge_header_is_refused_without_being_kept(port):
     before = psutil.Process().memory_info().rss
     answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\na: ", *[b"y" * 65536] * 64)
     assert answer == b"" or status(answer) == 431
@@ -112,59 +119,51 @@ def test_a_header_just_over_the_limit_gets_its_answer(port):
     assert error(answer)["code"] == "payload_too_large"
 
 
-def test_two_hundred_thousand_header_lines(port):
-    began = time.monotonic()
+def test_two_hundred_thousand_header_lines_are_refused_and_others_are_served(port):
     answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n", b"a: b\r\n" * 200_000)
     assert answer == b"" or status(answer) == 431
-    assert time.monotonic() - began < 1
     assert status(talk(port, b"GET / HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 200
 
 
-def test_a_hundred_and_one_headers(port):
+def test_a_hundred_and_one_headers_are_431(port):
     answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 100 + b"\r\n")
     assert status(answer) == 431
     assert "100 headers" in error(answer)["message"]
 
 
-def test_a_long_url(port):
+def test_a_long_url_is_414(port):
     assert status(talk(port, b"GET /" + b"u" * 9000 + b" HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 414
 
 
-def test_blank_lines_for_ever(port):
+def test_endless_blank_lines_are_refused(port):
     assert status(talk(port, *[b"\r\n" * 5000] * 20)) in (408, 431, None)
 
 
 @pytest.mark.parametrize("sent", [b"P", b"POST / HTTP/1.1\r\nhost: x\r\n", b"POST / HTTP/1.1\r\nhost: x\r\na: b"])
 def test_a_half_sent_head_is_408(port, sent):
-    began = time.monotonic()
     answer = talk(port, sent)
     assert status(answer) == 408
     assert error(answer)["type"] == "timeout_error"
-    assert 0.3 < time.monotonic() - began < 2
 
 
-def test_a_head_sent_drop_by_drop_is_408(port):
-    began = time.monotonic()
+def test_a_head_sent_byte_by_byte_is_408(port):
     head = b"POST / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 5
     assert status(talk(port, *[head[i : i + 1] for i in range(len(head))], pause=0.05)) in (408, None)
-    assert time.monotonic() - began < 5
 
 
 def test_a_second_half_sent_head_on_a_kept_connection_is_408(port):
-    """Stock uvicorn drops its keep-alive timer at the first byte, and then waits without end."""
+    """uvicorn without the guard drops its keep-alive timer at the first byte, and then waits without limit."""
     answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET", pause=0.1)
     assert answer.count(b"HTTP/1.1 200") == 1
     assert answer.count(b"HTTP/1.1 408") == 1
 
 
-def test_a_connection_that_says_nothing_is_closed(port):
-    began = time.monotonic()
+def test_a_connection_that_sends_nothing_is_closed(port):
     assert talk(port) == b""
-    assert 0.5 < time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("framing", [b"content-length: 10\r\n\r\nabc", b"transfer-encoding: chunked\r\n\r\na\r\nabc"])
-def test_a_half_sent_body_is_408_and_the_app_hears_of_it(port, app, framing):
+def test_a_half_sent_body_is_408_and_the_app_gets_a_disconnect(port, app, framing):
     before = app.disconnects
     answer = talk(port, b"POST / HTTP/1.1\r\nhost: x\r\n" + framing)
     assert status(answer) == 408
@@ -172,7 +171,7 @@ def test_a_half_sent_body_is_408_and_the_app_hears_of_it(port, app, framing):
     assert app.disconnects == before + 1
 
 
-def test_a_body_over_the_backstop_is_413(port):
+def test_a_body_far_over_the_limit_is_413(port):
     chunk = b"1000\r\n" + b"x" * 0x1000 + b"\r\n"
     answer = talk(port, b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n", *[chunk] * 200)
     assert answer == b"" or status(answer) == 413
@@ -184,12 +183,12 @@ def test_many_tiny_chunks_are_refused(port):
     assert "chunks" in error(answer)["message"]
 
 
-def test_chunks_of_a_sane_size_pass(port):
+def test_chunks_of_64_bytes_pass(port):
     body = b"".join(b"40\r\n" + b"x" * 64 + b"\r\n" for _ in range(1200)) + b"0\r\n\r\n"
     assert talk(port, b"POST / HTTP/1.1\r\n" + CLOSE + b"transfer-encoding: chunked\r\n\r\n" + body).endswith(b"76800")
 
 
-def test_trailers_are_bounded_too(port):
+def test_too_many_trailers_are_431(port):
     head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
     assert status(talk(port, head + b"t: v\r\n" * 200 + b"\r\n")) == 431
 
@@ -213,7 +212,7 @@ def test_broken_framing_is_400(port, head):
 
 
 @pytest.mark.parametrize("hosts", [b"", b"host: a\r\nhost: b\r\n"])
-def test_no_host_or_two_is_400(port, hosts):
+def test_no_host_header_or_two_are_400(port, hosts):
     assert status(talk(port, b"GET / HTTP/1.1\r\n" + hosts + b"\r\n")) == 400
 
 
@@ -225,9 +224,9 @@ def test_what_is_not_http_is_400(port, line):
 
 
 def test_what_is_not_http_leaves_no_line_in_the_log(port, monkeypatch):
-    """Where it did, a stranger could fill the disk."""
+    """If it did, any client could fill the disk."""
     lines = []
-    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", lambda *said: lines.append(said))
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", lambda *arguments: lines.append(arguments))
     assert status(talk(port, b"\x16\x03\x01\x02\x00")) == 400
     assert not lines
 
@@ -241,29 +240,22 @@ def test_an_answer_nobody_reads_is_cut_off(port, app):
     before = app.disconnects
     with socket.create_connection(("127.0.0.1", port), 5) as client:
         client.sendall(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
-        deadline = time.monotonic() + 4
-        while app.disconnects == before and time.monotonic() < deadline:
-            time.sleep(0.05)
-    assert app.disconnects == before + 1
+        wait_until(lambda: app.disconnects == before + 1, "the app gets a disconnect")
 
 
-def test_a_body_sent_after_the_answer_does_not_stay(port):
-    began = time.monotonic()
+def test_a_body_that_stops_after_the_answer_has_its_connection_closed(port):
     answer = talk(port, b"POST /ignore HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nabc")
     assert status(answer) == 200
-    assert time.monotonic() - began < 3
 
 
 def test_a_pipelined_request_behind_a_long_answer_hides_no_disconnect():
-    """Stock uvicorn tells only the newest request of a disconnect; the one that runs would go on to its end."""
+    """uvicorn without the guard reports a disconnect to the newest request only; the running one would go on to its end."""
     app = EchoApp()
-    with serving(app, HttpLimits()) as port:
+    with serving(app, HttpLimits.from_settings(Settings())) as port:
         with socket.create_connection(("127.0.0.1", port), 5) as client:
             client.sendall(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n")
             client.recv(1000)
-        deadline = time.monotonic() + 4
-        while not app.disconnects and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: app.disconnects, "the app gets a disconnect")
     assert app.disconnects == 1
 
 
@@ -272,10 +264,69 @@ def test_three_hundred_slow_clients_do_not_hold_up_a_fast_one(port):
     try:
         for client in slow:
             client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\n")
-        began = time.monotonic()
         assert status(talk(port, b"GET / HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 200
-        assert time.monotonic() - began < 1
         assert status(read_all(slow[-1])) == 408
     finally:
         for client in slow:
             client.close()
+
+
+def connect(port):
+    return socket.create_connection(("127.0.0.1", port), 10)
+
+
+KEEP = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+def test_connections_past_the_limit_get_503_and_the_others_are_served(caplog):
+    limits = HttpLimits.from_settings(Settings(max_connections=3))
+    refusals = []
+    with serving(EchoApp(), limits, refusals.append) as port:
+        kept = [connect(port) for _ in range(3)]
+        for client in kept:
+            client.sendall(KEEP)
+            assert status(client.recv(1000)) == 200
+        for _ in range(5):
+            answer = talk(port)
+            assert status(answer) == 503
+            assert error(answer)["code"] == "overloaded"
+            assert b"retry-after: 1\r\n" in answer
+        kept[0].sendall(KEEP)
+        assert status(kept[0].recv(1000)) == 200
+        kept.pop().close()
+        wait_until(lambda: status(talk(port, b"GET / HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 200, "a place is free again")
+        for client in kept:
+            client.close()
+    assert refusals.count(503) >= 5
+    (line,) = [line for line in caplog.records if "connections are refused" in line.message]  # of many refusals
+    assert line.limit == 3
+
+
+class FewDescriptors(ServerChild):
+    """A server whose processes may have 100 files and sockets open."""
+
+    def start(self):
+        super().start()
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (100, 100))
+
+
+def test_more_idle_connections_than_descriptors_are_counted_and_logged_and_others_are_served():
+    with FewDescriptors() as server:
+        idle = [connect(server.port) for _ in range(150)]
+        with connect(server.port) as last:
+            assert status(read_all(last)) == 503  # all before it are accepted or refused by now
+        wait_until(lambda: [line for line in server.lines if "connections are refused" in line["message"]], "a log line")
+        idle[0].sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        found = re.search(rb'tidegate_http_refused_total{status="503"} (\S+)', read_all(idle[0]))
+        answers = [client.recv(100) for client in idle[1:] if is_closed(client)]
+        assert float(found[1]) == len(answers) + 1 > 100
+        assert {status(answer) for answer in answers} == {503}
+        for client in idle:
+            client.close()
+        wait_until(lambda: status(talk(server.port, b"GET /health/ready HTTP/1.1\r\n" + CLOSE + b"\r\n")) == 200, "it serves")
+        assert len(server.children()) == 2
+
+
+def is_closed(client):
+    """Whether the server has sent something on a connection that has sent nothing."""
+    return bool(select.select([client], [], [], 0)[0])

@@ -1,4 +1,4 @@
-"""The openai client, unchanged, against the whole HTTP side."""
+"""The openai client, unmodified, against the whole HTTP side of a server."""
 
 import json
 
@@ -26,7 +26,7 @@ async def api(text):
         await api.quiet()
 
 
-async def test_models(api):
+async def test_models_are_listed_and_retrieved(api):
     models = await api.openai.models.list()
     assert [m.id for m in models.data] == [MODEL]
     assert (await api.openai.models.retrieve(MODEL)).id == MODEL
@@ -35,7 +35,7 @@ async def test_models(api):
     assert caught.value.code == "model_not_found"
 
 
-async def test_completion(api):
+async def test_a_completion(api):
     answer = await api.openai.completions.create(model=MODEL, prompt="Once", max_tokens=8, temperature=0)
     assert answer.object == "text_completion"
     assert answer.choices[0].finish_reason in ("stop", "length")
@@ -44,8 +44,8 @@ async def test_completion(api):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_streamed_completion_is_the_whole_one(api, n):
-    ask = {
+async def test_a_streamed_completion_has_the_text_of_the_whole_one(api, n):
+    body = {
         "model": MODEL,
         "prompt": ["Once", "The tide"],
         "max_tokens": 12,
@@ -53,9 +53,9 @@ async def test_a_streamed_completion_is_the_whole_one(api, n):
         "seed": 7,
         "extra_body": {"ignore_eos": True},
     }
-    whole = await api.openai.completions.create(**ask)
+    whole = await api.openai.completions.create(**body)
     texts = {}
-    async for chunk in await api.openai.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+    async for chunk in await api.openai.completions.create(**body, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + choice.text
@@ -64,38 +64,38 @@ async def test_a_streamed_completion_is_the_whole_one(api, n):
     assert usage.completion_tokens == whole.usage.completion_tokens == 12 * 2 * n
 
 
-async def test_chat(api):
+async def test_a_chat_completion(api):
     answer = await api.openai.chat.completions.create(model=MODEL, messages=HELLO, max_completion_tokens=9, seed=1)
     assert answer.choices[0].message.role == "assistant"
     assert 1 <= answer.usage.completion_tokens <= 9
 
 
-async def test_a_streamed_chat_is_the_whole_one(api):
-    ask = {"model": MODEL, "messages": HELLO, "max_tokens": 20, "seed": 3, "extra_body": {"ignore_eos": True}}
-    whole = await api.openai.chat.completions.create(**ask)
+async def test_a_streamed_chat_completion_has_the_text_of_the_whole_one(api):
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 20, "seed": 3, "extra_body": {"ignore_eos": True}}
+    whole = await api.openai.chat.completions.create(**body)
     streamed, usage = "", None
-    async for chunk in await api.openai.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+    async for chunk in await api.openai.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage
         streamed += "".join(choice.delta.content or "" for choice in chunk.choices)
     assert streamed == whole.choices[0].message.content
     assert usage == whole.usage.model_copy(update={"prompt_tokens_details": usage.prompt_tokens_details})
 
 
-async def test_the_stream_helper_reads_us(api):
-    """It raises for an answer cut off by its length, hence the many stop tokens."""
-    ask = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "seed": 1, "extra_body": {"stop_token_ids": list(range(256))}}
-    async with api.openai.chat.completions.stream(**ask) as stream:
+async def test_the_clients_stream_helper_reads_a_stream(api):
+    """The helper raises if an answer ends by its length, so many stop tokens are set."""
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "seed": 1, "extra_body": {"stop_token_ids": list(range(256))}}
+    async with api.openai.chat.completions.stream(**body) as stream:
         final = await stream.get_final_completion()
     assert final.choices[0].finish_reason == "stop"
 
 
-async def test_an_unlimited_chat_ends_at_the_context(api):
+async def test_a_chat_without_a_limit_ends_at_the_end_of_the_context(api):
     answer = await api.openai.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"ignore_eos": True})
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.total_tokens == api.service.max_model_len
 
 
-async def test_chat_logprobs(api):
+async def test_chat_completions_report_log_probabilities(api):
     answer = await api.openai.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=3, logprobs=True, top_logprobs=2, extra_body={"ignore_eos": True}
     )
@@ -104,7 +104,7 @@ async def test_chat_logprobs(api):
     assert all(len(at.top_logprobs) == 2 and at.logprob <= 0 for at in content)
 
 
-async def test_completion_logprobs_with_echo(api):
+async def test_echoed_prompts_have_log_probabilities(api):
     answer = await api.openai.completions.create(model=MODEL, prompt="Once upon", max_tokens=2, logprobs=1, echo=True)
     choice = answer.choices[0]
     assert choice.text.startswith("Once upon")
@@ -112,11 +112,11 @@ async def test_completion_logprobs_with_echo(api):
     assert choice.logprobs.token_logprobs[0] is None
 
 
-async def test_stop(api):
-    ask = {"model": MODEL, "prompt": "Once", "max_tokens": 40, "seed": 5, "extra_body": {"ignore_eos": True}}
-    text = (await api.openai.completions.create(**ask)).choices[0].text
+async def test_a_stop_string_ends_the_text_before_it(api):
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 40, "seed": 5, "extra_body": {"ignore_eos": True}}
+    text = (await api.openai.completions.create(**body)).choices[0].text
     stop = text[len(text) // 2 : len(text) // 2 + 2]
-    answer = await api.openai.completions.create(**ask, stop=stop)
+    answer = await api.openai.completions.create(**body, stop=stop)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text == text.partition(stop)[0]
 
@@ -135,14 +135,14 @@ async def test_stop(api):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_errors_are_the_clients_own_classes(api, more, error, param, stream):
+async def test_errors_raise_the_exceptions_of_the_client(api, more, error, param, stream):
     with pytest.raises(error) as caught:
         await api.openai.chat.completions.create(**{"model": MODEL, "messages": HELLO, **more}, stream=stream)
     assert caught.value.param == param
     assert caught.value.code
 
 
-async def test_an_engine_that_is_gone_is_503(api):
+async def test_an_unavailable_engine_is_503(api):
     api.engine.unavailable = "the engine is restarting"
     with pytest.raises(openai.InternalServerError) as caught:
         await api.openai.completions.create(model=MODEL, prompt="x")
@@ -165,7 +165,7 @@ async def test_a_full_queue_is_429(text):
         await api.quiet()
 
 
-async def test_leaving_a_stream_frees_its_request(api):
+async def test_a_stream_that_is_closed_early_ends_its_request(api):
     stream = await api.openai.completions.create(
         model=MODEL, prompt="x", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
     )
@@ -176,7 +176,7 @@ async def test_leaving_a_stream_frees_its_request(api):
     assert len(api.engine.aborted) <= 1
 
 
-async def test_leaving_a_plain_request_frees_it_too(api):
+async def test_a_request_whose_client_gives_up_is_aborted(api):
     api.engine.pause()
     with pytest.raises(openai.APITimeoutError):
         await api.openai.completions.create(model=MODEL, prompt="x", max_tokens=400, timeout=0.2)
@@ -185,7 +185,7 @@ async def test_leaving_a_plain_request_frees_it_too(api):
     assert len(api.engine.aborted) == 1
 
 
-async def test_generate_over_curls_form_type(api):
+async def test_generate_accepts_the_content_type_that_curl_sends(api):
     response = await api.http.post(
         "/v1/generate",
         content=json.dumps({"prompt": "def fib(n):", "max_tokens": 4}),
@@ -195,12 +195,12 @@ async def test_generate_over_curls_form_type(api):
     assert response.json()["usage"]["completion_tokens"] >= 1
 
 
-async def test_tokens_there_and_back(api):
+async def test_text_is_tokenised_and_detokenised_to_itself(api):
     tokens = (await api.http.post("/tokenize", json={"prompt": "the tide", "add_special_tokens": False})).json()["tokens"]
     assert (await api.http.post("/detokenize", json={"tokens": tokens})).json() == {"prompt": "the tide"}
 
 
-async def test_metrics(api):
+async def test_metrics_count_requests(api):
     await api.openai.completions.create(model=MODEL, prompt="x", max_tokens=4)
     metrics = (await api.http.get("/metrics")).text
     assert 'tidegate_requests_started_total{transport="http"} 1.0' in metrics

@@ -1,4 +1,4 @@
-"""schemathesis over the OpenAPI document, against the real service: whatever it makes up gets what the document says."""
+"""schemathesis generates requests from the OpenAPI document; the answers of the real service must be as the document says."""
 
 import pytest
 import schemathesis
@@ -7,7 +7,7 @@ from schemathesis.engine import events, from_schema
 
 from server.http.app import build_app
 from server.http.routes.api import Api
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from tests.unit.server.http.routes.scripted import ScriptedService
 
 
 def whole_app(text):
-    """Our application over the real service. schemathesis gives each request an event loop, so each has an engine of its own."""
+    """The application over the real service. schemathesis runs each request in a new event loop, so each gets a new engine."""
     settings = Settings(served_model_name="tiny")
     health = []
     metrics = Metrics("tiny", lambda: health[-1])
@@ -38,7 +38,7 @@ def whole_app(text):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_made_up_requests_get_what_the_document_says(tmp_path):
+def test_generated_requests_get_answers_as_documented(tmp_path):
     text = Tokenizer.from_folder(write_tiny_checkpoint(tmp_path))
     config = SchemathesisConfig.from_dict(
         {
@@ -46,17 +46,17 @@ def test_made_up_requests_get_what_the_document_says(tmp_path):
             "phases": {"stateful": {"enabled": False}},
             "generation": {"max-examples": 20, "database": "none"},
             "checks": {
-                # A context may be too short for a request that the schema allows, and the like.
+                # A valid request may still be refused, for example because the context is too short for it.
                 "positive_data_acceptance": {"enabled": False},
                 "negative_data_rejection": {"expected-statuses": [400, 404, 405, 413, 422]},
             },
         }
     )
-    faults, num_cases, labels = [], 0, set()
+    failures, num_cases, labels = [], 0, set()
     schema = schemathesis.openapi.from_asgi("/openapi.json", whole_app(text), config=config)
     for event in from_schema(schema).execute():
         if isinstance(event, events.NonFatalError | events.FatalError):
-            faults.append(str(event))
+            failures.append(str(event))
         if not isinstance(event, events.ScenarioFinished):
             continue
         labels.add(event.label)
@@ -64,7 +64,7 @@ def test_made_up_requests_get_what_the_document_says(tmp_path):
             num_cases += 1
             failed = [check.failure_info.failure for check in checks if check.failure_info]
             case = event.recorder.cases[id].value
-            faults += [f"{event.label}: {f.title}: {f.message[:500]} | {str(case.body)[:300]}" for f in failed]
-    assert not faults, "\n".join(faults[:10])
+            failures += [f"{event.label}: {f.title}: {f.message[:500]} | {str(case.body)[:300]}" for f in failed]
+    assert not failures, "\n".join(failures[:10])
     assert labels >= OPERATIONS
     assert num_cases > 500

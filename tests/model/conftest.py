@@ -1,4 +1,4 @@
-"""Puts this folder's helpers within reach and keeps torch to one thread: the models here are tiny."""
+"""Lets the tests of this folder import its helpers, and limits torch to one thread, since the models are tiny."""
 
 from __future__ import annotations
 

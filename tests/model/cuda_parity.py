@@ -1,4 +1,4 @@
-"""Decodes through the CUDA graphs, and what `transformers` makes of the same tokens: what the parity tests on a GPU compare."""
+"""Compares the logits of decodes in CUDA graphs with those of `transformers` for the same tokens."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ CLOSE = 2e-2  # relative error of bfloat16 logits
 class Lengths(NamedTuple):
     prompt: int
     outputs: int
-    compared: int  # of the outputs, the last
+    compared: int  # the last of the outputs, whose logits are compared
 
 
 class Decodes(NamedTuple):
     tokens: list[int]  # prompt and outputs
-    logits: torch.Tensor  # [compared, V] float32: what the last outputs were drawn from
+    logits: torch.Tensor  # [compared, V] float32: the logits that the last outputs were sampled from
 
 
 def decode(folder: Path, vocab_size: int, lengths: Lengths) -> Decodes:
-    """Answer a random prompt with tokens drawn by the checkpoint in `folder`, in bfloat16 on the GPU."""
+    """Generate from a random prompt with the checkpoint in `folder`, in bfloat16 on the GPU."""
     prompt = torch.randint(3, vocab_size, (lengths.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     logits: list[torch.Tensor] = []
     options: dict[str, Any] = {"max_model_len": 4096, "cache": {"num_blocks": 64}, "scheduler": {"max_num_seqs": 4}}
     with LLM(folder, device="cuda", dtype="bfloat16", **options) as llm:
-        graphs = llm._core._runner._graphs
+        graphs = llm._core._runner.graphs
         run = graphs.run
 
         def recorded(slices, uniforms, begins):
-            decoded = run(slices, uniforms, begins)
-            if decoded is not None and slices.ends[0] > lengths.prompt + lengths.outputs - 1 - lengths.compared:
-                logits.append(decoded.logits.clone())
-            return decoded
+            output = run(slices, uniforms, begins)
+            if output is not None and slices.ends[0] > lengths.prompt + lengths.outputs - 1 - lengths.compared:
+                logits.append(output.logits.clone())
+            return output
 
         graphs.run = recorded
         params = SamplingParams(max_tokens=lengths.outputs, temperature=1.0, seed=5, ignore_eos=True)
         (completion,) = llm.generate([prompt], params)
-    assert len(logits) >= lengths.compared, "not every one of the last decodes ran in a graph"
+    assert len(logits) >= lengths.compared, "some of the last decodes did not run in a graph"
     return Decodes(prompt + completion.token_ids, torch.cat(logits)[-lengths.compared :].float())
 
 
 def check(decodes: Decodes, model: PreTrainedModel, *, experts: bool, most: float = 0.9) -> None:
-    """Fail where the logits are not those of `model`: of `most` of the tokens each for itself and, without experts, of all."""
+    """Fail unless the logits are those of `model`: for the share `most` of the tokens one by one and, without experts, for all
+    tokens together."""
     ours = decodes.logits
     with torch.inference_mode():
         wanted = model(torch.tensor([decodes.tokens[:-1]], device=ours.device)).logits[0, -ours.shape[0] :].float()
@@ -55,5 +56,5 @@ def check(decodes: Decodes, model: PreTrainedModel, *, experts: bool, most: floa
     errors = (ours - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     if not experts:
         assert (ours - wanted).norm() / wanted.norm() < CLOSE, errors
-    # Where two experts, or groups of them, are nearly as good, either side may choose the other: few tokens, far apart.
+    # If two experts, or two groups, score nearly the same, the two sides may choose differently, and a few tokens differ a lot.
     assert errors.quantile(most) < CLOSE, errors

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.quant import fp8
 
 BLOCK = (128, 128)
@@ -63,7 +63,7 @@ def write_random(folder: Path, config: PreTrainedConfig, device: torch.device, *
     """
     config.save_pretrained(folder)
     _say_fp8(folder)
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.bfloat16, device=torch.device("meta"))
+    model = registry.build(read_spec(folder), dtype=torch.bfloat16, device=torch.device("meta"))
     generator = torch.Generator(device).manual_seed(seed)
     stored, stand_for = {}, {}
     for name, parameter in model.weights().targets.items():

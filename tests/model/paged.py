@@ -69,7 +69,7 @@ class PagedRun:
             for s in pending:
                 left = len(self.sequences[s]) - num_decoded - self.computed[s]
                 slices.append((s, rng.randint(1, min(left, 9)) if left > 0 else 1))
-            if len(slices) > 1 and rng.random() < 0.3:  # not everyone runs in every step
+            if len(slices) > 1 and rng.random() < 0.3:  # leave one sequence out of this step
                 slices.pop(rng.randrange(len(slices)))
             self.step(slices, decodes=decodes)
         return [torch.stack(rows) for rows in self.logits]

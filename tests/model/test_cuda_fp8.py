@@ -1,4 +1,4 @@
-"""On a GPU: DeepSeek-V3 at its real widths from an FP8 checkpoint, beside `transformers` on the weights that it stands for."""
+"""On a GPU: DeepSeek-V3 at its real widths from an FP8 checkpoint, compared with `transformers` on the dequantised weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import AutoConfig, DeepseekV3ForCausalLM
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DEVICE = "cuda"
-NEEDED = 40e9  # bytes of the device: the reference has 16 GB, ours 8, and all weights are there twice while they are made
-# With 32 experts in 8 groups and 7,168 numbers of bfloat16 in a hidden state, a token in ten to fifteen is given other experts
-# than the reference gives it (measured on a CPU). So more tokens count than the small models' 32, and a fifth may be far apart.
+NEEDED = 40e9  # bytes of the device: the reference takes 16 GB and ours 8, and all weights exist twice while they are made
+# With 32 experts in 8 groups and 7,168 bfloat16 numbers in a hidden state, one token in ten to fifteen gets other experts than in
+# the reference (measured on a CPU). So more tokens are compared than the 32 of small models, and a fifth may differ a lot.
 LENGTHS = Lengths(prompt=48, outputs=300, compared=256)
 MOST = 0.8
 WIDTHS = {
@@ -50,7 +50,7 @@ def test_logits_of_deepseek_v3_are_those_of_transformers_on_the_dequantised_weig
         pytest.skip(f"needs {NEEDED / 1e9:.0f} GB of free device memory, and there are {free / 1e9:.0f}")
     config = AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16", **WIDTHS)
     weights = write_random(tmp_path, config, torch.device(DEVICE))
-    # No second checkpoint: transformers fuses the experts of weights in memory as it does those of files.
+    # No second checkpoint is needed: transformers fuses the experts of weights in memory as it does those of files.
     model, report = DeepseekV3ForCausalLM.from_pretrained(
         None, config=config, state_dict=weights, dtype=torch.bfloat16, output_loading_info=True
     )
@@ -58,6 +58,7 @@ def test_logits_of_deepseek_v3_are_those_of_transformers_on_the_dequantised_weig
     del weights
     decodes = decode(tmp_path, reference.VOCAB, LENGTHS)
     (tmp_path / "model.safetensors").unlink()  # pytest keeps the folders of three runs, and this is 4 GB
-    # In float32, since rounding of the reference's own would make a half more choices of experts differ, and errors 1.4 times.
-    model.set_experts_implementation("eager")  # others may want bfloat16
+    # In float32: the reference's own bfloat16 rounding would make 1.5 times as many choices of experts differ, and errors 1.4
+    # times as large.
+    model.set_experts_implementation("eager")  # other implementations may need bfloat16
     check(decodes, model.to(DEVICE).float(), experts=True, most=MOST)

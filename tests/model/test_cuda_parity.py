@@ -1,4 +1,4 @@
-"""On a GPU: bfloat16 logits after 2,000 tokens of decode through the graphs, beside `transformers` on the same GPU and tokens."""
+"""On a GPU: bfloat16 logits after 2,000 decodes in graphs, compared with `transformers` on the same GPU and tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = {
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_after_2000_decodes_are_those_of_transformers(name, tmp_path):
     reference.make(name, tmp_path, initializer_range=0.02, **CASES[name])
-    # Read back, not converted: the frequencies of the rotary embedding stay float32 that way.
+    # Loaded from the file instead of converted, so that the frequencies of the rotary embedding stay float32.
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).to("cuda")
     decodes = decode(tmp_path, reference.VOCAB, LENGTHS)
     check(decodes, model, experts="num_experts_per_tok" in json.loads((tmp_path / "config.json").read_text()))

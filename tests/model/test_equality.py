@@ -1,6 +1,6 @@
-"""A request's tokens are its own: the same alone, in a crowd, in chunks, preempted, from the cache, forked, overlapped.
+"""A request gets the same tokens however it is run: alone, in a batch, in chunks, preempted, from the cache, forked, overlapped.
 
-The yardstick is `plain`, which runs the model over the whole sequence again for each token, and the sampler's plain twin.
+The reference is `plain`: for each token it runs the model over the whole sequence again, and the sampler's plain twin.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from engine.batch import ForwardBatch
 from engine.config import CacheConfig, EngineConfig
 from engine.core import build_core
 from engine.kvcache.storage import KVStorage
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.sampling import reference
 from engine.weights import loader
 
@@ -30,7 +30,8 @@ BLOCK = 4
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """The runner then leaves torch's threads as this folder's conftest set them: models this small are slower with two."""
+    """Keep the runner from changing the number of torch's threads, which this folder's conftest sets: tiny models run slower with
+    two."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -41,14 +42,14 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(model, folder)
     return model
 
 
 @torch.inference_mode()
 def all_logits(model, tokens):
-    """[len(tokens), V] of one uncached forward."""
+    """The logits [len(tokens), V] of one forward pass without a cache."""
     n = len(tokens)
     storage = KVStorage(model.kv_pools(), num_blocks=1, block_size=n, device=torch.device("cpu"))
     batch = ForwardBatch(
@@ -67,11 +68,11 @@ def all_logits(model, tokens):
 
 
 class TooClose(Exception):
-    """Float32's rounding, which differs with a batch's shape, could tip this choice: the case proves nothing."""
+    """Raised for a choice that float32 rounding, which depends on a batch's shape, could change: such a case proves nothing."""
 
 
 def margin(logits, tokens, num_prompt, params, seed, eos):
-    """How far the choice is from being another: in logits where greedy, else in probability."""
+    """The distance to the nearest other choice: in logits if greedy, otherwise in probability."""
     adjusted = reference.adjust(logits.astype(np.float64), tokens, num_prompt, params, eos)
     if params.greedy:
         best = np.sort(adjusted)[-2:]
@@ -81,15 +82,15 @@ def margin(logits, tokens, num_prompt, params, seed, eos):
 
 
 def plain(model, prompt, params, seed=0):
-    """(tokens, logprobs) without cache, batch or scheduler. Raises TooClose where a choice is a near tie."""
+    """(tokens, log-probabilities) without cache, batch or scheduler. Raises TooClose if a choice is a near tie."""
     tokens, logprobs = list(prompt), []
     while len(tokens) < len(prompt) + params.max_tokens:
         logits, eos = all_logits(model, tokens)[-1], model.spec.eos_token_ids
         if margin(logits, tokens, len(prompt), params, seed, eos) < 3e-5:
             raise TooClose
-        token, said = reference.sample(logits, tokens, len(prompt), params, seed, eos)
+        token, record = reference.sample(logits, tokens, len(prompt), params, seed, eos)
         tokens.append(token)
-        logprobs.append(said)
+        logprobs.append(record)
         outputs = len(tokens) - len(prompt)
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else model.spec.eos_token_ids)}
         if token in stops and outputs >= params.min_tokens:
@@ -98,7 +99,7 @@ def plain(model, prompt, params, seed=0):
 
 
 def cases(model, params, *, seed=0, low=1, high=40):
-    """For each of `params`, a prompt and what `plain` says of it."""
+    """(prompt, tokens, log-probabilities) for each of `params`, by `plain`."""
     r = random.Random(seed)
     found = []
     for p in params:
@@ -137,7 +138,7 @@ GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    """32 prompts and the tokens that each must give."""
+    """32 prompts, and the tokens that each must generate."""
     found = cases(model, [GREEDY] * 32)
     return [prompt for prompt, _, _ in found], [tokens for _, tokens, _ in found]
 
@@ -167,8 +168,8 @@ def test_greedy_tokens_do_not_depend_on_how_they_were_scheduled(folder, greedy, 
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain loop", "overlapped"])
-def test_seeded_draws_do_not_depend_on_the_batch(folder, model, overlap):
-    """Every kind of request at once, each the same as alone and as the plain twin says."""
+def test_seeded_samples_do_not_depend_on_the_batch(folder, model, overlap):
+    """Requests of every kind run at once. Each generates the tokens that it generates alone, and that `plain` generates."""
     r = random.Random(5)
     params = [
         SamplingParams(
@@ -195,13 +196,15 @@ def test_seeded_draws_do_not_depend_on_the_batch(folder, model, overlap):
         assert [engine.generate([p], q)[0].token_ids for p, q in zip(many[:8], params, strict=False)] == expected[:8]
 
 
-def test_a_resubmitted_request_goes_on_where_it_was(folder, model):
-    """As after a crash: prompt and the tokens received so far come back as a new submission."""
+def test_a_resubmitted_request_continues_after_its_last_token(folder, model):
+    """After a crash, the prompt and the tokens received so far are submitted again."""
     params = SamplingParams(max_tokens=20, frequency_penalty=0.5, ignore_eos=True, seed=77)
     prompt, expected, _ = cases(model, [params], seed=9)[0]
     for received in (1, 7, 19):
         core = build_core(config(folder))
-        core.submit(Submit(request_id="a", prompt=prompt, params=params, seed=77, outputs=expected[:received]))
+        core.submit(
+            Submit(request_id="a", prompt=pack_tokens(prompt), params=params, seed=77, outputs=pack_tokens(expected[:received]))
+        )
         tokens = list(expected[:received])
         while core.has_work:
             tokens += [t for event in core.step() for t in event.tokens]
@@ -215,7 +218,9 @@ def test_forks_share_a_prompt_and_nothing_else(folder, model, length, overlap):
     prompt, expected = shared_case(model, params, length)
     core = build_core(config(folder, overlap=overlap))
     for i in range(4):
-        core.submit(Submit(request_id=f"f{i}", prompt=prompt, params=params, seed=i, fork_of=None if i == 0 else "f0"))
+        core.submit(
+            Submit(request_id=f"f{i}", prompt=pack_tokens(prompt), params=params, seed=i, fork_of=None if i == 0 else "f0")
+        )
     tokens = {f"f{i}": [] for i in range(4)}
     while core.has_work:
         for event in core.step():
@@ -224,7 +229,7 @@ def test_forks_share_a_prompt_and_nothing_else(folder, model, length, overlap):
 
 
 def shared_case(model, params, length):
-    """One prompt and what `plain` says of it with the seeds 0 to 3."""
+    """A prompt, and the tokens that `plain` generates for it with the seeds 0 to 3."""
     for prompt in prompts(100, seed=length, low=length, high=length):
         with suppress(TooClose):
             return prompt, [plain(model, prompt, params, i)[0] for i in range(4)]
@@ -245,7 +250,7 @@ def test_logprobs_are_those_of_the_model(folder, model):
 
 
 def assert_same_logprobs(a, b):
-    """Equal but for rounding; alternatives that rounding could swap may be swapped."""
+    """Assert equality but for rounding. Alternatives whose order rounding could change may be in another order."""
     assert (a.token, len(a.top_ids)) == (b.token, len(b.top_ids))
     assert [a.logprob, *a.top_logprobs] == pytest.approx([b.logprob, *b.top_logprobs], abs=1e-4)
     clear = all(x - y > 1e-3 for x, y in itertools.pairwise(sorted([b.logprob, *b.top_logprobs], reverse=True)) if x != y)
@@ -255,11 +260,11 @@ def assert_same_logprobs(a, b):
 
 @pytest.mark.parametrize(("step", "chunk"), [(512, 1 << 25), (7, 1 << 25), (512, 1)])
 def test_prompt_logprobs_are_those_of_the_model(folder, model, monkeypatch, step, chunk):
-    monkeypatch.setattr("engine.sampling.logprobs._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("engine.sampling.prompt_logprobs._CHUNK_ELEMENTS", chunk)
     many = [*prompts(5, seed=22, low=2), [5]]
     params = [SamplingParams(max_tokens=3, temperature=0.0, prompt_logprobs=k) for k in (0, 1, 5, None, 20, 2)]
     with llm(folder, step=step, rows=6, prefix=True) as engine:
-        engine.generate(many, GREEDY)  # a warm prefix cache must not cost positions
+        engine.generate(many, GREEDY)  # positions found in the prefix cache must be reported too
         for prompt, p, got in zip(many, params, engine.generate(many, params), strict=True):
             if p.prompt_logprobs is None:
                 assert got.prompt_logprobs is None
@@ -272,8 +277,8 @@ def test_prompt_logprobs_are_those_of_the_model(folder, model, monkeypatch, step
                 assert_same_logprobs(a, b)
 
 
-def test_min_tokens_keeps_stop_tokens_away(folder, model):
-    """A stop token that is made likely comes at once without min_tokens, and right after them with it."""
+def test_no_stop_token_is_sampled_before_min_tokens(folder, model):
+    """A stop token with a large bias is sampled at once without min_tokens, and right after min_tokens tokens with it."""
     for least in (0, 1, 5):
         params = SamplingParams(max_tokens=9, temperature=0.0, min_tokens=least, stop_token_ids=(50,), logit_bias={50: 100.0})
         prompt, expected, _ = cases(model, [params], seed=30)[0]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader
 
 # More than one block a matrix, and none a multiple of 128.
@@ -19,7 +19,7 @@ WIDE = {"hidden_size": 136, "intermediate_size": 200, "moe_intermediate_size": 1
 
 
 def load(folder) -> registry.Model:
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(model, folder)
     return model
 

@@ -1,26 +1,17 @@
-"""A CPU's stand-in for CUDA graphs: what a graph would hold is run again at each replay, into the same outputs. So the steps
-that graphs take, and what is read of them afterwards, are held to the plain runner's without a GPU.
-"""
+"""Steps in CUDA graphs give what plain steps give, held without a GPU by the stand-in of `graph_stand_in.py`."""
 
 from __future__ import annotations
 
 import random
 
+import graph_stand_in
 import pytest
 import tiny
 import torch
 
 from engine import LLM, SamplingParams
-from engine.attention.triton_gqa import TritonGqa
-from engine.attention.triton_mla import TritonMla
-from engine.backends import torch as backend
-from engine.device import graph_shapes, graphs, runner
-from engine.kernels import sample_filtered
-from engine.models import base
-from engine.sampling.draw_rows import DrawRows
-from engine.sampling.sampler import Sampler
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter alone")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter only")
 
 CONFIGS = {
     "llama": tiny.LLAMA | {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1},
@@ -29,72 +20,15 @@ CONFIGS = {
 }
 
 
-class _Replay:
-    def __init__(self, run, outputs):
-        self._run = run
-        self._outputs = outputs
-
-    def replay(self):
-        for output, new in zip(self._outputs, self._run(), strict=True):
-            output.copy_(new)
-
-
-class _Graphs(graphs.StepGraphs):
-    kinds: set[bool]  # whether a mixed step, and one of decodes alone, came
-
-    def _capture(self, inputs, run):
-        outputs = run()
-        return graphs._Captured(_Replay(run, outputs), inputs, outputs)
-
-    def run(self, slices, *rest):
-        decoded = super().run(slices, *rest)
-        if decoded is not None:
-            self.kinds.add(bool(slices.first[-1] == slices.samples.size))
-        return decoded
-
-
-class _Sampler(Sampler):
-    """As on CUDA: draws are the kernels'."""
-
-    def __init__(self, *, max_rows, device, upload, **options):
-        super().__init__(max_rows=max_rows, device=device, upload=upload, **options)
-        self._on_device = DrawRows(max_rows, device, upload)
-
-
-class _Torch:
-    """torch, but nothing is pinned."""
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*shape, pin_memory, **options):
-        return torch.empty(*shape, **options)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """The runner then leaves torch's threads as this folder's conftest set them."""
+    """Keep the runner from changing the number of torch's threads, which this folder's conftest sets."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def with_graphs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(graphs, "torch", _Torch())
-    monkeypatch.setattr(graph_shapes, "TOKENS", (32, 48))
-    monkeypatch.setattr(sample_filtered, "LOGITS_TILE", 128)
-    monkeypatch.setattr(runner, "StepGraphs", _Graphs)
-    monkeypatch.setattr(runner, "_use_graphs", lambda *_: True)
-    monkeypatch.setattr(base, "can_group", lambda *_: True)
-    monkeypatch.setattr(
-        backend.select, "choose", lambda _, pools, __: TritonMla(2) if pools[0].name == "latent" else TritonGqa(2)
-    )
-    monkeypatch.setattr(_Graphs, "kinds", set(), raising=False)
-    monkeypatch.setattr(runner, "Sampler", _Sampler)
-    # On CUDA the copy is in the stream before the next replay; on a CPU nothing would be copied at all.
-    monkeypatch.setattr(runner, "to_host", torch.clone)
-    return _Graphs
+    return graph_stand_in.install(monkeypatch)
 
 
 def run(folder, **options):
@@ -124,7 +58,7 @@ def run(folder, **options):
 
 
 @pytest.mark.parametrize(("name", "overlap"), [("llama", True), ("deepseek_v3", False)])
-def test_steps_in_graphs_give_what_plain_steps_give(name, overlap, tmp_path, request):
+def test_steps_in_graphs_give_the_results_of_plain_steps(name, overlap, tmp_path, request):
     folder = tiny.write(tmp_path, CONFIGS[name], std=0.2)
     plain = run(folder)
     kinds = request.getfixturevalue("with_graphs").kinds

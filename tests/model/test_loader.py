@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import dummy, loader
 
 FILE = "model.safetensors"
 
 
 def build(folder, dtype=torch.float32) -> registry.Model:
-    return registry.build(ModelSpec.from_folder(folder), dtype=dtype, device=torch.device("cpu"))
+    return registry.build(read_spec(folder), dtype=dtype, device=torch.device("cpu"))
 
 
 def load(folder) -> registry.Model:

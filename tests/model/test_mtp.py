@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader
 
 FILE = "model.safetensors"
@@ -49,7 +49,7 @@ def edit(folder, change):
 
 
 def load(folder):
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(model, folder)
     return model
 
@@ -153,10 +153,10 @@ def test_unexpected_tensor_and_wrong_shape_are_named(checkpoint):
 
 
 def test_no_mtp_tensors(checkpoint):
-    assert loader.has_mtp(ModelSpec.from_folder(checkpoint), checkpoint)
+    assert loader.has_mtp(read_spec(checkpoint), checkpoint)
     edit(checkpoint, lambda t: [t.pop(n) for n in list(t) if n.startswith(PREFIX)])
-    assert not loader.has_mtp(ModelSpec.from_folder(checkpoint), checkpoint)
-    refused(checkpoint, str(checkpoint), "num_nextn_predict_layers 1", PREFIX)
+    assert not loader.has_mtp(read_spec(checkpoint), checkpoint)
+    refused(checkpoint, str(checkpoint), "num_nextn_predict_layers is 1", PREFIX)
 
 
 def test_no_mtp_layer_in_the_config(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader, stream
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ FILE = "model.safetensors"
 
 
 def streamed(folder, dtype) -> registry.Model:
-    model = registry.build(ModelSpec.from_folder(folder), dtype=dtype, device=DEVICE)
+    model = registry.build(read_spec(folder), dtype=dtype, device=DEVICE)
     weights, block = model.weights(), model.spec.fp8
     with ExitStack() as stack:
         stored, scales = loader._open_checked(folder, weights, block, stack)
@@ -31,7 +31,7 @@ def streamed(folder, dtype) -> registry.Model:
 
 
 def plain(folder, dtype) -> registry.Model:
-    model = registry.build(ModelSpec.from_folder(folder), dtype=dtype, device=CPU)
+    model = registry.build(read_spec(folder), dtype=dtype, device=CPU)
     loader.load(model, folder)
     return model
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import LLM, SamplingParams
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.weights import loader
 from server.text.tokenizer import Tokenizer
 from train.acceptance import TeacherForced, choose_prompts, continue_greedily, draft_acceptance
@@ -50,7 +50,7 @@ def test_they_are_small():
 @BOTH
 def test_transformers_gives_the_engines_logits(folder, texts, tmp_path):
     tokens = Tokenizer.from_folder(str(folder)).encode(texts[0])[:400]
-    engine = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    engine = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(engine, folder)
     (found,) = PagedRun(engine, [tokens], block_size=64).run(num_decoded=4)
     reference, info = load_in_transformers(folder, tmp_path)

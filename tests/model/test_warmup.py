@@ -1,4 +1,4 @@
-"""Rehearsals: a prompt of each length that a backend names, once, and in the scratch block alone."""
+"""The warm-up runs one prompt of each length that the backend names, once, and writes to the scratch block only."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from engine.attention.triton_gqa import TritonGqa
 from engine.backends.torch import load
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core
-from engine.device.warmup import Rehearsals
+from engine.device.warmup import PromptWarmup
 from engine.kvcache.storage import KVStorage
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 
 CPU = torch.device("cpu")
 
 
 class _Loaded(NamedTuple):
-    rehearsals: Rehearsals
+    warmup: PromptWarmup
     storage: KVStorage
-    lengths: list[int]  # of the prompts that ran
+    lengths: list[int]  # of the prompts that have run
 
 
-def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
+def load_warmup(folder, monkeypatch, *, max_tokens: int) -> _Loaded:
     config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
-    spec = ModelSpec.from_folder(config.model)
+    spec = read_spec(config.model)
     backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
     monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
     lengths, forward = [], backend.forward
@@ -40,24 +40,24 @@ def rehearsals(folder, monkeypatch, *, most_tokens: int) -> _Loaded:
 
     monkeypatch.setattr(backend, "forward", counted)
     storage = KVStorage(backend.kv_pools(), num_blocks=4, block_size=4, device=CPU)
-    found = Rehearsals(
-        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, most_tokens=most_tokens, device=CPU
+    found = PromptWarmup(
+        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, max_tokens=max_tokens, device=CPU
     )
     return _Loaded(found, storage, lengths)
 
 
 def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
-    found, storage, lengths = rehearsals(tmp_path, monkeypatch, most_tokens=29)
+    found, storage, lengths = load_warmup(tmp_path, monkeypatch, max_tokens=29)
     with torch.inference_mode():
-        assert [found.next() for _ in range(4)] == [True, True, False, False]
+        assert [found.run_next() for _ in range(4)] == [True, True, False, False]
     assert lengths == [5, 9]
     for layer in storage.layers:
         for pool in layer.values():
-            assert not pool[: storage.num_blocks].any()  # requests' blocks
+            assert not pool[: storage.num_blocks].any()  # the blocks of requests are untouched
             assert pool[storage.scratch_block].any()
 
 
-def test_an_idle_engine_rehearses(tmp_path, monkeypatch):
+def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
     folder = tiny.write(tmp_path, tiny.LLAMA)
@@ -67,10 +67,10 @@ def test_an_idle_engine_rehearses(tmp_path, monkeypatch):
         core = build_core(msgspec.structs.replace(config, max_model_len=context))
         assert [core.prepare() for _ in range(3)] == [True, True, False]
         core.close()
-    assert asked == [40, 40]  # what a step may have, and what a prompt
+    assert asked == [40, 40]  # the smaller of the tokens of a step and of the context
 
 
-def test_lengths_are_of_all_kinds_that_the_library_is_asked_for():
+def test_there_is_a_length_of_every_kind_that_cudnn_plans():
     attention = TritonGqa(132)
     for most in (MIN_PROMPT - 1, MIN_PROMPT, MIN_PROMPT + 1, 4000, 8192):
         lengths = attention.prompt_lengths(most, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 
 VOCAB = 97
 _COMMON = {
@@ -60,7 +60,7 @@ CONFIGS = {"llama": LLAMA, "deepseek_v3": DEEPSEEK_V3}
 def write(folder: Path, config: dict[str, object], *, seed: int = 0, std: float = 0.3) -> Path:
     """A checkpoint of `config` in `folder`: norms one, the rest N(0, std)."""
     (folder / "config.json").write_text(json.dumps(config))
-    model = registry.build(ModelSpec.from_folder(folder), dtype=torch.float32, device=torch.device("cpu"))
+    model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.ones(target.shape) if name.endswith("norm.weight") else torch.randn(target.shape, generator=generator) * std

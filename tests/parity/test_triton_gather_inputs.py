@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.device.graph_shapes import MixedInputs
-from engine.device.inputs import Rows, Slices, Uploader
+from engine.batch import Uploader
+from engine.device.graph_shapes import MixedBuffers
+from engine.device.inputs import Rows, Slices
 from engine.kernels.gather_inputs import gather_decodes, gather_mixed
 from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
@@ -26,14 +27,14 @@ def rows():
         AdmittedRow(row, rng.integers(0, 90, n).tolist(), n, rng.integers(0, 700, n // BLOCK + 1).tolist(), SamplingParams(), 0)
         for row, n in LENS.items()
     ]
-    state.change(StepPlan(1, [], [], [], 0, [], admitted, [], []))
+    state.apply(StepPlan(1, admitted=admitted))
     state.set_latest(torch.arange(5, device=DEVICE), torch.tensor([10, 11, 12, 13, 14], device=DEVICE))
     return state
 
 
 def expect(rows, slices, num_decodes):
     which, starts, nums = (list(column) for column in zip(*slices, strict=True))
-    plan = StepPlan(2, which, starts, nums, num_decodes, list(range(len(slices))), [], [], [])
+    plan = StepPlan(2, which, starts, nums, num_decodes, list(range(len(slices))))
     return Slices.of(plan), rows.batch(plan, Slices.of(plan), []).batch
 
 
@@ -60,7 +61,7 @@ def test_a_gathered_mixed_step_equals_the_one_built_on_the_host(rows):
     slices, expected = expect(rows, [(4, 7, 1), (0, 1, 1), (2, 1000, 300), (3, 2, 6)], 2)
     numbers = np.linspace(0.1, 0.4, 4)
     scratch = rows.state.scratch_row
-    packed = MixedInputs.of(rows.mixed(slices), slices, numbers, key=(320, 6), scratch_row=scratch)
+    packed = MixedBuffers.of(rows.mixed(slices), slices, numbers, key=(320, 6), scratch_row=scratch)
     uniform, tokens, positions, owners, which, lens, starts = packed.parts(torch.from_numpy(packed.values).to(DEVICE))
     assert uniform.tolist() == [*numbers, 0.0, 0.0]
     assert starts.tolist() == [0, 1, 2, 302, 308, 320, 320]

@@ -68,7 +68,7 @@ def test_absorb_and_expand_equal_their_twins(num):
 @pytest.mark.parametrize(("heads", "splits"), [(3, 1), (3, 4), (20, 8)])
 def test_both_merges_of_a_split_decode(heads, splits):
     generator = torch.Generator().manual_seed(0)
-    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two are too short for some splits
+    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two leave some splits without a token
     tables = torch.randperm(3 * 7, generator=generator).view(3, 7).to(DEVICE, torch.int32)
     cache = random(3 * 7, BLOCK, RANK + ROPE, generator=generator)
     q, q_rope = random(3, heads, RANK, generator=generator), random(3, heads, ROPE, generator=generator)

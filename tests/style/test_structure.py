@@ -62,6 +62,12 @@ TORCH_FREE = (
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
     "engine.kvcache.manager",
+    "engine.models.config_common",
+    "engine.models.config_reader",
+    "engine.models.deepseek_config",
+    "engine.models.dense_config",
+    "engine.models.families",
+    "engine.models.qwen3_moe_config",
     "engine.models.spec",
     "server",
 )
@@ -130,7 +136,7 @@ FLAT = {
         "lifeline",
         "batch",
     ],
-    "server": ["__main__", "cli", "settings", "bundled", "doctor", "errors", "metrics"],
+    "server": ["__main__", "cli", "settings", "bundled", "doctor", "errors"],
 }
 
 

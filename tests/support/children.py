@@ -1,7 +1,8 @@
-"""Real processes for the tests that kill them: an engine on its own, and a whole `tidegate serve`."""
+"""Real processes for tests that kill and stop them: a single engine, and a whole `tidegate serve`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
+    """Return once `condition()` is true. Raises AssertionError, with `what` in the message, after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -32,16 +34,19 @@ def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 2
         time.sleep(0.02)
 
 
+def after(shell: str, command: list[str]) -> list[str]:
+    """`command`, in a process that has run `shell` before."""
+    return ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
+
+
 class EngineChild:
-    """One engine process on a socket of its own. `start` may be called again after a death."""
+    """One engine process with its own socket. `start` may be called again after its death."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
         self.endpoint = f"ipc://{self._folder.name}/engine"
         self.log = Path(self._folder.name) / "log"
-        self._start = msgspec.json.encode(
-            EngineStart(config=config, endpoint=self.endpoint, log_level="debug", log_format="json")
-        )
+        self._config = config
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> EngineChild:
@@ -52,14 +57,16 @@ class EngineChild:
         self.kill()
         self._folder.cleanup()
 
-    def start(self) -> None:
+    def start(self, config: EngineConfig | None = None) -> None:
+        """`config` is for an engine that comes back with other settings."""
+        start = EngineStart(config=config or self._config, endpoint=self.endpoint, log_level="debug", log_format="json")
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "engine.process"]
             self.process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
             )
         assert self.process.stdin is not None
-        self.process.stdin.write(self._start + b"\n")
+        self.process.stdin.write(msgspec.json.encode(start) + b"\n")
         self.process.stdin.flush()
 
     def send(self, number: int) -> None:
@@ -81,17 +88,29 @@ class EngineChild:
 
 
 class ServerChild:
-    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables."""
+    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables.
 
-    def __init__(self, **settings: object) -> None:
-        given = {"port": 0, "grpc_port": 0, "runner": "fake", "fake_step_ms": 5, "log_format": "json", **settings}
+    `shell` runs in the server's process before the server does, say "ulimit -n 20". `python` is the interpreter.
+    """
+
+    def __init__(self, *, shell: str = ":", python: str = sys.executable, **settings: object) -> None:
+        self._command = after(shell, [python, "-m", "server.cli", "serve"])
+        given = {
+            "port": 0,
+            "grpc_port": 0,
+            "admin_port": 0,
+            "runner": "fake",
+            "fake_step_ms": 5,
+            "log_format": "json",
+            **settings,
+        }
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
-        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # for what it leaves behind, which should be nothing
+        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # the server should leave it empty
         self._environment["TMPDIR"] = self.folder.name
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []
-        self.port = self.grpc_port = 0
+        self.port = self.grpc_port = self.admin_port = 0
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ServerChild:
@@ -105,9 +124,8 @@ class ServerChild:
             sys.stderr.write("".join(self.text[-100:]))
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "server.cli", "serve"]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            self._command, cwd=ROOT, env=self._environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
         threading.Thread(target=self._read_log, args=(self.process,), daemon=True).start()
 
@@ -115,7 +133,7 @@ class ServerChild:
         wait_until(lambda: self.said("ready") or self.pid_gone, "the server is ready", seconds=seconds)
         ready = self.said("ready")
         assert ready, "the server ended:\n" + "".join(self.text)
-        self.port, self.grpc_port = ready[0]["http_port"], ready[0]["grpc_port"]
+        self.port, self.grpc_port, self.admin_port = (ready[0][f"{name}_port"] for name in ("http", "grpc", "admin"))
 
     def stop(self) -> None:
         if self.process is not None:
@@ -145,7 +163,11 @@ class ServerChild:
 
     def children(self) -> dict[str, int]:
         """Process ids by title: {"tidegate: engine 0": 123, ...}."""
-        return {" ".join(child.cmdline()).strip(): child.pid for child in psutil.Process(self.pid).children()}
+        titles = {}
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has just died
+                titles[" ".join(child.cmdline()).strip()] = child.pid
+        return titles
 
     def _read_log(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""The whole HTTP side in one event loop: our app in a real uvicorn, over the real service, over a LocalEngine."""
+"""The whole HTTP side in one event loop: the application in a real uvicorn, with the real service and a LocalEngine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import uvicorn
 
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
@@ -23,12 +23,16 @@ MODEL = "tiny"
 
 
 class _Server(uvicorn.Server):
+    """Without uvicorn's signal handlers, which belong to the test runner here."""
+
     def capture_signals(self):
         return contextlib.nullcontext()
 
 
 @dataclass
 class HttpApi:
+    """A running server, and clients for it."""
+
     port: int
     engine: LocalEngine
     service: GenerateService
@@ -36,9 +40,9 @@ class HttpApi:
     openai: openai.AsyncOpenAI
 
     async def quiet(self, seconds=3.0):
-        """Wait until nothing is left of any request."""
+        """Wait until the engine and the service have no request left."""
         async with asyncio.timeout(seconds):
-            while not self.engine.idle or self.service.num_running:  # noqa: ASYNC110 - no event tells of both
+            while not self.engine.idle or self.service.num_running:  # noqa: ASYNC110 - there is no event for both
                 await asyncio.sleep(0.005)
 
 
@@ -51,7 +55,7 @@ async def http_api(text: Tokenizer, *, engine: LocalEngine | None = None, limits
         service = GenerateService(engine, text, settings, metrics)
         app = build_app(settings, service, metrics)
         listener = socket.create_server(("127.0.0.1", 0))
-        protocol = guarded(limits or HttpLimits.from_settings(settings), metrics.unreadable_http)
+        protocol = guarded(limits or HttpLimits.from_settings(settings), metrics.http_refused)
         config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", access_log=False, log_level="critical")
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))

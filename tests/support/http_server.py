@@ -1,4 +1,4 @@
-"""An ASGI application in a real uvicorn with our guard, on a free port, in a thread."""
+"""Runs an ASGI application in a thread, in a real uvicorn with the guard, on a free port."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from server.http.guard import guarded
 
 
 @contextlib.contextmanager
-def serving(app, limits):
-    """Give the port."""
+def serving(app, limits, count=lambda status: None):
+    """Yields the port. `count` is called with the status of each refusal."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http=guarded(limits), ws="none", lifespan="off", access_log=False, log_level="critical", loop="uvloop"
+        app, http=guarded(limits, count), ws="none", lifespan="off", access_log=False, log_level="critical", loop="uvloop"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -1,4 +1,4 @@
-"""A real gRPC server on a free port, and a client of it, in the test's event loop."""
+"""A real gRPC server on a free port, and a client for it, both in the test's event loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 
+from server.engines.base import EngineHealth
+from server.metrics.registry import Metrics
 from server.rpc.errors import DETAIL_KEY
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
@@ -22,15 +24,17 @@ class Rpc:
     server: RpcServer
     channel: grpc.aio.Channel
     stub: Any
+    metrics: Metrics
 
 
 @asynccontextmanager
 async def serving(service: Any, **settings: Any) -> AsyncIterator[Rpc]:
-    server = build_rpc_server(service, Settings(host="127.0.0.1", grpc_port=0, **settings))
+    metrics = Metrics("tiny", lambda: EngineHealth(ready=True))
+    server = build_rpc_server(service, Settings(host="127.0.0.1", grpc_port=0, **settings), metrics)
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield Rpc(server, channel, pb_grpc.InferenceStub(channel))
+            yield Rpc(server, channel, pb_grpc.InferenceStub(channel), metrics)
     finally:
         await server.stop()
 
@@ -41,5 +45,5 @@ def detail_of(error: grpc.aio.AioRpcError) -> pb.ErrorDetail:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():  # noqa: ASYNC110 - no event marks the condition
             await asyncio.sleep(0.005)

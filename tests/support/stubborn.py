@@ -1,5 +1,7 @@
-"""A child of the supervisor's whose own child keeps its standard output: `python -m tests.support.stubborn`. The line on standard
-input is a path, to which the grandchild's process id is written."""
+"""A child of the supervisor whose own child keeps its standard output open: `python -m tests.support.stubborn`.
+
+The line on standard input is a path. The process id of the grandchild is written to that file.
+"""
 
 import os
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 from engine import lifeline
 
 if __name__ == "__main__":
-    path = Path(os.fsdecode(lifeline.read_start().strip()))
+    path = Path(os.fsdecode(lifeline.read_start()))
     grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
     path.write_text(str(grandchild.pid))
     lifeline.tell(lifeline.READY)

@@ -1,4 +1,4 @@
-"""Puts this folder's helpers within reach and keeps torch to one thread: the models here are tiny."""
+"""Makes this folder's helpers importable, and limits torch to one thread, since the models here are tiny."""
 
 from __future__ import annotations
 

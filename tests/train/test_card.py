@@ -1,4 +1,4 @@
-"""The cards say what was recorded, and nothing else."""
+"""The model cards state exactly the recorded figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained is what the engine runs: logits of a training model and of the engine on its exported checkpoint."""
+"""The training model equals the engine's: same logits from a training model and from the engine on its exported checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tiny_models import TINY_DRAFT, TINY_TIDEPOOL, VOCAB, make, make_odd
 
 from engine.models import registry
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from engine.weights import loader
 from tests.model.paged import PagedRun, random_sequences
 from train import export
@@ -22,7 +22,7 @@ def test_logits_equal_the_engines(name, tmp_path):
     config = CONFIGS[name]
     model = make_odd(config)
     save_file({n: t.contiguous().clone() for n, t in export.checkpoint_tensors(model).items()}, tmp_path / "model.safetensors")
-    engine = registry.build(ModelSpec.from_hf(config), dtype=torch.float32, device=torch.device("cpu"))
+    engine = registry.build(parse_spec(config), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(engine, tmp_path)
     sequences = random_sequences(VOCAB, (9, 40))
     for tokens, logits in zip(sequences, PagedRun(engine, sequences).run(num_decoded=3), strict=True):
@@ -34,7 +34,7 @@ def test_logits_equal_the_engines(name, tmp_path):
 
 
 def test_losses_are_of_the_tokens_one_and_two_ahead():
-    """A model whose head is asked for the wrong position would still learn a cycle; an untrained one tells them apart."""
+    """An untrained model shows a shifted target. A trained one would not: it would learn a cycle whatever the shift."""
     model = make_odd(TINY_TIDEPOOL)
     ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_cross_entropy_is_torchs():
 
 
 def test_flops_count_what_a_token_touches():
-    """By hand for the draft: every matrix once, the embedding as the head; attention over half a window on average."""
+    """The draft's count by hand: every matrix once, the embedding as the head, and attention over half a window on average."""
     model, length = make(TINY_DRAFT), 64
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert active_parameters(model) == matrices

@@ -1,4 +1,4 @@
-"""Windows, plan, optimizer, export: each by itself."""
+"""Windows, plan, optimizer and export, each tested separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_one_in_another_order():
 
 def test_rows_do_not_depend_on_how_they_are_asked_for():
     windows, again = (Windows(torch.arange(500).to(torch.int16), length=8, ahead=1, seed=3) for _ in range(2))
-    whole = windows.rows(0, 150)  # into the third epoch
+    whole = windows.rows(0, 150)  # two epochs of the stream, and the beginning of a third
     parts = torch.cat([again.rows(100, 50), again.rows(0, 7), again.rows(7, 93)])
     assert torch.equal(whole, torch.cat([parts[50:], parts[:50]]))
 
@@ -90,7 +90,7 @@ def test_orthogonalize_keeps_directions_and_evens_sizes(shape):
 
 
 def test_a_step_of_muon_is_torchs():
-    """Beside torch.optim.Muon, matrix by matrix, with the same scaling; it iterates in bfloat16."""
+    """Compared with torch.optim.Muon, matrix by matrix, with the same scaling. torch's version iterates in bfloat16."""
     torch.manual_seed(0)
     model = make(TINY_DRAFT)
     ours, _ = make_optimizers(model, lr=1e-2)

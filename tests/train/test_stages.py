@@ -1,4 +1,4 @@
-"""`python -m train`: each stage's command exists and takes what it is given. The stages themselves are tested by their parts."""
+"""`python -m train`: each stage's command exists and accepts its arguments. The stages' parts have tests of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = [(stage, command) for stage, commands in stages(Path("work")).items()
 
 
 def parse(name, arguments):
-    """Raises click's UsageError where the command would."""
+    """Parse a stage's command line. Raises click's UsageError where the command would."""
     module = importlib.import_module(name)
     app = getattr(module, "app", None)
     if app is None:

@@ -1,4 +1,4 @@
-"""The loop: it learns, it resumes to the bit, several processes do what one does."""
+"""The training loop learns, resumes to the bit, and gives the same result in several processes as in one."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Shapes small enough to train for some steps in a test: every part of Tidepool's and of its draft's."""
+"""Model shapes small enough to train for some steps in a test, with every part of Tidepool and of its draft model."""
 
 from __future__ import annotations
 
 import torch
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from train.model import Decoder
 from train.plan import Phase, Plan
 from train.shapes import DRAFT, TIDEPOOL
@@ -41,11 +41,11 @@ TINY_DRAFT = DRAFT | {
 
 def make(config: dict[str, object], *, seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
-    return Decoder(ModelSpec.from_hf(config), dtype=torch.float32)
+    return Decoder(parse_spec(config), dtype=torch.float32)
 
 
 def make_odd(config: dict[str, object]) -> Decoder:
-    """Norms and biases away from ones and zeros, where a mix-up would not show; matrices large enough to matter."""
+    """Set norms and biases to values other than ones and zeros, so that swapping two would show, and enlarge the matrices."""
     model = make(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -59,7 +59,7 @@ def make_odd(config: dict[str, object]) -> Decoder:
 
 
 def stream(length: int = 4000) -> torch.Tensor:
-    """A text that can be learnt: a cycle of tokens, with a seeded tenth of it noise."""
+    """A learnable text: a cycle of tokens, a tenth of which is seeded noise."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(length) * 7 % VOCAB
     noise = torch.randint(VOCAB, (length,), generator=generator)

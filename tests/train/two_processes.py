@@ -1,4 +1,4 @@
-"""Run under torchrun by test_training.py: four steps of the tiny model, into the folder given."""
+"""Trains four steps of the tiny model into a given folder. test_training.py runs it under torchrun."""
 
 import sys
 from pathlib import Path

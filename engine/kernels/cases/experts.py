@@ -35,7 +35,7 @@ class Mixture(NamedTuple):
     ids: torch.Tensor  # [tokens, TOP_K] int32
 
     def launch(self, run: Callable[[], object]) -> Launch:
-        """`run` with its bound: the weights read, and the tokens and results."""
+        """Make a case of the kernel benchmark of `run`. Its bound counts the bytes of weights read, of tokens and of results."""
         gate_up, down = self.experts
         tokens, num_shared = self.x.shape[0], count_shared(self.shared, down.shape[2])
         expert = gate_up[0].numel() + down[0].numel()

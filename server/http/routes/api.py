@@ -1,4 +1,4 @@
-"""What the routes share: the service they call, how they answer, and what the OpenAPI document says of both."""
+"""Helpers that all routes share: access to the service, small JSON answers, and entries for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.schemas.service import ErrorResponse
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
+from server.service.pacing import Pacer
 from server.service.service import GenerateService
 from server.service.types import Usage
 
 
 class Api(msgspec.Struct, frozen=True, kw_only=True):
-    """Hangs on `app.state.api`."""
+    """The objects that routes work with. The application holds it as `app.state.api`."""
 
     service: GenerateService
     metrics: Metrics
     max_body_bytes: int
+    pacer: Pacer = msgspec.field(default_factory=Pacer)
 
 
 def api_of(request: Request) -> Api:
@@ -36,6 +38,7 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> int:
+    """The current time in whole seconds since 1970."""
     return int(time.time())
 
 
@@ -44,6 +47,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
+    """Token counts in the form of OpenAI's `usage` object."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -53,20 +57,20 @@ def openai_usage(usage: Usage) -> dict[str, Any]:
 
 
 _ERRORS: dict[int | str, str] = {
-    400: "The request is malformed, or a field is missing, unknown, out of range or at odds with another.",
-    404: "No such model here.",
-    408: "The request passed its deadline, or was sent too slowly.",
+    400: "The request is malformed, or a field is missing, unknown, out of range or in conflict with another field.",
+    404: "This server does not have the model.",
+    408: "The request passed its deadline, or its body arrived too slowly.",
     413: "The body is larger than this server's limit.",
-    422: "The field that `param` names is understood, but this server cannot do it.",
-    429: "The queue is full: try again after the seconds in Retry-After.",
+    422: "This server does not support the field that `param` names.",
+    429: "The queue is full. Retry-After says after how many seconds to try again.",
     499: "The request was aborted.",
-    500: "A bug of the server.",
-    503: "No engine to run on: try again after the seconds in Retry-After.",
+    500: "The server has a bug. Its log has the details.",
+    503: "No engine is available. Retry-After says after how many seconds to try again.",
 }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route that may answer with these statuses."""
+    """The `responses=` argument of a route that may answer with these error statuses."""
     answers: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         answers[status] = {"description": _ERRORS[status], "model": ErrorResponse}
@@ -79,15 +83,13 @@ GENERATION_ERRORS = errors(400, 404, 408, 413, 422, 429, 499, 500, 503)
 EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
-class Takes(dict[str, Any]):
-    """A route's `openapi_extra=`. It keeps the model that it describes, so that `server.http.openapi` can add the schema."""
+class JsonBody(dict[str, Any]):
+    """The `openapi_extra=` argument of a route that reads its body with `server.http.body.read_json`.
+
+    It keeps the model of the body, so that `server.http.openapi` can add the model's schema to the document.
+    """
 
     def __init__(self, model: type[BaseModel]) -> None:
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}
         super().__init__(requestBody={"required": True, "content": {"application/json": {"schema": schema}}})
         self.model = model
-
-
-def takes(model: type[BaseModel]) -> Takes:
-    """`openapi_extra=` of a route that reads its body by `server.http.body.read_json`."""
-    return Takes(model)

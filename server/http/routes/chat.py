@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, as OpenAI has it: text messages in, one assistant message out."""
+"""POST /v1/chat/completions, as OpenAI defines it: text messages in, one assistant message out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
-from server.http.disconnect import while_connected
-from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, api_of, json_response, new_id, now, openai_usage, takes
-from server.http.routes.collect import Output, collect
-from server.http.routes.logprobs import chat_form, prompt_form
-from server.http.schemas.openai import ChatRequest, ChatResponse
-from server.http.sse import DONE, EventStream, event
+from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
+from server.http.routes.answer import respond
+from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id, now, openai_usage
+from server.http.routes.collect import CollectedOutput
+from server.http.routes.logprobs import (
+    ChatLogprobsJson,
+    ItemList,
+    Written,
+    chat_item,
+    prompt_item,
+    write_each,
+    written_parts,
+)
+from server.http.schemas.openai import ChatBody, ChatResponse
+from server.http.sse import DONE, event, event_pieces
 from server.service.types import Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
@@ -26,99 +35,93 @@ router = APIRouter(tags=["openai"])
 @router.post(
     "/v1/chat/completions",
     responses={200: {"model": ChatResponse, "content": EVENT_STREAM}, **GENERATION_ERRORS},
-    openapi_extra=takes(ChatRequest),
+    openapi_extra=JsonBody(ChatBody),
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     api = api_of(request)
-    asked = await read_json(request, ChatRequest, api.max_body_bytes)
-    call = await _call(api, asked, new_id("chatcmpl"))
-    stream = api.service.generate(call)
-    head = {"id": call.request_id, "created": now(), "model": api.service.model_name}
-    if asked.stream:
-        return EventStream(_events(api, asked, head, stream))
-    outputs, ending = await while_connected(request.receive, collect(stream, call.n))
-    return json_response(_whole(api, head, outputs, ending))
+    body = await read_json(request, ChatBody, api.max_body_bytes)
+    generation = await _generation_request(api, body, new_id("chatcmpl"))
+    return await respond(request, _Answer(api, body, generation.request_id), [generation], stream=bool(body.stream))
 
 
-async def _call(api: Api, asked: ChatRequest, id: str) -> GenerationRequest:
-    messages = [{"role": message.role, "content": message.text} for message in asked.messages]
-    tokens = await api.service.chat_tokens(messages)
-    limit = asked.output_limit
-    return GenerationRequest(
-        request_id=id,
-        prompt=tokens,
-        params=asked.sampling(
-            max_tokens=max(1, api.service.max_model_len - len(tokens)) if limit is None else limit,
-            logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        ),
-        model=asked.model,
-        n=asked.num_outputs,
-        stop=asked.stop_strings,
-        priority=asked.priority or 0,
-        add_special_tokens=False,
-        client_names=asked.client_names,
+async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRequest:
+    tokens = await api.service.chat_tokens([{"role": message.role, "content": message.text} for message in body.messages])
+    limit = body.output_limit
+    params = body.sampling(
+        max_tokens=max(1, api.service.max_model_len - len(tokens)) if limit is None else limit,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    return body.request_of(id, tokens, params, add_special_tokens=False, client_names=body.client_names)
 
 
-def _whole(api: Api, head: dict[str, Any], outputs: list[Output], ending: Ending) -> dict[str, Any]:
-    text_of = api.service.token_text
-    choices = [
-        {
-            "index": output.index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": None if output.logprobs is None else chat_form(output.logprobs, text_of, api.service.token_bytes),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        }
-        for output in outputs
-    ]
-    answer = {**head, "object": "chat.completion", "choices": choices, "usage": openai_usage(ending.usage)}
-    if outputs[0].prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_form(outputs[0].prompt_logprobs, text_of)
-    return answer
+class _Answer:
+    """Writes the answer to one request of POST /v1/chat/completions."""
+
+    def __init__(self, api: Api, body: ChatBody, id: str) -> None:
+        self._head = {"id": id, "created": now(), "model": api.service.model_name}
+        self._wants_usage = body.wants_usage
+        self._pacer = api.pacer
+        text = api.service.token_text
+        chosen, prompt = chat_item(text, api.service.token_bytes), prompt_item(text)
+        self.write_logprobs = write_each(lambda: ChatLogprobsJson(chosen), lambda: ItemList(prompt))
+
+    def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
+        fields = {**self._head, "object": "chat.completion", "usage": openai_usage(endings[0].usage)}
+        prompt = written_parts(outputs[0].written, "prompt_logprobs")
+        return PartsResponse(object_parts(fields, {"choices": list_parts(map(_choice, outputs)), **prompt}))
+
+    async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
+        dumps = orjson.dumps
+        head = {**self._head, "object": "chat.completion.chunk"} | ({"usage": None} if self._wants_usage else {})
+        prefix = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
+        suffix = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+        begun: set[int] = set()
+        usage = None
+        async with aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Ending):
+                    usage = openai_usage(item.usage)
+                    continue
+                written: Written = {}
+                if item.logprobs is not None or item.prompt_logprobs is not None:
+                    await self._pacer.run(self.write_logprobs(item, written))
+                if item.index not in begun:
+                    begun.add(item.index)
+                    prompt = written_parts(written, "prompt_logprobs")
+                    for piece in event_pieces(object_parts(head, {"choices": [dumps([_role(item.index)])], **prompt})):
+                        yield piece
+                if item.finish_reason is None and item.logprobs is None:
+                    yield b'%b%d,"delta":{"content":%b%b' % (prefix, item.index, dumps(item.text), suffix)
+                else:
+                    for piece in event_pieces(object_parts(head, {"choices": list_parts([_delta(item, written)])})):
+                        yield piece
+        if self._wants_usage:
+            yield event(dumps({**head, "choices": [], "usage": usage}))
+        yield DONE
 
 
-async def _events(
-    api: Api, asked: ChatRequest, names: dict[str, Any], stream: AsyncGenerator[Chunk | Ending, None]
-) -> AsyncGenerator[bytes, None]:
-    dumps = orjson.dumps
-    head = {**names, "object": "chat.completion.chunk"}
-    end = {"usage": None} if asked.wants_usage else {}
-    prefix = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
-    suffix = b'},"logprobs":null,"finish_reason":null}]' + (b',"usage":null}\n\n' if asked.wants_usage else b"}\n\n")
-    begun: set[int] = set()
-    usage = None
-    async with aclosing(stream):
-        async for item in stream:
-            if isinstance(item, Ending):
-                usage = openai_usage(item.usage)
-                continue
-            if item.index not in begun:
-                begun.add(item.index)
-                role = {"index": item.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                first = {**head, "choices": [{**role, "logprobs": None}], **end}
-                if item.prompt_logprobs is not None:
-                    first["prompt_logprobs"] = prompt_form(item.prompt_logprobs, api.service.token_text)
-                yield event(dumps(first))
-            if item.finish_reason is None and item.logprobs is None:
-                yield b'%b%d,"delta":{"content":%b%b' % (prefix, item.index, dumps(item.text), suffix)
-            else:
-                yield event(dumps({**head, "choices": [_delta(api, item)], **end}))
-    if asked.wants_usage:
-        yield event(dumps({**head, "choices": [], "usage": usage}))
-    yield DONE
+def _choice(output: CollectedOutput) -> Parts:
+    fields = {
+        "index": output.index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    return object_parts(fields, {"logprobs": [b"null"], **written_parts(output.written, "logprobs")})
 
 
-def _delta(api: Api, chunk: Chunk) -> dict[str, Any]:
-    choice: dict[str, Any] = {
+def _role(index: int) -> dict[str, Any]:
+    """The choice in the first event of an output. It has the role of the message, and no text."""
+    return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+
+def _delta(chunk: Chunk, written: Written) -> Parts:
+    fields: dict[str, Any] = {
         "index": chunk.index,
         "delta": {"content": chunk.text} if chunk.text else {},
-        "logprobs": None
-        if chunk.logprobs is None
-        else chat_form(chunk.logprobs, api.service.token_text, api.service.token_bytes),
         "finish_reason": chunk.finish_reason,
     }
     if chunk.finish_reason is not None:
-        choice["stop_reason"] = chunk.stop_reason
-    return choice
+        fields["stop_reason"] = chunk.stop_reason
+    return object_parts(fields, {"logprobs": [b"null"], **written_parts(written, "logprobs")})

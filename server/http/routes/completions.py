@@ -1,8 +1,8 @@
-"""POST /v1/completions, as OpenAI has it."""
+"""POST /v1/completions, as OpenAI defines it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,161 +12,162 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.request import TokenLogprobs
 from server.http.body import read_json
-from server.http.disconnect import while_connected
-from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, api_of, json_response, new_id, now, openai_usage, takes
-from server.http.routes.collect import Output, collect_all, merge, total_usage
-from server.http.routes.logprobs import completion_form, prompt_form
-from server.http.schemas.openai import CompletionRequest, CompletionResponse
-from server.http.sse import DONE, EventStream, event
+from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
+from server.http.routes.answer import respond
+from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id, now, openai_usage
+from server.http.routes.collect import CollectedOutput, total_usage
+from server.http.routes.logprobs import (
+    CompletionLogprobsJson,
+    ItemList,
+    LogprobsJson,
+    Written,
+    field_of,
+    prompt_item,
+    written_parts,
+)
+from server.http.schemas.openai import CompletionBody, CompletionResponse
+from server.http.sse import DONE, event, event_pieces
 from server.service.types import Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One of a call's prompts. `echo_text` is what its choices begin with; None without `echo`."""
+    """One prompt of a completions call, which can have several."""
 
-    ask: str | list[int]
-    echo_text: str | None = None
-    first_token: int | None = None
+    content: str | list[int]  # the prompt for the service, as text or as token ids
+    echo_text: str | None = None  # with `echo`: the prompt's text, with which its choices begin
+    first_token: int | None = None  # with `echo`: the prompt's first token id
 
 
 @router.post(
     "/v1/completions",
     responses={200: {"model": CompletionResponse, "content": EVENT_STREAM}, **GENERATION_ERRORS},
-    openapi_extra=takes(CompletionRequest),
+    openapi_extra=JsonBody(CompletionBody),
 )
 async def completions(request: Request) -> Response:
     """Continue one prompt or several."""
     api = api_of(request)
-    asked = await read_json(request, CompletionRequest, api.max_body_bytes)
-    prompts = [await _prompt(api, asked, ask) for ask in asked.prompts]
+    body = await read_json(request, CompletionBody, api.max_body_bytes)
+    prompts = [await _prompt(api, body, content) for content in body.prompts]
     id = new_id("cmpl")
-    calls = _calls(asked, prompts, id)
-    if len(calls) > 1:
-        _check_together(api, calls)
-    streams = [api.service.generate(call) for call in calls]
-    writer = _Writer(api, asked, prompts, id)
-    if asked.stream:
-        return EventStream(writer.events(merge(streams, asked.num_outputs)))
-    outputs, endings = await while_connected(request.receive, collect_all(streams, asked.num_outputs))
-    return json_response(writer.whole(outputs, endings))
+    requests = _requests(body, prompts, id)
+    if len(requests) > 1:
+        _check_together(api, requests)
+    return await respond(request, _Answer(api, body, prompts, id), requests, stream=bool(body.stream))
 
 
-async def _prompt(api: Api, asked: CompletionRequest, ask: str | list[int]) -> Prompt:
-    if not asked.echo and asked.prompt_logprobs is None:
-        return Prompt(ask)
-    tokens = await api.service.tokenize(ask, model=asked.model) if isinstance(ask, str) else ask
-    if not asked.echo:
+async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> Prompt:
+    """The Prompt for `content`. It is tokenised here if `echo` or the limit on log-probabilities needs its tokens."""
+    if not body.echo and body.prompt_logprobs is None:
+        return Prompt(content)
+    tokens = await api.service.tokenize(content, model=body.model, as_prompt=True) if isinstance(content, str) else content
+    if not body.echo:
         return Prompt(tokens)
-    text = ask if isinstance(ask, str) else await api.service.detokenize(ask, model=asked.model)
+    text = content if isinstance(content, str) else await api.service.detokenize(content, model=body.model, as_prompt=True)
     return Prompt(tokens, text, tokens[0] if tokens else None)
 
 
-def _calls(asked: CompletionRequest, prompts: list[Prompt], id: str) -> list[GenerationRequest]:
-    params = asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs)
-    if asked.echo and asked.logprobs is not None and params.prompt_logprobs is None:
-        params = msgspec.structs.replace(params, prompt_logprobs=asked.logprobs)
+def _requests(body: CompletionBody, prompts: list[Prompt], id: str) -> list[GenerationRequest]:
+    params = body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs)
+    if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
+        params = msgspec.structs.replace(params, prompt_logprobs=body.logprobs)
+    if len(prompts) == 1:
+        return [body.request_of(id, prompts[0].content, params)]
     return [
-        GenerationRequest(
-            request_id=id if len(prompts) == 1 else f"{id}-{i}",
-            prompt=prompt.ask,
-            params=params,
-            model=asked.model,
-            n=asked.num_outputs,
-            stop=asked.stop_strings,
-            priority=asked.priority or 0,
-            client_names={} if len(prompts) == 1 else {"prompt": f"prompt[{i}]"},
-            num_prompts=len(prompts),
-        )
+        body.request_of(f"{id}-{i}", prompt.content, params, client_names={"prompt": f"prompt[{i}]"}, num_prompts=len(prompts))
         for i, prompt in enumerate(prompts)
     ]
 
 
-def _check_together(api: Api, calls: list[GenerationRequest]) -> None:
-    """Where log-probabilities of prompts are asked for, `_prompt` has made tokens of them all."""
+def _check_together(api: Api, requests: list[GenerationRequest]) -> None:
+    """Check the sum of the log-probabilities of all prompts against the service's limits. Raises InvalidRequest.
+
+    Prompts are lists of tokens if their own log-probabilities are requested, see `_prompt`.
+    """
     api.service.check_logprobs(
-        calls[0].params,
-        prompt_tokens=sum(len(call.prompt) for call in calls),
-        outputs=sum(call.n for call in calls),
+        requests[0].params,
+        prompt_tokens=sum(len(generation.prompt) for generation in requests),
+        outputs=sum(generation.n for generation in requests),
     )
 
 
-class _Writer:
-    """Writes the answer of one call."""
+class _Answer:
+    """Writes the answer to one request of POST /v1/completions."""
 
-    def __init__(self, api: Api, asked: CompletionRequest, prompts: list[Prompt], id: str) -> None:
-        self.asked = asked
-        self.prompts = prompts
-        self.text_of = api.service.token_text
-        self.head = {"id": id, "object": "text_completion", "created": now(), "model": api.service.model_name}
-        self.offsets: dict[int, int] = {}  # of each choice: characters written so far
+    def __init__(self, api: Api, body: CompletionBody, prompts: list[Prompt], id: str) -> None:
+        self._body = body
+        self._prompts = prompts
+        self._pacer = api.pacer
+        self._text = api.service.token_text
+        self._prompt_item = prompt_item(self._text)
+        self._head = {"id": id, "object": "text_completion", "created": now(), "model": api.service.model_name}
+        self._offsets: dict[int, int] = {}  # index of a choice -> length of its text so far, in characters
 
-    def whole(self, outputs: list[Output], endings: list[Ending]) -> dict[str, Any]:
+    def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
         choices = [
-            self._choice(
-                Chunk(
-                    index=output.index,
-                    text=output.text,
-                    token_ids=output.token_ids,
-                    finish_reason=output.finish_reason,
-                    stop_reason=output.stop_reason,
-                    logprobs=output.logprobs,
-                    prompt_logprobs=output.prompt_logprobs,
-                )
-            )
+            self._choice(output.index, output.text, output.finish_reason, output.stop_reason, output.written)
             for output in outputs
         ]
-        return {**self.head, "choices": choices, "usage": openai_usage(total_usage(endings))}
+        fields = {**self._head, "usage": openai_usage(total_usage(endings))}
+        return PartsResponse(object_parts(fields, {"choices": list_parts(choices)}))
 
     async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
         dumps = orjson.dumps
-        head = b"data: " + dumps(self.head)[:-1] + b',"choices":[{"index":'
-        tail = b',"logprobs":null,"finish_reason":null}]' + (b',"usage":null}\n\n' if self.asked.wants_usage else b"}\n\n")
-        simple = not self.asked.echo and self.asked.logprobs is None and self.asked.prompt_logprobs is None
-        end = {"usage": None} if self.asked.wants_usage else {}
+        head = self._head | ({"usage": None} if self._body.wants_usage else {})
+        prefix = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
+        suffix = b',"logprobs":null,"finish_reason":null}]}\n\n'
+        simple = not self._body.echo and self._body.logprobs is None and self._body.prompt_logprobs is None
         endings: list[Ending] = []
         async with aclosing(stream):
             async for item in stream:
                 if isinstance(item, Ending):
                     endings.append(item)
                 elif simple and item.finish_reason is None:
-                    yield b'%b%d,"text":%b%b' % (head, item.index, dumps(item.text), tail)
+                    yield b'%b%d,"text":%b%b' % (prefix, item.index, dumps(item.text), suffix)
                 else:
-                    yield event(dumps({**self.head, "choices": [self._choice(item)], **end}))
-        if self.asked.wants_usage:
-            yield event(dumps({**self.head, "choices": [], "usage": openai_usage(total_usage(endings))}))
+                    for piece in event_pieces(object_parts(head, {"choices": list_parts([await self._delta(item)])})):
+                        yield piece
+        if self._body.wants_usage:
+            yield event(dumps({**head, "choices": [], "usage": openai_usage(total_usage(endings))}))
         yield DONE
 
-    def _choice(self, chunk: Chunk) -> dict[str, Any]:
-        prompt = self.prompts[chunk.index // self.asked.num_outputs]
-        first = chunk.index not in self.offsets
-        text = (prompt.echo_text or "") + chunk.text if first else chunk.text
-        choice = {
-            "index": chunk.index,
-            "text": text,
-            "logprobs": self._logprobs(chunk, prompt, self._offset(chunk, prompt)),
-            "finish_reason": chunk.finish_reason,
-        }
-        self.offsets[chunk.index] = self.offsets.get(chunk.index, 0) + len(text)
-        if chunk.finish_reason is not None:
-            choice["stop_reason"] = chunk.stop_reason
-        if chunk.prompt_logprobs is not None and self.asked.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_form(chunk.prompt_logprobs, self.text_of)
-        return choice
+    async def _delta(self, chunk: Chunk) -> Parts:
+        written: Written = {}
+        await self._pacer.run(self.write_logprobs(chunk, written))
+        return self._choice(chunk.index, chunk.text, chunk.finish_reason, chunk.stop_reason, written)
 
-    def _offset(self, chunk: Chunk, prompt: Prompt) -> int:
-        """Where in the choice's text the chunk's log-probabilities begin: past an echoed prompt that has none in it."""
-        if chunk.prompt_logprobs is None and chunk.index not in self.offsets:
-            return len(prompt.echo_text or "")
-        return self.offsets.get(chunk.index, 0)
+    def _choice(self, index: int, text: str, finish_reason: str | None, stop_reason: str | int | None, written: Written) -> Parts:
+        if index not in self._offsets:
+            text = (self._prompt_of(index).echo_text or "") + text
+        self._offsets[index] = self._offsets.get(index, 0) + len(text)
+        fields: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish_reason}
+        if finish_reason is not None:
+            fields["stop_reason"] = stop_reason
+        return object_parts(fields, {"logprobs": [b"null"], **written_parts(written)})
 
-    def _logprobs(self, chunk: Chunk, prompt: Prompt, offset: int) -> dict[str, Any] | None:
-        if self.asked.logprobs is None or chunk.logprobs is None:
-            return None
-        positions: list[TokenLogprobs | None] = list(chunk.logprobs)
-        if self.asked.echo and chunk.prompt_logprobs is not None:
-            positions = [*chunk.prompt_logprobs, *positions]
-        return completion_form(positions, prompt.first_token, self.asked.logprobs, offset, self.text_of)
+    def write_logprobs(self, chunk: Chunk, written: Written) -> Iterator[None]:
+        """Append the log-probabilities of `chunk` to the fields of `written`. Yields between two slices of work.
+
+        With `echo`, the log-probabilities of the prompt come first in the first choice of each prompt.
+        """
+        prompt, body = chunk.prompt_logprobs, self._body
+        if body.logprobs is not None and chunk.logprobs is not None:
+            field = field_of(written, "logprobs", lambda: self._logprobs_of(chunk))
+            if body.echo and prompt is not None:
+                yield from field.write(prompt)
+            yield from field.write(chunk.logprobs)
+        if body.prompt_logprobs is not None and prompt is not None:
+            yield from field_of(written, "prompt_logprobs", lambda: ItemList(self._prompt_item)).write(prompt)
+
+    def _logprobs_of(self, chunk: Chunk) -> LogprobsJson:
+        """A new `logprobs` field for a choice, or for an event of a streamed choice. `chunk` is the first chunk in it."""
+        prompt = self._prompt_of(chunk.index)
+        offset = self._offsets.get(chunk.index)
+        if offset is None:  # the first chunk: an echoed prompt precedes it, either with or without log-probabilities
+            offset = len(prompt.echo_text or "") if chunk.prompt_logprobs is None else 0
+        return CompletionLogprobsJson(self._body.logprobs or 0, self._text, offset=offset, first_token=prompt.first_token)
+
+    def _prompt_of(self, index: int) -> Prompt:
+        return self._prompts[index // self._body.num_outputs]

@@ -6,19 +6,21 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
-from server.http.disconnect import while_connected
-from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, api_of, json_response, new_id, takes
-from server.http.routes.collect import Output, collect
-from server.http.routes.logprobs import TokenText, own_list
-from server.http.schemas.generate import GenerateRequest, GenerateResponse
-from server.http.sse import DONE, EventStream, event
-from server.service.types import Chunk, Ending, GenerationRequest
+from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
+from server.http.routes.answer import respond
+from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id
+from server.http.routes.collect import CollectedOutput
+from server.http.routes.logprobs import ItemList, Written, own_item, write_each, written_parts
+from server.http.schemas.generate import GenerateBody, GenerateResponse
+from server.http.sse import DONE, event_pieces
+from server.service.types import Chunk, Ending
 
 router = APIRouter(tags=["generate"])
 _CACHE = "off"  # there is no response cache yet
@@ -27,94 +29,78 @@ _CACHE = "off"  # there is no response cache yet
 @router.post(
     "/v1/generate",
     responses={200: {"model": GenerateResponse, "content": EVENT_STREAM}, **GENERATION_ERRORS},
-    openapi_extra=takes(GenerateRequest),
+    openapi_extra=JsonBody(GenerateBody),
 )
 async def generate(request: Request) -> Response:
-    """Continue a prompt: text and tokens, whole or as server-sent events."""
+    """Continue a prompt. The answer has text and tokens, whole or as server-sent events."""
     api = api_of(request)
-    asked = await read_json(request, GenerateRequest, api.max_body_bytes)
-    id = new_id("gen")
-    call = GenerationRequest(
-        request_id=id,
-        prompt=asked.text_or_tokens,
-        params=asked.sampling(max_tokens=asked.max_tokens, logprobs=asked.logprobs),
-        model=asked.model,
-        n=asked.num_outputs,
-        stop=asked.stop_strings,
-        priority=asked.priority or 0,
-        deadline_s=None if asked.deadline_ms is None else asked.deadline_ms / 1000,
-        client_names=asked.client_names,
-    )
-    model = api.service.model_name
-    names = {"id": id} if asked.request_id is None else {"id": id, "request_id": asked.request_id}
-    stream = api.service.generate(call)
-    if asked.stream:
-        return EventStream(_events(stream, names, model, call.n, api.service.token_text))
-    outputs, ending = await while_connected(request.receive, collect(stream, call.n))
-    whole = [_output(output, api.service.token_text) for output in outputs]
-    return json_response({**names, "model": model, "outputs": whole, **_end(ending)})
+    body = await read_json(request, GenerateBody, api.max_body_bytes)
+    generation = body.generation_request(new_id("gen"))
+    return await respond(request, _Answer(api, body, generation.request_id), [generation], stream=bool(body.stream))
 
 
-async def _events(
-    stream: AsyncGenerator[Chunk | Ending, None], names: dict[str, str], model: str, n: int, text: TokenText
-) -> AsyncGenerator[bytes, None]:
-    head = b"data: " + orjson.dumps(names)[:-1] + b',"index":'
-    dumps = orjson.dumps
-    last: dict[str, Any] = dict(names)
-    async with aclosing(stream):
-        async for item in stream:
-            if isinstance(item, Ending):
-                yield event(dumps({**last, "model": model, **_end(item)}))
-            elif item.finish_reason is None and item.logprobs is None and item.prompt_logprobs is None:
-                yield b'%b%d,"text":%b,"token_ids":%b}\n\n' % (head, item.index, dumps(item.text), dumps(item.token_ids))
-            else:
-                full = {**names, **_chunk(item, text)}
-                n -= item.finish_reason is not None
-                if n:
-                    yield event(dumps(full))
-                else:  # the Ending is next: one event says both
-                    last = full
-    yield DONE
+class _Answer:
+    """Writes the answer to one request of POST /v1/generate."""
+
+    def __init__(self, api: Api, body: GenerateBody, id: str) -> None:
+        self._ids = {"id": id} if body.request_id is None else {"id": id, "request_id": body.request_id}
+        self._model = api.service.model_name
+        self._n = body.num_outputs
+        self._pacer = api.pacer
+        item = own_item(api.service.token_text)
+        self.write_logprobs = write_each(lambda: ItemList(item), lambda: ItemList(item))
+
+    def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
+        fields = {**self._ids, "model": self._model, **_end(endings[0])}
+        return PartsResponse(object_parts(fields, {"outputs": list_parts(map(_output, outputs))}))
+
+    async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
+        dumps = orjson.dumps
+        head = b"data: " + dumps(self._ids)[:-1] + b',"index":'
+        unfinished = self._n
+        last: dict[str, Any] = {}
+        written: Written = {}
+        async with aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Ending):
+                    for piece in event_pieces(self._event({**last, "model": self._model, **_end(item)}, written)):
+                        yield piece
+                elif item.finish_reason is None and item.logprobs is None and item.prompt_logprobs is None:
+                    yield b'%b%d,"text":%b,"token_ids":%b}\n\n' % (head, item.index, dumps(item.text), dumps(item.token_ids))
+                else:
+                    last, written = _chunk(item), {}
+                    await self._pacer.run(self.write_logprobs(item, written))
+                    unfinished -= item.finish_reason is not None
+                    if unfinished:  # the very last chunk shares its event with the Ending, which comes next
+                        for piece in event_pieces(self._event(last, written)):
+                            yield piece
+        yield DONE
+
+    def _event(self, fields: dict[str, Any], written: Written) -> Parts:
+        return object_parts({**self._ids, **fields}, written_parts(written))
 
 
-def _chunk(chunk: Chunk, text: TokenText) -> dict[str, Any]:
+def _chunk(chunk: Chunk) -> dict[str, Any]:
     fields: dict[str, Any] = {"index": chunk.index, "text": chunk.text, "token_ids": chunk.token_ids}
     if chunk.finish_reason is not None:
         fields |= {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop_reason}
-    if chunk.logprobs is not None:
-        fields["logprobs"] = own_list(chunk.logprobs, text)
-    if chunk.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = own_list(chunk.prompt_logprobs, text)
     return fields
 
 
-def _output(output: Output, text: TokenText) -> dict[str, Any]:
-    fields: dict[str, Any] = {
+def _output(output: CollectedOutput) -> Parts:
+    fields = {
         "index": output.index,
         "text": output.text,
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
-    if output.logprobs is not None:
-        fields["logprobs"] = own_list(output.logprobs, text)
-    if output.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = own_list(output.prompt_logprobs, text)
-    return fields
+    return object_parts(fields, written_parts(output.written))
 
 
 def _end(ending: Ending) -> dict[str, Any]:
-    usage, timing = ending.usage, ending.timing
     return {
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "completion_tokens": usage.completion_tokens,
-        },
-        "timing": {
-            "queue_ms": round(timing.queue_ms, 3),
-            "ttft_ms": round(timing.ttft_ms, 3),
-            "total_ms": round(timing.total_ms, 3),
-        },
+        "usage": msgspec.structs.asdict(ending.usage),
+        "timing": {name: round(ms, 3) for name, ms in msgspec.structs.asdict(ending.timing).items()},
         "cache": _CACHE,
     }

@@ -1,7 +1,8 @@
 """GET /health/live, /health/ready and /health/startup, for probes.
 
-live says that this process turns its event loop; ready, that a token can be made here now; startup, that one once could.
-HEAD answers as GET does, without the body: some load balancers probe so.
+`live` is true while this process runs its event loop. `ready` is true while every API worker has reached an engine since the
+server started and this worker's engine makes progress. `startup` is true once `ready` has been true. HEAD gets the same answer
+without the body, because some load balancers probe with HEAD.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from server.http.schemas.service import Health
 router = APIRouter(tags=["service"])
 _PROBE = {
     200: {"model": Health, "description": "Yes."},
-    503: {"model": Health, "description": "No; `reason` says why."},
+    503: {"model": Health, "description": "No. `reason` says why."},
 }
 
 
 @router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", responses={200: {"model": Health, "description": "Yes."}})
 async def live() -> Response:
-    """Does the process run?"""
+    """Whether the process runs."""
     return json_response({"status": "ok", "reason": None})
 
 
 @router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses=_PROBE)  # type: ignore[arg-type]
 async def ready(request: Request) -> Response:
-    """Can it serve now: is the engine reached, its heartbeat fresh, and its work going on?"""
+    """Whether the server can generate tokens now: the engine is connected, its heartbeat is recent and its steps go on."""
     health = api_of(request).service.health()
     return _answer(health.ready, health.reason)
 
@@ -38,7 +39,7 @@ async def ready(request: Request) -> Response:
 @router.head("/health/startup", include_in_schema=False)
 @router.get("/health/startup", responses=_PROBE)  # type: ignore[arg-type]
 async def startup(request: Request) -> Response:
-    """Has it been ready once since it started?"""
+    """Whether the server has been ready once since it started."""
     health = api_of(request).service.health()
     return _answer(health.started, health.reason or "the engine has not been ready yet")
 

@@ -15,17 +15,17 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", responses={200: {"model": ModelList}, **errors(500, 503)})
 async def list_models(request: Request) -> Response:
-    """The models that this server has."""
+    """List the models of this server."""
     return json_response({"object": "list", "data": _cards(request)})
 
 
 @router.get("/v1/models/{model:path}", responses={200: {"model": ModelCard}, **errors(404, 500, 503)})
 async def get_model(request: Request, model: str) -> Response:
-    """One of them."""
+    """Describe one model of this server."""
     for card in _cards(request):
         if card["id"] == model:
             return json_response(card)
-    raise UnknownModel(f"there is no model {model[:256]!r} here: see /v1/models", param="model")
+    raise UnknownModel(f"this server has no model {model[:256]!r}: /v1/models lists its models", param="model")
 
 
 def _cards(request: Request) -> list[dict[str, object]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
-
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from server import __version__
 from server.http.routes.api import json_response
 from server.http.schemas.service import Version
 
 router = APIRouter(tags=["service"])
-VERSION = installed_version("tidegate")
+VERSION = __version__
 
 
 @router.get("/version", responses={200: {"model": Version}})

@@ -1,10 +1,10 @@
-"""What the request schemas share: strict parsing, and the sampling fields with their ranges from `engine.request.BOUNDS`.
+"""Base of all request schemas: strict parsing, and the sampling fields with their ranges from `engine.request.BOUNDS`.
 
-Strict means that "3" is no number, 1 is no boolean and an unknown field is an error. A field that may be left out may also
-be null, with the same meaning, as OpenAI clients send it.
+HTTP and gRPC validate requests with the same schemas. Strict means: "3" is not a number, 1 is not a boolean, and an unknown
+field is an error. Every optional field may also be null, with the same meaning, because OpenAI clients send it so.
 
-A body within the size limit can hold a million faults, and pydantic would collect them all, for seconds. So long lists stop at
-the first fault (`fail_fast`), and objects with too many keys are cut short or refused before their keys are looked at.
+A body within the size limit can hold a million faults, and pydantic would spend seconds collecting all of them. So long lists
+stop at the first fault (`fail_fast`), and objects with too many keys are cut or refused before pydantic reads their keys.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from pydantic_core import PydanticCustomError
 
 from engine.errors import UnsupportedField
 from engine.request import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
+from server.service.types import GenerationRequest
 
-# The widest that `Settings` can allow; what it does allow is the service's to check, for HTTP and gRPC alike.
+# The largest limits that `Settings` can set. The service checks the limits that are set, for HTTP and gRPC alike.
 MAX_N = 128  # outputs of one prompt
-MAX_STOP = 1024  # stop strings
-MAX_STOP_CHARS = 65536
-MAX_PROMPTS = 128  # of one completions call
-MAX_PROMPT_TOKENS = 1 << 21  # a list longer than any context; the body's limit comes first
+MAX_STOP = 1024  # stop strings of one request
+MAX_STOP_CHARS = 65536  # characters of one stop string
+MAX_PROMPTS = 128  # prompts of one completions call
+MAX_PROMPT_TOKENS = 1 << 21  # more than any model's context; the limit on the size of the body is usually reached before
 TOKEN_ID_MAX = 2**31 - 1
 
 
 def bounded(name: str, description: str = "", **more: Any) -> Any:
-    """A Field in the closed range that `BOUNDS` gives to `name`."""
+    """A pydantic Field for a number in the closed range `BOUNDS[name]`, by default with the description that `BOUNDS` has."""
     low, high, about = BOUNDS[name]
     return Field(ge=low, le=high, description=description or about, **more)
 
@@ -55,12 +56,14 @@ Stop = Annotated[
     Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP), Tag("#texts")],
     Discriminator(_stop_kind, custom_error_type="stop_kind", custom_error_message="must be a string or a list of strings"),
 ]
-TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]  # so that no token can be named twice
-Bias = Annotated[float, bounded("logit_bias", "Added to the token's logit.")]
+TokenKey = Annotated[
+    str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")
+]  # one spelling for each token, so that none is named twice
+Bias = Annotated[float, bounded("logit_bias", "Number that is added to the token's logit.")]
 
 
 def at_most(num_keys: int) -> BeforeValidator:
-    """For a dict: pydantic's own max_length counts only what it has validated, key by key."""
+    """Refuses a dict with more than `num_keys` keys before pydantic validates any of them, unlike pydantic's own max_length."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > num_keys:
@@ -71,23 +74,24 @@ def at_most(num_keys: int) -> BeforeValidator:
 
 
 def without_unsupported(value: dict[Any, Any], table: dict[str, tuple[Any, ...]], *, path: str = "") -> dict[Any, Any]:
-    """`value` less the fields in `table`, which may be there only as null or as a value that asks for nothing."""
+    """`value` without the fields that `table` names. Raises UnsupportedField if such a field has a value other than null or
+    one of the values that the table lists for it, which have no effect."""
     found = value.keys() & table.keys()
     if not found:
         return value
     for name in sorted(found):
         given = value[name]
         if given is not None and not any(type(given) is type(v) and given == v for v in table[name]):
-            raise UnsupportedField(f"this server does not support {path}{name}", param=f"{path}{name}")
+            raise UnsupportedField(f"this server does not support {path}{name}: leave it out", param=f"{path}{name}")
     return {name: given for name, given in value.items() if name not in found}
 
 
 class Schema(BaseModel):
-    """A request, or a part of one."""
+    """Base class of the schemas of request bodies and their parts."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field we know and cannot do -> values that ask for nothing
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # known field that is not supported -> values without effect
 
     @model_validator(mode="before")
     @classmethod
@@ -96,7 +100,8 @@ class Schema(BaseModel):
 
     @classmethod
     def _with_one_unknown(cls, value: dict[Any, Any]) -> dict[Any, Any]:
-        """Of more keys than there are fields, pydantic gets to see one that is unknown: enough to refuse them all."""
+        """`value` with all but one of its unknown keys removed, if it has more keys than the schema has fields. One unknown
+        key is enough for pydantic to refuse the object, and costs it less than all of them."""
         fields = cls.model_fields
         if len(value) <= len(fields):
             return value
@@ -104,7 +109,7 @@ class Schema(BaseModel):
         return {name: given for name, given in value.items() if name in fields or name is unknown}
 
 
-_OWN = ("max_tokens", "logprobs", "logit_bias")  # differ from route to route, or are no plain number
+_OWN = ("max_tokens", "logprobs", "logit_bias")  # declared by each route, or not a single number
 _KINDS = get_type_hints(SamplingParams)
 _NUMBERS = tuple(name for name in SamplingParams.__struct_fields__ if name in BOUNDS and name not in _OWN)
 _PLAIN = (*_NUMBERS, "ignore_eos")
@@ -113,20 +118,23 @@ _Numbers: Any = create_model("_Numbers", __base__=Schema, **_fields)
 
 
 class SamplingFields(_Numbers):  # type: ignore[misc]
-    """How to choose tokens and when to stop: the fields common to all generating routes."""
+    """How to sample tokens and when to stop. All generating routes have these fields."""
 
-    n: Annotated[int | None, Field(ge=1, le=MAX_N, description="Number of outputs of each prompt.")] = None
-    stop: Annotated[Stop | None, Field(description="Text that ends an output and is left out of it.", examples=[["\n\n"]])] = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_IDS, description="Tokens that end an output.")] = (
-        None
-    )
-    ignore_eos: Annotated[bool | None, Field(description="Go on past the model's end-of-sequence tokens.")] = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_N, description="Number of outputs for each prompt.")] = None
+    stop: Annotated[
+        Stop | None,
+        Field(description="One string or several. An output ends before the first of them that appears.", examples=[["\n\n"]]),
+    ] = None
+    stop_token_ids: Annotated[
+        list[TokenId] | None, Field(max_length=MAX_STOP_IDS, description="Token ids that end an output.")
+    ] = None
+    ignore_eos: Annotated[bool | None, Field(description="Continue after the model's end-of-sequence tokens.")] = None
     logit_bias: Annotated[
         Annotated[dict[TokenKey, Bias], at_most(MAX_LOGIT_BIAS), Field(max_length=MAX_LOGIT_BIAS)] | None,
-        Field(description="Token id -> what to add to its logit."),
+        Field(description="Token id -> number that is added to the token's logit."),
     ] = None
-    stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
-    priority: Annotated[int | None, bounded("priority", "A smaller number runs first.")] = None
+    stream: Annotated[bool | None, Field(description="Send the answer as server-sent events while it is generated.")] = None
+    priority: Annotated[int | None, bounded("priority", "Requests with a smaller number run first.")] = None
 
     @property
     def num_outputs(self) -> int:
@@ -137,10 +145,23 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises InvalidRequest for fields that contradict each other."""
+        """The sampling parameters of the body. Raises InvalidRequest for fields that contradict each other."""
         given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
         if max_tokens is not None:
             given["max_tokens"] = max_tokens
         if self.logit_bias:
             given["logit_bias"] = {int(token): float(bias) for token, bias in self.logit_bias.items()}
         return SamplingParams(**given, stop_token_ids=tuple(self.stop_token_ids or ()), logprobs=logprobs)
+
+    def request_of(self, request_id: str, prompt: str | list[int], params: SamplingParams, **more: Any) -> GenerationRequest:
+        """The service's request for `prompt`, with the fields that all generating routes have. `more` sets further fields."""
+        return GenerationRequest(
+            request_id=request_id,
+            prompt=prompt,
+            params=params,
+            model=self.model,
+            n=self.num_outputs,
+            stop=self.stop_strings,
+            priority=self.priority or 0,
+            **more,
+        )

@@ -1,4 +1,4 @@
-"""POST /v1/generate: Tidegate's own request and answer, tokens beside text."""
+"""The body and the answer of POST /v1/generate, Tidegate's own route, which has token ids beside text."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from engine.errors import InvalidRequest
 from server.http.schemas.common import SamplingFields, TokenIds, bounded
+from server.service.types import GenerationRequest
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 ClientId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:@/=+-]+$")]
 
 
-class GenerateRequest(SamplingFields):
-    """One prompt, as text or as token ids."""
+class GenerateBody(SamplingFields):
+    """A prompt, as text or as token ids, and how to continue it."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -23,37 +24,53 @@ class GenerateRequest(SamplingFields):
         }
     )
 
-    prompt: Annotated[str, Field(min_length=1, description="The prompt as text; or give prompt_token_ids.")] | None = None
-    prompt_token_ids: TokenIds | None = Field(default=None, description="The prompt as token ids, taken as they are.")
-    max_tokens: Annotated[int | None, bounded("max_tokens", "Tokens to generate at most; 16 if left out.")] = None
-    logprobs: Annotated[
-        int | None, bounded("logprobs", "Report log-probabilities, with this many alternatives beside each chosen token.")
+    prompt: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        Field(description="The prompt as text. Give either prompt or prompt_token_ids."),
     ] = None
-    model: Annotated[str | None, Field(max_length=256, description="May be left out: the model that this server has.")] = None
+    prompt_token_ids: TokenIds | None = Field(default=None, description="The prompt as token ids, used without change.")
+    max_tokens: Annotated[int | None, bounded("max_tokens", "Largest number of tokens to generate; 16 if left out.")] = None
+    logprobs: Annotated[
+        int | None, bounded("logprobs", "Report the log-probability of each token, with this many alternatives.")
+    ] = None
+    model: Annotated[str | None, Field(max_length=256, description="Name of a model in /v1/models. May be left out.")] = None
     deadline_ms: Annotated[
-        int | None, Field(ge=1, le=MAX_DEADLINE_MS, description="Give up, with status 408, after this many milliseconds.")
+        int | None, Field(ge=1, le=MAX_DEADLINE_MS, description="Milliseconds after which the request ends with status 408.")
     ] = None
     cache: Annotated[
-        Literal["auto", "off"] | None, Field(description="Whether a stored answer to the same request may be given.")
+        Literal["auto", "off"] | None, Field(description="auto: an answer that was stored for an equal request may be used.")
     ] = None
-    request_id: Annotated[ClientId | None, Field(description="Your own id of this request; echoed in the answer.")] = None
+    request_id: Annotated[ClientId | None, Field(description="Your own id of the request. The answer repeats it.")] = None
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> GenerateRequest:
+    def _one_prompt(self) -> GenerateBody:
         if self.prompt is None and self.prompt_token_ids is None:
-            raise InvalidRequest("prompt is required (or prompt_token_ids)", param="prompt")
+            raise InvalidRequest("prompt is missing: give prompt or prompt_token_ids", param="prompt")
         if self.prompt is not None and self.prompt_token_ids is not None:
             raise InvalidRequest("give prompt or prompt_token_ids, not both", param="prompt_token_ids")
         return self
 
     @property
     def client_names(self) -> dict[str, str]:
-        """See `GenerationRequest.client_names`."""
+        """Name of a field of GenerationRequest -> name of the field in the body, if it differs. Errors use the latter."""
         return {} if self.prompt is not None else {"prompt": "prompt_token_ids"}
 
-    @property
-    def text_or_tokens(self) -> str | list[int]:
-        return self.prompt if self.prompt is not None else list(self.prompt_token_ids or ())
+    def generation_request(self, request_id: str, *, deadline_s: float | None = None) -> GenerationRequest:
+        """The service's request for this body. `deadline_s` is the transport's own deadline, in seconds, or None; if the body has
+        a deadline too, the earlier one counts.
+
+        Raises InvalidRequest for fields that contradict each other.
+        """
+        deadlines = [] if deadline_s is None else [deadline_s]
+        if self.deadline_ms is not None:
+            deadlines.append(self.deadline_ms / 1000)
+        return self.request_of(
+            request_id,
+            self.prompt if self.prompt is not None else self.prompt_token_ids or [],
+            self.sampling(max_tokens=self.max_tokens, logprobs=self.logprobs),
+            deadline_s=min(deadlines, default=None),
+            client_names=self.client_names,
+        )
 
 
 class TopToken(BaseModel):
@@ -63,7 +80,7 @@ class TopToken(BaseModel):
 
 
 class TokenInfo(BaseModel):
-    """Log-probability of the token at one position, its rank (1 is the likeliest), and the likeliest alternatives."""
+    """The token at one position: its log-probability, its rank (1 is the most probable token) and the most probable tokens."""
 
     token_id: int
     text: str
@@ -72,14 +89,18 @@ class TokenInfo(BaseModel):
     top: list[TopToken]
 
 
-class GenerateOutput(BaseModel):
+class GeneratedOutput(BaseModel):
     index: int
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
-    stop_reason: str | int | None = Field(default=None, description="The stop string or token that ended it.")
+    stop_reason: str | int | None = Field(
+        default=None, description="The stop string or the token of stop_token_ids that ended the output."
+    )
     logprobs: list[TokenInfo] | None = None
-    prompt_logprobs: list[TokenInfo | None] | None = Field(default=None, description="With the first output only.")
+    prompt_logprobs: list[TokenInfo | None] | None = Field(
+        default=None, description="Only in the first output, since all outputs share the prompt."
+    )
 
 
 class GenerateUsage(BaseModel):
@@ -89,7 +110,7 @@ class GenerateUsage(BaseModel):
 
 
 class GenerateTiming(BaseModel):
-    """Milliseconds since admission; queue_ms is the wait before the first step."""
+    """Milliseconds from the request's arrival to the first token and to the end. queue_ms is the wait before its first step."""
 
     queue_ms: float
     ttft_ms: float
@@ -97,12 +118,13 @@ class GenerateTiming(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """With `stream`, events carry {id, index, text, token_ids}; the last one has finish_reason, usage, timing; then [DONE]."""
+    """The whole answer. With `stream`, each event has {id, index, text, token_ids}, the last event also has finish_reason,
+    usage and timing, and [DONE] follows."""
 
     id: str
     request_id: str | None = None
     model: str
-    outputs: list[GenerateOutput]
+    outputs: list[GeneratedOutput]
     usage: GenerateUsage
     timing: GenerateTiming
     cache: Literal["miss", "hit", "coalesced", "off"]

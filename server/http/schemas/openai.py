@@ -1,6 +1,6 @@
-"""OpenAI's completions and chat completions: the fields we do, those we refuse by name, and the answers.
+"""OpenAI's completions and chat completions: supported fields, fields that are refused by name, and the answers.
 
-Beside OpenAI's own fields stand the sampling extras of `SamplingFields`, which clients send through `extra_body`.
+Besides OpenAI's fields there are those of `SamplingFields`, which the openai client sends through `extra_body`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ _REFUSED_BY_BOTH: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(Schema):
-    include_usage: Annotated[bool | None, Field(description="End the stream with an event that holds the usage.")] = None
+    include_usage: Annotated[bool | None, Field(description="Send a last event with the usage.")] = None
 
 
 class OpenAIFields(SamplingFields):
+    """Fields that completions and chat completions have in common."""
+
     model: ModelName
     stream_options: StreamOptions | None = None
-    user: Annotated[Label | None, Field(description="A label of yours; it changes nothing.")] = None
+    user: Annotated[Label | None, Field(description="A label of your own. It has no effect.")] = None
 
     @property
     def wants_usage(self) -> bool:
@@ -73,21 +75,29 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(OpenAIFields):
-    """POST /v1/completions."""
+class CompletionBody(OpenAIFields):
+    """The body of POST /v1/completions."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**_REFUSED_BY_BOTH, "suffix": ("",)}
 
-    prompt: Annotated[Prompt, Field(description="One prompt or several, as text or token ids.", examples=["Once upon a time"])]
-    max_tokens: Annotated[int | None, bounded("max_tokens", "Tokens to generate at most; 16 if left out.")] = None
-    logprobs: Annotated[int | None, bounded("logprobs", "Report log-probabilities, with this many alternatives.")] = None
+    prompt: Annotated[Prompt, Field(description="One prompt or several, as text or as token ids.", examples=["Once upon a time"])]
+    max_tokens: Annotated[
+        int | None, bounded("max_tokens", "Largest number of tokens to generate for each choice; 16 if left out.")
+    ] = None
+    logprobs: Annotated[
+        int | None, bounded("logprobs", "Report the log-probability of each token, with this many alternatives.")
+    ] = None
     echo: Annotated[
         bool | None,
-        Field(description="Begin each choice with its prompt; with logprobs, each prompt's first choice has the prompt's too."),
+        Field(
+            description="Begin each choice with its prompt. With logprobs, the first choice of each prompt also has the "
+            "log-probabilities of the prompt."
+        ),
     ] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """The prompts of the body, each as text or as a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -96,6 +106,8 @@ class CompletionRequest(OpenAIFields):
 
 
 class TextPart(Schema):
+    """A part of a message's content."""
+
     type: Literal["text"]
     text: str
 
@@ -113,6 +125,8 @@ Content = Annotated[
 
 
 class Message(Schema):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
@@ -122,7 +136,7 @@ class Message(Schema):
 
 
 MAX_MESSAGES = 4096
-_METADATA = 16  # labels
+_METADATA = 16  # OpenAI's limit on the number of labels
 _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
@@ -136,21 +150,27 @@ _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 _OTHER_PARTS = frozenset({"image_url", "input_audio", "file", "video_url", "audio_url", "refusal"})
 
 
-def _readable_message(message: Any, path: str) -> Any:
-    """Roles, fields and parts that OpenAI knows and we do not: say so by name, instead of "not one of"."""
+def _without_unsupported_parts(message: Any, path: str) -> Any:
+    """`message` without unsupported fields that have no effect.
+
+    Raises UnsupportedField for roles, fields and content parts that OpenAI defines and this server does not support.
+    """
     if not isinstance(message, dict):
         return message
     if message.get("role") in ("tool", "function"):
-        raise UnsupportedField("this server does not support tool messages", param=f"{path}.role")
+        raise UnsupportedField(
+            "this server does not support messages of tools: use the roles system, developer, user and assistant",
+            param=f"{path}.role",
+        )
     content = message.get("content")
     for j, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in _OTHER_PARTS:
-            raise UnsupportedField("this server takes text content only", param=f"{path}.content[{j}].type")
+            raise UnsupportedField("this server supports content of type text only", param=f"{path}.content[{j}].type")
     return without_unsupported(message, _REFUSED_IN_MESSAGE, path=f"{path}.")
 
 
-class ChatRequest(OpenAIFields):
-    """POST /v1/chat/completions."""
+class ChatBody(OpenAIFields):
+    """The body of POST /v1/chat/completions."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_REFUSED_BY_BOTH,
@@ -175,17 +195,27 @@ class ChatRequest(OpenAIFields):
 
     messages: Annotated[
         list[Message],
-        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "Hello"}]]),
+        Field(
+            fail_fast=True,
+            min_length=1,
+            max_length=MAX_MESSAGES,
+            description="The conversation so far.",
+            examples=[[{"role": "user", "content": "Hello"}]],
+        ),
     ]
     max_tokens: Annotated[
-        int | None, bounded("max_tokens", "Tokens to generate at most; the rest of the context if left out.")
+        int | None, bounded("max_tokens", "Largest number of tokens to generate; what is left of the context if left out.")
     ] = None
-    max_completion_tokens: Annotated[int | None, bounded("max_tokens", "The newer name of max_tokens.")] = None
-    logprobs: Annotated[bool | None, Field(description="Report log-probabilities of the chosen tokens.")] = None
-    top_logprobs: Annotated[int | None, bounded("logprobs", "How many alternatives to report; needs logprobs true.")] = None
+    max_completion_tokens: Annotated[int | None, bounded("max_tokens", "A newer name for max_tokens. Give one of the two.")] = (
+        None
+    )
+    logprobs: Annotated[bool | None, Field(description="Report the log-probability of each token.")] = None
+    top_logprobs: Annotated[
+        int | None, bounded("logprobs", "Number of alternatives to report for each token. Requires logprobs true.")
+    ] = None
     metadata: Annotated[
         Annotated[dict[Label, Label], at_most(_METADATA), Field(max_length=_METADATA)] | None,
-        Field(description="Labels of yours; they change nothing."),
+        Field(description="Labels of your own. They have no effect."),
     ] = None
 
     @model_validator(mode="before")
@@ -194,10 +224,13 @@ class ChatRequest(OpenAIFields):
         messages = value.get("messages") if isinstance(value, dict) else None
         if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
             return value
-        return {**value, "messages": [_readable_message(message, f"messages[{i}]") for i, message in enumerate(messages)]}
+        return {
+            **value,
+            "messages": [_without_unsupported_parts(message, f"messages[{i}]") for i, message in enumerate(messages)],
+        }
 
     @model_validator(mode="after")
-    def _agree(self) -> ChatRequest:
+    def _agree(self) -> ChatBody:
         given = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(given) > 1:
             raise InvalidRequest("max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
@@ -207,12 +240,13 @@ class ChatRequest(OpenAIFields):
 
     @property
     def client_names(self) -> dict[str, str]:
-        """See `GenerationRequest.client_names`."""
+        """Name of a field of GenerationRequest -> name of the field in the body, if it differs. Errors use the latter."""
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
         return names if self.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
     @property
     def output_limit(self) -> int | None:
+        """Largest number of tokens to generate, by either of the two names; None if neither is given."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
@@ -240,7 +274,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
-    prompt_logprobs: list[dict[str, Any] | None] | None = Field(default=None, description="With each prompt's first choice.")
+    prompt_logprobs: list[dict[str, Any] | None] | None = Field(
+        default=None, description="Only in the first choice of each prompt."
+    )
 
 
 class CompletionResponse(BaseModel):

@@ -1,4 +1,4 @@
-"""The small routes: tokens, models, health, version; and the error that every route can answer with."""
+"""The bodies and answers of the small routes (tokens, models, health, version), and the error that every route can answer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pydantic import BaseModel, Field
 
 from server.http.schemas.common import Schema, TokenIds
 
-ModelChoice = Annotated[str | None, Field(max_length=256, description="May be left out: the model that this server has.")]
+ModelChoice = Annotated[str | None, Field(max_length=256, description="Name of a model in /v1/models. May be left out.")]
 
 
-class TokenizeRequest(Schema):
+class TokenizeBody(Schema):
+    """The body of POST /tokenize."""
+
     model: ModelChoice = None
     prompt: Annotated[str, Field(description="Text to turn into token ids.", examples=["Hello"])]
-    add_special_tokens: Annotated[bool | None, Field(description="As before a prompt; true if left out.")] = None
+    add_special_tokens: Annotated[
+        bool | None, Field(description="Add the special tokens that a prompt gets, such as its first token; true if left out.")
+    ] = None
 
 
 class TokenizeResponse(BaseModel):
@@ -23,7 +27,9 @@ class TokenizeResponse(BaseModel):
     max_model_len: int
 
 
-class DetokenizeRequest(Schema):
+class DetokenizeBody(Schema):
+    """The body of POST /detokenize."""
+
     model: ModelChoice = None
     tokens: Annotated[TokenIds, Field(description="Token ids to turn into text.", examples=[[1, 2, 3]])]
 
@@ -62,6 +68,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What every route answers where it cannot do what was asked."""
+    """The answer of every route to a request that it refuses or cannot complete."""
 
     error: ErrorDetail

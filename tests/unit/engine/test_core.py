@@ -1,13 +1,17 @@
+"""Core over FakeRunner: the step loop with and without overlap, aborts, failures, statistics and refusals."""
+
+import gc
 import json
 from typing import get_args
 
+import msgspec
 import pytest
 
 from engine.config import CacheConfig, EngineConfig, FakeConfig, ModelLimits, RunnerKind, SchedulerConfig
 from engine.core import RUNNERS, Core, build_core
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.fake import build_fake, expected_tokens
-from engine.messages import Submit
+from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.plan import BuiltRunner
 from engine.request import FinishReason, SamplingParams, TokenEvent
 
@@ -21,7 +25,7 @@ def make_config(**changes) -> EngineConfig:
 
 def make_submit(name: str = "a", prompt: tuple[int, ...] = (5, 6, 7), max_tokens: int = 6, **params) -> Submit:
     params = SamplingParams(**{"max_tokens": max_tokens, "ignore_eos": True} | params)
-    return Submit(request_id=name, prompt=list(prompt), params=params, seed=0)
+    return Submit(request_id=name, prompt=pack_tokens(prompt), params=params, seed=0)
 
 
 def drain(core: Core) -> dict[str, list[TokenEvent]]:
@@ -42,7 +46,7 @@ def test_a_request_runs_to_its_end(overlap):
     submit = make_submit()
     core.submit(submit)
     events = drain(core)["a"]
-    assert tokens_of(events) == expected_tokens(submit.prompt, 6, submit.params, 0, LIMITS)
+    assert tokens_of(events) == expected_tokens(unpack_tokens(submit.prompt), 6, submit.params, 0, LIMITS)
     assert [event.finish for event in events] == [None] * 5 + [FinishReason.LENGTH]
     assert core.step() == []
 
@@ -74,15 +78,15 @@ def test_with_overlap_the_next_step_is_submitted_before_a_result_is_read():
     assert log[6:] == ["submit 1", "submit 2", "result 1", "submit 3", "result 2", "result 3"]
 
 
-def test_a_stream_goes_on_where_another_engine_left_it():
+def test_a_stream_continues_where_another_engine_stopped():
     submit = make_submit(max_tokens=10)
-    expected = expected_tokens(submit.prompt, 10, submit.params, 0, LIMITS)
+    expected = expected_tokens(unpack_tokens(submit.prompt), 10, submit.params, 0, LIMITS)
     core = Core(build_fake(make_config(), LIMITS))
-    core.submit(Submit(request_id="a", prompt=submit.prompt, params=submit.params, seed=0, outputs=expected[:4]))
+    core.submit(Submit(request_id="a", prompt=submit.prompt, params=submit.params, seed=0, outputs=pack_tokens(expected[:4])))
     assert tokens_of(drain(core)["a"]) == expected[4:]
 
 
-def test_abort_is_told_once_with_the_next_step_even_where_nothing_is_left_to_run():
+def test_an_abort_is_reported_once_with_the_next_step_even_if_nothing_is_left_to_run():
     core = Core(build_fake(make_config(), LIMITS))
     core.submit(make_submit())
     core.abort("a")
@@ -93,7 +97,42 @@ def test_abort_is_told_once_with_the_next_step_even_where_nothing_is_left_to_run
     assert not core.has_work
 
 
-def test_what_is_refused_never_existed():
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("state", ["waiting", "running", "aborted"])
+def test_a_forgotten_request_has_no_further_event_and_its_id_can_be_used_again(state, overlap):
+    core = Core(build_fake(make_config(overlap=overlap), LIMITS))
+    core.submit(make_submit())
+    if state != "waiting":
+        core.step()
+        core.step()
+    if state == "aborted":
+        core.abort("a")
+    core.forget(["a", "unknown"])
+    again = make_submit(prompt=(8, 9))
+    core.submit(again)
+    assert tokens_of(drain(core)["a"]) == expected_tokens([8, 9], 6, again.params, 0, LIMITS)
+    assert core.stats().num_aborted == 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_row_whose_logits_are_not_finite_fails_and_the_others_finish(number, overlap):
+    bad, good = make_submit("bad", prompt=(7, 7, 7)), make_submit("good", prompt=(5, 6))
+    expected = {s.request_id: expected_tokens(unpack_tokens(s.prompt), 6, s.params, 0, LIMITS) for s in (bad, good)}
+    nan_token = expected["bad"][number]
+    assert nan_token not in expected["bad"][:number] + expected["good"]
+    core = Core(build_fake(make_config(overlap=overlap, fake=FakeConfig(nan_token=nan_token)), LIMITS))
+    core.submit(bad)
+    core.submit(good)
+    events = drain(core)
+    assert tokens_of(events["good"]) == expected["good"]
+    assert tokens_of(events["bad"]) == expected["bad"][:number]
+    assert (events["bad"][-1].finish, events["bad"][-1].failure.error) == (FinishReason.ERROR, "NumericalError")
+    stats = core.stats()
+    assert (stats.num_failed, stats.num_finished, stats.num_accepted, stats.blocks_used) == (1, 1, 2, 0)
+
+
+def test_refused_requests_are_not_counted():
     config = make_config(scheduler=SchedulerConfig(max_queue=1), max_model_len=32)
     core = Core(build_fake(config, LIMITS))
     for submit, error in (
@@ -115,7 +154,7 @@ def test_stats_add_up_at_every_moment():
 
     def add_up() -> None:
         s = core.stats()
-        assert s.num_accepted == s.num_finished + s.num_aborted + s.running + s.waiting
+        assert s.num_accepted == s.num_finished + s.num_aborted + s.num_failed + s.running + s.waiting
 
     for i in range(5):
         core.submit(make_submit(f"r{i}"))
@@ -131,33 +170,93 @@ def test_stats_add_up_at_every_moment():
     assert 0 < stats.exposed_cpu_seconds <= stats.step_seconds
 
 
-def test_overlap_hides_the_cpu_behind_the_device():
-    exposed = {}
-    for overlap in (False, True):
-        core = Core(build_fake(make_config(overlap=overlap, fake=FakeConfig(step_ms=1.0)), LIMITS))
-        core.submit(make_submit(max_tokens=40))
+@pytest.mark.parametrize(("overlap", "exposed"), [(False, 40), (True, 1)])
+def test_overlap_hides_the_cpu_time_of_all_steps_but_the_first(monkeypatch, overlap, exposed):
+    """On a clock of the test's, each submission takes one second of CPU time and each wait for a result ten seconds."""
+    now = [0.0]
+
+    class Timed:
+        def __init__(self, runner):
+            self.runner, self.num_blocks = runner, runner.num_blocks
+
+        def submit(self, plan):
+            now[0] += 1
+            pending = self.runner.submit(plan)
+
+            class Pending:
+                def result(self):
+                    now[0] += 10
+                    return pending.result()
+
+            return Pending()
+
+    monkeypatch.setattr("engine.core.time.perf_counter", lambda: now[0])
+    built = build_fake(make_config(overlap=overlap), LIMITS)
+    core = Core(BuiltRunner(Timed(built.runner), built.config, built.limits, built.device))
+    core.submit(make_submit(max_tokens=40))
+    drain(core)
+    stats = core.stats()
+    assert (stats.exposed_cpu_seconds, stats.step_seconds) == (exposed, 440)
+
+
+def busy_core(num_prompt: int) -> Core:
+    """A core with 8 running and 8 waiting requests of `num_prompt` prompt tokens."""
+    limits = msgspec.structs.replace(LIMITS, max_model_len=100_000)
+    config = make_config(
+        debug_checks=False, cache=CacheConfig(block_size=4, num_blocks=20_000), scheduler=SchedulerConfig(max_num_seqs=8)
+    )
+    core = Core(build_fake(config, limits))
+    for i in range(16):
+        core.submit(make_submit(f"r{i}", prompt=(i, *[5] * (num_prompt - 1)), max_tokens=500))
+    while core.stats().running < 8:
+        core.step()
+    return core
+
+
+def test_the_garbage_collector_has_no_more_to_visit_for_long_prompts():
+    """Token ids, hashes and cache entries are not tracked, so the length of prompts does not lengthen a collection."""
+    tracked = []
+    for num_prompt in (8, 8000):
+        gc.collect()
+        before = len(gc.get_objects())
+        core = busy_core(num_prompt)
+        gc.collect()
+        tracked.append(len(gc.get_objects()) - before)
+        core.close()
+        del core
+    assert tracked[1] < tracked[0] + 50
+
+
+def test_requests_leave_no_reference_cycles():
+    gc.collect()
+    gc.disable()
+    try:
+        core = busy_core(100)
+        core.submit(make_submit("leader", max_tokens=20))
+        core.submit(Submit(request_id="fork", prompt=make_submit().prompt, params=SamplingParams(), seed=0, fork_of="leader"))
+        core.abort("r3")
         drain(core)
-        stats = core.stats()
-        exposed[overlap] = stats.exposed_cpu_seconds / stats.step_seconds
-    assert exposed[True] < exposed[False]
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
-def test_info_tells_the_limits_in_force():
+def test_info_has_the_limits_in_force():
     info = Core(build_fake(make_config(max_model_len=32), LIMITS)).info()
     assert (info.model, info.limits.max_model_len, info.block_size, info.num_blocks) == ("tiny", 32, 4, 64)
 
 
-def test_a_runner_that_fails_takes_the_core_with_it():
+def test_an_exception_of_the_runner_ends_the_step():
     class Broken:
         num_blocks = 64
 
         def submit(self, plan):
-            raise InternalError("the device is gone")
+            raise InternalError("the device is lost")
 
     built = build_fake(make_config(), LIMITS)
     core = Core(BuiltRunner(Broken(), built.config, built.limits, "none"))
     core.submit(make_submit())
-    with pytest.raises(InternalError, match="the device is gone"):
+    with pytest.raises(InternalError, match="the device is lost"):
         core.step()
 
 

@@ -1,11 +1,11 @@
-import time
+"""FakeRunner: its tokens, what it verifies, and its simulated times."""
 
 import pytest
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits
 from engine.errors import InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
-from engine.plan import AdmittedRow, BlockCopy, GrownRow, StepPlan
+from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan
 from engine.request import SamplingParams
 
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50, eos_token_ids=(3,), dtype="float32")
@@ -32,7 +32,7 @@ def test_tokens_depend_on_prompt_outputs_and_seed_alone():
     assert tokens != expected_tokens([1, 2, 3], 10, params, 1, LIMITS)
 
 
-def test_chunks_decodes_and_recomputing_give_the_same_tokens():
+def test_chunks_decodes_and_recomputation_give_the_same_tokens():
     runner, prompt = make_runner(), [9, 8, 7, 6, 5]
     expected = expected_tokens(prompt, 4, SamplingParams(max_tokens=50), 0, LIMITS)
     runner.submit(make_plan(1, [(0, 0, 3)], admitted=[row(0, prompt, [0, 1])]))
@@ -46,11 +46,11 @@ def test_chunks_decodes_and_recomputing_give_the_same_tokens():
 
 
 def first_step(runner: FakeRunner) -> None:
-    """Row 0 holds 6 tokens in blocks 0 and 1."""
+    """Run 6 tokens of row 0 in blocks 0 and 1."""
     runner.submit(make_plan(1, [(0, 0, 6)], samples=[0], admitted=[row(0, [1, 2, 3, 4, 5, 6], [0, 1])]))
 
 
-def test_sharing_a_full_block_and_copying_the_tail_is_right():
+def test_a_row_may_share_a_full_block_and_copy_the_next_one():
     runner = make_runner()
     first_step(runner)
     sibling = row(1, [1, 2, 3, 4, 5, 6], [0, 2])
@@ -85,7 +85,7 @@ def test_a_row_without_a_block_for_its_next_position_raises():
         runner.submit(make_plan(2, [(0, 8, 1)], num_decodes=1, samples=[0]))
 
 
-def test_stop_tokens_do_not_come_before_min_tokens():
+def test_stop_tokens_are_not_sampled_before_min_tokens():
     tiny = ModelLimits(max_model_len=100, vocab_size=4, eos_token_ids=(3,), dtype="float32")
     params = SamplingParams(max_tokens=60, min_tokens=30, stop_token_ids=(1,))
     tokens = expected_tokens([1], 60, params, 0, tiny)
@@ -93,10 +93,20 @@ def test_stop_tokens_do_not_come_before_min_tokens():
     assert {1, 3} <= set(tokens[30:])
 
 
-def test_logprobs_have_the_shape_that_was_asked_for():
+def test_a_row_that_would_sample_the_nan_token_reports_it_and_stays_runnable():
+    tokens = expected_tokens([1, 2, 3], 2, SamplingParams(max_tokens=50), 0, LIMITS)
+    runner = make_runner(simulated=FakeConfig(nan_token=tokens[1]))
+    plans = [make_plan(1, [(0, 0, 3)], samples=[0], admitted=[row(0, [1, 2, 3], [0, 1])])]
+    plans += [make_plan(2 + i, [(0, 3 + i, 1)], num_decodes=1, samples=[0]) for i in range(2)]
+    first, second, third = (runner.submit(plan).result().tokens for plan in plans)
+    assert (first, second) == ([tokens[0]], [NO_TOKEN])
+    assert 0 <= third[0] < LIMITS.vocab_size
+
+
+def test_logprobs_have_the_requested_shape():
     runner = make_runner()
-    asked = row(0, [9, 8, 7, 6, 5], [0, 1], logprobs=2, prompt_logprobs=1)
-    first = runner.submit(make_plan(1, [(0, 0, 3)], admitted=[asked])).result()
+    admitted = row(0, [9, 8, 7, 6, 5], [0, 1], logprobs=2, prompt_logprobs=1)
+    first = runner.submit(make_plan(1, [(0, 0, 3)], admitted=[admitted])).result()
     last = runner.submit(make_plan(2, [(0, 3, 2)], samples=[0])).result()
     assert [p.token for p in first.prompt_logprobs[0]] == [8, 7, 6]
     assert [p.token for p in last.prompt_logprobs[0]] == [5]
@@ -105,19 +115,27 @@ def test_logprobs_have_the_shape_that_was_asked_for():
     assert first.logprobs == {}
 
 
-def test_a_step_takes_its_time_on_the_device_and_none_in_submit():
-    runner = make_runner(verify=False, times=FakeConfig(step_ms=20.0, token_us=1000.0))
-    began = time.monotonic()
+def test_steps_run_one_after_the_other_on_the_simulated_device(monkeypatch):
+    """On a clock of the test's: `submit` takes no time, and `result` waits until the step and all before it have ended."""
+    now, slept = [100.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr("engine.fake.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("engine.fake.time.sleep", sleep)
+    runner = make_runner(verify=False, simulated=FakeConfig(step_ms=20.0, token_us=1000.0))
     first = runner.submit(make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])]))
     second = runner.submit(make_plan(2, [(0, 5, 1)], num_decodes=1, samples=[0]))
-    assert time.monotonic() - began < 0.015
+    assert slept == []
+    now[0] += 0.005  # the CPU does something else meanwhile
     first.result()
-    assert time.monotonic() - began >= 0.025
     second.result()
-    assert time.monotonic() - began >= 0.046
+    assert slept == pytest.approx([0.020, 0.021])
 
 
-def test_build_chooses_blocks_and_overlap():
+def test_build_sets_the_number_of_blocks_and_overlap():
     built = build_fake(EngineConfig(model="none", runner="fake"), LIMITS)
     assert (built.runner.num_blocks, built.config.overlap, built.config.max_model_len) == (4096, True, 100)
     assert build_fake(EngineConfig(model="none", runner="fake", overlap=False), LIMITS).config.overlap is False

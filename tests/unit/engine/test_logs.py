@@ -1,21 +1,43 @@
-"""How a line reads, and what is kept out of the log."""
+"""What a log line looks like, and what happens to log lines that nobody reads."""
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from engine import logs
+from engine.config import EngineConfig
+from engine.core import build_core
+from tests.support.tiny_checkpoint import write_tiny_checkpoint
+
+LINE = b"x" * 999 + b"\n"
 
 
 @pytest.fixture
-def restored():
+def restored(monkeypatch):
+    """Undoes what `logs.set_up` changes in this process."""
     root, cython = logging.getLogger(), logging.getLogger("grpc._cython")
     before = root.level, root.handlers[:], cython.level
+    for module, name in ((sys, "excepthook"), (threading, "excepthook"), (sys, "stderr")):
+        monkeypatch.setattr(module, name, getattr(module, name))
     yield
+    logging.captureWarnings(False)
     root.setLevel(before[0])
     root.handlers[:] = before[1]
     cython.setLevel(before[2])
+
+
+@pytest.fixture
+def pipe():
+    read, write = os.pipe()
+    yield read, write
+    os.close(read)
+    os.close(write)
 
 
 def record(**extra):
@@ -24,7 +46,15 @@ def record(**extra):
     return made
 
 
-def test_a_line_for_people_quotes_what_has_no_clear_end():
+def read_until(fd, last):
+    """All bytes from `fd` up to the text `last`."""
+    got = b""
+    while last not in got:
+        got += os.read(fd, 1 << 16)
+    return got
+
+
+def test_a_readable_line_quotes_values_whose_end_is_not_clear():
     line = logs.HumanFormatter("engine 0").format(record(device="CPU, 2 threads", model="demo-v1", blocks=64, why="", said='"'))
     assert line.endswith('engine ready device="CPU, 2 threads" model=demo-v1 blocks=64 why="" said="\\""')
 
@@ -34,8 +64,168 @@ def test_a_line_for_machines_is_json():
     assert (line["message"], line["device"], line["blocks"]) == ("engine ready", "CPU, 2 threads", 64)
 
 
-def test_grpcs_poll_by_poll_lines_are_kept_out(restored, monkeypatch):
-    monkeypatch.setattr("sys.excepthook", None)
+def test_grpcs_debug_lines_about_polling_are_left_out(restored):
     logs.set_up("debug", "json", "api 0")
     assert not logging.getLogger("grpc._cython.cygrpc").isEnabledFor(logging.DEBUG)
     assert logging.getLogger("tidegate.worker").isEnabledFor(logging.DEBUG)
+
+
+def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pipe):
+    read, write = pipe
+    writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
+    seen = []
+    num_lines = 3 * logs.MAX_QUEUED_BYTES // len(LINE)
+    for _ in range(num_lines // 2):
+        writer.put(LINE)
+    writer.on_dropped(seen.append)  # learns of the lines that are lost already
+    for _ in range(num_lines - num_lines // 2):
+        writer.put(LINE)
+    assert 0 < writer.num_dropped == sum(seen) < num_lines
+    assert not writer.flush(0.01)
+
+    written, reported = 0, 0
+    with open(os.dup(read), "rb") as log:
+        while written + reported < num_lines:  # a reader that comes while lines are dropped finds more than one report
+            line = log.readline()
+            written += line == LINE
+            reported += 0 if line == LINE else json.loads(line)["dropped_lines"]
+    assert written + reported == num_lines
+    assert reported == writer.num_dropped
+
+
+def test_a_report_stands_where_the_lines_are_missing(pipe):
+    """Lines that are logged after the pipe has drained come behind the report."""
+    read, write = pipe
+    writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
+    writer.put(b"y" * (logs.MAX_QUEUED_BYTES + 1))
+    writer.put(b"after\n")
+    assert read_until(read, b"after\n").splitlines()[-2].find(b"1 log line was dropped here") > 0
+
+
+def test_a_reader_that_closed_its_end_does_not_stop_the_writer(pipe):
+    read, write = os.pipe()
+    writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
+    os.close(read)
+    for _ in range(3 * logs.MAX_QUEUED_BYTES // len(LINE)):
+        writer.put(LINE)
+    assert writer.flush(20)
+    assert writer.num_dropped == 3 * logs.MAX_QUEUED_BYTES // len(LINE)
+    os.close(write)
+
+
+def test_lines_that_a_full_disk_refuses_are_counted_and_reported_once_it_has_space(pipe):
+    read, write = pipe
+    fd = os.open("/dev/full", os.O_WRONLY)
+    writer = logs.LineWriter(fd, logs.JsonFormatter("api 0"))
+    for _ in range(3):
+        writer.put(LINE)
+    assert writer.flush(20)
+    assert writer.num_dropped == 3
+    os.dup2(write, fd)
+    writer.put(b"after\n")
+    report, after = read_until(read, b"after\n").splitlines()
+    assert json.loads(report)["dropped_lines"] == 3
+    assert after == b"after"
+    assert writer.flush(20)
+    os.close(fd)
+
+
+def test_a_non_blocking_descriptor_loses_no_line(pipe):
+    read, write = pipe
+    os.set_blocking(write, False)
+    writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
+    for _ in range(200):  # more than a pipe holds
+        writer.put(LINE)
+    writer.put(b"last\n")
+    assert read_until(read, b"last\n").count(LINE) == 200
+
+
+def test_an_engine_reports_its_dropped_lines_in_its_stats(restored, tmp_path, pipe):
+    core = build_core(EngineConfig(model=str(write_tiny_checkpoint(tmp_path)), runner="fake"))
+    formatter = logs.JsonFormatter("engine 0")
+    handler = logs.QueueHandler(logs.LineWriter(pipe[1], formatter), formatter)
+    logging.getLogger().addHandler(handler)
+    for _ in range(3):
+        handler.writer.put(bytes(logs.MAX_QUEUED_BYTES + 1))
+    assert core.stats().log_lines_dropped == 3
+
+
+CHILD = """
+import logging, signal, sys, threading, warnings
+from engine import logs
+logs.set_up("info", "json", "child")
+{body}
+"""
+
+
+def child(body, **options):
+    code = CHILD.format(body=body)
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+
+
+def lines_of(body):
+    process = child(body)
+    _, err = process.communicate(timeout=30)
+    return process.returncode, [json.loads(line) for line in err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("logging.error('the last words'); sys.exit(2)", 2, "the last words"),
+        ("raise ValueError('a bug')", 1, "the process ends: ValueError"),
+        ("t = threading.Thread(target=int, args=('x',), name='aside'); t.start(); t.join()", 0, "thread aside ends: ValueError"),
+        ("warnings.warn('old')", 0, "UserWarning: old"),
+        ("print('printed by a library', file=sys.stderr)", 0, "printed by a library"),
+        ("logging.warning('%d things', 'many')", 0, "cannot be formatted"),
+    ],
+    ids=["error-and-exit", "uncaught", "thread", "warning", "print", "wrong-arguments"],
+)
+def test_what_a_process_says_before_it_ends_is_in_the_log(body, code, message):
+    returncode, lines = lines_of(body)
+    assert returncode == code
+    assert message in lines[-1]["message"]
+
+
+def test_a_thousand_lines_before_the_end_are_all_written():
+    _, lines = lines_of("for i in range(1000): logging.info('line %d', i)")
+    assert [line["message"] for line in lines] == [f"line {i}" for i in range(1000)]
+
+
+FLOOD = "for i in range(20_000): logging.info('x' * 200)\n"
+
+
+def test_a_process_whose_log_nobody_reads_goes_on_and_ends():
+    process = child(FLOOD + "print('went on', flush=True)\nsys.exit(3)")
+    assert process.stdout.readline() == "went on\n"
+    assert process.wait(30) == 3
+    process.communicate()
+
+
+def test_sigterm_ends_a_process_whose_log_nobody_reads():
+    process = child(FLOOD + "print('went on', flush=True)\nsignal.pause()")
+    assert process.stdout.readline() == "went on\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
+    process.communicate()
+
+
+def test_without_a_standard_error_nothing_is_written_to_descriptor_2(tmp_path):
+    """A process that began without descriptor 2 may open a file under that number."""
+    code = f"import os\nos.dup2(os.open({str(tmp_path / 'data')!r}, os.O_RDWR | os.O_CREAT), 2)\n" + CHILD.format(
+        body="logging.error('lost'); print('printed', file=sys.stderr)"
+    )
+    assert subprocess.call(["sh", "-c", 'exec 2>&-; exec "$@"', "sh", sys.executable, "-c", code]) == 0
+    assert (tmp_path / "data").read_bytes() == b""
+
+
+def test_a_throttled_warning_counts_what_it_does_not_log(caplog):
+    log = logging.getLogger("test")
+    often, seldom = logs.ThrottledWarning(log, "refused", 0.0), logs.ThrottledWarning(log, "refused", 3600.0)
+    for warning in (often, seldom):
+        for _ in range(3):
+            warning(limit=5)
+    assert [line.times for line in caplog.records] == [1, 1, 1, 1]
+    seldom._next_at = 0.0
+    seldom(limit=5)
+    assert (caplog.records[-1].times, caplog.records[-1].limit) == (3, 5)

@@ -1,18 +1,23 @@
+"""The validation of requests, and the packing of token ids."""
+
 import pytest
 
 from engine.config import ModelLimits
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.messages import Submit, check_submit, decode_worker_message, encode
+from engine.messages import Submit, check_ids, check_submit, decode_worker_message, encode, pack_tokens, unpack_tokens
 from engine.request import SamplingParams
 
 LIMITS = ModelLimits(max_model_len=20, vocab_size=100, eos_token_ids=(1,), dtype="float32")
 
 
 def make_submit(**changes) -> Submit:
-    return Submit(**{"request_id": "a", "prompt": [5, 6], "params": SamplingParams(max_tokens=4), "seed": 0} | changes)
+    packed = {name: pack_tokens(value) if name in ("prompt", "outputs") else value for name, value in changes.items()}
+    return Submit(
+        **{"request_id": "a", "prompt": pack_tokens([5, 6]), "params": SamplingParams(max_tokens=4), "seed": 0} | packed
+    )
 
 
-def test_what_fits_exactly_passes():
+def test_requests_that_just_fit_are_valid():
     check_submit(make_submit(), LIMITS)
     check_submit(make_submit(prompt=[0, 99], params=SamplingParams(max_tokens=18)), LIMITS)
     check_submit(make_submit(outputs=[1, 2, 3]), LIMITS)
@@ -35,12 +40,42 @@ def test_what_fits_exactly_passes():
         ({"priority": 1001}, InvalidRequest, "priority"),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(changes, error, param):
+def test_requests_that_cannot_run_are_refused_and_the_field_is_named(changes, error, param):
     with pytest.raises(InvalidRequest) as caught:
         check_submit(make_submit(**changes), LIMITS)
     assert (type(caught.value), caught.value.param) == (error, param)
 
 
-def test_a_submit_survives_the_wire():
+def test_an_encoded_submit_is_decoded_to_the_same_value():
     submit = make_submit(outputs=[3], fork_of="b", salt="s", priority=-2)
     assert decode_worker_message(encode(submit)) == submit
+
+
+@pytest.mark.parametrize("ids", [[], [0], [2**31 - 1, 0, 5], list(range(70000))])
+def test_token_ids_are_packed_as_int32_little_endian_and_back(ids):
+    packed = pack_tokens(ids)
+    assert packed == b"".join(id.to_bytes(4, "little") for id in ids)
+    assert list(unpack_tokens(packed)) == ids
+
+
+@pytest.mark.parametrize("id", [2**31, -(2**31) - 1, 10**30])
+def test_an_id_that_is_no_int32_is_refused_before_it_is_sent(id):
+    with pytest.raises(InvalidRequest, match="stop_ids has a token id outside") as caught:
+        pack_tokens([5, id], "stop_ids")
+    assert caught.value.param == "stop_ids"
+
+
+@pytest.mark.parametrize("field", ["prompt", "outputs"])
+def test_bytes_that_are_no_whole_number_of_ids_are_refused(field):
+    submit = Submit(**{"request_id": "a", "prompt": pack_tokens([5]), "params": SamplingParams(), "seed": 0, field: b"abcde"})
+    with pytest.raises(InvalidRequest, match="multiple of 4") as caught:
+        check_submit(submit, LIMITS)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize("ids", [[100], [-1], [5, 100, 7], [10**30]])
+def test_check_ids_names_an_id_outside_the_vocabulary(ids):
+    check_ids([], 100, "tokens")
+    check_ids([0, 99], 100, "tokens")
+    with pytest.raises(InvalidRequest, match=r"tokens has token id (100|-1|10{30}): it must lie between 0 and 99"):
+        check_ids(ids, 100, "tokens")

@@ -32,7 +32,7 @@ def test_a_whole_checkpoint_is_well(model):
 def test_a_file_that_is_cut_short_is_told(model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "model.safetensors: not a whole safetensors file" in problem(model)
+    assert "model.safetensors: not a complete safetensors file" in problem(model)
     assert problem(model, load_format="dummy") is None
 
 
@@ -57,7 +57,7 @@ def test_tensors_that_the_model_does_not_take_are_told(model, change, told):
     [
         ({"cache": CacheConfig(host_bytes=5)}, "host_bytes is 5, but one block of the KV cache has"),
         ({"cache": CacheConfig(num_blocks=2), "max_model_len": 129}, "max_model_len is 129, but the KV cache holds 128 tokens"),
-        ({"max_model_len": 5000}, "the model was made for 4096 tokens at most"),
+        ({"max_model_len": 5000}, "but the model was made for 4096 tokens at most"),
     ],
 )
 def test_settings_that_cannot_be_are_told(model, options, told):

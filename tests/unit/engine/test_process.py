@@ -1,93 +1,246 @@
-"""EngineProcess in a thread of the test's, with a core that prepares when the test says so."""
+"""EngineProcess in a thread of the test, over FakeRunner and a real socket."""
 
 from __future__ import annotations
 
+import gc
 import threading
 
+import msgspec
 import pytest
 import zmq
 
+from engine.config import FakeConfig
 from engine.core import Core
-from engine.fake import build_fake
-from engine.messages import Heartbeat, Hello, Welcome, decode_engine_message, encode
-from engine.process import EngineProcess
+from engine.fake import build_fake, expected_tokens
+from engine.messages import (
+    Abort,
+    Heartbeat,
+    Hello,
+    StepEvents,
+    Submit,
+    Welcome,
+    decode_engine_message,
+    encode,
+    pack_tokens,
+)
+from engine.process import READ_BYTES_PER_STEP, READS_PER_STEP, CollectorPauses, EngineProcess
+from engine.request import FinishReason, SamplingParams
 from tests.support.local_engine import CONFIG, LIMITS
+
+PARAMS = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
 
 class Worker:
+    """The worker's side of a connection, which sends Hello first."""
+
     def __init__(self, context, endpoint, name):
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVTIMEO, 20_000)
         self._socket.connect(endpoint)
-        self._socket.send(encode(Hello(name)))
+        self.send(Hello(name))
 
-    def hears(self, milliseconds=20):
+    def send(self, message):
+        self._socket.send(encode(message))
+
+    def has_message(self, milliseconds=20):
         return self._socket.poll(milliseconds)
 
-    def hear(self):
+    def receive(self):
         return decode_engine_message(self._socket.recv())
+
+    def receive_events(self, request_id):
+        """The tokens of a request from now on, and its finish reason."""
+        tokens = []
+        while True:
+            message = self.receive()
+            for event in message.events if isinstance(message, StepEvents) else ():
+                assert event.request_id == request_id
+                tokens += event.tokens
+                if event.finish is not None:
+                    return tokens, event.finish
 
     def close(self):
         self._socket.close()
 
 
-class Preparing:
-    """`Core.prepare`, a piece each time that the test lets it; nothing is left once the test says so."""
+class ScriptedPrepare:
+    """Replaces `Core.prepare`. Each call waits until the test allows it. Nothing is left to prepare once `done` is set."""
 
     def __init__(self):
         self.done = False
-        self._may = threading.Semaphore(0)
+        self._allowed = threading.Semaphore(0)
 
     def __call__(self):
-        assert self._may.acquire(timeout=20)
+        assert self._allowed.acquire(timeout=20)
         return not self.done
 
-    def let(self):
-        self._may.release()
+    def allow(self):
+        self._allowed.release()
 
-    def let_until(self, worker):
-        """Piece by piece until `worker` hears: what it said may come to the engine while one is under way."""
-        while not worker.hears():
-            self.let()
+    def allow_until_message(self, worker):
+        """Allow calls until `worker` has a message. The worker's own message may reach the engine during any of them."""
+        while not worker.has_message():
+            self.allow()
+
+
+class Running:
+    """An engine process in a thread, and the workers connected to it."""
+
+    def __init__(self, core, endpoint):
+        self.core = core
+        self.process = EngineProcess(core, endpoint)
+        self._endpoint, self._context, self._workers = endpoint, zmq.Context(), []
+        self._thread = threading.Thread(target=self.process.run)
+        self._thread.start()
+
+    def connect(self, name="api 0"):
+        self._workers.append(Worker(self._context, self._endpoint, name))
+        return self._workers[-1]
+
+    def stop(self):
+        self.process.stop()
+
+    def close(self):
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self.process.close()
+        for worker in self._workers:
+            worker.close()
+        self._context.term()
 
 
 @pytest.fixture
-def preparing(tmp_path, monkeypatch):
-    """(a function that connects a worker, what the engine prepares)"""
-    monkeypatch.setattr("engine.process.lifeline.tell", lambda word: None)  # standard output is the test's
-    core, endpoint, pieces = Core(build_fake(CONFIG, LIMITS)), f"ipc://{tmp_path}/engine", Preparing()
-    monkeypatch.setattr(core, "prepare", pieces)
-    process, context, workers = EngineProcess(core, endpoint), zmq.Context(), []
-    thread = threading.Thread(target=process.run)
-    thread.start()
+def start(tmp_path, monkeypatch):
+    """A function that starts an engine process with a core of the given config."""
+    monkeypatch.setattr("engine.process.lifeline.tell", lambda word: None)  # standard output belongs to the test
+    running = []
 
-    def connect(name):
-        workers.append(Worker(context, endpoint, name))
-        return workers[-1]
+    def start_one(config=CONFIG, prepare=None):
+        core = Core(build_fake(config, LIMITS))
+        if prepare is not None:
+            monkeypatch.setattr(core, "prepare", prepare)
+        running.append(Running(core, f"ipc://{tmp_path}/engine"))
+        return running[-1]
 
-    yield connect, pieces
-    process.stop()
-    pieces.let()
-    thread.join(20)
-    assert not thread.is_alive()
-    process.close()
-    for worker in workers:
-        worker.close()
-    context.term()
+    yield start_one
+    for one in running:
+        one.stop()
+        one.close()
 
 
-def test_an_idle_engine_says_that_it_prepares_and_when_it_is_done(preparing):
-    connect, pieces = preparing
+def test_an_idle_engine_reports_that_it_prepares_and_when_it_has_finished(start):
+    prepare = ScriptedPrepare()
+    engine = start(prepare=prepare)
     for name in ("first", "late"):
-        worker = connect(name)
-        pieces.let_until(worker)
-        assert isinstance(worker.hear(), Welcome)
-        told = worker.hear()  # before the next piece, which may be a long one
-        assert isinstance(told, Heartbeat)
-        assert told.preparing
-    pieces.done = True
-    while told.preparing:
-        pieces.let_until(worker)
-        told = worker.hear()
-    assert isinstance(told, Heartbeat)
+        worker = engine.connect(name)
+        prepare.allow_until_message(worker)
+        assert isinstance(worker.receive(), Welcome)
+        heartbeat = worker.receive()  # arrives before the next piece of preparation, which may be long
+        assert isinstance(heartbeat, Heartbeat)
+        assert heartbeat.preparing
+    prepare.done = True
+    while heartbeat.preparing:
+        prepare.allow_until_message(worker)
+        heartbeat = worker.receive()
+    assert isinstance(heartbeat, Heartbeat)
+
+
+def submit(prompt, request_id="r"):
+    return Submit(request_id=request_id, prompt=pack_tokens(prompt), params=PARAMS, seed=0)
+
+
+@pytest.mark.parametrize("aborted", [False, True], ids=["running", "aborted"])
+def test_a_worker_that_connects_again_can_use_its_request_ids_at_once(start, aborted):
+    """The earlier request of the same id produces no event, whether it is running or its abort is not reported yet."""
+    engine = start(msgspec.structs.replace(CONFIG, fake=FakeConfig(step_ms=20.0)))
+    first = engine.connect()
+    first.send(submit([5, 6]))
+    while not isinstance(first.receive(), StepEvents):
+        pass
+    if aborted:
+        first.send(Abort(["r"]))
+    again = engine.connect()
+    again.send(submit([7, 8]))
+    assert isinstance(again.receive(), Welcome)
+    assert again.receive_events("r") == (expected_tokens([7, 8], 40, PARAMS, 0, LIMITS), FinishReason.LENGTH)
+
+
+def test_reading_messages_runs_no_step(start):
+    engine = start()
+    in_read, steps_in_read = [], []
+    read, step = engine.process._read, engine.core.step
+
+    def watched_read():
+        in_read.append(True)
+        read()
+        in_read.pop()
+
+    def watched_step():
+        steps_in_read.extend(in_read)
+        return step()
+
+    engine.process._read, engine.core.step = watched_read, watched_step
+    for number in range(5):
+        worker = engine.connect()
+        worker.send(submit([5, number]))
+        while not isinstance(worker.receive(), StepEvents):
+            pass
+    assert worker.receive_events("r")[1] is FinishReason.LENGTH
+    assert steps_in_read == []
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10_000, 300_000])
+def test_one_read_handles_a_bounded_number_of_messages_and_bytes(tmp_path, num_tokens):
+    """The rest is read after the next step, so neither many messages nor long prompts stall the running requests."""
+    process, context = EngineProcess(Core(build_fake(CONFIG, LIMITS)), f"ipc://{tmp_path}/engine"), zmq.Context()
+    worker, handled = Worker(context, f"ipc://{tmp_path}/engine", "api 0"), []
+    sent = 2 * READS_PER_STEP if num_tokens == 1 else 100
+    process._handle = lambda identity, message: handled.append(message)
+    for _ in range(sent):
+        worker.send(submit([5] * num_tokens))
+    size = len(encode(submit([5] * num_tokens)))
+    try:
+        while len(handled) < 1 + sent:
+            before = len(handled)
+            assert process._socket.poll(20_000)
+            process._read()
+            assert len(handled) - before <= min(READS_PER_STEP, READ_BYTES_PER_STEP // size + 2)  # Hello is small
+    finally:
+        process.close()
+        worker.close()
+        context.term()
+
+
+def test_full_garbage_collections_run_only_while_the_engine_is_idle(start):
+    config = msgspec.structs.replace(CONFIG, debug_checks=False)
+    engine = start(config)
+    worker, collections = engine.connect(), []
+    idle = threading.Event()
+
+    def note(phase, info):
+        if phase == "start" and info["generation"] == 2:
+            collections.append(engine.core.has_work)
+            idle.set()
+
+    gc.callbacks.append(note)
+    try:
+        for number in range(64):
+            worker.send(submit([number % 100] * 400, f"r{number}"))
+        assert idle.wait(30)
+    finally:
+        gc.callbacks.remove(note)
+    assert collections == [False]
+    assert engine.core.stats().num_finished == 64
+
+
+def test_the_garbage_collectors_settings_are_restored_at_the_end():
+    before = gc.get_threshold(), list(gc.callbacks)
+    pauses = CollectorPauses()
+    assert gc.get_threshold() != before[0]
+    assert gc.get_freeze_count() > 10_000
+    gc.collect()
+    assert pauses.longest > 0
+    pauses.close()
+    assert (gc.get_threshold(), list(gc.callbacks)) == before
+    assert gc.get_freeze_count() == 0

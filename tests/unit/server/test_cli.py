@@ -1,7 +1,9 @@
-import importlib.metadata
+"""The commands of `tidegate`: flags, help, and what they refuse."""
+
 import os
 import subprocess
 import sys
+import tomllib
 from typing import ClassVar
 
 import pytest
@@ -9,10 +11,10 @@ from typer.testing import CliRunner
 
 from engine.errors import ConfigError, TidegateError
 from server import __main__ as entry
-from server import cli
+from server import __version__, cli
 from server.bench import offline
 from server.settings import Settings, flag
-from tests.support.children import ROOT
+from tests.support.children import ROOT, after
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -25,7 +27,7 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def served(monkeypatch):
-    """The settings that `serve` would have begun with."""
+    """The settings with which `serve` would have started a server; nothing is started."""
     seen = []
 
     class Supervisor:
@@ -51,11 +53,11 @@ def test_flags_become_settings(served):
 
 
 @pytest.mark.parametrize("command", ["serve", "doctor"])
-def test_help_shows_defaults_and_what_is_allowed(command):
+def test_help_shows_defaults_and_allowed_values(command):
     shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "300"}).output
-    assert "HTTP port; 0 picks a free one (a whole number from 0 to 65535). [default: 8000]" in shown
-    assert "Where to run (one of auto, cpu, cuda). [default: auto]" in shown
-    assert "Share KV blocks of equal prompt prefixes. [default: true]" in shown
+    assert "HTTP port; 0 means any free port (a whole number from 0 to 65535). [default: 8000]" in shown
+    assert "Device of the engine (one of auto, cpu, cuda). [default: auto]" in shown
+    assert "Reuse KV blocks for equal prompt prefixes. [default: true]" in shown
     defaults = [field.default for field in Settings.model_fields.values() if field.default is not None]
     assert shown.count("[default: ") == len(defaults)
 
@@ -81,20 +83,26 @@ def test_ctrl_c_during_the_imports_ends_quietly(monkeypatch):
     assert caught.value.code == 130
 
 
-def run(*words, stdin=None, **variables):
-    command = [sys.executable, "-m", "server", *words]
+def run(*words, stdin=None, shell=":", **variables):
+    command = after(shell, [sys.executable, "-m", "server", *words])
     environment = {**os.environ, **variables}
     done = subprocess.run(command, cwd=ROOT, env=environment, input=stdin, capture_output=True, check=False, timeout=120)
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def test_the_version_is_told():
+def test_the_version_is_printed():
     done = run("--version")
-    assert (done.returncode, done.stdout) == (0, f"tidegate {importlib.metadata.version('tidegate')}\n")
+    assert (done.returncode, done.stdout) == (0, f"tidegate {__version__}\n")
+
+
+def test_the_package_has_its_version_from_the_source():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "server.__version__"}
 
 
 class Engine:
-    """In place of LLM: keeps what it was built with, and stops there."""
+    """Stands in for LLM: it records the options that it is built with, and raises."""
 
     seen: ClassVar[list[dict]] = []
 
@@ -105,7 +113,7 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
-    """The options that `generate` or `bench offline` would have begun an engine with."""
+    """The options with which `generate` or `bench offline` would have built an engine; none is built."""
     monkeypatch.setenv("TIDEGATE_MODEL", str(write_tiny_checkpoint(tmp_path)))
     monkeypatch.setattr(offline, "LLM", Engine)
     monkeypatch.setattr("engine.llm.LLM", Engine)
@@ -184,13 +192,13 @@ def test_bench_kernels_takes_names(measured):
     assert measured == [(["linear", "gated"], {"record": None})]
 
 
-def test_a_prompt_that_is_no_text_is_one_message():
+def test_a_prompt_that_is_not_utf_8_is_refused_with_one_message():
     done = run("generate", "-", stdin=b"caf\xe9")
     assert done.returncode == 1
     assert done.stderr == "tidegate: standard input is not UTF-8 text: unexpected end of data at byte 3\n"
 
 
-def test_names_of_the_engine_are_told_as_settings(monkeypatch, capsys):
+def test_errors_name_settings_instead_of_fields_of_the_engine(monkeypatch, capsys):
     def refuse():
         raise ConfigError("scheduler.max_skips is -1: it must be at least 0")
 
@@ -216,21 +224,28 @@ def test_doctor_names_what_is_missing():
 
 
 @pytest.mark.torch
-def test_doctor_is_content_with_the_bundled_model():
+def test_doctor_finds_nothing_missing_for_the_bundled_model():
     done = run("doctor", "--port", "0", "--grpc-port", "0")
     assert done.returncode == 0, done.stdout
     assert "MISSING" not in done.stdout
 
 
 @pytest.mark.torch
-def test_generate_prints_the_text_alone():
+def test_generate_prints_nothing_but_the_text():
     done = run("generate", "hello", "--max-tokens", "8", "--temperature", "0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert run("generate", "hello", "--max-tokens", "8", "--temperature", "0").stdout == done.stdout
 
 
-def test_generate_refuses_what_cannot_be():
+def test_generate_refuses_a_value_out_of_range():
     done = run("generate", "hello", "--temperature", "-1")
     assert done.returncode == 1
     assert done.stderr == "tidegate: temperature is -1.0: it must lie between 0.0 and 100.0\n"
+
+
+def test_without_a_folder_to_write_to_generate_ends_with_one_message():
+    done = run("generate", "hello", shell="ulimit -f 0", HOME=os.devnull, XDG_CACHE_HOME="")
+    assert done.returncode == 2
+    assert "there is no folder for compiled kernels" in done.stderr
+    assert "Traceback" not in done.stderr

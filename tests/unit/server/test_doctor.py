@@ -1,4 +1,4 @@
-"""What the doctor says; torch's part of the answer is given, not asked for."""
+"""The findings of the doctor. The part that torch would report is given by the test."""
 
 import json
 import shutil
@@ -21,21 +21,21 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def model(demo, tmp_path):
-    """A copy of the demo's folder, to be broken."""
+    """A copy of the demo's folder, for the test to break."""
     return Path(shutil.copytree(demo, tmp_path / "model"))
 
 
 @pytest.fixture
 def torch(monkeypatch):
     def answers(answer=NO_CUDA):
-        monkeypatch.setattr(doctor, "_ask_torch", lambda checkpoint: answer)
+        monkeypatch.setattr(doctor, "_run_probe", lambda checkpoint: answer)
 
     answers()
     return answers
 
 
 def findings(**settings):
-    found = doctor.examine(Settings(**{"port": 0, "grpc_port": 0, **settings}))
+    found = doctor.examine(Settings(**{"port": 0, "grpc_port": 0, "admin_port": 0, **settings}))
     return {finding.what: (finding.state, finding.text) for finding in found}
 
 
@@ -44,37 +44,37 @@ def missing(**settings):
 
 
 @pytest.mark.torch
-def test_a_whole_model_is_well(torch, model):
+def test_a_complete_model_is_ok(torch, model):
     found = findings(model=str(model))
     assert not missing(model=str(model))
     assert found["model"] == ("ok", f"DeepseekV3ForCausalLM, 4 layers, context 4096, at {model}")
     assert found["engine"][0] == "ok"
 
 
-def test_what_config_json_asks_for_in_vain_is_told(torch, model):
+def test_an_unknown_architecture_is_reported(torch, model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
     assert "architectures" in missing(model=str(model))["model"]
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
-def test_a_tokenizer_that_cannot_be_read_is_told(torch, model, text):
+def test_a_tokenizer_that_cannot_be_read_is_reported(torch, model, text):
     (model / "tokenizer.json").unlink()
     if text is not None:
         (model / "tokenizer.json").write_text(text)
     assert "tokenizer.json" in missing(model=str(model))["model"]
 
 
-def test_a_chat_template_that_is_not_there_is_a_note(torch, model):
+def test_a_missing_chat_template_is_a_note(torch, model):
     config = json.loads((model / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     assert findings(model=str(model))["chat template"][0] == "note"
 
 
-def test_settings_that_the_engine_refuses_are_told_in_their_own_names(torch, model):
-    told = missing(model=str(model), max_model_len=5000)["engine"]
-    assert told == "max_model_len is 5000, but the model was made for 4096 tokens at most"
+def test_settings_that_the_engine_refuses_are_reported_by_their_own_names(torch, model):
+    text = missing(model=str(model), max_model_len=5000)["engine"]
+    assert text == "max_model_len is 5000, but the model was made for 4096 tokens at most"
     torch(doctor.TorchAnswer("2.11", None, [], "cache.memory_fraction leaves 3 bytes"))
     assert missing(model=str(model))["engine"] == "memory_fraction leaves 3 bytes"
 
@@ -90,18 +90,18 @@ def test_more_cache_than_memory_is_a_note(torch, model):
 
 
 @pytest.mark.torch
-def test_a_port_in_use_is_told(torch, model):
+def test_a_port_in_use_is_reported(torch, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        told = missing(model=str(model), port=port)
-    assert told == {"HTTP port": f"127.0.0.1:{port} is in use already; if that is your own Tidegate, all is well"}
+        found = missing(model=str(model), port=port)
+    assert found == {"HTTP port": f"127.0.0.1:{port} is in use by another program, or by a Tidegate that runs already"}
 
 
-def test_only_what_some_code_uses_is_listed(torch, model):
+def test_packages_that_no_code_uses_are_not_listed(torch, model):
     assert not findings(model=str(model)).keys() & {"flashinfer", "onnxruntime", "tensorrt", "opentelemetry.sdk"}
 
 
-def test_a_pipe_gets_a_line_for_each_finding_unpadded(capsys):
+def test_a_pipe_gets_one_line_for_each_finding_without_padding(capsys):
     long = "word " * 60 + "[end]"
     code = doctor.report([doctor.Finding("model", "missing", long), doctor.Finding("disk", "note", "some")])
     assert code == 1

@@ -1,4 +1,4 @@
-"""The table of errors: total, and with bodies that say enough and not more."""
+"""The table of errors, and the bodies of errors: what they say and how large they get."""
 
 import json
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from engine import errors
 from engine.errors import EngineUnavailable, InternalError, InvalidRequest, Overloaded, UnknownModel
 from server.errors import STATUS, error_body, error_headers, field_path, from_validation, status_of
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 
 
 @pytest.mark.parametrize(
@@ -30,26 +30,26 @@ from server.http.schemas.generate import GenerateRequest
         ("EngineUnavailable", 503),
     ],
 )
-def test_statuses_are_those_promised(name, http):
+def test_each_error_has_its_documented_status(name, http):
     assert status_of(getattr(errors, name)("why")).http == http
 
 
-def test_a_subclass_takes_its_nearest_row():
-    class Odd(UnknownModel):
+def test_a_class_that_is_not_in_the_table_has_the_status_of_its_base():
+    class Special(UnknownModel):
         pass
 
-    assert status_of(Odd("x")) == STATUS[UnknownModel]
+    assert status_of(Special("x")) == STATUS[UnknownModel]
 
 
 @pytest.mark.parametrize("error", [KeyError("/etc/secret"), InternalError("/etc/secret"), MemoryError()])
-def test_a_bug_tells_nothing_of_itself(error):
-    said = json.loads(error_body(error))["error"]
+def test_the_answer_to_a_bug_has_no_details(error):
+    answer = json.loads(error_body(error))["error"]
     assert status_of(error).http == 500
-    assert said["code"] == "internal_error"
-    assert "secret" not in str(said)
+    assert answer["code"] == "internal_error"
+    assert "secret" not in str(answer)
 
 
-def test_retry_after():
+def test_errors_that_pass_with_time_have_retry_after():
     assert error_headers(Overloaded("x", retry_after=7)) == {"retry-after": "7"}
     assert error_headers(Overloaded("x", retry_after=0)) == {"retry-after": "1"}
     assert error_headers(EngineUnavailable("x")) == {"retry-after": "1"}
@@ -57,17 +57,17 @@ def test_retry_after():
 
 
 @given(st.text(max_size=20_000), st.none() | st.text(max_size=2000))
-def test_a_body_is_small_and_can_always_be_sent(message, param):
+def test_the_body_of_an_error_is_small_and_valid_json(message, param):
     body = error_body(InvalidRequest(message * 10, param=param))
     assert len(body) <= 4096
     json.loads(body)
 
 
 @pytest.mark.parametrize("huge", ["x" * 2_000_000, "\ud800" * 1000, "\U0001f30a" * 100_000, "\x01" * 100_000])
-def test_what_the_client_sent_is_not_echoed_at_length(huge):
+def test_an_error_does_not_repeat_long_values_of_the_client(huge):
     for body in ({"prompt": "x", huge: 1}, {"prompt": "x", "cache": huge}, {"prompt": "x", "seed": huge}):
         with pytest.raises(ValidationError) as caught:
-            GenerateRequest.model_validate(body)
+            GenerateBody.model_validate(body)
         assert len(error_body(from_validation(caught.value))) <= 4096
 
 
@@ -81,5 +81,5 @@ def test_what_the_client_sent_is_not_echoed_at_length(huge):
         ((), ""),
     ],
 )
-def test_field_path(loc, path):
+def test_the_path_of_a_field(loc, path):
     assert field_path(loc) == path

@@ -1,3 +1,5 @@
+"""Settings: where values come from, and what is refused."""
+
 import os
 
 import pytest
@@ -27,7 +29,7 @@ def yaml_file(tmp_path):
     return write
 
 
-def test_flags_win_over_environment_over_file_over_defaults(monkeypatch, yaml_file):
+def test_flags_override_the_environment_which_overrides_the_file_and_the_defaults(monkeypatch, yaml_file):
     path = yaml_file("port: 1\ngrpc_port: 2\nmax_n: 3\n")
     monkeypatch.setenv("TIDEGATE_PORT", "11")
     monkeypatch.setenv("TIDEGATE_GRPC_PORT", "12")
@@ -47,7 +49,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}\n"])
-def test_a_file_may_say_nothing(yaml_file, text):
+def test_a_file_without_settings_leaves_the_defaults(yaml_file, text):
     assert load_settings(config=yaml_file(text)) == Settings()
 
 
@@ -65,14 +67,14 @@ def test_a_file_may_say_nothing(yaml_file, text):
         ({"model": ""}, "model is '' (from --model): it must be a text that is not empty"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_named_with_its_place_and_what_would_be_right(flags, message):
+def test_a_wrong_value_is_reported_with_its_source_and_the_values_allowed(flags, message):
     with pytest.raises(ConfigError) as caught:
         load_settings(flags)
     assert caught.value.message == message
     assert caught.value.param == next(iter(flags))
 
 
-def test_each_place_is_named(monkeypatch, yaml_file):
+def test_each_source_is_named_in_errors(monkeypatch, yaml_file):
     path = yaml_file("max_n: many\napi-workers: 2\nport: yes\n")
     monkeypatch.setenv("TIDEGATE_GRPC_PORT", "-1")
     with pytest.raises(ConfigError) as caught:
@@ -85,30 +87,30 @@ def test_each_place_is_named(monkeypatch, yaml_file):
     assert len(lines) == 4
 
 
-def test_an_unknown_variable_stops_it(monkeypatch):
+def test_an_unknown_variable_is_refused(monkeypatch):
     monkeypatch.setenv("TIDEGATE_PROT", "1")
     with pytest.raises(ConfigError, match=r"TIDEGATE_PROT is set in the environment, .* did you mean 'port'"):
         load_settings()
 
 
-def test_variables_that_kubernetes_makes_are_explained(monkeypatch):
+def test_a_variable_set_by_kubernetes_is_refused_with_an_explanation(monkeypatch):
     monkeypatch.setenv("TIDEGATE_PORT", "tcp://10.0.0.1:8000")
     with pytest.raises(ConfigError, match="enableServiceLinks: false"):
         load_settings()
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "port\n", "a: [\n"], ids=["list", "word", "broken"])
-def test_a_file_that_is_no_mapping_stops_it(yaml_file, text):
+def test_a_file_that_is_not_a_mapping_is_refused(yaml_file, text):
     with pytest.raises(ConfigError):
         load_settings(config=yaml_file(text))
 
 
-def test_a_file_that_is_not_there_stops_it(tmp_path):
+def test_a_file_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_settings(config=tmp_path / "none.yaml")
 
 
-def test_settings_are_frozen_and_cross_processes_whole(monkeypatch):
+def test_settings_are_frozen_and_survive_json(monkeypatch):
     settings = load_settings({"model": "/m", "num_blocks": 7, "max_step_tokens": "999", "overlap": True})
     with pytest.raises(ValidationError):
         settings.port = 1
@@ -116,7 +118,7 @@ def test_settings_are_frozen_and_cross_processes_whole(monkeypatch):
     assert Settings.model_validate_json(settings.model_dump_json()) == settings
 
 
-def test_the_engines_defaults_are_its_own():
+def test_the_defaults_of_settings_are_those_of_the_engine():
     assert load_settings({"model": "/m"}).engine_config() == EngineConfig(model="/m")
 
 
@@ -130,41 +132,49 @@ def test_every_setting_of_the_engine_reaches_it():
     assert (config.fake.step_ms, config.fake.token_us, config.fake.num_blocks) == (11.0, 12.0, 13)
 
 
-def test_an_engine_needs_a_model():
+def test_an_engine_config_needs_a_model():
     with pytest.raises(ConfigError, match="model is not set"):
         load_settings().engine_config()
 
 
-def test_every_setting_says_what_is_right_and_what_it_is_for():
+def test_every_setting_has_a_description_and_describes_its_values():
     for name, field in Settings.model_fields.items():
         assert describe(name)
         assert field.description
 
 
-def test_both_ports_may_not_be_one(yaml_file):
-    with pytest.raises(ConfigError, match=r"^port and grpc_port are both 9100: HTTP and gRPC each need a port of their own$"):
-        load_settings({"port": "9100", "grpc_port": "9100"})
-    assert load_settings({"port": "0", "grpc_port": "0"}).port == 0
+@pytest.mark.parametrize(("one", "other"), [("port", "grpc_port"), ("port", "admin_port"), ("grpc_port", "admin_port")])
+def test_no_two_ports_may_be_equal(one, other):
+    with pytest.raises(ConfigError, match=rf"^{one} and {other} are both 9100: each needs a port of its own$") as caught:
+        load_settings({one: "9100", other: "9100"})
+    assert caught.value.param == other
+    assert load_settings({one: "0", other: "0"}).port in (0, 8000)
 
 
-def test_a_step_must_hold_every_request():
+def test_a_step_must_have_a_token_for_every_running_request():
     with pytest.raises(ConfigError) as caught:
         load_settings({"max_step_tokens": "100"})
     wanted = "max_step_tokens is 100 (from --max-step-tokens): it must be at least max_num_seqs, which is 256"
     assert caught.value.message == wanted
 
 
-def test_an_empty_yaml_value_is_said_to_be_empty(yaml_file):
+def test_an_empty_yaml_value_is_reported_as_empty(yaml_file):
     path = yaml_file("device:\n")
     with pytest.raises(ConfigError) as caught:
         load_settings(config=path)
     assert caught.value.message == f"device is empty (from {path}): it must be one of auto, cpu, cuda"
 
 
-def test_the_engines_names_become_those_of_settings():
+def test_names_of_engine_fields_are_replaced_by_names_of_settings():
     message = (
         "cache.host_bytes leaves 5 bytes, fake.num_blocks too: scheduler.max_queue is 1, and so is cache.json or prefix_caching"
     )
     assert in_settings_names(message) == (
         "host_bytes leaves 5 bytes, fake_num_blocks too: max_queue is 1, and so is cache.json or prefix_caching"
     )
+
+
+@pytest.mark.parametrize("name", ["start_timeout_s", "stall_timeout_s", "worker_stall_timeout_s"])
+def test_a_timeout_shorter_than_the_reports_it_waits_for_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is '0.5' .*: it must be a number, 1 or more"):
+        load_settings({name: "0.5"})

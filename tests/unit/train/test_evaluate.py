@@ -1,4 +1,4 @@
-"""The evaluation on tiny checkpoints whose answers are known, and against slower ways to the same numbers."""
+"""The evaluation, on tiny checkpoints whose results are known and compared with slower computations of the same figures."""
 
 import json
 import lzma
@@ -45,7 +45,7 @@ def plain(tmp_path_factory):
 
 
 def variant(plain, folder, change, **config):
-    """A copy of the tiny checkpoint with other tensors and config."""
+    """A copy of the tiny checkpoint with changed tensors and config."""
     shutil.copytree(plain, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -101,7 +101,7 @@ def run(model, heldout, **more) -> Report:
     return evaluate(asked(model, heldout, **more), Console(file=StringIO()))
 
 
-# --- text and windows
+# --- how held-out text is cut into windows
 
 
 @given(num=st.integers(0, 400), size=st.integers(2, 70))
@@ -160,7 +160,7 @@ def test_a_uniform_model_needs_log2_of_its_vocabulary_for_each_token(uniform, he
         tokens = sum(len(llm.tokenizer.encode(text).ids) - 1 for text in TEXTS)
     assert (report.tokens, report.heldout_bytes) == (tokens, num_bytes)
     assert report.bits_per_byte == pytest.approx(math.log2(VOCAB) * tokens / num_bytes, abs=1e-5)
-    assert report.top1 == 1.0  # all tokens are as likely as the likeliest
+    assert report.top1 == 1.0  # every token ties with the argmax
 
 
 @torch.inference_mode()
@@ -192,7 +192,7 @@ def test_xz_is_what_the_xz_command_writes(uniform, heldout, tmp_path):
         assert len(written) == scoring.xz_size(raw)
 
 
-# --- guesses
+# --- predictions
 
 
 @torch.inference_mode()
@@ -203,7 +203,7 @@ def test_mtp_acceptance_is_that_of_asking_again_at_every_token(with_mtp, heldout
         continued = acceptance.continue_greedily(llm, acceptance.choose_prompts(files, 4), num_tokens=10)
     right = total = 0
     for c in continued:
-        for known in range(c.num_prompt + 1, len(c.ids)):  # tokens known, the last one generated; the next is guessed
+        for known in range(c.num_prompt + 1, len(c.ids)):  # number of known tokens; the next one is predicted
             ids = torch.tensor(c.ids[:known])
             out = own._run_mtp(own.mtp, own._run(ids), ids)
             right += int(own.mtp.logits(out[-1:]).argmax() == c.ids[known])
@@ -212,8 +212,8 @@ def test_mtp_acceptance_is_that_of_asking_again_at_every_token(with_mtp, heldout
     assert own.mtp_acceptance(continued) == right / total
 
 
-def test_who_always_says_the_same_is_guessed_always(uniform, heldout):
-    """All logits are equal, so both the model and its MTP module choose token 0."""
+def test_a_constant_model_is_always_predicted(uniform, heldout):
+    """All logits are equal, so the model and its MTP module both choose token 0."""
     assert run(uniform, heldout).mtp_acceptance == 1.0
 
 

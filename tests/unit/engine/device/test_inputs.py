@@ -1,11 +1,12 @@
-"""Plans to batches, against a plain loop over positions; and where a row's tokens come from."""
+"""A batch has the tokens, slots and tables of its plan, compared with a plain loop over positions."""
 
 import random
 
 import pytest
 import torch
 
-from engine.device.inputs import Rows, Slices, Uploader
+from engine.batch import Uploader
+from engine.device.inputs import Rows, Slices
 from engine.errors import InternalError
 from engine.plan import AdmittedRow, GrownRow, StepPlan
 from engine.request import SamplingParams
@@ -23,15 +24,15 @@ def admitted(row, tokens, blocks):
 
 def plan(slices, *, decodes=0, samples=(), admitted=(), grown=()):
     r, starts, nums = (list(column) for column in zip(*slices, strict=True))
-    return StepPlan(0, r, starts, nums, decodes, list(samples), list(admitted), list(grown), [])
+    return StepPlan(0, r, starts, nums, decodes, list(samples), list(admitted), list(grown))
 
 
 def step(state, p):
-    state.change(p)
+    state.apply(p)
     return state.batch(p, Slices.of(p), [])
 
 
-def test_chunks_read_the_admitted_tokens_and_write_the_rows_blocks():
+def test_chunks_take_the_admitted_tokens_and_write_to_the_blocks_of_their_rows():
     r = random.Random(0)
     state = rows()
     tokens = {i: [r.randrange(1000) for _ in range(20)] for i in range(8)}
@@ -65,23 +66,23 @@ def test_chunks_read_the_admitted_tokens_and_write_the_rows_blocks():
     assert (decodes.num_decodes, decodes.query_lens_host, decodes.read) == (3, [1, 1, 1], None)
 
 
-def test_all_tokens_are_read_where_that_is_asked_for_and_where_samples_follow_all():
+def test_all_hidden_states_are_read_if_requested_or_if_a_sample_follows_every_token():
     state, first = rows(), plan([(1, 0, 3)], samples=[0], admitted=[admitted(1, [5, 6, 7], [0])])
-    state.change(first)
+    state.apply(first)
     assert state.batch(first, Slices.of(first), [], all_read=True).batch.read is None
     assert step(state, plan([(1, 3, 1)], decodes=1, samples=[0])).batch.read is None
 
 
-def test_of_a_chunk_that_no_sample_follows_no_token_is_read():
+def test_no_hidden_state_is_read_of_a_chunk_that_no_sample_follows():
     got = step(rows(), plan([(1, 0, 2)], admitted=[admitted(1, [5, 6, 7], [0])]))
     assert got.batch.read.index.tolist() == []
 
 
-def test_a_decode_past_the_admitted_tokens_reads_the_rows_latest_sample():
+def test_a_decode_past_the_admitted_tokens_takes_the_latest_sampled_token_of_its_row():
     state = rows()
     first = plan([(1, 0, 3), (4, 0, 4)], samples=[0, 1], admitted=[admitted(1, [5, 6, 7], [0]), admitted(4, [8, 9, 8, 9], [1])])
     state.set_latest(step(state, first).sampled_rows, torch.tensor([70, 71]))
-    # Row 1 goes on; row 4 was preempted and is back with its sampled token among the known ones.
+    # Row 1 continues. Row 4 was preempted and is admitted again, with its sampled token among its known tokens.
     back = admitted(4, [8, 9, 8, 9, 55], [2, 3])
     got = step(state, plan([(1, 3, 1), (4, 4, 1)], decodes=2, samples=[0, 1], admitted=[back]))
     assert got.batch.token_ids.tolist() == [70, 55]
@@ -95,6 +96,6 @@ def test_a_decode_past_the_admitted_tokens_reads_the_rows_latest_sample():
     assert got.batch.block_tables.tolist() == [[2, 3], [0, 9]]
 
 
-def test_more_blocks_than_the_context_has_is_a_bug():
+def test_more_blocks_than_the_longest_context_has_are_an_internal_error():
     with pytest.raises(InternalError, match="row 1 is given 17 blocks"):
         step(rows(), plan([(1, 0, 1)], admitted=[admitted(1, [1], list(range(17)))]))

@@ -1,3 +1,5 @@
+"""KVCacheManager: which blocks requests get, share, publish and release."""
+
 import pytest
 
 from engine.errors import InternalError
@@ -13,15 +15,15 @@ def make_request(tokens: list[int], name: str = "r", salt: str = "") -> Request:
 
 
 def computed(manager: KVCacheManager, tokens: list[int], name: str = "r", salt: str = "") -> Request:
-    """A request whose whole prompt was submitted."""
+    """Return an admitted request whose whole prompt is in submitted steps."""
     request = make_request(tokens, name, salt)
-    assert manager.start(request)
+    assert manager.admit(request)
     request.num_computed = len(tokens)
-    manager.file(request)
+    manager.publish(request)
     return request
 
 
-def test_start_gives_blocks_for_all_tokens_and_release_returns_them():
+def test_admit_gives_blocks_for_all_tokens_and_release_returns_them():
     manager = KVCacheManager(10, 4)
     request = computed(manager, list(range(9)))
     assert len(request.blocks) == 3
@@ -33,33 +35,33 @@ def test_start_gives_blocks_for_all_tokens_and_release_returns_them():
 
 
 @pytest.mark.parametrize(("length", "shared"), [(8, 1), (9, 2), (4, 0), (5, 1)])
-def test_a_full_hit_leaves_a_token_to_compute_and_shares_nothing_it_writes_to(length, shared):
+def test_the_last_token_of_a_cached_prompt_is_computed_in_a_block_of_its_own(length, shared):
     manager = KVCacheManager(20, 4)
     first = computed(manager, list(range(length)), "a")
     second = make_request(list(range(length)), "b")
-    assert manager.start(second)
+    assert manager.admit(second)
     assert second.num_computed == shared * 4 < length
     assert second.blocks[:shared] == first.blocks[:shared]
     assert not set(second.blocks[shared:]) & set(first.blocks)
     manager.check([first, second])
 
 
-def test_another_salt_shares_nothing():
+def test_requests_with_different_salts_share_nothing():
     manager = KVCacheManager(20, 4)
     computed(manager, list(range(12)), "a", salt="x")
     other = make_request(list(range(12)), "b", salt="y")
-    assert manager.start(other)
+    assert manager.admit(other)
     assert other.num_computed == 0
 
 
-def test_start_changes_nothing_where_blocks_are_short():
+def test_admit_changes_nothing_if_blocks_are_short():
     manager = KVCacheManager(4, 4)
     computed(manager, list(range(8)), "a")
     big = make_request([*range(8), *range(50, 60)], "b")
-    assert not manager.start(big)
+    assert not manager.admit(big)
     assert (big.blocks, big.num_computed, manager.num_free) == ([], 0, 2)
-    assert not manager.start(make_request([70], "c"), spare=2)
-    assert manager.start(make_request([70], "c"), spare=1)
+    assert not manager.admit(make_request([70], "c"), spare=2)
+    assert manager.admit(make_request([70], "c"), spare=1)
 
 
 def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
@@ -67,40 +69,90 @@ def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
     first = computed(manager, list(range(12)), "a")
     manager.release(first)
     again = make_request([*range(12), 99], "b")
-    assert not manager.start(again)  # three matched, one more needed, and only three there are
-    assert manager.start(make_request(list(range(12)), "c"))
+    assert not manager.admit(again)  # it needs the three matched blocks and one more, but there are only three
+    assert manager.admit(make_request(list(range(12)), "c"))
+
+
+def twins(manager: KVCacheManager, num: int, length: int) -> list[Request]:
+    """Requests that compute the same tokens side by side, each in blocks of its own. The first one's are matched."""
+    requests = [make_request(list(range(length)), f"twin{i}") for i in range(num)]
+    for request in requests:
+        assert manager.admit(request)
+    for request in requests:
+        assert request.num_computed == 0
+        request.num_computed = length
+        manager.publish(request)
+    return requests
+
+
+def evict_free_blocks(manager: KVCacheManager) -> None:
+    """Overwrite every block that no request holds."""
+    filler = make_request(list(range(5000, 5000 + 4 * manager.num_free)), "filler")
+    assert manager.admit(filler)
+    assert manager.num_free == 0
+    manager.release(filler)
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize("survivor", [0, 1, -1])
+@pytest.mark.parametrize("survivor_runs", [False, True])
+def test_the_survivor_of_requests_computed_side_by_side_keeps_the_prefix(num, survivor, survivor_runs):
+    """All others end and their blocks are evicted: what the survivor computed is found, while it runs and after its end."""
+    manager = KVCacheManager(40, 4)
+    requests = twins(manager, num, 17)
+    last = requests.pop(survivor)
+    for request in requests:
+        manager.release(request)
+    evict_free_blocks(manager)
+    manager.check([last])
+    if not survivor_runs:
+        manager.release(last)
+    following = make_request([*range(17), 70, 71, 72], "following turn")
+    assert manager.admit(following)
+    assert following.num_computed == 16
+
+
+def test_an_evicted_part_of_a_twin_is_replaced_by_the_survivors_blocks():
+    manager = KVCacheManager(12, 4)
+    first, second = twins(manager, 2, 20)
+    manager.release(first)
+    other = make_request([90] * 16, "other")  # takes the two blocks that were never used, and two of the first twin's
+    assert manager.admit(other)
+    manager.release(second)
+    assert manager.match(make_request([*range(20), 1], "again")) == 5
+    manager.check([other])
 
 
 def test_the_end_of_a_chain_is_evicted_before_its_beginning():
     manager = KVCacheManager(4, 4)
     manager.release(computed(manager, list(range(16)), "a"))
     other = make_request([90] * 8, "b")
-    assert manager.start(other)
+    assert manager.admit(other)
     manager.release(other)
     again = make_request(list(range(16)), "c")
-    assert manager.start(again)
+    assert manager.admit(again)
     assert again.num_computed == 8
 
 
-def test_extend_appends_a_block_and_files_the_full_ones():
+def test_extend_appends_a_block_and_publishes_the_full_ones():
     manager = KVCacheManager(3, 4)
     request = computed(manager, [1, 2, 3])
-    request.tokens += [4]
+    request.tokens.extend([4])
     request.num_computed = 4
     block = manager.extend(request)
     assert request.blocks[-1] == block
     assert manager.num_cached == 1
-    request.tokens += [5, 6, 7, 8]
+    request.tokens.extend([5, 6, 7, 8])
     request.num_computed = 8
     assert manager.extend(request) is not None
-    request.tokens += [9, 9, 9, 9]
+    request.tokens.extend([9, 9, 9, 9])
     request.num_computed = 12
     assert manager.extend(request) is None
     manager.check([request])
 
 
 @pytest.mark.parametrize(("length", "shared", "copied"), [(10, 2, True), (9, 2, False), (8, 1, True), (1, 0, False)])
-def test_fork_shares_full_blocks_and_copies_the_partial_tail(length, shared, copied):
+def test_fork_shares_full_blocks_and_copies_the_partial_one(length, shared, copied):
     manager = KVCacheManager(20, 4)
     leader = computed(manager, list(range(length)), "a")
     sibling = make_request(list(range(length)), "b")
@@ -121,7 +173,7 @@ def test_a_preempted_request_finds_its_own_blocks_again():
     request = computed(manager, list(range(10)))
     manager.release(request)
     assert request.num_computed == 0
-    assert manager.start(request)
+    assert manager.admit(request)
     assert request.num_computed == 8
 
 
@@ -129,20 +181,20 @@ def test_without_prefix_caching_nothing_is_shared_or_findable():
     manager = KVCacheManager(8, 4, prefix_caching=False)
     computed(manager, list(range(8)), "a")
     second = make_request(list(range(8)), "b")
-    assert manager.start(second)
+    assert manager.admit(second)
     assert (second.num_computed, manager.num_cached) == (0, 0)
 
 
-def test_nothing_is_remembered_of_requests_that_are_gone():
+def test_nothing_is_remembered_of_requests_that_have_ended():
     manager = KVCacheManager(2, 4)
     manager.release(computed(manager, list(range(8)), "a"))
     waiting = make_request(list(range(100)), "b")
-    assert not manager.start(waiting)
+    assert not manager.admit(waiting)
     manager.release(waiting)
     assert not manager._chains
 
 
-def test_check_finds_a_leak_and_a_shared_block_that_would_be_written():
+def test_check_finds_a_lost_block_and_a_shared_block_that_would_be_written():
     manager = KVCacheManager(8, 4)
     first = computed(manager, list(range(8)), "a")
     with pytest.raises(InternalError):

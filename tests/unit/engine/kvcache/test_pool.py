@@ -1,3 +1,5 @@
+"""BlockPool: the order in which free blocks are taken, and its checks."""
+
 import random
 
 import pytest
@@ -14,7 +16,7 @@ def test_blocks_are_taken_least_recently_used_first():
     assert [pool.take() for _ in range(3)] == [b, c, a]
 
 
-def test_a_block_not_worth_keeping_is_taken_first():
+def test_a_block_dropped_without_keep_is_taken_first():
     pool = BlockPool(3)
     a, b = pool.take(), pool.take()
     pool.drop(a, keep=True)
@@ -22,7 +24,7 @@ def test_a_block_not_worth_keeping_is_taken_first():
     assert pool.take() == b
 
 
-def test_a_held_block_leaves_the_free_list_and_returns_with_its_last_holder():
+def test_a_held_block_is_free_again_once_its_last_holder_drops_it():
     pool = BlockPool(2)
     block = pool.take()
     pool.drop(block, keep=True)
@@ -36,7 +38,7 @@ def test_a_held_block_leaves_the_free_list_and_returns_with_its_last_holder():
     pool.check()
 
 
-def test_taking_from_an_empty_pool_and_dropping_twice_are_bugs_that_show():
+def test_taking_from_an_empty_pool_and_dropping_twice_are_errors():
     pool = BlockPool(1)
     block = pool.take()
     with pytest.raises(InternalError):

@@ -1,97 +1,194 @@
+import subprocess
+import sys
+from array import array
+
 import pytest
 import xxhash
 
 from engine.errors import InternalError
-from engine.kvcache.prefix import Chain, PrefixIndex
+from engine.kvcache.prefix import HASH_AHEAD, Chain, PrefixIndex
 
 SIZE = 4
 
 
 def make_chain(tokens: list[int], salt: str = "") -> Chain:
-    chain = Chain(salt)
-    chain.lengthen(tokens, SIZE, len(tokens) // SIZE)
+    return Chain(salt, array("i", tokens))
+
+
+def publish(index: PrefixIndex, tokens: list[int], blocks: list[int], salt: str = "") -> Chain:
+    chain = make_chain(tokens, salt)
+    index.publish(chain, blocks, len(blocks))
     return chain
 
 
-def test_a_filed_chain_is_found_up_to_where_it_differs():
-    index = PrefixIndex()
-    index.file(make_chain(list(range(12))), [5, 6, 7])
-    assert index.match(make_chain([*range(8), 99, 99, 99, 99]), 3)[0] == [5, 6]
-    assert index.match(make_chain(list(range(12))), 2)[0] == [5, 6]
-    assert index.match(make_chain([1, *range(11)]), 3)[0] == []
+def matched(index: PrefixIndex, chain: Chain, limit: int = 100) -> list[int]:
+    index.match(chain, limit)
+    return [entry.block for entry in chain.matched]
+
+
+def found(index: PrefixIndex, tokens: list[int], limit: int = 100, salt: str = "") -> list[int]:
+    return matched(index, make_chain(tokens, salt), limit)
+
+
+def test_a_published_chain_is_found_up_to_where_it_differs():
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(12)), [5, 6, 7])
+    assert found(index, [*range(8), 99, 99, 99, 99]) == [5, 6]
+    assert found(index, list(range(12)), limit=2) == [5, 6]
+    assert found(index, [1, *range(11)]) == []
 
 
 def test_another_salt_finds_nothing():
-    index = PrefixIndex()
-    index.file(make_chain(list(range(8)), "a"), [0, 1])
-    assert index.match(make_chain(list(range(8)), "b"), 2)[0] == []
-    assert index.match(make_chain(list(range(8)), "a"), 2)[0] == [0, 1]
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(8)), [0, 1], "a")
+    assert found(index, list(range(8)), salt="b") == []
+    assert found(index, list(range(8)), salt="a") == [0, 1]
 
 
-def test_the_same_tokens_are_kept_once_for_each_salt():
-    index = PrefixIndex()
-    index.file(make_chain(list(range(4)), "a"), [0])
-    index.file(make_chain(list(range(4)), "b"), [1])
-    assert index.match(make_chain(list(range(4)), "a"), 1)[0] == [0]
-    assert index.match(make_chain(list(range(4)), "b"), 1)[0] == [1]
+def test_the_same_tokens_are_published_once_for_each_salt():
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(4)), [0], "a")
+    publish(index, list(range(4)), [1], "b")
+    assert found(index, list(range(4)), salt="a") == [0]
+    assert found(index, list(range(4)), salt="b") == [1]
 
 
-def test_lengthening_in_parts_gives_the_same_links():
-    tokens = list(range(40))
-    whole, parts = make_chain(tokens), Chain("")
-    for num_blocks in (1, 4, 4, 10):
-        parts.lengthen(tokens, SIZE, num_blocks)
-    assert parts.links == whole.links
+def test_links_do_not_depend_on_when_they_are_made():
+    tokens = list(range(SIZE * (2 * HASH_AHEAD + 3)))
+    whole, growing = make_chain(tokens), make_chain([])
+    whole.link(2 * HASH_AHEAD + 2, SIZE)
+    for token in tokens:
+        growing.tokens.append(token)
+        growing.link(len(growing.tokens) // SIZE, SIZE)
+    growing.link(2 * HASH_AHEAD + 2, SIZE)
+    assert growing.links == whole.links
 
 
-def test_a_forgotten_block_hides_what_hangs_from_it_even_after_the_prefix_is_filed_again():
-    index = PrefixIndex()
-    index.file(make_chain(list(range(8))), [0, 1])
-    index.forget(0)
-    assert index.match(make_chain(list(range(8))), 2)[0] == []
-    index.file(make_chain(list(range(4))), [2])
-    assert index.match(make_chain(list(range(8))), 2)[0] == [2]
-    index.file(make_chain(list(range(8))), [2, 3])
-    assert index.match(make_chain(list(range(8))), 2)[0] == [2, 3]
+def test_a_prompt_is_hashed_no_further_than_it_is_matched():
+    chain = make_chain(list(range(SIZE * 100 * HASH_AHEAD)))
+    PrefixIndex(SIZE).match(chain, 100 * HASH_AHEAD)
+    assert len(chain.links) == HASH_AHEAD
+
+
+def test_two_processes_give_a_prompt_the_same_hashes():
+    """Caches outside the engine may store blocks under these hashes, so they must not depend on the process."""
+    script = """
+from array import array
+from engine.kvcache.prefix import Chain
+chain = Chain("salt", array("i", range(1000)))
+print([chain.link(i, 64).digest.hex() for i in range(15)])
+"""
+    seeds = ("1", "2")
+    printed = [
+        subprocess.run([sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in seeds
+    ]
+    assert printed[0] == printed[1]
+    assert len(printed[0]) > 15 * 32
+
+
+def test_what_descends_from_withdrawn_blocks_is_not_found_even_after_the_prefix_is_published_again():
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(8)), [0, 1])
+    index.withdraw([0])
+    assert found(index, list(range(8))) == []
+    publish(index, list(range(4)), [2])
+    assert found(index, list(range(8))) == [2]
+    publish(index, list(range(8)), [2, 3])
+    assert found(index, list(range(8))) == [2, 3]
     assert 1 not in index
     index.check()
 
 
-def test_what_is_filed_already_is_not_filed_twice():
-    index = PrefixIndex()
-    index.file(make_chain(list(range(8))), [0, 1])
-    index.file(make_chain(list(range(8))), [2, 3])
+def test_a_chain_whose_blocks_were_withdrawn_publishes_nothing_more():
+    index = PrefixIndex(SIZE)
+    chain = publish(index, list(range(16)), [0, 1])
+    index.withdraw([0, 1])
+    index.publish(chain, [0, 1, 2, 3], 4)
+    assert len(index) == 0
+
+
+def test_blocks_with_the_same_content_are_one_entry():
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(8)), [0, 1])
+    publish(index, list(range(8)), [2, 3])
     assert len(index) == 2
-    assert index.match(make_chain(list(range(8))), 2)[0] == [0, 1]
+    assert found(index, list(range(8))) == [0, 1]
+    index.check()
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_content_is_found_until_the_last_block_that_holds_it_is_overwritten(order):
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(12)), [0, 2, 3])
+    publish(index, list(range(12)), [1, 4, 5])
+    for block in order[:1]:
+        index.forget(block)
+        index.check()
+        assert found(index, list(range(12))) == [order[1], 2, 3]
+    for block in (2, 3, 4, 5, order[1]):
+        index.forget(block)
+    assert found(index, list(range(12))) == []
+    assert not any(block in index for block in range(6))
+    index.check()
+
+
+def test_a_match_is_continued_where_it_ended():
+    index = PrefixIndex(SIZE)
+    waiting = make_chain(list(range(16)))
+    assert matched(index, waiting) == []
+    running = publish(index, list(range(16)), [0, 1])
+    assert index.match(waiting, 4) == 2
+    assert index.match(waiting, 4) == 0
+    index.publish(running, [0, 1, 2, 3], 3)
+    assert index.match(waiting, 4) == 1
+    index.forget(2)
+    assert matched(index, waiting) == [0, 1]
+    index.forget(1)
+    index.publish(make_chain(list(range(16))), [0, 7, 8], 3)
+    assert matched(index, waiting) == [0, 7, 8]
+    index.withdraw([0])
+    assert matched(index, waiting) == []
 
 
 def test_colliding_hashes_never_serve_another_requests_blocks(monkeypatch):
-    """With a hash that is always the same, only the comparison of tokens and parents is left."""
+    """The hash is always the same here, so only the comparison of tokens and parents protects a request."""
     monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: b"same")
-    index = PrefixIndex()
-    index.file(make_chain([1, 2, 3, 4]), [0])
-    assert index.match(make_chain([1, 2, 3, 5]), 1)[0] == []
-    assert index.match(make_chain([1, 2, 3, 4], "other salt"), 1)[0] == []
-    assert index.match(make_chain([1, 2, 3, 4]), 1)[0] == [0]
-    index.file(make_chain([1, 2, 3, 5]), [1])
-    assert index.match(make_chain([1, 2, 3, 4]), 1)[0] == []
+    index = PrefixIndex(SIZE)
+    publish(index, [1, 2, 3, 4], [0])
+    assert found(index, [1, 2, 3, 5]) == []
+    assert found(index, [1, 2, 3, 4], salt="other salt") == []
+    assert found(index, [1, 2, 3, 4]) == [0]
+    publish(index, [1, 2, 3, 5], [1])
+    assert found(index, [1, 2, 3, 4]) == []
     index.check()
 
 
 def test_a_second_block_that_collides_is_not_matched_behind_another_first_block(monkeypatch):
-    """The second blocks are equal in tokens and in hash; what comes before them is not."""
+    """The second blocks have equal tokens and equal hashes, but different first blocks."""
     real = xxhash.xxh3_128_digest
     monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: real(data[-SIZE * 4 :]))
-    index = PrefixIndex()
-    index.file(make_chain([1, 1, 1, 1, 9, 9, 9, 9]), [0, 1])
-    index.file(make_chain([2, 2, 2, 2]), [2])
-    assert index.match(make_chain([2, 2, 2, 2, 9, 9, 9, 9]), 2)[0] == [2]
-    assert index.match(make_chain([1, 1, 1, 1, 9, 9, 9, 9]), 2)[0] == [0, 1]
+    index = PrefixIndex(SIZE)
+    publish(index, [1, 1, 1, 1, 9, 9, 9, 9], [0, 1])
+    publish(index, [2, 2, 2, 2], [2])
+    assert found(index, [2, 2, 2, 2, 9, 9, 9, 9]) == [2]
+    assert found(index, [1, 1, 1, 1, 9, 9, 9, 9]) == [0, 1]
 
 
-def test_check_finds_an_entry_under_a_wrong_block():
-    index = PrefixIndex()
-    index.file(make_chain(list(range(4))), [0])
-    index._by_block[1] = index._by_block.pop(0)
+@pytest.mark.parametrize("name", ["_by_block", "_by_digest"])
+def test_check_finds_an_entry_in_a_wrong_place(name):
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(4)), [0])
+    entries = getattr(index, name)
+    key, entry = entries.popitem()
+    entries[b"wrong" if isinstance(key, bytes) else 1] = entry
+    with pytest.raises(InternalError):
+        index.check()
+
+
+def test_check_finds_an_entry_that_outlived_its_parent():
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(8)), [0, 1])
+    index.forget(0)
     with pytest.raises(InternalError):
         index.check()

@@ -1,12 +1,12 @@
-"""Blocks move whole: every pool of every layer together, in the order that was asked."""
+"""KVStorage copies whole blocks, with the pools of all layers, and the result is that of the copies one after another."""
 
 import random
 
 import pytest
 import torch
 
-from engine.batch import PoolSpec
-from engine.kvcache.storage import KVStorage, block_bytes
+from engine.batch import PoolSpec, block_bytes
+from engine.kvcache.storage import KVStorage
 from engine.plan import BlockCopy
 
 POOLS = [
@@ -20,7 +20,7 @@ def upload(arrays):
 
 
 def numbered(num_blocks=8, block_size=4):
-    """A storage whose block b is filled with the number b."""
+    """A storage whose block number b is filled with the value b."""
     storage = KVStorage(POOLS, num_blocks=num_blocks, block_size=block_size, device=torch.device("cpu"))
     for layer in storage.layers:
         for pool in layer.values():
@@ -28,7 +28,7 @@ def numbered(num_blocks=8, block_size=4):
     return storage
 
 
-def test_pools_have_their_shapes_types_and_zeros_and_a_scratch_block():
+def test_pools_have_the_shapes_and_dtypes_of_their_specs_and_hold_zeros_and_a_scratch_block():
     storage = KVStorage(POOLS, num_blocks=3, block_size=4, device=torch.device("cpu"))
     assert [{n: (tuple(p.shape), p.dtype) for n, p in layer.items()} for layer in storage.layers] == [
         {"k": ((4, 4, 2, 3), torch.float32), "v": ((4, 4, 2, 3), torch.float32)},
@@ -40,7 +40,7 @@ def test_pools_have_their_shapes_types_and_zeros_and_a_scratch_block():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_copies_act_as_if_one_after_the_other(seed):
+def test_copies_have_the_result_of_running_one_after_the_other(seed):
     r = random.Random(seed)
     copies = [BlockCopy(r.randrange(8), r.randrange(8)) for _ in range(r.randint(1, 10))]
     expected = list(range(8))
@@ -53,7 +53,7 @@ def test_copies_act_as_if_one_after_the_other(seed):
             assert (pool[:8] == torch.tensor(expected).view(-1, *[1] * (pool.dim() - 1))).all()
 
 
-def test_no_copies_is_nothing():
+def test_an_empty_list_of_copies_changes_nothing():
     storage = numbered()
     storage.copy([], upload)
     assert (storage.layers[1]["scale"][:, 0] == torch.arange(9)).all()

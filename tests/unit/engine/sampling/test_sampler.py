@@ -1,4 +1,4 @@
-"""The fast sampler against its plain twin, its distribution, and that a row does not feel its neighbours."""
+"""The sampler equals its plain twin, follows the distribution, and samples each row independently of the others."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plan import AdmittedRow
+from engine.plan import NO_TOKEN, AdmittedRow
 from engine.request import BOUNDS, SamplingParams
 from engine.sampling import reference
 from engine.sampling.choose import COLUMNS, inverse_cdf
@@ -38,7 +38,7 @@ def logits_for(n, rng):
 
 
 def run(fast, rows, logits):
-    """Sample every row once; tokens, and logprob records by row index."""
+    """Admit `rows` and sample each of them once."""
     for admitted in rows:
         fast.admit([admitted])
     numbers = np.array([r.row for r in rows], np.int64)
@@ -47,7 +47,7 @@ def run(fast, rows, logits):
 
 NEW = {
     name: st.one_of(st.just(0.0), st.floats(*BOUNDS[name][:2]))
-    for name in set(COLUMNS) - {"temperature", "top_k", "top_p", "min_p"}  # those have their own values below
+    for name in set(COLUMNS) - {"temperature", "top_k", "top_p", "min_p"}  # these have their own values below
 }
 params = st.builds(
     SamplingParams,
@@ -93,8 +93,48 @@ def test_equals_the_plain_twin(many, seed):
         assert got.logprobs.top_logprobs[n][: len(k)].tolist() == pytest.approx(logprobs.top_logprobs, abs=1e-4)
 
 
+BAD_LOGITS = {
+    "one NaN": {40: math.nan},
+    "one +inf": {VOCAB - 1: math.inf},
+    "NaN and +inf": {3: math.nan, 9: math.inf},
+    "all NaN": dict.fromkeys(range(VOCAB), math.nan),
+    "all -inf": dict.fromkeys(range(VOCAB), -math.inf),
+    "NaN at a stop token": {EOS[0]: math.nan},
+    "+inf at a stop token": {EOS[1]: math.inf},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LOGITS)
+@given(st.lists(params, min_size=2, max_size=6), st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_row_whose_logits_are_not_finite_gets_no_token_and_leaves_the_others_alone(bad, many, seed):
+    rng = np.random.default_rng(seed)
+    rows = [row(i, rng, p) for i, p in enumerate(many)]
+    logits = logits_for(len(rows), rng)
+    expected = run(sampler(), rows, logits).tokens.tolist()
+    failed = int(rng.integers(len(rows)))
+    for token, value in BAD_LOGITS[bad].items():
+        logits[failed, token] = value
+    fast = sampler()
+    got = run(fast, rows, logits)
+    assert got.tokens.tolist() == [*expected[:failed], NO_TOKEN, *expected[failed + 1 :]]
+    assert got.latest.tolist() == [*expected[:failed], 0, *expected[failed + 1 :]]
+    r = rows[failed]
+    stops = tuple(t for t in r.params.stop_token_ids if t < VOCAB)
+    plain = SamplingParams(**{f: getattr(r.params, f) for f in r.params.__struct_fields__} | {"stop_token_ids": stops})
+    assert reference.sample(logits[failed].numpy(), r.tokens, r.num_prompt, plain, r.seed, EOS) == (NO_TOKEN, None)
+
+
+def test_a_few_logits_of_minus_infinity_are_no_failure():
+    rng = np.random.default_rng(0)
+    rows = [row(i, rng, SamplingParams(temperature=t, top_p=p)) for i, (t, p) in enumerate([(0.0, 1.0), (1.0, 1.0), (1.0, 0.5)])]
+    logits = logits_for(3, rng)
+    logits[:, : VOCAB - 5] = -math.inf
+    assert all(token >= VOCAB - 5 for token in run(sampler(), rows, logits).tokens.tolist())
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_a_row_alone_is_the_row_among_31_others(seed):
+def test_a_row_gets_the_same_token_alone_and_among_31_others(seed):
     rng = np.random.default_rng(seed)
     choices = {
         "temperature": [0.0, 0.7, 1.0],
@@ -120,16 +160,16 @@ def test_a_row_alone_is_the_row_among_31_others(seed):
     [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8, "temperature": 1.5}],
     ids=str,
 )
-def test_draws_follow_the_distribution(options):
-    """Chi-square over 20,000 positions of one seed; the bound is the 99.99% quantile by Wilson and Hilferty."""
-    vocab, draws = 12, 20_000
+def test_samples_follow_the_distribution(options):
+    """Chi-square test over 20,000 positions of one seed. The bound is the 99.99% quantile by Wilson and Hilferty."""
+    vocab, samples = 12, 20_000
     p = SamplingParams(max_tokens=99, **options)
     fast = sampler(1, vocab)
     fast.admit([AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=1234)])
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, vocab).astype(np.float32))
-    rows, ends = np.zeros(draws, np.int64), np.arange(1, draws + 1)
-    tokens = fast.sample(logits.repeat(draws, 1), rows, ends).tokens.numpy()
-    expected = reference.probabilities(logits.numpy().astype(np.float64), p) * draws
+    rows, ends = np.zeros(samples, np.int64), np.arange(1, samples + 1)
+    tokens = fast.sample(logits.repeat(samples, 1), rows, ends).tokens.numpy()
+    expected = reference.probabilities(logits.numpy().astype(np.float64), p) * samples
     seen = np.bincount(tokens, minlength=vocab)
     assert not seen[expected == 0].any()
     live = expected > 0
@@ -140,7 +180,7 @@ def test_draws_follow_the_distribution(options):
 
 @pytest.mark.parametrize("temperature", [1e-20, 1e-30, 1e-38, 1e-45, 1e-46, 1e-200, 2.3e-308, 5e-324])
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}, {"logit_bias": {9: -100.0}}], ids=str)
-def test_a_temperature_near_zero_takes_the_largest_and_draws_among_equals(temperature, options):
+def test_a_temperature_near_zero_samples_among_the_largest_logits(temperature, options):
     p = SamplingParams(max_tokens=99, temperature=temperature, **options)
     fast = sampler(1)
     fast.admit([AdmittedRow(row=0, tokens=[0], num_prompt=1, blocks=[], params=p, seed=7)])
@@ -150,11 +190,11 @@ def test_a_temperature_near_zero_takes_the_largest_and_draws_among_equals(temper
     tokens = fast.sample(logits.repeat(200, 1), rows, ends).tokens.tolist()
     assert set(tokens) == {40, 120}
     wide = logits[0].numpy().astype(np.float64)
-    assert tokens == [reference.draw(reference.probabilities(wide, p), reference.uniform(7, end)) for end in ends.tolist()]
+    assert tokens == [reference.inverse_cdf(reference.probabilities(wide, p), reference.uniform(7, end)) for end in ends.tolist()]
 
 
-def test_penalties_follow_the_tokens_sampled_since():
-    """Each step's token counts in the next: greedy with a large frequency penalty must walk down the ranking."""
+def test_penalties_count_the_tokens_sampled_since_admission():
+    """A step's token counts in the next step, so greedy sampling with a large presence penalty goes down the ranking."""
     fast = sampler(2)
     p = SamplingParams(max_tokens=99, temperature=0.0, presence_penalty=2.0)
     fast.admit([AdmittedRow(row=1, tokens=[0], num_prompt=1, blocks=[], params=p, seed=0)])
@@ -163,7 +203,7 @@ def test_penalties_follow_the_tokens_sampled_since():
     assert got == [0, 1, 2, 3]
 
 
-def test_a_new_owner_of_a_row_starts_afresh():
+def test_a_new_owner_of_a_row_has_none_of_the_previous_counts():
     fast = sampler(1)
     p = SamplingParams(max_tokens=99, temperature=0.0, repetition_penalty=2.0)
     logits = torch.ones(1, VOCAB)
@@ -173,7 +213,7 @@ def test_a_new_owner_of_a_row_starts_afresh():
         assert int(fast.sample(logits.clone(), np.array([0]), np.array([len(prompt)])).tokens[0]) == expected
 
 
-def test_counts_take_a_slot_only_where_a_row_has_penalties_and_give_it_back():
+def test_only_rows_with_penalties_take_a_slot_of_counts_and_they_free_it():
     fast = sampler(4)
     for number in (0, 1, 2, 3, 0, 1):
         for options in ({"presence_penalty": 1.0}, {}):

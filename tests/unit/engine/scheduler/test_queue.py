@@ -1,3 +1,5 @@
+"""WaitingQueue: its order, and removal."""
+
 import pytest
 
 from engine.errors import InternalError
@@ -13,7 +15,7 @@ def names(queue: WaitingQueue) -> list[str]:
     return [request.request_id for request in queue]
 
 
-def test_smaller_priority_first_then_arrival():
+def test_requests_are_sorted_by_priority_then_by_arrival():
     queue = WaitingQueue()
     for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -1), ("e", 0)):
         queue.push(make_request(name, priority))
@@ -21,7 +23,7 @@ def test_smaller_priority_first_then_arrival():
     queue.check()
 
 
-def test_a_request_that_comes_back_returns_to_its_place():
+def test_a_preempted_request_returns_to_its_old_position():
     queue = WaitingQueue()
     requests = [make_request(name) for name in "abc"]
     for request in requests:
@@ -32,7 +34,7 @@ def test_a_request_that_comes_back_returns_to_its_place():
     assert names(queue) == ["a", "b", "c", "d"]
 
 
-def test_removing_what_is_not_there_is_a_bug_that_shows():
+def test_removing_a_request_that_is_not_in_the_queue_is_an_error():
     queue = WaitingQueue()
     request = make_request("a")
     queue.push(request)

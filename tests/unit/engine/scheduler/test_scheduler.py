@@ -1,67 +1,14 @@
-"""The scheduler's rules one by one, with results made by hand: there is no runner here."""
+"""The scheduler's rules one by one: budget, order, stopping, overlap, preemption, siblings and aborts."""
 
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
-from engine.plan import StepPlan, StepResult
-from engine.request import FinishReason, Request, SamplingParams, Status, TokenEvent, TokenLogprobs
-from engine.scheduler.scheduler import Scheduler
+from engine.plan import StepResult
+from engine.request import FinishReason, Status, TokenEvent, TokenLogprobs
+from tests.unit.engine.scheduler.rig import Rig, slices
 
 
-class Rig:
-    """A scheduler with a clock that stands still until told, and results of one token."""
-
-    def __init__(self, *, blocks=100, block_size=4, rows=8, budget=64, max_queue=100, max_skips=2, prefix_caching=True):
-        self.now = 0.0
-        self.scheduler = Scheduler(
-            EngineConfig(
-                model="none",
-                cache=CacheConfig(block_size=block_size, prefix_caching=prefix_caching),
-                scheduler=SchedulerConfig(max_num_seqs=rows, max_step_tokens=budget, max_queue=max_queue, max_skips=max_skips),
-            ),
-            blocks,
-            clock=lambda: self.now,
-        )
-
-    def add(self, name: str, prompt: int | list[int], *, priority=0, fork_of=None, salt="", outputs=(), **params) -> Request:
-        """`prompt` tokens that no other request has, where it is a number."""
-        tokens = [sum(map(ord, name)) * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
-        request = Request(
-            name,
-            tokens + list(outputs),
-            SamplingParams(**{"max_tokens": 50} | params),
-            num_prompt=len(tokens),
-            seed=0,
-            eos_token_ids=(2,),
-            max_model_len=1000,
-            priority=priority,
-            arrival=self.now,
-            fork_of=fork_of,
-            salt=salt,
-        )
-        self.scheduler.add(request)
-        return request
-
-    def schedule(self) -> StepPlan:
-        plan = self.scheduler.schedule()
-        assert plan is not None
-        return plan
-
-    def commit(self, plan: StepPlan, token: int = 7, **result) -> dict[str, TokenEvent]:
-        events = self.scheduler.commit(plan, StepResult(plan.step, [token] * len(plan.samples), **result))
-        self.scheduler.check()
-        return {event.request_id: event for event in events}
-
-    def step(self, token: int = 7, **result) -> dict[str, TokenEvent]:
-        return self.commit(self.schedule(), token, **result)
-
-
-def slices(plan: StepPlan) -> list[tuple[int, int, int]]:
-    return list(zip(plan.rows, plan.starts, plan.nums, strict=True))
-
-
-def test_a_prompt_runs_in_chunks_and_only_the_last_one_samples():
+def test_a_prompt_runs_in_chunks_and_only_the_last_chunk_samples():
     rig = Rig(budget=10)
     request = rig.add("a", 25)
     seen = []
@@ -73,7 +20,7 @@ def test_a_prompt_runs_in_chunks_and_only_the_last_one_samples():
     assert request.num_outputs == 2
 
 
-def test_decodes_come_before_chunks_and_leave_them_the_rest_of_the_budget():
+def test_decodes_are_planned_first_and_chunks_share_the_rest_of_the_budget():
     rig = Rig(budget=12)
     a = rig.add("a", 4)
     rig.step()
@@ -85,7 +32,7 @@ def test_decodes_come_before_chunks_and_leave_them_the_rest_of_the_budget():
 
 
 def test_decodes_are_planned_longest_context_first():
-    """And a step's tokens still go to the requests that they were sampled for."""
+    """Each token of the step still goes to the request that it was sampled for."""
     rig = Rig(budget=100)
     short, longest, middle = rig.add("s", 3), rig.add("l", 20), rig.add("m", 9)
     rig.step()
@@ -95,7 +42,7 @@ def test_decodes_are_planned_longest_context_first():
     assert [r.tokens[-1] for r in (longest, middle, short)] == [11, 12, 13]
 
 
-def test_an_admission_carries_copies_of_its_tokens_and_blocks():
+def test_an_admitted_row_has_copies_of_the_requests_tokens_and_blocks():
     rig = Rig()
     request = rig.add("a", 6)
     (admitted,) = rig.schedule().admitted
@@ -105,7 +52,7 @@ def test_an_admission_carries_copies_of_its_tokens_and_blocks():
     assert admitted.blocks is not request.blocks
 
 
-def test_a_table_grows_when_its_blocks_are_full():
+def test_a_block_table_grows_when_its_blocks_are_full():
     rig = Rig()
     rig.add("a", 7)
     grown = []
@@ -126,7 +73,7 @@ def test_a_request_ends_at_max_tokens():
 
 
 @pytest.mark.parametrize(("token", "params"), [(2, {}), (9, {"stop_token_ids": (9,)})])
-def test_a_stop_token_ends_it_and_is_named(token, params):
+def test_a_stop_token_ends_a_request_and_is_reported(token, params):
     rig = Rig()
     rig.add("a", 3, **params)
     event = rig.step(token)["a"]
@@ -143,7 +90,7 @@ def test_stop_tokens_count_only_from_min_tokens_on_and_eos_can_be_ignored():
     assert events["b"].finish is None
 
 
-def test_what_goes_with_the_first_token_goes_with_no_other():
+def test_values_of_the_first_event_are_not_reported_again():
     rig = Rig(budget=8)
     rig.add("a", 10)
     rig.now = 3.0
@@ -154,7 +101,7 @@ def test_what_goes_with_the_first_token_goes_with_no_other():
     assert (second.num_cached, second.queue_s) == (None, None)
 
 
-def test_num_cached_tells_of_the_prompt_found_in_the_cache():
+def test_num_cached_counts_the_prompt_tokens_found_in_the_cache():
     rig = Rig()
     prompt = list(range(10, 22))
     rig.add("a", prompt)
@@ -166,18 +113,7 @@ def test_num_cached_tells_of_the_prompt_found_in_the_cache():
     assert (rig.scheduler.counts.prompt_tokens, rig.scheduler.counts.cached_tokens) == (24, 8)
 
 
-def test_blocks_of_a_submitted_step_are_shared_by_the_next_one_but_not_by_the_same():
-    rig = Rig()
-    prompt = list(range(10, 22))
-    same = [rig.add(name, prompt) for name in "ab"]
-    rig.schedule()
-    later = rig.add("c", prompt)
-    rig.schedule()  # the first step is not committed
-    assert not set(same[0].blocks) & set(same[1].blocks)
-    assert later.blocks[:2] == same[0].blocks[:2]
-
-
-def test_logprobs_go_with_their_tokens_and_prompt_logprobs_with_the_first():
+def test_logprobs_are_reported_with_their_tokens_and_prompt_logprobs_with_the_first():
     rig = Rig(budget=8)
     rig.add("a", list(range(10, 21)), logprobs=0, prompt_logprobs=0)
 
@@ -191,7 +127,7 @@ def test_logprobs_go_with_their_tokens_and_prompt_logprobs_with_the_first():
     assert rig.step(logprobs={0: entries([7])[0]})["a"].prompt_logprobs is None
 
 
-def test_a_prompt_whose_logprobs_are_asked_for_is_computed_whole():
+def test_a_prompt_whose_logprobs_are_requested_is_computed_completely():
     rig = Rig()
     rig.add("a", list(range(12)))
     rig.step()
@@ -200,20 +136,20 @@ def test_a_prompt_whose_logprobs_are_asked_for_is_computed_whole():
     assert [s[1:] for s in slices(rig.schedule())[1:]] == [(0, 12), (0, 12)]
 
 
-# Overlap: a step is scheduled before the one before it is committed.
+# Overlap: each step is scheduled before the previous step is committed.
 
 
-def test_an_uncommitted_token_is_built_upon():
+def test_the_next_step_continues_after_an_uncommitted_token():
     rig = Rig()
     request = rig.add("a", 5)
     first, second = rig.schedule(), rig.schedule()
     assert slices(second) == [(request.row, 5, 1)]
     assert rig.commit(first)["a"].tokens == [7]
     assert rig.commit(second)["a"].tokens == [7]
-    assert request.num_pending == 0
+    assert request.num_uncommitted == 0
 
 
-def test_a_request_whose_pending_token_is_its_last_is_not_scheduled_again():
+def test_a_request_whose_uncommitted_token_is_its_last_is_not_scheduled_again():
     rig = Rig()
     rig.add("a", 5, max_tokens=1)
     plan = rig.schedule()
@@ -221,7 +157,7 @@ def test_a_request_whose_pending_token_is_its_last_is_not_scheduled_again():
     assert rig.commit(plan)["a"].finish is FinishReason.LENGTH
 
 
-def test_what_a_step_sampled_for_a_request_that_has_ended_is_dropped():
+def test_a_token_sampled_for_a_request_that_has_ended_is_dropped():
     rig = Rig()
     rig.add("a", 5)
     rig.add("b", 5)
@@ -231,7 +167,7 @@ def test_what_a_step_sampled_for_a_request_that_has_ended_is_dropped():
     assert rig.scheduler.counts.output_tokens == 2
 
 
-def test_plans_are_committed_in_their_order():
+def test_committing_plans_out_of_order_is_an_error():
     rig = Rig()
     rig.add("a", 5)
     rig.schedule()
@@ -248,7 +184,7 @@ def test_the_worst_rank_is_preempted_and_starts_again_with_its_outputs():
     old, new = rig.add("old", 7, max_tokens=8), rig.add("new", 7, max_tokens=8)
     rig.step()
     rig.step()
-    plan = rig.schedule()  # both are at position 8, and both would need a third block
+    plan = rig.schedule()  # both are at position 8, and both need a third block
     assert slices(plan) == [(old.row, 8, 1)]
     assert (new.status, new.blocks, new.num_computed, new.row) == (Status.WAITING, [], 0, None)
     assert rig.scheduler.counts.num_preemptions == 1
@@ -259,7 +195,7 @@ def test_the_worst_rank_is_preempted_and_starts_again_with_its_outputs():
     assert [a.tokens for a in plan.admitted] == [new.tokens]
     assert len(new.tokens) == 9
     assert slices(plan) == [(new.row, 0, 9)]
-    assert rig.scheduler.counts.prompt_tokens == 14  # counted once
+    assert rig.scheduler.counts.prompt_tokens == 14  # each prompt is counted once
 
 
 def test_priority_decides_before_arrival_who_is_preempted():
@@ -279,27 +215,27 @@ def test_a_step_short_of_blocks_admits_nobody():
     rig.step()
     tiny = rig.add("tiny", 1, max_tokens=1)
     rig.add("b2", 1, max_tokens=1)
-    plan = rig.schedule()  # a takes the last free block; b has none and goes; its two blocks would be room for others
+    plan = rig.schedule()  # a takes the last free block; b is preempted, which frees two blocks
     assert plan.admitted == []
     assert tiny.status is Status.WAITING
     rig.commit(plan)
     assert [a.row for a in rig.schedule().admitted]
 
 
-def test_a_preempted_request_gets_its_pending_token_and_returns_only_after_it():
+def test_a_preempted_request_gets_its_uncommitted_token_before_it_is_admitted_again():
     rig = Rig()
     rig.add("a", 7)
     b = rig.add("b", 7)
-    pending = rig.schedule()
+    uncommitted = rig.schedule()
     rig.scheduler._preempt(b)
-    again = rig.schedule()  # there is room for it, but its next token is not known yet
+    again = rig.schedule()  # it would fit, but its next token is not known yet
     assert again.admitted == []
-    assert rig.commit(pending)["b"].tokens == [7]
+    assert rig.commit(uncommitted)["b"].tokens == [7]
     assert len(b.tokens) == 8
     assert [admitted.tokens for admitted in rig.schedule().admitted] == [b.tokens]
 
 
-def test_a_preempted_request_can_end_with_its_pending_token():
+def test_a_preempted_request_can_end_with_its_uncommitted_token():
     rig = Rig()
     request = rig.add("a", 7)
     plan = rig.schedule()
@@ -308,12 +244,12 @@ def test_a_preempted_request_can_end_with_its_pending_token():
     assert not rig.scheduler.has_requests
 
 
-def test_nobody_is_preempted_while_blocks_are_about_to_come_free():
+def test_no_request_is_preempted_while_another_is_about_to_free_its_blocks():
     rig = Rig(blocks=4, prefix_caching=False)
     ending, other = rig.add("ending", 7, max_tokens=2), rig.add("other", 7, max_tokens=8)
     rig.step()
-    last = rig.schedule()  # the last token of one
-    assert rig.scheduler.schedule() is None  # the other one waits a step
+    last = rig.schedule()  # samples the last token of `ending`
+    assert rig.scheduler.schedule() is None  # `other` needs a block and waits for a step
     assert other.status is Status.RUNNING
     rig.commit(last)
     assert ending.status is Status.FINISHED
@@ -321,15 +257,15 @@ def test_nobody_is_preempted_while_blocks_are_about_to_come_free():
     assert rig.scheduler.counts.num_preemptions == 0
 
 
-def test_what_cannot_fit_alone_is_refused():
+def test_a_request_that_cannot_fit_into_an_empty_cache_is_refused():
     rig = Rig(blocks=4)
-    rig.add("fits", 10, max_tokens=7)  # the seventeenth token needs no place
+    rig.add("fits", 10, max_tokens=7)  # the seventeenth token needs no slot
     with pytest.raises(ContextTooLong):
         rig.add("does not", 10, max_tokens=8)
     assert rig.scheduler.counts.num_accepted == 1
 
 
-def test_a_full_queue_refuses_and_so_does_an_id_under_way():
+def test_a_full_queue_and_an_id_in_use_are_refused():
     rig = Rig(max_queue=2)
     rig.add("a", 1)
     with pytest.raises(InvalidRequest):
@@ -340,7 +276,7 @@ def test_a_full_queue_refuses_and_so_does_an_id_under_way():
 
 
 @pytest.mark.parametrize("max_skips", [0, 1, 3])
-def test_a_request_that_does_not_fit_is_passed_at_most_max_skips_times(max_skips):
+def test_a_request_that_does_not_fit_is_overtaken_at_most_max_skips_times(max_skips):
     rig = Rig(blocks=10, max_skips=max_skips, prefix_caching=False)
     rig.add("long", 20, max_tokens=12)
     rig.step()
@@ -356,12 +292,12 @@ def test_a_request_that_does_not_fit_is_passed_at_most_max_skips_times(max_skips
 
 
 @pytest.mark.parametrize(("blocks", "status"), [(196, Status.RUNNING), (197, Status.WAITING)])
-def test_one_block_in_a_hundred_stays_free_for_those_who_run(blocks, status):
+def test_one_block_in_a_hundred_stays_free_for_running_requests(blocks, status):
     rig = Rig(blocks=200, budget=1000, prefix_caching=False)
     rig.add("a", 4)
     rig.step()
     tight = rig.add("tight", blocks * 4, max_tokens=4)
-    rig.step()  # in which "a" takes its second block
+    rig.step()  # request "a" takes its second block
     assert tight.status is status
 
 
@@ -383,14 +319,14 @@ def test_a_sibling_waits_for_its_leaders_prompt_and_then_shares_it():
         rig.commit(plan)
 
 
-@pytest.mark.parametrize("change", ["salt", "tokens", "gone", "outputs"])
-def test_a_sibling_that_is_none_is_an_ordinary_request(change):
+@pytest.mark.parametrize("change", ["salt", "tokens", "ended", "outputs"])
+def test_a_request_that_cannot_fork_its_leader_is_computed_completely(change):
     rig = Rig(prefix_caching=False)
     leader = rig.add("a", list(range(10, 20)))
     rig.step()
     tokens = list(range(30, 40)) if change == "tokens" else list(range(10, 20))
     other = rig.add("b", tokens, fork_of="a", salt="x" if change == "salt" else "", outputs=[5] if change == "outputs" else [])
-    if change == "gone":
+    if change == "ended":
         rig.scheduler.abort("a")
     plan = rig.schedule()
     assert plan.copies == []
@@ -399,7 +335,7 @@ def test_a_sibling_that_is_none_is_an_ordinary_request(change):
 
 
 def test_a_resumed_sibling_does_not_wait_for_its_leader():
-    rig = Rig(budget=20)
+    rig = Rig(budget=20, prefix_caching=False)
     prompt = list(range(10, 20))
     rig.add("a", prompt, prompt_logprobs=0)
     rig.add("b", prompt, fork_of="a", outputs=[5])
@@ -423,7 +359,7 @@ def test_a_sibling_outlives_its_leader():
 # Abort.
 
 
-def test_abort_ends_once_whatever_the_request_was_doing():
+def test_an_abort_ends_a_running_or_waiting_request_once():
     rig = Rig(rows=1)
     rig.add("running", 5)
     plan = rig.schedule()
@@ -435,7 +371,7 @@ def test_abort_ends_once_whatever_the_request_was_doing():
     assert (rig.scheduler.counts.num_aborted, rig.scheduler.has_requests) == (2, False)
 
 
-def test_an_id_can_be_used_again_while_its_first_life_is_still_in_flight():
+def test_an_id_can_be_used_again_while_a_step_of_the_earlier_request_is_in_flight():
     rig = Rig()
     rig.add("a", 5)
     plan = rig.schedule()
@@ -446,7 +382,7 @@ def test_an_id_can_be_used_again_while_its_first_life_is_still_in_flight():
     assert rig.commit(second)["a"].tokens == [7]
 
 
-def test_rows_are_used_again():
+def test_rows_are_reused():
     rig = Rig(rows=2)
     rows = set()
     for i in range(5):

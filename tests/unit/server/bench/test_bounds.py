@@ -1,9 +1,9 @@
-"""Bounds for models that were worked out by hand, on hardware of 4.25 TB/s and 780 TFLOP/s."""
+"""Bounds compared with figures that were calculated by hand, for hardware of 4.25 TB/s and 780 TFLOP/s."""
 
 import msgspec
 import pytest
 
-from engine.models.spec import ModelSpec
+from engine.models.families import parse_spec
 from server.bench.bounds import Costs, Hardware, Length, Step, step_seconds, steps, workload_seconds
 from server.bench.workloads import build_workload
 
@@ -52,11 +52,11 @@ CONFIGS = {
         "max_position_embeddings": 163840,
     },
 }
-SPECS = {name: ModelSpec.from_hf(COMMON | config) for name, config in CONFIGS.items()}
+SPECS = {name: parse_spec(COMMON | config) for name, config in CONFIGS.items()}
 
 
 def bound(model, workload):
-    """Seconds, tokens that come out, tokens that go in."""
+    """(seconds, output tokens, prompt tokens) of a workload's bound."""
     work = build_workload(workload)
     lengths = [Length(len(w.prompt), w.num_outputs) for w in work]
     seconds = workload_seconds(SPECS[model], lengths, H200, number_size=2, max_tokens=8192, max_rows=256)
@@ -64,32 +64,32 @@ def bound(model, workload):
 
 
 @pytest.mark.parametrize(("model", "ms"), [("llama-8b", 3.5), ("qwen3-0.6b", 0.28), ("deepseek-v2-lite", 1.1)])
-def test_one_token_costs_the_weights_that_it_reads(model, ms):
+def test_the_bound_of_one_token_is_the_time_to_read_its_weights(model, ms):
     one = Step(tokens=1, samples=1, decode_pairs=1, chunk_pairs=0, chunk_kv=0, last_pairs=0)
     assert step_seconds(Costs.of(SPECS[model]), one, H200, number_size=2) == pytest.approx(ms / 1000, rel=0.06)
 
 
-# Those of the prompts' own step included, which a figure for decoding alone leaves out.
+# The bound includes the step of the prompts. The figure by hand is for decoding alone, so the tolerance is wide.
 @pytest.mark.parametrize(("model", "tok_s"), [("llama-8b", 15_500), ("deepseek-v2-lite", 9_000)])
-def test_decode64(model, tok_s):
+def test_the_bound_of_decode64_is_the_figure_by_hand(model, tok_s):
     seconds, outputs, _ = bound(model, "decode64")
     assert outputs / seconds == pytest.approx(tok_s, rel=0.12)
 
 
 @pytest.mark.parametrize(("model", "expected"), [("llama-8b", 10.0), ("qwen3-0.6b", 3.6), ("deepseek-v2-lite", 9.0)])
-def test_mixed256(model, expected):
+def test_the_bound_of_mixed256_is_the_figure_by_hand(model, expected):
     assert bound(model, "mixed256")[0] == pytest.approx(expected, rel=0.04)
 
 
-# By hand, head and last layer were counted for every token and, for the second, the embedding as well: a sixth of its 2.7 billion
-# weights.
+# The figure by hand counts the head and the last layer for every token. For the second model it also counts the embedding, which
+# is a sixth of its 2.7 billion weights. So the tolerance is wide.
 @pytest.mark.parametrize(("model", "tok_s", "tolerance"), [("llama-8b", 46_000, 0.09), ("deepseek-v2-lite", 116_000, 0.25)])
-def test_prefill(model, tok_s, tolerance):
+def test_the_bound_of_prefill_is_the_figure_by_hand(model, tok_s, tolerance):
     seconds, outputs, prompts = bound(model, "prefill")
     assert (outputs + prompts) / seconds == pytest.approx(tok_s, rel=tolerance)
 
 
-def test_weights_are_those_of_the_published_models():
+def test_weights_are_as_many_as_the_published_models_have():
     dense = {name: Costs.of(SPECS[name]) for name in ("qwen3-0.6b", "llama-8b")}
     assert dense["qwen3-0.6b"].weights + dense["qwen3-0.6b"].head == pytest.approx(596e6, rel=0.001)  # embedding tied
     assert dense["llama-8b"].weights + 2 * dense["llama-8b"].head == pytest.approx(8.03e9, rel=0.001)
@@ -110,20 +110,20 @@ def test_few_tokens_read_few_experts_and_many_read_all():
     assert experts(1000) == pytest.approx(64)
 
 
-def test_no_sample_reads_no_head_and_of_the_last_layer_what_makes_kv():
+def test_a_step_without_a_sample_reads_no_head_and_only_the_kv_weights_of_the_last_layer():
     c = Costs.of(SPECS["llama-8b"])
     with_one, without = (c.numbers_read(Step(8, samples, 0, 0, 0, 0)) for samples in (1, 0))
     assert with_one - without == c.head + c.spared
 
 
-def test_a_prompt_without_a_sample_is_not_read_by_the_last_layer():
+def test_the_last_layer_does_not_read_the_kv_of_a_prompt_without_a_sample():
     c = Costs.of(SPECS["llama-8b"])
     cut, ended = (c.numbers_read(Step(8, 0, 0, 36, 8, last_pairs)) for last_pairs in (0, 8))
     assert ended - cut == 8 * c.kv // SPECS["llama-8b"].num_layers
 
 
 @pytest.mark.parametrize("model", SPECS)
-def test_a_token_that_no_sample_follows_spares_the_last_layer_but_its_kv(model):
+def test_a_token_that_is_not_sampled_needs_only_its_kv_of_the_last_layer(model):
     spec = SPECS[model]
     layers = spec.num_layers - 1
     moe = None if spec.moe is None else msgspec.structs.replace(spec.moe, layers=tuple(range(1, layers)))
@@ -148,12 +148,12 @@ def test_the_steps_compute_each_token_once_and_attend_each_pair_once(max_tokens,
     assert max(s.samples for s in found) <= max_rows
 
 
-def test_a_prompt_that_is_cut_reads_its_beginning_again():
+def test_the_second_chunk_of_a_prompt_reads_the_kv_of_the_first():
     first, second = steps([Length(10, 1)], max_tokens=6, max_rows=8)
     assert (first.chunk_kv, first.samples, second.chunk_kv, second.samples) == (6, 0, 10, 1)
 
 
-def test_a_decode_goes_before_prompts():
+def test_decodes_get_their_tokens_before_prompts():
     found = list(steps([Length(2, 3), Length(9, 1)], max_tokens=4, max_rows=8))
     assert [s.tokens for s in found] == [4, 4, 4, 1]
     assert [s.samples for s in found] == [1, 1, 1, 1]

@@ -1,3 +1,5 @@
+"""The table and the JSON lines of `bench kernels`, with measurements that are made up."""
+
 import json
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,7 +21,7 @@ TIMING = SimpleNamespace(seconds=2e-6, num_bytes=4_000_000, operations=1_000_000
 
 @pytest.fixture
 def device(monkeypatch):
-    """A made-up one, whose kernels take half as long again as what they move."""
+    """A device on which each kernel takes 1.5 times its bound."""
     modules = {
         "engine.kernels.hardware": SimpleNamespace(name=lambda: "a GPU", measure=lambda: (3e12, 1e15)),
         "engine.kernels.bench": SimpleNamespace(CASES=CASES, measure=lambda case: TIMING),
@@ -28,7 +30,7 @@ def device(monkeypatch):
     return modules
 
 
-def test_a_row_and_a_line_for_each(device, capsys, tmp_path):
+def test_each_case_gives_a_row_and_a_line(device, capsys, tmp_path):
     kernels.run(record=tmp_path / "lines.jsonl")
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
@@ -40,13 +42,13 @@ def test_a_row_and_a_line_for_each(device, capsys, tmp_path):
     assert err.count("67%") == 3
 
 
-def test_some_by_name(device):
+def test_kernels_are_chosen_by_name(device):
     assert [line.kernel for line in kernels.run(["norm"])] == ["norm"]
     with pytest.raises(ConfigError, match="kernel is 'nrom': it must be one of decode, norm"):
         kernels.run(["nrom"])
 
 
-def test_a_machine_without_a_device_is_told_so(device):
+def test_a_machine_without_a_cuda_device_is_refused(device):
     device["engine.kernels.hardware"].name = lambda: None
-    with pytest.raises(ConfigError, match="takes a CUDA device, and torch sees none here"):
+    with pytest.raises(ConfigError, match="needs a CUDA device, and torch finds none"):
         kernels.run()

@@ -1,3 +1,5 @@
+"""The table and the JSON lines of `bench offline`, and what it refuses."""
+
 import json
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from engine.config import ModelLimits
 from engine.errors import ConfigError
 from engine.messages import EngineInfo
-from engine.models.spec import ModelSpec
+from engine.models.families import read_spec
 from engine.startup import PHASES
 from server import bench
 from server.bench import bounds, lines, offline
@@ -22,15 +24,14 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two workloads small enough for a test, which are the usual ones."""
+    """Replaces the default workloads by two that are small enough for a test."""
     monkeypatch.setitem(bench.WORKLOADS, "small", lambda vocab: bench.fixed(3, 5, 7, vocab=vocab))
     monkeypatch.setitem(bench.WORKLOADS, "longer", lambda vocab: bench.fixed(2, 40, 3, vocab=vocab))
     monkeypatch.setattr(offline, "DEFAULT", ("small", "longer"))
 
 
 @pytest.mark.torch
-def test_one_model_and_workload_from_a_folder_with_only_a_config(tmp_path, capsys, small):
-    """Dummy weights, real runner."""
+def test_a_folder_with_only_a_config_runs_with_dummy_weights(tmp_path, capsys, small):
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -58,7 +59,7 @@ def test_one_model_and_workload_from_a_folder_with_only_a_config(tmp_path, capsy
     assert line["bound_share"] is None
 
 
-def test_a_table_has_a_row_and_a_line_for_each_model_and_workload(demo, tmp_path, capsys, small):
+def test_each_model_and_workload_gives_a_row_and_a_line(demo, tmp_path, capsys, small):
     other = str(write_tiny_checkpoint(tmp_path / "other"))
     record = tmp_path / "lines.jsonl"
     record.write_text("{}\n")
@@ -74,7 +75,7 @@ def test_a_table_has_a_row_and_a_line_for_each_model_and_workload(demo, tmp_path
         (row[0], row[1]) for row in rows if row[:1] and row[0] in ("other", demo.rpartition("/")[2]) and row[1] != "on"
     ] == pairs
     first, second = found[0]["startup"]["imports"], found[2]["startup"]["imports"]
-    assert second < first, "only the first engine's start is the process's as well"
+    assert second < first, "only the first engine's start includes the start of the process"
 
 
 def test_a_line_is_printed_before_the_next_workload_runs(demo, capsys, monkeypatch, small):
@@ -90,7 +91,7 @@ def test_a_line_is_printed_before_the_next_workload_runs(demo, capsys, monkeypat
     assert seen == [("small", 0), ("longer", 1)]
 
 
-def test_one_engine_has_the_context_that_its_longest_workload_takes(demo, monkeypatch, small):
+def test_an_engine_has_the_context_of_its_longest_workload(demo, monkeypatch, small):
     built = []
 
     class Kept(offline.LLM):
@@ -103,38 +104,38 @@ def test_one_engine_has_the_context_that_its_longest_workload_takes(demo, monkey
     assert built == [43]
 
 
-def test_usual_workloads_that_do_not_fit_are_left_out(demo, capsys, small):
+def test_default_workloads_that_do_not_fit_are_left_out(demo, capsys, small):
     found = offline.run([Settings(model=demo, runner="fake", max_model_len=20)], rounds=1)
     assert [line.workload for line in found] == ["small"]
-    assert "longer is left out, it takes a context of 43 tokens" in capsys.readouterr().err
+    assert "longer is left out, it needs a context of 43 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "workload", "message"),
     [
-        ({}, "prefill", "prefill takes a context of 8193 tokens, and the model has 4096: choose one that fits .single, decode64"),
-        ({"max_model_len": 100}, "single", "max_model_len is 100, but workload single takes 1280 tokens: set it to 1280 or more"),
+        ({}, "prefill", "prefill needs a context of 8193 tokens, and the model has 4096: choose one that fits .single, decode64"),
+        ({"max_model_len": 100}, "single", "max_model_len is 100, but workload single needs 1280 tokens: set it to 1280 or more"),
         ({}, "double", "workload is 'double': it must be one of single, decode64"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(demo, monkeypatch, options, workload, message):
+def test_a_named_workload_that_does_not_fit_is_refused_before_a_model_is_loaded(demo, monkeypatch, options, workload, message):
     monkeypatch.setattr(offline, "LLM", None)
     with pytest.raises(ConfigError, match=message):
         offline.run([Settings(model=demo, **options)], [workload])
 
 
-def test_no_rounds_at_all_are_refused(demo):
+def test_zero_rounds_are_refused(demo):
     with pytest.raises(ConfigError, match="rounds is 0"):
         offline.run([Settings(model=demo)], ["single"], rounds=0)
 
 
-def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(demo, tmp_path):
+def test_a_record_that_cannot_be_written_is_refused_before_a_measurement(demo, tmp_path):
     with pytest.raises(ConfigError, match=r"record is .*nowhere"):
         offline.run([Settings(model=demo)], ["single"], record=tmp_path / "nowhere" / "lines.jsonl")
 
 
 def test_the_share_of_the_bound_where_the_hardware_is_known(demo):
-    spec, work = ModelSpec.from_folder(demo), bench.fixed(3, 5, 7)
+    spec, work = read_spec(demo), bench.fixed(3, 5, 7)
     hardware = bounds.Hardware(1e9, 1e12)
 
     class Engine:

@@ -1,4 +1,4 @@
-"""The workloads' tokens are fixed: figures of other engines were measured on the same ones."""
+"""The token lists of the workloads never change, since other engines were measured on the same lists."""
 
 import json
 
@@ -8,7 +8,7 @@ import xxhash
 from engine.errors import ConfigError
 from server import bench
 
-# (requests, output tokens, hash), of the list that the peers' figures were measured on.
+# (requests, output tokens, hash) of the token lists that other engines were measured on.
 DIGESTS = {
     "mixed256": (256, 133966, "fe3d947c79f3af74"),
     "mixed1024": (1024, 583802, "01e3181abfa454d6"),
@@ -34,19 +34,19 @@ def test_an_unknown_workload_is_an_error():
 
 
 @pytest.mark.parametrize("vocab_size", [10_001, 32_000, 151_936])
-def test_every_larger_vocabulary_draws_the_same(vocab_size):
+def test_vocabularies_above_10000_give_the_same_lists(vocab_size):
     assert digest(bench.build_workload("decode64", vocab_size)) == DIGESTS["decode64"]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 512, 10_000])
-def test_a_smaller_vocabulary_draws_ids_that_it_has(vocab_size):
+def test_a_smaller_vocabulary_gives_ids_within_it(vocab_size):
     ids = {id for work in bench.build_workload("decode64", vocab_size) for id in work.prompt}
     assert min(ids) >= 0
     assert max(ids) < vocab_size
 
 
 @pytest.mark.parametrize(("num", "rows"), [(1, 256), (64, 256), (256, 256), (1024, 256), (64, 16)])
-def test_the_warm_up_meets_every_size_of_batch_that_graphs_are_captured_for(num, rows):
+def test_the_warm_up_has_a_batch_for_every_graph_size(num, rows):
     work = bench.fixed(num, 16, 256)
     (longest,), at_once = bench.warm_up_of(work, rows)
     assert longest.prompt == work[0].prompt

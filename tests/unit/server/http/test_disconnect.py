@@ -1,3 +1,5 @@
+"""`while_connected`: work is cancelled when its client leaves, and only then."""
+
 import asyncio
 import contextlib
 
@@ -7,17 +9,23 @@ from engine.errors import Aborted
 from server.http.disconnect import while_connected
 
 
-def client(*, leaves_after=None):
+def client(leaves=None):
+    """The `receive` of a client that leaves when the event `leaves` is set; without an event it stays."""
+
     async def receive():
-        if leaves_after is None:
-            await asyncio.Event().wait()
-        await asyncio.sleep(leaves_after)
+        await (leaves or asyncio.Event()).wait()
         return {"type": "http.disconnect"}
 
     return receive
 
 
-async def test_work_that_ends_first_gives_its_result():
+async def iterations(number):
+    """Wait for so many iterations of the event loop."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def test_the_result_of_work_that_ends_before_the_client_leaves_is_returned():
     async def work():
         await asyncio.sleep(0)
         return 7
@@ -25,22 +33,24 @@ async def test_work_that_ends_first_gives_its_result():
     assert await while_connected(client(), work()) == 7
 
 
-async def test_a_client_that_leaves_cancels_the_work_at_once():
+async def test_the_work_is_cancelled_when_the_client_leaves():
     ended = []
+    leaves = asyncio.Event()
 
     async def work():
         try:
-            await asyncio.sleep(60)
+            leaves.set()
+            await asyncio.Event().wait()
         finally:
             ended.append(True)
 
     with pytest.raises(Aborted):
-        await asyncio.wait_for(while_connected(client(leaves_after=0.01), work()), 2)
+        await asyncio.wait_for(while_connected(client(leaves), work()), 5)
     assert ended == [True]
     assert asyncio.current_task().cancelling() == 0
 
 
-async def test_the_works_own_error_goes_through():
+async def test_an_error_of_the_work_is_raised():
     async def work():
         raise KeyError("x")
 
@@ -48,15 +58,21 @@ async def test_the_works_own_error_goes_through():
         await while_connected(client(), work())
 
 
-async def test_cancelled_from_outside_stays_cancelled():
-    task = asyncio.create_task(while_connected(client(), asyncio.sleep(60)))
-    await asyncio.sleep(0.01)
+async def test_a_cancellation_by_another_task_stays_a_cancellation():
+    begun = asyncio.Event()
+
+    async def work():
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(while_connected(client(), work()))
+    await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
 
-async def test_no_watcher_is_left_behind():
+async def test_no_task_is_left_running():
     before = len(asyncio.all_tasks())
     for _ in range(20):
         await while_connected(client(), asyncio.sleep(0))
@@ -64,10 +80,18 @@ async def test_no_watcher_is_left_behind():
     assert len(asyncio.all_tasks()) == before
 
 
-@pytest.mark.parametrize("leaves_after", [0, 0.001])
-async def test_leaving_at_the_moment_of_the_end_never_cancels_what_comes_after(leaves_after):
-    for _ in range(200):
-        with contextlib.suppress(Aborted):
-            await while_connected(client(leaves_after=leaves_after), asyncio.sleep(leaves_after))
-        await asyncio.sleep(0)
-        assert asyncio.current_task().cancelling() == 0
+@pytest.mark.parametrize("work_iterations", range(6))
+@pytest.mark.parametrize("client_iterations", range(6))
+async def test_a_client_that_leaves_just_as_the_work_ends_cancels_nothing_else(work_iterations, client_iterations):
+    leaves = asyncio.Event()
+
+    async def leave():
+        await iterations(client_iterations)
+        leaves.set()
+
+    leaving = asyncio.create_task(leave())
+    with contextlib.suppress(Aborted):
+        await while_connected(client(leaves), iterations(work_iterations))
+    await leaving
+    await iterations(3)
+    assert asyncio.current_task().cancelling() == 0

@@ -1,4 +1,4 @@
-"""Health, reflection, limits and binding."""
+"""The gRPC server's health and reflection services, its limits, and how it binds its port."""
 
 import asyncio
 import socket
@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from engine.errors import ConfigError
 from server.engines.base import EngineHealth
+from server.metrics.registry import Metrics
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from server.rpc.server import build_rpc_server
@@ -26,12 +27,16 @@ DOWN = EngineHealth(ready=False, reason="it died")
 UP = EngineHealth(ready=True)
 
 
+def build_server(service, settings):
+    return build_rpc_server(service, settings, Metrics("tiny", lambda: UP))
+
+
 def asking(service):
     return health_pb2.HealthCheckRequest(service=service)
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_check_follows_the_service_and_the_drain(name):
+async def test_check_answers_by_the_services_health_and_the_drain(name):
     service = ScriptedService()
     async with serving(service) as rpc:
         health = health_pb2_grpc.HealthStub(rpc.channel)
@@ -44,20 +49,20 @@ async def test_check_follows_the_service_and_the_drain(name):
         assert (await health.Check(asking(name))).status == NOT_SERVING
 
 
-async def test_check_of_an_unknown_service():
+async def test_check_of_an_unknown_service_is_not_found():
     async with serving(ScriptedService()) as rpc:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await health_pb2_grpc.HealthStub(rpc.channel).Check(asking("other"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_list():
+async def test_list_has_all_services():
     async with serving(ScriptedService()) as rpc:
         listed = await health_pb2_grpc.HealthStub(rpc.channel).List(health_pb2.HealthListRequest())
     assert {name: answer.status for name, answer in listed.statuses.items()} == dict.fromkeys(NAMES, SERVING)
 
 
-async def test_watch_tells_each_change_and_ends_at_the_drain():
+async def test_watch_reports_each_change_and_ends_at_the_drain():
     service = ScriptedService(ready=False)
     async with asyncio.timeout(5), serving(service) as rpc:
         watch = health_pb2_grpc.HealthStub(rpc.channel).Watch(asking(""))
@@ -69,7 +74,7 @@ async def test_watch_tells_each_change_and_ends_at_the_drain():
         assert await watch.read() is grpc.aio.EOF
 
 
-async def test_watch_of_an_unknown_service_says_so():
+async def test_watch_of_an_unknown_service_reports_it_as_unknown():
     async with asyncio.timeout(5), serving(ScriptedService()) as rpc:
         watch = health_pb2_grpc.HealthStub(rpc.channel).Watch(asking("other"))
         assert (await watch.read()).status == UNKNOWN
@@ -83,10 +88,10 @@ async def test_stop_lets_a_running_call_finish():
         await watch.read()
         stopping = asyncio.create_task(rpc.server.stop(grace=60))
         assert len([r async for r in call]) == 3
-        await stopping  # the open Watch does not hold it up
+        await stopping  # it does not wait for the open Watch
 
 
-async def test_stop_cancels_what_outlasts_the_grace():
+async def test_stop_cancels_calls_after_the_grace():
     service = ScriptedService(3600)
     async with asyncio.timeout(5), serving(service) as rpc:
         call = rpc.stub.Generate(pb.GenerateRequest(prompt="a"))
@@ -142,29 +147,29 @@ async def test_metadata_over_the_limit_is_refused():
         await rpc.stub.ListModels(pb.ListModelsRequest())
 
 
-async def test_a_taken_port_is_a_setting_at_fault():
+async def test_a_port_in_use_is_refused_by_the_settings_name():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(ConfigError, match="grpc_port") as caught:
-            build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=other.getsockname()[1]))
+            build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=other.getsockname()[1]))
     assert caught.value.param == "grpc_port"
 
 
 async def test_two_servers_share_a_port_only_where_workers_do():
-    first = build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0, api_workers=2))
+    first = build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0, api_workers=2))
     shared = Settings(host="127.0.0.1", grpc_port=first.port, api_workers=2)
-    second = build_rpc_server(ScriptedService(), shared)
+    second = build_server(ScriptedService(), shared)
     assert second.port == first.port
     await first.stop()
     await second.stop()
-    alone = build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0))
+    alone = build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=0))
     with pytest.raises(ConfigError):
-        build_rpc_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=alone.port))
+        build_server(ScriptedService(), Settings(host="127.0.0.1", grpc_port=alone.port))
     await alone.stop()
 
 
-async def test_ipv6():
-    server = build_rpc_server(ScriptedService(), Settings(host="::1", grpc_port=0))
+async def test_an_ipv6_address_can_be_bound():
+    server = build_server(ScriptedService(), Settings(host="::1", grpc_port=0))
     assert server.port > 0
     await server.stop()

@@ -1,4 +1,4 @@
-"""What the servicer makes of a scripted service: over real connections, since statuses and cancellation are grpc's own."""
+"""The Inference servicer over real connections, with a scripted service behind it."""
 
 import inspect
 import random
@@ -18,7 +18,7 @@ ASKED = pb.GenerateRequest(prompt="a", request_id="mine")
 RAISED = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, errors.TidegateError)]
 
 
-async def test_stream_and_ids():
+async def test_a_stream_has_its_chunks_its_ending_and_its_ids():
     service = ScriptedService(*letters("abc"))
     async with serving(service) as rpc:
         call = rpc.stub.Generate(ASKED)
@@ -33,13 +33,13 @@ async def test_stream_and_ids():
     assert service.closed == [id]
 
 
-async def test_no_id_of_the_clients_is_none():
+async def test_a_request_without_an_id_gets_none_back():
     async with serving(ScriptedService(*letters("a"))) as rpc:
         responses = [r async for r in rpc.stub.Generate(pb.GenerateRequest(prompt="a"))]
     assert not any(r.HasField("request_id") for r in responses)
 
 
-async def test_a_call_without_a_deadline_has_none():
+async def test_a_call_without_a_deadline_gives_the_request_none():
     service = ScriptedService(*letters("a"))
     async with serving(service) as rpc:
         [r async for r in rpc.stub.Generate(ASKED)]
@@ -65,7 +65,7 @@ async def test_every_error_has_its_status_and_detail(cls):
     assert detail.HasField("retry_after") == (row.http in (429, 503))
 
 
-async def test_a_bug_is_logged_and_not_told(caplog):
+async def test_a_bug_is_logged_and_not_sent_to_the_client(caplog):
     async with serving(ScriptedService(ZeroDivisionError("secret"))) as rpc:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             [r async for r in rpc.stub.Generate(ASKED)]
@@ -93,7 +93,7 @@ async def test_an_error_after_chunks_ends_the_stream():
             await call.read()
 
 
-async def test_refusals_reach_the_client():
+async def test_a_refusal_reaches_the_client_and_not_the_service():
     service = ScriptedService()
     async with serving(service) as rpc:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -103,7 +103,7 @@ async def test_refusals_reach_the_client():
     assert service.requests == []
 
 
-async def test_a_field_from_the_future_is_refused():
+async def test_an_unknown_field_is_refused():
     newer = pb.GenerateRequest.FromString(ASKED.SerializeToString() + b"\xf8\x3f\x01")  # field 1023 = 1
     async with serving(ScriptedService()) as rpc:
         with pytest.raises(grpc.aio.AioRpcError, match="1023") as caught:
@@ -122,7 +122,7 @@ BROKEN = {
 
 
 def logged(caplog):
-    """By us or grpc's calls. Its poller, one a process, may mourn an earlier test's event loop on asyncio's logger."""
+    """Log messages of the server and of grpc. grpc's poller may log about the event loop of an earlier test, as asyncio."""
     return [record.getMessage() for record in caplog.records if record.name.startswith(("server", "grpc"))]
 
 
@@ -130,9 +130,9 @@ def logged(caplog):
 @pytest.mark.parametrize(
     "method", ["tidegate.v1.Inference/Generate", "tidegate.v1.Inference/Abort", "grpc.health.v1.Health/Check"]
 )
-async def test_a_message_that_is_none_is_the_clients_fault(caplog, method, message):
+async def test_a_message_that_cannot_be_decoded_is_the_clients_error(caplog, method, message):
     async with serving(ScriptedService(*letters("a"))) as rpc:
-        call = rpc.channel.unary_stream(f"/{method}")(message)  # whatever it gives: what counts is how it ends
+        call = rpc.channel.unary_stream(f"/{method}")(message)
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "cannot be read as a " in await call.details()
         detail = dict(await call.trailing_metadata())[DETAIL_KEY]
@@ -140,7 +140,7 @@ async def test_a_message_that_is_none_is_the_clients_fault(caplog, method, messa
     assert logged(caplog) == []
 
 
-async def test_a_message_that_is_none_ends_a_call_of_reflection(caplog):
+async def test_a_reflection_message_that_cannot_be_decoded_ends_the_call(caplog):
     async with serving(ScriptedService()) as rpc:
         info = rpc.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         call = info(iter([BROKEN["cut short"]]))
@@ -149,7 +149,7 @@ async def test_a_message_that_is_none_ends_a_call_of_reflection(caplog):
     assert logged(caplog) == []
 
 
-async def test_random_messages_never_look_like_bugs(caplog):
+async def test_random_messages_are_never_answered_as_bugs(caplog):
     rng = random.Random(2)
     codes = set()
     async with serving(ScriptedService(*letters("a") * 200)) as rpc:
@@ -179,14 +179,14 @@ async def test_a_vanished_client_closes_the_service_stream():
         await until(lambda: service.closed)
 
 
-async def test_the_deadline_of_the_call_becomes_the_requests():
+async def test_the_deadline_of_the_call_becomes_that_of_the_request():
     service = ScriptedService(3600)
     async with serving(service) as rpc:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             [r async for r in rpc.stub.Generate(ASKED, timeout=0.3)]
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: service.closed)
-    assert 0 < service.requests[0].deadline_s < 0.4  # what is left of 0.3 s; gRPC rounds up on the way
+    assert 0 < service.requests[0].deadline_s < 0.4  # the rest of 0.3 s, which gRPC rounds up
 
 
 async def test_a_client_that_reads_nothing_is_ended(caplog):
@@ -200,7 +200,7 @@ async def test_a_client_that_reads_nothing_is_ended(caplog):
     assert "Traceback" not in caplog.text
 
 
-async def test_tokens():
+async def test_tokenize_and_detokenize():
     async with serving(ScriptedService()) as rpc:
         made = await rpc.stub.Tokenize(pb.TokenizeRequest(prompt="ab"))
         assert (list(made.tokens), made.count, made.max_model_len) == ([0, 97, 98], 3, 100)
@@ -213,7 +213,7 @@ async def test_tokens():
     ("method", "request_", "param"),
     [("Tokenize", pb.TokenizeRequest(), "prompt"), ("Detokenize", pb.DetokenizeRequest(), "tokens")],
 )
-async def test_tokens_refused(method, request_, param):
+async def test_tokenize_and_detokenize_refuse_a_missing_field(method, request_, param):
     async with serving(ScriptedService()) as rpc:
         with pytest.raises(grpc.aio.AioRpcError, match=f"{param} is required") as caught:
             await getattr(rpc.stub, method)(request_)

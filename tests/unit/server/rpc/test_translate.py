@@ -1,24 +1,28 @@
+"""Translation between protobuf messages and the types of the service."""
+
+import asyncio
 import math
 
 import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import TokenLogprobs
-from server.http.schemas.generate import GenerateRequest
+from server.http.schemas.generate import GenerateBody
 from server.rpc import translate
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
+from server.service.pacing import SLICE, Pacer
 from server.service.types import Chunk, Ending, Timing, Usage
 
 
 def asked(**fields):
-    return translate.checked(pb.GenerateRequest(**fields), GenerateRequest)
+    return translate.checked(pb.GenerateRequest(**fields), GenerateBody)
 
 
 def request(*, time_remaining=None, **fields):
     return translate.generation_request(asked(**fields), "gen-1", time_remaining)
 
 
-def test_every_field_arrives():
+def test_every_field_reaches_the_request():
     made = request(
         prompt_token_ids=[5, 6],
         model="m",
@@ -54,7 +58,7 @@ def test_every_field_arrives():
     assert (params.logprobs, params.prompt_logprobs) == (0, 2)
 
 
-def test_what_is_left_out_keeps_its_default_and_zero_is_not_left_out():
+def test_an_omitted_field_keeps_its_default_and_a_zero_is_kept():
     made = request(prompt="hi")
     assert (made.prompt, made.n, made.stop, made.model, made.deadline_s) == ("hi", 1, (), None, None)
     assert made.params == type(made.params)()
@@ -65,7 +69,7 @@ def test_what_is_left_out_keeps_its_default_and_zero_is_not_left_out():
     ("deadline_ms", "remaining", "seconds"),
     [(None, None, None), (500, None, 0.5), (None, 2.0, 2.0), (500, 2.0, 0.5), (5000, 2.0, 2.0), (None, -1.0, 0.001)],
 )
-def test_the_nearer_deadline_holds(deadline_ms, remaining, seconds):
+def test_the_earlier_deadline_holds(deadline_ms, remaining, seconds):
     assert request(prompt="hi", deadline_ms=deadline_ms, time_remaining=remaining).deadline_s == seconds
 
 
@@ -95,15 +99,21 @@ def test_the_nearer_deadline_holds(deadline_ms, remaining, seconds):
         ({"prompt": "a", "request_id": "no spaces"}, "request_id"),
     ],
 )
-def test_what_http_refuses_is_refused(fields, param):
+def test_a_value_that_http_refuses_is_refused(fields, param):
     with pytest.raises(InvalidRequest) as caught:
         request(**fields)
     assert caught.value.param == param
 
 
-def test_chunk():
+async def chunk_message(chunk, text_of):
+    message = pb.Chunk()
+    await translate.write_chunk(message, chunk, text_of, Pacer())
+    return message
+
+
+async def test_a_chunk_with_all_fields():
     at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65, 66], top_logprobs=[-0.5, -math.inf])
-    made = translate.chunk_message(
+    made = await chunk_message(
         Chunk(index=1, text="A", token_ids=[65], finish_reason="stop", stop_reason=65, logprobs=[at], prompt_logprobs=[None, at]),
         chr,
     )
@@ -120,15 +130,42 @@ def test_chunk():
     assert list(made.prompt_logprobs) == [info]
 
 
-def test_chunk_says_nothing_of_what_it_has_not():
-    made = translate.chunk_message(Chunk(index=0, text="", token_ids=[]), chr)
+async def test_a_message_leaves_out_the_fields_that_its_chunk_does_not_have():
+    made = await chunk_message(Chunk(index=0, text="", token_ids=[]), chr)
     assert not made.HasField("finish_reason")
     assert made.WhichOneof("stop_reason") is None
-    stopped = translate.chunk_message(Chunk(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END"), chr)
+    chunk = Chunk(index=0, text="", token_ids=[], finish_reason="stop", stop_reason="END")
+    stopped = await chunk_message(chunk, chr)
     assert (stopped.WhichOneof("stop_reason"), stopped.stop_text) == ("stop_text", "END")
 
 
-def test_ending():
+@pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+async def test_many_log_probabilities_are_translated_in_slices(field):
+    """Another task runs again and again meanwhile. The work between two of its runs is counted in tokens looked up."""
+    at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65] * 20, top_logprobs=[-0.5] * 20)
+    lookups, most = 0, 0
+
+    def text_of(token):
+        nonlocal lookups
+        lookups += 1
+        return "t"
+
+    async def watch():
+        nonlocal lookups, most
+        while True:
+            most, lookups = max(most, lookups), 0
+            await asyncio.sleep(0)
+
+    watcher = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    made = await chunk_message(Chunk(index=0, text="", token_ids=[], **{field: [at] * 1000}), text_of)
+    await asyncio.sleep(0)
+    watcher.cancel()
+    assert len(getattr(made, field)) == 1000
+    assert most < SLICE + 21
+
+
+def test_the_ending():
     made = translate.ending_message(
         Ending(
             usage=Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5),

@@ -5,28 +5,42 @@ import asyncio
 from server.supervise.watchdog import TICKS, Watchdog
 
 
-async def test_it_calls_back_once_it_is_no_longer_fed():
-    hungry = asyncio.Event()
-    dog = Watchdog(0.02, hungry.set)
-    dog.feed()
-    await asyncio.wait_for(hungry.wait(), 10)
+async def test_it_calls_back_when_no_sign_of_progress_comes():
+    silent = asyncio.Event()
+    watchdog = Watchdog(silent.set)
+    watchdog.expect(0.02)
+    await asyncio.wait_for(silent.wait(), 10)
 
 
-async def test_food_puts_it_off_and_stopping_ends_it():
+async def test_each_sign_gives_the_whole_time_again():
     calls = []
-    dog = Watchdog(3600.0, lambda: calls.append(1))
-    dog.feed()
+    watchdog = Watchdog(lambda: calls.append(1))
+    watchdog.expect(3600.0)
     for _ in range(TICKS - 1):
-        dog._tick()
-    dog.feed()
+        watchdog._tick()
+    watchdog.expect(3600.0)
     for _ in range(TICKS - 1):
-        dog._tick()
+        watchdog._tick()
     assert calls == []
-    dog._tick()
+    watchdog._tick()
     assert calls == [1]
-    dog.stop()
-    assert dog._timer is None
 
 
-async def test_it_does_nothing_before_it_is_fed():
-    assert Watchdog(0.0, lambda: None)._timer is None
+async def test_stopping_ends_it():
+    watchdog = Watchdog(lambda: None)
+    watchdog.expect(3600.0)
+    watchdog.stop()
+    assert watchdog._timer is None
+
+
+async def test_a_shorter_time_takes_effect_at_once():
+    """A process that has started is expected to report more often than before."""
+    silent = asyncio.Event()
+    watchdog = Watchdog(silent.set)
+    watchdog.expect(3600.0)
+    watchdog.expect(0.02)
+    await asyncio.wait_for(silent.wait(), 10)
+
+
+async def test_it_does_nothing_before_the_first_sign():
+    assert Watchdog(lambda: None)._timer is None

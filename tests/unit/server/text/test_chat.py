@@ -9,7 +9,7 @@ USER = [{"role": "user", "content": "Hi"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def test_a_template_gets_messages_tokens_and_the_prompt_flag():
+def test_a_template_gets_messages_special_tokens_and_add_generation_prompt():
     template = ChatTemplate(CHAT_TEMPLATE, TOKENS)
     messages = [*USER, {"role": "assistant", "content": "Hello"}, *USER]
     assert template.render(messages) == "<s><|user|>Hi<|assistant|>Hello</s><|user|>Hi<|assistant|>"
@@ -21,7 +21,7 @@ def test_text_parts_are_joined():
     assert ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": parts}]) == "ab"
 
 
-def test_what_a_template_refuses_is_an_invalid_request_with_its_words():
+def test_a_refusal_by_the_template_is_an_invalid_request_with_its_message():
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
     with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
         template.render(USER)
@@ -29,7 +29,7 @@ def test_what_a_template_refuses_is_an_invalid_request_with_its_words():
 
 
 @pytest.mark.parametrize("source", ["{{ messages[7].content.x }}", "{{ 1 // 0 }}", "{{ none + 1 }}", "{{ 'a' | no_such }}"])
-def test_a_template_that_fails_says_so(source):
+def test_a_template_that_fails_is_named_in_the_error(source):
     with pytest.raises((InvalidRequest, CheckpointError), match="template"):
         ChatTemplate(source, {}).render(USER)
 
@@ -43,12 +43,12 @@ def test_a_template_that_does_not_parse_is_a_checkpoint_error():
     "source",
     ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception.__globals__ }}", "{{ range(10**9) }}"],
 )
-def test_the_sandbox_holds(source):
+def test_a_template_cannot_reach_out_of_the_sandbox(source):
     try:
         text = ChatTemplate(source, {}).render(USER)
     except InvalidRequest:
         return
-    assert text == ""  # what is out of reach is undefined, and shows as nothing
+    assert text == ""  # the sandbox makes it undefined, which renders as nothing
 
 
 def test_messages_are_values_and_never_source():
@@ -56,12 +56,12 @@ def test_messages_are_values_and_never_source():
     assert template.render([{"role": "user", "content": "{{ 7 * 7 }}"}]) == "{{ 7 * 7 }}"
 
 
-def test_the_helpers_of_hugging_face_templates():
+def test_a_template_may_use_the_helpers_of_hugging_face():
     source = "{{ {'a': 'é<'} | tojson }}{% for m in messages %}{% break %}{% endfor %}{{ strftime_now('%Y') | length }}"
     assert ChatTemplate(source, {}).render(USER) == '{"a": "é<"}4'
 
 
-def test_the_prompt_is_bounded(monkeypatch):
+def test_a_prompt_that_grows_too_long_is_refused(monkeypatch):
     monkeypatch.setattr(chat, "MAX_PROMPT_CHARS", 100)
     with pytest.raises(InvalidRequest, match="more than 100 characters"):
         ChatTemplate("{% for i in range(1000) %}x{{ i }}{% endfor %}", {}).render(USER)

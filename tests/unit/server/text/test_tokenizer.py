@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A folder of the tokenizer's two files, to be changed."""
+    """A folder with copies of the tokenizer's two files, for tests that change them."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
     return tmp_path
@@ -28,7 +28,7 @@ def change(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_folder_has_tokenizer_and_chat_template(folder):
+def test_a_folder_gives_the_tokenizer_and_its_chat_template(folder):
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.vocab_size == 512
     assert tokenizer.encode("Hello")[0] == BOS
@@ -38,31 +38,31 @@ def test_a_folder_has_tokenizer_and_chat_template(folder):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_text_goes_in_and_comes_back(text):
+def test_encoded_text_decodes_to_itself(text):
     for special in ("<|begin|>", "<|end|>", "<|user|>", "<|system|>", "<|assistant|>"):
         text = text.replace(special, "")
     tokenizer = byte_level()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_an_error_names_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         Tokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", '{"a":' * 100_000 + "1" + "}" * 100_000], ids=["cut", "nested"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_broken_file_is_named(copy, name, content):
+def test_an_error_names_a_file_that_cannot_be_read(copy, name, content):
     (copy / name).write_text(content)
     with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
         Tokenizer.from_folder(copy)
 
 
-def test_the_config_decides_on_the_first_token(copy):
+def test_the_config_decides_whether_a_begin_token_is_added(copy):
     change(copy, add_bos_token=False)
     tokenizer = Tokenizer.from_folder(copy)
     assert BOS not in tokenizer.encode("Hello")
-    assert tokenizer.encode("<|begin|>Hello")[0] == BOS
+    assert tokenizer.encode("<|begin|>Hello").count(BOS) == 1
     parts = json.loads((copy / "tokenizer.json").read_text())
     parts["post_processor"] = None
     (copy / "tokenizer.json").write_text(json.dumps(parts))
@@ -70,7 +70,7 @@ def test_the_config_decides_on_the_first_token(copy):
     assert Tokenizer.from_folder(copy).encode("Hello").count(BOS) == 1
 
 
-def test_where_a_chat_template_is_looked_for(copy):
+def test_a_chat_template_is_found_in_its_own_file_or_in_the_config(copy):
     change(copy, chat_template=[{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}])
     assert Tokenizer.from_folder(copy).chat.render([]) == "d"
     (copy / "chat_template.jinja").write_text("file")
@@ -80,14 +80,14 @@ def test_where_a_chat_template_is_looked_for(copy):
     assert Tokenizer.from_folder(copy).chat is None
 
 
-def test_truncation_and_padding_of_the_training_are_off(copy):
+def test_truncation_in_the_file_is_ignored(copy):
     parts = json.loads((copy / "tokenizer.json").read_text())
     parts["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     (copy / "tokenizer.json").write_text(json.dumps(parts))
     assert len(Tokenizer.from_folder(copy).encode("one two three four five six seven")) > 3
 
 
-def test_tokens_by_themselves():
+def test_the_text_and_bytes_of_single_tokens():
     tokenizer = byte_level()
     assert tokenizer.token_text(BOS) == "<|begin|>"
     assert tokenizer.token_text(100_000) == ""

@@ -65,38 +65,39 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Generates `n` outputs of one prompt. Chunks of different outputs come mixed, each output's own in order, and one Ending comes
-        after all of them. A stream that stops without an Ending has failed: its status says why. The call's deadline holds as
-        `deadline_ms` does; cancelling the call ends the request at once. The initial metadata has the request's id as `x-request-id`.
+        """Generates `n` outputs for one prompt. The chunks of one output arrive in order; those of different outputs are mixed. One
+        Ending follows all chunks. A stream without an Ending has failed, and its status says why. The call's deadline has the same
+        effect as `deadline_ms`. Cancelling the call ends the request at once. The initial metadata has the request's id as
+        `x-request-id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Text to token ids, with the served model's tokenizer.
+        """Converts text to token ids with the served model's tokenizer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Token ids to text.
+        """Converts token ids to text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models that this server answers for.
+        """Lists the models that this server serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a running request; its own call then fails with CANCELLED. An id that is not running is no error. Where the server has
-        several API workers, a request is known to the one that its connection led to: abort on the connection of the call.
+        """Ends a running request, whose own call then fails with CANCELLED. An id that is not running is not an error. If the server has
+        several API workers, only the worker that runs the request knows it: send Abort on the connection of the request's call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""A service that says what a test tells it to, for tests of what the routes make of it."""
+"""A service whose chunks and errors a test scripts, for tests of the routes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from server.service.types import Chunk, Ending, Timing, Usage
 
 
 class ScriptedService:
-    """Each generate() plays `script`: Chunks as they are, exceptions raised, numbers slept; then an Ending."""
+    """Each call of generate() runs through `script`: it yields Chunks, raises exceptions and sleeps for numbers of seconds.
+    An Ending follows."""
 
     model_name = "tiny"
     max_model_len = 100
@@ -18,10 +19,10 @@ class ScriptedService:
     def __init__(self, *script, ready=True):
         self.script = script
         self.requests = []
-        self.closed = []  # request ids whose generator was closed or finished
+        self.closed = []  # ids of requests whose generator has ended or was closed
         self.engine_health = EngineHealth(ready=ready, started=ready, reason=None if ready else "the engine is loading")
 
-    async def generate(self, request, *, transport="http"):
+    async def generate(self, request, identity, *, transport="http"):
         self.requests.append(request)
         num_tokens = 0
         try:
@@ -32,7 +33,7 @@ class ScriptedService:
                     raise step
                 if isinstance(step, Chunk):
                     num_tokens += len(step.token_ids)
-                    yield Chunk(**{name: getattr(step, name) for name in step.__struct_fields__})
+                    yield step
                 else:
                     await asyncio.sleep(step)
             yield Ending(
@@ -48,10 +49,10 @@ class ScriptedService:
     async def chat_tokens(self, messages):
         return list(range(10 + len(messages)))
 
-    async def tokenize(self, text, *, model=None, add_special_tokens=True):
+    async def tokenize(self, text, *, model=None, add_special_tokens=True, as_prompt=False):
         return [*([0] if add_special_tokens else []), *(ord(c) for c in text)]
 
-    async def detokenize(self, token_ids, *, model=None):
+    async def detokenize(self, token_ids, *, model=None, as_prompt=False):
         return "".join(chr(t % 0xD800) for t in token_ids)
 
     def token_text(self, token):
@@ -67,11 +68,20 @@ class ScriptedService:
         return self.engine_health
 
 
-def letters(text, *, index=0, finish="length", logprobs=None):
-    """A chunk for each character of `text`, the last with a finish reason."""
-    chunks = [Chunk(index=index, text=c, token_ids=[ord(c)]) for c in text]
-    chunks[-1].finish_reason = finish
-    if logprobs is not None:
-        for chunk in chunks:
-            chunk.logprobs = [logprobs(chunk.token_ids[0])]
-    return chunks
+def letters(text, *, index=0, finish="length", logprobs=None, prompt_logprobs=None):
+    """A chunk for each character of `text`. The last has a finish reason, the first the prompt's log-probabilities.
+
+    `logprobs` maps a token to its TokenLogprobs.
+    """
+    last = len(text) - 1
+    return [
+        Chunk(
+            index=index,
+            text=character,
+            token_ids=[ord(character)],
+            finish_reason=finish if i == last else None,
+            logprobs=None if logprobs is None else [logprobs(ord(character))],
+            prompt_logprobs=None if i else prompt_logprobs,
+        )
+        for i, character in enumerate(text)
+    ]

@@ -1,4 +1,4 @@
-"""An application over a scripted service, asked in-process."""
+"""Requests to an application over a scripted service, within the test's process and event loop."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import json
 import httpx
 
 from server.http.app import build_app
-from server.metrics import Metrics
+from server.metrics.registry import Metrics
 from server.settings import Settings
 
 
+def app_of(service, **settings):
+    return build_app(Settings(**settings), service, Metrics("tiny", service.health))
+
+
 def client_of(service, **settings):
-    app = build_app(Settings(**settings), service, Metrics("tiny", service.health))
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
+    transport = httpx.ASGITransport(app_of(service, **settings), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 async def post(service, path, body):
@@ -23,7 +27,7 @@ async def post(service, path, body):
 
 
 async def events_of(service, path, body):
-    """The events of a stream, decoded; "[DONE]" as it is."""
+    """The events of a stream, with their JSON decoded. The last one is the text "[DONE]"."""
     async with client_of(service) as client:
         response = await client.post(path, json={**body, "stream": True})
     assert response.status_code == 200, response.text

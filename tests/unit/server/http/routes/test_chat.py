@@ -1,3 +1,5 @@
+"""POST /v1/chat/completions over a scripted service."""
+
 from engine.request import TokenLogprobs
 from tests.unit.server.http.routes.scripted import ScriptedService, letters
 from tests.unit.server.http.routes.serve import events_of, post
@@ -6,7 +8,7 @@ PATH = "/v1/chat/completions"
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
-async def test_a_whole_answer():
+async def test_an_answer_that_is_not_streamed():
     service = ScriptedService(*letters("tide", finish="stop"))
     status, answer = await post(service, PATH, ASK)
     assert status == 200
@@ -23,14 +25,14 @@ async def test_a_whole_answer():
     assert service.requests[0].add_special_tokens is False
 
 
-async def test_an_answer_may_fill_the_context_unless_limited():
+async def test_the_limit_of_tokens_is_the_rest_of_the_context_by_default():
     service = ScriptedService(*letters("x"))
     for more in ({}, {"max_tokens": 5}, {"max_completion_tokens": 6}, {"max_tokens": 7, "max_completion_tokens": 7}):
         await post(service, PATH, {**ASK, **more})
     assert [call.params.max_tokens for call in service.requests] == [100 - 11, 5, 6, 7]
 
 
-async def test_text_parts_are_joined_and_nulls_of_an_answer_sent_back_are_fine():
+async def test_text_parts_are_joined_and_null_fields_of_an_earlier_answer_are_accepted():
     seen = []
 
     class Listening(ScriptedService):
@@ -50,7 +52,7 @@ async def test_text_parts_are_joined_and_nulls_of_an_answer_sent_back_are_fine()
     ]
 
 
-async def test_a_stream():
+async def test_a_streamed_answer():
     service = ScriptedService(*letters("ab"), *letters("cd", index=1, finish="stop"))
     events = await events_of(service, PATH, {**ASK, "n": 2, "stream_options": {"include_usage": True}})
     assert events[-1] == "[DONE]"
@@ -64,16 +66,16 @@ async def test_a_stream():
     assert all(e["object"] == "chat.completion.chunk" and e["usage"] is None for e in events[:-2])
 
 
-async def test_a_stream_without_usage_has_no_usage():
+async def test_a_stream_has_no_usage_unless_it_is_requested():
     events = await events_of(ScriptedService(*letters("ab")), PATH, ASK)
     assert not any("usage" in e for e in events[:-1])
 
 
-async def test_logprobs():
-    def odds(token):
+async def test_log_probabilities_are_the_same_whole_and_streamed():
+    def logprobs_at(token):
         return TokenLogprobs(token, -0.5, 1, [token, 0xE9], [-0.5, -3.0])
 
-    service = ScriptedService(*letters("a", logprobs=odds))
+    service = ScriptedService(*letters("a", logprobs=logprobs_at))
     body = {**ASK, "logprobs": True, "top_logprobs": 2}
     _, answer = await post(service, PATH, body)
     expected = {

@@ -1,3 +1,5 @@
+"""POST /v1/completions over a scripted service."""
+
 import pytest
 
 from engine.errors import Overloaded
@@ -8,7 +10,7 @@ from tests.unit.server.http.routes.serve import events_of, post
 ASK = {"model": "tiny", "prompt": "x"}
 
 
-async def test_a_whole_answer():
+async def test_an_answer_that_is_not_streamed():
     status, answer = await post(ScriptedService(*letters("tide", finish="stop")), "/v1/completions", ASK)
     assert status == 200
     assert answer["object"] == "text_completion"
@@ -22,7 +24,7 @@ async def test_a_whole_answer():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked"),
+    ("prompt", "contents"),
     [
         ("a", ["a"]),
         (["a", "b"], ["a", "b"]),
@@ -30,17 +32,17 @@ async def test_a_whole_answer():
         ([[1], [2, 3]], [[1], [2, 3]]),
     ],
 )
-async def test_the_four_forms_of_prompt(prompt, asked):
+async def test_the_four_forms_of_prompt(prompt, contents):
     service = ScriptedService(*letters("x"))
     _, answer = await post(service, "/v1/completions", {**ASK, "prompt": prompt})
-    assert [call.prompt for call in service.requests] == asked
-    assert [choice["index"] for choice in answer["choices"]] == list(range(len(asked)))
-    assert len({call.request_id for call in service.requests}) == len(asked)
-    assert answer["usage"]["prompt_tokens"] == 3 * len(asked)
+    assert [call.prompt for call in service.requests] == contents
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(contents)))
+    assert len({call.request_id for call in service.requests}) == len(contents)
+    assert answer["usage"]["prompt_tokens"] == 3 * len(contents)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_several_prompts_of_several_outputs_are_numbered_through(stream):
+async def test_the_outputs_of_several_prompts_are_numbered_in_one_sequence(stream):
     service = ScriptedService(*letters("ab"), *letters("cd", index=1))
     body = {**ASK, "prompt": ["p", "q"], "n": 2}
     if not stream:
@@ -59,7 +61,7 @@ async def test_several_prompts_of_several_outputs_are_numbered_through(stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_one_prompt_that_fails_fails_the_call_and_ends_the_others(stream):
+async def test_an_error_of_one_prompt_is_the_answer_and_ends_the_other_prompts(stream):
     service = ScriptedService(Overloaded("full"))
     status, answer = await post(service, "/v1/completions", {**ASK, "prompt": ["a", "b", "c"], "stream": stream})
     assert status == 429
@@ -67,7 +69,7 @@ async def test_one_prompt_that_fails_fails_the_call_and_ends_the_others(stream):
     assert len(service.closed) == len(service.requests)
 
 
-async def test_echo_puts_the_prompt_first():
+async def test_echo_begins_the_choice_with_its_prompt():
     service = ScriptedService(*letters("de"))
     _, answer = await post(service, "/v1/completions", {**ASK, "prompt": "abc", "echo": True})
     assert answer["choices"][0]["text"] == "abcde"
@@ -75,12 +77,12 @@ async def test_echo_puts_the_prompt_first():
     assert "".join(e["choices"][0]["text"] for e in events[:-1]) == "abde"
 
 
-def odds(token):
+def logprobs_at(token):
     return TokenLogprobs(token, -0.5, 1, [token, 90], [-0.5, -3.0])
 
 
-async def test_logprobs():
-    service = ScriptedService(*letters("de", logprobs=odds))
+async def test_log_probabilities():
+    service = ScriptedService(*letters("de", logprobs=logprobs_at))
     _, answer = await post(service, "/v1/completions", {**ASK, "logprobs": 2})
     assert answer["choices"][0]["logprobs"] == {
         "tokens": ["d", "e"],
@@ -91,11 +93,9 @@ async def test_logprobs():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_logprobs_of_an_echoed_prompt(stream):
-    """What evaluation harnesses score prompts with."""
-    chunks = letters("d", logprobs=odds)
-    chunks[0].prompt_logprobs = [None, odds(98)]
-    service = ScriptedService(*chunks)
+async def test_an_echoed_prompt_has_log_probabilities(stream):
+    """Evaluation harnesses score prompts in this way."""
+    service = ScriptedService(*letters("d", logprobs=logprobs_at, prompt_logprobs=[None, logprobs_at(98)]))
     body = {**ASK, "prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1}
     if stream:
         events = await events_of(service, "/v1/completions", body)
@@ -103,16 +103,15 @@ async def test_logprobs_of_an_echoed_prompt(stream):
     else:
         choice = (await post(service, "/v1/completions", body))[1]["choices"][0]
     assert service.requests[0].params.prompt_logprobs == 1
-    assert service.requests[0].prompt == [0, 97, 98]  # as tokenized, with its first token
+    assert service.requests[0].prompt == [0, 97, 98]  # the scripted tokenizer adds token 0
     assert choice["logprobs"]["tokens"] == ["\0", "b", "d"]
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
     assert choice["logprobs"]["top_logprobs"] == [None, {"b": -0.5}, {"d": -0.5}]
     assert "prompt_logprobs" not in choice
 
 
-async def test_prompt_logprobs_as_vllm_gives_them():
-    chunks = letters("d")
-    chunks[0].prompt_logprobs = [None, odds(98)]
+async def test_prompt_logprobs_have_the_form_of_vllm():
+    chunks = letters("d", prompt_logprobs=[None, logprobs_at(98)])
     _, answer = await post(ScriptedService(*chunks), "/v1/completions", {**ASK, "prompt_logprobs": 1})
     assert answer["choices"][0]["prompt_logprobs"] == [
         None,
@@ -124,9 +123,9 @@ async def test_prompt_logprobs_as_vllm_gives_them():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_first_choice_alone_has_an_echoed_prompts_logprobs(stream):
-    chunks = [*letters("d", logprobs=odds), *letters("e", index=1, logprobs=odds)]
-    chunks[0].prompt_logprobs = [None, odds(98)]
+async def test_only_the_first_choice_has_the_log_probabilities_of_an_echoed_prompt(stream):
+    first = letters("d", logprobs=logprobs_at, prompt_logprobs=[None, logprobs_at(98)])
+    chunks = [*first, *letters("e", index=1, logprobs=logprobs_at)]
     body = {**ASK, "prompt": [97, 98], "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2}
     if stream:
         events = await events_of(ScriptedService(*chunks), "/v1/completions", body)
@@ -137,13 +136,13 @@ async def test_the_first_choice_alone_has_an_echoed_prompts_logprobs(stream):
     assert (second["text"], second["logprobs"]["tokens"], second["logprobs"]["text_offset"]) == ("abe", ["e"], [2])
 
 
-async def test_log_probabilities_of_several_prompts_are_counted_together():
+async def test_the_limit_on_log_probabilities_is_for_all_prompts_together():
     service = ScriptedService(*letters("x"))
     await post(service, "/v1/completions", {**ASK, "prompt": ["abc", "de"], "prompt_logprobs": 3})
-    assert service.checked == (3, 4 + 3, 2)  # each prompt has a first token more
+    assert service.checked == (3, 4 + 3, 2)  # the scripted tokenizer adds a token to each prompt
 
 
-async def test_the_prompt_at_fault_is_named():
+async def test_errors_can_name_the_prompt_at_fault():
     service = ScriptedService(*letters("x"))
     await post(service, "/v1/completions", {**ASK, "prompt": [[1], [512]]})
     assert [call.client_names for call in service.requests] == [{"prompt": "prompt[0]"}, {"prompt": "prompt[1]"}]

@@ -1,3 +1,5 @@
+"""POST /v1/generate over a scripted service."""
+
 import json
 
 import pytest
@@ -9,7 +11,7 @@ from tests.unit.server.http.routes.scripted import ScriptedService, letters
 from tests.unit.server.http.routes.serve import client_of, events_of, post
 
 
-async def test_a_whole_answer():
+async def test_an_answer_that_is_not_streamed():
     service = ScriptedService(*letters("tide"))
     status, answer = await post(service, "/v1/generate", {"prompt": "x"})
     assert status == 200
@@ -26,14 +28,14 @@ async def test_a_whole_answer():
     assert service.requests[0].request_id == id
 
 
-async def test_the_clients_id_is_echoed_and_names_nothing():
+async def test_the_clients_id_is_repeated_in_the_answer_and_used_for_nothing_else():
     service = ScriptedService(*letters("x"))
     _, answer = await post(service, "/v1/generate", {"prompt": "x", "request_id": "order-7"})
     assert answer["request_id"] == "order-7"
     assert service.requests[0].request_id == answer["id"] != "order-7"
 
 
-async def test_every_field_arrives():
+async def test_every_field_reaches_the_service():
     service = ScriptedService(*letters("x"), *letters("y", index=1))
     fields = {
         "prompt_token_ids": [5, 6],
@@ -70,13 +72,13 @@ async def test_every_field_arrives():
     assert call.params.stop_token_ids == (9,)
 
 
-async def test_null_means_left_out():
+async def test_null_has_the_meaning_of_a_missing_field():
     service = ScriptedService(*letters("x"))
     await post(service, "/v1/generate", {"prompt": "x", "temperature": None, "stop": None, "n": None, "max_tokens": None})
     assert service.requests[0].params == type(service.requests[0].params)()
 
 
-async def test_a_stream_says_what_the_whole_answer_says():
+async def test_a_stream_has_the_content_of_the_whole_answer():
     service = ScriptedService(*letters('t"i\n'), *letters("ab", index=1, finish="stop"))
     body = {"prompt": "x", "n": 2}
     _, whole = await post(service, "/v1/generate", body)
@@ -94,19 +96,17 @@ async def test_a_stream_says_what_the_whole_answer_says():
     assert len({e["id"] for e in events[:-1]}) == 1
 
 
-async def test_logprobs_whole_and_streamed():
-    def odds(token):
+async def test_log_probabilities_are_the_same_whole_and_streamed():
+    def logprobs_at(token):
         return TokenLogprobs(token, float("-inf"), 2, [65, 66], [-0.1, -2.5])
 
-    chunks = letters("hi", logprobs=odds)
-    chunks[0].prompt_logprobs = [None, odds(67)]
-    service = ScriptedService(*chunks)
+    service = ScriptedService(*letters("hi", logprobs=logprobs_at, prompt_logprobs=[None, logprobs_at(67)]))
     _, answer = await post(service, "/v1/generate", {"prompt": "x", "logprobs": 2, "prompt_logprobs": 2})
     output = answer["outputs"][0]
     assert output["logprobs"][0] == {
         "token_id": 104,
         "text": "h",
-        "logprob": -9999.0,  # JSON has no infinity
+        "logprob": -9999.0,  # stands for minus infinity, which JSON does not have
         "rank": 2,
         "top": [{"token_id": 65, "text": "A", "logprob": -0.1}, {"token_id": 66, "text": "B", "logprob": -2.5}],
     }
@@ -129,7 +129,7 @@ async def test_an_error_before_the_first_token_keeps_its_status(stream, error, s
     assert ("retry-after" in response.headers) == (status in (429, 503))
 
 
-async def test_an_error_later_is_the_streams_last_event():
+async def test_an_error_after_the_first_token_is_the_last_event():
     service = ScriptedService(Chunk(index=0, text="a", token_ids=[1]), RequestTimeout("too late"))
     events = await events_of(service, "/v1/generate", {"prompt": "x", "stream": True})
     assert events[0]["text"] == "a"
@@ -138,7 +138,7 @@ async def test_an_error_later_is_the_streams_last_event():
     assert len(service.closed) == 1
 
 
-async def test_a_bug_later_is_told_without_its_details(caplog):
+async def test_a_bug_after_the_first_token_is_reported_without_details(caplog):
     service = ScriptedService(Chunk(index=0, text="a", token_ids=[1]), KeyError("/secret"))
     events = await events_of(service, "/v1/generate", {"prompt": "x", "stream": True})
     assert events[1]["error"]["code"] == "internal_error"
@@ -148,7 +148,7 @@ async def test_a_bug_later_is_told_without_its_details(caplog):
 
 @pytest.mark.parametrize("type_", ["application/x-www-form-urlencoded", "text/plain", "application/json; charset=latin-1", None])
 async def test_the_body_is_json_whatever_its_content_type(type_):
-    """`curl -d '{...}'` says that it sends a form."""
+    """`curl -d '{...}'` sends the content type of a form."""
     async with client_of(ScriptedService(*letters("x"))) as client:
         headers = {} if type_ is None else {"content-type": type_}
         response = await client.post("/v1/generate", content='{"prompt": "é"}'.encode(), headers=headers)

@@ -1,4 +1,4 @@
-"""Models, tokens, health, version, metrics, and the routes that are not there."""
+"""The routes for models, tokens, health, version and metrics, and paths without a route."""
 
 import pytest
 
@@ -15,7 +15,7 @@ class WithModels(ScriptedService):
 CARD = {"id": "org/tiny", "object": "model", "created": 5, "owned_by": "tidegate", "max_model_len": 100}
 
 
-async def test_models():
+async def test_models_are_listed_and_described():
     async with client_of(WithModels()) as client:
         assert (await client.get("/v1/models")).json() == {"object": "list", "data": [CARD]}
         assert (await client.get("/v1/models/org/tiny")).json() == CARD
@@ -26,7 +26,7 @@ async def test_models():
 
 
 @pytest.mark.parametrize(("special", "tokens"), [({}, [0, 104]), ({"add_special_tokens": False}, [104])])
-async def test_tokenize(special, tokens):
+async def test_tokenize_adds_special_tokens_unless_they_are_declined(special, tokens):
     _, answer = await post(ScriptedService(), "/tokenize", {"prompt": "h", **special})
     assert answer == {"tokens": tokens, "count": len(tokens), "max_model_len": 100}
 
@@ -42,7 +42,7 @@ async def test_health_of_a_ready_server():
             assert (response.status_code, response.json()) == (200, {"status": "ok", "reason": None})
 
 
-async def test_health_of_a_server_whose_engine_loads():
+async def test_health_while_the_engine_loads():
     async with client_of(ScriptedService(ready=False)) as client:
         assert (await client.get("/health/live")).status_code == 200
         for probe in ("ready", "startup"):
@@ -52,7 +52,7 @@ async def test_health_of_a_server_whose_engine_loads():
 
 
 @pytest.mark.parametrize(("ready", "status"), [(True, 200), (False, 503)])
-async def test_health_can_be_asked_for_by_head(ready, status):
+async def test_health_answers_head_like_get(ready, status):
     async with client_of(ScriptedService(ready=ready)) as client:
         assert (await client.head("/health/live")).status_code == 200
         for probe in ("ready", "startup"):
@@ -60,7 +60,7 @@ async def test_health_can_be_asked_for_by_head(ready, status):
 
 
 @pytest.mark.parametrize(("encoding", "status"), [("gzip", 400), ("br, identity", 400), ("identity", 200), ("", 200)])
-async def test_a_compressed_body_is_refused_by_its_header(encoding, status):
+async def test_a_body_with_a_content_encoding_is_refused(encoding, status):
     async with client_of(ScriptedService()) as client:
         answer = await client.post("/tokenize", json={"prompt": "h"}, headers={"content-encoding": encoding})
     assert answer.status_code == status
@@ -77,14 +77,14 @@ async def test_version_and_metrics():
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1", "/v1/generate/", "//v1/generate"])
-async def test_no_route(path):
+async def test_a_path_without_a_route_is_404(path):
     async with client_of(ScriptedService()) as client:
         response = await client.get(path)
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "unknown_route"
 
 
-async def test_a_bug_is_a_500_without_details():
+async def test_a_bug_is_answered_with_500_and_no_details():
     class Broken(ScriptedService):
         def models(self):
             raise KeyError("/etc/secret")

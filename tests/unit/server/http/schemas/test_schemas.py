@@ -1,3 +1,5 @@
+"""The request schemas: ranges, refusals by name, and the cost of bodies with many faults."""
+
 import contextlib
 
 import pytest
@@ -8,15 +10,15 @@ from pydantic import ValidationError
 from engine.errors import InvalidRequest, UnsupportedField
 from engine.request import BOUNDS, SamplingParams
 from server.errors import from_validation
-from server.http.schemas.generate import GenerateRequest
-from server.http.schemas.openai import ChatRequest, CompletionRequest
-from server.http.schemas.service import DetokenizeRequest
+from server.http.schemas.generate import GenerateBody
+from server.http.schemas.openai import ChatBody, CompletionBody
+from server.http.schemas.service import DetokenizeBody
 
 MESSAGES = [{"role": "user", "content": "x"}]
 PLAIN = [
-    (GenerateRequest, {"prompt": "x"}),
-    (CompletionRequest, {"model": "m", "prompt": "x"}),
-    (ChatRequest, {"model": "m", "messages": MESSAGES}),
+    (GenerateBody, {"prompt": "x"}),
+    (CompletionBody, {"model": "m", "prompt": "x"}),
+    (ChatBody, {"model": "m", "messages": MESSAGES}),
 ]
 NUMBERS = sorted(set(BOUNDS) - {"logit_bias", "logprobs"})
 
@@ -30,7 +32,7 @@ def read(model, value):
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize(("model", "plain"), PLAIN)
-def test_the_ends_of_each_range_pass_and_what_lies_beyond_does_not(model, plain, name):
+def test_both_ends_of_a_range_are_accepted_and_values_beyond_are_refused(model, plain, name):
     low, high, _ = BOUNDS[name]
     for value in (low, high):
         assert getattr(read(model, {**plain, name: value}), name) == value
@@ -40,34 +42,34 @@ def test_the_ends_of_each_range_pass_and_what_lies_beyond_does_not(model, plain,
         assert caught.value.param == name
 
 
-def test_every_sampling_parameter_can_be_asked_for():
-    assert set(SamplingParams.__struct_fields__) <= set(GenerateRequest.model_fields)
+def test_every_sampling_parameter_is_a_field_of_generate():
+    assert set(SamplingParams.__struct_fields__) <= set(GenerateBody.model_fields)
 
 
 @pytest.mark.parametrize(
-    ("model", "field", "neutral"),
-    [(m, f, v) for m in (CompletionRequest, ChatRequest) for f, values in m.UNSUPPORTED.items() for v in (None, *values)],
+    ("model", "field", "without_effect"),
+    [(m, f, v) for m in (CompletionBody, ChatBody) for f, values in m.UNSUPPORTED.items() for v in (None, *values)],
 )
-def test_a_refused_field_may_ask_for_nothing(model, field, neutral):
+def test_an_unsupported_field_is_accepted_with_a_value_that_has_no_effect(model, field, without_effect):
     plain = dict(PLAIN)[model]
-    assert read(model, {**plain, field: neutral}) == read(model, plain)
+    assert read(model, {**plain, field: without_effect}) == read(model, plain)
 
 
-@pytest.mark.parametrize(("model", "field"), [(m, f) for m in (CompletionRequest, ChatRequest) for f in m.UNSUPPORTED])
+@pytest.mark.parametrize(("model", "field"), [(m, f) for m in (CompletionBody, ChatBody) for f in m.UNSUPPORTED])
 @pytest.mark.parametrize("value", ["something", 7, {"type": "x"}, [1], 1e300])
-def test_a_refused_field_is_refused_by_name(model, field, value):
+def test_an_unsupported_field_is_refused_by_name(model, field, value):
     with pytest.raises(UnsupportedField) as caught:
         read(model, {**dict(PLAIN)[model], field: value})
     assert caught.value.param == field
 
 
-def test_one_is_not_true_for_a_refused_field():
+def test_the_value_true_is_not_taken_for_the_number_one():
     with pytest.raises(UnsupportedField):
-        read(CompletionRequest, {"model": "m", "prompt": "x", "best_of": True})
+        read(CompletionBody, {"model": "m", "prompt": "x", "best_of": True})
 
 
-def test_no_refused_field_is_also_a_field():
-    for model in (CompletionRequest, ChatRequest):
+def test_no_field_is_both_supported_and_unsupported():
+    for model in (CompletionBody, ChatBody):
         assert not model.UNSUPPORTED.keys() & model.model_fields.keys()
 
 
@@ -80,18 +82,18 @@ json_values = st.recursive(
 
 @pytest.mark.parametrize(("model", "plain"), PLAIN)
 @given(data=st.data())
-def test_whatever_comes_is_read_or_refused_by_one_of_our_errors(model, plain, data):
+def test_generated_bodies_are_read_or_refused_as_invalid(model, plain, data):
     names = st.sampled_from(sorted({*model.model_fields, *model.UNSUPPORTED}))
     value = {**plain, **data.draw(st.dictionaries(names, json_values, max_size=3))}
-    if model is ChatRequest and data.draw(st.booleans()):
+    if model is ChatBody and data.draw(st.booleans()):
         keys = st.sampled_from(["role", "content", "name", "type", "tool_calls"])
         value["messages"] = data.draw(st.lists(st.dictionaries(keys, json_values) | json_values, max_size=3))
-    with contextlib.suppress(InvalidRequest):  # anything else fails the test
+    with contextlib.suppress(InvalidRequest):  # any other exception fails the test
         read(model, value).sampling(max_tokens=4, logprobs=None)
 
 
 def faults(model, value):
-    """How many faults pydantic finds in `value`: each one costs it time."""
+    """The number of faults that pydantic finds in `value`. Each of them costs time."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate(value)
     return caught.value.error_count()
@@ -99,15 +101,15 @@ def faults(model, value):
 
 MANY = 50_000
 LONG_LISTS = [
-    (GenerateRequest, {"prompt_token_ids": [-1] * MANY}),
-    (GenerateRequest, {"prompt": "x", "stop": [1] * MANY}),
-    (CompletionRequest, {"model": "m", "prompt": [-1] * MANY}),
-    (CompletionRequest, {"model": "m", "prompt": [[-1] * MANY] * 3}),
-    (CompletionRequest, {"model": "m", "prompt": ["", *[1] * MANY]}),
-    (ChatRequest, {"model": "m", "messages": [1] * MANY}),
-    (ChatRequest, {"model": "m", "messages": [1] * 4000}),
-    (ChatRequest, {"model": "m", "messages": [{"role": "user", "content": [1] * MANY}] * 3}),
-    (DetokenizeRequest, {"tokens": [-1] * MANY}),
+    (GenerateBody, {"prompt_token_ids": [-1] * MANY}),
+    (GenerateBody, {"prompt": "x", "stop": [1] * MANY}),
+    (CompletionBody, {"model": "m", "prompt": [-1] * MANY}),
+    (CompletionBody, {"model": "m", "prompt": [[-1] * MANY] * 3}),
+    (CompletionBody, {"model": "m", "prompt": ["", *[1] * MANY]}),
+    (ChatBody, {"model": "m", "messages": [1] * MANY}),
+    (ChatBody, {"model": "m", "messages": [1] * 4000}),
+    (ChatBody, {"model": "m", "messages": [{"role": "user", "content": [1] * MANY}] * 3}),
+    (DetokenizeBody, {"tokens": [-1] * MANY}),
 ]
 
 
@@ -118,16 +120,16 @@ def test_a_long_list_is_refused_at_its_first_fault(model, value):
 
 KEYS = {f"k{i}": 1 for i in range(MANY)}
 LARGE_OBJECTS = [
-    (GenerateRequest, {"prompt": "x", **KEYS}, "k0"),
-    (GenerateRequest, {"prompt": "x", "logit_bias": KEYS}, "logit_bias"),
-    (ChatRequest, {"model": "m", "messages": MESSAGES, "metadata": KEYS}, "metadata"),
-    (ChatRequest, {"model": "m", "messages": MESSAGES, "stream": True, "stream_options": KEYS}, "stream_options.k0"),
-    (ChatRequest, {"model": "m", "messages": [{**MESSAGES[0], **KEYS}]}, "messages[0].k0"),
+    (GenerateBody, {"prompt": "x", **KEYS}, "k0"),
+    (GenerateBody, {"prompt": "x", "logit_bias": KEYS}, "logit_bias"),
+    (ChatBody, {"model": "m", "messages": MESSAGES, "metadata": KEYS}, "metadata"),
+    (ChatBody, {"model": "m", "messages": MESSAGES, "stream": True, "stream_options": KEYS}, "stream_options.k0"),
+    (ChatBody, {"model": "m", "messages": [{**MESSAGES[0], **KEYS}]}, "messages[0].k0"),
 ]
 
 
 @pytest.mark.parametrize(("model", "value", "param"), LARGE_OBJECTS)
-def test_an_object_of_many_keys_is_refused_for_one_of_them(model, value, param):
+def test_an_object_with_many_unknown_keys_is_refused_for_one_of_them(model, value, param):
     assert faults(model, value) == 1
     with pytest.raises(InvalidRequest) as caught:
         read(model, value)
@@ -135,8 +137,8 @@ def test_an_object_of_many_keys_is_refused_for_one_of_them(model, value, param):
 
 
 @pytest.mark.parametrize("key", ["01", "00", "+1", "-1", "1 ", "1_0", "٣", "1.0", ""])
-def test_a_token_of_logit_bias_has_one_way_of_writing(key):
+def test_a_token_id_in_logit_bias_has_a_single_spelling(key):
     with pytest.raises(InvalidRequest) as caught:
-        read(GenerateRequest, {"prompt": "x", "logit_bias": {key: 1, "1": 2}})
+        read(GenerateBody, {"prompt": "x", "logit_bias": {key: 1, "1": 2}})
     assert caught.value.param.startswith("logit_bias")
-    assert read(GenerateRequest, {"prompt": "x", "logit_bias": {"0": 1, "10": 2}}).logit_bias == {"0": 1, "10": 2}
+    assert read(GenerateBody, {"prompt": "x", "logit_bias": {"0": 1, "10": 2}}).logit_bias == {"0": 1, "10": 2}

@@ -1,6 +1,4 @@
-import os
-import subprocess
-import sys
+"""What the metrics count, and how a scrape shows it."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import EngineStats
 from server.engines.base import EngineHealth
-from server.metrics import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Metrics
+from server.metrics.registry import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Metrics
 
 STATS = EngineStats(
     step=7,
@@ -21,6 +19,8 @@ STATS = EngineStats(
     num_preemptions=1,
     prompt_tokens=90,
     cached_tokens=30,
+    num_failed=4,
+    log_lines_dropped=6,
 )
 HEALTH = EngineHealth(ready=True, restarts=2, stats=STATS)
 
@@ -30,7 +30,7 @@ def samples(metrics):
 
 
 def parsed(text):
-    """Every sample of an exposition: (name, labels without the model's) to value."""
+    """All samples of an exposition, as {(name, labels without the model's): value}. Each may occur once."""
     out = {}
     for family in text_string_to_metric_families(text):
         for s in family.samples:
@@ -76,7 +76,7 @@ def test_started_is_finished_aborted_failed_and_running_at_every_moment(acts):
         assert total(found, "tidegate_requests_running") == running
 
 
-def test_tokens_and_latencies():
+def test_tokens_and_latencies_are_counted_within_each_output():
     metrics = Metrics("m", lambda: HEALTH)
     meter = metrics.begin("http")
     meter.first_token(meter._began + 0.03, prompt_tokens=9, cached_tokens=4, queue_seconds=0.4)
@@ -98,8 +98,8 @@ def test_tokens_and_latencies():
     assert found["tidegate_requests_finished_total", (("reason", "length"), ("transport", "http"))] == 1
 
 
-def test_the_tally_counts_as_single_observations_would():
-    """Batching must not move an observation to another bucket: bounds are inclusive."""
+def test_the_tally_gives_the_same_buckets_as_single_observations():
+    """A value that equals a bucket's bound belongs to that bucket, with and without the tally."""
     metrics, plain = Metrics("m", lambda: HEALTH), Metrics("m", lambda: HEALTH)
     values = [*ITL_BUCKETS, *(b * 1.001 for b in ITL_BUCKETS), 0.0]
     for value in values:
@@ -113,7 +113,7 @@ def test_the_tally_counts_as_single_observations_would():
     assert one[f"{name}_sum", ()] == pytest.approx(other[f"{name}_sum", ()])
 
 
-def test_the_view_of_vllm_shows_the_same_numbers():
+def test_the_vllm_names_show_the_same_numbers():
     metrics = Metrics("m", lambda: HEALTH)
     meter = metrics.begin("http")
     meter.first_token(meter._began, prompt_tokens=9, cached_tokens=4, queue_seconds=0.0)
@@ -139,62 +139,13 @@ def test_buckets_ascend():
         assert list(buckets) == sorted(set(buckets))
 
 
-def test_without_an_engine_the_rest_is_still_there():
+def test_without_an_engine_the_workers_metrics_are_shown():
     found = samples(Metrics("m", lambda: EngineHealth(ready=False, reason="starting")))
     assert found["tidegate_engine_up", ()] == 0
     assert not any(name.startswith("tidegate_kv") for name, _ in found)
 
 
-WORKER = """
-import os, sys
-from server.engines.base import EngineHealth
-from server.metrics import Metrics
-metrics = Metrics("m", lambda: EngineHealth(ready=True))
-done, left = metrics.begin("http"), metrics.begin("grpc")
-for meter in (done, left):
-    meter.first_token(meter._began, prompt_tokens=5, cached_tokens=0, queue_seconds=0.0)
-    meter.tokens(0, 1, 1.0); meter.tokens(0, 1, 1.5)
-done.finished("stop")
-print(os.getpid(), flush=True)
-sys.stdin.read()
-os._exit(9)  # a crash: one request is left
-"""
-SCRAPE = """
-import sys
-from server.engines.base import EngineHealth
-from server.metrics import Metrics, worker_died
-for pid in sys.argv[1:]:
-    worker_died(int(pid))
-print(Metrics("m", lambda: EngineHealth(ready=True)).render()[0].decode())
-"""
-
-
-def test_several_workers_are_added_up_and_a_dead_one_keeps_the_law(tmp_path):
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-
-    def scrape(*dead):
-        return parsed(subprocess.check_output([sys.executable, "-c", SCRAPE, *dead], env=env, text=True))
-
-    workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    pids = [worker.stdout.readline().strip() for worker in workers]
-    found = scrape()
-    assert conserved(found)
-    assert total(found, "tidegate_requests_started_total") == 4
-    assert total(found, "tidegate_requests_running") == 2
-    assert found["vllm:prompt_tokens_total", ()] == 20
-    for worker in workers:
-        worker.communicate("")
-    found = scrape(*pids)
-    assert conserved(found)
-    assert total(found, "tidegate_requests_running") == 0
-    assert found["tidegate_requests_failed_total", (("code", "worker_died"), ("transport", "grpc"))] == 2
-    assert total(found, "tidegate_output_tokens_total") == 8
-
-
-def test_the_engines_start_is_told_by_phase():
+def test_the_engines_start_is_shown_by_phase():
     started = EngineHealth(ready=True, startup={"imports": 3.5, "weights": 2.25})
     found = {
         labels: value
@@ -202,3 +153,24 @@ def test_the_engines_start_is_told_by_phase():
         if name == "tidegate_startup_seconds"
     }
     assert found == {(("phase", "imports"),): 3.5, (("phase", "weights"),): 2.25}
+
+
+def test_refusals_and_dropped_log_lines_are_counted():
+    metrics = Metrics("m", lambda: HEALTH)
+    metrics.http_refused(503)
+    metrics.http_refused(431)
+    metrics.http_refused(503)
+    metrics.call_refused("no_message")
+    metrics.log_lines_dropped(5)
+    metrics.log_lines_dropped(1)
+    found = samples(metrics)
+    assert found["tidegate_http_refused_total", (("status", "503"),)] == 2
+    assert found["tidegate_http_refused_total", (("status", "431"),)] == 1
+    assert found["tidegate_grpc_calls_refused_total", (("reason", "no_message"),)] == 1
+    assert found["tidegate_log_lines_dropped_total", (("process", "api"),)] == 6
+
+
+def test_the_engines_failed_requests_and_dropped_log_lines_are_shown():
+    found = samples(Metrics("m", lambda: HEALTH))
+    assert found["tidegate_engine_requests_failed_total", ()] == 4
+    assert found["tidegate_engine_log_lines_dropped_total", ()] == 6

@@ -1,7 +1,7 @@
-"""Whether a model's weights fit, asked before they are allocated: a checkpoint may claim any size, and on a host the system
-would kill the process in the midst of loading, without a word.
+"""Checks that a model's weights fit into memory, before they are allocated.
 
-What is free is taken at its most generous, since a wrong refusal is worse than a late failure.
+A config.json may name any size, and on a host the kernel kills a process that runs out of memory without a message. The free
+memory is estimated generously, since refusing a model that would fit is worse than failing late.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes, or "max"
 
 
 def check(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise CheckpointError, naming both figures, where the weights of `spec` need more than `device` has free."""
+    """Raise CheckpointError, naming both sizes, if the weights of `spec` need more memory than `device` has free."""
     need, have = weight_bytes(spec, dtype), free_bytes(device)
     if have is not None and need > have:
         raise CheckpointError(
@@ -30,22 +30,24 @@ def check(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Of all parameters, each counted once. Nothing is allocated: the meta device has only shapes."""
+    """Bytes of all parameters, each counted once. The model is built on the meta device, so nothing is allocated."""
     model = registry.build(spec, dtype=dtype, device=torch.device("meta"))
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What could be had on `device` now; None where the system does not say."""
+    """Bytes that could be allocated on `device` now; None if the system does not report it."""
     if device.type == "cuda":
-        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next tensors
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free in torch's cache
         return int(torch.cuda.mem_get_info(device)[0]) + held_back
     return host_bytes(_read(MEMINFO), _read(CGROUP_LIMIT))
 
 
 def host_bytes(meminfo: str, cgroup_limit: str) -> int | None:
-    """From the texts of the two files, "" for one that is not there. A container's limit counts whole: how much of what it
-    uses is a cache that it can drop is not known."""
+    """Free bytes of the host, from the texts of /proc/meminfo and of the cgroup's memory.max ("" for a missing file).
+
+    The container's whole limit counts as free, since how much of its use is droppable page cache is not known.
+    """
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in meminfo.splitlines())}
     if "MemAvailable" not in kib:
         return None

@@ -8,9 +8,9 @@ import torch
 from engine import LLM
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.spec import ModelSpec
-from engine.weights import room
-from tests.unit.engine.models.test_spec import LLAMA, QWEN3_MOE, SMOLLM3, V3
+from engine.models.families import parse_spec
+from engine.weights import capacity
+from tests.unit.engine.models.test_families import LLAMA, QWEN3_MOE, SMOLLM3, V3
 
 CPU = torch.device("cpu")
 MEMINFO = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  400 kB\nSwapFree:  100 kB\nHugePages_Total:  0\n"
@@ -18,10 +18,10 @@ MEMINFO = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  400 kB\nSwapFree:
 
 @pytest.mark.parametrize("config", [LLAMA, SMOLLM3, QWEN3_MOE, V3], ids=lambda c: c["architectures"][0])
 def test_what_is_counted_is_what_is_allocated(config):
-    spec = ModelSpec.from_hf(config)
+    spec = parse_spec(config)
     model = registry.build(spec, dtype=torch.bfloat16, device=CPU)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    assert room.weight_bytes(spec, torch.bfloat16) == sum(storages.values())
+    assert capacity.weight_bytes(spec, torch.bfloat16) == sum(storages.values())
 
 
 @pytest.mark.parametrize(
@@ -35,20 +35,20 @@ def test_what_is_counted_is_what_is_allocated(config):
     ],
 )
 def test_free_memory_of_the_host(meminfo, limit, found):
-    assert room.host_bytes(meminfo, limit) == found
+    assert capacity.host_bytes(meminfo, limit) == found
 
 
 def test_it_fits_to_the_byte_and_not_beyond(monkeypatch):
-    spec = ModelSpec.from_hf(LLAMA)
-    need = room.weight_bytes(spec, torch.float32)
-    monkeypatch.setattr(room, "free_bytes", lambda device: need)
-    room.check(spec, dtype=torch.float32, device=CPU)
-    monkeypatch.setattr(room, "free_bytes", lambda device: need - 1)
+    spec = parse_spec(LLAMA)
+    need = capacity.weight_bytes(spec, torch.float32)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: need)
+    capacity.check(spec, dtype=torch.float32, device=CPU)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: need - 1)
     with pytest.raises(CheckpointError, match=r"need \d+\.\d GiB as float32, and cpu has \d+\.\d GiB free"):
-        room.check(spec, dtype=torch.float32, device=CPU)
-    room.check(spec, dtype=torch.bfloat16, device=CPU)
-    monkeypatch.setattr(room, "free_bytes", lambda device: None)
-    room.check(spec, dtype=torch.float32, device=CPU)
+        capacity.check(spec, dtype=torch.float32, device=CPU)
+    capacity.check(spec, dtype=torch.bfloat16, device=CPU)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: None)
+    capacity.check(spec, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_what_torch_holds_back_on_cuda_is_free_too(monkeypatch):
     figures = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
-    assert room.free_bytes(torch.device("cuda")) == 130
+    assert capacity.free_bytes(torch.device("cuda")) == 130

@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import CheckpointError
 from engine.layers.rotary import inverse_frequencies
-from engine.models.spec import ARCHITECTURES, ModelSpec
+from engine.models.families import ARCHITECTURES, parse_spec, read_spec
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,7 +55,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "a
 
 
 def test_importing_it_needs_no_torch():
-    code = "import engine.models, engine.models.spec, sys; sys.exit('torch' in sys.modules)"
+    code = "import engine.models, engine.models.families, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -63,13 +63,13 @@ def test_old_and_new_way_of_writing_mean_the_same():
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     old = LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}, "torch_dtype": "bfloat16"}
     new = LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5}, "dtype": "bfloat16"}
-    assert ModelSpec.from_hf(old) == ModelSpec.from_hf(new)
-    assert ModelSpec.from_hf(old).rope.theta == 5e5
-    assert ModelSpec.from_hf(old).dtype == "bfloat16"
+    assert parse_spec(old) == parse_spec(new)
+    assert parse_spec(old).rope.theta == 5e5
+    assert parse_spec(old).dtype == "bfloat16"
 
 
 def test_limits():
-    limits = ModelSpec.from_hf(LLAMA | {"eos_token_id": 7, "dtype": "float16"}).limits()
+    limits = parse_spec(LLAMA | {"eos_token_id": 7, "dtype": "float16"}).limits()
     assert (limits.max_model_len, limits.vocab_size, limits.eos_token_ids, limits.dtype) == (256, 256, (7,), "float16")
 
 
@@ -81,12 +81,12 @@ def test_end_of_sequence_ids_come_from_both_files(tmp_path, config, generation, 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": config}))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    assert ModelSpec.from_folder(tmp_path).eos_token_ids == found
+    assert read_spec(tmp_path).eos_token_ids == found
 
 
 def test_yarn_lengthens_the_context_and_sharpens_latent_attention():
     yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
-    spec = ModelSpec.from_hf(V2 | {"rope_scaling": yarn})
+    spec = parse_spec(V2 | {"rope_scaling": yarn})
     assert spec.max_model_len == 40 * 64
     assert spec.rope.magnitude == 1.0
     assert spec.mla is not None
@@ -95,7 +95,7 @@ def test_yarn_lengthens_the_context_and_sharpens_latent_attention():
 
 def test_layers_of_experts():
     def layers(config):
-        moe = ModelSpec.from_hf(config).moe
+        moe = parse_spec(config).moe
         return () if moe is None else moe.layers
 
     assert layers(LLAMA) == ()
@@ -107,7 +107,7 @@ def test_layers_of_experts():
 
 
 def test_routing():
-    v2, v3 = ModelSpec.from_hf(V2 | {"topk_method": "group_limited_greedy"}), ModelSpec.from_hf(V3)
+    v2, v3 = parse_spec(V2 | {"topk_method": "group_limited_greedy"}), parse_spec(V3)
     assert v2.moe is not None
     assert v3.moe is not None
     assert (v2.moe.routing.method, v2.moe.routing.n_group, v2.moe.routing.normalize) == ("group_limited_greedy", 4, False)
@@ -116,17 +116,17 @@ def test_routing():
 
 
 def test_smollm3_has_layers_without_rotary_embedding_and_defaults_of_its_own():
-    spec = ModelSpec.from_hf(SMOLLM3)
+    spec = parse_spec(SMOLLM3)
     assert spec.nope_layers == (3, 7)
     assert spec.rope.theta == 2e6
     assert spec.tie_embeddings  # the published checkpoints do not say so
-    changed = ModelSpec.from_hf(SMOLLM3 | {"no_rope_layers": [0, *[1] * 8], "rope_theta": 5e6, "tie_word_embeddings": False})
+    changed = parse_spec(SMOLLM3 | {"no_rope_layers": [0, *[1] * 8], "rope_theta": 5e6, "tie_word_embeddings": False})
     assert (changed.nope_layers, changed.rope.theta, changed.tie_embeddings) == ((0,), 5e6, False)
-    assert ModelSpec.from_hf(LLAMA).nope_layers == ()
+    assert parse_spec(LLAMA).nope_layers == ()
 
 
 def test_fp8_blocks():
-    spec = ModelSpec.from_hf(V3 | {"quantization_config": FP8})
+    spec = parse_spec(V3 | {"quantization_config": FP8})
     assert spec.fp8 is not None
     assert spec.fp8.block == (128, 128)
 
@@ -143,7 +143,7 @@ def without(config, key):
 )
 def test_missing_key_is_named(config, key):
     with pytest.raises(CheckpointError, match=rf"config\.json: {key} is missing: it must be|config\.json: {key} is missing"):
-        ModelSpec.from_hf(without(config, key))
+        parse_spec(without(config, key))
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_what_cannot_be_served_is_refused_by_name(config, key, value):
     sliding = {"sliding_window": 128} if key == "use_sliding_window" else {}
     named = {"num_attention_heads": "head_dim|num_key_value_heads"}.get(key, key)
     with pytest.raises(CheckpointError, match=rf"config\.json: ({named})\b"):
-        ModelSpec.from_hf(config | sliding | {key: value})
+        parse_spec(config | sliding | {key: value})
 
 
 def test_a_window_that_is_off_or_never_reached_is_fine():
-    assert ModelSpec.from_hf(MISTRAL | {"sliding_window": None}).max_model_len == 256
-    assert ModelSpec.from_hf(MISTRAL | {"sliding_window": 256}).max_model_len == 256
-    assert ModelSpec.from_hf(QWEN2 | {"use_sliding_window": False, "sliding_window": 64}).qkv_bias
+    assert parse_spec(MISTRAL | {"sliding_window": None}).max_model_len == 256
+    assert parse_spec(MISTRAL | {"sliding_window": 256}).max_model_len == 256
+    assert parse_spec(QWEN2 | {"use_sliding_window": False, "sliding_window": 64}).qkv_bias
 
 
 NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
@@ -226,14 +226,14 @@ def test_unreadable_file_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        ModelSpec.from_folder(tmp_path)
+        read_spec(tmp_path)
 
 
 def test_unreadable_generation_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "generation_config.json").write_text(NESTED)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read as JSON: it is nested too deeply"):
-        ModelSpec.from_folder(tmp_path)
+        read_spec(tmp_path)
 
 
 ODD = [
@@ -284,7 +284,7 @@ def test_whatever_a_key_holds_the_answer_is_a_spec_or_a_refusal(name):
     messages = []
     for each in changed:
         try:
-            spec = ModelSpec.from_hf(each)
+            spec = parse_spec(each)
         except CheckpointError as error:
             messages.append(error.message)
         else:
@@ -295,4 +295,4 @@ def test_whatever_a_key_holds_the_answer_is_a_spec_or_a_refusal(name):
 
 def test_folder_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
-        ModelSpec.from_folder(tmp_path / "nowhere")
+        read_spec(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""One output of a request: the engine's events become chunks of text, cut at the first stop string."""
+"""OutputBuilder turns the engine's events of one output into chunks of text, cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from server.text.detokenizer import Detokenizer
 from server.text.stop import StopScanner
 
 
-class Output:
-    """`num_tokens` counts what was generated, up to and including the token that completed a stop string.
+class OutputBuilder:
+    """Builds output `index` of a request, chunk by chunk. `num_tokens` counts the tokens that were generated, the token that
+    completed a stop string included.
 
-    A chunk's token ids and logprobs are those of all tokens so far, that token and a stop token included; its text ends before
-    the stop string, has no stop token's text, and lags behind while more could still become a stop string or a character.
+    A chunk has the ids and log-probabilities of all tokens so far, also of the token that completed a stop string and of a
+    stop token. The chunk's text ends before the stop string and leaves out a stop token. Text that may still become part of
+    a stop string or of a character comes with a later chunk.
     """
 
-    __slots__ = ("_bare_tokens", "_detokenizer", "_index", "_named_stop_ids", "_scanner", "finish_reason", "num_tokens")
+    __slots__ = ("_detokenizer", "_index", "_named_stop_ids", "_num_unscanned", "_scanner", "finish_reason", "num_tokens")
 
     def __init__(
         self,
@@ -26,16 +28,17 @@ class Output:
         min_tokens: int,
         named_stop_ids: tuple[int, ...],
     ) -> None:
+        """`scanner` is None for a request without stop strings. `named_stop_ids` are the stop tokens that the client named."""
         self._index = index
         self._detokenizer = detokenizer
         self._scanner = scanner
-        self._bare_tokens = max(0, min_tokens - 1)  # whose text is not searched for stop strings
+        self._num_unscanned = max(0, min_tokens - 1)  # first tokens, whose text is not searched for stop strings
         self._named_stop_ids = named_stop_ids
         self.num_tokens = 0
         self.finish_reason: str | None = None
 
-    def take(self, event: TokenEvent) -> Chunk:
-        """Not after `finish_reason` is set."""
+    def add(self, event: TokenEvent) -> Chunk:
+        """The chunk of one event. Must not be called after `finish_reason` is set."""
         tokens = event.tokens
         if self._scanner is None and event.finish is None:
             self.num_tokens += len(tokens)
@@ -47,11 +50,11 @@ class Output:
                 logprobs=event.logprobs,
                 prompt_logprobs=event.prompt_logprobs,
             )
-        return self._take_with_stops(event)
+        return self._add_with_stops(event)
 
-    def _take_with_stops(self, event: TokenEvent) -> Chunk:
-        spoken = event.tokens if event.stop_token is None else event.tokens[:-1]
-        text, num = self._scan(spoken)
+    def _add_with_stops(self, event: TokenEvent) -> Chunk:
+        with_text = event.tokens if event.stop_token is None else event.tokens[:-1]
+        text, num = self._scan(with_text)
         matched = self._scanner.matched if self._scanner is not None else None
         if matched is None:
             num = len(event.tokens)
@@ -76,19 +79,20 @@ class Output:
         )
 
     def _scan(self, tokens: list[int]) -> tuple[str, int]:
-        """The text that `tokens` let out, and how many of them it took to complete a stop string."""
+        """The text that `tokens` make certain, and the number of tokens up to the end of a stop string (else all of them)."""
         scanner = self._scanner
         if scanner is None:
             return self._detokenizer.add(tokens), len(tokens)
         parts = []
         for i, token in enumerate(tokens):
             piece = self._detokenizer.add([token])
-            parts.append(piece if self.num_tokens + i < self._bare_tokens else scanner.feed(piece))
+            parts.append(piece if self.num_tokens + i < self._num_unscanned else scanner.feed(piece))
             if scanner.matched is not None:
                 return "".join(parts), i + 1
         return "".join(parts), len(tokens)
 
     def _finish_text(self) -> str:
+        """The text that the detokenizer and the scanner still hold back."""
         rest = self._detokenizer.flush()
         if self._scanner is None:
             return rest

@@ -1,0 +1,84 @@
+"""DeviceStep: a step that was submitted to the device, and its result once the device is done."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from engine.batch import pinned
+from engine.plan import NO_TOKEN, StepPlan, StepResult
+from engine.request import TokenLogprobs
+from engine.sampling.logprobs import LogprobTensors, to_records
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Start a copy to the host. On CUDA the copy may be read once the step is done; on a CPU it is `tensor` itself."""
+    if not tensor.is_cuda:
+        return tensor
+    return pinned(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+
+
+class ReportedLogprobs(NamedTuple):
+    """Log-probabilities of N positions, on the host once the step is done."""
+
+    slices: list[int]  # [N]: the slice of the plan that each position belongs to
+    num_top: list[int]  # [N]: alternatives that each position reports
+    values: LogprobTensors
+
+    @staticmethod
+    def of(slices: list[int], num_top: list[int], values: LogprobTensors) -> ReportedLogprobs:
+        """Start the copies of `values` to the host."""
+        return ReportedLogprobs(slices, num_top, LogprobTensors(*map(to_host, values)))
+
+    def records(self) -> list[tuple[int, TokenLogprobs]]:
+        """(slice, log-probabilities) of each position."""
+        return list(zip(self.slices, to_records(self.values, self.num_top), strict=True))
+
+
+class DeviceStep:
+    """A PendingStep. The runner fills in what the step returns; `begins` and `submitted` mark its place in the CUDA stream."""
+
+    def __init__(self, plan: StepPlan, *, on_cuda: bool, after: torch.cuda.Event | None) -> None:
+        """`after` is the end of the previous step on CUDA, None if there was none."""
+        self._plan = plan
+        self._on_cuda = on_cuda
+        self._after = after
+        self._began: torch.cuda.Event | None = None
+        self.done: torch.cuda.Event | None = None
+        self.tokens: torch.Tensor | None = None  # int64, on the host once the step is done
+        self.tokens_of_all_slices = False  # `tokens` has one entry for every slice, not only for those that sample
+        self.logprobs: ReportedLogprobs | None = None
+        self.prompt_logprobs: ReportedLogprobs | None = None
+        self.prompt_slices: list[int] = []  # slices in prompts whose log-probabilities are requested
+
+    def begins(self) -> None:
+        """Record the step's start. The runner calls it right before it submits the model's work."""
+        if self._on_cuda:
+            self._began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._began.record()
+
+    def submitted(self) -> None:
+        """Record the step's end. The runner calls it once the whole step is submitted, copies to the host included."""
+        if self._on_cuda:
+            self.done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.done.record()
+
+    def result(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
+        result = StepResult(self._plan.step, self._sampled())
+        if self._after is not None and self._began is not None:
+            result.idle_seconds = self._after.elapsed_time(self._began) / 1e3
+        if self.logprobs is not None:
+            failed = {s for s, token in zip(self._plan.samples, result.tokens, strict=True) if token == NO_TOKEN}
+            result.logprobs = {s: record for s, record in self.logprobs.records() if s not in failed}
+        result.prompt_logprobs = {s: [] for s in self.prompt_slices}
+        if self.prompt_logprobs is not None:
+            for s, record in self.prompt_logprobs.records():
+                result.prompt_logprobs[s].append(record)
+        return result
+
+    def _sampled(self) -> list[int]:
+        tokens: list[int] = [] if self.tokens is None else self.tokens.tolist()
+        return [tokens[s] for s in self._plan.samples] if self.tokens_of_all_slices else tokens

@@ -1,0 +1,18 @@
+"""Reports each kernel that Triton compiles, so that a process which compiles for minutes is not taken for a hung one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton import knobs
+
+from engine.startup import Progress
+
+
+def report(progress: Progress) -> None:
+    """Call `progress` after each compile of this process from now on, kernels found in the cache included."""
+
+    def compiled(**_: Any) -> None:
+        progress()
+
+    knobs.compilation.listener = compiled

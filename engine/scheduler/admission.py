@@ -1,0 +1,120 @@
+"""Admission: which waiting requests may start in a step, best rank first.
+
+A waiting request is passed over in three cases.
+
+    deferred   Another request is computing the next block of its prompt right now. It shares that block one step later.
+               A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
+    blocked    It does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
+    unknown    It was preempted, and its next token is not committed yet.
+
+A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
+did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
+at once if the other request ends or is preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from engine.kvcache.manager import KVCacheManager
+from engine.plan import BlockCopy
+from engine.request import Request, Status
+from engine.scheduler.queue import WaitingQueue, rank
+from engine.scheduler.running import RunningSet
+
+MAX_BLOCKED = 16  # blocked requests after which a step stops looking for one that fits
+MAX_DEFERRED = 128  # deferred requests after which a step stops looking for others
+MAX_STALLED = 4  # steps that a request waits for a block while the request that computes the block does not advance
+
+
+class Admission:
+    """`requests` are all running and waiting requests by id. Never changes the queue or the running set itself."""
+
+    def __init__(
+        self, cache: KVCacheManager, queue: WaitingQueue, running: RunningSet, requests: Mapping[str, Request], max_skips: int
+    ) -> None:
+        self._cache = cache
+        self._queue = queue
+        self._running = running
+        self._requests = requests
+        self._max_skips = max_skips
+
+    def admissible(self, in_step: list[Request]) -> Iterator[tuple[Request, list[BlockCopy]]]:
+        """Yield each waiting request that can start now, after giving it its blocks, with the copies that its blocks need.
+
+        `in_step` are the requests whose prompt chunks are already in this step. The caller must admit each yielded request
+        and add a chunk of it to the step before it continues the iteration.
+        """
+        in_step = list(in_step)
+        computing = {self._cache.next_digest(request): request for request in self._running.prompts + in_step}
+        blocked: list[Request] = []
+        num_deferred = 0
+        for request in list(self._queue):
+            if len(blocked) == MAX_BLOCKED or num_deferred == MAX_DEFERRED:
+                return
+            if any(other.skips >= self._max_skips for other in blocked):
+                return
+            if request.num_uncommitted:
+                continue
+            leader = self._leader(request)
+            if self._awaits_leader(request, leader, in_step) or self._awaits_prefix(request, leader, computing):
+                num_deferred += 1
+                continue
+            copies = self._reserve(request, leader)
+            if copies is None:
+                blocked.append(request)
+                continue
+            yield request, copies
+            in_step.append(request)
+            computing[self._cache.next_digest(request)] = request
+            for other in blocked:
+                other.skips += 1
+
+    def _awaits_leader(self, request: Request, leader: Request | None, in_step: list[Request]) -> bool:
+        """Whether the leader's prompt is not computed by an earlier step, but will be soon."""
+        if leader is None:
+            return False
+        if leader.status is Status.WAITING:
+            return rank(leader) < rank(request)
+        return leader.num_computed < leader.num_prompt or any(other is leader for other in in_step)
+
+    def _awaits_prefix(self, request: Request, leader: Request | None, computing: dict[bytes | None, Request]) -> bool:
+        """Whether the first block of `request` that is not cached is being computed, and is worth waiting for."""
+        if not self._may_match(request) or (leader is not None and leader.status is Status.RUNNING):
+            return False
+        self._cache.match(request)
+        digest = self._cache.next_digest(request)
+        other = None if digest is None else computing.get(digest)
+        if other is None:
+            return False
+        if other.num_computed > request.awaited:
+            request.awaited = other.num_computed
+        else:
+            request.stalled += 1
+        return request.stalled <= MAX_STALLED
+
+    def _may_match(self, request: Request) -> bool:
+        """Whether cached blocks may be used. A prompt whose log-probabilities are requested is computed completely."""
+        return self._cache.prefix_caching and (request.params.prompt_logprobs is None or request.num_outputs > 0)
+
+    def _leader(self, request: Request) -> Request | None:
+        """Return the sibling that `request` can fork: its prompt and salt are the same, and nothing must be computed again."""
+        if request.fork_of is None:
+            return None
+        leader = self._requests.get(request.fork_of)
+        if leader is None or leader is request or request.num_outputs or request.params.prompt_logprobs is not None:
+            return None
+        if leader is request.leader:
+            return leader
+        if leader.salt != request.salt or leader.tokens[: leader.num_prompt] != request.tokens:
+            return None
+        request.leader = leader
+        return leader
+
+    def _reserve(self, request: Request, leader: Request | None) -> list[BlockCopy] | None:
+        """Give `request` blocks for all its tokens. Returns the copies to make, or None if the request does not fit."""
+        # One block in a hundred stays free for running requests, so that an admission does not cause a preemption.
+        spare = self._cache.num_blocks // 100 if len(self._running) else 0
+        if leader is not None and leader.status is Status.RUNNING:
+            return self._cache.fork(request, leader, spare=spare)
+        return [] if self._cache.admit(request, spare=spare, match=self._may_match(request)) else None

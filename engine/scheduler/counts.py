@@ -1,0 +1,26 @@
+"""SchedulerCounts: what has happened to requests and tokens since the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import InternalError
+
+
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Every accepted request is finished, aborted, failed, running or waiting, at every moment."""
+
+    num_accepted: int = 0
+    num_finished: int = 0
+    num_aborted: int = 0
+    num_failed: int = 0  # their logits were not finite
+    num_preemptions: int = 0
+    prompt_tokens: int = 0  # of admitted requests, each request counted once
+    cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache
+    output_tokens: int = 0
+
+    def check(self, num_unfinished: int) -> None:
+        """Raise InternalError unless the counts add up with `num_unfinished` running and waiting requests."""
+        if self.num_accepted != self.num_finished + self.num_aborted + self.num_failed + num_unfinished:
+            raise InternalError("the numbers of accepted and ended requests do not add up")

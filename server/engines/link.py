@@ -1,0 +1,150 @@
+"""EngineLink: one API worker's connection to one engine, through that engine's deaths and restarts.
+
+    connecting --Welcome--> live --disconnection, or a second Welcome--> connecting
+
+Each attempt to connect uses a new socket whose first message is a Hello, so a message of an earlier connection is never
+delivered late. The engine aborts everything that a worker had sent before its Hello.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+import zmq
+
+from engine.messages import Abort, EngineInfo, EngineMessage, Heartbeat, Hello, StepEvents, Submit, Welcome
+from engine.request import TokenEvent
+from server.engines.health import Clock, EngineHealthTracker
+from server.engines.stream import EngineStream
+from server.engines.zmq_connection import ZmqConnection
+
+log = logging.getLogger("tidegate.client")
+
+
+class LinkListener(Protocol):
+    """Receives what an EngineLink reports. All methods are called from the event loop."""
+
+    def on_engine_found(self, link: EngineLink) -> None:
+        """The link is live: an engine has answered with its Welcome."""
+
+    def on_engine_lost(self, link: EngineLink, sent: list[EngineStream], *, died: bool) -> None:
+        """The link was live and connects again. The streams `sent` were at the engine, in the order in which it received them.
+
+        `died` is False if the engine still runs and has only dropped this worker.
+        """
+
+    def on_event(self, stream: EngineStream, event: TokenEvent) -> None:
+        """The engine has sent an event of a stream. A last event has already removed the stream from the link."""
+
+
+class EngineLink:
+    """Connects to one engine, reconnects after each loss, and records which streams the engine has."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        worker: str,
+        listener: LinkListener,
+        *,
+        stall_timeout_s: float,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """`worker` is the name by which the engine recognises this worker when it connects again."""
+        self.info: EngineInfo | None = None  # of the engine that connected last
+        self.live = False
+        self.restarts = 0  # engines that took the place of an earlier one
+        self.sent: dict[str, EngineStream] = {}  # streams at the engine by request id, in the order of submission
+        self._context, self._endpoint, self._worker, self._listener = context, endpoint, worker, listener
+        self._stall_timeout_s, self._clock = stall_timeout_s, clock
+        self._unsent_aborts: list[str] = []
+        self.health = EngineHealthTracker(stall_timeout_s, clock)  # of the engine that connected last
+        self._connection: ZmqConnection | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """The engine's context in tokens; 0 before the first engine has connected."""
+        return 0 if self.info is None else self.info.limits.max_model_len
+
+    def connect(self) -> None:
+        """Start to connect, with a new socket; returns at once."""
+        self._disconnect()
+        self._connection = ZmqConnection(self._context, self._endpoint, self._on_message, self._on_disconnect)
+        self._connection.send(Hello(self._worker))
+
+    def close(self) -> None:
+        self._disconnect()
+
+    def why_not_ready(self) -> str | None:
+        """Return the reason why the engine cannot take requests now, for people, or None if it can."""
+        if self.live:
+            return self.health.why_unhealthy()
+        return "the engine is still starting" if self.info is None else "the engine is restarting"
+
+    def send(self, stream: EngineStream, submit: Submit) -> bool:
+        """Send `submit`, the message of `stream`. Returns False if the engine has not read for so long that the queue is full.
+
+        Aborts go first, since one of them may be for an earlier request of the same id.
+        """
+        if self._connection is None or not self._send_aborts() or not self._connection.send(submit):
+            return False
+        self.sent[stream.request_id] = stream
+        return True
+
+    def abort(self, request_id: str) -> None:
+        """Abort a request if it is at the engine. An Abort that cannot be sent now is sent after the next heartbeat."""
+        if self.sent.pop(request_id, None) is not None:
+            self._unsent_aborts.append(request_id)
+            self._send_aborts()
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self.live = False
+        self.sent = {}
+        self._unsent_aborts = []
+
+    def _on_disconnect(self) -> None:
+        self._lose(died=True)
+
+    def _lose(self, *, died: bool) -> None:
+        was_live, sent = self.live, list(self.sent.values())
+        self.connect()
+        if was_live:
+            log.warning("engine lost" if died else "the engine dropped this worker", extra={"streams": len(sent)})
+            self._listener.on_engine_lost(self, sent, died=died)
+
+    def _on_message(self, message: EngineMessage) -> None:
+        if isinstance(message, StepEvents):
+            self.health.record_step()
+            for event in message.events:
+                stream = self.sent.get(event.request_id) if event.finish is None else self.sent.pop(event.request_id, None)
+                if stream is not None:  # it may have been aborted
+                    self._listener.on_event(stream, event)
+        elif isinstance(message, Heartbeat):
+            self.health.record_heartbeat(message.stats, preparing=message.preparing)
+            self._send_aborts()
+        elif self.live:  # a second Welcome: this worker read too slowly, so the engine has dropped it and wants a new Hello
+            self._lose(died=False)
+        else:
+            self._on_welcome(message)
+
+    def _on_welcome(self, message: Welcome) -> None:
+        if self.info is not None and message.info.pid != self.info.pid:
+            self.restarts += 1
+        self.info = message.info
+        self.live = True
+        self.health = EngineHealthTracker(self._stall_timeout_s, self._clock)
+        log.info("engine found", extra={"engine_pid": message.info.pid})
+        self._listener.on_engine_found(self)
+
+    def _send_aborts(self) -> bool:
+        """Send the aborts that are due. Returns False if they cannot be sent now."""
+        if self._unsent_aborts:
+            if self._connection is None or not self._connection.send(Abort(self._unsent_aborts)):
+                return False
+            self._unsent_aborts = []
+        return True

@@ -1,0 +1,107 @@
+"""The answer to a scrape: the workers' metrics, the engine's, and the main ones again under the names that vLLM gives them.
+
+The engine's numbers are those of its latest heartbeat. The vLLM view is made from the families of the same answer, so the two
+names of a metric always have the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.messages import EngineStats
+from server.engines.base import EngineHealth
+
+_VLLM_NAMES = {
+    "tidegate_engine_requests_running": "vllm:num_requests_running",
+    "tidegate_engine_requests_waiting": "vllm:num_requests_waiting",
+    "tidegate_kv_cache_usage_ratio": "vllm:kv_cache_usage_perc",
+    "tidegate_prefix_cache_queries_tokens": "vllm:prefix_cache_queries",
+    "tidegate_prefix_cache_hits_tokens": "vllm:prefix_cache_hits",
+    "tidegate_preemptions": "vllm:num_preemptions",
+    "tidegate_prompt_tokens": "vllm:prompt_tokens",
+    "tidegate_output_tokens": "vllm:generation_tokens",
+    "tidegate_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "tidegate_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
+    "tidegate_request_duration_seconds": "vllm:e2e_request_latency_seconds",
+    "tidegate_queue_seconds": "vllm:request_queue_time_seconds",
+    "tidegate_requests_finished": "vllm:request_success",
+}
+_VLLM_LABELS = {"reason": "finished_reason"}
+
+
+class Exposition(Collector):
+    """Collects all families of one scrape, each once. `workers` gives those of the API workers."""
+
+    def __init__(self, workers: Collector, engine: Callable[[], EngineHealth], model_name: str) -> None:
+        self._workers = workers
+        self._engine = engine
+        self._labels = {"model_name": model_name, "engine": "0"}
+
+    def collect(self) -> Iterable[Metric]:
+        families = [*self._workers.collect(), *engine_families(self._engine())]
+        yield from families
+        for family in families:
+            if family.name in _VLLM_NAMES:
+                yield self._renamed(family, _VLLM_NAMES[family.name])
+
+    def _renamed(self, family: Metric, name: str) -> Metric:
+        renamed = Metric(name, family.documentation, family.type)
+        for sample in family.samples:
+            labels = {_VLLM_LABELS.get(key, key): value for key, value in sample.labels.items()}
+            renamed.add_sample(name + sample.name.removeprefix(family.name), {**self._labels, **labels}, sample.value)
+        return renamed
+
+
+def engine_families(health: EngineHealth) -> list[Metric]:
+    """The engine's metrics. Before the first heartbeat there are only those that say whether it is up."""
+    families: list[Metric] = [
+        GaugeMetricFamily("tidegate_engine_up", "1 if the engine is connected and healthy, else 0.", float(health.ready)),
+        CounterMetricFamily("tidegate_engine_restarts", "Engine restarts since the API worker began.", float(health.restarts)),
+        _startup(health),
+    ]
+    if health.stats is not None:
+        families += [GaugeMetricFamily(name, text, float(value)) for name, text, value in _gauges(health.stats)]
+        families += [CounterMetricFamily(name, text, float(value)) for name, text, value in _counters(health.stats)]
+    return families
+
+
+def _gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
+    return (
+        ("tidegate_engine_requests_running", "Outputs that own a row of the batch.", stats.running),
+        ("tidegate_engine_requests_waiting", "Outputs that wait in the engine's queue.", stats.waiting),
+        (
+            "tidegate_engine_gc_pause_seconds",
+            "Longest pause of the engine by Python's garbage collector.",
+            stats.gc_pause_seconds,
+        ),
+        ("tidegate_kv_blocks_used", "KV-cache blocks that running requests hold.", stats.blocks_used),
+        ("tidegate_kv_blocks_cached", "Free KV-cache blocks whose content later requests may reuse.", stats.blocks_cached),
+        ("tidegate_kv_blocks_total", "All KV-cache blocks.", stats.blocks_total),
+        ("tidegate_kv_cache_usage_ratio", "KV-cache blocks used, over all.", stats.blocks_used / max(1, stats.blocks_total)),
+    )
+
+
+def _counters(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
+    idle = "Seconds in which the device was idle between two steps, because the CPU had not submitted the next one."
+    failed = "Requests that ended with an error because their logits were not finite (NaN or infinity)."
+    return (
+        ("tidegate_engine_steps", "Steps that the engine has run.", stats.step),
+        ("tidegate_engine_step_seconds", "Seconds that the engine has spent in steps.", stats.step_seconds),
+        ("tidegate_engine_exposed_cpu_seconds", idle, stats.exposed_cpu_seconds),
+        ("tidegate_engine_requests_failed", failed, stats.num_failed),
+        ("tidegate_engine_log_lines_dropped", "Log lines of the engine that were dropped.", stats.log_lines_dropped),
+        ("tidegate_preemptions", "Preemptions: a running request gave up its KV-cache blocks.", stats.num_preemptions),
+        ("tidegate_prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens),
+        ("tidegate_prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache.", stats.cached_tokens),
+    )
+
+
+def _startup(health: EngineHealth) -> Metric:
+    """The phases follow one another without a gap, so their sum is the time from process start to readiness."""
+    family = GaugeMetricFamily("tidegate_startup_seconds", "Seconds of each phase of the engine's start.", labels=["phase"])
+    for phase, seconds in health.startup.items():
+        family.add_metric([phase], seconds)
+    return family

@@ -1,0 +1,100 @@
+"""CallGate: bounds the number of open gRPC calls, and the time in which each must send its message.
+
+grpc itself waits without limit for the message of a call. So every method is registered with grpc as one that reads a stream of
+messages, which starts its handler before the message is there. The bytes on the wire are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from engine.errors import MalformedRequest, Overloaded, RequestTimeout, TidegateError
+from engine.logs import ThrottledWarning
+from server.metrics.registry import Metrics
+from server.rpc.errors import Context, abort
+from server.settings import Settings
+
+log = logging.getLogger("tidegate.grpc")
+
+Messages = AsyncIterator[bytes]
+Handler = Callable[[Messages, Context], Awaitable[Any]]
+
+
+class CallGate:
+    """Wraps the methods of all services of one server."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._max_calls = settings.max_grpc_calls
+        self._first_s = settings.body_timeout_s
+        self._next_s = settings.idle_timeout_s
+        self._metrics = metrics
+        self._num_open = 0
+        self._warnings = {
+            "too_many": ThrottledWarning(log, "gRPC calls are refused: as many are open as max_grpc_calls allows"),
+            "no_message": ThrottledWarning(log, "gRPC calls sent no message within body_timeout_s and were ended"),
+        }
+
+    def one_message(self, method: Callable[[bytes, Context], Awaitable[Any]]) -> Handler:
+        """A handler for a method that takes one message."""
+
+        async def handler(messages: Messages, context: Context) -> Any:
+            async with self._open_call(context):
+                self._check_number()
+                message = await self._next(messages, self._first_s)
+                if message is None:
+                    raise MalformedRequest("the call ended without a message")
+                return await method(message, context)
+
+        return handler
+
+    def many_messages(self, method: Callable[[Messages, Context], Awaitable[Any]]) -> Handler:
+        """A handler for a method that takes a stream of messages."""
+
+        async def handler(messages: Messages, context: Context) -> Any:
+            async with self._open_call(context):
+                self._check_number()
+                return await method(self._timed(messages), context)
+
+        return handler
+
+    @contextlib.asynccontextmanager
+    async def _open_call(self, context: Context) -> AsyncIterator[None]:
+        """Count a call as open, and end it with the error that is raised meanwhile."""
+        self._num_open += 1
+        try:
+            yield
+        except TidegateError as error:
+            await abort(context, error)
+        finally:
+            self._num_open -= 1
+
+    def _check_number(self) -> None:
+        if self._num_open > self._max_calls:
+            raise self._refusal("too_many")
+
+    async def _timed(self, messages: Messages) -> Messages:
+        """The messages of a stream. Raises RequestTimeout while it is read, if a message takes too long."""
+        seconds = self._first_s
+        while (message := await self._next(messages, seconds)) is not None:
+            yield message
+            seconds = self._next_s
+
+    async def _next(self, messages: Messages, seconds: float) -> bytes | None:
+        """The next message; None if the client has ended its side. Raises RequestTimeout."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(aiter(messages), None)
+        except TimeoutError:
+            raise self._refusal("no_message", seconds) from None
+
+    def _refusal(self, reason: str, seconds: float = 0.0) -> TidegateError:
+        """Count and log a call that is refused, and make the error for its client."""
+        self._metrics.call_refused(reason)
+        self._warnings[reason](limit=self._max_calls if reason == "too_many" else seconds)
+        if reason == "too_many":
+            return Overloaded(f"{self._max_calls} calls are open, which is the most that this server takes: try again later")
+        return RequestTimeout(f"the call sent no message within {seconds:g} seconds")

@@ -1,0 +1,115 @@
+"""Runs an API worker's text work (tokenising, decoding, chat templates) without holding up the event loop or short texts.
+
+A lane is a pool of threads with a queue. The length of a text decides where it runs:
+
+    up to INLINE_CHARS         in the event loop: about 1 ms
+    up to one piece            in the short lane, where no work is longer than one piece takes
+    longer                     in the long lane, piece by piece, alternating with the other long texts
+    pieces longer than HUGE    in the huge lane, one at a time: a piece may take seconds, and some 200 bytes a character
+
+A job has at most one piece in a lane's queue. So jobs share a lane fairly, a cancelled job frees the lane at once, and the
+tokenizer's memory does not grow with the number of jobs. The texts longer than a piece are bounded by their bytes in total.
+Above the bound a text is refused with Overloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+from engine.errors import Overloaded
+from server.text.jobs import Job
+from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
+
+INLINE_CHARS = 2048  # longest text that is tokenised in the event loop, and longest chat that is rendered there
+INLINE_TOKENS = 256  # most token ids that are decoded in the event loop
+# A piece of text or of token ids larger than this goes to the lane for huge pieces: the lane for long texts would wait for it.
+HUGE = 16 * PIECE_CHARS  # characters or token ids
+_SHORT_THREADS = 2
+T = TypeVar("T")
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than the limit that the caller gave."""
+
+
+class TextWork:
+    """The text work of one API worker. `max_waiting_bytes` bounds the long texts that run or wait at the same time. A single
+    text may be longer than the bound."""
+
+    def __init__(self, tokenizer: Tokenizer, max_waiting_bytes: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
+        self._short = ThreadPoolExecutor(_SHORT_THREADS, "tidegate-text-short")
+        self._long = ThreadPoolExecutor(1, "tidegate-text-long")
+        self._huge = ThreadPoolExecutor(1, "tidegate-text-huge")
+
+    async def encode(self, text: str, *, add_special_tokens: bool, limit: int | None = None) -> list[int]:
+        """The token ids of `text`.
+
+        Raises TooManyTokens as soon as it is certain that there are more than `limit`, and Overloaded if too many long texts
+        run or wait.
+        """
+        tokenizer = self._tokenizer
+        if limit is not None and await self._exceeds(text, limit):
+            raise TooManyTokens
+        if len(text) <= INLINE_CHARS:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        job = tokenizer.encoding(text, add_special_tokens=add_special_tokens)
+        num_bytes = len(text.encode()) if len(text) > PIECE_CHARS else 0
+        with self._admitted(num_bytes):
+            lane = self._long if num_bytes else self._short
+            while not job.done:
+                await self._step(job, lane)
+                if limit is not None and job.num_tokens > limit:
+                    raise TooManyTokens
+            return await self._in_lane(lane, job.result)
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`. Raises Overloaded if too many long texts run or wait."""
+        if len(ids) <= INLINE_TOKENS:
+            return self._tokenizer.decode(ids)
+        job = self._tokenizer.decoding(ids)
+        is_long = len(ids) > PIECE_TOKENS
+        with self._admitted(8 * len(ids) if is_long else 0):
+            lane = self._long if is_long else self._short
+            while not job.done:
+                await self._step(job, lane)
+            return await self._in_lane(lane, job.result)
+
+    async def render(self, template: Callable[[], str], num_chars: int) -> str:
+        """The result of `template`, which renders messages of `num_chars` characters."""
+        if num_chars <= INLINE_CHARS:
+            return template()
+        lane = self._short if num_chars <= PIECE_CHARS else self._long
+        return await self._in_lane(lane, template)
+
+    async def _exceeds(self, text: str, limit: int) -> bool:
+        exceeds = self._tokenizer.exceeds
+        return await self._in_lane(self._short, partial(exceeds, text, limit)) if len(text) > HUGE else exceeds(text, limit)
+
+    async def _step(self, job: Job[object], lane: ThreadPoolExecutor) -> None:
+        if not await self._in_lane(lane, partial(job.step, HUGE)):
+            await self._in_lane(self._huge, job.step)
+
+    async def _in_lane(self, lane: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        """Run `work` in a thread. If the caller is cancelled before that, it never runs."""
+        return await asyncio.get_running_loop().run_in_executor(lane, work)
+
+    @contextmanager
+    def _admitted(self, num_bytes: int) -> Iterator[None]:
+        if self._waiting_bytes and self._waiting_bytes + num_bytes > self._max_waiting_bytes:
+            raise Overloaded(
+                f"{self._waiting_bytes} bytes of long texts wait to be tokenised, and {num_bytes} more would exceed the limit "
+                f"of {self._max_waiting_bytes}: try again later"
+            )
+        self._waiting_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._waiting_bytes -= num_bytes

@@ -1,0 +1,61 @@
+"""What the supervisor starts: the engine's program and the workers', each with its first line on standard input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from engine.process import EngineStart
+from server.settings import Settings
+from server.supervise.child import Program, Timeout
+from server.supervise.folder import RunFolder
+from server.supervise.sockets import socket_path
+from server.supervise.worker_start import WorkerStart
+
+
+class Programs:
+    """Makes the programs of one server. Each start makes sure first that the private folder is there."""
+
+    def __init__(self, settings: Settings, folder: RunFolder, *, http_fd: int, admin_fd: int) -> None:
+        """`settings` name a model and have the ports that were bound to the two sockets. Raises ConfigError."""
+        self._settings = settings
+        self._folder = folder
+        self._http_fd = http_fd
+        self._admin_fd = admin_fd
+        self._endpoint = f"ipc://{socket_path(folder.path)}"
+
+    def engine(self) -> Program:
+        settings = self._settings
+        line = msgspec.json.encode(
+            EngineStart(
+                config=settings.engine_config(),
+                endpoint=self._endpoint,
+                log_level=settings.log_level,
+                log_format=settings.log_format,
+            )
+        )
+
+        def start() -> bytes:
+            self._folder.restore()
+            return line
+
+        return Program("engine 0", "engine.process", start, Timeout("stall_timeout_s", settings.stall_timeout_s))
+
+    def worker(self, index: int, others_serve: Callable[[], bool]) -> Program:
+        """`others_serve` says, at each start, whether another worker serves clients already."""
+
+        def start() -> bytes:
+            self._folder.restore()
+            line = WorkerStart(
+                settings=self._settings.model_dump_json(),
+                endpoint=self._endpoint,
+                http_fd=self._http_fd,
+                admin_fd=self._admin_fd,
+                index=index,
+                listen_at_once=not others_serve(),
+            )
+            return msgspec.json.encode(line)
+
+        stall = Timeout("worker_stall_timeout_s", self._settings.worker_stall_timeout_s)
+        return Program(f"api {index}", "server.supervise.worker", start, stall, fds=(self._http_fd, self._admin_fd))

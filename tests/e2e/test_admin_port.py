@@ -1,0 +1,85 @@
+"""The admin port of a whole `tidegate serve`."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+
+import httpx
+import pytest
+
+from tests.support.children import ServerChild, wait_until
+
+BODY = {"prompt_token_ids": [5, 6, 7], "max_tokens": 5, "ignore_eos": True}
+
+
+@pytest.fixture
+def server():
+    with ServerChild(api_workers=2) as child:
+        yield child
+
+
+def admin_url(server):
+    return f"http://127.0.0.1:{server.admin_port}"
+
+
+def listening_addresses(server):
+    with open("/proc/net/tcp") as table:
+        rows = [line.split() for line in table][1:]
+    listening = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return {(address, int(port, 16)) for address, port in listening}
+
+
+def started_requests(server):
+    lines = httpx.get(admin_url(server) + "/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("tidegate_requests_started_total"))
+
+
+def test_one_admin_port_serves_for_all_workers_and_on_the_loopback_address_alone(server):
+    with httpx.Client(base_url=admin_url(server)) as admin:
+        for probe in ("live", "ready", "startup"):
+            assert admin.get(f"/health/{probe}").status_code == 200
+        assert admin.get("/version").json() == httpx.get(server.url + "/version").json()
+        assert admin.post("/v1/generate", json=BODY).status_code == 404
+        assert "/v1/generate" not in admin.get("/openapi.json").json()["paths"]
+    for _ in range(6):
+        assert httpx.post(server.url + "/v1/generate", json=BODY).status_code == 200
+    assert started_requests(server) == 6
+    assert ("0100007F", server.admin_port) in listening_addresses(server)
+    assert ("00000000", server.admin_port) not in listening_addresses(server)
+
+
+async def test_the_admin_port_answers_while_the_server_drains():
+    with ServerChild(fake_step_ms=20, drain_timeout_s=30) as server:
+        async with http_and_admin(server) as (client, admin), stream_of(client) as lines:
+            assert (await anext(lines)).startswith("data: ")
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(wait_until, lambda: refused(server.port), "the HTTP port is closed")
+            ready = await admin.get("/health/ready")
+            assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+            assert (await admin.get("/health/live")).status_code == 200
+            assert 'tidegate_requests_running{transport="http"} 1.0' in (await admin.get("/metrics")).text
+            assert [line async for line in lines if line][-1] == "data: [DONE]"
+        assert await asyncio.to_thread(server.process.wait, 10) == 0
+        assert refused(server.admin_port)
+
+
+@contextlib.asynccontextmanager
+async def http_and_admin(server):
+    async with httpx.AsyncClient(base_url=server.url) as client, httpx.AsyncClient(base_url=admin_url(server)) as admin:
+        yield client, admin
+
+
+@contextlib.asynccontextmanager
+async def stream_of(client):
+    body = {**BODY, "max_tokens": 400, "stream": True}
+    async with client.stream("POST", "/v1/generate", json=body, timeout=60) as response:
+        yield response.aiter_lines()
+
+
+def refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except ConnectionRefusedError:
+        return True
+    return False

@@ -1,0 +1,124 @@
+"""The size of the KV cache: what the device cannot hold is refused by the name of the setting, and what fits is used."""
+
+from __future__ import annotations
+
+import graph_stand_in
+import pytest
+import tiny
+import torch
+
+from engine.backends.torch import load
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
+from engine.device.build import build, free_beside_steps
+from engine.device.graphs import StepGraphs
+from engine.errors import ConfigError
+from engine.models.families import read_spec
+
+BLOCK = 4
+FREE = 1 << 30  # bytes of the simulated device
+BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, dim, float32
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Keep the runner from changing the number of torch's threads, which this folder's conftest sets."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def config(tmp_path):
+    folder = tiny.write(tmp_path, tiny.LLAMA)
+
+    def make(**cache):
+        return EngineConfig(model=str(folder), device="cpu", cache=CacheConfig(block_size=BLOCK, **cache))
+
+    return make
+
+
+@pytest.mark.parametrize("num_blocks", [10**12, 10**14, 10**15, 10**19, 10**30])
+def test_more_blocks_than_the_device_holds_are_refused_by_name(config, num_blocks):
+    with pytest.raises(
+        ConfigError, match=rf"^cache\.num_blocks is too large: a KV cache of {num_blocks} blocks takes .* GiB"
+    ) as refused:
+        build(config(num_blocks=num_blocks))
+    assert refused.value.param == "cache.num_blocks"
+
+
+def test_more_host_bytes_than_there_are_are_refused_by_name(config, monkeypatch):
+    monkeypatch.setattr("engine.device.build.MAX_BLOCKS", 10**30)
+    with pytest.raises(ConfigError, match=r"^cache\.host_bytes is too large") as refused:
+        build(config(host_bytes=10**18))
+    assert refused.value.param == "cache.host_bytes"
+
+
+def test_host_bytes_below_one_block_are_refused_by_name(config):
+    with pytest.raises(
+        ConfigError, match=rf"cache\.host_bytes leaves {BLOCK_BYTES - 1} bytes .* one block takes {BLOCK_BYTES}: raise it"
+    ):
+        build(config(host_bytes=BLOCK_BYTES - 1))
+
+
+@pytest.mark.parametrize(("host_bytes", "expected"), [(BLOCK_BYTES, 1), (10 * BLOCK_BYTES + 5, 10)])
+def test_the_cache_has_as_many_blocks_as_fit_into_host_bytes(config, host_bytes, expected):
+    built = build(config(host_bytes=host_bytes))
+    assert built.runner.num_blocks == built.config.cache.num_blocks == expected
+    assert built.config.max_model_len == expected * BLOCK
+
+
+class Probe:
+    """A MemoryProbe that runs the trial steps and reports the figures that it was given."""
+
+    def __init__(self, *, free: int, peaks: list[int]) -> None:
+        self._free = free
+        self.peaks = peaks
+
+    def free(self) -> int:
+        return self._free
+
+    def peak(self, run) -> int:
+        run()
+        return self.peaks.pop(0)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize(("max_len", "expected"), [(500, FREE - 40 - 7), (30, FREE - 40)], ids=["long contexts", "short"])
+def test_the_largest_steps_run_before_the_cache_is_sized(name, max_len, expected, tmp_path):
+    scheduler = SchedulerConfig(max_num_seqs=5, max_step_tokens=64)
+    config = EngineConfig(
+        model=str(tiny.write(tmp_path, tiny.CONFIGS[name])), device="cpu", scheduler=scheduler, max_model_len=max_len
+    )
+    spec = read_spec(config.model)
+    config = resolve(config, spec.limits(), has_cuda=False)
+    probe = Probe(free=FREE, peaks=[20, 40, 30, 7])
+    assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == expected
+    assert probe.peaks == ([] if max_len > 64 else [7])
+
+
+def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
+    """A small device must not run out of memory in a trial for a context that its cache will not hold."""
+    scheduler, cache = SchedulerConfig(max_num_seqs=5, max_step_tokens=64), CacheConfig(block_size=BLOCK)
+    config = EngineConfig(model=str(tiny.write(tmp_path, tiny.LLAMA)), device="cpu", scheduler=scheduler, cache=cache)
+    spec = read_spec(config.model)
+    config = resolve(config, spec.limits(), has_cuda=False)
+    for blocks, num_trials in ((16, 3), (17, 4)):  # of the longest context: what one step holds, and more
+        probe = Probe(free=blocks * BLOCK_BYTES, peaks=[1, 1, 1, 1])
+        free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe)
+        assert len(probe.peaks) == 4 - num_trials
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter only")
+def test_the_largest_graph_is_captured_before_the_cache_is_sized_and_first_of_all(tmp_path, monkeypatch):
+    graph_stand_in.install(monkeypatch)
+    captured = []
+    capture = StepGraphs._capture_key
+    monkeypatch.setattr(StepGraphs, "_capture_key", lambda self, key: captured.append(key) or capture(self, key))
+    scheduler = SchedulerConfig(max_num_seqs=3, max_step_tokens=64)
+    folder = tiny.write(tmp_path, tiny.LLAMA | {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1})
+    config = EngineConfig(
+        model=str(folder), device="cpu", scheduler=scheduler, cache=CacheConfig(block_size=16), max_model_len=64
+    )
+    spec = read_spec(folder)
+    config = resolve(config, spec.limits(), has_cuda=False)
+    probe = Probe(free=FREE, peaks=[20, 40, 30])
+    assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == FREE - 40
+    assert captured == [(48, 4), (3, 0), (1, 0), (2, 0), (32, 4)]

@@ -1,0 +1,63 @@
+"""A scheduler without a runner: tests make the results of its steps by hand."""
+
+from __future__ import annotations
+
+from engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from engine.plan import StepPlan, StepResult
+from engine.request import Request, SamplingParams, TokenEvent
+from engine.scheduler.scheduler import Scheduler
+
+
+class Rig:
+    """A scheduler whose clock shows `now`. All rows of a step sample the same token."""
+
+    def __init__(
+        self, *, blocks=100, block_size=4, rows=8, budget=64, max_queue=100, max_skips=2, prefix_caching=True, max_model_len=1000
+    ):
+        self.now = 0.0
+        self.max_model_len = max_model_len
+        self.scheduler = Scheduler(
+            EngineConfig(
+                model="none",
+                cache=CacheConfig(block_size=block_size, prefix_caching=prefix_caching),
+                scheduler=SchedulerConfig(max_num_seqs=rows, max_step_tokens=budget, max_queue=max_queue, max_skips=max_skips),
+            ),
+            blocks,
+            clock=lambda: self.now,
+        )
+
+    def add(self, name: str, prompt: int | list[int], *, priority=0, fork_of=None, salt="", outputs=(), **params) -> Request:
+        """Add a request. A number as `prompt` means that many tokens, which no other request has."""
+        tokens = [sum(map(ord, name)) * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
+        request = Request(
+            name,
+            tokens + list(outputs),
+            SamplingParams(**{"max_tokens": 50} | params),
+            num_prompt=len(tokens),
+            seed=0,
+            eos_token_ids=(2,),
+            max_model_len=self.max_model_len,
+            priority=priority,
+            arrival=self.now,
+            fork_of=fork_of,
+            salt=salt,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def schedule(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        assert plan is not None
+        return plan
+
+    def commit(self, plan: StepPlan, token: int = 7, **result) -> dict[str, TokenEvent]:
+        events = self.scheduler.commit(plan, StepResult(plan.step, [token] * len(plan.samples), **result))
+        self.scheduler.check()
+        return {event.request_id: event for event in events}
+
+    def step(self, token: int = 7, **result) -> dict[str, TokenEvent]:
+        return self.commit(self.schedule(), token, **result)
+
+
+def slices(plan: StepPlan) -> list[tuple[int, int, int]]:
+    return list(zip(plan.rows, plan.starts, plan.nums, strict=True))

@@ -1,0 +1,159 @@
+"""From a request's text, messages and identity to what the engine gets."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from engine.errors import (
+    Aborted,
+    ContextTooLong,
+    InvalidRequest,
+    RequestTimeout,
+)
+from engine.messages import unpack_tokens
+from server.metrics.registry import Metrics
+from server.service import text_work
+from server.service.service import GenerateService
+from server.service.types import Identity
+from server.text.tokenizer import Tokenizer
+from tests.support.local_engine import until
+from tests.support.tiny_checkpoint import tiny_tokenizer
+from tests.unit.server.service.calls import SETTINGS, TEXT, counts, outputs_of, request
+
+
+async def test_text_is_tokenised_with_and_without_special_tokens(service, engine):
+    await outputs_of(service, request("Hello", id="a"))
+    ids = await service.tokenize("Hello")
+    assert (
+        list(unpack_tokens(engine.submitted[0].prompt)) == ids == [0, *await service.tokenize("Hello", add_special_tokens=False)]
+    )
+    assert await service.detokenize(ids) == "Hello"
+
+
+LONG_TEXT = "tide " * 40
+
+
+@pytest.fixture
+def held_tokenizer(monkeypatch):
+    """Texts of more than 100 characters wait in their thread until `release` is set. `entered` is set when one is there."""
+    held = SimpleNamespace(entered=threading.Event(), release=threading.Event())
+    monkeypatch.setattr(text_work, "INLINE_CHARS", 100)
+
+    def encode(self, piece):
+        if len(piece) > 100:
+            held.entered.set()
+            assert held.release.wait(30)
+        return encode_now(self, piece)
+
+    encode_now = Tokenizer._encode_piece
+    monkeypatch.setattr(Tokenizer, "_encode_piece", encode)
+    yield held
+    held.release.set()
+
+
+async def test_the_deadline_includes_the_time_of_tokenising(service, engine, held_tokenizer):
+    with pytest.raises(RequestTimeout):
+        await outputs_of(service, request(LONG_TEXT, deadline_s=0.02))
+    assert not held_tokenizer.release.is_set()  # it did not wait for the tokenizer
+    assert not engine.submitted
+    assert counts(service)["failed"] == 1
+
+
+async def test_a_call_that_is_being_tokenised_can_be_aborted(service, engine, held_tokenizer):
+    task = asyncio.create_task(outputs_of(service, request(LONG_TEXT)))
+    await until(held_tokenizer.entered.is_set)
+    assert service.abort("r")
+    with pytest.raises(Aborted):
+        await task
+    assert not engine.submitted
+    assert counts(service) == {"started": 1, "finished": 0, "aborted": 1, "failed": 0, "running": 0}
+
+
+async def test_other_calls_run_while_a_long_text_is_tokenised(service, held_tokenizer):
+    long = asyncio.create_task(outputs_of(service, request(LONG_TEXT, id="long", max_tokens=1)))
+    await until(held_tokenizer.entered.is_set)
+    [(tokens, _, _)], _ = await outputs_of(service, request("Hello", id="short", max_tokens=20))
+    assert len(tokens) == 20
+    assert not long.done()
+    long.cancel()
+
+
+@pytest.mark.parametrize("prompt", ["a " * 2_000_000, "a" * 3_000_000, "tide gate, " * 1000, [5] * 512, [5] * 600])
+async def test_a_prompt_that_cannot_fit_is_refused(service, engine, prompt):
+    with pytest.raises(ContextTooLong, match="maximum context length is 512") as caught:
+        await outputs_of(service, request(prompt))
+    assert caught.value.param == "prompt"
+    as_prompt = service.tokenize if isinstance(prompt, str) else service.detokenize
+    with pytest.raises(ContextTooLong):
+        await as_prompt(prompt, as_prompt=True)
+    assert not engine.submitted
+
+
+async def test_a_chat_that_cannot_fit_is_refused(service):
+    with pytest.raises(ContextTooLong) as caught:
+        await service.chat_tokens([{"role": "user", "content": "tide " * 100_000}])
+    assert caught.value.param == "messages"
+
+
+async def test_a_prompt_that_just_fits_is_accepted(service, engine):
+    await outputs_of(service, request("a" + " a" * 509, max_tokens=1))
+    assert engine.submitted[0].num_prompt == 511
+    with pytest.raises(ContextTooLong):
+        await outputs_of(service, request("a" + " a" * 510, max_tokens=1))
+
+
+async def test_a_long_text_can_be_tokenised_and_come_back(service):
+    text = "The tide gate lets the water through. " * 3000
+    ids = await service.tokenize(text)
+    assert ids == TEXT._tokenizer.encode(text).ids
+    assert await service.detokenize(ids) == text
+    with pytest.raises(InvalidRequest, match="tokens has token id 512"):
+        await service.detokenize([*ids, 512])
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "priority", "submitted"), [(-1000, -1000, -1000), (-1000, 7, 7), (0, -5, 0), (0, 5, 5), (3, -1000, 3)]
+)
+async def test_an_identity_bounds_the_priority(service, engine, ceiling, priority, submitted):
+    sent = msgspec.structs.replace(request(n=2), priority=priority)
+    await outputs_of(service, sent, Identity(priority_ceiling=ceiling))
+    assert [submit.priority for submit in engine.submitted] == [submitted, submitted]
+
+
+@pytest.mark.parametrize("priority", [-1001, 1001])
+async def test_a_priority_out_of_range_is_refused_also_under_a_ceiling(service, priority):
+    with pytest.raises(InvalidRequest, match="must lie between -1000 and 1000") as caught:
+        await outputs_of(service, msgspec.structs.replace(request(), priority=priority), Identity(priority_ceiling=5))
+    assert caught.value.param == "priority"
+
+
+async def test_identities_with_different_salts_do_not_share_a_prefix(service, engine):
+    prompt, cached = list(range(2, 66)), []
+    for i, salt in enumerate(["", "a", "a", "b", ""]):
+        _, ending = await outputs_of(service, request(prompt, id=f"r{i}", n=2), Identity(salt=salt))
+        cached.append(ending.usage.cached_tokens)
+    assert cached == [0, 0, 48, 0, 48]
+    assert [submit.salt for submit in engine.submitted] == ["", "", "a", "a", "a", "a", "b", "b", "", ""]
+
+
+async def test_chat_messages_become_the_prompt_of_the_template(service, monkeypatch):
+    monkeypatch.setattr(text_work, "INLINE_CHARS", 100)
+    tokens = await service.chat_tokens([{"role": "user", "content": "Hi"}])
+    assert tokens[:1] == [0]
+    assert TEXT.decode(tokens) == "Hi"
+    long = await service.chat_tokens([{"role": "user", "content": "Hi " * 150}])
+    assert TEXT.decode(long) == "Hi " * 150
+    with pytest.raises(InvalidRequest, match="roles"):
+        await service.chat_tokens([{"role": "tool", "content": "Hi"}])
+    with pytest.raises(InvalidRequest) as caught:
+        await service.chat_tokens([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}])
+    assert caught.value.param == "messages[0]"
+
+
+async def test_a_model_without_a_chat_template_says_so(engine):
+    service = GenerateService(engine, Tokenizer(tiny_tokenizer()), SETTINGS, Metrics("tiny", lambda: engine.health))
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        await service.chat_tokens([{"role": "user", "content": "Hi"}])

@@ -1,0 +1,109 @@
+"""RunFolder: locks, abandoned folders, and deletion."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from engine.errors import ConfigError
+from server.supervise.folder import PREFIX, RunFolder, remove_abandoned
+from tests.support.children import ROOT
+
+OWNER = """
+import sys, tempfile
+from server.supervise.folder import RunFolder
+print(RunFolder.make().path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def owner_process(folder):
+    """A process with a run folder in `folder`, and that run folder's path."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, process.stdout.readline().strip()
+
+
+def test_a_folder_is_private_and_is_removed_whole(temporary):
+    folder = RunFolder.make()
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    assert folder.metrics.is_dir()
+    (folder.metrics / "file").write_text("x")
+    folder.remove()
+    assert os.listdir(temporary) == []
+
+
+def test_a_start_removes_the_folders_of_killed_servers_alone(temporary):
+    killed, its_folder = owner_process(temporary)
+    alive, living_folder = owner_process(temporary)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (temporary / "tidegate-triton-0").mkdir()
+    (temporary / "another").mkdir()
+    (temporary / (PREFIX + "link")).symlink_to(temporary / "another")
+    (temporary / (PREFIX + "file")).touch()
+    try:
+        mine = RunFolder.make()
+        remove_abandoned(temporary)  # as a second server's start does
+        left = {str(temporary / name) for name in os.listdir(temporary)}
+        others = {str(temporary / name) for name in ("tidegate-triton-0", "another", PREFIX + "link", PREFIX + "file")}
+        assert left == {str(mine.path), living_folder, *others}
+        assert its_folder not in left
+        mine.remove()
+    finally:
+        for process in (killed, alive):
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("victim", ["", "metrics"], ids=["the folder", "the metrics in it"])
+def test_what_was_deleted_is_made_again_and_still_locked(temporary, victim):
+    folder = RunFolder.make()
+    assert not folder.restore()
+    shutil.rmtree(folder.path / victim)
+    assert folder.restore()
+    assert folder.metrics.is_dir()
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    remove_abandoned(temporary)
+    assert folder.path.exists()
+    assert not folder.restore()
+    folder.remove()
+    assert os.listdir(temporary) == []
+
+
+def test_a_path_that_became_something_else_is_not_used(temporary):
+    folder = RunFolder.make()
+    folder.path.rename(temporary / "moved")
+    (temporary / "elsewhere").mkdir()
+    folder.path.symlink_to(temporary / "elsewhere")
+    with pytest.raises(OSError, match="is now something else"):
+        folder.restore()
+    folder.remove()
+    assert folder.path.is_symlink()
+    assert os.listdir(temporary / "elsewhere") == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_no_usable_temporary_folder_is_a_bad_setting(temporary, monkeypatch, kind):
+    path = temporary / "there"
+    if kind == "file":
+        path.touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        RunFolder.make()

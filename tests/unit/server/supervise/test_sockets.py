@@ -1,0 +1,47 @@
+"""The ports that the supervisor binds, and the errors that name a setting whose port cannot be bound."""
+
+import socket
+
+import pytest
+
+from engine.errors import ConfigError
+from server.settings import Settings
+from server.supervise.sockets import bind_admin, bind_http
+
+PORTS = [(bind_http, "host", "port"), (bind_admin, "admin_host", "admin_port")]
+
+
+@pytest.fixture(params=PORTS, ids=["http", "admin"])
+def kind(request):
+    return request.param
+
+
+def test_port_0_binds_a_free_port_on_the_address_of_the_setting(kind):
+    bind, host, port = kind
+    with bind(Settings(**{host: "127.0.0.1", port: 0})) as bound:
+        address, number = bound.getsockname()
+        assert address == "127.0.0.1"
+        assert number > 0
+
+
+def test_a_port_that_another_program_has_is_refused_by_name(kind):
+    bind, host, port = kind
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"^{port} is {taken}, which cannot be bound on 127\.0\.0\.1: ") as caught:
+            bind(Settings(**{host: "127.0.0.1", port: taken}))
+        assert caught.value.param == port
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "not an address"])
+def test_an_address_that_this_machine_does_not_have_is_refused_by_name(kind, address):
+    bind, host, port = kind
+    with pytest.raises(ConfigError) as caught:
+        bind(Settings(**{host: address, port: 0}))
+    assert caught.value.param in (host, port)
+    assert address in caught.value.message
+
+
+def test_the_admin_port_is_on_the_loopback_address_by_default():
+    assert Settings().admin_host == "127.0.0.1"
+    assert Settings(host="0.0.0.0").admin_host == "127.0.0.1"
