@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,13 @@ class PoolSpec:
 def block_bytes(pools: Iterable[Sequence[PoolSpec]], block_size: int) -> int:
     """Return the bytes of one KV block, summed over all layers and pools."""
     return block_size * sum(math.prod(pool.shape) * pool.dtype.itemsize for layer in pools for pool in layer)
+
+
+class WarmupChunk(NamedTuple):
+    """A kind of prefill chunk that is slow the first time: `num` tokens, behind a context of `cached` tokens."""
+
+    num: int
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

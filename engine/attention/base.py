@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from engine.batch import ForwardBatch, LayerPools
+from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 
 
 class GqaStep(Protocol):
@@ -59,11 +59,11 @@ class PagedAttention(Protocol[StepT_co]):
         """Compute what the layers of this step share. Raises InternalError for a captured batch that cannot be served."""
         ...
 
-    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        """Prompt lengths, in tokens, that are worth a warm-up: one for each kind of whole prompt that is slow the first time.
+    def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
+        """Prefill chunks that are worth a warm-up: one of each kind that is slow the first time.
 
-        A library may plan a kernel when it first sees a length. `most` is the longest prompt of a step, `dtype` that of the
-        queries.
+        A library may plan a kernel when it first sees a length. `max_tokens` is the longest chunk of a step, `max_len` the
+        longest context, and `dtype` the type of the queries.
         """
         ...
 

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.attention import cudnn, long_prompts
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, WarmupChunk
 from engine.kernels.merge_parts import Part, merge_parts
 
 SEGMENTS = (32768, 8192, 2048)  # keys; each divides the one before
@@ -63,6 +63,39 @@ def find_long(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> 
     return LongChunks(long_prompts.find_prompts(batch, dtype), find(batch, dtype, dim, v_dim))
 
 
+def warmup_chunks(max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
+    """Chunks that together need every plan of cuDNN's for chunks of up to `max_tokens` tokens and contexts of up to `max_len`.
+
+    Candidates are chunks of each number of padded rows, behind one segment of each size at once or behind a single segment, with
+    each padded rest. A candidate is taken if it needs a plan that no candidate before it needs.
+    """
+    if dtype not in cudnn.DTYPES:
+        return []
+    longest = min(max_tokens, MAX_CHUNK)
+    rows = [min(num, longest) for num in range(MIN_CHUNK, longest + QUERY_STEP, QUERY_STEP) if longest >= MIN_CHUNK]
+    rests = [min(rest, SEGMENTS[-1] - 1) for rest in range(0, SEGMENTS[-1] + CAUSAL_STEP, CAUSAL_STEP)]
+    contexts = [whole + rest for whole in (sum(SEGMENTS), *SEGMENTS) for rest in rests]
+    planned: set[tuple[int, int]] = set()
+    chunks = []
+    for num, cached in itertools.product(rows, contexts):
+        plans = _plans(num, cached)
+        if num + cached <= max_len and num * cached >= MIN_PRODUCTS and not plans <= planned:
+            planned |= plans
+            chunks.append(WarmupChunk(num, cached))
+    return chunks
+
+
+def _plans(num: int, cached: int) -> set[tuple[int, int]]:
+    """The plans that `attend` needs, as (query rows, keys); keys are 0 for the causal call, which has as many keys as rows."""
+    whole = cached - cached % SEGMENTS[-1]
+    rows, causal = _padded(num, QUERY_STEP), _padded(num + cached - whole, CAUSAL_STEP)
+    return {(causal, 0), *((rows, len(segment)) for segment in cut(whole))}
+
+
+def _padded(num: int, step: int) -> int:
+    return num + -num % step
+
+
 def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> list[CachedChunk]:
     """The chunks of a step that are attended to here. There are none on a CPU or where cuDNN has no kernel."""
     block_size = next(iter(batch.kv[0].values())).shape[1]
@@ -81,11 +114,11 @@ def _is_long(chunk: CachedChunk, least_products: int) -> bool:
 
 
 def _divide(chunk: CachedChunk) -> list[CachedChunk]:
-    """Pieces of at most MAX_CHUNK tokens. The pool holds the earlier pieces too, so each piece has them as its context."""
-    return [
-        CachedChunk(chunk.query, chunk.tokens[start : start + MAX_CHUNK], chunk.cached + start)
-        for start in range(0, len(chunk.tokens), MAX_CHUNK)
-    ]
+    """Pieces of similar length, of at most MAX_CHUNK tokens. The pool holds the earlier pieces too: they are part of the context
+    of a later piece."""
+    num = len(chunk.tokens)
+    size = _padded(-(-num // -(-num // MAX_CHUNK)), QUERY_STEP)
+    return [CachedChunk(chunk.query, chunk.tokens[start : start + size], chunk.cached + start) for start in range(0, num, size)]
 
 
 def attend(q: torch.Tensor, cached: int, gather: Gather, scale: float, out: torch.Tensor) -> None:
@@ -96,7 +129,7 @@ def attend(q: torch.Tensor, cached: int, gather: Gather, scale: float, out: torc
     """
     whole = cached - cached % SEGMENTS[-1]
     total = _causal(q, cached - whole, gather(whole, cached + q.shape[0]), scale)
-    padded = F.pad(q, (0, 0, 0, 0, 0, -q.shape[0] % QUERY_STEP))
+    padded = F.pad(q, (0, 0, 0, 0, 0, _padded(q.shape[0], QUERY_STEP) - q.shape[0]))
     segments = cut(whole)
     for segment in segments:
         part = cudnn.attend_part(padded, *gather(segment.start, segment.stop), scale, causal=False)

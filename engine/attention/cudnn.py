@@ -11,12 +11,13 @@ import torch
 from engine.kernels.merge_parts import Part
 
 MAX_HEAD = 128  # numbers of a head, for which every cuDNN version that torch 2.11 or later ships has a Hopper kernel
+DTYPES = (torch.bfloat16, torch.float16)
 LATENT_HEADS = (192, 128)  # DeepSeek's sizes of a query head and of a value head, for which there is a kernel too
 
 
 def takes(dtype: torch.dtype, dim: int, v_dim: int) -> bool:
     """Whether cuDNN has a kernel for query heads [dim] and value heads [v_dim] of this type."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return False
     return (dim == v_dim and dim <= MAX_HEAD and dim % 8 == 0) or (dim, v_dim) == LATENT_HEADS
 

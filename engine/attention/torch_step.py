@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from engine.attention.in_pool import InPool, plan
 from engine.attention.single_rows import decode_rows, is_finite
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, WarmupChunk
 from engine.errors import InternalError
 
 GROUP_NUMBERS = 1 << 20  # most numbers of gathered K (or V) of a group of decodes: what a CPU core's cache holds
@@ -68,7 +68,7 @@ class TorchPaged:
     graphable = False
     graph_tokens = 0
 
-    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
+    def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
         return []
 
 

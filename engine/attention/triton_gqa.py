@@ -16,7 +16,7 @@ import torch
 from engine.attention import cached_context, long_prompts
 from engine.attention.cached_context import LongChunks
 from engine.attention.upload import upload
-from engine.batch import ForwardBatch, LayerPools
+from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import paged_prefill, tile_tokens
 from engine.kernels.query_tiles import cut_tiles, map_tiles
@@ -38,8 +38,9 @@ class TritonGqa:
     def prepare(self, batch: ForwardBatch) -> TritonGqaStep:
         return TritonGqaStep(batch, self._num_processors)
 
-    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        return long_prompts.warmup_lengths(most, dtype)
+    def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
+        whole = [WarmupChunk(num) for num in long_prompts.warmup_lengths(max_tokens, dtype)]
+        return whole + cached_context.warmup_chunks(max_tokens, max_len, dtype)
 
 
 class TritonGqaStep:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from engine.attention import cached_context, long_prompts
 from engine.attention.cached_context import LongChunks
 from engine.attention.latent_chunks import LatentGroup, plan_groups
-from engine.batch import ForwardBatch, LayerPools
+from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.latent_products import absorb, absorb_few, build_keys, expand, merge_expand
 from engine.kernels.mla_decode import decode_splits, is_alone, merge, mla_decode
 from engine.kernels.mla_mixed import mla_mixed, tile_tokens
@@ -37,8 +37,9 @@ class TritonMla:
     def prepare(self, batch: ForwardBatch) -> TritonMlaStep:
         return TritonMlaStep(batch, self._num_processors)
 
-    def prompt_lengths(self, most: int, dtype: torch.dtype) -> list[int]:
-        return long_prompts.warmup_lengths(most, dtype)
+    def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
+        whole = [WarmupChunk(num) for num in long_prompts.warmup_lengths(max_tokens, dtype)]
+        return whole + cached_context.warmup_chunks(max_tokens, max_len, dtype)
 
 
 class TritonMlaStep:

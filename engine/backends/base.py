@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from engine.batch import ForwardBatch, PoolSpec
+from engine.batch import ForwardBatch, PoolSpec, WarmupChunk
 
 
 class Backend(Protocol):
@@ -21,9 +21,11 @@ class Backend(Protocol):
         captured. Such a step is a batch `by_length`."""
         ...
 
-    def prompt_lengths(self, most: int) -> list[int]:
-        """Lengths of whole prompts, up to `most` tokens, to run as a warm-up: one of each kind of length whose first prompt takes
-        longer than later ones. Empty if no kind does."""
+    def warmup_chunks(self, max_tokens: int, max_len: int) -> list[WarmupChunk]:
+        """Prefill chunks to run as a warm-up: one of each kind whose first chunk takes longer than later ones.
+
+        `max_tokens` is the longest chunk of a step, and `max_len` the longest context. Empty if there is no such kind.
+        """
         ...
 
     def kv_pools(self) -> list[list[PoolSpec]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.attention import select
-from engine.batch import ForwardBatch, PoolSpec
+from engine.batch import ForwardBatch, PoolSpec, WarmupChunk
 from engine.config import EngineConfig
 from engine.models import registry
 from engine.models.spec import ModelSpec
@@ -25,8 +25,8 @@ class TorchBackend:
     def graph_tokens(self) -> int:
         return self._model.graph_tokens
 
-    def prompt_lengths(self, most: int) -> list[int]:
-        return self._model.attention.prompt_lengths(most, self._model.dtype)
+    def warmup_chunks(self, max_tokens: int, max_len: int) -> list[WarmupChunk]:
+        return self._model.attention.warmup_chunks(max_tokens, max_len, self._model.dtype)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
         return self._model.kv_pools()

@@ -68,6 +68,7 @@ class TorchRunner:
             scratch_block=storage.scratch_block,
             block_size=block_size,
             max_tokens=min(config.scheduler.max_step_tokens or 1, max_len),
+            max_len=max_len,
             device=device,
         )
 

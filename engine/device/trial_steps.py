@@ -11,6 +11,9 @@ from engine.plan import AdmittedRow, StepPlan
 from engine.request import BOUNDS, SamplingParams
 
 CONTEXT_TOKENS = 1 << 17  # see `long_contexts`
+# Context before the longest chunk. Attention reads a context in segments of up to 32,768 tokens (`attention/cached_context.py`), so a
+# longer one takes no more memory.
+CHUNK_CONTEXT = 1 << 16
 SMALL_GRAPHS = 4  # small graphs that are captured to measure the memory of another graph
 NUM_TOP = int(BOUNDS["logprobs"].high)
 ALL_OPTIONS = SamplingParams(
@@ -37,8 +40,9 @@ class TrialLimits:
         self.block_size = block_size
 
     def steps(self) -> list[StepPlan]:
-        """Three steps without a graph, one of which takes the most memory of all such steps."""
-        return [self._all_rows(), self._one_prompt(), self._padded_prompts()]
+        """Steps without a graph, one of which takes the most memory of all such steps."""
+        steps = [self._all_rows(), self._one_prompt(), self._padded_prompts()]
+        return steps if self.max_len <= self.max_tokens else [*steps, self._one_chunk()]
 
     def long_contexts(self) -> StepPlan | None:
         """A step of chunks of one or two tokens at the end of the longest contexts; None if one step holds the longest context.
@@ -63,6 +67,11 @@ class TrialLimits:
         longest = min(self.max_tokens, self.max_len)
         num = longest - 1 if longest > 1 and longest % LENGTH_STEP == 0 else longest
         return self._plan(1, start=0, num=num, params=PROMPT_LOGPROBS)
+
+    def _one_chunk(self) -> StepPlan:
+        """A step of one chunk that is as long as a step allows, behind a long context."""
+        start = min(self.max_len - self.max_tokens, CHUNK_CONTEXT)
+        return self._plan(1, start=start, num=self.max_tokens, params=PROMPT_LOGPROBS)
 
     def _padded_prompts(self) -> StepPlan:
         """A step of as many prompts as it holds, of the length that attention pads most (by half of the length)."""

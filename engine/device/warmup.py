@@ -1,6 +1,6 @@
-"""Warm-up of long prompts: the first prompt of a kind takes longer, so an idle engine runs one of each kind beforehand.
+"""Warm-up of long prefill chunks: the first chunk of a kind takes longer, so an idle engine runs one of each kind beforehand.
 
-A library plans attention for each prompt length, and loads its code for the first plan (docs/gpu.md).
+A library plans attention for each length of a chunk and of its context, and loads its code for the first plan (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 
 from engine.backends.base import Backend
-from engine.batch import ForwardBatch, LayerPools
+from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 
 
 class PromptWarmup:
-    """Runs one warm-up prompt at a time, each as a step of its own without a graph. Their KV goes to the scratch block."""
+    """Runs one warm-up chunk at a time, each as a step of its own without a graph.
+
+    A chunk's KV goes to the scratch block, which also stands for all blocks of its context.
+    """
 
     def __init__(
         self,
@@ -22,39 +25,40 @@ class PromptWarmup:
         scratch_block: int,
         block_size: int,
         max_tokens: int,
+        max_len: int,
         device: torch.device,
     ) -> None:
-        """`max_tokens` is the longest prompt that one step may hold."""
+        """`max_tokens` is the longest chunk that one step may hold, and `max_len` the longest context, both in tokens."""
         self._backend = backend
         self._kv = kv
         self._scratch_block = scratch_block
         self._block_size = block_size
         self._device = device
-        self._lengths = backend.prompt_lengths(max_tokens)
+        self._chunks = backend.warmup_chunks(max_tokens, max_len)
 
     def run_next(self) -> bool:
-        """Run the next prompt and wait for it, so that a request that arrives meanwhile waits for one prompt at most. Returns
+        """Run the next chunk and wait for it, so that a request that arrives meanwhile waits for one chunk at most. Returns
         False, and runs nothing, if none is left."""
-        if not self._lengths:
+        if not self._chunks:
             return False
-        self._backend.forward(self._batch(self._lengths.pop(0)))
+        self._backend.forward(self._batch(self._chunks.pop(0)))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return True
 
-    def _batch(self, length: int) -> ForwardBatch:
-        scratch, device = self._scratch_block, self._device
-        positions = torch.arange(length, device=device)
+    def _batch(self, chunk: WarmupChunk) -> ForwardBatch:
+        scratch, device, length = self._scratch_block, self._device, chunk.cached + chunk.num
+        positions = torch.arange(chunk.cached, length, device=device)
         tables = torch.full((1, -(-length // self._block_size)), scratch, dtype=torch.int32, device=device)
         return ForwardBatch(
-            token_ids=torch.zeros(length, dtype=torch.int64, device=device),
+            token_ids=torch.zeros(chunk.num, dtype=torch.int64, device=device),
             positions=positions,
             slots=scratch * self._block_size + positions % self._block_size,
-            query_starts=torch.tensor([0, length], dtype=torch.int32, device=device),
+            query_starts=torch.tensor([0, chunk.num], dtype=torch.int32, device=device),
             kv_lens=torch.tensor([length], dtype=torch.int32, device=device),
             block_tables=tables,
             num_decodes=0,
-            query_lens_host=[length],
+            query_lens_host=[chunk.num],
             kv_lens_host=[length],
             kv=self._kv,
         )

@@ -12,6 +12,7 @@ from engine.attention.long_prompts import LENGTH_STEP, MIN_PROMPT
 from engine.attention.torch_gqa import TorchGqa
 from engine.attention.triton_gqa import TritonGqa
 from engine.backends.torch import load
+from engine.batch import WarmupChunk
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.core import build_core
 from engine.device.warmup import PromptWarmup
@@ -24,33 +25,41 @@ CPU = torch.device("cpu")
 class _Loaded(NamedTuple):
     warmup: PromptWarmup
     storage: KVStorage
-    lengths: list[int]  # of the prompts that have run
+    chunks: list[WarmupChunk]  # those that have run
 
 
 def load_warmup(folder, monkeypatch, *, max_tokens: int) -> _Loaded:
     config = EngineConfig(model=str(tiny.write(folder, tiny.LLAMA)), device="cpu", load_format="dummy")
     spec = read_spec(config.model)
     backend = load(spec, resolve(config, spec.limits(), has_cuda=False), CPU)
-    monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: [n for n in (5, 9, 30) if n <= most])
-    lengths, forward = [], backend.forward
+    kinds = [WarmupChunk(5), WarmupChunk(9), WarmupChunk(4, 20), WarmupChunk(30)]
+    monkeypatch.setattr(
+        TorchGqa,
+        "warmup_chunks",
+        lambda self, tokens, context, dtype: [c for c in kinds if c.num <= tokens and sum(c) <= context],
+    )
+    chunks, forward = [], backend.forward
 
     def counted(batch):
-        lengths.append(batch.token_ids.shape[0])
+        (num,), (length,) = batch.query_lens_host, batch.kv_lens_host
+        assert batch.positions.tolist() == list(range(length - num, length))
+        assert batch.token_ids.shape[0] == num
+        chunks.append(WarmupChunk(num, length - num))
         return forward(batch)
 
     monkeypatch.setattr(backend, "forward", counted)
     storage = KVStorage(backend.kv_pools(), num_blocks=4, block_size=4, device=CPU)
     found = PromptWarmup(
-        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, max_tokens=max_tokens, device=CPU
+        backend, storage.layers, scratch_block=storage.scratch_block, block_size=4, max_tokens=max_tokens, max_len=29, device=CPU
     )
-    return _Loaded(found, storage, lengths)
+    return _Loaded(found, storage, chunks)
 
 
-def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
-    found, storage, lengths = load_warmup(tmp_path, monkeypatch, max_tokens=29)
+def test_each_chunk_that_fits_runs_once(tmp_path, monkeypatch):
+    found, storage, chunks = load_warmup(tmp_path, monkeypatch, max_tokens=29)
     with torch.inference_mode():
-        assert [found.run_next() for _ in range(4)] == [True, True, False, False]
-    assert lengths == [5, 9]
+        assert [found.run_next() for _ in range(5)] == [True, True, True, False, False]
+    assert chunks == [(5, 0), (9, 0), (4, 20)]
     for layer in storage.layers:
         for pool in layer.values():
             assert not pool[: storage.num_blocks].any()  # the blocks of requests are untouched
@@ -59,7 +68,11 @@ def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
 
 def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
+    monkeypatch.setattr(
+        TorchGqa,
+        "warmup_chunks",
+        lambda self, tokens, context, dtype: asked.append((tokens, context)) or [WarmupChunk(5), WarmupChunk(tokens)],
+    )
     folder = tiny.write(tmp_path, tiny.LLAMA)
     for tokens, context in ((40, 60), (60, 40)):
         scheduler, cache = SchedulerConfig(max_num_seqs=8, max_step_tokens=tokens), CacheConfig(num_blocks=64)
@@ -67,15 +80,16 @@ def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow
         core = build_core(msgspec.structs.replace(config, max_model_len=context))
         assert [core.prepare() for _ in range(3)] == [True, True, False]
         core.close()
-    assert asked == [40, 40]  # the smaller of the tokens of a step and of the context
+    # A chunk is bounded by the smaller of the tokens of a step and of the context.
+    assert asked == [(40, 60), (40, 40)]
 
 
 def test_there_is_a_length_of_every_kind_that_cudnn_plans():
     attention = TritonGqa(132)
     for most in (MIN_PROMPT - 1, MIN_PROMPT, MIN_PROMPT + 1, 4000, 8192):
-        lengths = attention.prompt_lengths(most, torch.bfloat16)
+        lengths = [chunk.num for chunk in attention.warmup_chunks(most, most, torch.bfloat16) if not chunk.cached]
         padded, last = [length for length in lengths if length % LENGTH_STEP], -(-most // LENGTH_STEP)
         assert [-(-length // LENGTH_STEP) for length in padded] == list(range(MIN_PROMPT // LENGTH_STEP + 1, last + 1))
         assert all(MIN_PROMPT <= length <= most for length in lengths)
         assert [length for length in lengths if length not in padded] == ([most] if most in (MIN_PROMPT, 8192) else [])
-    assert attention.prompt_lengths(8192, torch.float32) == []
+    assert attention.warmup_chunks(8192, 100_000, torch.float32) == []

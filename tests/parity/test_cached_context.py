@@ -131,6 +131,37 @@ def test_cudnn_equals_its_twin(heads, kv_heads, dim, v_dim, causal):
     torch.testing.assert_close(lse, expected.lse, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("max_tokens", "max_len"), [(64, 700), (24, 700), (64, 100), (12, 40), (7, 700), (64, 20)])
+def test_the_warm_up_makes_every_plan_that_a_chunk_needs(monkeypatch, max_tokens, max_len):
+    """The plans of all chunks and contexts, as (rows, keys, causal), are those of the chunks that are run as a warm-up."""
+    for name, value in (("MIN_CHUNK", 8), ("MAX_CHUNK", 40), ("MIN_CACHED", 16), ("MIN_PRODUCTS", 0), ("CAUSAL_STEP", 4)):
+        monkeypatch.setattr(cached_context, name, value)
+    plans: set[tuple[int, int, bool]] = set()
+
+    def plan(q, k, v, scale, *, causal):
+        plans.add((q.shape[0], k.shape[0], causal))
+        return Part(q, torch.zeros(1, q.shape[0]))
+
+    monkeypatch.setattr(cached_context.cudnn, "attend_part", plan)
+    monkeypatch.setattr(cached_context, "merge_parts", lambda a, b, out: a)
+
+    def run(num: int, cached: int) -> None:
+        for piece in cached_context._divide(cached_context.CachedChunk(0, range(num), cached)):
+            q = torch.zeros(len(piece.tokens), 1, 2)
+            gather = lambda first, last: (torch.zeros(last - first, 1, 2),) * 2  # noqa: E731
+            cached_context.attend(q, piece.cached, gather, 1.0, q)
+
+    for chunk in cached_context.warmup_chunks(max_tokens, max_len, torch.bfloat16):
+        assert chunk.num <= max_tokens
+        assert sum(chunk) <= max_len
+        run(*chunk)
+    warm, plans = plans, set()
+    for num in range(8, max_tokens + 1):
+        for cached in range(16, max_len - num + 1, 3):
+            run(num, cached)
+    assert plans <= warm
+
+
 def test_only_long_chunks_behind_a_long_context_are_chosen(monkeypatch):
     """A chunk needs enough tokens, enough context, and enough products of the two; a very long one is divided."""
     monkeypatch.setattr(cached_context, "MIN_CHUNK", 8)
@@ -141,5 +172,6 @@ def test_only_long_chunks_behind_a_long_context_are_chosen(monkeypatch):
     assert not cached_context._is_long(chunk(0, range(8), 15), 0)
     assert not cached_context._is_long(chunk(0, range(8), 16), 129)
     assert cached_context._is_long(chunk(0, range(8), 16), 128)
-    pieces = cached_context._divide(chunk(3, range(5, 45), 20))
-    assert pieces == [chunk(3, range(5, 21), 20), chunk(3, range(21, 37), 36), chunk(3, range(37, 45), 52)]
+    pieces = cached_context._divide(chunk(3, range(5, 38), 20))  # 33 tokens, with rows padded to multiples of 8
+    assert pieces == [chunk(3, range(5, 21), 20), chunk(3, range(21, 37), 36), chunk(3, range(37, 38), 52)]
+    assert [len(piece.tokens) for piece in cached_context._divide(chunk(0, range(17), 20))] == [16, 1]

@@ -39,7 +39,7 @@ def test_every_trial_step_is_one_that_the_scheduler_may_plan(limits):
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_the_steps_have_all_rows_all_options_and_as_many_tokens_as_are_allowed(limits):
-    all_rows, one_prompt, padded = sizes(limits).steps()
+    all_rows, one_prompt, padded, *chunks = sizes(limits).steps()
     params = all_rows.admitted[0].params
     assert len(all_rows.rows) == limits["max_rows"]
     assert params.has_penalties
@@ -49,6 +49,12 @@ def test_the_steps_have_all_rows_all_options_and_as_many_tokens_as_are_allowed(l
     longest = min(limits["max_tokens"], limits["max_len"])
     assert one_prompt.num_tokens in (longest - 1, longest)
     assert one_prompt.admitted[0].params.prompt_logprobs == padded.admitted[0].params.prompt_logprobs == NUM_TOP
+    if limits["max_len"] <= limits["max_tokens"]:
+        assert not chunks
+    else:
+        (chunk,) = chunks
+        assert (chunk.nums, len(chunk.rows)) == ([limits["max_tokens"]], 1)
+        assert chunk.starts[0] >= min(limits["max_len"] - limits["max_tokens"], 32768 + 8192 + 2048)
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
