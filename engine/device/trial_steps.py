@@ -11,8 +11,8 @@ from engine.plan import AdmittedRow, StepPlan
 from engine.request import BOUNDS, SamplingParams
 
 CONTEXT_TOKENS = 1 << 17  # see `long_contexts`
-# Context before the longest chunk. Attention reads a context in segments of up to 32,768 tokens (`attention/cached_context.py`), so a
-# longer one takes no more memory.
+# Context before the longest chunk. Attention reads a context in segments of up to 32,768 tokens (`attention/cached_context.py`),
+# so a longer one takes no more memory.
 CHUNK_CONTEXT = 1 << 16
 SMALL_GRAPHS = 4  # small graphs that are captured to measure the memory of another graph
 NUM_TOP = int(BOUNDS["logprobs"].high)

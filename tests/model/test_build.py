@@ -89,9 +89,10 @@ def test_the_largest_steps_run_before_the_cache_is_sized(name, max_len, expected
     )
     spec = read_spec(config.model)
     config = resolve(config, spec.limits(), has_cuda=False)
-    probe = Probe(free=FREE, peaks=[20, 40, 30, 7])
+    # With a context longer than a step there are two trials more: a long chunk, and chunks at the end of the longest contexts.
+    probe = Probe(free=FREE, peaks=[20, 40, 30, 35, 7] if max_len > 64 else [20, 40, 30])
     assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == expected
-    assert probe.peaks == ([] if max_len > 64 else [7])
+    assert probe.peaks == []
 
 
 def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
@@ -100,10 +101,10 @@ def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
     config = EngineConfig(model=str(tiny.write(tmp_path, tiny.LLAMA)), device="cpu", scheduler=scheduler, cache=cache)
     spec = read_spec(config.model)
     config = resolve(config, spec.limits(), has_cuda=False)
-    for blocks, num_trials in ((16, 3), (17, 4)):  # of the longest context: what one step holds, and more
-        probe = Probe(free=blocks * BLOCK_BYTES, peaks=[1, 1, 1, 1])
+    for blocks, num_trials in ((16, 3), (17, 5)):  # of the longest context: what one step holds, and more
+        probe = Probe(free=blocks * BLOCK_BYTES, peaks=[1, 1, 1, 1, 1])
         free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe)
-        assert len(probe.peaks) == 4 - num_trials
+        assert len(probe.peaks) == 5 - num_trials
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels take CPU tensors in the interpreter only")
