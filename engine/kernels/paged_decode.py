@@ -179,10 +179,11 @@ def paged_decode(
 def _stages(programs: int, num_splits: int, num_processors: int) -> int:
     """Choose the number of pipeline stages of the loop's loads, for `programs` pairs of a sequence and a K/V head.
 
-    A program with fewer stages takes less shared memory, so more programs share a multiprocessor. With up to two programs on
-    each, four stages keep enough loads in flight: 1 x 120,000 tokens take 124 us instead of 141. With more programs, two stages
-    let more of them run at once: 16 x 32,000 tokens take 480 us instead of 559.
+    A program with fewer stages takes less shared memory, so more programs share a multiprocessor. That is faster if all programs
+    of the launch then run at once: 16 x 32,000 tokens take 480 us with two stages and 559 with three. One sequence has two stages
+    too, although a long one is faster with four (1 x 120,000 tokens take 124 us instead of 141): with more shared memory, the
+    kernel that follows starts later, and a token of a small model takes 2% longer.
     """
-    few = programs * num_splits <= 2 * num_processors
+    few = 1 < num_splits <= 4 and programs * num_splits <= 2 * num_processors
     many = num_splits == 1 and programs > MANY_PROGRAMS
-    return 4 if few else 3 if many else 2
+    return 3 if few or many else 2
