@@ -11,10 +11,11 @@ PROTO := tidegate/v1/inference.proto
 serve: $(VENV)/.serve
 	$(BIN)/tidegate serve $(ARGS)
 
+# All tests, one process for each CPU that may be used; one process in all if there is a GPU. ARGS="-n 0" turns that off.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# What needs no torch and starts no server: seconds, on all cores.
+# The tests that need no torch and start no server. They take seconds.
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest --torch-free -n auto $(ARGS)
 
