@@ -22,7 +22,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Keep the runner from changing the number of torch's threads, which this folder's conftest sets."""
+    """Keep the runner from raising the number of torch's threads, which conftest.py of this folder sets to one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

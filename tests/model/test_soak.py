@@ -1,4 +1,4 @@
-"""The soak run holds for a few seconds on a CPU."""
+"""The soak test of loadtest runs on a CPU for a few seconds without an error."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The warm-up runs one prompt of each length that the backend names, once, and writes to the scratch block only."""
+"""The warm-up runs one prompt of each length that the backend requests, and writes to the scratch block only."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_each_length_that_fits_runs_once(tmp_path, monkeypatch):
 
 
 def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: asked.append(most) or [5, most])
+    limits = []
+    monkeypatch.setattr(TorchGqa, "prompt_lengths", lambda self, most, dtype: limits.append(most) or [5, most])
     folder = tiny.write(tmp_path, tiny.LLAMA)
     for tokens, context in ((40, 60), (60, 40)):
         scheduler, cache = SchedulerConfig(max_num_seqs=8, max_step_tokens=tokens), CacheConfig(num_blocks=64)
@@ -67,7 +67,7 @@ def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow
         core = build_core(msgspec.structs.replace(config, max_model_len=context))
         assert [core.prepare() for _ in range(3)] == [True, True, False]
         core.close()
-    assert asked == [40, 40]  # the smaller of the tokens of a step and of the context
+    assert limits == [40, 40]  # the smaller one of the tokens of a step and the context length
 
 
 def test_there_is_a_length_of_every_kind_that_cudnn_plans():

@@ -1,4 +1,4 @@
-"""Runs an ASGI application in a thread, in a real uvicorn with the guard, on a free port."""
+"""An ASGI application behind the guard, in a real uvicorn that runs in a thread and listens on a free port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.http.guard import guarded
 
 @contextlib.contextmanager
 def serving(app, limits):
-    """Yields the port."""
+    """Serve `app` with the guard's `limits`. Yields the port."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, http=guarded(limits), ws="none", lifespan="off", access_log=False, log_level="critical", loop="uvloop"

@@ -1,4 +1,4 @@
-"""A peer of `EngineClient` that runs a Core with a FakeRunner inside the test's event loop: no process, no socket, no torch.
+"""An engine with the interface of `EngineClient`: a Core with a FakeRunner in the test's event loop. No process, socket or torch.
 
 async with LocalEngine() as engine:
     service = GenerateService(engine, text, settings, metrics)
@@ -19,7 +19,9 @@ from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
 from server.engines.base import EngineHealth, error_of, size_of
 
-LIMITS = ModelLimits(max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32")  # the tiny checkpoint's vocabulary
+LIMITS = ModelLimits(
+    max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32"
+)  # the vocabulary of the tiny checkpoint
 CONFIG = EngineConfig(
     model="demo",
     runner="fake",
@@ -30,9 +32,9 @@ CONFIG = EngineConfig(
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Let the loop turn until `condition` holds."""
+    """Let other tasks run until `condition` holds."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the condition is any state of the engine's
+        while not condition():  # noqa: ASYNC110 - the state of the engine has no event
             await asyncio.sleep(0)
 
 
@@ -89,13 +91,13 @@ class LocalStream:
 
 
 class LocalEngine:
-    """Steps while it has work. `pause()` holds it between steps, so that a test can look at requests under way."""
+    """Runs steps while it has work. After `pause()` it runs none, so that a test can look at unfinished requests."""
 
     def __init__(self, config: EngineConfig = CONFIG, limits: ModelLimits = LIMITS, *, step_seconds: float = 0.0) -> None:
         self.core = Core(build_fake(config, limits))
         self.submitted: list[Submit] = []
-        self.aborted: list[str] = []  # request ids that a stream's abort() sent off, in order
-        self.unavailable: str | None = None  # a reason here has every submit refused
+        self.aborted: list[str] = []  # ids of the requests whose stream was aborted, in order
+        self.unavailable: str | None = None  # if set, every submit is refused with this reason
         self._step_seconds = step_seconds
         self._streams: dict[str, LocalStream] = {}
         self._work = asyncio.Event()
@@ -111,7 +113,7 @@ class LocalEngine:
         if self._task is None:
             return
         if self._task.done():
-            self._task.result()  # a core that raised fails the test
+            self._task.result()  # raises what the core raised, so that the test fails
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self.core.close()
@@ -141,7 +143,7 @@ class LocalEngine:
         self._work.set()
 
     def fail(self, error: TidegateError) -> None:
-        """End every request under way with `error`, as a client does whose engine did not come back."""
+        """End every unfinished request with `error`, as `EngineClient` does if its engine process does not come back."""
         for request_id, stream in list(self._streams.items()):
             self.drop(request_id)
             stream.end(error)
@@ -154,7 +156,7 @@ class LocalEngine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left of any request."""
+        """Whether neither the core nor a stream has a request."""
         return not self.core.has_work and not self._streams
 
     async def _loop(self) -> None:
@@ -162,12 +164,12 @@ class LocalEngine:
             await self._work.wait()
             await self._running.wait()
             for event in self.core.step():
-                self._tell(event)
+                self._deliver(event)
             if not self.core.has_work:
                 self._work.clear()
             await asyncio.sleep(self._step_seconds)
 
-    def _tell(self, event: TokenEvent) -> None:
+    def _deliver(self, event: TokenEvent) -> None:
         stream = self._streams.get(event.request_id)
         if stream is not None:
             if event.finish is not None:

@@ -1,4 +1,4 @@
-"""A real gRPC server on a free port, and a client of it, in the test's event loop."""
+"""A real gRPC server on a free port and a client, both in the event loop of the test."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def detail_of(error: grpc.aio.AioRpcError) -> pb.ErrorDetail:
 
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
