@@ -1,4 +1,4 @@
-# The commands: serve, test (unit: its torch-free part), check, bench, tidepool, proto. Each installs what it needs into .venv first.
+# Commands: serve, test, unit (the tests without torch), check, bench, tidepool, proto. Each first installs what it needs into .venv.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -11,10 +11,11 @@ PROTO := tidegate/v1/inference.proto
 serve: $(VENV)/.serve
 	$(BIN)/tidegate serve $(ARGS)
 
+# All tests, with one process for each usable CPU, or in a single process if there is a GPU. ARGS="-n 0": always a single process.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# What needs no torch and starts no server: seconds, on all cores.
+# The tests that need no torch and start no server. They take seconds.
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest --torch-free -n auto $(ARGS)
 
@@ -26,15 +27,15 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m loadtest.bench $(ARGS)
 
-# The bundled model from its sources: see train/README.md.
+# Train the bundled model from its sources: see train/README.md.
 tidepool: $(VENV)/.dev
 	$(BIN)/python -m train $(ARGS)
 
-# The mapped include root makes the generated code import itself as server.rpc.pb.tidegate.v1, with no path set up.
+# The mapping in -I makes the modules of the generated code import each other as server.rpc.pb.tidegate.v1.
 proto: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -I server/rpc/pb=protos --python_out=. --pyi_out=. --grpc_python_out=. protos/$(PROTO)
 
-# On Debian venv is a package of its own; as root it is installed here. A venv that came to nothing is not left behind.
+# Debian has venv in a separate package, which root installs here. A virtual environment whose creation failed is removed.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Tidegate needs Python 3.11 or 3.12: install one, or name it with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
@@ -42,7 +43,7 @@ $(BIN)/python:
 		{ echo "$(PYTHON) cannot make a venv: install its venv package (Debian: apt-get install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# torch goes first and by itself: where the machine offers a CPU build, this range picks it.
+# torch is installed first and alone, so that pip takes the CPU build of torch if the machine is set up to offer one.
 $(VENV)/.serve: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
 	$(BIN)/python -m pip install --quiet --editable .

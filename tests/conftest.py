@@ -1,4 +1,4 @@
-"""Fixtures that tests of several folders share."""
+"""Test run options (processes, threads, `--torch-free`), and fixtures that tests of several folders share."""
 
 import os
 import re
@@ -9,12 +9,18 @@ import hypothesis
 import pytest
 
 from tests.support.children import ServerChild
+from tests.support.cpus import usable_cpus
 
-if not Path("/dev/nvidiactl").exists():
-    # No GPU: Triton's interpreter runs the kernels. It must be told before anything, torch included, imports Triton.
+HAS_GPU = Path("/dev/nvidiactl").exists()
+
+if not HAS_GPU:
+    # Triton's interpreter runs the kernels on the CPU. Triton reads the variable when it is imported, and torch imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
+    # The models of the tests are tiny. With more threads, torch's threads spin while they wait and slow the other processes
+    # down up to twenty-fold. torch reads the variable when it is imported; child processes inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Shared machines are slow at times: how long an example takes says nothing about the code.
+# The time that an example takes on a busy machine says nothing about the code, so Hypothesis does not limit it.
 hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("shared")
 
@@ -26,6 +32,16 @@ IMPORTS_TORCH = re.compile(rf"^(import|from) (torch|engine\.({NEED}))\b", re.M)
 
 def pytest_addoption(parser):
     parser.addoption("--torch-free", action="store_true", help="only tests that need no torch; importing it then fails")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Return the number of processes for `-n auto`; 0 runs the tests in pytest's own process.
+
+    Tests of a GPU run one after the other, since several processes would share its memory. PYTEST_XDIST_AUTO_NUM_WORKERS wins.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # xdist's own hook reads it
+    return 0 if HAS_GPU and not config.getoption("--torch-free") else usable_cpus()
 
 
 def pytest_configure(config):
@@ -45,8 +61,8 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--torch-free"):
-        gone = [item for item in items if item.get_closest_marker("torch")]
-        config.hook.pytest_deselected(items=gone)
+        excluded = [item for item in items if item.get_closest_marker("torch")]
+        config.hook.pytest_deselected(items=excluded)
         items[:] = [item for item in items if not item.get_closest_marker("torch")]
 
 
@@ -59,6 +75,6 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def server():
-    """A whole `tidegate serve` with a fake engine, for tests that leave it as it was."""
+    """Yield a `tidegate serve` with a fake engine, shared by the tests of a module that leave the server unchanged."""
     with ServerChild() as child:
         yield child

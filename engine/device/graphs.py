@@ -94,19 +94,29 @@ class StepGraphs:
             return None
         return self._replay(key, values, num, begins)
 
+    @property
+    def _order(self) -> list[Key]:
+        """The order of capture: the smallest graph, the largest one, which gives the memory pool its size, and then the others.
+
+        The smallest comes first so that its buffers are apart from the largest graph's. Inside of those, a token of a single
+        stream of a small model took 0.6% longer.
+        """
+        largest, *others = self.keys
+        smallest = min(self.keys)
+        return list(dict.fromkeys((smallest, largest, *others)))
+
     def capture_next(self) -> bool:
-        """Capture the first graph of `keys` that is missing. Returns False if none is missing."""
-        missing = next((key for key in self.keys if key not in self._captured), None)
+        """Capture the next graph that is missing. Returns False if none is missing."""
+        missing = next((key for key in self._order if key not in self._captured), None)
         if missing is not None:
             self.capture(missing)
         return missing is not None
 
     def capture(self, key: Key) -> None:
-        """Capture the graph of shape `key`, one of `keys`, unless it is captured already."""
-        if not self._captured:
-            self._capture_key(self.keys[0])
-        if key not in self._captured:
-            self._capture_key(key)
+        """Capture the graph of shape `key`, one of `keys`, unless it is captured already. The first call captures three at most."""
+        for each in (*self._order[:2], key):
+            if each not in self._captured:
+                self._capture_key(each)
 
     def _decode_buffers(self, key: Key, rows: Ints, positions: Ints, uniform: Numbers) -> DecodeBuffers:
         return DecodeBuffers.of(rows, positions, uniform, size=key[0], scratch_row=self._state.scratch_row)

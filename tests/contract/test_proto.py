@@ -51,7 +51,7 @@ def test_make_proto_writes_the_committed_code(tmp_path):
 
 
 def fields(message: Descriptor) -> Iterator[str]:
-    """A line for each field of `message` and its nested messages, as in the lock file."""
+    """Yield the line of the lock file for each field of `message` and of its nested messages."""
     for field in message.fields:
         label = "repeated " if field.is_repeated else ""
         kind = field.message_type.name if field.message_type else TYPES[field.type]
@@ -62,7 +62,7 @@ def fields(message: Descriptor) -> Iterator[str]:
 
 
 def contract() -> list[str]:
-    """The lines that the lock file must have: all fields and methods."""
+    """Return the lines that the lock file must have: one for each field and each method."""
     file = inference_pb2.DESCRIPTOR
     lines = [line for message in file.message_types_by_name.values() for line in fields(message)]
     for service in file.services_by_name.values():
@@ -84,7 +84,7 @@ def test_everything_published_is_in_the_lock_file():
 
 
 def test_grpc_generate_has_the_fields_of_http_generate():
-    """Except `stream`, since gRPC answers are always streams."""
+    """`stream` is the only exception, since gRPC answers are always streams."""
     assert set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) == set(GenerateBody.model_fields) - {"stream"}
 
 

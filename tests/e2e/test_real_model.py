@@ -15,8 +15,8 @@ from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.children import ServerChild
 
-NUM, TOKENS = 32, 40
-PROMPTS = [[5 + (i * 37 + j * j) % 500 for j in range(3 + 2 * i)] for i in range(NUM)]
+NUM, TOKENS = 16, 40
+PROMPTS = [[5 + (i * 37 + j * j) % 500 for j in range(3 + 4 * i)] for i in range(NUM)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import its helpers, and limits torch to one thread, since the models are tiny."""
+"""Makes the helpers of this folder importable, and limits torch to one thread, since the models are tiny."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-scaled FP8 checkpoints, made of a plain one or of random numbers, and the weights that they stand for."""
+"""Block-scaled FP8 checkpoints, made from a plain checkpoint or from random numbers, and their dequantised weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STORED_AS_FP8 = ("_proj.weight", "_proj_with_mqa.weight")  # ends of names
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> e4m3 [N, M] and the scale of each block, block by block; the slow twin of the engine's."""
+    """Quantise [N, M] block by block. Returns e4m3 [N, M] and the scale of each block. The slow twin of the engine's function."""
     rows, columns = (-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True))
     out, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
     for r in range(rows):
@@ -32,13 +32,13 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Element by element, unlike the engine's."""
+    """Multiply each element by its block's scale. Looks the scale up per element, unlike the engine's function."""
     rows, columns = (torch.arange(n, device=scales.device) // step for n, step in zip(weight.shape, BLOCK, strict=True))
     return weight.float() * scales[rows][:, columns]
 
 
 def to_fp8(folder: Path, reference: PreTrainedModel) -> int:
-    """Rewrite `folder`, reload `reference` with the dequantised weights -> number of tensors that became FP8."""
+    """Quantise the checkpoint in `folder` and load its dequantised weights into `reference`. Returns how many tensors are FP8."""
     plain, out = load_file(folder / "model.safetensors"), {}
     kept = dict(plain)
     for name, tensor in plain.items():
@@ -51,21 +51,22 @@ def to_fp8(folder: Path, reference: PreTrainedModel) -> int:
     reloaded = type(reference).from_pretrained(folder)
     reference.load_state_dict(reloaded.state_dict())
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
-    _say_fp8(folder)
+    _declare_fp8(folder)
     return len(out) - len(plain)
 
 
 def write_random(folder: Path, config: PreTrainedConfig, device: torch.device, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Write a checkpoint of random weights, made on `device` -> what it stands for, by the checkpoint's names, on `device`: in
-    bfloat16, but for biases of routing.
+    """Write a checkpoint of random weights. Returns the dequantised weights on `device` by tensor name.
 
-    The engine's quantisation, since the slow one here would take minutes for a model of some billion weights.
+    They are bfloat16, except for biases of routing, which are float32.
+
+    The engine's function quantises, since the slow twin would take minutes for a model of some billion weights.
     """
     config.save_pretrained(folder)
-    _say_fp8(folder)
+    _declare_fp8(folder)
     model = registry.build(read_spec(folder), dtype=torch.bfloat16, device=torch.device("meta"))
     generator = torch.Generator(device).manual_seed(seed)
-    stored, stand_for = {}, {}
+    stored, dequantised = {}, {}
     for name, parameter in model.weights().targets.items():
         tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
         if "norm" in name:
@@ -80,12 +81,12 @@ def write_random(folder: Path, config: PreTrainedConfig, device: torch.device, *
             tensor = dequantize(quantized, scales).bfloat16()
         else:
             stored[name] = tensor.cpu()
-        stand_for[name] = tensor
+        dequantised[name] = tensor
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    return stand_for
+    return dequantised
 
 
-def _say_fp8(folder: Path) -> None:
+def _declare_fp8(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
     config["quantization_config"]["weight_block_size"] = list(BLOCK)

@@ -1,7 +1,6 @@
 """A stand-in for CUDA graphs on a CPU: a replay runs the captured step again and writes into the same outputs.
 
-Triton's interpreter runs the kernels. The steps that graphs take, and what the runner reads of their outputs, can thus be
-compared with plain steps without a GPU.
+Triton's interpreter runs the kernels. Steps in graphs can thus be compared with plain steps without a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from engine.sampling.sampler import Sampler
 
 
 class Replay:
-    """Stands in for a torch.cuda.CUDAGraph."""
+    """Replaces a torch.cuda.CUDAGraph."""
 
     def __init__(self, run, outputs):
         self._run = run
@@ -46,7 +45,7 @@ class StandInGraphs(graphs.StepGraphs):
 
 
 class KernelSampler(Sampler):
-    """Samples with the kernels, as on CUDA."""
+    """A sampler that uses the kernels on the CPU too."""
 
     def __init__(self, *, max_rows, device, upload, **options):
         super().__init__(max_rows=max_rows, device=device, upload=upload, **options)

@@ -1,4 +1,4 @@
-"""Runs a model through the paged cache as the runner would: shuffled blocks, prompts in chunks, mixed batches, then decodes."""
+"""Runs a model over a paged KV cache as the runner does: shuffled blocks, prompts in chunks, mixed batches, then decodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.models.registry import Model
 
 
 class PagedRun:
-    """Sequences over one model's pools. `step` runs one ForwardBatch and keeps each position's logits."""
+    """Sequences in the KV pools of one model. `step` runs one ForwardBatch and keeps the logits of each position."""
 
     def __init__(self, model: Model, sequences: list[list[int]], *, block_size: int = 4, seed: int = 0) -> None:
         self.model, self.sequences, self.block_size = model, sequences, block_size
@@ -27,13 +27,13 @@ class PagedRun:
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
 
     def batch(self, slices: list[tuple[int, int]], num_decodes: int) -> ForwardBatch:
-        """`slices` are (sequence, number of its next tokens)."""
+        """Return the batch of a step. `slices` are pairs of a sequence's index and the number of its tokens that run next."""
         starts = [self.computed[s] for s, _ in slices]
         positions = [p for (_, n), start in zip(slices, starts, strict=True) for p in range(start, start + n)]
         owners = [s for s, n in slices for _ in range(n)]
         size = self.block_size
         width = max(len(self.tables[s]) for s, _ in slices)
-        junk = 1 << 20  # past a row's own blocks the entries are meaningless
+        junk = 1 << 20  # the entries after a row's own blocks are meaningless
         lens = [n for _, n in slices]
         kv_lens = [start + n for start, n in zip(starts, lens, strict=True)]
         return ForwardBatch(
@@ -52,7 +52,7 @@ class PagedRun:
         )
 
     def step(self, slices: list[tuple[int, int]], *, decodes: bool = True) -> None:
-        """Slices of one token go first, as decodes unless told otherwise."""
+        """Run one step. Slices of one token come first, and run as decodes if `decodes`, otherwise as chunks."""
         slices = sorted(slices, key=lambda s: s[1] > 1)
         batch = self.batch(slices, sum(n == 1 for _, n in slices) if decodes else 0)
         with torch.inference_mode():
@@ -62,7 +62,7 @@ class PagedRun:
             self.computed[s] += n
 
     def run(self, num_decoded: int, *, seed: int = 0, decodes: bool = True) -> list[torch.Tensor]:
-        """Every sequence to its end, the last `num_decoded` tokens one by one, -> logits [length, V] of each."""
+        """Run every sequence to its end, the last `num_decoded` tokens one by one. Returns the logits [length, V] of each."""
         rng = random.Random(seed)
         while pending := [s for s, tokens in enumerate(self.sequences) if self.computed[s] < len(tokens)]:
             slices = []

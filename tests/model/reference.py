@@ -1,4 +1,4 @@
-"""Tiny random transformers models: one config for each family and feature, saved as a checkpoint and kept as the reference."""
+"""Tiny random transformers models, one for each family and feature: each is a checkpoint and the reference for its logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DENSE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.1,  # larger than real: logits of a few units, so that 1e-4 means something
+    "initializer_range": 0.1,  # larger than in practice: logits are a few units, so that a tolerance of 1e-4 is strict
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -92,13 +92,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Build the case's model with random weights, save it to `folder`, return it."""
+    """Build the model of the case `name` with random weights and save it to `folder`. Returns the model."""
     kind, config = CASES[name]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **(config | changes))).eval()
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            # Transformers starts norms at one and biases at zero, where a mix-up would not show.
+            # Transformers starts norms at one and biases at zero. Tests would not notice if two of these were exchanged.
             if "norm" in key:
                 tensor.uniform_(0.5, 1.5)
             elif key.endswith("bias"):

@@ -122,4 +122,4 @@ def test_the_largest_graph_is_captured_before_the_cache_is_sized_and_first_of_al
     config = resolve(config, spec.limits(), has_cuda=False)
     probe = Probe(free=FREE, peaks=[20, 40, 30])
     assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == FREE - 40
-    assert captured == [(48, 4), (3, 0), (1, 0), (2, 0), (32, 4)]
+    assert captured == [(1, 0), (48, 4), (3, 0), (2, 0), (32, 4)]

@@ -1,6 +1,7 @@
 """A request gets the same tokens however it is run: alone, in a batch, in chunks, preempted, from the cache, forked, overlapped.
 
-The reference is `plain`: for each token it runs the model over the whole sequence again, and the sampler's plain twin.
+The reference is the function `plain`. For each token it runs the model over the whole sequence, and samples with the plain twin
+of the sampler.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ BLOCK = 4
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Keep the runner from changing the number of torch's threads, which this folder's conftest sets: tiny models run slower with
-    two."""
+    """Keep the runner from raising the number of torch's threads, which conftest.py of this folder sets to one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -49,7 +49,7 @@ def model(folder):
 
 @torch.inference_mode()
 def all_logits(model, tokens):
-    """The logits [len(tokens), V] of one forward pass without a cache."""
+    """Return the logits [len(tokens), V] of one forward pass over `tokens`, with nothing in the KV cache before."""
     n = len(tokens)
     storage = KVStorage(model.kv_pools(), num_blocks=1, block_size=n, device=torch.device("cpu"))
     batch = ForwardBatch(
@@ -68,11 +68,11 @@ def all_logits(model, tokens):
 
 
 class TooClose(Exception):
-    """Raised for a choice that float32 rounding, which depends on a batch's shape, could change: such a case proves nothing."""
+    """Raised for a near tie. Float32 rounding depends on the shape of the batch and could decide it."""
 
 
 def margin(logits, tokens, num_prompt, params, seed, eos):
-    """The distance to the nearest other choice: in logits if greedy, otherwise in probability."""
+    """Return how far the choice of the next token is from another choice: in logits if greedy, otherwise in probability."""
     adjusted = reference.adjust(logits.astype(np.float64), tokens, num_prompt, params, eos)
     if params.greedy:
         best = np.sort(adjusted)[-2:]
@@ -82,7 +82,7 @@ def margin(logits, tokens, num_prompt, params, seed, eos):
 
 
 def plain(model, prompt, params, seed=0):
-    """(tokens, log-probabilities) without cache, batch or scheduler. Raises TooClose if a choice is a near tie."""
+    """Generate without cache, batch or scheduler. Returns (tokens, log-probabilities). Raises TooClose for a near tie."""
     tokens, logprobs = list(prompt), []
     while len(tokens) < len(prompt) + params.max_tokens:
         logits, eos = all_logits(model, tokens)[-1], model.spec.eos_token_ids
@@ -99,7 +99,7 @@ def plain(model, prompt, params, seed=0):
 
 
 def cases(model, params, *, seed=0, low=1, high=40):
-    """(prompt, tokens, log-probabilities) for each of `params`, by `plain`."""
+    """Return (prompt, tokens, log-probabilities) by `plain` for each of `params`, with random prompts that have no near tie."""
     r = random.Random(seed)
     found = []
     for p in params:
@@ -138,7 +138,7 @@ GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    """32 prompts, and the tokens that each must generate."""
+    """Return 32 prompts, and the tokens that each must generate."""
     found = cases(model, [GREEDY] * 32)
     return [prompt for prompt, _, _ in found], [tokens for _, tokens, _ in found]
 
@@ -229,7 +229,7 @@ def test_forks_share_a_prompt_and_nothing_else(folder, model, length, overlap):
 
 
 def shared_case(model, params, length):
-    """A prompt, and the tokens that `plain` generates for it with the seeds 0 to 3."""
+    """Return a prompt of `length` tokens, and the tokens that `plain` generates for it with the seeds 0 to 3."""
     for prompt in prompts(100, seed=length, low=length, high=length):
         with suppress(TooClose):
             return prompt, [plain(model, prompt, params, i)[0] for i in range(4)]
@@ -250,7 +250,7 @@ def test_logprobs_are_those_of_the_model(folder, model):
 
 
 def assert_same_logprobs(a, b):
-    """Assert equality but for rounding. Alternatives whose order rounding could change may be in another order."""
+    """Assert that two log-probability records are equal up to rounding. Alternatives that are near ties may change places."""
     assert (a.token, len(a.top_ids)) == (b.token, len(b.top_ids))
     assert [a.logprob, *a.top_logprobs] == pytest.approx([b.logprob, *b.top_logprobs], abs=1e-4)
     clear = all(x - y > 1e-3 for x, y in itertools.pairwise(sorted([b.logprob, *b.top_logprobs], reverse=True)) if x != y)

@@ -1,4 +1,4 @@
-"""FP8 block checkpoints are read as transformers would read the weights they stand for."""
+"""A model from an FP8 block checkpoint has the logits of transformers on the dequantised weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.models import registry
 from engine.models.families import read_spec
 from engine.weights import loader
 
-# More than one block a matrix, and none a multiple of 128.
+# Matrices have more than one block, and no size is a multiple of 128.
 WIDE = {"hidden_size": 136, "intermediate_size": 200, "moe_intermediate_size": 144, "num_hidden_layers": 2}
 
 

@@ -1,4 +1,4 @@
-"""Steps in CUDA graphs give what plain steps give, held without a GPU by the stand-in of `graph_stand_in.py`."""
+"""Steps in CUDA graphs give the results of plain steps. `graph_stand_in.py` replaces the graphs, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Keep the runner from changing the number of torch's threads, which this folder's conftest sets."""
+    """Keep the runner from raising the number of torch's threads, which conftest.py of this folder sets to one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -36,14 +36,14 @@ def run(folder, **options):
     lens = [1, 13, 40, 14, 1, 62, 1, 31]
     prompts = [[rng.randrange(2, tiny.VOCAB) for _ in range(n)] for n in lens]
     params = [
-        SamplingParams(max_tokens=11, temperature=0.0, ignore_eos=True),
-        SamplingParams(max_tokens=12, temperature=0.8, seed=3, ignore_eos=True),
-        SamplingParams(max_tokens=10, temperature=0.0, logprobs=2, ignore_eos=True),
-        SamplingParams(max_tokens=11, temperature=0.9, seed=5, repetition_penalty=1.3, presence_penalty=0.4, ignore_eos=True),
-        SamplingParams(max_tokens=11, temperature=0.0, min_tokens=6),
-        SamplingParams(max_tokens=8, temperature=0.0, prompt_logprobs=1, ignore_eos=True),
-        SamplingParams(max_tokens=11, temperature=0.0, logit_bias={5: 3.0}, ignore_eos=True),
-        SamplingParams(max_tokens=11, temperature=0.9, seed=9, top_p=0.8, top_k=20, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.8, seed=3, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.9, seed=5, repetition_penalty=1.3, presence_penalty=0.4, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.0, min_tokens=4),
+        SamplingParams(max_tokens=5, temperature=0.0, prompt_logprobs=1, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.0, logit_bias={5: 3.0}, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.9, seed=9, top_p=0.8, top_k=20, ignore_eos=True),
     ]
     options = {
         "dtype": "float32",

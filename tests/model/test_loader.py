@@ -1,4 +1,4 @@
-"""Whole and broken checkpoints: what is wrong is named by tensor and file."""
+"""Whole checkpoints load. The error for a broken checkpoint names the tensor and the file."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_no_safetensors(checkpoint):
 
 @pytest.fixture
 def shards(checkpoint):
-    """Two shards and an index; returns the folder."""
+    """Write a checkpoint of two shards with an index. Returns its folder."""
     tensors = load_file(checkpoint / FILE)
     (checkpoint / FILE).unlink()
     names = sorted(tensors)
@@ -116,7 +116,7 @@ def test_shards_load_as_one_file_does(shards, tmp_path_factory):
         assert torch.equal(a, b), name
 
 
-def test_shard_file_is_gone(shards):
+def test_missing_shard_file(shards):
     (shards / "model-00002-of-00002.safetensors").unlink()
     refused(shards, "model-00002-of-00002.safetensors", "no such file")
 
@@ -157,7 +157,7 @@ def test_mtp_layers_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3-moe", "deepseek-v3"])
 def test_every_parameter_is_a_target(name, tmp_path):
-    """Filling the targets leaves no number of the model unset, and none is set twice."""
+    """The load targets of a model cover each number of its parameters exactly once."""
     make(name, tmp_path)
     model = build(tmp_path)
     for parameter in model.parameters():

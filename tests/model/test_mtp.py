@@ -1,4 +1,4 @@
-"""Multi-token prediction through the paged cache, against a dense pass over the same tensors, in float32."""
+"""Multi-token prediction over a paged KV cache, compared with a dense pass over the same tensors, in float32."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from engine.models.families import read_spec
 from engine.weights import loader
 
 FILE = "model.safetensors"
-LAYERS = 3  # of the main model; the reference has one more, which plays the MTP module's
+LAYERS = 3  # of the main model; the reference has one more, which serves as the layer of the MTP module
 PREFIX = f"model.layers.{LAYERS}."
 HIDDEN = 64
 
 
 def make_with_mtp(name, folder, *, fp8=False, **changes):
-    """-> transformers model of LAYERS + 1 layers, and the module's further tensors. In `folder` the last layer is an MTP one."""
+    """Write a checkpoint with an MTP module to `folder`.
+
+    Returns the transformers model, which has the module's decoder layer as a further layer, and the other tensors of the module.
+    """
     reference = make(name, folder, num_hidden_layers=LAYERS + 1, **changes)
     if fp8:
         to_fp8(folder, reference)
@@ -60,7 +63,7 @@ def norm(x, weight):
 
 @torch.inference_mode()
 def dense_logits(reference, extra, tokens):
-    """Position i has seen tokens 0 .. i + 1 -> logits [length - 1, V]"""
+    """Return the MTP module's logits [length - 1, V] of a dense pass. Position i attends to the tokens 0 to i + 1."""
     ids, decoder = torch.tensor([tokens]), reference.model
     mtp_layer = decoder.layers[LAYERS]
     hidden = decoder.embed_tokens(ids)
@@ -78,7 +81,7 @@ def dense_logits(reference, extra, tokens):
 
 
 class MtpRun(PagedRun):
-    """Main model and MTP module step by step side by side, each with pools and blocks of its own."""
+    """Runs the main model and the MTP module over the same slices, each with pools and blocks of its own."""
 
     def __init__(self, model, mtp, sequences):
         super().__init__(mtp, [s[:-1] for s in sequences], seed=1)
@@ -94,7 +97,7 @@ class MtpRun(PagedRun):
             hidden = self.main.model(main_batch)
             before = hidden.clone()
             rows = self.model.logits(self.model(hidden, torch.tensor(after), batch))
-            assert torch.equal(hidden, before)  # the caller's own
+            assert torch.equal(hidden, before)  # the module leaves the caller's tensor unchanged
         for (s, n), part in zip(slices, rows.split(batch.query_lens_host), strict=True):
             self.logits[s] += part
             self.computed[s] += n
@@ -107,7 +110,7 @@ def check_against_dense(folder, reference, extra):
     found = MtpRun(model, loader.load_mtp(model, folder), sequences).run(num_decoded=2)
     for tokens, logits in zip(sequences, found, strict=True):
         wanted = dense_logits(reference, extra, tokens)
-        assert wanted.abs().max() > 1.0  # else the tolerance would say nothing
+        assert wanted.abs().max() > 1.0  # with small logits the tolerance would be too loose
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0.0)
 
 
@@ -116,11 +119,11 @@ def test_chunks_and_decodes_equal_a_dense_pass(name, tmp_path):
     check_against_dense(tmp_path, *make_with_mtp(name, tmp_path))
 
 
-def test_with_tied_embeddings(tmp_path):
+def test_tied_embeddings_equal_a_dense_pass(tmp_path):
     check_against_dense(tmp_path, *make_with_mtp("deepseek-v3", tmp_path, tie_word_embeddings=True))
 
 
-def test_fp8(tmp_path):
+def test_an_fp8_checkpoint_equals_a_dense_pass(tmp_path):
     wide = {"hidden_size": 136, "intermediate_size": 200, "moe_intermediate_size": 144, "initializer_range": 0.05}
     check_against_dense(tmp_path, *make_with_mtp("deepseek-v3", tmp_path, fp8=True, **wide))
 
@@ -152,27 +155,27 @@ def test_unexpected_tensor_and_wrong_shape_are_named(checkpoint):
     refused(checkpoint, PREFIX + "eh_proj.weight", "[64, 5]", "[64, 128]")
 
 
-def test_no_mtp_tensors(checkpoint):
+def test_a_checkpoint_without_mtp_tensors_is_refused(checkpoint):
     assert loader.has_mtp(read_spec(checkpoint), checkpoint)
     edit(checkpoint, lambda t: [t.pop(n) for n in list(t) if n.startswith(PREFIX)])
     assert not loader.has_mtp(read_spec(checkpoint), checkpoint)
     refused(checkpoint, str(checkpoint), "num_nextn_predict_layers is 1", PREFIX)
 
 
-def test_no_mtp_layer_in_the_config(tmp_path):
+def test_a_config_without_an_mtp_layer_is_refused(tmp_path):
     make("deepseek-v3", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(tmp_path, "DeepseekV3ForCausalLM", "num_nextn_predict_layers")
 
 
-def test_no_mtp_in_the_architecture(tmp_path):
+def test_a_family_without_mtp_is_refused(tmp_path):
     make("llama", tmp_path)
     refused(tmp_path, "LlamaForCausalLM", "DeepseekV3ForCausalLM")
 
 
 def duplicates(tensors, **changes):
-    """Embedding and head again under the module's names, as DeepSeek's own files have them."""
+    """Store the embedding and the head again under the MTP module's names, as DeepSeek's own files do."""
     again = {"embed_tokens": tensors["model.embed_tokens.weight"], "shared_head.head": tensors["lm_head.weight"]}
     tensors.update({f"{PREFIX}{n}.weight": t.clone() + changes.get(n, 0.0) for n, t in again.items()})
 
@@ -184,12 +187,12 @@ def test_duplicates_of_embedding_and_head_are_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "shared_head.head"])
-def test_duplicates_that_are_none_are_refused(checkpoint, name):
+def test_duplicates_of_embedding_and_head_that_differ_are_refused(checkpoint, name):
     edit(checkpoint, lambda t: duplicates(t, **{name: 1e-3}))
     refused(checkpoint, f"{PREFIX}{name}.weight", "equal")
 
 
-def test_a_bfloat16_duplicate_equals_what_was_loaded_from_bfloat16(checkpoint):
+def test_bfloat16_duplicates_are_compared_with_weights_loaded_from_bfloat16(checkpoint):
     def change(tensors):
         duplicates(tensors)
         tensors.update({n: t.bfloat16() for n, t in tensors.items()})

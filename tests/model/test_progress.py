@@ -1,4 +1,4 @@
-"""Every way to fill a model with weights reports progress piece by piece, so that a long load is not taken for a hung start."""
+"""Every way to load weights reports progress piece by piece, so that a long load does not look like a start that hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streamed weights are those of the plain loop. On a CPU nothing is pinned and there are no streams; the rest is the same."""
+"""Streaming loads the same weights as the plain loader. On a CPU it uses no pinned memory and no CUDA streams."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def plain(folder, dtype) -> registry.Model:
 @pytest.mark.parametrize("piece", [stream.PIECE, 1000, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "deepseek-v3", "fp8"])
-def test_streamed_weights_are_the_plain_ones(kind, dtype, piece, tmp_path, monkeypatch):
-    """Bytes as they are, converted, and scaled; in one piece, in several, and in some that end within a number."""
+def test_streamed_weights_equal_those_of_the_plain_loader(kind, dtype, piece, tmp_path, monkeypatch):
+    """Bytes are copied as they are, converted, or scaled. Files are read in one piece, in several, or in pieces that end within a
+    number."""
     if kind == "fp8":
         to_fp8(tmp_path, make("qwen3", tmp_path, hidden_size=136, intermediate_size=200, num_hidden_layers=1))
     else:
@@ -58,27 +59,27 @@ def transfer(folder, target, **changed):
     return stream.Transfer(target, (stream.Source("x", folder / FILE, at, (3, 4), torch.float32)._replace(**changed),))
 
 
-def test_a_target_that_is_not_in_one_piece(tmp_path):
+def test_a_target_need_not_be_contiguous(tmp_path):
     whole = torch.zeros(4, 6)
     stream.fill([transfer(tmp_path, whole[:, ::2].T)], CPU)
     assert torch.equal(whole[:, ::2].T, torch.arange(12.0).view(3, 4))
     assert not whole[:, 1::2].any()
 
 
-def test_a_file_cut_short_since_it_was_checked(tmp_path):
+def test_a_file_that_was_cut_short_after_its_check_is_refused(tmp_path):
     cut = transfer(tmp_path, torch.zeros(3, 4))
     os.truncate(tmp_path / FILE, cut.sources[0].offset + 5)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor x cannot be read: the file ends before it"):
         stream.fill([cut] * 20, CPU)
 
 
-def test_what_the_system_says_is_told(tmp_path):
+def test_an_error_of_the_operating_system_is_reported(tmp_path):
     wrong = transfer(tmp_path, torch.zeros(3, 4), offset=-100)
     with pytest.raises(CheckpointError, match=r"tensor x cannot be read: .*Invalid argument"):
         stream.fill([wrong], CPU)
 
 
-def test_offsets_are_those_of_the_library(tmp_path):
+def test_offsets_are_those_at_which_safetensors_stores_the_tensors(tmp_path):
     make("llama", tmp_path, num_hidden_layers=1)
     data = (tmp_path / FILE).read_bytes()
     tensors = load_file(tmp_path / FILE)

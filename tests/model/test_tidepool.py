@@ -1,4 +1,4 @@
-"""The checkpoints that are shipped: as small as promised, read alike by transformers and the engine, and a model of text."""
+"""The bundled checkpoints are as small as promised, read alike by transformers and the engine, and good models of text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BOTH = pytest.mark.parametrize("folder", [TIDEPOOL, DRAFT], ids=lambda folder: f
 
 @pytest.fixture(scope="module")
 def texts():
-    """A few of the shorter held-out files."""
+    """Return the first six held-out files of under 3000 characters."""
     return [document.text for document in read_documents(HELDOUT) if len(document.text) < 3000][:6]
 
 
@@ -41,14 +41,14 @@ def llm():
         yield llm
 
 
-def test_they_are_small():
+def test_bundled_checkpoints_are_small():
     size = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in (TIDEPOOL, DRAFT)}
     assert size["tidepool"] <= 26_000_000
     assert size["tidepool-draft"] <= 4_000_000
 
 
 @BOTH
-def test_transformers_gives_the_engines_logits(folder, texts, tmp_path):
+def test_transformers_and_the_engine_compute_the_same_logits(folder, texts, tmp_path):
     tokens = Tokenizer.from_folder(str(folder)).encode(texts[0])[:400]
     engine = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     loader.load(engine, folder)
@@ -63,7 +63,7 @@ def test_transformers_gives_the_engines_logits(folder, texts, tmp_path):
 
 
 def load_in_transformers(folder, plain):
-    """The folder's weights, dequantised number by number, written to `plain` and loaded from there -> model, loading info"""
+    """Dequantise the checkpoint in `folder`, write it to `plain` and load that. Returns (model, loading info)."""
     stored, tensors = load_file(folder / "model.safetensors"), {}
     for name, tensor in stored.items():
         if not name.endswith("_scale_inv"):
@@ -77,20 +77,20 @@ def load_in_transformers(folder, plain):
 
 
 @BOTH
-def test_transformers_reads_the_tokenizer_alike(folder, texts):
+def test_transformers_and_the_server_tokenise_alike(folder, texts):
     theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(str(folder))
     for text in texts:
         assert theirs.encode(text) == ours.encode(text)
         assert theirs.decode(ours.encode(text), skip_special_tokens=True) == text
 
 
-def test_held_out_text_is_the_one_the_card_names():
+def test_the_model_card_has_the_digest_of_the_held_out_text():
     digest = hashlib.sha256(lzma.decompress(HELDOUT.read_bytes())).hexdigest()
     assert digest in (TIDEPOOL / "README.md").read_text()
 
 
-def test_it_knows_text_better_than_xz_does(llm, texts):
-    """The figures of the whole set are in the card; this holds the checkpoint and the engine to them on a few files."""
+def test_tidepool_needs_less_than_half_the_bits_of_xz(llm, texts):
+    """A few files, for speed. The model card has the figures for all held-out files."""
     scorer = EngineScorer(llm)
     found = score(scorer, [scorer.encode(text) for text in texts], scorer.max_window)
     raw = "".join(texts).encode()
@@ -98,12 +98,12 @@ def test_it_knows_text_better_than_xz_does(llm, texts):
     assert found.top1 > 0.5
 
 
-def test_what_it_writes_is_python(llm):
-    """A definition after an import, drawn eight times: most of them parse."""
+def test_tidepool_writes_python(llm):
+    """Of eight sampled continuations of an import and a `def`, at least four parse."""
     params = [SamplingParams(max_tokens=96, temperature=0.4, seed=seed) for seed in range(8)]
-    drawn = [answer.text.split("\n\n\n")[0] for answer in llm.generate(["import os\n\ndef "] * 8, params)]
-    assert len(set(drawn)) > 4
-    assert sum(parses(f"import os\n\ndef {text}") for text in drawn) >= 4
+    sampled = [answer.text.split("\n\n\n")[0] for answer in llm.generate(["import os\n\ndef "] * 8, params)]
+    assert len(set(sampled)) > 4
+    assert sum(parses(f"import os\n\ndef {text}") for text in sampled) >= 4
 
 
 def parses(text):
@@ -114,7 +114,7 @@ def parses(text):
     return True
 
 
-def test_guesses_of_mtp_and_draft_are_mostly_right(llm, texts):
+def test_mtp_and_draft_model_predict_many_tokens(llm, texts):
     files = [llm.tokenizer.encode(text).ids for text in texts]
     continued = continue_greedily(llm, choose_prompts(files, 4))
     own = TeacherForced(TIDEPOOL, dtype=torch.float32, device=torch.device("cpu"))
@@ -128,5 +128,5 @@ def test_every_layer_uses_its_experts(texts, llm):
     balance = own.expert_balance([llm.tokenizer.encode(text).ids for text in texts[:3]])
     config = json.loads((TIDEPOOL / "config.json").read_text())
     assert balance.layers == list(range(1, config["num_hidden_layers"] + 1))
-    assert max(balance.max_over_mean) < 3.0  # of a few files; the card has it over all of them
+    assert max(balance.max_over_mean) < 3.0  # over a few files; the model card has the figure for all of them
     assert balance.utilisation > 0.8

@@ -1,4 +1,4 @@
-"""The warm-up runs one prompt of each length that the backend names, once, and writes to the scratch block only."""
+"""The warm-up runs one prompt of each length that the backend requests, and writes to the scratch block only."""
 
 from __future__ import annotations
 

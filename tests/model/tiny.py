@@ -58,7 +58,7 @@ CONFIGS = {"llama": LLAMA, "deepseek_v3": DEEPSEEK_V3}
 
 
 def write(folder: Path, config: dict[str, object], *, seed: int = 0, std: float = 0.3) -> Path:
-    """A checkpoint of `config` in `folder`: norms one, the rest N(0, std)."""
+    """Write a checkpoint of `config` to `folder`. Norms are one; the other weights are normal with deviation `std`."""
     (folder / "config.json").write_text(json.dumps(config))
     model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,14 @@
-"""Compiles every kernel for a Hopper GPU at the shapes of real models. No GPU is needed. Prints "compiled" at the end.
+"""Compiles a group of kernels for a Hopper GPU at the shapes of real models: `python compile_kernels.py GROUP`. Needs no GPU.
 
-`test_triton_compile.py` runs this script in a process of its own, without Triton's interpreter. Each kernel is replaced by a
-Recorder, and then launched as the engine launches it: the recorder compiles for the launch's arguments in place of running it.
+`test_triton_compile.py` runs this script once for each group, without Triton's interpreter. Each kernel is replaced by a Recorder
+and then launched as the engine launches it; the Recorder compiles the kernel for the arguments instead of running it. The script
+prints "compiled" once all kernels of the group are compiled.
 """
 
+import importlib
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,10 +19,7 @@ from engine.kernels import (
     argmax,
     elementwise,
     experts,
-    experts_few,
-    experts_tiles,
     gather_inputs,
-    gemv,
     latent_prepare,
     latent_products,
     launch,
@@ -29,9 +30,7 @@ from engine.kernels import (
     paged_decode,
     paged_prefill,
     query_tiles,
-    routing,
     sample_filtered,
-    skinny,
     sort_pairs,
 )
 from engine.layers import moe_cuda
@@ -47,27 +46,6 @@ TYPES = {
     torch.int64: "*i64",
     torch.float64: "*fp64",
 }
-KERNELS = (
-    (argmax, ("_argmax",)),
-    (elementwise, ("_norm", "_silu_mul", "_norm_rotate", "_angles")),
-    (experts, ("_spread", "_add_weighted")),
-    (experts_few, ("_few_up", "_few_down")),
-    (experts_tiles, ("_tiles_up", "_tiles_down")),
-    (gather_inputs, ("_gather_decodes", "_gather_mixed")),
-    (gemv, ("_gemv",)),
-    (latent_prepare, ("_prepare",)),
-    (latent_products, ("_absorb", "_absorb_few", "_merge_expand", "_build_keys")),
-    (mla_decode, ("_split", "_merge")),
-    (mla_mixed, ("_attend",)),
-    (mla_prefill, ("_prefill",)),
-    (paged_decode, ("_decode",)),
-    (paged_prefill, ("_prefill",)),
-    (query_tiles, ("_map_tiles",)),
-    (routing, ("_logits", "_route")),
-    (sample_filtered, ("_survey", "_finish")),
-    (skinny, ("_skinny",)),
-    (sort_pairs, ("_count", "_sort")),
-)
 BF16, META = torch.bfloat16, torch.device("meta")
 
 
@@ -80,10 +58,12 @@ def ints(*shape):
 
 
 class Recorder:
-    """Takes a kernel's place: `recorder[grid](...)` compiles what `kernel[grid](...)` would have launched."""
+    """Replaces a kernel: `recorder[grid](...)` compiles the kernel for these arguments and adds `name` to `compiled`."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, name, compiled):
         self._kernel = kernel
+        self._name = name
+        self._compiled = compiled
 
     def __getitem__(self, grid):
         return self._compile
@@ -98,41 +78,43 @@ class Recorder:
         constexprs = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(self._kernel, signature, constexprs, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert compiled.metadata.shared <= SHARED_MEMORY, f"{names}: {compiled.metadata.shared} bytes of shared memory"
+        assert compiled.metadata.shared <= SHARED_MEMORY, f"{self._name}: {compiled.metadata.shared} bytes of shared memory"
+        self._compiled.add(self._name)
 
 
 def kind(value):
-    """Triton's name for the type of an argument."""
+    """Return Triton's name for the type of the argument `value`."""
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
-
-
-def replace_kernels():
-    launch._has_pdl = lambda device: True
-    for module, names in KERNELS:
-        for name in names:
-            setattr(module, name, Recorder(getattr(module, name)))
 
 
 TABLES, LENS = ints(2, 4), torch.ones(2, dtype=torch.int32)
 STARTS = torch.tensor([0, 1, 2], dtype=torch.int32)
 
 
-def attention():
-    for heads, kv_heads, head, dtype in (
-        (28, 4, 128, BF16),
-        (24, 8, 128, BF16),
-        (40, 8, 128, BF16),
-        (16, 8, 256, BF16),
-        (32, 8, 128, torch.float32),
-    ):
+GQA_SHAPES = (  # query heads, K/V heads, head dimension, type
+    (28, 4, 128, BF16),
+    (24, 8, 128, BF16),
+    (40, 8, 128, BF16),
+    (16, 8, 256, BF16),
+    (32, 8, 128, torch.float32),
+)
+
+
+def gqa_decodes():
+    for heads, kv_heads, head, dtype in GQA_SHAPES:
         q, cache = zeros(2, heads, head, dtype=dtype), zeros(8, 64, kv_heads, head, dtype=dtype)
-        paged_prefill.paged_prefill(q, cache, cache, TABLES, LENS, STARTS, (LENS, LENS), 0.1, q)
         for splits in (1, 2, 4, 8):
             paged_decode.paged_decode(q, cache, cache, TABLES, LENS, 0.1, splits)
-        many = zeros(2 * paged_decode.MANY_PROGRAMS, heads, head, dtype=dtype)  # so many that a GPU splits nothing
+        many = zeros(2 * paged_decode.MANY_PROGRAMS, heads, head, dtype=dtype)  # so many that a GPU splits no sequence
         paged_decode.paged_decode(many, cache, cache, TABLES, LENS, 0.1, 1)
+
+
+def gqa_chunks():
+    for heads, kv_heads, head, dtype in GQA_SHAPES:
+        q, cache = zeros(2, heads, head, dtype=dtype), zeros(8, 64, kv_heads, head, dtype=dtype)
+        paged_prefill.paged_prefill(q, cache, cache, TABLES, LENS, STARTS, (LENS, LENS), 0.1, q)
     query_tiles.map_tiles(STARTS, 512, 64, least=2)
 
 
@@ -146,26 +128,35 @@ def small_operations():
     elementwise.angles(slots, zeros(64, dtype=torch.float32), 1.0)
 
 
-def latent_attention():
-    for heads, num in ((16, 1), (16, 256), (128, 64)):
+MLA_SHAPES = ((16, 1), (16, 256), (128, 64))  # heads, tokens
+
+
+def mla_decodes():
+    for heads, num in MLA_SHAPES:
+        q_latent, q_rope, pool = zeros(num, heads, 512), zeros(num, heads, 192)[..., 128:], zeros(8, 64, 576)
+        for splits in (1, 4):
+            mla_decode.merge(mla_decode.mla_decode(q_latent, q_rope, pool, TABLES, LENS, 0.1, splits), BF16)
+        if num == 1:
+            kv_b = zeros(heads, 256, 512)
+            latent_products.absorb_few(zeros(num, heads, 192), kv_b, 128)
+            parts = mla_decode.mla_decode(q_latent, q_rope, pool, TABLES, LENS, 0.1, 64)
+            latent_products.merge_expand(*parts, kv_b, 128, zeros(num, heads, 128))
+    # In float32 a tile has to be smaller.
+    q, rope, pool = (zeros(*shape, dtype=torch.float32) for shape in ((64, 128, 512), (64, 128, 64), (8, 64, 576)))
+    mla_decode.mla_decode(q, rope, pool, TABLES, LENS, 0.1, 1)
+
+
+def mla_chunks():
+    for heads, num in MLA_SHAPES:
         q, kv, kv_b, pool = zeros(num, heads, 192), zeros(num, 576), zeros(heads, 256, 512), zeros(8, 64, 576)
         angle, slots, out = zeros(num, 1, 64, dtype=torch.float32), zeros(num, dtype=torch.int64), zeros(num, heads, 128)
         latent_prepare.latent_prepare(q, kv, (kv_b[0, 0], 1e-6), (angle, angle), slots, pool, interleaved=True)
-        q_latent, q_rope = latent_products.absorb(q, kv_b, 128), q[..., 128:]
-        for splits in (1, 4):
-            mla_decode.merge(mla_decode.mla_decode(q_latent, q_rope, pool, TABLES, LENS, 0.1, splits), q.dtype)
-        if num == 1:
-            latent_products.absorb_few(q, kv_b, 128)
-            parts = mla_decode.mla_decode(q_latent, q_rope, pool, TABLES, LENS, 0.1, 64)
-            latent_products.merge_expand(*parts, kv_b, 128, out)
-        mla_mixed.mla_mixed(q_latent, q_rope, pool, TABLES, LENS, STARTS, (LENS, LENS), 0.1)
+        q_latent = latent_products.absorb(q, kv_b, 128)
+        mla_mixed.mla_mixed(q_latent, q[..., 128:], pool, TABLES, LENS, STARTS, (LENS, LENS), 0.1)
         expanded = zeros(num, heads, 256)
         latent_products.build_keys(expanded, kv, 128, 512)
         tiles, tile = ints(3, 1), mla_prefill.choose_tile(BF16)
         mla_prefill.mla_prefill(out, q, expanded, kv[:, 512:], STARTS, LENS, tiles, 0.1, tile)
-    # In float32 a tile has to be smaller.
-    q, rope, pool = (zeros(*shape, dtype=torch.float32) for shape in ((64, 128, 512), (64, 128, 64), (8, 64, 576)))
-    mla_decode.mla_decode(q, rope, pool, TABLES, LENS, 0.1, 1)
 
 
 def products():
@@ -215,7 +206,7 @@ def mixtures():
             sort_pairs.sort_pairs(ints(tokens, spec.top_k), spec.num_experts, 128)
 
 
-def ends_of_a_step():
+def gathering_and_sampling():
     rows, numbers, latest = ints(2), zeros(2, dtype=torch.float64), zeros(2, dtype=torch.int64)
     for dtype in (BF16, torch.float32):
         logits = zeros(2, 151936, dtype=dtype)
@@ -226,8 +217,81 @@ def ends_of_a_step():
     gather_inputs.gather_mixed(rows, rows, rows, rows, rows, latest, TABLES, 64)
 
 
+class Group(NamedTuple):
+    launch: Callable[[], None]
+    kernels: frozenset[str]  # "module.kernel" of each kernel that `launch` launches, in engine/kernels
+
+
+GROUPS = {
+    "gqa-decodes": Group(gqa_decodes, frozenset({"paged_decode._decode"})),
+    "gqa-chunks": Group(gqa_chunks, frozenset({"paged_prefill._prefill", "query_tiles._map_tiles"})),
+    "mla-decodes": Group(
+        mla_decodes,
+        frozenset({"mla_decode._split", "mla_decode._merge", "latent_products._absorb_few", "latent_products._merge_expand"}),
+    ),
+    "mla-chunks": Group(
+        mla_chunks,
+        frozenset(
+            {
+                "latent_prepare._prepare",
+                "latent_products._absorb",
+                "latent_products._build_keys",
+                "mla_mixed._attend",
+                "mla_prefill._prefill",
+            }
+        ),
+    ),
+    "products": Group(products, frozenset({"gemv._gemv", "skinny._skinny"})),
+    "mixtures": Group(
+        mixtures,
+        frozenset(
+            {
+                "experts._spread",
+                "experts._add_weighted",
+                "experts_few._few_up",
+                "experts_few._few_down",
+                "experts_tiles._tiles_up",
+                "experts_tiles._tiles_down",
+                "routing._logits",
+                "routing._route",
+                "sort_pairs._count",
+                "sort_pairs._sort",
+            }
+        ),
+    ),
+    "small-operations": Group(
+        small_operations,
+        frozenset({"elementwise._norm", "elementwise._silu_mul", "elementwise._norm_rotate", "elementwise._angles"}),
+    ),
+    "gathering-and-sampling": Group(
+        gathering_and_sampling,
+        frozenset(
+            {
+                "argmax._argmax",
+                "gather_inputs._gather_decodes",
+                "gather_inputs._gather_mixed",
+                "sample_filtered._survey",
+                "sample_filtered._finish",
+            }
+        ),
+    ),
+}
+
+
+def replace_kernels() -> set[str]:
+    """Replace every kernel by a Recorder. Returns the set that gets the names of the compiled kernels."""
+    launch._has_pdl = lambda device: True
+    compiled: set[str] = set()
+    for name in frozenset[str]().union(*(group.kernels for group in GROUPS.values())):
+        module_name, _, kernel = name.partition(".")
+        module = importlib.import_module(f"engine.kernels.{module_name}")
+        setattr(module, kernel, Recorder(getattr(module, kernel), name, compiled))
+    return compiled
+
+
 if __name__ == "__main__":
-    replace_kernels()
-    for compile_all in (attention, small_operations, latent_attention, products, mixtures, ends_of_a_step):
-        compile_all()
+    group = GROUPS[sys.argv[1]]
+    compiled = replace_kernels()
+    group.launch()
+    assert compiled == group.kernels, f"launched, but not in the group or the reverse: {sorted(compiled ^ group.kernels)}"
     sys.stdout.write("compiled\n")

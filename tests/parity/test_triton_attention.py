@@ -15,7 +15,7 @@ from engine.attention.cached_context import LongChunks
 from engine.attention.torch_gqa import TorchGqa
 from engine.attention.triton_gqa import TritonGqa
 from engine.batch import ForwardBatch, LayerPools
-from engine.kernels.paged_decode import paged_decode
+from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.layers.ops import write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,11 +50,29 @@ def random(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(DEVICE)
 
 
-@pytest.mark.parametrize("queries", [MIXED, DECODES, CHUNKS], ids=["mixed", "decodes", "chunks"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (8, 1), (6, 2), (7, 1)])
-@pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
-def test_a_step_equals_plain_attention(queries, heads, kv_heads, processors):
-    generator = torch.Generator().manual_seed(0)
+def num_processors(queries: list[tuple[int, int]], kv_heads: int, splits: int) -> int:
+    """Return a number of multiprocessors for which each of the sequences `queries` is cut into up to `splits` parts."""
+    processors = 1 if splits == 1 else splits * len(queries) * kv_heads // 2
+    assert choose_splits(len(queries), kv_heads, processors) == splits
+    return processors
+
+
+# With 8 as with 32 splits, a part of a sequence is one block. The interpreter takes its time by the number of splits.
+SPLITS = pytest.mark.parametrize("splits", [1, 8], ids=["whole", "split"])
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "kv_heads"),
+    [
+        *((MIXED, heads, kv_heads) for heads, kv_heads in ((4, 2), (3, 3), (8, 1), (6, 2), (7, 1))),
+        (DECODES, 4, 2),
+        (CHUNKS, 4, 2),
+    ],
+    ids=["mixed-4-2", "mixed-3-3", "mixed-8-1", "mixed-6-2", "mixed-7-1", "decodes", "chunks"],
+)
+@SPLITS
+def test_a_step_equals_plain_attention(queries, heads, kv_heads, splits):
+    generator, processors = torch.Generator().manual_seed(0), num_processors(queries, kv_heads, splits)
     num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
     cached = {name: random(num_blocks, BLOCK, kv_heads, 32, generator=generator) for name in ("k", "v")}
     tokens = sum(num for _, num in queries)
@@ -72,14 +90,15 @@ def test_a_step_equals_plain_attention(queries, heads, kv_heads, processors):
         return attention.prepare(batch).attend(q, k, v, pools, scale=0.2)
 
     expected = run(TorchGqa())
-    for _ in range(2):  # the second run fails if the first left its arrival counters changed
+    for _ in range(1 if splits == 1 else 2):  # the second run fails if the first left its arrival counters changed
         torch.testing.assert_close(run(TritonGqa(processors)), expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(run(TritonGqa(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("processors", [1, 132], ids=["whole", "split"])
-def test_only_the_last_tokens_attend(processors):
+@SPLITS
+def test_only_the_last_tokens_attend(splits):
     """The last layer of a model computes only tokens that are read: as decodes, over the records that the step has written."""
+    processors = num_processors(MIXED, 2, splits)
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
     pools = {name: random(num_blocks, BLOCK, 2, 32, generator=generator) for name in ("k", "v")}
@@ -124,12 +143,12 @@ def test_a_long_sequence_is_cut_into_several_parts(splits, parts, monkeypatch):
     if splits > 1:
         written = (~made[1].isnan()).sum(2)  # log-sum-exps [B, heads]; a single part writes none
         assert written.tolist() == [[num if num > 1 else 0] * heads for num in parts]
-    for _ in range(2):  # the second run fails if the first left its arrival counters changed
-        out = paged_decode(q, k, v, tables, lens, 0.2, splits)
+    # The second run fails if the first left its arrival counters changed.
+    for found in (out, paged_decode(q, k, v, tables, lens, 0.2, splits)):
         for i, length in enumerate(lens.tolist()):
             keys, values = (pool[tables[i].long()].flatten(0, 1)[:length].repeat_interleave(2, 1) for pool in (k, v))
             weights = (torch.einsum("hd,lhd->hl", q[i], keys) * 0.2).softmax(-1)
-            torch.testing.assert_close(out[i], torch.einsum("hl,lhd->hd", weights, values), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(found[i], torch.einsum("hl,lhd->hd", weights, values), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spans", [[range(20), range(20, 40)], [range(20)], [range(20, 40)]], ids=["all", "first", "second"])

@@ -1,6 +1,6 @@
-"""Random requests in random order: nothing leaks, and every request ends once, with the tokens that it would get alone.
+"""Random requests in random order: no block leaks, and every request ends once, with the tokens that it would get alone.
 
-FakeRunner verifies the content of every block that is read, and every check() runs after every operation.
+FakeRunner verifies the content of every block that is read, and the scheduler checks its own state after every operation.
 """
 
 import random
@@ -19,12 +19,12 @@ from engine.request import FinishReason, SamplingParams, Status, TokenEvent
 from engine.scheduler.queue import rank
 
 LIMITS = ModelLimits(max_model_len=96, vocab_size=40, eos_token_ids=(3,), dtype="float32")
-NAN_TOKEN = 13  # in some runs: a row that would sample this token fails
+NAN_TOKEN = 13  # in some runs, a row that would sample this token fails
 SHARED = [7, 8, 9, 7, 8, 9, 1, 1, 1, 2, 5, 6, 7, 8, 9, 4, 4]  # each prompt begins with some of these tokens
 
 
 class Workload:
-    """A Core under random operations, and what its clients have received."""
+    """A Core under random operations, and the tokens and endings that its clients have received."""
 
     def __init__(self, rng: random.Random, *, overlap: bool, prefix_caching: bool = True) -> None:
         self.rng = rng
@@ -35,7 +35,7 @@ class Workload:
             runner="fake",
             overlap=overlap,
             debug_checks=True,
-            # From too little for one request of full length to enough for four.
+            # At least too little for one request of full length, at most enough for four.
             cache=CacheConfig(block_size=size, num_blocks=rng.randint(60, 384) // size, prefix_caching=prefix_caching),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
@@ -51,7 +51,7 @@ class Workload:
         self.tokens: dict[str, list[int]] = {}
         self.endings: dict[str, TokenEvent] = {}
         self.refused = 0
-        self.stalls = 0  # steps in a row
+        self.stalls = 0  # consecutive steps in which the running request of the best rank did not advance
 
     def submit(self) -> None:
         """Submit one to four siblings with one prompt. Some of them continue a stream that an earlier engine began."""
@@ -226,7 +226,7 @@ def test_ten_thousand_random_operations(overlap):
         ends.update(finished=stats.num_finished, aborted=stats.num_aborted, preempted=stats.num_preemptions)
         ends.update(refused=workload.refused, cached=stats.cached_tokens, failed=stats.num_failed)
         copies += workload.core._runner.copies
-    # Every case that can go wrong occurred often.
+    # Each kind of event occurred often.
     assert min(*(ends[name] for name in ("preempted", "refused", "aborted", "cached", "failed")), copies) > 50, (ends, copies)
 
 

@@ -1,4 +1,4 @@
-"""The structure rules that are gates: the import ladder, the torch-free list, the totality of the error table."""
+"""Structure rules: who may import whom, which modules need no torch, and that the error table has a row for every error."""
 
 import ast
 import importlib.util
@@ -62,6 +62,8 @@ TORCH_FREE = (
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
     "engine.kvcache.manager",
+    "engine.kernels.linear_tiles",
+    "engine.layers.kinds",
     "engine.models.config_common",
     "engine.models.config_reader",
     "engine.models.deepseek_config",
@@ -69,6 +71,8 @@ TORCH_FREE = (
     "engine.models.families",
     "engine.models.qwen3_moe_config",
     "engine.models.spec",
+    "engine.sampling.reference",
+    "engine.sampling.uniform",
     "server",
 )
 
@@ -84,7 +88,7 @@ def sources() -> dict[str, Path]:
 
 
 def own_imports(name: str, path: Path) -> set[str]:
-    """Own modules that `path` imports anywhere in it, functions and TYPE_CHECKING blocks included."""
+    """Return the modules of engine, server and train that the file imports, in functions and TYPE_CHECKING blocks too."""
     found = set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -119,7 +123,7 @@ def test_imports_go_down_the_ladder(name, path):
     assert not wrong, f"{name} may not import {sorted(wrong)}: see LADDER"
 
 
-# Modules that lie directly in a top package. Everything else has a room: a package whose name says what it is about.
+# The modules that may lie directly in `engine` or `server`. Every other module belongs in a subpackage.
 FLAT = {
     "engine": [
         "errors",
@@ -146,13 +150,13 @@ def test_flat_modules_are_the_listed_ones(package):
     assert found == set(FLAT[package])
 
 
-def test_every_module_stands_on_the_ladder():
-    homeless = [name for name in sources() if name not in ("engine", "server") and place(name) is None]
-    assert not homeless, f"add to LADDER: {homeless}"
+def test_the_ladder_has_a_rung_for_every_module():
+    missing = [name for name in sources() if name not in ("engine", "server") and place(name) is None]
+    assert not missing, f"add to LADDER: {missing}"
 
 
 def test_torch_free_modules_import_without_torch():
-    """In a process where importing torch fails, since one slow import anywhere would reach all of them."""
+    """All of TORCH_FREE is imported in a process in which `import torch` fails."""
     modules = [m for m in sources() if any(m == t or (t != "engine" and m.startswith(t + ".")) for t in TORCH_FREE)]
     code = (
         "import sys\n"
@@ -170,16 +174,16 @@ def error_classes() -> list[type[errors.TidegateError]]:
     return classes
 
 
-def test_the_error_tree_in_the_docstring_is_the_tree():
-    drawn = errors.__doc__ or ""
-    missing = [c.__name__ for c in error_classes() if c.__name__ not in drawn]
-    assert not missing, f"draw them in engine/errors.py: {missing}"
+def test_the_docstring_of_errors_names_every_error():
+    tree = errors.__doc__ or ""
+    missing = [c.__name__ for c in error_classes() if c.__name__ not in tree]
+    assert not missing, f"add to the tree in the docstring of engine/errors.py: {missing}"
 
 
 @pytest.mark.parametrize("cls", error_classes(), ids=lambda c: c.__name__)
-def test_every_error_has_a_row_of_its_own(cls):
-    assert cls in STATUS, "say in server/errors.py what a client gets"
+def test_every_error_has_a_row_in_the_error_table(cls):
+    assert cls in STATUS, "add the HTTP and gRPC status of the error to STATUS in server/errors.py"
 
 
-def test_the_error_table_names_nothing_else():
+def test_the_error_table_has_no_other_rows():
     assert set(STATUS) == set(error_classes())

@@ -1,4 +1,4 @@
-"""Real processes for tests that kill and stop them: a single engine, and a whole `tidegate serve`."""
+"""Real processes that tests may kill or stop: one engine process, or a whole `tidegate serve`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 2
 
 
 def after(shell: str, command: list[str]) -> list[str]:
-    """`command`, in a process that has run `shell` before."""
+    """Return a command that runs the shell code `shell` and then, in the same process, `command`."""
     return ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
 
 
 class EngineChild:
-    """One engine process with its own socket. `start` may be called again after its death."""
+    """One engine process with a socket of its own. After the process has died, `start` starts a new one."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
@@ -90,7 +90,7 @@ class EngineChild:
 class ServerChild:
     """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables.
 
-    `shell` runs in the server's process before the server does, say "ulimit -n 20". `python` is the interpreter.
+    `shell` is shell code that runs first in the server's process, for example "ulimit -n 20". `python` is the interpreter.
     """
 
     def __init__(self, *, shell: str = ":", python: str = sys.executable, **settings: object) -> None:
@@ -106,7 +106,7 @@ class ServerChild:
         }
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
-        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # the server should leave it empty
+        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # the server's TMPDIR, which it should leave empty
         self._environment["TMPDIR"] = self.folder.name
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []
@@ -162,10 +162,10 @@ class ServerChild:
         return [line for line in list(self.lines) if line.get("message") == message]
 
     def children(self) -> dict[str, int]:
-        """Process ids by title: {"tidegate: engine 0": 123, ...}."""
+        """Return the process ids of the server's children by title, such as {"tidegate: engine 0": 123}."""
         titles = {}
         for child in psutil.Process(self.pid).children():
-            with contextlib.suppress(psutil.Error):  # it has just died
+            with contextlib.suppress(psutil.Error):  # the child has just died
                 titles[" ".join(child.cmdline()).strip()] = child.pid
         return titles
 

@@ -1,4 +1,4 @@
-"""The whole HTTP side in one event loop: the application in a real uvicorn, with the real service and a LocalEngine."""
+"""The HTTP application in a real uvicorn, with the real service and a LocalEngine, all in the event loop of the test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL = "tiny"
 
 
 class _Server(uvicorn.Server):
-    """Without uvicorn's signal handlers, which belong to the test runner here."""
+    """A uvicorn server that leaves the signal handlers to pytest."""
 
     def capture_signals(self):
         return contextlib.nullcontext()
@@ -31,7 +31,7 @@ class _Server(uvicorn.Server):
 
 @dataclass
 class HttpApi:
-    """A running server, and clients for it."""
+    """A running server and its clients."""
 
     port: int
     engine: LocalEngine
@@ -40,9 +40,9 @@ class HttpApi:
     openai: openai.AsyncOpenAI
 
     async def quiet(self, seconds=3.0):
-        """Wait until the engine and the service have no request left."""
+        """Wait until neither the engine nor the service has a request."""
         async with asyncio.timeout(seconds):
-            while not self.engine.idle or self.service.num_running:  # noqa: ASYNC110 - there is no event for both
+            while not self.engine.idle or self.service.num_running:  # noqa: ASYNC110 - no event covers both
                 await asyncio.sleep(0.005)
 
 

@@ -1,4 +1,4 @@
-"""Runs an ASGI application in a thread, in a real uvicorn with the guard, on a free port."""
+"""An ASGI application behind the guard, in a real uvicorn that runs in a thread and listens on a free port."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A child of the supervisor that runs Python code: `python -m tests.support.scripted`.
 
-The line on standard input is the code, with statements parted by semicolons. It can use `lifeline`, `os`, `sys`, `time`,
+The line on standard input is the code, with semicolons between statements. The code can use `lifeline`, `os`, `sys`, `time`,
 and `wait()`, which never returns.
 """
 

@@ -1,4 +1,4 @@
-"""Clients of a whole server, and what its metrics say, for the tests that kill and stop it."""
+"""Clients of a whole server and readers of its metrics, for tests that kill or stop the server."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ def http(server):
 
 
 async def stream_tokens(client, number, max_tokens=100, first=None):
-    """The token ids of one SSE stream, or the error it ended in. `first` is set once a token came."""
+    """Return the token ids of one SSE stream, or the error that ended it. The event `first` is set when a token arrives."""
     tokens, done = [], False
     async with client.stream("POST", "/v1/generate", json=body(number, max_tokens, stream=True)) as response:
         assert response.status_code == 200
@@ -62,7 +62,7 @@ async def in_thread(function, *args, **kwargs):
 
 
 def refused_start(variables, shell=":"):
-    """Run `tidegate serve`, which must refuse to start with exit code 2. `shell` runs in its process before."""
+    """Run `tidegate serve`, which must refuse to start with exit code 2. The shell code `shell` runs first in its process."""
     ports = {f"TIDEGATE_{name}": "0" for name in ("PORT", "GRPC_PORT", "ADMIN_PORT")}
     environment = {**os.environ, **ports, "TIDEGATE_RUNNER": "fake", **variables}
     command = after(shell, [sys.executable, "-m", "server.cli", "serve"])

@@ -1,4 +1,4 @@
-"""A child of the supervisor whose own child keeps its standard output open: `python -m tests.support.stubborn`.
+"""A child of the supervisor that starts a child of its own, which keeps standard output open: `python -m tests.support.stubborn`.
 
 The line on standard input is a path. The process id of the grandchild is written to that file.
 """

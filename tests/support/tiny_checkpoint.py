@@ -1,8 +1,8 @@
-"""A tiny DeepSeek-V3-shaped checkpoint with random weights, for tests of what does not depend on a model making sense.
+"""A tiny DeepSeek-V3-shaped checkpoint with random weights, for tests that need no sensible text.
 
 It has every part of the real architecture (MLA with low-rank queries and keys, a dense first layer, sigmoid routing limited
-to groups of experts, a shared expert, YaRN), 1.8 M parameters, and a tokenizer of 512 tokens trained on the text below. The same
-numpy gives the same files.
+to groups of experts, a shared expert, YaRN), 1.8 M parameters, and a tokenizer of 512 tokens trained on the text below. With the
+same version of numpy, the files are the same on every machine.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# What the tokenizer learns its merges from. Its own words, so that every machine and Python version gets the same tokens.
+# The text that the tokenizer is trained on. It is written out here so that every machine and Python version gets the same tokens.
 CORPUS = """\
 A tide gate lets the water through when the river runs out to the sea, and holds it when the sea runs in. A server for large \
 language models does the same with requests: it lets in as many as the hardware can carry and holds the others at the door, so \
@@ -111,7 +111,7 @@ class Server:
 
 
 def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write it to `folder`, and return that."""
+    """Write the checkpoint to `folder`. Returns `folder`."""
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL_TOKENS[BOS],
@@ -131,7 +131,7 @@ def write_tiny_checkpoint(folder: Path) -> Path:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """A byte-level BPE: every text goes in and comes back unchanged."""
+    """Return a byte-level BPE tokenizer. Encoding and decoding leaves every text unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -161,7 +161,7 @@ def _weights() -> dict[str, np.ndarray]:
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    """Hugging Face names; matrices are [out, in]."""
+    """Return the shape of every tensor by its Hugging Face name. Matrices are [out, in]."""
     hidden, vocab = CONFIG["hidden_size"], CONFIG["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(CONFIG["num_hidden_layers"]):

@@ -1,4 +1,4 @@
-"""Checkpoints and settings that the engine would refuse, found without reading a weight."""
+"""The probe finds checkpoints and settings that the engine would refuse. It reads no weights."""
 
 import shutil
 from pathlib import Path
@@ -25,11 +25,11 @@ def problem(folder, **options):
     return problem_with(EngineConfig(model=str(folder), device="cpu", **options))
 
 
-def test_a_whole_checkpoint_is_well(model):
+def test_a_whole_checkpoint_has_no_problem(model):
     assert problem(model) is None
 
 
-def test_a_file_that_is_cut_short_is_told(model):
+def test_a_file_that_is_cut_short_is_reported(model):
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "model.safetensors: not a complete safetensors file" in problem(model)
@@ -37,9 +37,9 @@ def test_a_file_that_is_cut_short_is_told(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"), [("drop", "1 tensors are missing"), ("cut", "has shape [63]"), ("add", "is unexpected")]
+    ("change", "message"), [("drop", "1 tensors are missing"), ("cut", "has shape [63]"), ("add", "is unexpected")]
 )
-def test_tensors_that_the_model_does_not_take_are_told(model, change, told):
+def test_tensors_that_the_model_cannot_load_are_reported(model, change, message):
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.0.self_attn.kv_a_layernorm.weight"
     if change == "drop":
@@ -49,20 +49,20 @@ def test_tensors_that_the_model_does_not_take_are_told(model, change, told):
     else:
         tensors["model.layers.0.extra"] = tensors[name]
     save_file(tensors, model / "model.safetensors")
-    assert told in problem(model)
+    assert message in problem(model)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"cache": CacheConfig(host_bytes=5)}, "host_bytes is 5, but one block of the KV cache has"),
         ({"cache": CacheConfig(num_blocks=2), "max_model_len": 129}, "max_model_len is 129, but the KV cache holds 128 tokens"),
         ({"max_model_len": 5000}, "but the model was made for 4096 tokens at most"),
     ],
 )
-def test_settings_that_cannot_be_are_told(model, options, told):
-    assert told in problem(model, **options)
+def test_impossible_settings_are_reported(model, options, message):
+    assert message in problem(model, **options)
 
 
-def test_torch_tells_of_itself():
+def test_torch_facts_are_version_cuda_and_devices():
     assert set(torch_facts()) == {"version", "cuda", "devices"}

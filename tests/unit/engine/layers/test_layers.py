@@ -1,4 +1,4 @@
-"""The layers beside a plain way of writing them."""
+"""Layers compared with plain implementations of the same formulas."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_rotation_of_pairs_is_a_complex_product():
     x, positions = torch.randn(5, 3, 8), torch.tensor([0, 1, 7, 100, 3])
     angles = positions[:, None].double() * 100.0 ** (-torch.arange(0, 8, 2).double() / 8)
     pairs = torch.view_as_complex(x.double().view(5, 3, 4, 2))
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    wanted = torch.cat((turned.real, turned.imag), -1).float()
+    rotated = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    wanted = torch.cat((rotated.real, rotated.imag), -1).float()
     torch.testing.assert_close(rotate(deinterleave(x), *Rotary(spec, device=CPU)(positions)), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_rotation_keeps_the_type_of_its_input():
     assert rotate(torch.randn(4, 2, 8, dtype=torch.bfloat16), cos, sin).dtype == torch.bfloat16
 
 
-def test_experts_get_their_tokens_and_no_others():
+def test_each_expert_computes_the_tokens_that_are_routed_to_it():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, 16, generator=generator)
     gate_up, down = torch.randn(6, 2 * 8, 16, generator=generator), torch.randn(6, 16, 8, generator=generator)
@@ -55,7 +55,7 @@ def test_experts_get_their_tokens_and_no_others():
     torch.testing.assert_close(run_experts(x, (weights, ids), gate_up, down, PlainOps()), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_the_bias_decides_who_is_chosen_but_not_the_weight():
+def test_the_routing_bias_decides_the_experts_but_not_their_weights():
     spec = RoutingSpec(num_experts=4, top_k=1, method="noaux_tc", n_group=2, topk_group=1, scale=2.0)
     logits, bias = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([0.0, 0.0, 0.0, 10.0])
     weights, ids = route(logits, spec, bias)
@@ -63,7 +63,7 @@ def test_the_bias_decides_who_is_chosen_but_not_the_weight():
     assert weights.tolist() == [[1.0]]  # 2 * sigmoid(0)
 
 
-def test_groups_shut_out_a_good_expert_among_bad_ones():
+def test_routing_by_the_two_best_of_a_group_excludes_a_good_expert_among_bad_ones():
     logits = torch.tensor([[5.0, -9.0, -9.0, 4.0, 4.0, 4.0]])
     by_best = RoutingSpec(num_experts=6, top_k=1, method="group_limited_greedy", n_group=2, topk_group=1)
     by_two = RoutingSpec(num_experts=6, top_k=1, method="noaux_tc", n_group=2, topk_group=1)
@@ -71,7 +71,7 @@ def test_groups_shut_out_a_good_expert_among_bad_ones():
     assert route(logits, by_two)[1].item() >= 3
 
 
-def test_fp8_blocks_at_the_edges_are_cut():
+def test_fp8_blocks_may_be_cut_off_at_the_edges_of_a_matrix():
     weight = torch.randn(5, 7).to(torch.float8_e4m3fn)
     scale = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     found = fp8.dequantize(weight, scale, (4, 3))

@@ -1,4 +1,4 @@
-"""What ModelSpec reads of a config.json, in both ways of writing, and what it refuses by name."""
+"""A ModelSpec is read from a config.json in its old or new form. An error names the key that cannot be served."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ V3 = V2 | {"architectures": ["DeepseekV3ForCausalLM"], "q_lora_rank": 24, "route
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 
-def test_importing_it_needs_no_torch():
+def test_reading_a_config_needs_no_torch():
     code = "import engine.models, engine.models.families, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_old_and_new_way_of_writing_mean_the_same():
+def test_the_old_and_the_new_form_of_a_config_mean_the_same():
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     old = LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}, "torch_dtype": "bfloat16"}
     new = LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5}, "dtype": "bfloat16"}
@@ -68,7 +68,7 @@ def test_old_and_new_way_of_writing_mean_the_same():
     assert parse_spec(old).dtype == "bfloat16"
 
 
-def test_limits():
+def test_limits_come_from_the_config():
     limits = parse_spec(LLAMA | {"eos_token_id": 7, "dtype": "float16"}).limits()
     assert (limits.max_model_len, limits.vocab_size, limits.eos_token_ids, limits.dtype) == (256, 256, (7,), "float16")
 
@@ -93,7 +93,7 @@ def test_yarn_lengthens_the_context_and_sharpens_latent_attention():
     assert spec.mla.softmax_scale == pytest.approx(24**-0.5 * (0.0707 * 3.6888794541139363 + 1) ** 2)
 
 
-def test_layers_of_experts():
+def test_which_layers_have_experts():
     def layers(config):
         moe = parse_spec(config).moe
         return () if moe is None else moe.layers
@@ -106,7 +106,7 @@ def test_layers_of_experts():
     assert layers(V2 | {"n_routed_experts": None}) == ()
 
 
-def test_routing():
+def test_routing_of_each_deepseek_version():
     v2, v3 = parse_spec(V2 | {"topk_method": "group_limited_greedy"}), parse_spec(V3)
     assert v2.moe is not None
     assert v3.moe is not None
@@ -119,13 +119,13 @@ def test_smollm3_has_layers_without_rotary_embedding_and_defaults_of_its_own():
     spec = parse_spec(SMOLLM3)
     assert spec.nope_layers == (3, 7)
     assert spec.rope.theta == 2e6
-    assert spec.tie_embeddings  # the published checkpoints do not say so
+    assert spec.tie_embeddings  # the default, since the published checkpoints lack the key
     changed = parse_spec(SMOLLM3 | {"no_rope_layers": [0, *[1] * 8], "rope_theta": 5e6, "tie_word_embeddings": False})
     assert (changed.nope_layers, changed.rope.theta, changed.tie_embeddings) == ((0,), 5e6, False)
     assert parse_spec(LLAMA).nope_layers == ()
 
 
-def test_fp8_blocks():
+def test_the_block_of_an_fp8_checkpoint_is_read():
     spec = parse_spec(V3 | {"quantization_config": FP8})
     assert spec.fp8 is not None
     assert spec.fp8.block == (128, 128)
@@ -205,14 +205,14 @@ def test_missing_key_is_named(config, key):
     ],
     ids=lambda v: str(v)[:30] if not isinstance(v, dict) else "",
 )
-def test_what_cannot_be_served_is_refused_by_name(config, key, value):
+def test_a_config_that_cannot_be_served_is_refused_by_its_key(config, key, value):
     sliding = {"sliding_window": 128} if key == "use_sliding_window" else {}
     named = {"num_attention_heads": "head_dim|num_key_value_heads"}.get(key, key)
     with pytest.raises(CheckpointError, match=rf"config\.json: ({named})\b"):
         parse_spec(config | sliding | {key: value})
 
 
-def test_a_window_that_is_off_or_never_reached_is_fine():
+def test_a_sliding_window_that_is_off_or_never_reached_is_accepted():
     assert parse_spec(MISTRAL | {"sliding_window": None}).max_model_len == 256
     assert parse_spec(MISTRAL | {"sliding_window": 256}).max_model_len == 256
     assert parse_spec(QWEN2 | {"use_sliding_window": False, "sliding_window": 64}).qkv_bias
@@ -222,14 +222,14 @@ NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", NESTED, "[" * 100_000], ids=["absent", "cut", "list", "nested", "lists"])
-def test_unreadable_file_is_named(tmp_path, content):
+def test_an_unreadable_config_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_spec(tmp_path)
 
 
-def test_unreadable_generation_file_is_named(tmp_path):
+def test_an_unreadable_generation_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "generation_config.json").write_text(NESTED)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read as JSON: it is nested too deeply"):
@@ -265,7 +265,7 @@ FAMILIES = {c["architectures"][0]: c for c in (LLAMA, MISTRAL, QWEN2, QWEN3, SMO
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whatever_a_key_holds_the_answer_is_a_spec_or_a_refusal(name):
+def test_any_value_of_any_key_gives_a_spec_or_a_checkpoint_error(name):
     config = FAMILIES.get(name, LLAMA) | {
         "architectures": [name],
         "sliding_window": 4096,
@@ -293,6 +293,6 @@ def test_whatever_a_key_holds_the_answer_is_a_spec_or_a_refusal(name):
     assert max(map(len, messages)) < 500
 
 
-def test_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         read_spec(tmp_path / "nowhere")

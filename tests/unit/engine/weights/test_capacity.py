@@ -1,4 +1,4 @@
-"""Weights that cannot fit are refused before anything is allocated, and what fits is let through."""
+"""Weights that do not fit into memory are refused before anything is allocated. Weights that fit are accepted."""
 
 import json
 
@@ -17,7 +17,7 @@ MEMINFO = "MemTotal:  1000 kB\nMemFree:  10 kB\nMemAvailable:  400 kB\nSwapFree:
 
 
 @pytest.mark.parametrize("config", [LLAMA, SMOLLM3, QWEN3_MOE, V3], ids=lambda c: c["architectures"][0])
-def test_what_is_counted_is_what_is_allocated(config):
+def test_weight_bytes_equal_the_bytes_that_the_model_allocates(config):
     spec = parse_spec(config)
     model = registry.build(spec, dtype=torch.bfloat16, device=CPU)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
@@ -34,11 +34,11 @@ def test_what_is_counted_is_what_is_allocated(config):
         ("", "1000\n", None),
     ],
 )
-def test_free_memory_of_the_host(meminfo, limit, found):
+def test_free_memory_of_the_host_is_the_systems_or_the_containers(meminfo, limit, found):
     assert capacity.host_bytes(meminfo, limit) == found
 
 
-def test_it_fits_to_the_byte_and_not_beyond(monkeypatch):
+def test_weights_may_need_exactly_the_free_memory(monkeypatch):
     spec = parse_spec(LLAMA)
     need = capacity.weight_bytes(spec, torch.float32)
     monkeypatch.setattr(capacity, "free_bytes", lambda device: need)
@@ -57,14 +57,14 @@ def test_it_fits_to_the_byte_and_not_beyond(monkeypatch):
     ids=["wide", "deep"],
 )
 @pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
-def test_an_engine_of_a_model_that_no_machine_holds_is_refused(tmp_path, load_format, changes):
+def test_a_model_too_large_for_any_machine_is_refused(tmp_path, load_format, changes):
     wide = {"hidden_size": 1 << 14, "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | wide | changes))
     with pytest.raises(CheckpointError, match="weights need"):
         LLM(tmp_path, device="cpu", load_format=load_format)
 
 
-def test_what_torch_holds_back_on_cuda_is_free_too(monkeypatch):
+def test_memory_that_torch_has_cached_on_cuda_counts_as_free(monkeypatch):
     figures = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}
     for name, figure in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, figure=figure: figure)
