@@ -24,6 +24,7 @@ from engine.kernels import (
     latent_products,
     launch,
     linear,
+    merge_parts,
     mla_decode,
     mla_mixed,
     mla_prefill,
@@ -116,6 +117,11 @@ def gqa_chunks():
         q, cache = zeros(2, heads, head, dtype=dtype), zeros(8, 64, kv_heads, head, dtype=dtype)
         paged_prefill.paged_prefill(q, cache, cache, TABLES, LENS, STARTS, (LENS, LENS), 0.1, q)
     query_tiles.map_tiles(STARTS, 512, 64, least=2)
+    for heads, dim in ((32, 128), (16, 128), (128, 128)):
+        lse = zeros(heads, 2, dtype=torch.float32)
+        part = merge_parts.Part(zeros(2, heads, dim), lse)
+        total = merge_parts.merge_parts(part, part)
+        merge_parts.merge_parts(merge_parts.merge_parts(total, part), part, part.out)
 
 
 def small_operations():
@@ -224,7 +230,7 @@ class Group(NamedTuple):
 
 GROUPS = {
     "gqa-decodes": Group(gqa_decodes, frozenset({"paged_decode._decode"})),
-    "gqa-chunks": Group(gqa_chunks, frozenset({"paged_prefill._prefill", "query_tiles._map_tiles"})),
+    "gqa-chunks": Group(gqa_chunks, frozenset({"paged_prefill._prefill", "query_tiles._map_tiles", "merge_parts._merge"})),
     "mla-decodes": Group(
         mla_decodes,
         frozenset({"mla_decode._split", "mla_decode._merge", "latent_products._absorb_few", "latent_products._merge_expand"}),
