@@ -19,13 +19,14 @@ import msgspec
 import xxhash
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
-from engine.errors import InternalError
+from engine.errors import ConfigError, InternalError
 from engine.models.families import read_spec
 from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
 from engine.startup import StartupClock
 
 _MASK = (1 << 64) - 1
+MAX_BLOCKS = 1 << 24  # the lists of more blocks would fill the memory of a small machine
 
 
 class _Row:
@@ -203,6 +204,10 @@ def build_fake(config: EngineConfig, limits: ModelLimits) -> BuiltRunner:
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
     resolved = resolve(config, limits, has_cuda=config.device == "cuda")
     num_blocks = config.cache.num_blocks or config.fake.num_blocks
+    if num_blocks > MAX_BLOCKS:
+        raise ConfigError(
+            f"cache.num_blocks is {num_blocks}: the fake runner has at most {MAX_BLOCKS} blocks", param="cache.num_blocks"
+        )
     resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
     runner = FakeRunner(
         limits, num_blocks=num_blocks, block_size=config.cache.block_size, simulated=config.fake, verify=config.debug_checks

@@ -31,6 +31,8 @@ _ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of Eng
 _GROUPED = {f"{group}.{name}" for group in _ENGINE_PREFIX for name in getattr(EngineConfig(model=""), group).__struct_fields__}
 _ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
 
+MAX_SECONDS = 1_000_000  # upper limit of all durations: gRPC takes 2^31 milliseconds at most
+
 
 class Settings(BaseSettings):
     """All settings. `Settings(port=0)` reads the environment too, but no file. An empty variable counts as not set."""
@@ -54,10 +56,12 @@ class Settings(BaseSettings):
     # Limits on what a client may send or request, and on how slowly.
     max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="Largest request body (HTTP) or message (gRPC)")
     max_header_bytes: int = Field(32 << 10, ge=1024, le=1 << 20, description="Largest sum of request line and headers")
-    header_timeout_s: float = Field(10, gt=0, description="Seconds within which a request's headers must arrive")
-    body_timeout_s: float = Field(30, gt=0, description="Seconds within which a request's body must arrive")
-    idle_timeout_s: float = Field(75, gt=0, description="Seconds that a connection may be idle between requests")
-    send_timeout_s: float = Field(60, gt=0, description="Seconds that a client may read nothing before its stream ends")
+    header_timeout_s: float = Field(10, gt=0, le=MAX_SECONDS, description="Seconds within which a request's headers must arrive")
+    body_timeout_s: float = Field(30, gt=0, le=MAX_SECONDS, description="Seconds within which a request's body must arrive")
+    idle_timeout_s: float = Field(75, gt=0, le=MAX_SECONDS, description="Seconds that a connection may be idle between requests")
+    send_timeout_s: float = Field(
+        60, gt=0, le=MAX_SECONDS, description="Seconds that a client may read nothing before its stream ends"
+    )
     max_waiting_text_bytes: int = Field(
         64 << 20, ge=1 << 20, description="Bytes of long texts that may wait for one worker's tokenizer; more are refused"
     )
@@ -75,14 +79,30 @@ class Settings(BaseSettings):
     max_prompt_logprobs: int = Field(1 << 17, ge=0, description="Most log-probabilities for the prompts of one request")
 
     # Starting, failing and stopping. Processes report progress a few times a second: a timeout below 1 would kill healthy ones.
-    start_timeout_s: float = Field(300, ge=1, description="Seconds that a starting process may report no progress until replaced")
-    stall_timeout_s: float = Field(30, ge=1, description="Seconds that one step may take until the engine is replaced")
-    worker_stall_timeout_s: float = Field(20, ge=1, description="Seconds that an API worker may hang until it is replaced")
-    crash_limit: int = Field(5, ge=1, description="Deaths of a process, with no work done in between, that end the server")
-    crash_window_s: float = Field(60, gt=0, description="Seconds of readiness after which a death does not count in crash_limit")
-    resume_timeout_s: float = Field(120, gt=0, description="Seconds that streams wait for a new engine after a death")
-    max_deaths: int = Field(3, ge=1, description="Engine deaths during a request that end the request, which may be the cause")
-    drain_timeout_s: float = Field(30, ge=0, description="Seconds for running requests to finish after SIGTERM or SIGHUP")
+    start_timeout_s: float = Field(
+        300, ge=1, le=MAX_SECONDS, description="Seconds that a starting process may report no progress until replaced"
+    )
+    stall_timeout_s: float = Field(
+        30, ge=1, le=MAX_SECONDS, description="Seconds that one step may take until the engine is replaced"
+    )
+    worker_stall_timeout_s: float = Field(
+        20, ge=1, le=MAX_SECONDS, description="Seconds that an API worker may hang until it is replaced"
+    )
+    crash_limit: int = Field(
+        5, ge=1, le=1 << 16, description="Deaths of a process, with no work done in between, that end the server"
+    )
+    crash_window_s: float = Field(
+        60, gt=0, le=MAX_SECONDS, description="Seconds of readiness after which a death does not count in crash_limit"
+    )
+    resume_timeout_s: float = Field(
+        120, gt=0, le=MAX_SECONDS, description="Seconds that streams wait for a new engine after a death"
+    )
+    max_deaths: int = Field(
+        3, ge=1, le=1 << 16, description="Engine deaths during a request that end the request, which may be the cause"
+    )
+    drain_timeout_s: float = Field(
+        30, ge=0, le=MAX_SECONDS, description="Seconds for running requests to finish after SIGTERM or SIGHUP"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level of log lines written")
     log_format: Literal["auto", "human", "json"] = Field("auto", description="auto: human at a terminal, JSON otherwise")
 
@@ -96,20 +116,28 @@ class Settings(BaseSettings):
     overlap: bool | None = Field(None, description="Submit a step before the tokens of the previous step are read")
     cuda_graphs: bool | None = Field(None, description="Replay steps that were captured as CUDA graphs")
     debug_checks: bool = Field(False, description="Check all invariants after each step; slow")
-    block_size: int = Field(_CACHE.block_size, ge=1, description="Tokens in one block of the KV cache")
+    block_size: int = Field(_CACHE.block_size, ge=1, le=1 << 16, description="Tokens in one block of the KV cache")
     num_blocks: int | None = Field(_CACHE.num_blocks, ge=1, description="Blocks of the KV cache; overrides memory_fraction")
     memory_fraction: float = Field(
         _CACHE.memory_fraction, gt=0, le=1, description="Fraction of free device memory for the KV cache"
     )
     host_bytes: int = Field(_CACHE.host_bytes, ge=1, description="Bytes of the KV cache if the device is the CPU")
     prefix_caching: bool = Field(_CACHE.prefix_caching, description="Reuse KV blocks for equal prompt prefixes")
-    max_num_seqs: int = Field(_SCHEDULER.max_num_seqs, ge=1, description="Largest number of outputs that run at once")
-    max_step_tokens: int | None = Field(_SCHEDULER.max_step_tokens, ge=1, description="Largest number of tokens in one step")
-    max_queue: int = Field(_SCHEDULER.max_queue, ge=1, description="Largest number of waiting outputs; more are refused")
-    max_skips: int = Field(_SCHEDULER.max_skips, ge=0, description="Times that others may overtake a request that does not fit")
-    fake_step_ms: float = Field(_FAKE.step_ms, ge=0, description="Fake runner: milliseconds that each step takes")
-    fake_token_us: float = Field(_FAKE.token_us, ge=0, description="Fake runner: microseconds that each token adds to a step")
-    fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, description="Fake runner: blocks of the KV cache")
+    max_num_seqs: int = Field(_SCHEDULER.max_num_seqs, ge=1, le=1 << 16, description="Largest number of outputs that run at once")
+    max_step_tokens: int | None = Field(
+        _SCHEDULER.max_step_tokens, ge=1, le=1 << 24, description="Largest number of tokens in one step"
+    )
+    max_queue: int = Field(
+        _SCHEDULER.max_queue, ge=1, le=1 << 24, description="Largest number of waiting outputs; more are refused"
+    )
+    max_skips: int = Field(
+        _SCHEDULER.max_skips, ge=0, le=1 << 24, description="Times that others may overtake a request that does not fit"
+    )
+    fake_step_ms: float = Field(_FAKE.step_ms, ge=0, le=1e6, description="Fake runner: milliseconds that each step takes")
+    fake_token_us: float = Field(
+        _FAKE.token_us, ge=0, le=1e6, description="Fake runner: microseconds that each token adds to a step"
+    )
+    fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, le=1 << 24, description="Fake runner: blocks of the KV cache")
     fake_nan_token: int | None = Field(
         _FAKE.nan_token, ge=0, description="Fake runner: a row that would sample this token id reports logits that are not finite"
     )

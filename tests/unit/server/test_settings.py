@@ -59,11 +59,11 @@ def test_a_file_without_settings_leaves_the_defaults(yaml_file, text):
         ({"port": "x"}, "port is 'x' (from --port): it must be a whole number from 0 to 65535"),
         ({"port": "65536"}, "port is '65536' (from --port): it must be a whole number from 0 to 65535"),
         ({"port": "80.5"}, "port is '80.5' (from --port): it must be a whole number from 0 to 65535"),
-        ({"header_timeout_s": "nan"}, "header_timeout_s is 'nan' (from --header-timeout-s): it must be a number greater than 0"),
+        ({"header_timeout_s": "nan"}, "header_timeout_s is 'nan' (from --header-timeout-s): it must be a number greater than 0 and at most 1e+06"),
         ({"memory_fraction": 1.5}, "memory_fraction is 1.5 (from --memory-fraction): it must be " + HALF_OPEN),
         ({"device": "tpu"}, "device is 'tpu' (from --device): it must be one of auto, cpu, cuda"),
         ({"overlap": "maybe"}, "overlap is 'maybe' (from --overlap): it must be true or false"),
-        ({"max_queue": 0}, "max_queue is 0 (from --max-queue): it must be a whole number, 1 or more"),
+        ({"max_queue": 0}, "max_queue is 0 (from --max-queue): it must be a whole number from 1 to 16777216"),
         ({"model": ""}, "model is '' (from --model): it must be a text that is not empty"),
     ],
 )  # fmt: skip
@@ -176,5 +176,23 @@ def test_names_of_engine_fields_are_replaced_by_names_of_settings():
 
 @pytest.mark.parametrize("name", ["start_timeout_s", "stall_timeout_s", "worker_stall_timeout_s"])
 def test_a_timeout_shorter_than_the_reports_it_waits_for_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} is '0.5' .*: it must be a number, 1 or more"):
+    with pytest.raises(ConfigError, match=f"{name} is '0.5' .*: it must be a number from 1 to 1e+06"):
         load_settings({name: "0.5"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((field, "1e300") for field in Settings.model_fields if field.endswith("_timeout_s")),
+        ("idle_timeout_s", "5000000"),
+        ("fake_step_ms", "1e308"),
+        ("max_num_seqs", "9223372036854775808"),
+        ("fake_num_blocks", "99999999999999999999"),
+        ("block_size", "1e30"),
+    ],
+)
+def test_a_value_that_no_process_could_work_with_is_refused_by_name(name, value):
+    """gRPC takes durations up to 2^31 milliseconds, and lists of rows and blocks must fit into memory."""
+    with pytest.raises(ConfigError, match=rf"^{name} ") as caught:
+        load_settings({name: value})
+    assert caught.value.param == name
