@@ -117,7 +117,12 @@ class EngineProcess:
         self._socket.setsockopt(zmq.RCVHWM, 0)  # unbounded: the scheduler's queue is the one with a limit
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
         self._endpoint = endpoint
-        self._socket.bind(endpoint)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            path = endpoint.removeprefix("ipc://")
+            raise ConfigError(f"the engine's socket {path} cannot be made: {error}; set TMPDIR to another folder") from error
         self._workers: dict[bytes, str] = {}  # identity -> name
         self._lost: set[bytes] = set()  # a send to them failed; they are forgotten before the next step
         self._dropped: set[bytes] = set()  # they did not read; they are told to connect again once they do
@@ -311,10 +316,10 @@ def main() -> None:
     clock = startup.StartupClock(startup.process_seconds(), report=lambda: lifeline.tell(lifeline.ALIVE))
     try:
         core = build_core(start.config, clock)
+        process = EngineProcess(core, start.endpoint)
     except (ConfigError, CheckpointError) as error:
         log.error(error.message)
         sys.exit(EXIT_BAD_SETTINGS)
-    process = EngineProcess(core, start.endpoint)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
     info = core.info()
     log.info(

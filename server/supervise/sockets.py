@@ -68,8 +68,12 @@ def _address(host: str, port: int, port_name: str) -> tuple[int, int, int, str, 
 
 
 def socket_path(folder: Path) -> Path:
-    """The path of the engine's Unix socket in the server's private folder. Raises ConfigError if it is too long."""
+    """The path of the engine's Unix socket in the server's private folder. Raises ConfigError if no socket can have that path."""
     path = folder / "engine"
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"the temporary folder's path is not UTF-8: {str(folder)!r}; set TMPDIR to another folder") from None
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise ConfigError(f"the temporary folder's path is too long for a socket: {folder}; set TMPDIR to a shorter one")
     return path

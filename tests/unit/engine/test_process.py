@@ -11,6 +11,7 @@ import zmq
 
 from engine.config import FakeConfig
 from engine.core import Core
+from engine.errors import ConfigError
 from engine.fake import build_fake, expected_tokens
 from engine.messages import (
     Abort,
@@ -244,3 +245,9 @@ def test_the_garbage_collectors_settings_are_restored_at_the_end():
     pauses.close()
     assert (gc.get_threshold(), list(gc.callbacks)) == before
     assert gc.get_freeze_count() == 0
+
+
+def test_a_socket_that_cannot_be_made_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "missing" / "engine"
+    with pytest.raises(ConfigError, match=rf"^the engine's socket {path} cannot be made: .*; set TMPDIR to another folder$"):
+        EngineProcess(Core(build_fake(CONFIG, LIMITS)), f"ipc://{path}")

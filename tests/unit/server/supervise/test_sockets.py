@@ -1,12 +1,14 @@
 """The ports that the supervisor binds, and the errors that name a setting whose port cannot be bound."""
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from engine.errors import ConfigError
 from server.settings import Settings
-from server.supervise.sockets import bind_admin, bind_http
+from server.supervise.sockets import bind_admin, bind_http, socket_path
 
 PORTS = [(bind_http, "host", "port"), (bind_admin, "admin_host", "admin_port")]
 
@@ -45,3 +47,11 @@ def test_an_address_that_this_machine_does_not_have_is_refused_by_name(kind, add
 def test_the_admin_port_is_on_the_loopback_address_by_default():
     assert Settings().admin_host == "127.0.0.1"
     assert Settings(host="0.0.0.0").admin_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("name", "reason"), [(b"x" * 200, "too long for a socket"), (b"x\xff", "not UTF-8")])
+def test_a_folder_whose_path_no_socket_can_have_is_refused_in_one_sentence(tmp_path, name, reason):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    with pytest.raises(ConfigError, match=reason) as caught:
+        socket_path(folder)
+    caught.value.message.encode()  # the log can write it
