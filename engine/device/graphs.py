@@ -113,7 +113,7 @@ class StepGraphs:
         return missing is not None
 
     def capture(self, key: Key) -> None:
-        """Capture the graph of shape `key`, one of `keys`, unless it is captured already. The first call captures three at most."""
+        """Capture the graph of shape `key`, one of `keys`, unless it is captured. The first call captures three at most."""
         for each in (*self._order[:2], key):
             if each not in self._captured:
                 self._capture_key(each)
