@@ -10,7 +10,7 @@ first needs its size, or before that by `capture_next` while the engine is idle,
 belongs to the scratch row, whose one block no request owns.
 
 All graphs share one memory pool. They run one after the other, and the next graph begins only after the results of the one
-before were used, in the same stream. The largest graph is captured first, so that all others fit into the memory it needed.
+before were used, in the same stream. The largest graph is captured early, so that later ones fit into its memory.
 
 Large mixed steps run without a graph: their kernels take longer than their launches.
 """
@@ -113,7 +113,7 @@ class StepGraphs:
         return missing is not None
 
     def capture(self, key: Key) -> None:
-        """Capture the graph of shape `key`, one of `keys`, unless it is captured. The first call captures three at most."""
+        """Capture the graph of shape `key`, one of `keys`, unless it is there. The first call captures up to three graphs."""
         for each in (*self._order[:2], key):
             if each not in self._captured:
                 self._capture_key(each)
