@@ -23,6 +23,8 @@
 
 from __future__ import annotations
 
+EXIT_BAD_SETTINGS = 2  # exit code of a process that ends by ConfigError or CheckpointError
+
 
 class TidegateError(Exception):
     """Base class of all Tidegate errors. `message` is written for the person who has to act on it.

@@ -55,9 +55,9 @@ def set_up(level: str, form: LogFormat, process: str) -> None:
 
 
 def on_dropped(callback: Callable[[int], None]) -> None:
-    """Call `callback(number)` for log lines that were dropped: for all until now, and from now on for each as it is dropped.
+    """Call `callback(number)` for log lines that were dropped: first for all until now, then soon after lines are dropped.
 
-    It is called in the thread that logged, and must neither block nor log.
+    A thread of its own calls `callback` and holds no lock meanwhile, so `callback` may wait for a lock, and may log.
     """
     for handler in logging.getLogger().handlers:
         if isinstance(handler, QueueHandler):
@@ -76,11 +76,12 @@ class LineWriter:
         """`formatter` makes the line that reports dropped ones."""
         self._fd = fd
         self._formatter = formatter
-        self._changed = threading.Condition()
+        lock = threading.RLock()  # a signal handler may log while its thread holds the lock
+        self._changed = threading.Condition(lock)
+        self._dropped = threading.Condition(lock)
         self._queue: deque[bytes | int] = deque()  # lines, and numbers of lines that were dropped at that place
         self._num_bytes = 0
         self._is_writing = False
-        self._callback: Callable[[int], None] = lambda number: None
         self.num_dropped = 0
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
@@ -94,10 +95,7 @@ class LineWriter:
             self._changed.notify_all()
 
     def on_dropped(self, callback: Callable[[int], None]) -> None:
-        with self._changed:
-            self._callback = callback
-            if self.num_dropped:
-                callback(self.num_dropped)
+        threading.Thread(target=self._report_dropped, args=(callback,), name="log-dropped", daemon=True).start()
 
     def flush(self, seconds: float) -> bool:
         """Wait until all lines are written, at most `seconds`. Returns whether they are."""
@@ -114,7 +112,17 @@ class LineWriter:
 
     def _count_dropped(self) -> None:
         self.num_dropped += 1
-        self._callback(1)
+        self._dropped.notify_all()
+
+    def _report_dropped(self, callback: Callable[[int], None]) -> None:
+        num_reported = 0
+        while True:
+            with self._dropped:
+                while self.num_dropped == num_reported:
+                    self._dropped.wait()
+                number = self.num_dropped - num_reported
+                num_reported += number
+            callback(number)
 
     def _run(self) -> None:
         unreported = 0  # lines that were dropped since the last report

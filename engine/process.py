@@ -25,7 +25,7 @@ import zmq
 from engine import lifeline, logs, startup
 from engine.config import EngineConfig
 from engine.core import Core, build_core
-from engine.errors import CheckpointError, ConfigError, TidegateError
+from engine.errors import EXIT_BAD_SETTINGS, CheckpointError, ConfigError, TidegateError
 from engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
@@ -43,7 +43,6 @@ from engine.request import FinishReason, RequestFailure, TokenEvent
 
 log = logging.getLogger("tidegate.engine")
 
-EXIT_BAD_SETTINGS = 2
 SEND_QUEUE = 4096  # messages kept for a worker that does not read; a worker with more is dropped
 READS_PER_STEP = 1024  # messages read between two steps, so that a flood of messages does not stall running requests
 READ_BYTES_PER_STEP = 4 << 20  # likewise for long prompts: a million tokens, which take some milliseconds

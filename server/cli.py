@@ -14,14 +14,13 @@ import msgspec
 import typer
 from rich.markup import escape
 
-from engine.errors import ConfigError, InvalidRequest, TidegateError
+from engine.errors import EXIT_BAD_SETTINGS, ConfigError, InvalidRequest, TidegateError
 from engine.request import SamplingParams
 from engine.startup import keep_kernels
 from server import __version__
 from server.settings import Settings, describe, flag, in_settings_names, load_settings
 
 EXIT_FAILED = 1
-EXIT_BAD_SETTINGS = 2
 EXIT_INTERRUPTED = 130
 
 app = typer.Typer(

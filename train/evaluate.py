@@ -226,7 +226,7 @@ def table_of(report: Report) -> Table:
         "bits per byte": f"{report.bits_per_byte:.4f}",
         "xz -9e, one stream": f"{report.xz_bits_per_byte:.4f}",
         "xz -9e, file by file": f"{report.xz_per_file_bits_per_byte:.4f}",
-        "likeliest token right": f"{report.top1:.1%}",
+        "argmax token right": f"{report.top1:.1%}",
         "MTP acceptance": report.mtp_reason if report.mtp_acceptance is None else f"{report.mtp_acceptance:.1%}",
         "draft acceptance": None if report.draft_acceptance is None else f"{report.draft_acceptance:.1%}",
         "busiest expert / mean": report.expert_max_over_mean_max and f"{report.expert_max_over_mean_max:.2f} at most",

@@ -38,10 +38,10 @@ class EngineClient:
         endpoints: Sequence[str],
         worker: str,
         *,
-        stall_timeout_s: float = 30.0,
-        resume_timeout_s: float = 120.0,
-        max_deaths: int = 3,
-        max_queue: int = 4096,
+        stall_timeout_s: float,
+        resume_timeout_s: float,
+        max_deaths: int,
+        max_queue: int,
         clock: Clock = time.monotonic,
     ) -> None:
         """`endpoints` has a ZeroMQ address for each engine. `worker` is the name by which the engines know this worker."""

@@ -39,7 +39,7 @@ NUM_HEADERS = 100  # most headers of a request
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, seconds and connections that the HTTP clients of one worker may take. The defaults are those of Settings."""
+    """Bytes, seconds and connections that the HTTP clients of one worker may take."""
 
     head_bytes: int  # of the request line and all headers
     body_bytes: int  # as the app limits it

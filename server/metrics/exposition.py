@@ -78,7 +78,7 @@ def _gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
             stats.gc_pause_seconds,
         ),
         ("tidegate_kv_blocks_used", "KV-cache blocks that running requests hold.", stats.blocks_used),
-        ("tidegate_kv_blocks_cached", "Free KV-cache blocks whose content later requests may reuse.", stats.blocks_cached),
+        ("tidegate_kv_blocks_cached", "KV-cache blocks, held or free, whose content may be reused.", stats.blocks_cached),
         ("tidegate_kv_blocks_total", "All KV-cache blocks.", stats.blocks_total),
         ("tidegate_kv_cache_usage_ratio", "KV-cache blocks used, over all.", stats.blocks_used / max(1, stats.blocks_total)),
     )

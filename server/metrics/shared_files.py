@@ -88,7 +88,7 @@ class ProcessFiles:
             for path in self._paths.values():
                 with contextlib.suppress(OSError):  # it may be missing, or the file system read-only
                     path.unlink()
-        # The lock is free here: a thread that logs may be waiting for it to count a dropped line.
+        # The lock is free here, so that other threads count on while this one logs.
         log.warning(
             "%s cannot be written (%s): this process keeps its metrics in memory. Other API workers do not show them, and they "
             "start again from 0 if the process restarts. To share them, free space there or set TMPDIR to a folder with at least "

@@ -44,7 +44,7 @@ class SupervisorDrops:
         self._total = 0
 
     def add(self, number: int) -> None:
-        """Does not log an error, since a thread that is logging calls it. The log reports the number itself."""
+        """Count `number` lines. An error of the file is not logged, since the log itself reports the dropped lines."""
         self._total += number
         if self._path is None:
             return

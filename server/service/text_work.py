@@ -103,7 +103,8 @@ class TextWork:
 
     @contextmanager
     def _admitted(self, num_bytes: int) -> Iterator[None]:
-        if self._waiting_bytes and self._waiting_bytes + num_bytes > self._max_waiting_bytes:
+        """Count a long text while its work runs or waits. Work of `num_bytes` 0 is not counted, and is never refused."""
+        if num_bytes and self._waiting_bytes and self._waiting_bytes + num_bytes > self._max_waiting_bytes:
             raise Overloaded(
                 f"{self._waiting_bytes} bytes of long texts wait to be tokenised, and {num_bytes} more would exceed the limit "
                 f"of {self._max_waiting_bytes}: try again later"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from engine import lifeline
-from engine.process import EXIT_BAD_SETTINGS
+from engine.errors import EXIT_BAD_SETTINGS
 from server.settings import Settings
 from server.supervise.child_process import ChildProcess
 from server.supervise.crashes import CrashCount

@@ -9,7 +9,8 @@ from engine.errors import ConfigError
 
 log = logging.getLogger("tidegate.supervisor")
 
-# An idle worker has about 40 descriptors open and an engine on a CPU 12; a further connection takes one.
+# An idle worker has about 40 descriptors open, and reserves 8 for the admin port. A further connection takes one. An engine on a
+# CPU has 12 open.
 PROCESS_DESCRIPTORS = 64
 # What the supervisor has open, besides three pipe ends and a descriptor of the process for each child.
 SUPERVISOR_DESCRIPTORS = 16

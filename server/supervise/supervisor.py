@@ -22,9 +22,9 @@ from typing import Any
 import setproctitle
 
 from engine import lifeline, logs
-from engine.errors import ConfigError
-from engine.process import EXIT_BAD_SETTINGS
+from engine.errors import EXIT_BAD_SETTINGS, ConfigError
 from server.bundled import NOTICE, bundled_checkpoint
+from server.metrics.shared_files import FOLDER_VARIABLE
 from server.metrics.supervisor import SupervisorDrops, worker_died
 from server.settings import Settings
 from server.supervise import descriptors
@@ -182,7 +182,7 @@ def serve(settings: Settings) -> int:
         descriptors.raise_limit(settings.api_workers)
         folder = RunFolder.make()
         try:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder.metrics)
+            os.environ[FOLDER_VARIABLE] = str(folder.metrics)
             logs.on_dropped(SupervisorDrops().add)
             # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")

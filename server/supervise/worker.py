@@ -24,14 +24,14 @@ import uvloop
 from fastapi import FastAPI
 
 from engine import lifeline, logs
-from engine.errors import CheckpointError, ConfigError
-from engine.process import EXIT_BAD_SETTINGS
+from engine.errors import EXIT_BAD_SETTINGS, CheckpointError, ConfigError
 from server.engines.client import EngineClient
 from server.http.admin import build_admin_app
 from server.http.app import build_app
 from server.http.guard import HttpLimits, guarded
 from server.metrics.registry import Metrics
 from server.rpc.server import RpcServer, build_rpc_server
+from server.service.connections import ADMIN_CONNECTIONS
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.supervise.worker_start import WorkerStart
@@ -58,8 +58,8 @@ class HttpServer(uvicorn.Server):
 class Worker:
     """One API worker of a server. `all_ready` is set once every worker of that server has an engine."""
 
-    def __init__(self, start: WorkerStart, all_ready: asyncio.Event) -> None:
-        self._settings = settings = Settings.model_validate_json(start.settings)
+    def __init__(self, start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
+        self._settings = settings
         self._listen_at_once = start.listen_at_once
         self._all_ready = all_ready
         self._client = EngineClient(
@@ -106,8 +106,10 @@ class Worker:
 
     async def _serve(self, service: GenerateService, metrics: Metrics) -> None:
         """Open the ports and serve until SIGTERM, then drain."""
-        http = HttpServer(self._http_config(build_app(self._settings, service, metrics), metrics))
-        admin = HttpServer(self._http_config(build_admin_app(self._settings, service, metrics), metrics))
+        limits = HttpLimits.from_settings(self._settings)
+        admin_limits = msgspec.structs.replace(limits, max_connections=ADMIN_CONNECTIONS)
+        http = HttpServer(_http_config(build_app(self._settings, service, metrics), limits, metrics))
+        admin = HttpServer(_http_config(build_admin_app(self._settings, service, metrics), admin_limits, metrics))
         rpc = build_rpc_server(service, self._settings, metrics)
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
@@ -125,18 +127,6 @@ class Worker:
         if self._draining.is_set():
             self._deadline.set()
         self._draining.set()
-
-    def _http_config(self, app: FastAPI, metrics: Metrics) -> uvicorn.Config:
-        return uvicorn.Config(
-            app,
-            http=guarded(HttpLimits.from_settings(self._settings), metrics.http_refused),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-        )
 
     async def _report_ready(self) -> None:
         """Tell the supervisor once that this worker has an engine."""
@@ -175,6 +165,19 @@ class Worker:
         deadline.cancel()
 
 
+def _http_config(app: FastAPI, limits: HttpLimits, metrics: Metrics) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=guarded(limits, metrics.http_refused),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+    )
+
+
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
     """Wait until one of them is done. Coroutines are cancelled then; tasks go on."""
     tasks = [each if isinstance(each, asyncio.Task) else asyncio.create_task(each) for each in awaitables]
@@ -196,14 +199,14 @@ def main() -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         gc.set_threshold(*GC_THRESHOLD)
         try:
-            runner.run(_run(start, all_ready))
+            runner.run(_run(start, settings, all_ready))
         except (ConfigError, CheckpointError) as error:
             log.error(error.message)
             sys.exit(EXIT_BAD_SETTINGS)
 
 
-async def _run(start: WorkerStart, all_ready: asyncio.Event) -> None:
-    await Worker(start, all_ready).run()
+async def _run(start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
+    await Worker(start, settings, all_ready).run()
 
 
 if __name__ == "__main__":

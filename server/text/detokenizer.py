@@ -74,10 +74,11 @@ class WindowDetokenizer:
 
     Byte tokens are held back, at most 3 of them, until they complete a character. A byte token that cannot be part of a
     character becomes U+FFFD. The library instead replaces every byte of a run that has one wrong byte, and for that it must
-    see the end of the run, which may be the end of the stream.
+    see the end of the run, which may be the end of the stream. A prompt may end inside a character. The output may complete
+    the character. If it does not, the prompt's bytes add nothing to the output.
     """
 
-    __slots__ = ("_begun", "_context", "_context_len", "_held", "_texts")
+    __slots__ = ("_begun", "_context", "_context_len", "_held", "_num_prompt_held", "_texts")
 
     def __init__(self, texts: TokenTexts, prompt_end: Sequence[int] = ()) -> None:
         """`prompt_end` is the last tokens of the prompt: a SentencePiece decoder drops the space before the first word only
@@ -86,8 +87,10 @@ class WindowDetokenizer:
         self._context: list[int] = []
         self._context_len = 0  # of decode(context), in characters
         self._held: list[int] = []  # byte tokens of an incomplete character
+        self._num_prompt_held = 0  # of the held tokens, the first ones, which are the prompt's
         self._begun = False  # whether any text was written
         self.add(prompt_end)
+        self._num_prompt_held = len(self._held)
 
     def add(self, tokens: Sequence[int]) -> str:
         is_silent, byte_of = self._texts.is_silent, self._texts.byte_of
@@ -109,19 +112,18 @@ class WindowDetokenizer:
                 num_bytes, is_character = self._first_unit()
                 if not num_bytes:
                     break
-                done, self._held = self._held[:num_bytes], self._held[num_bytes:]
                 if is_character:
-                    unit = done
-                    run += done
+                    unit = self._held[:num_bytes]
+                    run += unit
+                    self._release(num_bytes)
                 else:
-                    parts += [self._write(run, unit), self._write_undecodable(done)]
+                    parts += [self._write(run, unit), self._write_undecodable(num_bytes)]
                     run = []
         parts.append(self._write(run, unit))
         return "".join(parts)
 
     def flush(self) -> str:
-        held, self._held = self._held, []
-        return self._write_undecodable(held)
+        return self._write_undecodable(len(self._held))
 
     def _first_unit(self) -> tuple[int, bool]:
         """The number of held byte tokens that are decided, and whether they are one character or undecodable bytes.
@@ -151,10 +153,20 @@ class WindowDetokenizer:
             self._context_len = len(decode(self._context))
         return text
 
-    def _write_undecodable(self, tokens: list[int]) -> str:
-        """Return U+FFFD for each byte token. An ordinary token becomes the context: the bytes would spoil what follows."""
-        if tokens:
+    def _write_undecodable(self, num_tokens: int) -> str:
+        """Release the first `num_tokens` held tokens, and return U+FFFD for each of them that is not the prompt's.
+
+        An ordinary token becomes the context: undecodable bytes in the context would change the text that follows.
+        """
+        if num_tokens:
             self._begun = True
             self._context = list(self._texts.anchor)
             self._context_len = len(self._texts.decode_tokens(self._context)) if self._context else 0
-        return REPLACEMENT * len(tokens)
+        return REPLACEMENT * self._release(num_tokens)
+
+    def _release(self, num_tokens: int) -> int:
+        """Remove the first `num_tokens` held tokens, and return how many of them are not the prompt's."""
+        self._held = self._held[num_tokens:]
+        num_prompt = min(num_tokens, self._num_prompt_held)
+        self._num_prompt_held -= num_prompt
+        return num_tokens - num_prompt

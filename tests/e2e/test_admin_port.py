@@ -8,6 +8,7 @@ import socket
 import httpx
 import pytest
 
+from server.service.connections import ADMIN_CONNECTIONS
 from tests.support.children import ServerChild, wait_until
 
 BODY = {"prompt_token_ids": [5, 6, 7], "max_tokens": 5, "ignore_eos": True}
@@ -47,6 +48,17 @@ def test_one_admin_port_serves_for_all_workers_and_on_the_loopback_address_alone
     assert started_requests(server) == 6
     assert ("0100007F", server.admin_port) in listening_addresses(server)
     assert ("00000000", server.admin_port) not in listening_addresses(server)
+
+
+def test_the_admin_port_has_a_small_limit_of_connections_and_the_http_port_another():
+    with ServerChild(max_connections=100) as server, contextlib.ExitStack() as open_sockets:
+        for _ in range(ADMIN_CONNECTIONS):
+            idle = socket.create_connection(("127.0.0.1", server.admin_port), 10)
+            open_sockets.enter_context(idle)
+        assert httpx.get(admin_url(server) + "/health/live").status_code == 503
+        assert httpx.get(server.url + "/health/live").status_code == 200
+        idle.close()
+        wait_until(lambda: httpx.get(admin_url(server) + "/health/live").status_code == 200, "a place is free again")
 
 
 async def test_the_admin_port_answers_while_the_server_drains():

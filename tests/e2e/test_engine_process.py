@@ -15,8 +15,8 @@ from engine.errors import Aborted, ContextTooLong, EngineUnavailable, InternalEr
 from engine.messages import Heartbeat, Hello, Submit, Welcome, decode_engine_message, encode, pack_tokens
 from engine.request import FinishReason, SamplingParams
 from server.bundled import bundled_checkpoint
-from server.engines.client import EngineClient
 from tests.support.children import EngineChild, wait_until
+from tests.support.engine_client import engine_client
 
 
 def config(**changes):
@@ -41,7 +41,7 @@ def engine():
 async def connected(engine, worker="api 0", **options):
     """A client that has connected to an engine. `engine` is one EngineChild or a list of them."""
     engines = engine if isinstance(engine, list) else [engine]
-    client = EngineClient([engine.endpoint for engine in engines], worker, **options)
+    client = engine_client([engine.endpoint for engine in engines], worker, **options)
     await client.start()
     try:
         await client.wait_ready(30)
@@ -229,7 +229,7 @@ async def test_a_restarted_worker_finds_nothing_of_its_earlier_requests(engine):
 
 async def test_requests_of_a_worker_that_disappears_are_aborted(engine):
     async with connected(engine, "api 1") as witness:
-        gone = EngineClient([engine.endpoint], "api 0")
+        gone = engine_client([engine.endpoint], "api 0")
         await gone.start()
         await gone.wait_ready(10)
         gone.submit(ask(1, max_tokens=450))

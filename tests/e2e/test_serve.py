@@ -265,7 +265,7 @@ def test_garbage_on_the_grpc_port_puts_nothing_but_json_into_the_log(fresh):
         ({"TIDEGATE_PROT": "1"}, "TIDEGATE_PROT is set in the environment, but there is no such setting: did you mean 'port'?"),
         ({"TIDEGATE_MODEL": "/nowhere"}, "model is '/nowhere': it must be a checkpoint folder"),
         ({"TIDEGATE_HOST": "192.0.2.1"}, "cannot be bound on 192.0.2.1"),
-        ({"TIDEGATE_MAX_MODEL_LEN": "100000000"}, "max_model_len is 100000000, but the model supports at most"),
+        ({"TIDEGATE_MAX_MODEL_LEN": "100000000"}, "max_model_len is 100000000, but the model was made for"),
     ],
     ids=["type", "unknown", "model", "host", "engine"],
 )

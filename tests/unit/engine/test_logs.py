@@ -13,6 +13,7 @@ import pytest
 from engine import logs
 from engine.config import EngineConfig
 from engine.core import build_core
+from tests.support.children import wait_until
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 LINE = b"x" * 999 + b"\n"
@@ -77,10 +78,11 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pip
     num_lines = 3 * logs.MAX_QUEUED_BYTES // len(LINE)
     for _ in range(num_lines // 2):
         writer.put(LINE)
-    writer.on_dropped(seen.append)  # learns of the lines that are lost already
+    writer.on_dropped(seen.append)  # is called for the lines that are lost already, too
     for _ in range(num_lines - num_lines // 2):
         writer.put(LINE)
-    assert 0 < writer.num_dropped == sum(seen) < num_lines
+    wait_until(lambda: sum(seen) == writer.num_dropped, "all dropped lines are counted")
+    assert 0 < writer.num_dropped < num_lines
     assert not writer.flush(0.01)
 
     written, reported = 0, 0
@@ -91,6 +93,35 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pip
             reported += 0 if line == LINE else json.loads(line)["dropped_lines"]
     assert written + reported == num_lines
     assert reported == writer.num_dropped
+
+
+@pytest.mark.parametrize("fills_the_queue", [False, True], ids=["cannot-be-written", "does-not-fit"])
+def test_the_callback_for_dropped_lines_may_log_while_another_thread_logs(restored, pipe, fills_the_queue):
+    """A thread that logs holds the handler's lock while it waits for the writer's. The callback waits for the handler's lock."""
+    fd = os.dup(pipe[1]) if fills_the_queue else os.open("/dev/full", os.O_WRONLY)
+    formatter = logs.JsonFormatter("api 0")
+    handler = logs.QueueHandler(logs.LineWriter(fd, formatter), formatter)
+    log, called, logged = logging.Logger("metrics"), threading.Event(), threading.Event()
+    log.addHandler(handler)
+
+    def callback(number):
+        called.set()
+        if not logged.is_set():
+            log.warning("dropped")
+        logged.set()
+
+    handler.writer.on_dropped(callback)
+    putter = threading.Thread(target=handler.writer.put, args=(LINE,), daemon=True)
+    with handler.lock:
+        handler.writer.put(b"x" * (logs.MAX_QUEUED_BYTES + 1) if fills_the_queue else LINE)
+        assert called.wait(20)
+        putter.start()
+        putter.join(20)
+        assert not putter.is_alive()
+        assert not logged.is_set()
+    assert logged.wait(20)
+    assert handler.writer.flush(20)
+    os.close(fd)
 
 
 def test_a_report_stands_where_the_lines_are_missing(pipe):

@@ -1,6 +1,6 @@
 import pytest
 
-from server.engines.client import EngineClient
+from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import ScriptedEngine
 
 
@@ -15,7 +15,7 @@ def engine(tmp_path):
 @pytest.fixture
 async def client(engine):
     """A client whose only engine has accepted it."""
-    client = EngineClient([engine.endpoint], "api 0", resume_timeout_s=30, max_queue=2)
+    client = engine_client([engine.endpoint], resume_timeout_s=30, max_queue=2)
     await client.start()
     await engine.accept()
     await client.wait_ready(5)

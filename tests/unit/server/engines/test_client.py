@@ -6,7 +6,7 @@ from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Over
 from engine.messages import Abort, EngineStats, Heartbeat, StepEvents, Submit, Welcome
 from engine.request import FinishReason, TokenEvent
 from server.engines import zmq_connection
-from server.engines.client import EngineClient
+from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import (
     collect,
     count_calls,
@@ -43,7 +43,7 @@ async def test_a_resumed_stream_sends_the_tokens_it_has_and_reports_nothing_twic
 
 async def test_an_engine_that_prepares_may_be_silent(engine):
     now = [0.0]
-    client = EngineClient([engine.endpoint], "api 0", clock=lambda: now[0])
+    client = engine_client([engine.endpoint], clock=lambda: now[0])
     await client.start()
     await engine.accept()
     await client.wait_ready(5)
@@ -131,7 +131,7 @@ async def test_abort_reaches_the_engine_once(client, engine):
 
 async def test_an_abort_that_cannot_be_sent_is_sent_later_and_before_any_new_request(engine, monkeypatch):
     monkeypatch.setattr(zmq_connection, "SEND_QUEUE", 4)
-    client = EngineClient([engine.endpoint], "api 0")
+    client = engine_client([engine.endpoint])
     await client.start()
     await engine.accept()
     await client.wait_ready(5)
@@ -157,7 +157,7 @@ async def test_an_aborted_stream_is_not_resumed(client, engine):
 
 
 async def test_no_request_is_accepted_before_the_first_engine_connects(tmp_path):
-    client = EngineClient([f"ipc://{tmp_path}/nobody"], "api 0")
+    client = engine_client([f"ipc://{tmp_path}/nobody"])
     await client.start()
     with pytest.raises(EngineUnavailable):
         client.submit(request())
@@ -210,7 +210,7 @@ async def test_the_number_of_requests_that_wait_for_the_engine_is_bounded(client
 
 
 async def test_streams_end_if_no_engine_comes_back_in_time(engine):
-    client = EngineClient([engine.endpoint], "api 0", resume_timeout_s=0.2)
+    client = engine_client([engine.endpoint], resume_timeout_s=0.2)
     await client.start()
     await engine.accept()
     await client.wait_ready(5)

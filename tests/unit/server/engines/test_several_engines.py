@@ -5,7 +5,7 @@ import pytest
 from engine.errors import ContextTooLong
 from engine.messages import Abort, EngineStats, Heartbeat, Submit, Welcome
 from engine.request import FinishReason
-from server.engines.client import EngineClient
+from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import (
     ScriptedEngine,
     collect,
@@ -42,7 +42,7 @@ def engines(tmp_path):
 
 @pytest.fixture
 async def client(engines, clock):
-    client = EngineClient([engine.endpoint for engine in engines], "api 0", resume_timeout_s=30, max_queue=2, clock=clock)
+    client = engine_client([engine.endpoint for engine in engines], resume_timeout_s=30, max_queue=2, clock=clock)
     await client.start()
     for engine in engines:
         await engine.accept()

@@ -6,7 +6,7 @@ from engine.errors import ContextTooLong, EngineUnavailable, InternalError
 from engine.messages import Abort, Submit, Welcome
 from engine.request import RequestFailure
 from server.engines import zmq_connection
-from server.engines.client import EngineClient
+from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import (
     collect,
     count_calls,
@@ -239,7 +239,7 @@ class TestTheNextSuspectIsSent:
 
 
 async def strict_client(engine, *, max_deaths):
-    client = EngineClient([engine.endpoint], "api 0", max_deaths=max_deaths)
+    client = engine_client([engine.endpoint], max_deaths=max_deaths)
     await client.start()
     await engine.accept()
     await client.wait_ready(5)

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from engine.errors import ConfigError
-from server.service.connections import OWN_DESCRIPTORS, connection_limits
+from server.service.connections import ADMIN_CONNECTIONS, OWN_DESCRIPTORS, connection_limits
 from server.settings import Settings
 
 
@@ -22,17 +22,18 @@ def test_all_connections_and_the_worker_itself_fit_into_the_limit(soft_limit, li
     http, grpc = connection_limits(Settings())
     assert http >= 1
     assert grpc >= 1
-    assert http + grpc + OWN_DESCRIPTORS == max(limit, OWN_DESCRIPTORS + 2)
+    reserved = OWN_DESCRIPTORS + ADMIN_CONNECTIONS
+    assert http + grpc + reserved == max(limit, reserved + 2)
 
 
 def test_max_connections_leaves_grpc_the_rest(soft_limit):
     soft_limit(100)
-    assert connection_limits(Settings(max_connections=39)) == (39, 13)
-    assert connection_limits(Settings(max_connections=1)) == (1, 51)
+    assert connection_limits(Settings(max_connections=33)) == (33, 11)
+    assert connection_limits(Settings(max_connections=1)) == (1, 43)
 
 
 def test_more_connections_than_the_limit_allows_are_refused_by_name(soft_limit):
     soft_limit(100)
-    with pytest.raises(ConfigError, match=r"max_connections is 40.* only 100 files.* enough for 39.*ulimit -Hn") as caught:
-        connection_limits(Settings(max_connections=40))
+    with pytest.raises(ConfigError, match=r"max_connections is 34.* only 100 files.* enough for 33.*ulimit -Hn") as caught:
+        connection_limits(Settings(max_connections=34))
     assert caught.value.param == "max_connections"

@@ -146,6 +146,21 @@ async def test_long_texts_are_bounded_in_total_and_short_ones_are_always_accepte
     assert await encode(work, LONG) == ids_of(LONG)
 
 
+async def test_while_a_text_over_the_bound_runs_short_texts_and_short_decodes_are_accepted(gate):
+    work = TextWork(byte_level(), 1000)
+    gate.holds = lambda piece: len(piece) >= PIECE_CHARS
+    long = encode(work, LONG)
+    await until(lambda: len(gate.pieces) == 1)
+    for text in ("x" * (INLINE_CHARS + 1), SHORT, "x" * (PIECE_CHARS - 1)):
+        assert await encode(work, text) == ids_of(text)
+    for num in (INLINE_TOKENS + 1, PIECE_TOKENS):
+        assert len(await work.decode([300] * num)) > 0
+    with pytest.raises(Overloaded):
+        await encode(work, LONG)
+    gate.open()
+    await long
+
+
 async def test_one_text_over_the_bound_is_accepted_alone():
     assert await encode(TextWork(byte_level(), 1000), LONG) == ids_of(LONG)
 

@@ -114,6 +114,50 @@ def test_the_space_before_the_first_word_is_kept_after_a_prompt(prompt):
     assert tokenizer.detokenizer(tokenizer.encode(prompt)).add(word) == " Paris"
 
 
+@pytest.mark.parametrize("make", [byte_level, *SENTENCEPIECE])
+@pytest.mark.parametrize("prompt", [b"\xf0", b"\xf0\x9f", b"\xf0\x9f\x8c", b"\xe2\x82"])
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [([], ""), (["y"], "y"), ([b"\xff", "y"], "\ufffdy"), ([b"\xf0\x9f\x8c\x8a"], "🌊"), (["y", b"\xf0"], "y" + REPLACEMENT)],
+    ids=str,
+)
+def test_the_incomplete_character_of_a_prompt_adds_nothing_to_an_output_that_does_not_complete_it(make, prompt, output, text):
+    tokenizer = make()
+    detokenizer = after_bytes(tokenizer, prompt)
+    pieces = [detokenizer.add([token]) for token in ids_of_units(tokenizer, output)]
+    assert "".join(pieces) + detokenizer.flush() == text
+
+
+@pytest.mark.parametrize("make", SENTENCEPIECE)
+@pytest.mark.parametrize(
+    ("prompt", "output", "text"),
+    [
+        (b"\xf0\x9f\x8c", [b"\x8a", "y"], "🌊y"),
+        (b"\xf0", [b"\x9f\x8c\x8a"], "🌊"),
+        (b"\xe2", [b"\x82\xac\xf0"], "€" + REPLACEMENT),
+        (b"\xf0\x9f", [b"\x8c", "y"], REPLACEMENT + "y"),  # the byte of the output, without the two of the prompt
+        (b"\xf0\x9f", [b"\x8c"], REPLACEMENT),
+    ],
+)
+def test_an_output_may_continue_the_incomplete_character_of_a_prompt(make, prompt, output, text):
+    tokenizer = make()
+    detokenizer = after_bytes(tokenizer, prompt)
+    assert detokenizer.add(ids_of_units(tokenizer, output)) + detokenizer.flush() == text
+
+
+def after_bytes(tokenizer, values):
+    """A detokenizer after a prompt that ends with the bytes `values`."""
+    return tokenizer.detokenizer(tokenizer.encode("gate") + [byte_token(tokenizer, value) for value in values])
+
+
+def ids_of_units(tokenizer, units):
+    """The token of each text of one letter, and the byte tokens of each bytes object."""
+    ids = []
+    for unit in units:
+        ids += [tokenizer._tokenizer.token_to_id(unit)] if isinstance(unit, str) else [byte_token(tokenizer, b) for b in unit]
+    return ids
+
+
 # -- how much is held back, and how much is decoded ----------------------------------------------------------------------
 
 BYTE_LEVEL_UNITS = [b"\xef\xbf\xbd", b"\xff", b"\xf0\x9f", b"\xf0\x9f\x8c\x8a", b"\x80", b"a"]
