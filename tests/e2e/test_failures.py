@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server import __version__
 from server.bundled import bundled_checkpoint
-from tests.support.children import ServerChild, wait_until
+from tests.support.children import ROOT, ServerChild, wait_until
 from tests.support.serving import body, http, in_thread, refused_start, stream_tokens
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -322,16 +322,26 @@ def test_a_server_uses_all_descriptors_that_it_may_have():
 
 
 def test_a_server_runs_from_a_source_tree_without_installed_metadata(tmp_path):
-    """The interpreter without the virtual environment sees all packages of the environment but this project's own."""
+    """The interpreter without the virtual environment sees all packages of the environment but this project's own.
+
+    The source tree is linked, since an installation in place leaves its metadata beside the sources.
+    """
     packages = Path(sysconfig.get_path("purelib"))
     for entry in itertools.chain(packages.iterdir(), Path(sysconfig.get_path("platlib")).iterdir()):
         if "tidegate" not in entry.name and not (tmp_path / entry.name).exists():
             (tmp_path / entry.name).symlink_to(entry)
+    tree = tmp_path / "source tree"
+    tree.mkdir()
+    for name in ("engine", "server"):
+        (tree / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     probe = "import importlib.metadata as m\ntry: m.version('tidegate')\nexcept m.PackageNotFoundError: print('not installed')"
-    found = subprocess.run([sys._base_executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    command = [sys._base_executable, "-c", probe]
+    found = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout == "not installed\n"
-    server = ServerChild(python=sys._base_executable, shell=f"export PYTHONPATH='{tmp_path}'", model=bundled_checkpoint())
+    server = ServerChild(
+        python=sys._base_executable, shell=f"cd '{tree}'; export PYTHONPATH='{tmp_path}'", model=bundled_checkpoint()
+    )
     with server:
         assert httpx.get(server.url + "/version").json() == {"version": __version__}
         assert len(generate(server)) == 5
