@@ -67,6 +67,11 @@ class Core:
         """Whether there is a reason to call `step`: requests, a submitted step whose tokens are not read, or events to return."""
         return self._scheduler.has_requests or self._in_flight is not None or bool(self._ended)
 
+    @property
+    def num_committed_steps(self) -> int:
+        """Steps that have ended, with their tokens committed. A step in flight is not among them."""
+        return self._scheduler.step - (self._in_flight is not None)
+
     def submit(self, submit: Submit) -> None:
         """Accept a request. Raises InvalidRequest, ContextTooLong or Overloaded if it is refused; it is then not counted."""
         check_submit(submit, self._limits)

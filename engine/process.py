@@ -128,7 +128,7 @@ class EngineProcess:
         self._owners: dict[str, bytes] = {}  # running or waiting request -> identity of the worker that submitted it
         self._heartbeat_at = 0.0
         self._told_step = -1  # the step counter when the supervisor last heard of us
-        self._served = False  # whether the supervisor knows that a step has ended
+        self._served = False  # whether the process has reported SERVED to the supervisor
         self._preparing = True  # until the core has nothing left to do for later steps
         self._stopping = False
         self._pauses = CollectorPauses()
@@ -153,6 +153,7 @@ class EngineProcess:
             was_busy = self._core.has_work
             if was_busy:
                 self._send_events(self._core.step())
+                self._report_served()
                 self._pauses.note_step()
                 if not self._core.has_work:
                     self._send_heartbeats()
@@ -248,15 +249,17 @@ class EngineProcess:
         for identity, owned in by_owner.items():
             self._send(identity, StepEvents(owned))
 
+    def _report_served(self) -> None:
+        """Report SERVED to the supervisor after the first committed step. A later step may crash before the next heartbeat."""
+        if not self._served and self._core.num_committed_steps > 0:
+            self._served = True
+            lifeline.tell(lifeline.SERVED)
+
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
         self._keep_bound()
         stats = msgspec.structs.replace(self._core.stats(), gc_pause_seconds=self._pauses.longest)
         heartbeat = Heartbeat(stats, self._preparing)
-        ended = heartbeat.stats.step - (1 if self._core.has_work else 0)  # with work to do, the latest step may not have ended
-        if not self._served and ended > 0:
-            self._served = True
-            lifeline.tell(lifeline.SERVED)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:
             self._told_step = heartbeat.stats.step
             lifeline.tell(lifeline.ALIVE)

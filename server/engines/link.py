@@ -8,6 +8,7 @@ delivered late. The engine aborts everything that a worker had sent before its H
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Protocol
@@ -22,6 +23,8 @@ from server.engines.zmq_connection import ZmqConnection
 
 log = logging.getLogger("tidegate.client")
 
+CONNECT_RETRY_SECONDS = 1.0  # pause before another attempt if the process has no descriptor free for the socket
+
 
 class LinkListener(Protocol):
     """Receives what an EngineLink reports. All methods are called from the event loop."""
@@ -30,8 +33,9 @@ class LinkListener(Protocol):
         """The link is live: an engine has answered with its Welcome."""
 
     def on_engine_lost(self, link: EngineLink, sent: list[EngineStream], *, died: bool) -> None:
-        """The link was live and connects again. The streams `sent` were at the engine, in the order in which it received them.
+        """The link was live and connects again after this call.
 
+        The streams `sent` were at the engine, in the order in which it received them.
         `died` is False if the engine still runs and has only dropped this worker.
         """
 
@@ -62,6 +66,7 @@ class EngineLink:
         self._unsent_aborts: list[str] = []
         self.health = EngineHealthTracker(stall_timeout_s, clock)  # of the engine that connected last
         self._connection: ZmqConnection | None = None
+        self._retry: asyncio.TimerHandle | None = None  # runs while no socket can be opened
 
     @property
     def max_model_len(self) -> int:
@@ -69,10 +74,20 @@ class EngineLink:
         return 0 if self.info is None else self.info.limits.max_model_len
 
     def connect(self) -> None:
-        """Start to connect, with a new socket; returns at once."""
+        """Start to connect, with a new socket; returns at once. If no socket can be opened, the link retries after a pause."""
         self._disconnect()
-        self._connection = ZmqConnection(self._context, self._endpoint, self._on_message, self._on_disconnect)
-        self._connection.send(Hello(self._worker))
+        try:
+            self._connection = ZmqConnection(self._context, self._endpoint, self._on_message, self._on_disconnect)
+        except zmq.ZMQError as error:  # most likely EMFILE: the process has as many files and sockets open as it may have
+            log.error(
+                "no socket to the engine at %s can be opened (%s); the next attempt is in %g s",
+                self._endpoint,
+                error.strerror,
+                CONNECT_RETRY_SECONDS,
+            )
+            self._retry = asyncio.get_running_loop().call_later(CONNECT_RETRY_SECONDS, self.connect)
+        else:
+            self._connection.send(Hello(self._worker))
 
     def close(self) -> None:
         self._disconnect()
@@ -100,6 +115,9 @@ class EngineLink:
             self._send_aborts()
 
     def _disconnect(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -112,10 +130,11 @@ class EngineLink:
 
     def _lose(self, *, died: bool) -> None:
         was_live, sent = self.live, list(self.sent.values())
-        self.connect()
-        if was_live:
+        self._disconnect()
+        if was_live:  # the listener first: it must hear of the loss even if no new socket can be opened
             log.warning("engine lost" if died else "the engine dropped this worker", extra={"streams": len(sent)})
             self._listener.on_engine_lost(self, sent, died=died)
+        self.connect()
 
     def _on_message(self, message: EngineMessage) -> None:
         if isinstance(message, StepEvents):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ class ZmqConnection:
     """A DEALER socket and the monitor socket that reports its disconnection. Both are read by the running event loop.
 
     ZeroMQ's file descriptor signals only that its state has changed, and a send can consume that signal. So a read goes on
-    until the socket is empty, or else schedules the next read; and every send schedules a read.
+    until the socket is empty, or else schedules the next read; and every send, failed ones included, schedules a read.
     """
 
     def __init__(
@@ -32,31 +33,36 @@ class ZmqConnection:
         on_message: Callable[[EngineMessage], None],
         on_disconnect: Callable[[], None],
     ) -> None:
+        """Raises zmq.ZMQError if a socket cannot be opened, for example because the process has no descriptor free."""
         self._loop = asyncio.get_running_loop()
         self._on_message, self._on_disconnect = on_message, on_disconnect
         self._read_scheduled = False
         self._closed = False
         self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)  # milliseconds
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._fds = int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD))
-        self._socket.connect(endpoint)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._socket.close)
+            self._socket.setsockopt(zmq.RCVHWM, 0)
+            self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.setsockopt(zmq.RECONNECT_IVL, 20)  # milliseconds
+            self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            on_failure.callback(self._monitor.close)
+            self._fds = int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD))
+            self._socket.connect(endpoint)
+            on_failure.pop_all()
         for fd in self._fds:
             self._loop.add_reader(fd, self._read)
         self._schedule_read()
 
     def send(self, message: WorkerMessage) -> bool:
         """Queue a message and return at once. Returns False if the queue is full because the engine has not read for long."""
-        try:
-            self._socket.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
         self._schedule_read()
-        return True
+        frame = encode(message)
+        if self._try_send(frame):
+            return True
+        # A send checks at most once in about a millisecond whether a full queue has space again. A poll checks it now.
+        return self._socket.poll(0, zmq.POLLOUT) != 0 and self._try_send(frame)
 
     def close(self) -> None:
         self._closed = True
@@ -65,6 +71,13 @@ class ZmqConnection:
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
+
+    def _try_send(self, frame: bytes) -> bool:
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _schedule_read(self) -> None:
         if not self._read_scheduled:

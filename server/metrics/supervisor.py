@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,21 +18,18 @@ log = logging.getLogger("tidegate.metrics")
 
 
 def worker_died(pid: int) -> None:
-    """The supervisor calls this when a worker is dead. The requests that the worker was running count as failed."""
+    """The supervisor calls this when a worker is dead. The requests that the worker was running count as failed.
+
+    A folder that cannot be used, or that is deleted meanwhile, is logged and costs these numbers alone.
+    """
     folder = Path(os.environ[FOLDER_VARIABLE])
-    lost = _running_requests(folder / f"gauge_livesum_{pid}.db")
-    mark_process_dead(pid)  # type: ignore[no-untyped-call]
-    if not lost:
-        return
     try:
-        counters = NumberFile(folder / f"counter_{pid}.db")
-        for transport, count in lost.items():
-            position = counters.position(_counter_key(*FAILED, [transport, "worker_died"]))
-            counters.set(position, counters.get(position) + count)
-        counters.publish()
-        counters.close()
+        lost = _running_requests(folder / f"gauge_livesum_{pid}.db")
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+        if lost:
+            _count_failed(folder / f"counter_{pid}.db", lost)
     except OSError as error:
-        log.warning("%s cannot be written (%s): /metrics lacks the requests that a dead worker ran", folder, error.strerror)
+        log.warning("%s cannot be used (%s): /metrics lacks the requests that a dead worker ran", folder, error.strerror)
 
 
 class SupervisorDrops:
@@ -54,6 +52,15 @@ class SupervisorDrops:
             self._file.publish()
         except OSError:
             self._path = None
+
+
+def _count_failed(file: Path, lost: dict[str, float]) -> None:
+    """Add the requests in `lost`, by transport, to the failed requests of a dead worker. Raises OSError."""
+    with contextlib.closing(NumberFile(file)) as counters:
+        for transport, count in lost.items():
+            position = counters.position(_counter_key(*FAILED, [transport, "worker_died"]))
+            counters.set(position, counters.get(position) + count)
+        counters.publish()
 
 
 def _counter_key(name: str, text: str, labels: list[str], values: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -14,7 +15,7 @@ from engine.errors import EXIT_BAD_SETTINGS
 from server.settings import Settings
 from server.supervise.child_process import ChildProcess
 from server.supervise.crashes import CrashCount
-from server.supervise.watchdog import Watchdog
+from server.supervise.watchdog import CallLater, Watchdog
 
 log = logging.getLogger("tidegate.supervisor")
 
@@ -56,7 +57,8 @@ class Child:
     is ready. A new process follows each death, until crash_limit deaths in a row.
     """
 
-    def __init__(self, program: Program, settings: Settings) -> None:
+    def __init__(self, program: Program, settings: Settings, call_later: CallLater | None = None) -> None:
+        """`call_later` starts the timers that find a process without progress; it is the event loop's by default."""
         self.name = program.name
         self.ready = asyncio.Event()
         self.on_ready: Callable[[], None] = nothing
@@ -65,25 +67,25 @@ class Child:
         self._crash_limit = settings.crash_limit
         self._start = Timeout("start_timeout_s", settings.start_timeout_s)
         self._crashes = CrashCount(settings.crash_window_s)
-        self._watchdog = Watchdog(self._kill_silent)
+        self._watchdog = Watchdog(self._kill_silent, call_later)
         self._process: ChildProcess | None = None
         self._was_ready = False  # once, in any of its processes
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._killed = False
 
     async def run(self) -> None:
         """Return after `stop` or `kill`. Raises Fatal when another start makes no sense."""
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 process = await self._spawn()
             except (OSError, RuntimeError) as error:
-                if self._stopping:
+                if self._stopping.is_set():
                     return
                 await self._pause(f"it could not be started: {error}")
                 continue
             code = await process.wait()
             self._forget(process)
-            if self._stopping:
+            if self._stopping.is_set():
                 if code != 0 and not self._killed:  # the reason for a kill has been logged
                     log.warning("%s ended badly", self.name, extra={"exit_code": code})
                 return
@@ -93,7 +95,7 @@ class Child:
 
     def stop(self) -> None:
         """Ask the process to end; no other follows."""
-        self._stopping = True
+        self._stopping.set()
         self._signal(signal.SIGTERM)
 
     def hurry(self) -> None:
@@ -103,7 +105,8 @@ class Child:
 
     def kill(self) -> None:
         """End the process without asking it; no other follows."""
-        self._stopping = self._killed = True
+        self._killed = True
+        self._stopping.set()
         self._signal(signal.SIGKILL)
 
     def tell(self, word: bytes) -> None:
@@ -118,7 +121,7 @@ class Child:
         self._process = process
         process.write_line(start)
         self._watchdog.expect(self._start.seconds)
-        if self._stopping:  # `stop` or `kill` was called while the process began
+        if self._stopping.is_set():  # `stop` or `kill` was called while the process began
             process.send_signal(signal.SIGKILL if self._killed else signal.SIGTERM)
         return process
 
@@ -138,6 +141,7 @@ class Child:
             self._crashes.ready()
             self._was_ready = True
             self.ready.set()
+            self._watchdog.expect(self._timeout.seconds)  # the next report is due within the program's own timeout
             self.on_ready()
         else:
             log.info("%s printed: %s", self.name, line.decode(errors="replace").strip())
@@ -152,13 +156,17 @@ class Child:
         self._signal(signal.SIGKILL)
 
     async def _pause(self, why: str) -> None:
-        """Count a death, log it, and wait before the next start. Raises Fatal at crash_limit deaths in a row."""
+        """Count a death, log it, and wait before the next start, or until `stop` or `kill`.
+
+        Raises Fatal at crash_limit deaths in a row.
+        """
         deaths = self._crashes.died()
         if deaths >= self._crash_limit:
             raise Fatal(1, f"{self.name} died {deaths} times and served nothing in between; the last time: {why}. Giving up")
         pause = self._crashes.pause_seconds
         log.error("%s died, starting it again", self.name, extra={"why": why, "in_seconds": pause})
-        await asyncio.sleep(pause)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), pause)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:

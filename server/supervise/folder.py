@@ -36,18 +36,29 @@ class RunFolder:
         """Make and lock a new folder, and remove those of servers that were killed. Raises ConfigError."""
         try:
             remove_abandoned(Path(tempfile.gettempdir()))
-            while True:
-                path = Path(tempfile.mkdtemp(prefix=PREFIX))  # its mode is 0700: the engine's socket has no other protection
-                with contextlib.ExitStack() as on_failure:
-                    on_failure.callback(shutil.rmtree, path, ignore_errors=True)
-                    folder = cls(path, _lock(path))
-                    on_failure.callback(os.close, folder._lock)
-                    if folder._is_whole():  # otherwise another start took it for an abandoned one, just before the lock
-                        folder.metrics.mkdir()
-                        on_failure.pop_all()
-                        return folder
+            while (folder := cls._try_make()) is None:
+                pass
+            return folder
         except OSError as error:
             raise ConfigError(f"no folder for temporary files can be used: {error}; set TMPDIR to one that can") from None
+
+    @classmethod
+    def _try_make(cls) -> RunFolder | None:
+        """Make and lock a new folder; None if another start took it for an abandoned one and removed it. Raises OSError."""
+        path = Path(tempfile.mkdtemp(prefix=PREFIX))  # its mode is 0700: the engine's socket has no other protection
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(shutil.rmtree, path, ignore_errors=True)
+            try:
+                lock = _lock(path)
+            except FileNotFoundError:  # removed before it was opened
+                return None
+            on_failure.callback(os.close, lock)
+            folder = cls(path, lock)
+            if not folder._is_whole():  # removed after it was opened, and before the lock
+                return None
+            folder.metrics.mkdir()
+            on_failure.pop_all()
+            return folder
 
     @property
     def metrics(self) -> Path:
@@ -120,7 +131,11 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Open and lock a folder. The lock is shared, since some network file systems have no other for folders."""
+    """Open and lock a folder. The lock is shared, since some network file systems have no other for folders. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor

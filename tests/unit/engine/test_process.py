@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import zmq
 
+from engine import lifeline
 from engine.config import FakeConfig
 from engine.core import Core
 from engine.errors import ConfigError
@@ -211,6 +212,37 @@ def test_one_read_handles_a_bounded_number_of_messages_and_bytes(tmp_path, num_t
         process.close()
         worker.close()
         context.term()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("committed", "told"), [(0, []), (1, [lifeline.SERVED]), (19, [lifeline.SERVED])])
+def test_an_engine_that_crashes_has_reported_its_first_committed_step(tmp_path, monkeypatch, overlap, committed, told):
+    """The crash comes before the first heartbeat that follows a committed step."""
+    monkeypatch.setattr("engine.process.HEARTBEAT_SECONDS", 3600.0)
+    words = []
+    monkeypatch.setattr("engine.process.lifeline.tell", words.append)
+    core, context = Core(build_fake(msgspec.structs.replace(CONFIG, overlap=overlap), LIMITS)), zmq.Context()
+    commit, num_commits = core._scheduler.commit, 0
+
+    def crash_after_some(plan, result):
+        nonlocal num_commits
+        if num_commits == committed:
+            raise RuntimeError("the device is lost")
+        num_commits += 1
+        return commit(plan, result)
+
+    monkeypatch.setattr(core._scheduler, "commit", crash_after_some)
+    process = EngineProcess(core, f"ipc://{tmp_path}/engine")
+    worker = Worker(context, f"ipc://{tmp_path}/engine", "api 0")
+    worker.send(submit([5, 6]))
+    try:
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            process.run()
+    finally:
+        process.close()
+        worker.close()
+        context.term()
+    assert [word for word in words if word == lifeline.SERVED] == told
 
 
 def test_full_garbage_collections_run_only_while_the_engine_is_idle(start):

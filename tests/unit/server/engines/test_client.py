@@ -129,12 +129,13 @@ async def test_abort_reaches_the_engine_once(client, engine):
     await engine.receives_nothing_else(client)
 
 
-async def test_an_abort_that_cannot_be_sent_is_sent_later_and_before_any_new_request(engine, monkeypatch):
+@pytest.fixture
+def small_send_queue(monkeypatch):
     monkeypatch.setattr(zmq_connection, "SEND_QUEUE", 4)
-    client = engine_client([engine.endpoint])
-    await client.start()
-    await engine.accept()
-    await client.wait_ready(5)
+
+
+@pytest.mark.usefixtures("small_send_queue")
+async def test_an_abort_that_cannot_be_sent_is_sent_later_and_before_any_new_request(client, engine):
     stream = client.submit(request())
     await engine.receive(Submit)
     num_fillers = await fill_send_queue(client)
@@ -143,7 +144,21 @@ async def test_an_abort_that_cannot_be_sent_is_sent_later_and_before_any_new_req
     client.submit(request())  # under the same id
     assert (await engine.receive(Abort)).request_ids == ["r"]
     assert await engine.receive_ids(1) == ["r"]
-    await client.close()
+
+
+@pytest.mark.usefixtures("small_send_queue")
+async def test_a_queue_that_has_space_again_takes_the_next_request_at_once(client, engine):
+    """The last refusal was less than a millisecond ago in most rounds."""
+    for _ in range(8):
+        num_fillers = await fill_send_queue(client)
+        with pytest.raises(Overloaded):
+            client.submit(request("refused", prompt=tuple(range(100, 400)) * 300))
+        await engine.receive_ids(num_fillers)
+        client.submit(request("next"))
+        assert await engine.receive_ids(1) == ["next"]
+        for name in list(client._streams):
+            engine.finish(name, 7)
+        await until(lambda: client.num_streams == 0, "all streams have ended")
 
 
 async def test_an_aborted_stream_is_not_resumed(client, engine):

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from prometheus_client import multiprocess
+from prometheus_client.mmap_dict import MmapedDict
 
+from server.metrics import supervisor
 from server.metrics.number_file import RESERVED_BYTES, NumberFile
 from tests.support.small_disk import fill, small_disk
 from tests.unit.server.metrics.test_registry import conserved, parsed, total
@@ -204,3 +208,34 @@ def test_a_file_is_continued_by_a_process_with_the_same_id(tmp_path):
     last = NumberFile(tmp_path / "counter_1.db")
     assert [last.get(last.position(key)) for key in (keys[3], keys[4], "new")] == [50.0, 4.0, 1.0]
     last.close()
+
+
+MOMENTS = {
+    "before its files are read": (MmapedDict, "read_all_values_from_file"),
+    "before its gauges are removed": (multiprocess.os, "remove"),
+    "before its requests are counted": (supervisor, "NumberFile"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_folder_that_is_deleted_while_a_dead_worker_is_counted_does_not_end_the_supervisor(
+    tmp_path, monkeypatch, caplog, moment
+):
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    with Worker(folder) as worker:
+        worker.do("serve")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    owner, name = MOMENTS[moment]
+    original = getattr(owner, name)
+
+    def after_deletion(*args, **kwargs):
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, after_deletion)
+    supervisor.worker_died(worker.process.pid)
+    assert not folder.exists()
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder} cannot be used (No such file or directory)")

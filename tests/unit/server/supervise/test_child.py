@@ -11,10 +11,12 @@ import psutil
 import pytest
 
 from server.settings import Settings
+from server.supervise import crashes
 from server.supervise.child import Child, Fatal, Program, Timeout
 from tests.support.children import ROOT
+from tests.support.manual_timers import ManualTimers
 
-READY, SERVED = "lifeline.tell(lifeline.READY)", "lifeline.tell(lifeline.SERVED)"
+READY, SERVED, ALIVE = (f"lifeline.tell(lifeline.{word})" for word in ("READY", "SERVED", "ALIVE"))
 EXIT = "sys.exit({})"
 HANG = "wait()"
 
@@ -24,7 +26,7 @@ def child_of(module, line, **settings):
     return Child(Program("child", module, lambda: line, Timeout("stall_timeout_s", settings.stall_timeout_s)), settings)
 
 
-def scripted(*lives, **settings):
+def scripted(*lives, call_later=None, **settings):
     """A child whose process number i runs `lives[i]`, and later ones the last of them. `starts` counts the processes."""
     count = 0
 
@@ -35,7 +37,7 @@ def scripted(*lives, **settings):
 
     settings = Settings(**settings)
     stall = Timeout("stall_timeout_s", settings.stall_timeout_s)
-    child = Child(Program("child", "tests.support.scripted", line, stall), settings)
+    child = Child(Program("child", "tests.support.scripted", line, stall), settings, call_later)
     return child, lambda: count
 
 
@@ -99,7 +101,7 @@ async def test_a_child_that_we_killed_is_not_said_to_have_ended_badly(caplog, en
     [
         [EXIT.format(1)],
         [READY, EXIT.format(1)],
-        ["lifeline.tell(lifeline.ALIVE)", EXIT.format(0)],
+        [ALIVE, EXIT.format(0)],
         ["os.kill(os.getpid(), 9)"],
     ],
     ids=["never ready", "ready", "ended without a request", "killed"],
@@ -139,14 +141,18 @@ async def test_after_readiness_the_exit_code_of_bad_settings_is_a_death_like_oth
     ("life", "settings", "named"),
     [
         ([HANG], {"start_timeout_s": 1, "stall_timeout_s": 3600}, "start_timeout_s"),
-        (["lifeline.tell(lifeline.ALIVE)", HANG], {"start_timeout_s": 1, "stall_timeout_s": 3600}, "start_timeout_s"),
-        (
-            [READY, "lifeline.tell(lifeline.ALIVE)", "os.kill(os.getpid(), 19)"],
-            {"start_timeout_s": 3600, "stall_timeout_s": 1},
-            "stall_timeout_s",
-        ),
+        ([ALIVE, HANG], {"start_timeout_s": 1, "stall_timeout_s": 3600}, "start_timeout_s"),
+        ([READY, HANG], {"start_timeout_s": 3600, "stall_timeout_s": 1}, "stall_timeout_s"),
+        ([ALIVE, READY, HANG], {"start_timeout_s": 3600, "stall_timeout_s": 1}, "stall_timeout_s"),
+        ([READY, ALIVE, "os.kill(os.getpid(), 19)"], {"start_timeout_s": 3600, "stall_timeout_s": 1}, "stall_timeout_s"),
     ],
-    ids=["silent from the start", "hung in the middle of its start", "stopped once ready"],
+    ids=[
+        "silent from the start",
+        "hung in the middle of its start",
+        "hung as soon as it was ready",
+        "hung as soon as it was ready, after a long start",
+        "stopped once ready",
+    ],
 )
 async def test_a_child_that_reports_no_progress_is_killed(caplog, life, settings, named):
     child, _ = scripted(life, crash_limit=1, **settings)
@@ -157,13 +163,37 @@ async def test_a_child_that_reports_no_progress_is_killed(caplog, life, settings
     assert getattr(record, named) == 1
 
 
-async def test_a_long_start_that_reports_progress_is_not_killed():
-    """It takes 2 seconds, of which none passes without a report."""
-    report = "[(lifeline.tell(lifeline.ALIVE), time.sleep(0.05)) for _ in range(40)]"
-    child, starts = scripted([report, READY, HANG], start_timeout_s=1)
+async def test_a_long_start_that_reports_progress_is_not_killed(caplog):
+    """Each report arrives 0.99 s after the one before, on the clock of `timers`."""
+    timers = ManualTimers()
+    child, starts = scripted([*[ALIVE] * 40, READY, HANG], call_later=timers.call_later, start_timeout_s=1)
+    on_line = child._on_line
+
+    def on_late_line(line):
+        timers.advance(0.99)
+        on_line(line)
+
+    child._on_line = on_late_line
     async with running(child) as task:
         await until_ready(child, task)
-    assert starts() == 1
+    assert (starts(), caplog.records) == (1, [])
+
+
+@pytest.mark.parametrize("end", [Child.stop, Child.hurry, Child.kill], ids=["stopped", "hurried", "killed"])
+@pytest.mark.parametrize("can_start", [True, False], ids=["after a death", "after a start that failed"])
+async def test_a_request_to_end_does_not_wait_for_the_pause_before_the_next_start(monkeypatch, caplog, end, can_start):
+    for name in ("FIRST_PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
+        monkeypatch.setattr(crashes, name, 3600.0)
+    if not can_start:
+        monkeypatch.setattr("server.supervise.child.sys.executable", "/nowhere/python")
+    child, starts = scripted([EXIT.format(1)])
+    logged = asyncio.Event()
+    with caplog.filtering(lambda record: logged.set() or True):
+        async with running(child) as task:
+            await asyncio.wait_for(logged.wait(), 30)
+            end(child)
+            await asyncio.wait_for(task, 20)
+    assert (starts(), caplog.messages) == (1, ["child died, starting it again"])
 
 
 async def test_a_child_that_cannot_be_started_has_died_and_is_tried_again(monkeypatch, caplog):

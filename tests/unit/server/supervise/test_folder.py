@@ -1,5 +1,7 @@
 """RunFolder: locks, abandoned folders, and deletion."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -107,3 +109,48 @@ def test_no_usable_temporary_folder_is_a_bad_setting(temporary, monkeypatch, kin
     monkeypatch.setattr(tempfile, "tempdir", str(path))
     with pytest.raises(ConfigError, match="set TMPDIR"):
         RunFolder.make()
+
+
+@pytest.mark.parametrize("moment", ["mkdtemp", "open"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_new_folder_that_another_start_removes_before_it_is_locked_is_made_again(temporary, monkeypatch, moment, times):
+    owner, name = {"mkdtemp": (tempfile, "mkdtemp"), "open": (os, "open")}[moment]
+    original, made = getattr(owner, name), []
+
+    def followed_by_another_start(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if len(made) < times:
+            made.append(result)
+            with monkeypatch.context() as undone:
+                undone.setattr(owner, name, original)
+                remove_abandoned(temporary)
+            assert os.listdir(temporary) == []
+        return result
+
+    monkeypatch.setattr(owner, name, followed_by_another_start)
+    folder = RunFolder.make()
+    assert len(made) == times
+    assert os.listdir(temporary) == [folder.path.name]
+    folder.remove()
+
+
+@pytest.mark.parametrize("restores", [False, True], ids=["at the start", "after a deletion"])
+def test_a_lock_that_the_file_system_refuses_leaves_no_descriptor_and_no_folder(temporary, monkeypatch, restores):
+    folder = RunFolder.make() if restores else None
+    if folder is not None:
+        shutil.rmtree(folder.path)
+    before = os.listdir("/proc/self/fd")
+
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as refused:
+        refused.setattr(fcntl, "flock", refuse)
+        with pytest.raises(OSError if restores else ConfigError, match="No locks available"):
+            folder.restore() if folder is not None else RunFolder.make()
+    assert os.listdir("/proc/self/fd") == before
+    if folder is None:
+        assert os.listdir(temporary) == []
+    else:
+        folder.restore()
+        folder.remove()

@@ -2,7 +2,12 @@
 
 import asyncio
 
-from server.supervise.watchdog import TICKS, Watchdog
+import pytest
+
+from server.supervise.watchdog import Watchdog
+from tests.support.manual_timers import ManualTimers
+
+SECONDS = 8.0
 
 
 async def test_it_calls_back_when_no_sign_of_progress_comes():
@@ -12,18 +17,19 @@ async def test_it_calls_back_when_no_sign_of_progress_comes():
     await asyncio.wait_for(silent.wait(), 10)
 
 
-async def test_each_sign_gives_the_whole_time_again():
-    calls = []
-    watchdog = Watchdog(lambda: calls.append(1))
-    watchdog.expect(3600.0)
-    for _ in range(TICKS - 1):
-        watchdog._tick()
-    watchdog.expect(3600.0)
-    for _ in range(TICKS - 1):
-        watchdog._tick()
-    assert calls == []
-    watchdog._tick()
-    assert calls == [1]
+@pytest.mark.parametrize("signs", [[], [0.0], [0.25], [0.999], [1.0], [7.999], [0.5, 0.5], [7.5] * 10, [0.125] * 100])
+async def test_each_sign_gives_the_whole_time_again(signs):
+    """Each number in `signs` is the time from one sign to the next. The silence after the last sign lasts an eighth longer."""
+    silences, timers = [], ManualTimers()
+    watchdog = Watchdog(lambda: silences.append(timers.now), timers.call_later)
+    watchdog.expect(SECONDS)
+    for pause in signs:
+        timers.advance(pause)
+        watchdog.expect(SECONDS)
+    last = timers.now
+    timers.advance(2 * SECONDS)
+    (silence,) = silences
+    assert SECONDS <= silence - last <= SECONDS * 9 / 8
 
 
 async def test_stopping_ends_it():
