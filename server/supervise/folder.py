@@ -30,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock  # a descriptor of the folder itself
+        self._warned = False  # that the folder for metrics cannot be made
 
     @classmethod
     def make(cls) -> RunFolder:
@@ -65,12 +66,23 @@ class RunFolder:
         return self.path / "metrics"
 
     def restore(self) -> bool:
-        """Make what is missing of the folder; False if nothing was. Raises OSError."""
-        if self._is_whole() and self.metrics.is_dir():
-            return False
-        if not self._is_whole():
+        """Make the parts of the folder that are missing. Returns whether any was made again. Raises OSError.
+
+        A folder for metrics that cannot be made stops no process: API workers then keep their metrics in memory.
+        """
+        deleted = not self._is_whole()
+        if deleted:
             self._make_again()
-        self.metrics.mkdir(exist_ok=True)
+        if self.metrics.is_dir():
+            return deleted
+        try:
+            self.metrics.mkdir()
+        except OSError as error:
+            if not self._warned:
+                log.error("%s cannot be made (%s): API workers keep their metrics in memory", self.metrics, error.strerror)
+            self._warned = True
+            return deleted
+        self._warned = False
         return True
 
     def remove(self) -> None:
@@ -88,6 +100,7 @@ class RunFolder:
         return os.path.samestat(there, os.fstat(self._lock))
 
     def _make_again(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
         found = self.path.lstat()

@@ -11,8 +11,8 @@ import zmq
 from engine.errors import EngineUnavailable
 from engine.messages import Submit
 from server.engines import link
-from server.engines.client import EngineClient
 from server.engines.zmq_connection import ZmqConnection
+from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import collect, outputs_of, read_until, request, tokens_of, until
 
 RETRY = "no socket to the engine"
@@ -82,7 +82,7 @@ async def test_a_lost_engine_is_found_again_once_a_socket_can_be_opened(client, 
 
 
 async def test_streams_end_in_time_if_no_socket_can_be_opened(engine, caplog):
-    client = EngineClient([engine.endpoint], "api 0", resume_timeout_s=0.2)
+    client = engine_client([engine.endpoint], resume_timeout_s=0.2)
     await client.start()
     await engine.accept()
     await client.wait_ready(5)
@@ -97,7 +97,7 @@ async def test_streams_end_in_time_if_no_socket_can_be_opened(engine, caplog):
 
 async def test_a_client_that_cannot_open_a_socket_at_its_start_tries_again(engine, monkeypatch, caplog):
     monkeypatch.setattr(link, "CONNECT_RETRY_SECONDS", 0.05)
-    client = EngineClient([engine.endpoint], "api 0")
+    client = engine_client([engine.endpoint])
     with no_descriptors():
         await client.start()
         await until(lambda: num_retries(caplog) >= 2, "a second attempt")
@@ -108,7 +108,7 @@ async def test_a_client_that_cannot_open_a_socket_at_its_start_tries_again(engin
 
 async def test_a_closed_link_tries_no_more(engine, monkeypatch, caplog):
     monkeypatch.setattr(link, "CONNECT_RETRY_SECONDS", 0.0)
-    client = EngineClient([engine.endpoint], "api 0")
+    client = engine_client([engine.endpoint])
     with no_descriptors():
         await client.start()
         await until(lambda: num_retries(caplog) >= 2, "a second attempt")

@@ -154,3 +154,25 @@ def test_a_lock_that_the_file_system_refuses_leaves_no_descriptor_and_no_folder(
     else:
         folder.restore()
         folder.remove()
+
+
+def test_a_folder_for_metrics_that_cannot_be_made_stops_no_process(temporary, caplog):
+    folder = RunFolder.make()
+    folder.metrics.rmdir()
+    folder.metrics.touch()
+    for _ in range(3):
+        assert folder.restore() is False
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "API workers keep their metrics in memory" in caplog.text
+    folder.metrics.unlink()
+    assert folder.restore() is True
+    assert folder.metrics.is_dir()
+    folder.remove()
+
+
+def test_a_folder_is_made_again_with_its_parents(temporary):
+    folder = RunFolder.make()
+    shutil.rmtree(temporary)
+    assert folder.restore() is True
+    assert folder.metrics.is_dir()
+    folder.remove()
