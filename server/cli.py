@@ -38,12 +38,13 @@ ENGINE_FLAGS = (
     "dtype",
     "load_format",
     "max_model_len",
-)  # of commands that run an engine in their process
+)  # the settings that are flags of a command with an engine in its own process
 ALIASES = {"dtype": ["--precision"]}
 
 
 def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function whose first argument is Settings: it has --config, and a flag for each of `names`."""
+    """Return a decorator that turns a function whose first argument is a Settings into a command. The command has the option
+    --config and a flag for each setting in `names`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(config: Path | None, **given: Any) -> None:
@@ -68,7 +69,7 @@ def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Calla
 def _option(name: str) -> Any:
     field, right = Settings.model_fields[name], describe(name)
     is_switch, is_text = right == "true or false", right.startswith("a text")
-    kind: Any = bool if is_switch else str  # Settings parses the text, so that errors read alike for flags, variables and files
+    kind: Any = bool if is_switch else str  # Settings parses the text, so flags, variables and files give equal errors
     words = [f"{flag(name)}/{flag('no_' + name)}"] if is_switch else [flag(name), *ALIASES.get(name, [])]
     says = field.description if is_switch or is_text else f"{field.description} ({right})"
     default = "" if field.default is None else f" [default: {str(field.default).lower() if is_switch else field.default}]"
@@ -127,7 +128,7 @@ def generate(
 
     The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included.
     """
-    # Settings and SamplingParams refuse wrong values, in the same words as for `serve`.
+    # Typer does not check the values: Settings and SamplingParams refuse wrong ones, in the same words as for `serve`.
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     words = _prompt(prompt)
     config = _with_model(settings).engine_config()
@@ -177,7 +178,7 @@ def kernels(
 
 
 def _prompt(given: str) -> str:
-    """The prompt as text; "-" stands for standard input. Raises InvalidRequest if it is not UTF-8."""
+    """Return the prompt as text, read from standard input if it was given as "-". Raises InvalidRequest if it is not UTF-8."""
     raw = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
     try:
         return raw.decode("utf-8")
@@ -187,7 +188,7 @@ def _prompt(given: str) -> str:
 
 
 def _with_model(settings: Settings) -> Settings:
-    """The settings, with the bundled model's folder in them if no model is named."""
+    """Return settings that name a model: the bundled model's folder is filled in if `settings` names none."""
     if settings.model is not None:
         return settings
     bundled = _load("server.bundled")
