@@ -37,7 +37,7 @@ def build_app(settings: Settings, service: GenerateService, metrics: Metrics) ->
 
 
 def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api) -> FastAPI:
-    """A FastAPI application with the routes of `routers`. It answers errors in the form of `server.errors`."""
+    """Build a FastAPI application with the routes of `routers`. It answers errors with the JSON bodies of `server.errors`."""
     app = FastAPI(title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = api
     for router in routers:
