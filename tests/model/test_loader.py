@@ -1,4 +1,4 @@
-"""Whole checkpoints load. The error for a broken checkpoint names the tensor and the file."""
+"""Tests that complete checkpoints load, and that the error for a broken checkpoint names the tensor and the file."""
 
 from __future__ import annotations
 
