@@ -1,4 +1,4 @@
-"""`make bench`: runs the benchmarks one after the other, each in a process of its own, and keeps their result lines.
+"""Runs the benchmarks of `make bench` one after the other, each in a process of its own, and keeps their result lines.
 
     make bench                       all of them
     make bench ARGS="scheduler api"  some

@@ -79,7 +79,7 @@ def _report(args: argparse.Namespace, rounds: list[dict[str, float]], startup_s:
         "seconds": round(seconds, 1),
         "out_tok_s": round(middle["tokens"] / middle["seconds"]),
         "startup_s": round(startup_s, 2),
-        "events_per_token": round(middle["events"] / middle["tokens"], 3),  # below 1, some events carried several tokens
+        "events_per_token": round(middle["events"] / middle["tokens"], 3),  # if below 1, some events carried several tokens
         "cpu_us_per_token": round(statistics.median(r["cpu_us"] for r in rounds), 1),
     }
     print(json.dumps(line))
@@ -148,7 +148,7 @@ def _client(port: int, args: argparse.Namespace, *, tokens: int) -> dict[str, fl
     return result
 
 
-# -- the client's process ----------------------------------------------------------------------------------------------
+# -- the functions below run in the client's process -------------------------------------------------------------------
 
 
 def _stream_all(port: int, route: str, num_streams: int, num_tokens: int) -> dict[str, float]:

@@ -160,9 +160,9 @@ class Soak:
 class _Memory(NamedTuple):
     """Holds how many bytes of memory are in use on the device and on the host."""
 
-    used: int  # on the device, by all processes
-    reserved: int  # on the device, by this process's torch allocator
-    pinned: int  # on the host, page-locked by this process
+    used: int  # bytes on the device that all processes use
+    reserved: int  # bytes on the device that this process's torch allocator holds
+    pinned: int  # bytes on the host that this process has page-locked
 
 
 def _memory() -> _Memory:

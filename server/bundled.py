@@ -1,4 +1,4 @@
-"""Tidepool, the small model that comes with the project and is served if no other is named. `train/` makes it."""
+"""Finds Tidepool, the small model that comes with the project. It is served if no other model is named. `train/` trains it."""
 
 from __future__ import annotations
 

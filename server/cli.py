@@ -1,4 +1,5 @@
-"""The commands of `tidegate`. Each one imports its modules when it runs, so `tidegate --help` needs neither torch nor FastAPI."""
+"""Defines the commands of `tidegate`. A command imports its modules when it runs, so `tidegate --help` needs no torch or
+FastAPI."""
 
 from __future__ import annotations
 
@@ -32,13 +33,14 @@ app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File to which the lines of JSON are appended as well.")]
+# Settings that are flags of the commands that run an engine in their own process.
 ENGINE_FLAGS = (
     "model",
     "device",
     "dtype",
     "load_format",
     "max_model_len",
-)  # the settings that are flags of a command with an engine in its own process
+)
 ALIASES = {"dtype": ["--precision"]}
 
 

@@ -1,4 +1,4 @@
-"""`tidegate doctor`: checks whether this machine can serve with the given settings, and says what is missing.
+"""Implements `tidegate doctor`, which checks whether this machine can serve with the given settings, and says what is missing.
 
 The checks run the same code as `serve`. Only checks that would have to read the weights are left out.
 """

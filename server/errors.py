@@ -1,4 +1,4 @@
-"""How errors are reported to clients: a table from error class to HTTP status, OpenAI error type and gRPC status name.
+"""Reports errors to clients, by a table from error class to HTTP status, OpenAI error type and gRPC status name.
 
 The body of every HTTP error is {"error": {"type", "code", "message", "param"}}, of at most about 4 KB. It names the field at
 fault by its path, and does not repeat what the client sent. For a bug it says only that there is one; the log has the details.
@@ -62,8 +62,8 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
 }
 
 MAX_MESSAGE = 384  # characters. With MAX_PARAM, a body stays under 4 KB even if each character takes six bytes, as \u0001 does
-MAX_PARAM = 256  # characters
-ENGINE_RETRY_SECONDS = 1  # Retry-After of EngineUnavailable
+MAX_PARAM = 256  # largest number of characters in the name of a field
+ENGINE_RETRY_SECONDS = 1  # Retry-After in the answer for EngineUnavailable
 _BUG_MESSAGE = "The server failed on this request because of a bug. The server's log has the details."
 
 

@@ -1,4 +1,4 @@
-"""The settings of the server, merged from four places: flags > TIDEGATE_* environment > YAML file > the defaults below.
+"""Defines the settings of the server. They are merged from flags > TIDEGATE_* environment > YAML file > the defaults below.
 
 `Settings` is the only list of settings: the flags of `tidegate serve`, the environment variables and the YAML keys are made from
 its fields. It is frozen, and is sent to the workers as JSON. `load_settings` makes one; ConfigError is all that it raises.

@@ -69,7 +69,7 @@ def choose_prompts(files: Sequence[list[int]], num: int, *, seed: int = SEED) ->
 
 
 def continue_greedily(llm: LLM, prompts: Sequence[list[int]], num_tokens: int = OUTPUT_TOKENS) -> list[Continued]:
-    """Continue each prompt greedily by `num_tokens` tokens.
+    """Generate `num_tokens` tokens greedily after each prompt.
 
     A continuation has at most half as many tokens as the context can hold. A prompt is cut at its end if the context cannot hold
     it and the continuation.
@@ -94,7 +94,7 @@ def draft_acceptance(draft: LLM, continued: Sequence[Continued]) -> float | None
 
 
 class TeacherForced:
-    """Runs a model, and its MTP module if the checkpoint has one, over whole sequences one at a time."""
+    """Runs a model, and its MTP module if the checkpoint has one, over whole given sequences, one sequence at a time."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         spec = read_spec(folder)
@@ -116,7 +116,7 @@ class TeacherForced:
         right = total = 0
         for c in continued:
             ids = torch.tensor(c.ids, device=self._device)
-            # Positions 0 .. n - 3 predict tokens 2 .. n - 1.
+            # The MTP module's outputs at positions 0 .. n - 3 predict the tokens 2 .. n - 1.
             out = self._run_mtp(self.mtp, self._run(ids), ids)[c.num_prompt - 1 : -1]
             wanted = ids[c.num_prompt + 1 :]
             right += int((self.mtp.logits(out).argmax(-1) == wanted).sum())
@@ -172,7 +172,7 @@ class _ExpertLoad:
 
 
 def _balance(counts: dict[int, torch.Tensor]) -> Balance:
-    share = torch.stack([c / c.float().mean() for c in counts.values()])  # [layers, experts]: load divided by the mean load
+    share = torch.stack([c / c.float().mean() for c in counts.values()])  # [layers, experts]: load / mean load of the layer
     return Balance(
         layers=list(counts),
         max_over_mean=[round(float(s.max()), 4) for s in share],

@@ -42,8 +42,8 @@ class Report(msgspec.Struct, kw_only=True):
 
     date: str
     model: str
-    precision: str | None  # type that the weights are stored in
-    compute: str | None  # type that the model computes in
+    precision: str | None  # number format of the stored weights
+    compute: str | None  # number format in which the model computes
     device: str | None
     bits_per_byte: float
     xz_bits_per_byte: float  # the texts compressed as one stream by `xz -9e`, for comparison
@@ -61,7 +61,7 @@ class Report(msgspec.Struct, kw_only=True):
     heldout_files: int
     heldout_sha256: str  # sha256 of the held-out file's uncompressed lines
     tokens: int
-    context: int  # maximum tokens of a window
+    context: int  # largest number of tokens in a window
     seconds: float
     command: str
 

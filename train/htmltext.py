@@ -74,9 +74,8 @@ BLOCKS = frozenset(
         "hr",
     ]
 )
-SPACED = frozenset(
-    ["p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "dt"]
-)  # block elements that get an empty line before and after them
+# Block elements that get an empty line before and after them.
+SPACED = frozenset(["p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "dt"])
 VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
 
 

@@ -1,4 +1,4 @@
-"""Trainable layers. Parameters are float32 and are cast to the activations' type where they are used.
+"""Defines the trainable layers. Parameters are float32 and are cast to the activations' type where they are used.
 
 Modules and parameters have the checkpoint's names, so a state dict is a checkpoint except for the stacked experts (see
 `train/export.py`). The engine's layers cannot be trained: they are written for inference on a paged cache and change their
@@ -165,7 +165,7 @@ class MoeMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer.
+    """A decoder layer: attention, then a dense MLP or experts.
 
     The forward of a Block returns the residual stream [B, T, H] and the number of tokens of each expert [E] (None if the layer is
     dense).

@@ -29,8 +29,8 @@ class Losses(NamedTuple):
     """Holds the mean losses over all tokens, in nats, and the load of the experts."""
 
     next_token: torch.Tensor
-    second_token: torch.Tensor | None  # loss of the MTP module
-    load: torch.Tensor | None  # [expert layers, E]: tokens that each expert got
+    second_token: torch.Tensor | None  # loss of the MTP module, or None without one
+    load: torch.Tensor | None  # [layers with experts, E]: number of tokens that each expert got
 
 
 class MtpBlock(Block):

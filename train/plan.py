@@ -27,13 +27,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     steps: int
-    tokens_per_step: int  # summed over all devices
-    micro_tokens: int  # maximum per forward on one device; gradient accumulation does the rest
+    tokens_per_step: int  # tokens in one step, summed over all devices
+    micro_tokens: int  # most tokens in one forward on one device; a step accumulates the gradients of several forwards
     lr: float
     phases: tuple[Phase, ...]
     warmup: int = 100  # steps of the learning rate's warm-up
     decay: float = 0.35  # share of the run's steps in which the learning rate decays
-    clip: float = 1.0  # maximum norm of the gradient
+    clip: float = 1.0  # norm above which the gradient is scaled down
     seed: int = 2026
     log_every: int = 20  # steps between log lines
     measure_every: int = 500  # steps between measurements of the held-out loss

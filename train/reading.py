@@ -1,4 +1,4 @@
-"""Reads a package's unpacked files as documents, and counts why the others were dropped.
+"""Reads a package's unpacked files as documents, and counts for each reason how many files were dropped.
 
 Each package is read once. The result is kept in a file, so that an interrupted run continues; a package is read again if its
 source or the code that reads it has changed.

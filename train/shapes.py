@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCAB_SIZE = 8192
-BEGIN, END = 0, 1  # token ids; see train/tokenizer.py
+BEGIN, END = 0, 1  # token ids of <|begin|> and <|end|>; see train/tokenizer.py
 CONTEXT = 4096
 
 TIDEPOOL: dict[str, Any] = {

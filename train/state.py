@@ -16,7 +16,7 @@ STATE = "state.safetensors"
 
 
 class Progress(NamedTuple):
-    step: int  # number of the next step
+    step: int  # number of the step that comes next
     seconds: float  # time spent on all earlier steps
 
 

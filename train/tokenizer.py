@@ -26,7 +26,7 @@ PIECES = (
     r"\s*[\r\n]+[ \t]*"  # line ends, and the next line's indentation
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with one sign or space before it
     r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+"  # signs
+    r"| ?[^\s\p{L}\p{N}]+"  # a run of signs, with at most one space before it
     r"|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (

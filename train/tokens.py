@@ -1,7 +1,7 @@
 """Turns the corpus into one stream of token ids: `python -m train.tokens`.
 
-Documents are shuffled; each begins with <|begin|> and ends with <|end|>. The held-out files become a second stream, which is
-used only for measurements.
+Documents are shuffled. Each document begins with <|begin|> and ends with <|end|>. The held-out files become a second stream,
+which is used only for measurements.
 """
 
 from __future__ import annotations

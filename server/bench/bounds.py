@@ -1,4 +1,4 @@
-"""The least time that a workload can take on given hardware: the sum of a roofline (Williams et al., 2009) over its steps.
+"""Calculates the least time of a workload on given hardware: the sum of a roofline (Williams et al., 2009) over its steps.
 
 A step reads each weight that it uses once, and the KV of each attended token once. It computes each product once:
 
@@ -22,7 +22,7 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name of a number type -> 
 
 class Hardware(NamedTuple):
     bandwidth: float  # bytes per second, to and from the device's memory
-    rate: float  # floating-point operations per second of a matrix product
+    rate: float  # floating-point operations per second that a matrix product reaches
 
 
 class Length(NamedTuple):
@@ -48,7 +48,7 @@ def steps(lengths: Iterable[Length], *, max_tokens: int, max_rows: int) -> Itera
     """Yield the steps of an ideal scheduler. A step has one token of every decoding request, and as many prompt tokens as
     still fit into `max_tokens`. At most `max_rows` requests run at once."""
     waiting = list(lengths)[::-1]
-    prompts: list[tuple[Length, int]] = []  # admitted prompts, and how many of their tokens are computed
+    prompts: list[tuple[Length, int]] = []  # each admitted prompt, and how many of its tokens are computed
     decodes: list[tuple[int, int]] = []  # tokens that a request's next token attends to, and its tokens to generate
     while waiting or prompts or decodes:
         while waiting and len(prompts) + len(decodes) < max_rows:
@@ -90,7 +90,7 @@ class Costs:
     moe_layers: int  # layers that have experts
     head: int  # weights of the output head
     hidden: int  # numbers in one row of the embedding
-    kv: int  # cache entries of one token
+    kv: int  # numbers in the KV cache for one token
     decode_pair: int  # multiply-adds for a pair in a decode
     chunk_pair: int  # multiply-adds for a pair in a prompt chunk
     spared: int  # weights of the last layer that are not used, without experts

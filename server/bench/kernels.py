@@ -1,4 +1,4 @@
-"""`tidegate bench kernels`: the time of each kernel at shapes of real models, compared with the device's bound."""
+"""Implements `tidegate bench kernels`, which compares each kernel's time at shapes of real models with the device's bound."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class OfflineLine(msgspec.Struct, kw_only=True):
     rounds: list[float]  # seconds of each round; the field `seconds` is the shortest of them
     warm_up_s: float
     startup: dict[str, float]  # phase of the engine's start -> seconds
-    bandwidth: float | None  # measured, in bytes per second
-    rate: float | None  # measured, in floating-point operations per second
+    bandwidth: float | None  # measured bytes per second to and from device memory; null if not measured
+    rate: float | None  # measured floating-point operations per second; null if not measured
 
 
 class KernelLine(msgspec.Struct, kw_only=True):

@@ -1,4 +1,4 @@
-"""`tidegate bench offline`: how long an engine in this process takes for workloads whose requests all arrive at once.
+"""Implements `tidegate bench offline`: it measures how long an engine in this process takes for requests that all arrive at once.
 
 The prefix cache is off, every request runs to its full length, and at most `max_num_seqs` (256) run at a time. The time is from
 the submission of the first request to the last token. Start-up and warm-up come before, and are measured separately. The result
@@ -130,7 +130,8 @@ def _context_of(workload: str, work: list[Work], limits: ModelLimits, max_model_
 
 
 def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iterator[OfflineLine]:
-    """Run all workloads of one model. `before` is the number of seconds of the start that passed before the engine was built."""
+    """Run all workloads of one model, and yield their results. `before` is the time from the start of the process to the building
+    of the engine in seconds, or 0 for later engines."""
     cache = msgspec.structs.replace(job.config.cache, prefix_caching=False)
     with LLM(**msgspec.structs.asdict(msgspec.structs.replace(job.config, cache=cache, offline=True))) as llm:
         startup = dict(llm.info.startup)

@@ -1,4 +1,4 @@
-"""The application of the HTTP port: its routes, the answer to each error, and the OpenAPI document. It has no middleware.
+"""Builds the application of the HTTP port: its routes, the answer to each error, and the OpenAPI document. It has no middleware.
 
 There is no /docs page, because FastAPI's page loads scripts from other hosts. Any viewer can read /openapi.json.
 """

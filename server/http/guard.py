@@ -1,4 +1,4 @@
-"""GuardedProtocol: uvicorn's HTTP protocol with a limit on everything that a client can make long or many.
+"""Defines GuardedProtocol: uvicorn's HTTP protocol with a limit on everything that a client can make long or many.
 
 It limits the request line, the headers, the time to send the headers, the body, the chunks of the body, the time that an answer
 stays unread, and the number of connections.
@@ -34,8 +34,8 @@ from server.settings import Settings
 
 log = logging.getLogger("tidegate.http")
 
-URL_BYTES = 8192  # longest URL
-NUM_HEADERS = 100  # most headers of a request
+URL_BYTES = 8192  # largest length of a request's URL
+NUM_HEADERS = 100  # largest number of headers of a request
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,8 +43,8 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     head_bytes: int  # largest size of the request line and all headers together
     body_bytes: int  # largest body that the app accepts
-    head_seconds: float  # from the first byte to the blank line
-    body_seconds: float  # from the blank line to the body's last byte
+    head_seconds: float  # longest time from the first byte of a request to the blank line after its headers
+    body_seconds: float  # longest time from the blank line after the headers to the body's last byte
     idle_seconds: float  # how long a connection may stay open without a request
     write_seconds: float  # how long the client may leave a full write buffer unread
     max_connections: int  # largest number of connections that are open at once
@@ -98,7 +98,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.body_wire_bytes = 0
         self.body_bytes = 0  # bytes of the body so far, without the headers of chunks
         self.num_chunks = 0
-        self.running: RequestResponseCycle | None = None  # the request being answered; uvicorn's `cycle` is the newest parsed
+        self.running: RequestResponseCycle | None = None  # the request being answered. uvicorn's `cycle` is the newest one
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
         self.refusal: tuple[int, str, str] | None = None

@@ -30,7 +30,7 @@ def checked(message: Message, schema: type[M]) -> M:
 
 def _plain(name: str, value: Any) -> Any:
     if name == "logit_bias":
-        return {str(token): bias for token, bias in value.items()}  # the schema expects keys as in JSON
+        return {str(token): bias for token, bias in value.items()}  # the schema expects JSON's keys, which are strings
     return value if isinstance(value, str | bool | int | float) else list(value)
 
 
@@ -85,5 +85,5 @@ def ending_message(ending: Ending, model: str) -> pb.Ending:
             completion_tokens=usage.completion_tokens,
         ),
         timing=pb.Timing(queue_ms=timing.queue_ms, ttft_ms=timing.ttft_ms, total_ms=timing.total_ms),
-        cache="off",  # there is no response cache yet
+        cache="off",  # the server has no response cache yet
     )

@@ -51,7 +51,7 @@ def test_make_proto_writes_the_committed_code(tmp_path):
 
 
 def fields(message: Descriptor) -> Iterator[str]:
-    """Yield the line of the lock file for each field of `message` and of its nested messages."""
+    """Yield a line of text for each field of `message` and of its nested messages, in the form of the lock file."""
     for field in message.fields:
         label = "repeated " if field.is_repeated else ""
         kind = field.message_type.name if field.message_type else TYPES[field.type]

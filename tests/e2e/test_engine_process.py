@@ -93,7 +93,7 @@ async def test_streams_survive_the_engines_death_with_the_same_tokens(engine):
 
 
 async def test_streams_of_a_killed_engine_move_to_the_other_engine_at_once(engine):
-    """The killed engine is not started again. Each stream gets the tokens of an undisturbed run, once each."""
+    """The test does not restart the killed engine. Each stream must get each token of an undisturbed run exactly once."""
     with EngineChild(config()) as other:
         async with connected([engine, other]) as client:
             await until(lambda: client.health.stats and len(client._live_links()) == 2, "both engines are live", 30)

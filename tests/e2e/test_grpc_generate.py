@@ -176,7 +176,7 @@ async def test_health_is_that_of_the_engine(up):
 
 
 async def begin(up, **fields):
-    """Start a call and read its first chunk. The engine is then paused between two steps."""
+    """Start a call, read its first chunk, and pause the engine between two steps. Returns (call, first response)."""
     call = up.stub.Generate(greedy(max_tokens=400, **fields))
     response = await anext(aiter(call))
     up.engine.pause()

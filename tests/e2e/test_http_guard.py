@@ -153,7 +153,8 @@ def test_a_head_sent_byte_by_byte_is_408(port):
 
 
 def test_a_second_half_sent_head_on_a_kept_connection_is_408(port):
-    """uvicorn without the guard drops its keep-alive timer at the first byte, and then waits without limit."""
+    """Without the guard, uvicorn drops its keep-alive timer at the first byte of a request, and then waits for the rest without
+    limit."""
     answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET", pause=0.1)
     assert answer.count(b"HTTP/1.1 200") == 1
     assert answer.count(b"HTTP/1.1 408") == 1

@@ -31,7 +31,7 @@ class Replay:
 
 
 class StandInGraphs(graphs.StepGraphs):
-    kinds: set[bool] = set()  # True once a step of decodes alone ran in a graph, False once a mixed step did
+    kinds: set[bool] = set()  # has True after a step of decodes alone ran in a graph, False after a mixed step
 
     def _record(self, inputs, run):
         outputs = run()

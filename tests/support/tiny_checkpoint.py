@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 4
+SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # their token ids are 0 to 4
 BOS, EOS = 0, 1
 WEIGHT_STD = 0.08  # standard deviation of the weights; large enough that greedy tokens depend on the whole prompt
 SEED = 2026
@@ -79,7 +79,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# The text that the tokenizer is trained on. It is written out here so that every machine and Python version gets the same tokens.
+# The tokenizer is trained on this text. It is written out so that every machine and Python version gets the same tokens.
 CORPUS = """\
 A tide gate lets the water through when the river runs out to the sea, and holds it when the sea runs in. A server for large \
 language models does the same with requests: it lets in as many as the hardware can carry and holds the others at the door, so \

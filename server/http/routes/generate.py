@@ -23,7 +23,7 @@ from server.http.sse import DONE, event_pieces
 from server.service.types import Chunk, Ending
 
 router = APIRouter(tags=["generate"])
-_CACHE = "off"  # there is no response cache yet
+_CACHE = "off"  # the answer's field `cache`: the server has no response cache yet
 
 
 @router.post(

@@ -29,10 +29,10 @@ from engine.request import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 from server.service.types import GenerationRequest
 
 # Upper bounds of the limits that an operator can set in `Settings`. The service checks a request against the limits that are set.
-MAX_N = 128  # outputs of one prompt
-MAX_STOP = 1024  # stop strings of one request
-MAX_STOP_CHARS = 65536  # characters of one stop string
-MAX_PROMPTS = 128  # prompts of one completions call
+MAX_N = 128  # most outputs of one prompt
+MAX_STOP = 1024  # most stop strings of one request
+MAX_STOP_CHARS = 65536  # most characters of one stop string
+MAX_PROMPTS = 128  # most prompts of one request of POST /v1/completions
 MAX_PROMPT_TOKENS = 1 << 21  # more than any model's context; the limit on the size of the body is usually reached before
 TOKEN_ID_MAX = 2**31 - 1
 
@@ -56,9 +56,8 @@ Stop = Annotated[
     Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP), Tag("#texts")],
     Discriminator(_stop_kind, custom_error_type="stop_kind", custom_error_message="must be a string or a list of strings"),
 ]
-TokenKey = Annotated[
-    str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")
-]  # the pattern allows one spelling of each token id, so that no object has the same token twice
+# The pattern allows one spelling of each token id, so that no object has the same token twice.
+TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, bounded("logit_bias", "Number that is added to the token's logit.")]
 
 
@@ -110,7 +109,7 @@ class Schema(BaseModel):
         return {name: given for name, given in value.items() if name in fields or name is unknown}
 
 
-_OWN = ("max_tokens", "logprobs", "logit_bias")  # declared by each route, or not a single number
+_OWN = ("max_tokens", "logprobs", "logit_bias")  # fields that each route declares itself, or that are not a single number
 _KINDS = get_type_hints(SamplingParams)
 _NUMBERS = tuple(name for name in SamplingParams.__struct_fields__ if name in BOUNDS and name not in _OWN)
 _PLAIN = (*_NUMBERS, "ignore_eos")

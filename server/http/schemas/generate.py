@@ -1,4 +1,4 @@
-"""The body and the answer of POST /v1/generate, Tidegate's own route, which has token ids beside text."""
+"""Defines the body and the answer of POST /v1/generate, Tidegate's own route, which has token ids beside text."""
 
 from __future__ import annotations
 

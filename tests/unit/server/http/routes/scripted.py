@@ -19,7 +19,7 @@ class ScriptedService:
     def __init__(self, *script, ready=True):
         self.script = script
         self.requests = []
-        self.closed = []  # ids of requests whose generator has ended or was closed
+        self.closed = []  # ids of the requests whose generate() has ended or was closed
         self.engine_health = EngineHealth(ready=ready, started=ready, reason=None if ready else "the engine is loading")
 
     async def generate(self, request, identity, *, transport="http"):
