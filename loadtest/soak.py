@@ -30,7 +30,7 @@ from engine.core import Core, build_core
 from engine.messages import Submit, pack_tokens
 from engine.request import SamplingParams
 
-TEXT = 4000  # length of the text that prompts are cut from; prompts with the same start in it share a prefix
+TEXT = 4000  # tokens of the text that prompts are cut from; prompts that start at the same place share a prefix
 STARTS = 40  # number of places in the text at which a prompt can begin
 
 
@@ -103,7 +103,7 @@ class Soak:
         for _ in range(self._random.randint(1, 20)):
             prompt, params = self._prompt(), self._params()
             first = f"soak-{self._submitted}"
-            for _ in range(self._random.choice([1, 1, 1, 3])):  # several outputs of one prompt: the later ones fork the first
+            for _ in range(self._random.choice([1, 1, 1, 3])):  # outputs of one prompt: the later ones fork the first
                 request_id = f"soak-{self._submitted}"
                 fork_of = None if request_id == first else first
                 seed = self._random.randrange(1 << 60)

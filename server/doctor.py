@@ -38,7 +38,7 @@ TORCH_SECONDS = 120  # time that the probe process has to import torch and to pr
 
 
 class Finding(NamedTuple):
-    """One row of the report: what was checked, whether it is ok, and the details."""
+    """Holds one row of the doctor's report: what was checked, whether it is ok, and the details."""
 
     what: str
     state: State
@@ -152,7 +152,7 @@ def _torch(settings: Settings, answer: TorchAnswer) -> list[Finding]:
 
 
 def _engine(checkpoint: Checkpoint, answer: TorchAnswer | Finding) -> list[Finding]:
-    """Check the engine's settings, its memory and the checkpoint's files, as the engine does when it starts."""
+    """Check the engine's settings, its memory and the checkpoint's files by the same code that the engine runs when it starts."""
     if checkpoint.limits is None:
         return []
     if isinstance(answer, TorchAnswer) and answer.problem is not None:

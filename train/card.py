@@ -58,7 +58,7 @@ def rate(log: list[Line], length: int) -> str:
 
 
 def latest(lines: list[Line]) -> dict[str, Line]:
-    """Return the last evaluation line of each precision."""
+    """Return the last evaluation line of each precision, by precision ("fp8", "bfloat16")."""
     return {line["precision"]: line for line in lines}
 
 

@@ -118,7 +118,7 @@ def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, 
 
 
 def write_shards(documents: Sequence[Document], folder: Path) -> dict[str, Any]:
-    """Write the shards, and return the manifest's entry for each."""
+    """Write the training shards, and return the manifest's entry for each shard."""
     written = {}
     with progress() as bar, ProcessPoolExecutor(PROCESSES) as pool:
         task = bar.add_task("compress", total=SHARDS)

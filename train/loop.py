@@ -157,7 +157,7 @@ class Training:
 
 
 class Measure(Protocol):
-    """Measures the current quality of the model for the log."""
+    """A function that measures the current quality of the model, and returns fields for the log line."""
 
     def __call__(self) -> dict[str, float]: ...
 

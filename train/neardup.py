@@ -3,7 +3,7 @@
 A file is represented by the set of its pairs of consecutive non-empty stripped lines. Two files are near-duplicates if the
 estimated Jaccard similarity of their sets is at least THRESHOLD; the first in the given order is kept. The hashing uses 8
 bands of 8 rows (datasketch's choice), which find 99% of the pairs with similarity 0.9, 77% of those with 0.8, and 38% right
-at the threshold. So it removes copies, and does not prove that none is left. Exact duplicates are handled elsewhere.
+at the threshold. So the hashing removes copies, and does not prove that none is left. `train.corpus` drops exact duplicates.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _document(line: str, where: str) -> Document:
 
 
 def windows(num_tokens: int, size: int) -> list[Span]:
-    """Cover `num_tokens` tokens with windows of at most `size`. Each token but the first is scored once."""
+    """Cover a file of `num_tokens` tokens with windows of at most `size` tokens. Each token but the first is scored once."""
     if size < 2:
         raise ConfigError(f"context is {size}: a window must have at least 2 tokens, one to predict from", param="context")
     if num_tokens < 2:
@@ -137,7 +137,7 @@ def windows(num_tokens: int, size: int) -> list[Span]:
 
 
 def score(scorer: Scorer, files: Sequence[list[int]], size: int, done: Callable[[int], None] = lambda _: None) -> Score:
-    """Score the tokens of each file in windows of at most `size`."""
+    """Score the tokens of each file in windows of at most `size` tokens. Returns the sums over all files."""
     spans = [(ids, span) for ids in files for span in windows(len(ids), size)]
     logprob, tokens, first = 0.0, 0, 0
     found = scorer.positions([ids[span.start : span.end] for ids, span in spans], done)

@@ -20,7 +20,7 @@ PART_BYTES = 64 << 10  # least size of a full part; joining or sending this many
 
 
 class ItemsBuffer:
-    """Collects the items of one JSON list, as JSON text, a few items at a time."""
+    """Collects the items of one JSON list as JSON text. The caller adds a few items at a time."""
 
     __slots__ = ("_full", "_open")
 

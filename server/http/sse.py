@@ -30,7 +30,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # without this header, nginx would buffer the events
 ]
 _BACKLOG_BYTES = 64 << 10  # bytes sent per event loop iteration if further events are waiting
-_EVENT_BYTES = 512  # added to the size of each event, as making an event takes about as long as writing so many bytes
+_EVENT_BYTES = 512  # added to the size of each event: making an event takes about as long as writing 512 bytes
 
 
 def event(data: bytes) -> bytes:

@@ -43,7 +43,7 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
         async def answering(self: S, message: bytes, context: Context) -> Any:
             try:
                 return await method(self, read(kind, message, closed=closed), context)
-            except grpc.aio.AbortError:  # the method has already ended the call
+            except grpc.aio.AbortError:  # grpc raised it because the method has already ended the call
                 raise
             except Exception as error:
                 is_bug = status_of(error).grpc == grpc.StatusCode.INTERNAL.name

@@ -125,7 +125,7 @@ def test_imports_go_down_the_ladder(name, path):
     assert not wrong, f"{name} may not import {sorted(wrong)}: see LADDER"
 
 
-# The modules that may lie directly in `engine` or `server`. Every other module belongs in a subpackage.
+# These modules may be directly in the packages `engine` and `server`. Every other module belongs in a subpackage.
 FLAT = {
     "engine": [
         "errors",

@@ -23,7 +23,7 @@ MODEL = "tiny"
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that leaves the signal handlers to pytest."""
+    """A uvicorn server that installs no signal handlers, so that those of pytest stay."""
 
     def capture_signals(self):
         return contextlib.nullcontext()

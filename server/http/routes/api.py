@@ -84,7 +84,7 @@ EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class JsonBody(dict[str, Any]):
-    """The `openapi_extra=` argument of a route that reads its body with `server.http.body.read_json`.
+    """Describes the body of a route that reads it with `server.http.body.read_json`: the route's `openapi_extra=` argument.
 
     The object keeps the pydantic model of the body, so that `server.http.openapi` can add the model's schema to the document.
     """

@@ -166,7 +166,7 @@ class _Answer:
         log-probabilities the field will hold."""
         prompt = self._prompt_of(chunk.index)
         offset = self._offsets.get(chunk.index)
-        if offset is None:  # the first chunk: an echoed prompt precedes it, either with or without log-probabilities
+        if offset is None:  # the choice's first chunk, which follows an echoed prompt (with or without log-probabilities)
             offset = len(prompt.echo_text or "") if chunk.prompt_logprobs is None else 0
         return CompletionLogprobsJson(self._body.logprobs or 0, self._text, offset=offset, first_token=prompt.first_token)
 

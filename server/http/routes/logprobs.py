@@ -67,7 +67,7 @@ class CompletionLogprobsJson:
 
     def __init__(self, num_top: int, text: TokenText, *, offset: int, first_token: int | None) -> None:
         """`num_top` is the number of alternatives at each position. `offset` is where in the choice's text the first position
-        begins, in characters. `first_token` is the token of a position that is None."""
+        begins, in characters. `first_token` is the token at a position that is None, which is the first position of a prompt."""
         self._num_top = num_top
         self._text = text
         self._offset = offset

@@ -82,8 +82,8 @@ def test_the_bound_of_mixed256_is_the_figure_by_hand(model, expected):
     assert bound(model, "mixed256")[0] == pytest.approx(expected, rel=0.04)
 
 
-# The figure by hand counts the head and the last layer for every token. For the second model it also counts the embedding, which
-# is a sixth of its 2.7 billion weights. So the tolerance is wide.
+# The figure calculated by hand counts the head and the last layer for every token. For the second model it also counts the
+# embedding, which is a sixth of its 2.7 billion weights. So the tolerance is wide.
 @pytest.mark.parametrize(("model", "tok_s", "tolerance"), [("llama-8b", 46_000, 0.09), ("deepseek-v2-lite", 116_000, 0.25)])
 def test_the_bound_of_prefill_is_the_figure_by_hand(model, tok_s, tolerance):
     seconds, outputs, prompts = bound(model, "prefill")
