@@ -1,4 +1,4 @@
-"""`make bench`: runs the benchmarks one after the other, each in a process of its own, and keeps their result lines.
+"""Runs the benchmarks of `make bench` one after the other, each in a process of its own, and keeps their result lines.
 
     make bench                       all of them
     make bench ARGS="scheduler api"  some
@@ -26,7 +26,7 @@ BENCHMARKS = {
 
 
 def commit() -> str:
-    """Short id of the checked-out commit, followed by + if the working tree has changes."""
+    """Return the short id of the checked-out commit, followed by + if the working tree has changes."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
@@ -34,7 +34,7 @@ def commit() -> str:
 
 
 def run(name: str) -> dict[str, object]:
-    """Run one benchmark, showing its output, and return its result line. Raises CalledProcessError."""
+    """Run one benchmark, show its output, and return its result line. Raises CalledProcessError if the benchmark fails."""
     command = [sys.executable, "-m", f"loadtest.bench_{name}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

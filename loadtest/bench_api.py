@@ -55,7 +55,7 @@ def main() -> None:
         return
     began = time.perf_counter()
     with _server(args) as (port, startup_s):
-        _client(port, args, tokens=32)  # the first requests are slower: modules and tables are loaded once
+        _client(port, args, tokens=32)  # warm-up: the first requests are slower, since they load modules and tables
         rounds = [_round(port, args) for _ in range(args.rounds)]
     _report(args, rounds, startup_s, time.perf_counter() - began)
 
@@ -79,7 +79,7 @@ def _report(args: argparse.Namespace, rounds: list[dict[str, float]], startup_s:
         "seconds": round(seconds, 1),
         "out_tok_s": round(middle["tokens"] / middle["seconds"]),
         "startup_s": round(startup_s, 2),
-        "events_per_token": round(middle["events"] / middle["tokens"], 3),  # below 1, some events carried several tokens
+        "events_per_token": round(middle["events"] / middle["tokens"], 3),  # if below 1, some events carried several tokens
         "cpu_us_per_token": round(statistics.median(r["cpu_us"] for r in rounds), 1),
     }
     print(json.dumps(line))
@@ -95,7 +95,7 @@ def _round(port: int, args: argparse.Namespace) -> dict[str, float]:
 
 
 def _worker(port: int) -> psutil.Process:
-    """The API worker that listens on `port`. Other servers may run on this machine."""
+    """Return the process of the API worker that listens on `port`. Other servers may run on this machine too."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             ports = {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
@@ -106,7 +106,7 @@ def _worker(port: int) -> psutil.Process:
 
 @contextlib.contextmanager
 def _server(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """Start a server. Yields its port and the seconds until it was ready."""
+    """Run a server with the fake runner. Yields the server's port and the seconds until the server was ready."""
     port, grpc_port = _free_port(), _free_port()
     command = [str(Path(sys.executable).with_name("tidegate")), "serve", "--runner", "fake"]
     command += ["--port", str(port), "--grpc-port", str(grpc_port), "--admin-port", "0", "--log-level", "warning"]
@@ -148,11 +148,11 @@ def _client(port: int, args: argparse.Namespace, *, tokens: int) -> dict[str, fl
     return result
 
 
-# -- the client's process ----------------------------------------------------------------------------------------------
+# -- the functions below run in the client's process -------------------------------------------------------------------
 
 
 def _stream_all(port: int, route: str, num_streams: int, num_tokens: int) -> dict[str, float]:
-    """Open all streams and read each to its end. Only the last 2 KB of a stream are kept, for its usage."""
+    """Open all streams and read each to its end. Only the last 2 KB of a stream are kept, since they hold the token counts."""
     path, fields = ROUTES[route]
     fields = {"model": _model(port), **fields, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
     body = json.dumps(fields).encode()
@@ -174,7 +174,7 @@ def _stream_all(port: int, route: str, num_streams: int, num_tokens: int) -> dic
             if piece:
                 if not tails[client]:
                     first_bytes.append(time.perf_counter() - began)
-                events += (tails[client][-5:] + piece).count(b"data: ")  # the tail finds a mark that two reads cut in half
+                events += (tails[client][-5:] + piece).count(b"data: ")  # the tail completes a mark that two reads cut in half
                 tails[client] = (tails[client] + piece)[-2048:]
                 continue
             selector.unregister(client)

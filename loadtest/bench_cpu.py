@@ -1,4 +1,5 @@
-"""Tokens per second on this CPU, compared with `transformers.generate` on the same random 0.1B Llama weights in float32.
+"""Measures tokens per second on this CPU, and compares them with `transformers.generate` on the same random weights (0.1B Llama,
+float32).
 
     transformers   one stream, greedy, with its default settings
     one stream     Tidegate
@@ -53,7 +54,8 @@ CONFIG = {
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Write a checkpoint of random weights, N(0, 0.02) with norm weights of 1, that both sides load."""
+    """Write a checkpoint with random weights of standard deviation 0.02 and norm weights of 1. Tidegate and transformers load
+    it."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -88,14 +90,14 @@ def our_streams(llm: LLM) -> Callable[[list[list[int]]], list[list[int]]]:
 
 
 def rate(run: Callable[[list[list[int]]], list[list[int]]], prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-    """Generate from `prompts`. Returns the output tokens per second, and the tokens."""
+    """Generate outputs for `prompts`. Returns the output tokens per second and the tokens."""
     began = time.perf_counter()
     tokens = run(prompts)
     return sum(map(len, tokens)) / (time.perf_counter() - began), tokens
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """Output tokens per second of each contender in each round. Raises SystemExit if their tokens differ."""
+    """Return the output tokens per second of each contender in each round. Raises SystemExit if the contenders' tokens differ."""
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB) for _ in range(PROMPT_TOKENS)] for _ in range(STREAMS)]
     with LLM(folder, device="cpu", cache=CacheConfig(prefix_caching=False)) as llm:

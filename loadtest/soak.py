@@ -1,4 +1,4 @@
-"""Soak test: minutes of mixed random requests, aborts included, in one engine, which must neither fail nor leak.
+"""Runs a soak test: one engine gets mixed random requests and aborts for minutes, and must neither fail nor leak.
 
     python -m loadtest.soak --model DIR [--load-format dummy] [--seconds 300]
 
@@ -30,8 +30,8 @@ from engine.core import Core, build_core
 from engine.messages import Submit, pack_tokens
 from engine.request import SamplingParams
 
-TEXT = 4000  # tokens that prompts are cut from; prompts that begin at the same place share a prefix
-STARTS = 40  # places where prompts begin
+TEXT = 4000  # tokens of the text that prompts are cut from; prompts that start at the same place share a prefix
+STARTS = 40  # number of places in the text at which a prompt can begin
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, default=None, help="Blocks of the KV cache; few blocks cause preemptions.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # By default a kernel takes device memory at its first launch, 2 MiB at a time, which would look like a leak.
+    # By default CUDA loads a kernel at its first launch. That takes device memory, 2 MiB at a time, and would look like a leak.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     cache = CacheConfig(num_blocks=args.num_blocks)
     core = build_core(EngineConfig(model=args.model, load_format=args.load_format, debug_checks=True, cache=cache))
@@ -58,7 +58,7 @@ class Soak:
         self._random = random.Random(seed)
         self._limits = core.info().limits
         self._text = [self._random.randrange(self._limits.vocab_size) for _ in range(TEXT)]
-        self._ends: Counter[str] = Counter()  # terminal events by request
+        self._ends: Counter[str] = Counter()  # request id -> number of terminal events so far
         self._under_way: list[str] = []
         self._submitted = 0
         self._loaded = _triton_loads()
@@ -67,7 +67,7 @@ class Soak:
         """Run for `seconds`, and then until all requests have ended. Returns the figures of the run. Raises AssertionError if the
         engine leaks or a request does not end exactly once."""
         began, settled, tokens, most = time.monotonic(), min(60.0, seconds / 5), 0, _Memory(0, 0, 0)
-        growths: list[dict[str, object]] = []  # of the device's memory, after the settling time
+        growths: list[dict[str, object]] = []  # each growth of the device's memory after the settling time
         while (elapsed := time.monotonic() - began) < seconds:
             self._submit_some()
             self._abort_some()
@@ -103,7 +103,7 @@ class Soak:
         for _ in range(self._random.randint(1, 20)):
             prompt, params = self._prompt(), self._params()
             first = f"soak-{self._submitted}"
-            for _ in range(self._random.choice([1, 1, 1, 3])):  # several outputs of one prompt: the later ones fork the first
+            for _ in range(self._random.choice([1, 1, 1, 3])):  # outputs of one prompt: the later ones fork the first
                 request_id = f"soak-{self._submitted}"
                 fork_of = None if request_id == first else first
                 seed = self._random.randrange(1 << 60)
@@ -158,15 +158,15 @@ class Soak:
 
 
 class _Memory(NamedTuple):
-    """Bytes in use."""
+    """Holds how many bytes of memory are in use on the device and on the host."""
 
-    used: int  # on the device, by all processes
-    reserved: int  # on the device, by this process's torch allocator
-    pinned: int  # on the host, page-locked by this process
+    used: int  # bytes on the device that all processes use
+    reserved: int  # bytes on the device that this process's torch allocator holds
+    pinned: int  # bytes on the host that this process has page-locked
 
 
 def _memory() -> _Memory:
-    """The memory in use now; zeros without a CUDA device."""
+    """Measure the memory that is in use now. All counts are 0 without a CUDA device."""
     if not torch.cuda.is_available():
         return _Memory(0, 0, 0)
     free, total = torch.cuda.mem_get_info()
@@ -175,7 +175,7 @@ def _memory() -> _Memory:
 
 
 def _triton_loads() -> list[str]:
-    """A list to which the name of each kernel is appended when Triton loads it. It stays empty without a CUDA device."""
+    """Return a list to which Triton appends the name of each kernel that it loads. The list stays empty without a CUDA device."""
     names: list[str] = []
     if torch.cuda.is_available():
         runtime = importlib.import_module("triton").knobs.runtime

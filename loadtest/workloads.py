@@ -1,4 +1,5 @@
-"""The offline workloads, for the scripts here. They live with `tidegate bench`, which ships without this folder."""
+"""Re-exports the offline workloads for the scripts of this folder. `server.bench` defines them, since it ships without this
+folder."""
 
 from server.bench import WORKLOADS, Work, fixed, mixed
 

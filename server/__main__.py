@@ -1,4 +1,5 @@
-"""The `tidegate` command. This module imports nothing slow, so that Ctrl-C during the other imports ends without a traceback."""
+"""Starts the `tidegate` command. This module imports nothing slow, so that Ctrl-C during other imports ends without a
+traceback."""
 
 import sys
 

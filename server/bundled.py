@@ -1,4 +1,4 @@
-"""Tidepool, the small model that comes with the project and is served if no other is named. `train/` makes it."""
+"""Finds Tidepool, the small model that comes with the project. It is served if no other model is named. `train/` trains it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTICE = (
 
 
 def bundled_checkpoint() -> Path:
-    """The folder of the bundled model. Raises ConfigError if the project was installed without it."""
+    """Return the folder of the bundled model. Raises ConfigError if the project was installed without the model."""
     if not (FOLDER / "config.json").is_file():
         raise ConfigError(
             f"model is not set, and the bundled model is not at {FOLDER}: it comes with a checkout of the repository; name "

@@ -1,4 +1,5 @@
-"""The commands of `tidegate`. Each one imports its modules when it runs, so `tidegate --help` needs neither torch nor FastAPI."""
+"""Defines the commands of `tidegate`. A command imports its modules when it runs, so `tidegate --help` needs no torch or
+FastAPI."""
 
 from __future__ import annotations
 
@@ -31,18 +32,20 @@ app.add_typer(bench, name="bench")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File to which the lines of JSON are appended as well.")]
+# Settings that are flags of the commands that run an engine in their own process.
 ENGINE_FLAGS = (
     "model",
     "device",
     "dtype",
     "load_format",
     "max_model_len",
-)  # of commands that run an engine in their process
+)
 ALIASES = {"dtype": ["--precision"]}
 
 
 def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function whose first argument is Settings: it has --config, and a flag for each of `names`."""
+    """Return a decorator that turns a function whose first argument is a Settings into a command. The command has the option
+    --config and a flag for each setting in `names`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(config: Path | None, **given: Any) -> None:
@@ -67,7 +70,7 @@ def with_settings(names: Iterable[str]) -> Callable[[Callable[..., None]], Calla
 def _option(name: str) -> Any:
     field, right = Settings.model_fields[name], describe(name)
     is_switch, is_text = right == "true or false", right.startswith("a text")
-    kind: Any = bool if is_switch else str  # Settings parses the text, so that errors read alike for flags, variables and files
+    kind: Any = bool if is_switch else str  # Settings parses the text, so flags, variables and files give equal errors
     words = [f"{flag(name)}/{flag('no_' + name)}"] if is_switch else [flag(name), *ALIASES.get(name, [])]
     says = field.description if is_switch or is_text else f"{field.description} ({right})"
     default = "" if field.default is None else f" [default: {str(field.default).lower() if is_switch else field.default}]"
@@ -126,7 +129,7 @@ def generate(
 
     The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included.
     """
-    # Settings and SamplingParams refuse wrong values, in the same words as for `serve`.
+    # Typer does not check the values: Settings and SamplingParams refuse wrong ones, in the same words as for `serve`.
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     words = _prompt(prompt)
     config = _with_model(settings).engine_config()
@@ -176,7 +179,7 @@ def kernels(
 
 
 def _prompt(given: str) -> str:
-    """The prompt as text; "-" stands for standard input. Raises InvalidRequest if it is not UTF-8."""
+    """Return the prompt as text, read from standard input if it was given as "-". Raises InvalidRequest if it is not UTF-8."""
     raw = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)
     try:
         return raw.decode("utf-8")
@@ -186,7 +189,7 @@ def _prompt(given: str) -> str:
 
 
 def _with_model(settings: Settings) -> Settings:
-    """The settings, with the bundled model's folder in them if no model is named."""
+    """Return settings that name a model: the bundled model's folder is filled in if `settings` names none."""
     if settings.model is not None:
         return settings
     bundled = _load("server.bundled")

@@ -1,6 +1,6 @@
-"""`tidegate doctor`: checks whether this machine can serve with the given settings, and says what is missing.
+"""Implements `tidegate doctor`, which checks whether this machine can serve with the given settings, and says what is missing.
 
-It checks by the same code as `serve`, except what would need the weights to be read.
+The checks run the same code as `serve`. Only checks that would have to read the weights are left out.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from server.bundled import bundled_checkpoint
 from server.settings import Settings, in_settings_names
 from server.text.tokenizer import Tokenizer
 
-State = Literal["ok", "missing", "note"]  # "missing": `serve` would not start
+State = Literal["ok", "missing", "note"]  # "missing" means that `serve` would not start
 
 NEEDED = ("torch", "safetensors", "tokenizers", "msgspec", "zmq", "fastapi", "uvicorn", "uvloop", "grpc", "prometheus_client")
-OPTIONAL = {"triton": "faster kernels on a CUDA device"}  # package: purpose
-LOW_DISK_BYTES = 1 << 30  # of free space; below it the disk gets a note
-TORCH_SECONDS = 120  # for torch to be imported and to answer
+OPTIONAL = {"triton": "faster kernels on a CUDA device"}  # name of an optional package -> its purpose
+LOW_DISK_BYTES = 1 << 30  # the report has a note if the disk has less free space than this
+TORCH_SECONDS = 120  # time that the probe process has to import torch and to print its answer
 
 
 class Finding(NamedTuple):
-    """One row of the report: what was checked, whether it is ok, and the details."""
+    """Holds one row of the doctor's report: what was checked, whether it is ok, and the details."""
 
     what: str
     state: State
@@ -52,24 +52,24 @@ class TorchDevice(msgspec.Struct, frozen=True):
 
 
 class TorchAnswer(msgspec.Struct, frozen=True):
-    """What `engine.weights.probe` prints, as JSON. It runs in another process, since the server must not import torch."""
+    """The JSON that `engine.weights.probe` prints. The probe runs in another process, since the server must not import torch."""
 
     version: str
     cuda: str | None  # the CUDA version that torch was built for
     devices: list[TorchDevice]
-    problem: str | None  # what is wrong with the checkpoint or the engine's settings
+    problem: str | None  # what is wrong with the checkpoint or the engine's settings; None if both are right
 
 
 class Checkpoint(NamedTuple):
-    """What could be read of the model's folder. `limits` is None if the model cannot be served."""
+    """Holds what could be read from the model's folder. `limits` is None if the model cannot be served."""
 
     findings: list[Finding]
-    settings: Settings  # these name a model
+    settings: Settings  # with the folder of the bundled model if no model was named
     limits: ModelLimits | None
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Check everything, in the order of the report."""
+    """Check the machine, the model and the settings. Returns the findings in the order of the report."""
     checkpoint = _model(settings)
     answer = _run_probe(checkpoint)
     return [
@@ -133,7 +133,8 @@ def _run_probe(checkpoint: Checkpoint) -> TorchAnswer | Finding:
 
 
 def _question(checkpoint: Checkpoint) -> str:
-    """The engine's config as JSON, for the probe to check; empty if there is nothing to check."""
+    """Return the engine's config as JSON for `engine.weights.probe` to check. It is empty if the model cannot be served or the
+    runner is fake."""
     if checkpoint.limits is None or checkpoint.settings.runner == "fake":
         return ""
     return msgspec.json.encode(checkpoint.settings.engine_config()).decode()
@@ -151,14 +152,14 @@ def _torch(settings: Settings, answer: TorchAnswer) -> list[Finding]:
 
 
 def _engine(checkpoint: Checkpoint, answer: TorchAnswer | Finding) -> list[Finding]:
-    """Check the engine's settings, its memory and the checkpoint's files, as the engine does when it starts."""
+    """Check the engine's settings, its memory and the checkpoint's files by the same code that the engine runs when it starts."""
     if checkpoint.limits is None:
         return []
     if isinstance(answer, TorchAnswer) and answer.problem is not None:
         return [Finding("engine", "missing", in_settings_names(answer.problem))]
     settings = checkpoint.settings
     try:
-        # Whether there is a CUDA device is a finding of its own.
+        # A missing CUDA device is reported as another finding, so this check assumes that there is one.
         check(settings.engine_config(), checkpoint.limits, has_cuda=True)
     except ConfigError as error:
         return [Finding("engine", "missing", in_settings_names(error.message))]
@@ -227,7 +228,7 @@ def _optional() -> list[Finding]:
 def _has(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the parent package of a dotted name is missing
+    except ModuleNotFoundError:  # find_spec raises it if the parent package of a dotted name is missing
         return False
 
 

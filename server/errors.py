@@ -1,4 +1,4 @@
-"""How errors are reported to clients: a table from error class to HTTP status, OpenAI error type and gRPC status name.
+"""Reports errors to clients, by a table from error class to HTTP status, OpenAI error type and gRPC status name.
 
 The body of every HTTP error is {"error": {"type", "code", "message", "param"}}, of at most about 4 KB. It names the field at
 fault by its path, and does not repeat what the client sent. For a bug it says only that there is one; the log has the details.
@@ -61,14 +61,14 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     InternalError: _BUG,
 }
 
-MAX_MESSAGE = 384  # characters; a body with both stays under 4 KB even if each character takes six bytes, as \u0001 does
-MAX_PARAM = 256  # characters
-ENGINE_RETRY_SECONDS = 1  # Retry-After of EngineUnavailable
+MAX_MESSAGE = 384  # characters. With MAX_PARAM, a body stays under 4 KB even if each character takes six bytes, as \u0001 does
+MAX_PARAM = 256  # largest number of characters in the name of a field
+ENGINE_RETRY_SECONDS = 1  # Retry-After in the answer for EngineUnavailable
 _BUG_MESSAGE = "The server failed on this request because of a bug. The server's log has the details."
 
 
 def status_of(error: BaseException) -> ErrorStatus:
-    """The table's row for the error's class, or for the nearest base class in the table. Other exceptions are bugs: 500."""
+    """Return the row of STATUS for the error's class, or for its nearest base class. An exception without a row is a bug: 500."""
     for cls in type(error).__mro__:
         if cls in STATUS:
             return STATUS[cls]
@@ -76,7 +76,7 @@ def status_of(error: BaseException) -> ErrorStatus:
 
 
 def error_object(type_: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an HTTP error, with message and param cut to their limits."""
+    """Return the body of an HTTP error. `message` and `param` are cut to MAX_MESSAGE and MAX_PARAM characters."""
     return {
         "error": {
             "type": type_,
@@ -88,7 +88,7 @@ def error_object(type_: str, code: str, message: str, param: str | None = None) 
 
 
 def error_body(error: BaseException) -> bytes:
-    """The body of the HTTP error that reports `error`, as JSON."""
+    """Return the JSON body of the HTTP answer that reports `error`. The message of a bug is replaced by a general one."""
     status = status_of(error)
     if status is _BUG or not isinstance(error, TidegateError):
         return orjson.dumps(error_object(status.type, InternalError.code, _BUG_MESSAGE))
@@ -96,7 +96,7 @@ def error_body(error: BaseException) -> bytes:
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
-    """The headers that an answer with `error` has besides the usual ones."""
+    """Return the additional headers of an HTTP answer that reports `error`: retry-after, www-authenticate or none."""
     if isinstance(error, Overloaded):
         return {"retry-after": str(max(1, error.retry_after))}
     if isinstance(error, EngineUnavailable):
@@ -107,15 +107,15 @@ def error_headers(error: BaseException) -> dict[str, str]:
 
 
 def clip(text: str, limit: int) -> str:
-    """The first `limit` characters of `text`, with lone surrogates replaced by question marks, so that it can be encoded."""
+    """Return the first `limit` characters of `text`. Lone surrogates become question marks, so that the result can be encoded."""
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def field_path(loc: tuple[int | str, ...]) -> str:
-    """The path of a field from pydantic's location: ("messages", 0, "content") -> "messages[0].content".
+    """Return the path of a field from pydantic's location: ("messages", 0, "content") -> "messages[0].content".
 
-    Pydantic's marker "[key]" and the tags of our unions, which begin with "#", are left out.
+    The path leaves out pydantic's marker "[key]" and the tags of the schemas' unions, which begin with "#".
     """
     path = ""
     for part in loc:
@@ -134,7 +134,7 @@ _SENTENCES = {
 
 
 def from_validation(error: ValidationError) -> InvalidRequest:
-    """The first fault that pydantic found, as one sentence that names the field but not its value."""
+    """Return an InvalidRequest for the first fault that pydantic found. Its message names the field but not the field's value."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = clip(field_path(first["loc"]), MAX_PARAM)
     fault = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")

@@ -1,4 +1,4 @@
-"""The settings of the server, merged from four places: flags > TIDEGATE_* environment > YAML file > the defaults below.
+"""Defines the settings of the server. They are merged from flags > TIDEGATE_* environment > YAML file > the defaults below.
 
 `Settings` is the only list of settings: the flags of `tidegate serve`, the environment variables and the YAML keys are made from
 its fields. It is frozen, and is sent to the workers as JSON. `load_settings` makes one; ConfigError is all that it raises.
@@ -35,25 +35,26 @@ MAX_SECONDS = 1_000_000  # upper limit of all durations: gRPC takes 2^31 millise
 
 
 class Settings(BaseSettings):
-    """All settings. `Settings(port=0)` reads the environment too, but no file. An empty variable counts as not set."""
+    """Holds all settings of the server. `Settings(port=0)` also reads TIDEGATE_* variables from the environment, but no YAML
+    file. An empty variable counts as not set."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
-    # What is served, and where. The default host is the loopback address, since API keys are off by default: anyone who can
+    # The model and the addresses. The default host is the loopback address, since API keys are off by default: anyone who can
     # reach the port can use the accelerator. In a container, set 0.0.0.0.
     model: str | None = Field(None, min_length=1, description="Checkpoint folder; by default the bundled model Tidepool")
     served_model_name: str | None = Field(None, min_length=1, description="Model name in the API; by default its folder's")
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 or :: for every interface")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 means any free port")
     grpc_port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 means any free port")
-    # The admin port is on by default: it is reachable from this machine only, and serves nothing that the HTTP port does not.
+    # The admin port is open by default, since it can be reached from this machine only and has only routes of the HTTP port.
     admin_host: str = Field("127.0.0.1", min_length=1, description="Address of the admin port")
     admin_port: int = Field(9001, ge=0, le=65535, description="Port for health and metrics; 0 means any free port")
     api_workers: int = Field(1, ge=1, le=256, description="Number of processes that serve HTTP and gRPC")
 
-    # Limits on what a client may send or request, and on how slowly.
+    # Limits on the size, number and slowness of a client's requests.
     max_body_bytes: int = Field(4 << 20, ge=1024, le=1 << 30, description="Largest request body (HTTP) or message (gRPC)")
     max_header_bytes: int = Field(32 << 10, ge=1024, le=1 << 20, description="Largest sum of request line and headers")
     header_timeout_s: float = Field(10, gt=0, le=MAX_SECONDS, description="Seconds within which a request's headers must arrive")
@@ -106,7 +107,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level of log lines written")
     log_format: Literal["auto", "human", "json"] = Field("auto", description="auto: human at a terminal, JSON otherwise")
 
-    # The engine: see engine/config.py. With the default None, the engine chooses the value.
+    # Settings of the engine, which engine/config.py explains. If the default is None, the engine chooses the value.
     device: Device = Field("auto", description="Device of the engine")
     dtype: DType = Field("auto", description="Number format of weights and activations")
     load_format: LoadFormat = Field("safetensors", description="Source of the weights; dummy: random weights of the right shapes")
@@ -145,14 +146,14 @@ class Settings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse `port: yes`: YAML reads it as true, which pydantic would accept as 1."""
+        """Refuse true and false for a number. YAML reads `port: yes` as true, and pydantic would accept true as 1."""
         if isinstance(value, bool) and not _is_bool(info.field_name or ""):
             raise ValueError("a truth value")
         return value
 
     @property
     def model_name(self) -> str:
-        """The model's name in the API."""
+        """Return the name that API clients use for the model."""
         return self.served_model_name or (Path(self.model).resolve().name if self.model else bundled.NAME)
 
     def engine_config(self) -> EngineConfig:
@@ -192,7 +193,8 @@ class Settings(BaseSettings):
 
 
 def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Path | None = None) -> Settings:
-    """Merge the four places. `flags` holds the flags that were given, by field name; `config` is the path of the YAML file."""
+    """Merge flags, environment, YAML file and defaults into a Settings. `flags` maps field names to the given values. `config` is
+    the path of the YAML file. Raises ConfigError."""
     flags = dict(flags or {})
     unknown = [name for name in os.environ if name.upper().startswith(PREFIX) and not _known_variable(name.upper())]
     if unknown:
@@ -229,13 +231,13 @@ def in_settings_names(message: str) -> str:
 
 
 def describe(name: str) -> str:
-    """Say in words which values a setting may have: "a whole number from 0 to 65535"."""
+    """Return in words which values the setting `name` may have, such as "a whole number from 0 to 65535"."""
     kinds = _kinds(name)
     return " or ".join(_in_words(kind) for kind in kinds if kind.get("type") != "null")
 
 
 def flag(name: str) -> str:
-    """The flag of a setting: "--max-n" for "max_n"."""
+    """Return the command-line flag of the setting `name`: "--max-n" for "max_n"."""
     return "--" + name.replace("_", "-")
 
 
@@ -253,7 +255,7 @@ def _is_bool(name: str) -> bool:
 
 
 def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
-    """Refuse values that contradict each other. Raises ConfigError."""
+    """Raise ConfigError if two ports are equal or max_step_tokens is below max_num_seqs."""
     ports = {name: getattr(settings, name) for name in ("port", "grpc_port", "admin_port")}
     for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
         if port and port == same:
@@ -319,7 +321,8 @@ def _closest(name: str) -> str:
 
 
 def _service_links(value: object) -> str:
-    """A hint for a variable such as TIDEGATE_PORT=tcp://..., which Kubernetes sets in each pod for a Service named tidegate."""
+    """Return a hint for an error message if `value` begins with tcp://, else "". Kubernetes sets variables such as
+    TIDEGATE_PORT=tcp://... in each pod for a Service named tidegate."""
     if not str(value).startswith("tcp://"):
         return ""
     return " (Kubernetes sets such variables for a Service named tidegate: set enableServiceLinks: false in the pod's spec)"

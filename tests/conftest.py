@@ -1,4 +1,5 @@
-"""Test run options (processes, threads, `--torch-free`), and fixtures that tests of several folders share."""
+"""Sets the options of a test run (processes, threads, `--torch-free`), and defines fixtures that tests of several folders
+share."""
 
 import os
 import re
@@ -25,7 +26,7 @@ hypothesis.settings.register_profile("shared", deadline=None, suppress_health_ch
 hypothesis.settings.load_profile("shared")
 
 TESTS = Path(__file__).parent
-NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests run models or start servers
+NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests need torch, since they run models or start servers
 NEED = "attention|device|kernels|kvcache\\.storage|layers|sampling|weights"
 IMPORTS_TORCH = re.compile(rf"^(import|from) (torch|engine\.({NEED}))\b", re.M)
 
@@ -37,10 +38,11 @@ def pytest_addoption(parser):
 def pytest_xdist_auto_num_workers(config):
     """Return the number of processes for `-n auto`; 0 runs the tests in pytest's own process.
 
-    Tests of a GPU run one after the other, since several processes would share its memory. PYTEST_XDIST_AUTO_NUM_WORKERS wins.
+    On a machine with a GPU, tests run one after the other, since several processes would share the GPU's memory. The variable
+    PYTEST_XDIST_AUTO_NUM_WORKERS has precedence.
     """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
-        return None  # xdist's own hook reads it
+        return None  # xdist's own hook reads the variable
     return 0 if HAS_GPU and not config.getoption("--torch-free") else usable_cpus()
 
 
@@ -68,7 +70,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def fresh():
-    """A server of its own for each test, for tests that kill, stop or overload it."""
+    """Yield a `tidegate serve` with a fake engine that runs for one test only, for tests that kill, stop or overload the
+    server."""
     with ServerChild() as child:
         yield child
 

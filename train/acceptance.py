@@ -31,22 +31,23 @@ from engine.models.families import read_spec
 from engine.weights import loader
 
 BLOCK_SIZE = 64
-PROMPT_TOKENS = (128, 256)  # minimum and maximum
+PROMPT_TOKENS = (128, 256)  # minimum and maximum length of a prompt
 OUTPUT_TOKENS = 64
 SEED = 2026
 
 
 class Continued(NamedTuple):
-    """A prompt, and the tokens that the model generated after it."""
+    """Holds the token ids of a prompt and of its continuation by the model, in one list. The first `num_prompt` are the
+    prompt."""
 
     ids: list[int]
     num_prompt: int
 
 
 class Balance(NamedTuple):
-    """Load of the experts, one entry for each layer that has them.
+    """Says how evenly tokens are spread over the experts. The lists have one entry for each layer with experts.
 
-    `utilisation` is the share of experts that get at least half the mean load.
+    `utilisation` is the share of experts, over all layers, that get at least half the mean load.
     """
 
     layers: list[int]
@@ -55,7 +56,7 @@ class Balance(NamedTuple):
 
 
 def choose_prompts(files: Sequence[list[int]], num: int, *, seed: int = SEED) -> list[list[int]]:
-    """Choose `num` pieces of the files' tokens, spread over the files. The same seed gives the same pieces."""
+    """Cut `num` prompts from the tokens of `files`, spread evenly over the files. The same seed gives the same prompts."""
     rng = random.Random(seed)
     usable = [ids for ids in files if len(ids) > 1]
     prompts = []
@@ -68,10 +69,10 @@ def choose_prompts(files: Sequence[list[int]], num: int, *, seed: int = SEED) ->
 
 
 def continue_greedily(llm: LLM, prompts: Sequence[list[int]], num_tokens: int = OUTPUT_TOKENS) -> list[Continued]:
-    """Continue each prompt greedily by `num_tokens` tokens.
+    """Generate `num_tokens` tokens greedily after each prompt.
 
-    A prompt is shortened if the context cannot hold the continuation too. If the context cannot hold `num_tokens` and a prompt
-    at all, each gets half of it.
+    A continuation has at most half as many tokens as the context can hold. A prompt is cut at its end if the context cannot hold
+    it and the continuation.
     """
     most = llm.info.limits.max_model_len
     num_tokens = min(num_tokens, most // 2)
@@ -82,7 +83,7 @@ def continue_greedily(llm: LLM, prompts: Sequence[list[int]], num_tokens: int = 
 
 
 def draft_acceptance(draft: LLM, continued: Sequence[Continued]) -> float | None:
-    """Share of the continuations' tokens that are the draft model's argmax; None if there is no token."""
+    """Return the share of the continuations' tokens that are the draft model's argmax; None if there is no token."""
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     right = total = 0
     for c, said in zip(continued, draft.generate([c.ids for c in continued], params), strict=True):
@@ -93,7 +94,7 @@ def draft_acceptance(draft: LLM, continued: Sequence[Continued]) -> float | None
 
 
 class TeacherForced:
-    """Runs a model, and its MTP module if the checkpoint has one, over whole sequences one at a time."""
+    """Runs a model, and its MTP module if the checkpoint has one, over whole given sequences, one sequence at a time."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
         spec = read_spec(folder)
@@ -105,16 +106,17 @@ class TeacherForced:
 
     @torch.inference_mode()
     def mtp_acceptance(self, continued: Sequence[Continued]) -> float | None:
-        """Share of the continuations' tokens that the MTP module predicts, not counting each continuation's first token.
+        """Return the share of the continuations' tokens that the MTP module predicts. The first token of each continuation is not
+        counted.
 
-        None if there is no MTP module or no token.
+        The result is None if there is no MTP module or no token to count.
         """
         if self.mtp is None:
             return None
         right = total = 0
         for c in continued:
             ids = torch.tensor(c.ids, device=self._device)
-            # Positions 0 .. n - 3 predict tokens 2 .. n - 1.
+            # The MTP module's outputs at positions 0 .. n - 3 predict the tokens 2 .. n - 1.
             out = self._run_mtp(self.mtp, self._run(ids), ids)[c.num_prompt - 1 : -1]
             wanted = ids[c.num_prompt + 1 :]
             right += int((self.mtp.logits(out).argmax(-1) == wanted).sum())
@@ -123,7 +125,7 @@ class TeacherForced:
 
     @torch.inference_mode()
     def expert_balance(self, sequences: Sequence[list[int]]) -> Balance | None:
-        """Measure the load of the experts over all tokens of `sequences`; None for a model without experts."""
+        """Measure the load of the experts over all tokens of `sequences`. Returns None for a model without experts."""
         layers: list[nn.Module] = [*self._model.decoder_layers(), *([] if self.mtp is None else [self.mtp.layer])]
         loads = {i: _ExpertLoad(m) for i, layer in enumerate(layers) for m in layer.modules() if isinstance(m, MoeMlp)}
         if not loads:
@@ -149,9 +151,9 @@ class TeacherForced:
 
 
 class _ExpertLoad:
-    """Counts the tokens that each expert of a layer gets.
+    """Counts the tokens that each expert of one layer gets.
 
-    It evaluates the router a second time beside the layer's forward, so that the engine needs no code for observation.
+    A hook evaluates the router a second time before the layer's forward, so that the engine needs no code that counts.
     """
 
     def __init__(self, moe: MoeMlp) -> None:
@@ -170,7 +172,7 @@ class _ExpertLoad:
 
 
 def _balance(counts: dict[int, torch.Tensor]) -> Balance:
-    share = torch.stack([c / c.float().mean() for c in counts.values()])  # [layers, experts]: load divided by the mean load
+    share = torch.stack([c / c.float().mean() for c in counts.values()])  # [layers, experts]: load / mean load of the layer
     return Balance(
         layers=list(counts),
         max_over_mean=[round(float(s.max()), 4) for s in share],
@@ -179,7 +181,7 @@ def _balance(counts: dict[int, torch.Tensor]) -> Balance:
 
 
 def _whole(ids: torch.Tensor, pools: list[list[PoolSpec]]) -> ForwardBatch:
-    """Make a batch of one whole sequence as a single prefill step, with pools of its own."""
+    """Make a batch that computes the whole sequence `ids` in one prefill step, with KV pools of its own."""
     num, device = len(ids), ids.device
     blocks = -(-num // BLOCK_SIZE)
     kv: list[LayerPools] = [

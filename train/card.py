@@ -31,7 +31,8 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def draw_curve(log: list[Line], file: Path) -> None:
-    """Plot the loss of both predictions over tokens, and below it the bits per byte on held-out text."""
+    """Plot the losses of next-token and MTP prediction over the trained tokens, and below them the bits per byte on held-out
+    text."""
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for key, label in (("second_loss", "the token after the next (MTP)"), ("loss", "the next token")):
@@ -48,7 +49,8 @@ def draw_curve(log: list[Line], file: Path) -> None:
 
 
 def rate(log: list[Line], length: int) -> str:
-    """Medians over the log lines with windows of `length`: tokens/s, and model FLOP utilisation if the GPU's peak is known."""
+    """Say the median tokens/s of the log lines with windows of `length`, and the median model FLOP utilisation if the log has
+    it."""
     lines = [line for line in log if line["length"] == length]
     said = f"{statistics.median(line['tok_s'] for line in lines) / 1e6:.2f} million tokens/s"
     used = [line["mfu"] for line in lines if "mfu" in line]
@@ -56,7 +58,7 @@ def rate(log: list[Line], length: int) -> str:
 
 
 def latest(lines: list[Line]) -> dict[str, Line]:
-    """Return the last evaluation line of each precision."""
+    """Return the last evaluation line of each precision, by precision ("fp8", "bfloat16")."""
     return {line["precision"]: line for line in lines}
 
 
@@ -67,7 +69,7 @@ def evaluation_table(lines: Iterable[Line]) -> str:
 
 
 def licences(manifest: Line) -> str:
-    """Megabytes of text by licence, largest first. Licences with less than one megabyte are added up in one entry."""
+    """List how many megabytes of text have which licence, largest first. Licences with less than one megabyte are added up."""
     size: dict[str, int] = defaultdict(int)
     for source in manifest["sources"].values():
         size[source["licence"]] += source["kept_bytes"]
@@ -77,7 +79,7 @@ def licences(manifest: Line) -> str:
 
 
 def folder_size(folder: Path) -> float:
-    """Size of a folder in million bytes."""
+    """Return the size of all files in a folder, in million bytes."""
     return sum(file.stat().st_size for file in folder.iterdir()) / 1e6
 
 

@@ -4,10 +4,10 @@
         --rank of hash--> held out: HELDOUT_BYTES, to train/heldout.jsonl.xz
         +-- the rest --> corpus/train-00.jsonl.xz ... train-15.jsonl.xz
 
-Only the paths that remain after deduplication decide what is held out. The manifest says how similar the held-out text is
-to the training text (`nearest`). For every source, files found = files kept + files dropped for each reason
-(`Tally.check`). The same sources give the same files, byte for byte. Other modules have the sources (`train.fetch`), the
-reading of files (`train.reading`) and the quality rules (`train.filters`).
+Only the names of the files that remain after deduplication decide which of them are held out. The manifest says how similar the
+held-out text is to the training text (`nearest`). For every source, files found = files kept + files dropped for each reason
+(`Tally.check`). The same sources give the same files, byte for byte. `train.fetch` fetches the sources, `train.reading` reads the
+files, and `train.filters` has the quality rules.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from train.shards import Document
 
 HELDOUT = Path(__file__).with_name("heldout.jsonl.xz")
 NOTICES = "heldout-copyright.txt.xz"  # the copyright notices that must accompany the held-out files
-HELDOUT_BYTES = 1_000_000  # of held-out text: files are taken in order of rank until they reach it
-SEED = 2026  # hashed into every rank
+HELDOUT_BYTES = 1_000_000  # least size of the held-out text: files are held out in order of rank until they reach it
+SEED = 2026  # a part of what is hashed to give a document's rank
 SHARDS = 16
 MAX_COMPRESSED = 44_000_000  # bytes of all shards together, so that copying them to a GPU machine takes seconds
-CODE_BYTES = 200_000_000  # of code to train on; beyond it, files with the highest ranks are left out
+CODE_BYTES = 200_000_000  # most bytes of code to train on; files of the highest ranks are left out beyond it
 PROSE_BYTES = 58_000_000
 PROCESSES = 2
 
@@ -46,11 +46,11 @@ PROCESSES = 2
 class Split(NamedTuple):
     heldout: list[Document]
     train: list[Document]
-    left_out: list[Document]  # beyond CODE_BYTES or PROSE_BYTES
+    left_out: list[Document]  # documents that would exceed CODE_BYTES or PROSE_BYTES
 
 
 def deduplicate(documents: Iterable[Document], tallies: dict[str, Tally]) -> list[Document]:
-    """Return the documents in order, without those whose text, or most of it, came before."""
+    """Return the documents in order, without exact duplicates and near-duplicates of earlier documents."""
     seen: set[bytes] = set()
     distinct = []
     for document in documents:
@@ -70,7 +70,8 @@ def deduplicate(documents: Iterable[Document], tallies: dict[str, Tally]) -> lis
 
 
 def rank(document: Document) -> bytes:
-    """Rank of a document, which decides what is held out. It is a hash of the document's name, so nobody chooses."""
+    """Return the rank of a document, which decides whether it is held out. The rank is a hash of the document's name, so that
+    nobody chooses."""
     return hashlib.sha256(f"{SEED}/{document.source}/{document.path}".encode()).digest()
 
 
@@ -92,13 +93,13 @@ def split(documents: Sequence[Document], heldout_bytes: int, code_bytes: int, pr
 
 
 def nearest(heldout: Sequence[Document], train: Sequence[Document]) -> float:
-    """The highest similarity between a held-out document and a training document. Every pair is compared."""
+    """Return the highest similarity between a held-out document and a training document. Every pair is compared."""
     signatures = np.stack([document.signature for document in train])
     return max(float((signatures == document.signature).mean(1).max()) for document in heldout)
 
 
 def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, Tally], list[Document]]:
-    """Read every source's documents. The result is in the order of `sources`, whichever is read first."""
+    """Read the documents of every source. The result is in the order of `sources`, whichever source is read first."""
     absent = [name for name, source in sources.items() if not is_unpacked(name, source, unpacked)]
     if absent:
         raise ConfigError(
@@ -117,7 +118,7 @@ def read_sources(sources: dict[str, Source], unpacked: Path) -> tuple[dict[str, 
 
 
 def write_shards(documents: Sequence[Document], folder: Path) -> dict[str, Any]:
-    """Write the shards, and return the manifest's entry for each."""
+    """Write the training shards, and return the manifest's entry for each shard."""
     written = {}
     with progress() as bar, ProcessPoolExecutor(PROCESSES) as pool:
         task = bar.add_task("compress", total=SHARDS)

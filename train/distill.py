@@ -50,7 +50,8 @@ class Distillation(Objective):
         return loss, {"loss": loss.detach(), "agreement": agreement}
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs per token: the student's training, plus the teacher's forward (a third of training) without its MTP module."""
+        """Return the FLOPs of one token: training of the student, plus the forward of the teacher without its MTP module. A
+        forward takes a third of the FLOPs of training."""
         student, teacher = self.student, self.teacher
         return flops_per_token(student, length) + flops_per_token(teacher, length, mtp=False) / 3
 
@@ -58,7 +59,7 @@ class Distillation(Objective):
 def divergence(
     wanted: torch.Tensor, hidden: torch.Tensor, wanted_head: torch.Tensor, head: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare teacher and student, from hidden states [B, T, H] and heads [V, H].
+    """Compare the predictions of teacher (`wanted`) and student, given by hidden states [B, T, H] and heads [V, H].
 
     Returns the mean divergence in nats, and the share of positions at which both have the same argmax.
     """
@@ -69,7 +70,7 @@ def divergence(
 
 
 def load_teacher(run: Path, device: torch.device) -> Decoder:
-    """Load the model that `train.pretrain` left in `run`. Raises SystemExit if there is none."""
+    """Load the model that `train.pretrain` saved in the folder `run`. Raises SystemExit if there is no saved model."""
     teacher = Decoder(parse_spec(TIDEPOOL), dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     state.load_model(run, teacher)
     teacher.to(device)

@@ -32,20 +32,21 @@ from engine.models.spec import ModelSpec
 from train.acceptance import Balance, TeacherForced, choose_prompts, continue_greedily, draft_acceptance
 from train.scoring import EngineScorer, Score, Scorer, ServerFailure, ServerScorer, read_documents, score, windows, xz_size
 
-BALANCE_SEQUENCES, BALANCE_TOKENS = 64, 512  # maximum number of pieces of text, and of tokens in each
+BALANCE_SEQUENCES, BALANCE_TOKENS = 64, 512  # to measure experts: most pieces of text, and most tokens of a piece
 EXIT_FAILED = 1
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """The result, as one JSON line. A figure that cannot be measured for a model is null; `mtp_reason` says why for MTP."""
+    """The result of an evaluation, written as one JSON line. A figure that cannot be measured for a model is null. `mtp_reason`
+    says why the figure for MTP is null."""
 
     date: str
     model: str
-    precision: str | None  # type that the weights are stored in
-    compute: str | None  # type that the model computes in
+    precision: str | None  # number format of the stored weights
+    compute: str | None  # number format in which the model computes
     device: str | None
     bits_per_byte: float
-    xz_bits_per_byte: float  # of all texts compressed as one stream by `xz -9e`
+    xz_bits_per_byte: float  # the texts compressed as one stream by `xz -9e`, for comparison
     xz_per_file_bits_per_byte: float
     top1: float  # share of tokens that are the model's argmax
     mtp_acceptance: float | None
@@ -58,15 +59,15 @@ class Report(msgspec.Struct, kw_only=True):
     expert_utilisation: float | None  # share of experts, over all layers, with at least half the mean load
     heldout_bytes: int
     heldout_files: int
-    heldout_sha256: str  # of the held-out file's uncompressed lines
+    heldout_sha256: str  # sha256 of the held-out file's uncompressed lines
     tokens: int
-    context: int  # maximum tokens of a window
+    context: int  # largest number of tokens in a window
     seconds: float
     command: str
 
 
 class Beside(NamedTuple):
-    """Figures beyond the score, which need the model's own weights and are not available from a server."""
+    """Holds the figures of an evaluation that need the model's weights, and so are not available from a server."""
 
     precision: str | None = None
     compute: str | None = None
@@ -92,7 +93,8 @@ class Asked(NamedTuple):
 
 
 def evaluate(asked: Asked, console: Console) -> Report:
-    """Evaluate a model. Raises TidegateError for wrong arguments, and ServerFailure if a server does not answer."""
+    """Evaluate a model on held-out text. Raises TidegateError for wrong arguments, and ServerFailure if a server does not
+    answer."""
     began = time.perf_counter()
     documents = read_documents(asked.heldout, asked.max_bytes)
     texts = [document.text for document in documents]
@@ -159,7 +161,7 @@ def _llm(folder: str, dtype: str) -> LLM:
 
 
 def _score(scorer: Scorer, texts: Sequence[str], context: int | None, console: Console) -> tuple[list[list[int]], int, Score]:
-    """Score the held-out files; return the tokens of each file, the window size, and the sums."""
+    """Score the held-out texts. Returns the token ids of each text, the window size, and the Score over all texts."""
     size = scorer.max_window if context is None else min(context, scorer.max_window)
     files = [scorer.encode(text) for text in texts]
     total = sum(span.end - span.start for ids in files for span in windows(len(ids), size))
@@ -208,7 +210,8 @@ def _check_draft(draft: ModelSpec, target: ModelSpec, asked: Asked) -> None:
 
 
 def _spread(files: Sequence[list[int]]) -> list[list[int]]:
-    """Take some pieces evenly from all of the text. The beginnings of files alone would be imports, which few experts handle."""
+    """Take at most BALANCE_SEQUENCES pieces, spread evenly over all files. The beginnings of files alone would be imports, which
+    few experts handle."""
     pieces = [ids[at : at + BALANCE_TOKENS] for ids in files for at in range(0, len(ids), BALANCE_TOKENS)]
     pieces = [piece for piece in pieces if len(piece) > 1]
     num = min(BALANCE_SEQUENCES, len(pieces))

@@ -31,14 +31,14 @@ BLOCK = (128, 128)
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 QUANTIZED = re.compile(r".*\.(?!eh_)\w+_proj(_with_mqa)?\.weight")
 STACKED = re.compile(r"(.*\.experts)\.(\w+_proj)")
-KEPT_FLOAT32 = "e_score_correction_bias"  # its updates are smaller than bfloat16's precision
+KEPT_FLOAT32 = "e_score_correction_bias"  # this tensor stays float32, since its updates are smaller than bfloat16's precision
 CONFIGS = {"tidepool": TIDEPOOL, "draft": DRAFT}
 
 Tensors = dict[str, torch.Tensor]
 
 
 def checkpoint_tensors(model: nn.Module) -> Tensors:
-    """The float32 state dict of a trained `Decoder`, with stacked experts [E, out, in] split into E tensors [out, in]."""
+    """Return the float32 state dict of a trained `Decoder`. Stacked experts [E, out, in] are split into E tensors [out, in]."""
     out: Tensors = {}
     for name, tensor in model.state_dict().items():
         if match := STACKED.fullmatch(name):
@@ -53,7 +53,7 @@ def to_bfloat16(tensors: Tensors) -> Tensors:
 
 
 def to_fp8(tensors: Tensors) -> Tensors:
-    """Convert matrices to e4m3 with float32 scales beside them; leave all other tensors as they are."""
+    """Convert matrices to e4m3 and add their float32 scales to the tensors. All other tensors stay as they are."""
     out: Tensors = {}
     for name, tensor in tensors.items():
         if QUANTIZED.fullmatch(name):

@@ -38,7 +38,8 @@ Work = Annotated[Path, typer.Option("--work", metavar="FOLDER", help="Where pack
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One package. The patterns are fnmatch patterns over paths such as `usr/share/doc/NAME/index.html`."""
+    """Describes one Debian package and which of its files to take. `html`, `text` and `exclude` hold fnmatch patterns of paths
+    such as `usr/share/doc/NAME/index.html`."""
 
     version: str
     licence: str
@@ -48,7 +49,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     html: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    copyright: str = ""  # name of the package with the copyright file, if it is not this one
+    copyright: str = ""  # name of the package that has the copyright file, if another package has it
 
 
 class _Table(msgspec.Struct, forbid_unknown_fields=True):
@@ -56,7 +57,7 @@ class _Table(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load_sources(path: Path = SOURCES) -> dict[str, Source]:
-    """Return the packages by name, sorted by name."""
+    """Read the table of packages from a TOML file. Returns the packages by name, sorted. Raises ConfigError."""
     try:
         packages = msgspec.convert(tomllib.loads(path.read_text("utf-8")), _Table).packages
     except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as e:
@@ -65,7 +66,7 @@ def load_sources(path: Path = SOURCES) -> dict[str, Source]:
 
 
 def wanted(path: str, source: Source) -> bool:
-    """Whether `path` is text to train on, judged by its name alone."""
+    """Return whether the file at `path` in a package is text to train on. Only the path is looked at."""
     if _matches(path, source.exclude):
         return False
     if path.endswith(".html"):
@@ -83,7 +84,7 @@ def progress() -> Progress:
 
 
 def download(sources: dict[str, Source], debs: Path) -> None:
-    """Download what is missing from `debs`, then check every file there against its sha256."""
+    """Download the packages that are missing from the folder `debs`, then check every package there against its sha256."""
     debs.mkdir(parents=True, exist_ok=True)
     missing = [name for name, source in sources.items() if find_deb(name, source, debs) is None]
     batches = [missing[i : i + BATCH] for i in range(0, len(missing), BATCH)]
@@ -116,7 +117,8 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
 
 
 def _apt_download(names: Sequence[str], sources: dict[str, Source], debs: Path) -> None:
-    """Download exactly these versions, or fail: another version would give another corpus under the same name."""
+    """Download exactly the versions in `sources`, or raise ConfigError. Another version would give another corpus under the same
+    name."""
     asked = [f"{name}={sources[name].version}" for name in names]
     try:
         done = subprocess.run(["apt-get", "download", "-q", *asked], cwd=debs, capture_output=True, text=True, check=False)
@@ -150,7 +152,7 @@ def _unpack_one(name: str, source: Source, debs: Path, unpacked: Path) -> None:
         raise ConfigError(f"{name} {source.version} is not in {debs}: run `python -m train.fetch`")
     mark = _mark(name, unpacked)
     mark.unlink(missing_ok=True)
-    shutil.rmtree(unpacked / name, ignore_errors=True)  # left by another version or an interrupted run
+    shutil.rmtree(unpacked / name, ignore_errors=True)  # another version or an interrupted run may have left files
     try:
         with (
             subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process,
@@ -167,7 +169,7 @@ def _unpack_one(name: str, source: Source, debs: Path, unpacked: Path) -> None:
 
 
 def is_unpacked(name: str, source: Source, unpacked: Path) -> bool:
-    """Whether all that `source` requests is unpacked, from exactly that version."""
+    """Return whether all files that `source` selects are unpacked, from exactly the version that `source` names."""
     mark = _mark(name, unpacked)
     return mark.is_file() and mark.read_bytes() == msgspec.json.encode(source)
 

@@ -12,16 +12,16 @@ import string
 import warnings
 from collections.abc import Callable
 
-MIN_BYTES, MAX_BYTES = 200, 100_000  # of the cleaned text
-MAX_MEAN_LINE, MAX_LINE = 100, 1000  # characters
-MIN_LETTERS = 0.45  # share of the non-space characters
-MAX_DIGITS = 0.2  # share of the non-space characters
-MAX_NON_ASCII = 0.05  # share of all characters; English text has some in quotation marks and names
-MIN_DISTINCT = 0.35  # share of the non-empty lines, if there are at least MIN_LINES
+MIN_BYTES, MAX_BYTES = 200, 100_000  # smallest and largest size of a file's cleaned text
+MAX_MEAN_LINE, MAX_LINE = 100, 1000  # characters in the mean line and in the longest line
+MIN_LETTERS = 0.45  # least share of letters among the characters that are not spaces
+MAX_DIGITS = 0.2  # largest share of digits among the characters that are not spaces
+MAX_NON_ASCII = 0.05  # largest share of all characters; English text has a few, in quotation marks and names
+MIN_DISTINCT = 0.35  # least share of distinct lines among the non-empty lines, if a text has at least MIN_LINES
 MIN_LINES = 20
-MAX_BLOBS = 2  # lines of encoded data
-TOP = 2000  # characters at the start of a file that are searched for a licence
-TOP_LINES = 10  # non-empty lines that are searched for a note that the file is generated
+MAX_BLOBS = 2  # largest number of lines of encoded data in a text
+TOP = 2000  # number of characters at the start of a file that are searched for a licence
+TOP_LINES = 10  # number of non-empty lines that are searched for a note that the file is generated
 
 GENERATED = re.compile(
     r"\b(?:auto(?:matically|matic)?|machine)[- ]?generated\b|\bgenerated (?:by|from|with|using)\b"
@@ -69,7 +69,7 @@ def strip_licence(lines: list[str]) -> list[str]:
 
 
 def why_dropped(text: str, *, python: bool) -> str | None:
-    """The first reason not to train on `text`, which `clean` has cleaned; None if there is none."""
+    """Return the first reason not to train on `text`, or None if there is none. `clean` must have cleaned `text`."""
     for reason, fails in TEXT_CHECKS.items():
         if fails(text):
             return reason
@@ -77,7 +77,8 @@ def why_dropped(text: str, *, python: bool) -> str | None:
 
 
 def why_refused(text: str) -> str | None:
-    """The reason to refuse a file that its first lines give. Call it before `clean`, which would remove those lines."""
+    """Return why the first lines of a file forbid training on it ("copyleft" or "generated"), or None. Call this function before
+    `clean`, which would remove such lines."""
     if COPYLEFT.search(text[:TOP]):
         return "copyleft"
     top = [line for line in text[: 2 * TOP].splitlines() if line.strip()][:TOP_LINES]
@@ -145,7 +146,7 @@ def _blobs(text: str) -> bool:
 
 
 def _parses(text: str) -> bool:
-    """Whether the text is valid Python. Templates, Python 2 and deliberately broken files are not."""
+    """Return whether `text` is valid Python. Templates, Python 2 code and deliberately broken files are not valid."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)

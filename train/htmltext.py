@@ -1,7 +1,7 @@
 """Extracts the text of a documentation page: HTML in, plain text out, with paragraphs, list items and preformatted blocks.
 
-It handles what Sphinx, DocBook and the projects of `sources.toml` write. Navigation, scripts and page decoration are dropped
-by tag, class or id. It is not a renderer: tables become lines of cells; images and link targets are dropped.
+The extraction handles the HTML that Sphinx, DocBook and the projects of `sources.toml` write. It drops navigation, scripts and
+page decoration by tag, class or id. It is not a renderer: tables become lines of cells; images and link targets are dropped.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ BLOCKS = frozenset(
         "hr",
     ]
 )
-SPACED = frozenset(
-    ["p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "dt"]
-)  # block elements: an empty line before and after
+# Block elements that get an empty line before and after them.
+SPACED = frozenset(["p", "h1", "h2", "h3", "h4", "h5", "h6", "table", "pre", "blockquote", "dt"])
 VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
 
 
@@ -91,11 +90,11 @@ def html_to_text(html: str) -> str:
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.lines: list[str] = []  # complete lines
+        self.lines: list[str] = []  # complete lines of the text
         self.line: list[str] = []  # pieces of the current line
-        self.indent = ""  # of the current line's continuation lines
-        self.skipped: list[str] = []  # open tags of the skipped element's name, the element itself first
-        self.pre = 0  # number of open <pre> elements
+        self.indent = ""  # put before each continuation line when the current line is wrapped
+        self.skipped: list[str] = []  # open tags with the name of the element that is skipped, that element first
+        self.pre = 0  # number of <pre> elements that are open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self.skipped:
@@ -129,7 +128,7 @@ class _Page(HTMLParser):
         if self.pre:
             self.lines += [line.rstrip() for line in text.strip("\n").split("\n")] if text.strip() else []
         elif text.strip() == "-" and self.indent:
-            return  # a list item whose text is in a paragraph of its own
+            return  # the text of this list item follows in a paragraph of its own
         else:
             self.lines += _wrap(text.strip(), self.indent)
         self.line, self.indent = [], ""

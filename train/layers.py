@@ -1,4 +1,4 @@
-"""Trainable layers. Parameters are float32 and are cast to the activations' type where they are used.
+"""Defines the trainable layers. Parameters are float32 and are cast to the activations' type where they are used.
 
 Modules and parameters have the checkpoint's names, so a state dict is a checkpoint except for the stacked experts (see
 `train/export.py`). The engine's layers cannot be trained: they are written for inference on a paged cache and change their
@@ -23,7 +23,7 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Linear(nn.Module):
-    """y = x W^T. The initial standard deviation of W is `scale` / sqrt(inputs)."""
+    """Computes y = x W^T. The initial standard deviation of W is `scale` / sqrt(number of inputs)."""
 
     def __init__(self, in_size: int, out_size: int, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -44,7 +44,8 @@ class RMSNorm(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention that expands the latent to every head's keys and values, as suits many tokens at once."""
+    """Computes multi-head latent attention. It expands the latent to the keys and values of every head, which is the faster way
+    for many tokens at once."""
 
     def __init__(self, spec: ModelSpec, mla: MlaSpec, *, out_scale: float) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((m.kv_lora_rank, m.rope_dim), -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(rows, length, -1, m.nope_dim + m.v_dim)
         k_nope, v = kv.split((m.nope_dim, m.v_dim), -1)
-        k_rope = self._rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, k_nope.shape[2], -1)  # all heads share one key
+        k_rope = self._rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, k_nope.shape[2], -1)  # all heads share one rotary key
         q = torch.cat((q_nope, self._rotate(q_rope, angles)), -1)
         k = torch.cat((k_nope, k_rope), -1)
         out = F.scaled_dot_product_attention(
@@ -79,7 +80,7 @@ class LatentAttention(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Grouped-query attention with normed queries and keys, as in Qwen3."""
+    """Computes grouped-query attention with normed queries and keys, as in Qwen3."""
 
     def __init__(self, spec: ModelSpec, *, out_scale: float) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, stacked: [E, out, in]."""
+    """Holds the weights of all routed experts of a layer, stacked as [E, out, in], and applies them."""
 
     def __init__(self, num: int, hidden: int, size: int, *, out_scale: float) -> None:
         super().__init__()
@@ -134,9 +135,9 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Apply the experts to x [N, H] with weights shares [N, E], 0 for experts that a token was not sent to -> [N, H].
 
-        Every expert computes every token, and weight 0 removes the unwanted results. Compared with sorting tokens by expert
-        this is four times the arithmetic, but three large products instead of fifteen small kernels, which is faster for
-        experts this small.
+        Every expert computes every token, and weight 0 removes the unwanted results. Sorting tokens by expert would need a
+        quarter of the arithmetic, but fifteen small kernels instead of three large products. For experts this small, the large
+        products are faster.
         """
         num, hidden, size = self.down_proj.shape
         gate = F.linear(x, self.gate_proj.to(x.dtype).view(-1, hidden)).view(-1, num, size)
@@ -164,9 +165,10 @@ class MoeMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer.
+    """A decoder layer: attention, then a dense MLP or experts.
 
-    Its forward returns the residual stream [B, T, H], and the load of its experts [E] (None if the layer is dense).
+    The forward of a Block returns the residual stream [B, T, H] and the number of tokens of each expert [E] (None if the layer is
+    dense).
     """
 
     def __init__(self, spec: ModelSpec, mlp: GatedMlp | MoeMlp, *, out_scale: float) -> None:

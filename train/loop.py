@@ -1,6 +1,6 @@
-"""The training loop for any objective: gradient accumulation, clipping, learning-rate schedule, log, and state on disk.
+"""Runs the training loop for any objective: gradient accumulation, clipping, learning-rate schedule, log, and state on disk.
 
-On several GPUs under torchrun it is data parallel: each process takes its share of a step's windows, and torch's
+On several GPUs under torchrun, training is data parallel: each process computes its share of a step's windows, and torch's
 DistributedDataParallel averages the gradients.
 """
 
@@ -29,16 +29,16 @@ from train.plan import Plan
 from train.windows import Windows
 
 LOG, FACTS = "log.jsonl", "run.json"
-PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # dense bf16, from the data sheets
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}  # FLOP/s in dense bfloat16, from the data sheets
 
 Metrics = dict[str, torch.Tensor]
 
 
 class Objective(nn.Module):
-    """What is trained.
+    """Computes the loss that a training run minimises.
 
-    Its forward takes ids [B, length + ahead] and returns a loss (a mean over tokens) and further values to log (a mean, or a sum
-    over the batch). `trained` is the part that is optimised and saved.
+    The forward takes ids [B, length + ahead] and returns a loss (a mean over tokens) and values to log (each is a mean, or a sum
+    over the batch). `trained` is the module that is optimised and saved.
     """
 
     def __init__(self, trained: nn.Module, *, ahead: int) -> None:
@@ -46,10 +46,11 @@ class Objective(nn.Module):
         self.trained, self.ahead = trained, ahead
 
     def after_step(self, metrics: Metrics, left_of_decay: float) -> None:
-        """Called after each step with the logged values summed over the step's forwards on all devices."""
+        """The training loop calls this method after each step. `metrics` holds the logged values, summed over the step's forwards
+        on all devices."""
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of training on one token in windows of `length`, forward and backward."""
+        """Return the FLOPs of training on one token in windows of `length` tokens, forward and backward."""
         raise NotImplementedError
 
     def summary(self, metrics: Metrics) -> dict[str, float]:
@@ -58,7 +59,8 @@ class Objective(nn.Module):
 
 
 class Devices:
-    """This process's place among the processes that train together; a single one unless torchrun started it."""
+    """Holds this process's rank and device among the processes that train together. There is one process unless torchrun started
+    several."""
 
     def __init__(self, device: str) -> None:
         self.num, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -90,11 +92,11 @@ class Training:
         self.optimizers = make_optimizers(objective.trained, lr=plan.lr)
         self.kind = {"plan": msgspec.json.encode(plan).decode(), "tokens": str(len(stream))}
         self.start, self.seconds = state.resume(run, objective.trained, self.optimizers, self.kind)
-        # Buffers are not broadcast, since every process makes the same changes to its own.
+        # Processes do not broadcast buffers, since every process makes the same changes to its own buffers.
         self.forward: Any = DistributedDataParallel(objective, broadcast_buffers=False) if devices.num > 1 else objective
 
     def train(self, measure: Measure | None = None, *, until: int | None = None) -> None:
-        """Run all remaining steps, or those before `until`."""
+        """Run all remaining steps, or only the remaining steps before step `until`."""
         log, clock = _Log(self), time.perf_counter() - self.seconds
         with _progress(self) as advance:
             for step in range(self.start, self.plan.steps if until is None else until):
@@ -110,7 +112,8 @@ class Training:
                     self._save(done, time.perf_counter() - clock)
 
     def _save(self, done: int, seconds: float) -> None:
-        """Save the state. `seconds` is the time spent on all steps so far, over all runs, with compiling and measuring."""
+        """Save the training state and the facts of the run. `seconds` is the time spent on all steps so far, over all runs,
+        including compilation and measurements."""
         state.save(self.run, self.objective.trained, self.optimizers, state.Progress(done, seconds), self.kind)
         device = self.devices.device
         facts = {
@@ -154,7 +157,7 @@ class Training:
 
 
 class Measure(Protocol):
-    """Measures the current quality of the model for the log."""
+    """A function that measures the current quality of the model, and returns fields for the log line."""
 
     def __call__(self) -> dict[str, float]: ...
 
@@ -172,7 +175,8 @@ class _Log:
             self.file.write_text("".join(line + "\n" for line in kept))
 
     def line(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Write one log line; this waits for the device. Times count since the line before, without the time of measurements."""
+        """Make one log line. This waits for the device. Times count from the previous log line, without the time of
+        measurements."""
         t, plan = self.training, self.training.plan
         forwards = t.share.forwards * t.devices.num
         norm = float(metrics.pop("grad_norm"))

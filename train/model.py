@@ -1,4 +1,4 @@
-"""The trainable decoder: a trunk of blocks, a tied head, and (if the spec has one) a multi-token prediction (MTP) module.
+"""Defines the trainable decoder: a trunk of blocks, a tied head, and (if the spec has one) a multi-token prediction (MTP) module.
 
     tokens  t0 t1 t2 ... --trunk, norm--> hidden h0 h1 ...      head(h_i) predicts t_(i+1)
     MTP:    eh_proj(enorm(embed(t_(i+1))) | hnorm(h_i)) --block, norm--> head predicts t_(i+2)
@@ -20,17 +20,17 @@ from engine.layers.rotary import Rotary
 from engine.models.spec import ModelSpec
 from train.layers import Angles, Block, GatedMlp, Linear, MoeMlp, RMSNorm
 
-COMPILED_VARIANTS = 32  # of a block's code: kinds of blocks x window lengths x with and without gradients
+COMPILED_VARIANTS = 32  # most compilations of a block: kinds of blocks x window lengths x with and without gradients
 
 CrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Losses(NamedTuple):
-    """Mean losses over tokens, in nats."""
+    """Holds the mean losses over all tokens, in nats, and the load of the experts."""
 
     next_token: torch.Tensor
-    second_token: torch.Tensor | None  # loss of the MTP module
-    load: torch.Tensor | None  # [expert layers, E]: tokens that each expert got
+    second_token: torch.Tensor | None  # loss of the MTP module, or None without one
+    load: torch.Tensor | None  # [layers with experts, E]: number of tokens that each expert got
 
 
 class MtpBlock(Block):
@@ -48,7 +48,7 @@ class MtpBlock(Block):
 
 
 class Trunk(nn.Module):
-    """The decoder's blocks. Blocks from spec.num_layers on are MTP blocks."""
+    """Holds the decoder's embedding, blocks and final norm. Blocks from index spec.num_layers on are MTP blocks."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -63,7 +63,8 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder with its head. `dtype` is the type of the activations; parameters are float32."""
+    """Predicts tokens with a trunk, a tied head and possibly an MTP module. `dtype` is the type of the activations; parameters
+    are float32."""
 
     def __init__(self, spec: ModelSpec, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         return [block for block in self.model.layers if isinstance(block, Block)]
 
     def moe_layers(self) -> Iterator[MoeMlp]:
-        """Indices of the layers with experts, in the order of the rows of `Losses.load`."""
+        """Yield the MLP of each layer with experts, in the order of the rows of `Losses.load`."""
         return (block.mlp for block in self.blocks if isinstance(block.mlp, MoeMlp))
 
     def hidden(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -103,7 +104,8 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.model.embed_tokens.weight.to(hidden.dtype))
 
     def second_hidden(self, hidden: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the MTP module -> its output and its load. `after` [B, T] holds the token after each position of `hidden`."""
+        """Run the MTP module on `hidden` [B, T, H] -> output [B, T, H] and the load of its experts. `after` [B, T] holds the
+        token after each position of `hidden`."""
         block = self.blocks[-1]
         assert isinstance(block, MtpBlock)
         out, load = block(block.join(self._embed(after), hidden), self._angles(after))
@@ -111,7 +113,7 @@ class Decoder(nn.Module):
         return normed, load
 
     def forward(self, ids: torch.Tensor) -> Losses:
-        """Compute the losses for ids [B, T + 1], or [B, T + 2] with MTP."""
+        """Compute the losses for token ids [B, T + 1], or [B, T + 2] if the model has an MTP module."""
         with_mtp = self.spec.num_mtp_layers > 0
         length = ids.shape[1] - 1 - with_mtp
         hidden, loads = self.hidden(ids[:, :length])
@@ -140,25 +142,27 @@ def _mlp(spec: ModelSpec, index: int, out_scale: float) -> GatedMlp | MoeMlp:
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over tokens in nats, from hidden [B, T, H], head [V, H] and targets [B, T]."""
+    """Return the mean cross-entropy over tokens in nats, given hidden [B, T, H], head [V, H] and targets [B, T]."""
     logits = F.linear(hidden.flatten(0, 1), head.to(hidden.dtype)).float()
     return F.cross_entropy(logits, targets.flatten())
 
 
 def active_parameters(model: Decoder, *, mtp: bool = True) -> int:
-    """Number of weights that one token is multiplied with. The head counts once per prediction, and only chosen experts count."""
+    """Return the number of weights that one token is multiplied with. The head counts once for each prediction (next token, MTP).
+    Of the experts, only the chosen ones count."""
     moe, layers = model.spec.moe, model.spec.num_layers
     share = 1.0 if moe is None else moe.routing.top_k / moe.routing.num_experts
     total = 0.0
     for name, p in model.named_parameters():
         if p.ndim > 1 and (mtp or not name.startswith(f"model.layers.{layers}.")):
             total += p.numel() * (share if ".experts." in name else 1.0)
-    heads = model.spec.num_mtp_layers if mtp else 0  # heads beyond the one that counts as the embedding
+    heads = model.spec.num_mtp_layers if mtp else 0  # the embedding's weights already count as the first head
     return round(total) + heads * model.model.embed_tokens.weight.numel()
 
 
 def flops_per_token(model: Decoder, length: int, *, mtp: bool = True) -> float:
-    """FLOPs of training on one token: every product forward and backward (6 per weight), and causal attention over `length`."""
+    """Return the FLOPs of training on one token: every product forward and backward (6 FLOPs per weight), and causal attention in
+    windows of `length` tokens."""
     spec = model.spec
     head_dims = spec.head_dim + (spec.mla.v_dim if spec.mla is not None else spec.head_dim)
     scores = spec.num_heads * head_dims * length / 2  # multiply-adds; on average a token attends to half of the window

@@ -1,4 +1,4 @@
-"""Optimisers: Muon for the matrices of the layers, AdamW for the rest (embedding, norms, routers).
+"""Defines the optimisers: Muon for the matrices of the layers, AdamW for the rest (embedding, norms, routers).
 
 Muon steps along the orthogonal matrix nearest to the momentum, which a Newton-Schulz iteration approximates: K. Jordan et
 al., "Muon: An optimizer for hidden layers in neural networks" (2024). The step is scaled to AdamW's typical size, so that
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from Jordan et al.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the iteration's quintic polynomial, from Jordan et al.
 ITERATIONS = 5
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -41,7 +41,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """The Muon optimiser. A parameter has two dimensions, or three if it is a stack of matrices."""
+    """Implements the Muon optimiser. A parameter has two dimensions, or three if it is a stack of matrices."""
 
     def __init__(self, params: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(params, {"lr": lr, "share": 1.0})

@@ -1,4 +1,4 @@
-"""The plan of a training run, as frozen numbers: steps, tokens per step, learning rate, and window lengths."""
+"""Defines the plan of a training run: frozen numbers for steps, tokens per step, learning rate, and window lengths."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import msgspec
 
 
 class Phase(msgspec.Struct, frozen=True):
-    """A part of the run: from `start` (a share of the run) on, windows have `length` tokens."""
+    """Describes a part of a training run: from `start` (a share of the run's steps) on, windows have `length` tokens."""
 
     start: float
     length: int
 
 
 class Share(msgspec.Struct, frozen=True):
-    """What one device does in a step: the number of forwards, and the tokens of each."""
+    """Describes the work of one device in a step: the number of forwards, and the tokens of each forward."""
 
     forwards: int
     tokens: int
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of a run. Raises ValueError if they contradict each other.
+    """Holds the numbers of a training run. Raises ValueError if they contradict each other.
 
     The learning rate warms up linearly, stays constant, and decays linearly to zero over the last `decay` of the run (WSD: S. Hu
     et al., MiniCPM, arXiv 2404.06395).
     """
 
     steps: int
-    tokens_per_step: int  # summed over all devices
-    micro_tokens: int  # maximum per forward on one device; gradient accumulation does the rest
+    tokens_per_step: int  # tokens in one step, summed over all devices
+    micro_tokens: int  # most tokens in one forward on one device; a step accumulates the gradients of several forwards
     lr: float
     phases: tuple[Phase, ...]
-    warmup: int = 100  # steps
-    decay: float = 0.35  # share of the run's steps
-    clip: float = 1.0  # maximum norm of the gradient
+    warmup: int = 100  # steps of the learning rate's warm-up
+    decay: float = 0.35  # share of the run's steps in which the learning rate decays
+    clip: float = 1.0  # norm above which the gradient is scaled down
     seed: int = 2026
     log_every: int = 20  # steps between log lines
     measure_every: int = 500  # steps between measurements of the held-out loss
@@ -53,20 +53,20 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, steps=steps, **changes)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..."""
+        """Return the learning rate of step `step`. The first step is 0."""
         return self.lr * min((step + 1) / self.warmup, 1.0, self.left_of_decay(step))
 
     def left_of_decay(self, step: int) -> float:
-        """Factor of the decay: 1 until it begins, then down to nearly 0."""
+        """Return the factor of the learning rate's decay at `step`: 1 until the decay begins, then down to nearly 0."""
         return min((self.steps - step) / (self.decay * self.steps), 1.0)
 
     def phase(self, step: int) -> tuple[Phase, int]:
-        """The phase that `step` belongs to, and that phase's first step."""
+        """Return the phase that `step` belongs to, and the first step of that phase."""
         begun = [(p, round(p.start * self.steps)) for p in self.phases]
         return [(p, first) for p, first in begun if first <= step][-1]
 
     def share(self, num_devices: int) -> Share:
-        """One device's part of a step. Raises ValueError if the step cannot be divided among `num_devices`."""
+        """Return one device's part of a step. Raises ValueError if a step cannot be divided among `num_devices` devices."""
         each, odd = divmod(self.tokens_per_step, num_devices)
         tokens = min(self.micro_tokens, each)
         if odd or each % tokens or any(tokens % phase.length for phase in self.phases):

@@ -40,7 +40,7 @@ DEFAULT = Plan(
 
 
 class Pretraining(Objective):
-    """The pretraining objective: the loss of the next token plus the loss of the MTP module."""
+    """Computes the pretraining loss: the loss of the next token plus the weighted loss of the MTP module."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__(model, ahead=1 + model.spec.num_mtp_layers)
@@ -89,7 +89,7 @@ class HeldOut:
 
     def __call__(self) -> dict[str, float]:
         head, total = self.model.model.embed_tokens.weight, 0.0
-        # Run without compilation, which would take longer than this second of work.
+        # The measurement runs uncompiled: it takes about a second, and compilation would take longer.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for ids in torch.split(self.ids, 16):
                 hidden, _ = self.model.hidden(ids[:, :-1])
@@ -105,7 +105,7 @@ def load_stream(file: Path, device: torch.device) -> torch.Tensor:
 
 
 def build(config: dict[str, Any], device: torch.device, *, seed: int) -> Decoder:
-    """Build the model. On CUDA it is compiled and computes in bfloat16 with float32 parameters."""
+    """Build the model of `config`. On CUDA the model is compiled and computes in bfloat16 with float32 parameters."""
     on_cuda = device.type == "cuda"
     torch.manual_seed(seed)
     model = Decoder(parse_spec(config), dtype=torch.bfloat16 if on_cuda else torch.float32).to(device)

@@ -1,4 +1,4 @@
-"""Reads a package's unpacked files as documents, and counts why the others were dropped.
+"""Reads a package's unpacked files as documents, and counts for each reason how many files were dropped.
 
 Each package is read once. The result is kept in a file, so that an interrupted run continues; a package is read again if its
 source or the code that reads it has changed.
@@ -25,7 +25,7 @@ CODE = [Path(__file__), *(Path(str(module.__file__)) for module in (filters, htm
 
 
 class Tally(msgspec.Struct):
-    """Counts of what happened to the files of one source."""
+    """Counts how many files of one source were found, kept, and dropped for each reason."""
 
     licence: str
     files: int = 0
@@ -40,7 +40,8 @@ class Tally(msgspec.Struct):
 
 
 class _Stored(msgspec.Struct):
-    """The stored result of one package. A document is its path, its text and the bytes of its signature."""
+    """The result of reading one package, as stored in a file. A document is stored as path, text and the bytes of its
+    signature."""
 
     licence: str
     files: int
@@ -49,7 +50,7 @@ class _Stored(msgspec.Struct):
 
 
 def read_document(file: Path, source: str, path: str) -> Document | str:
-    """Return the document at `file`, or the reason why it is dropped."""
+    """Return the document at `file`, or the reason why the file is dropped."""
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -80,7 +81,7 @@ def read_source(name: str, source: Source, unpacked: Path) -> tuple[Tally, list[
 
 
 def read_once(name: str, source: Source, unpacked: Path, kept: Path) -> tuple[Tally, list[Document]]:
-    """Read the documents of one source. The result is stored in the folder `kept`, and taken from there the next time."""
+    """Read the documents of one source. The result is stored in the folder `kept`, and the next call takes it from there."""
     code = b"".join(file.read_bytes() for file in CODE)
     file = kept / f"{name}.{hashlib.sha256(msgspec.json.encode(source) + code).hexdigest()[:16]}"
     if file.is_file():

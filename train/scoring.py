@@ -39,7 +39,7 @@ class Document(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One window: tokens [start, end) go through the model, and those from `scored` on are scored."""
+    """Describes one window of a file: tokens [start, end) go through the model, and the tokens from `scored` on are scored."""
 
     start: int
     end: int
@@ -47,14 +47,14 @@ class Span(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A model's score of one token: its log-probability in nats, and its rank (1 is the argmax)."""
+    """Holds a model's score of one token: the token's log-probability in nats, and its rank (1 is the argmax)."""
 
     logprob: float
     rank: int
 
 
 class Score(NamedTuple):
-    """Sums over tokens: log-probabilities in nats, number of tokens, number of argmax tokens."""
+    """Holds sums over scored tokens: log-probabilities in nats, the number of tokens, and how many tokens are the argmax."""
 
     logprob: float
     tokens: int
@@ -69,7 +69,7 @@ class Score(NamedTuple):
 
 
 class Scorer(Protocol):
-    """A model that scores tokens. `max_window` is the maximum number of tokens in a prompt."""
+    """Scores tokens with one model. `max_window` is the largest number of tokens in a prompt."""
 
     name: str
     max_window: int
@@ -124,7 +124,7 @@ def _document(line: str, where: str) -> Document:
 
 
 def windows(num_tokens: int, size: int) -> list[Span]:
-    """Cover `num_tokens` tokens with windows of at most `size`. Each token but the first is scored once."""
+    """Cover a file of `num_tokens` tokens with windows of at most `size` tokens. Each token but the first is scored once."""
     if size < 2:
         raise ConfigError(f"context is {size}: a window must have at least 2 tokens, one to predict from", param="context")
     if num_tokens < 2:
@@ -137,7 +137,7 @@ def windows(num_tokens: int, size: int) -> list[Span]:
 
 
 def score(scorer: Scorer, files: Sequence[list[int]], size: int, done: Callable[[int], None] = lambda _: None) -> Score:
-    """Score the tokens of each file in windows of at most `size`."""
+    """Score the tokens of each file in windows of at most `size` tokens. Returns the sums over all files."""
     spans = [(ids, span) for ids in files for span in windows(len(ids), size)]
     logprob, tokens, first = 0.0, 0, 0
     found = scorer.positions([ids[span.start : span.end] for ids, span in spans], done)
@@ -152,12 +152,12 @@ def score(scorer: Scorer, files: Sequence[list[int]], size: int, done: Callable[
 
 
 def xz_size(raw: bytes) -> int:
-    """Size of `raw` in bytes after `xz -9e`."""
+    """Return the size in bytes of `raw` after compression by `xz -9e`."""
     return len(lzma.compress(raw, format=lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME))
 
 
 class EngineScorer:
-    """Scores with an engine in this process."""
+    """Scores tokens with an engine in this process."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -175,7 +175,7 @@ class EngineScorer:
 
 
 class ServerFailure(Exception):
-    """A server cannot be reached, or its answer is not Tidegate's."""
+    """Raised if a server cannot be reached, answers with an error, or does not answer as a Tidegate server does."""
 
 
 class _Model(msgspec.Struct):
@@ -205,7 +205,7 @@ class _Generated(msgspec.Struct):
 
 
 class ServerScorer:
-    """Scores with a server, by its POST /v1/generate and /tokenize."""
+    """Scores tokens with a Tidegate server, through POST /v1/generate and POST /tokenize."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")

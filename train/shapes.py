@@ -1,7 +1,7 @@
-"""The shapes of the two models that are trained here, as in their `config.json`.
+"""Defines the shapes of Tidepool and of its draft model, as in their `config.json`.
 
-They follow from 26 MB in all for Tidepool (FP8 matrices, bfloat16 embedding) and 4 MB for its draft model. Matrix inputs are
-multiples of 128 wide, as kernels for FP8 blocks require.
+The shapes follow from the sizes that the checkpoints may have: 26 MB in all for Tidepool (FP8 matrices, bfloat16 embedding) and 4
+MB for its draft model. Matrix inputs are multiples of 128 wide, as kernels for FP8 blocks require.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCAB_SIZE = 8192
-BEGIN, END = 0, 1  # token ids; see train/tokenizer.py
+BEGIN, END = 0, 1  # token ids of <|begin|> and <|end|>; see train/tokenizer.py
 CONTEXT = 4096
 
 TIDEPOOL: dict[str, Any] = {

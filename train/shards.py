@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 
 from train.neardup import Signature
 
-PRESET = 9  # the preset's dictionary of 64 MiB holds a whole shard
+PRESET = 9  # xz preset 9 has a dictionary of 64 MiB, which holds a whole shard
 
 
 class Document(NamedTuple):
     source: str  # name of the package
-    path: str  # inside the package
+    path: str  # path of the file inside the package
     text: str
     signature: Signature
 
     @property
     def size(self) -> int:
-        """Size of the text in bytes."""
+        """Return the size of the text in bytes of UTF-8."""
         return len(self.text.encode())
 
     @property
@@ -35,7 +35,7 @@ class Document(NamedTuple):
 
 
 def cut(documents: Sequence[Document], count: int) -> list[list[Document]]:
-    """Split documents into `count` runs of similar size, in the given order: similar neighbours compress well together."""
+    """Split documents into `count` runs of similar size. The order stays, since similar neighbours compress well together."""
     total, done = max(1, sum(document.size for document in documents)), 0
     runs: list[list[Document]] = [[] for _ in range(count)]
     for document in documents:
@@ -45,7 +45,7 @@ def cut(documents: Sequence[Document], count: int) -> list[list[Document]]:
 
 
 def write(path: Path, rows: Iterable[dict[str, str]]) -> tuple[str, int]:
-    """Write `rows`; return the sha256 of the uncompressed content and the compressed size in bytes."""
+    """Write `rows` to the shard `path`. Returns the sha256 of the uncompressed content and the compressed size in bytes."""
     content = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -55,7 +55,7 @@ def write(path: Path, rows: Iterable[dict[str, str]]) -> tuple[str, int]:
 
 
 def training_files(corpus: Path) -> list[Path]:
-    """The shards that the manifest in `corpus` lists.
+    """Return the paths of the shards that the manifest in the folder `corpus` lists.
 
     Raises SystemExit if there is no manifest, since an incomplete corpus may hold text that is held out.
     """

@@ -1,4 +1,5 @@
-"""The state of a training run on disk: everything that the next step depends on, in one safetensors file, replaced atomically."""
+"""Saves and restores the state of a training run: all that the next step depends on, in one safetensors file, replaced
+atomically."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ STATE = "state.safetensors"
 
 
 class Progress(NamedTuple):
-    step: int  # number of the next step
-    seconds: float  # spent on the steps before it
+    step: int  # number of the step that comes next
+    seconds: float  # time spent on all earlier steps
 
 
 def save(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, kind: dict[str, str]) -> None:
-    """Save the state. `kind` names the kind of run; only a run of the same kind may resume it."""
+    """Save the state of a training run in the folder `run`. `kind` describes the run; only a run of the same kind may resume the
+    state."""
     partial = run / (STATE + ".partial")
     tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(model, optimizers).items()}
     save_file(tensors, partial, metadata={"step": str(progress.step), "seconds": str(progress.seconds), **kind})
@@ -28,7 +30,8 @@ def save(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], p
 
 
 def resume(run: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], kind: dict[str, str]) -> Progress:
-    """Restore the saved state, if there is one. Raises SystemExit if it belongs to another kind of run."""
+    """Restore the saved state of a training run, if there is one. Raises SystemExit if the state belongs to another kind of
+    run."""
     file = run / STATE
     if not file.exists():
         return Progress(0, 0.0)
@@ -58,7 +61,7 @@ def _check_same(file: Path, saved: dict[str, str], wanted: dict[str, str]) -> No
 
 
 def load_model(run: Path, model: nn.Module) -> None:
-    """Fill `model` from the state in `run`, without optimizer state. Raises SystemExit if there is none."""
+    """Fill `model` with the weights of the state saved in `run`. Raises SystemExit if there is no saved state."""
     file = run / STATE
     if not file.exists():
         raise SystemExit(f"{file}: no such file; a run of training writes it")
@@ -78,7 +81,8 @@ def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[
 
 
 def _ensure_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make torch's optimizers create their state, which they do in their first step, by a step that changes nothing."""
+    """Make an optimizer of torch create its state, by running a step that changes nothing. Otherwise the first real step would
+    create the state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
 """Trains Tidepool's tokenizer: `python -m train.tokenizer` learns a byte-level BPE from a sample of the training text.
 
-Its pieces suit code: a line end and the indentation after it are one piece, a word may carry one sign or space before it
-(" if", ".append", "_name", "(self"), and numbers are split every three digits. Every text survives encoding and decoding byte
+The tokenizer's pieces suit code: a line end and the indentation after it are one piece, a word may carry one sign or space before
+it (" if", ".append", "_name", "(self"), and numbers are split every three digits. Every text survives encoding and decoding byte
 for byte.
 """
 
@@ -26,7 +26,7 @@ PIECES = (
     r"\s*[\r\n]+[ \t]*"  # line ends, and the next line's indentation
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with one sign or space before it
     r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+"  # signs
+    r"| ?[^\s\p{L}\p{N}]+"  # a run of signs, with at most one space before it
     r"|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (
@@ -43,7 +43,8 @@ CHAT_TEMPLATE = (
 
 
 def learn(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Learn a tokenizer of exactly `vocab_size` tokens, if the texts suffice. It puts <|begin|> before a prompt."""
+    """Learn a tokenizer of `vocab_size` tokens from `texts`, or of fewer if there is too little text. The tokenizer puts
+    <|begin|> before a prompt."""
     tokenizer = Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -92,7 +93,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main(work: Annotated[Path, typer.Option(help="Folder of the corpus.")] = Path(".cache/train")) -> None:
-    """Write WORK/tokenizer."""
+    """Learn the tokenizer from the corpus and write it to WORK/tokenizer."""
     files = shards.training_files(work / "corpus")
     tokenizer = learn(sample(files, SAMPLE_BYTES))
     if tokenizer.get_vocab_size() != VOCAB_SIZE:

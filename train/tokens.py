@@ -1,7 +1,7 @@
 """Turns the corpus into one stream of token ids: `python -m train.tokens`.
 
-Documents are shuffled; each begins with <|begin|> and ends with <|end|>. The held-out files become a second stream, which is
-used only for measurements.
+Documents are shuffled. Each document begins with <|begin|> and ends with <|end|>. The held-out files become a second stream,
+which is used only for measurements.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[Ids]:
 
 
 def _encoded_shards(tokenizer: Tokenizer, files: list[Path]) -> Iterator[list[Ids]]:
-    """Encode the shards in threads, since decompressing and tokenising both release the interpreter lock."""
+    """Yield the token ids of each shard's documents. Threads encode the shards, since decompressing and tokenising both release
+    the interpreter lock."""
     with ThreadPoolExecutor() as pool:
         yield from pool.map(lambda shard: encode(tokenizer, _texts(shard)), files)
 
@@ -43,7 +44,8 @@ def _texts(file: Path) -> list[str]:
 
 
 def write(work: Path, heldout: Path, tokenizer_file: Path) -> dict[str, int]:
-    """Write the two streams and their manifest to `work`. The same corpus and tokenizer give the same bytes."""
+    """Write the training stream, the held-out stream and their manifest to `work`. The same corpus and tokenizer give the same
+    bytes."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     files = shards.training_files(work / "corpus")
     documents: list[Ids] = []

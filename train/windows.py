@@ -6,14 +6,14 @@ import torch
 
 
 class Windows:
-    """A stream of token ids cut into windows of `length` tokens, each with `ahead` more tokens that are only predicted.
+    """Cuts a stream of token ids into windows of `length` tokens, each with `ahead` more tokens that are only predicted.
 
     Each epoch goes through all windows in another order, and cuts the stream at another offset.
     """
 
     def __init__(self, stream: torch.Tensor, *, length: int, ahead: int, seed: int) -> None:
         """`stream` [N] holds any integer type on any device. Raises ValueError if it is shorter than two windows."""
-        self.num = (len(stream) - ahead) // length - 1  # one less, so that every offset leaves the same number of windows
+        self.num = (len(stream) - ahead) // length - 1  # the last window is left out, so that every offset gives as many windows
         if self.num < 1:
             raise ValueError(f"{len(stream)} tokens are too few for windows of {length}: there must be at least two windows")
         self.stream, self.length, self.seed = stream, length, seed
@@ -21,7 +21,7 @@ class Windows:
         self._epoch: tuple[int, torch.Tensor] | None = None
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows `first` to `first + count` of the endless sequence of windows -> [count, length + ahead] int64."""
+        """Return `count` windows of the endless sequence of windows, from number `first` on -> [count, length + ahead] int64."""
         starts = []
         while count > 0:
             epoch, at = divmod(first, self.num)

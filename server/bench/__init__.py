@@ -1,4 +1,4 @@
-"""`tidegate bench`: how fast this machine is.
+"""Implements `tidegate bench`, which measures how fast this machine is.
 
 offline.py    runs the workloads of `workloads.py` in an engine in this process, and compares the times with `bounds.py`
 kernels.py    measures single kernels, by `engine.kernels.bench`

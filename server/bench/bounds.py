@@ -1,4 +1,4 @@
-"""The least time that a workload can take on given hardware: the sum of a roofline (Williams et al., 2009) over its steps.
+"""Calculates the least time of a workload on given hardware: the sum of a roofline (Williams et al., 2009) over its steps.
 
 A step reads each weight that it uses once, and the KV of each attended token once. It computes each product once:
 
@@ -17,37 +17,39 @@ from typing import NamedTuple
 
 from engine.models.spec import MlaSpec, ModelSpec
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of one number
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name of a number type -> bytes that one number takes
 
 
 class Hardware(NamedTuple):
     bandwidth: float  # bytes per second, to and from the device's memory
-    rate: float  # floating-point operations per second of a matrix product
+    rate: float  # floating-point operations per second that a matrix product reaches
 
 
 class Length(NamedTuple):
-    """The tokens of one request's prompt and of its output."""
+    """Holds two token counts of one request: the prompt's tokens, and the tokens that the request generates."""
 
     prompt: int
     outputs: int
 
 
 class Step(NamedTuple):
-    """The work of one step. A pair is a token and one token that it attends to; each token attends to itself, too."""
+    """Counts the work of one step. A pair is a computed token and one token that it attends to. Each token also attends to
+    itself."""
 
     tokens: int
     samples: int
-    decode_pairs: int  # pairs of decodes, which is also the number of tokens whose KV the decodes read
-    chunk_pairs: int  # pairs of prompt chunks
+    decode_pairs: int  # attention pairs of decode tokens, which is also the number of tokens whose KV the decodes read
+    chunk_pairs: int  # attention pairs of the tokens of prompt chunks
     chunk_kv: int  # tokens whose KV the prompt chunks read
-    last_pairs: int  # the part of chunk_pairs that belongs to sampled tokens
+    last_pairs: int  # the part of chunk_pairs in which the computed token is the last of its prompt, whose logits are sampled
 
 
 def steps(lengths: Iterable[Length], *, max_tokens: int, max_rows: int) -> Iterator[Step]:
-    """The steps of an ideal scheduler. Each has one token of every decoding request, and as many prompt tokens as fit besides."""
+    """Yield the steps of an ideal scheduler. A step has one token of every decoding request, and as many prompt tokens as
+    still fit into `max_tokens`. At most `max_rows` requests run at once."""
     waiting = list(lengths)[::-1]
-    prompts: list[tuple[Length, int]] = []  # admitted prompts, and how many of their tokens are computed
-    decodes: list[tuple[int, int]] = []  # tokens that the next token attends to, and outputs left
+    prompts: list[tuple[Length, int]] = []  # each admitted prompt, and how many of its tokens are computed
+    decodes: list[tuple[int, int]] = []  # tokens that a request's next token attends to, and its tokens to generate
     while waiting or prompts or decodes:
         while waiting and len(prompts) + len(decodes) < max_rows:
             prompts.append((waiting.pop(), 0))
@@ -76,29 +78,29 @@ def steps(lengths: Iterable[Length], *, max_tokens: int, max_rows: int) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a model costs: counts of numbers (weights, cache entries) and of multiply-adds, for all layers together.
+    """Counts what a model reads (numbers: weights, cache entries) and computes (multiply-adds), over all layers together.
 
-    The `spared` fields are what a token that is not sampled saves in the last layer.
+    The `spared` fields count what a step saves in the last layer for a token whose logits are not sampled.
     """
 
-    weights: int  # that every token uses: attention, dense and shared MLPs, routers
+    weights: int  # weights that every token uses: attention, dense and shared MLPs, routers
     expert: int  # weights of one expert
-    num_experts: int  # in one layer
-    top_k: int  # experts that a token uses in one layer
+    num_experts: int  # experts in one layer
+    top_k: int  # experts that one token uses in one layer
     moe_layers: int  # layers that have experts
     head: int  # weights of the output head
     hidden: int  # numbers in one row of the embedding
-    kv: int  # cache entries of one token
+    kv: int  # numbers in the KV cache for one token
     decode_pair: int  # multiply-adds for a pair in a decode
     chunk_pair: int  # multiply-adds for a pair in a prompt chunk
-    spared: int  # weights of the last layer, without experts
+    spared: int  # weights of the last layer that are not used, without experts
     spared_experts: int  # 1 if the last layer has experts, else 0
-    spared_pair: int  # chunk_pair of one layer
-    spared_kv: int  # kv of one layer
+    spared_pair: int  # multiply-adds for a pair in a prompt chunk, in one layer
+    spared_kv: int  # cache entries of one token in one layer
 
     @staticmethod
     def of(spec: ModelSpec) -> Costs:
-        """The costs of a model, from its spec."""
+        """Calculate the costs of the model that `spec` describes."""
         hidden, moe, layers = spec.hidden_size, spec.moe, spec.num_layers
         attention, kv, decode_pair, chunk_pair = _attention(spec) if spec.mla is None else _latent(spec, spec.mla)
         moe_layers = len(moe.layers) if moe else 0
@@ -123,7 +125,7 @@ class Costs:
         )
 
     def numbers_read(self, step: Step) -> float:
-        """Weights and cache entries that a step reads."""
+        """Return how many weights and KV cache entries a step reads. The number of experts is an expected value."""
         layers = (self.moe_layers - self.spared_experts, step.tokens), (self.spared_experts, step.samples)
         experts = sum(num * self._distinct(tokens) for num, tokens in layers)
         weights = self.weights + experts * self.expert + (self.head if step.samples else -self.spared)
@@ -131,11 +133,11 @@ class Costs:
         return weights + step.tokens * self.hidden + kv
 
     def _distinct(self, tokens: int) -> float:
-        """The expected number of different experts of one layer that `tokens` tokens choose."""
+        """Return the expected number of different experts in one layer that `tokens` tokens choose at random."""
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
 
     def operations(self, step: Step) -> float:
-        """Floating-point operations of a step: two for each multiply-add."""
+        """Return the number of floating-point operations of a step. Each multiply-add counts as two."""
         products = step.tokens * (self.weights + self.moe_layers * self.top_k * self.expert) + step.samples * self.head
         products -= (step.tokens - step.samples) * (self.spared + self.spared_experts * self.top_k * self.expert)
         pairs = step.decode_pairs * self.decode_pair + step.chunk_pairs * self.chunk_pair
@@ -144,14 +146,16 @@ class Costs:
 
 
 def _attention(spec: ModelSpec) -> tuple[int, int, int, int]:
-    """For one layer: weights, cache entries of a token, and multiply-adds for a pair in a decode and in a prompt chunk."""
+    """Count one layer of ordinary attention: (weights, cache entries of a token, multiply-adds for a pair in a decode,
+    multiply-adds for a pair in a prompt chunk)."""
     heads = spec.num_heads * spec.head_dim
     kv = 2 * spec.num_kv_heads * spec.head_dim
     return spec.hidden_size * (2 * heads + kv), kv, 2 * heads, 2 * heads
 
 
 def _latent(spec: ModelSpec, mla: MlaSpec) -> tuple[int, int, int, int]:
-    """As `_attention`, for MLA. A decode attends in latent space. For a prompt chunk, each key and value is expanded once."""
+    """Count one layer of MLA: (weights, cache entries of a token, multiply-adds for a pair in a decode, multiply-adds for a
+    pair in a prompt chunk). A decode attends in latent space. For a prompt chunk, each key and value is expanded once."""
     hidden, heads, rank = spec.hidden_size, spec.num_heads, mla.kv_lora_rank
     q_size = heads * (mla.nope_dim + mla.rope_dim)
     queries = hidden * q_size if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + q_size)
@@ -161,14 +165,14 @@ def _latent(spec: ModelSpec, mla: MlaSpec) -> tuple[int, int, int, int]:
 
 
 def step_seconds(costs: Costs, step: Step, hardware: Hardware, *, number_size: int) -> float:
-    """The bound of one step. `number_size` is the size of a weight and of a cache entry, in bytes."""
+    """Return the least time of one step, in seconds. `number_size` is the size of a weight and of a cache entry, in bytes."""
     return max(number_size * costs.numbers_read(step) / hardware.bandwidth, costs.operations(step) / hardware.rate)
 
 
 def workload_seconds(
     spec: ModelSpec, lengths: Iterable[Length], hardware: Hardware, *, number_size: int, max_tokens: int, max_rows: int
 ) -> float:
-    """The bound of a workload, in steps of at most `max_tokens` tokens and `max_rows` requests.
+    """Return the least time of a workload, in seconds, if a step has at most `max_tokens` tokens and `max_rows` requests.
 
     `number_size` is the size of a weight and of a cache entry, in bytes.
     """

@@ -1,4 +1,4 @@
-"""`tidegate bench kernels`: the time of each kernel at shapes of real models, compared with the device's bound."""
+"""Implements `tidegate bench kernels`, which compares each kernel's time at shapes of real models with the device's bound."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _HEAD = _ROW.format("kernel", "shape", "us", "of bound", "TB/s", "TFLOP/s")
 
 
 def run(kernels: Sequence[str] = (), *, record: Path | None = None) -> list[KernelLine]:
-    """Measure the named kernels, or all. Each result is a table row on stderr and a JSON line on stdout.
+    """Measure the kernels that are named, or all kernels. Each result is a table row on stderr and a JSON line on stdout.
 
-    The lines are also appended to the file `record`. Raises ConfigError if there is no CUDA device or no kernel of that name.
+    The JSON lines are also appended to `record`. Raises ConfigError if there is no CUDA device or no kernel of that name.
     """
     measured = importlib.import_module("engine.kernels.hardware")
     device: str | None = measured.name()
     if device is None:
         raise ConfigError("bench kernels needs a CUDA device, and torch finds none: `tidegate doctor` shows what it finds")
     lines.check_record(record)
-    bench = importlib.import_module("engine.kernels.bench")  # imports Triton, which is not installed on every machine
+    bench = importlib.import_module("engine.kernels.bench")  # needs Triton, which is not installed on every machine
     cases = choose(bench.CASES, kernels)
     hardware = Hardware(*measured.measure())
     console = Console(stderr=True)
@@ -38,7 +38,7 @@ def run(kernels: Sequence[str] = (), *, record: Path | None = None) -> list[Kern
 
 
 def choose(cases: Sequence[Any], kernels: Sequence[str]) -> list[Any]:
-    """The cases of the named kernels; all cases if none is named. Raises ConfigError for an unknown name."""
+    """Return the benchmark cases of the named kernels, or all cases if none is named. Raises ConfigError for an unknown name."""
     known = {case.kernel: None for case in cases}
     for kernel in kernels:
         if kernel not in known:
@@ -67,7 +67,7 @@ def _run_case(bench: Any, case: Any, hardware: Hardware, device: str, console: C
 
 
 def row(line: KernelLine) -> str:
-    """The result as a row of the table."""
+    """Format one kernel's result as a table row: kernel, shape, microseconds, share of the bound, TB/s and TFLOP/s."""
     numbers = (f"{line.seconds * 1e6:.1f}", f"{line.bound_share:.0%}", f"{line.bytes_s / 1e12:.2f}", f"{line.flop_s / 1e12:.0f}")
     return _ROW.format(line.kernel, line.shape, *numbers)
 

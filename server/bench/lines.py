@@ -1,4 +1,4 @@
-"""A benchmark's result as one JSON line, on standard output and, on request, at the end of a file."""
+"""Writes a benchmark's result as one JSON line to standard output and, on request, to the end of a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from engine.errors import ConfigError
 
 
 class OfflineLine(msgspec.Struct, kw_only=True):
-    """One workload on one model. `bound_share` is bound / measured time, or null if the hardware's speed is not known."""
+    """The result of one workload on one model. `bound_share` is the least possible time (`server.bench.bounds`) divided by the
+    measured time, or null if the hardware's speed is not known."""
 
     date: str
     commit: str
@@ -26,7 +27,7 @@ class OfflineLine(msgspec.Struct, kw_only=True):
     seconds: float
     out_tok_s: float
     total_tok_s: float
-    startup_s: float  # until the engine could take a request, from the process's start; for later engines, from their own
+    startup_s: float  # from the start of the process (first engine) or of the engine (later ones) until it could take a request
     bound_share: float | None
     command: str
     num_requests: int
@@ -35,15 +36,15 @@ class OfflineLine(msgspec.Struct, kw_only=True):
     num_steps: int
     exposed_cpu_s: float
     load_format: str
-    rounds: list[float]  # seconds of each round; `seconds` is the shortest
+    rounds: list[float]  # seconds of each round; the field `seconds` is the shortest of them
     warm_up_s: float
-    startup: dict[str, float]  # seconds of each phase of the start
-    bandwidth: float | None  # measured, in bytes per second
-    rate: float | None  # measured, in floating-point operations per second
+    startup: dict[str, float]  # phase of the engine's start -> seconds
+    bandwidth: float | None  # measured bytes per second to and from device memory; null if not measured
+    rate: float | None  # measured floating-point operations per second; null if not measured
 
 
 class KernelLine(msgspec.Struct, kw_only=True):
-    """One kernel at one shape. `bound_share` is bound / measured time."""
+    """The result of one kernel at one shape. `bound_share` is the device's least possible time divided by the measured time."""
 
     date: str
     commit: str
@@ -62,7 +63,7 @@ Line = OfflineLine | KernelLine
 
 
 def check_record(record: Path | None) -> None:
-    """Raise ConfigError if `write` could not append to the file. Call it before measuring, which may take hours."""
+    """Raise ConfigError if results cannot be appended to the file `record`. Call this before measuring, which may take hours."""
     if record is None:
         return
     try:
@@ -72,7 +73,7 @@ def check_record(record: Path | None) -> None:
 
 
 def write(line: Line, record: Path | None) -> None:
-    """Print the line, and append it to the file `record`."""
+    """Print the result as one line of JSON on standard output, and append it to the file `record` if one is given."""
     text = msgspec.json.encode(line).decode() + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -86,13 +87,14 @@ def today() -> str:
 
 
 def command() -> str:
-    """The command line of this process, as a user would type it."""
-    name = Path(sys.argv[0]).name  # __main__.py for `python -m server`
+    """Return the command line of this process, as a user would type it."""
+    name = Path(sys.argv[0]).name  # the name is __main__.py if the command was `python -m server`
     return shlex.join(["tidegate" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def commit() -> str:
-    """The commit of the source tree that this code is in, or "unknown" for an installed copy. "+" marks changed files."""
+    """Return the short commit id of the source tree that holds this code, or "unknown" for an installed copy. A "+" at the end
+    means that files have changed since that commit."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`tidegate bench offline`: how long an engine in this process takes for workloads whose requests all arrive at once.
+"""Implements `tidegate bench offline`: it measures how long an engine in this process takes for requests that all arrive at once.
 
 The prefix cache is off, every request runs to its full length, and at most `max_num_seqs` (256) run at a time. The time is from
 the submission of the first request to the last token. Start-up and warm-up come before, and are measured separately. The result
@@ -40,7 +40,7 @@ _HEAD = _ROW.format("model", "workload", "seconds", "out tok/s", "total tok/s", 
 
 
 class _Job(NamedTuple):
-    """One model, with its workloads by name."""
+    """Holds one model to measure: its settings, its spec, and its workloads by name."""
 
     settings: Settings
     config: EngineConfig
@@ -68,10 +68,10 @@ class _Engine(NamedTuple):
 def run(
     settings: Sequence[Settings], workloads: Sequence[str] = (), *, rounds: int = ROUNDS, record: Path | None = None
 ) -> list[OfflineLine]:
-    """Run the named workloads on each settings' model. Each result is a table row on stderr and a JSON line on stdout.
+    """Run the named workloads on the model of each Settings. Each result is a table row on stderr and a JSON line on stdout.
 
-    The lines are also appended to the file `record`. Without names, the workloads of DEFAULT run whose context the model has.
-    Raises ConfigError before a model is loaded.
+    The JSON lines are also appended to the file `record`. Without names, those workloads of DEFAULT run that fit into the
+    model's context. ConfigError is raised before any model is loaded.
     """
     if rounds < 1:
         raise ConfigError(f"rounds is {rounds}: it must be at least 1", param="rounds")
@@ -82,7 +82,7 @@ def run(
     _say(console, _HEAD)
     done: list[OfflineLine] = []
     for job in jobs:
-        # The clock of an engine begins when the engine is built, so only the first one includes the start of the process.
+        # An engine times its start from when it is built. For the first engine, the time since the process started is added.
         for line in _run_job(job, rounds, console, before=0.0 if done else age):
             _say(console, _row(line))
             lines.write(line, record)
@@ -110,7 +110,7 @@ def _job(settings: Settings, names: Sequence[str], console: Console) -> _Job:
 
 
 def _context_of(workload: str, work: list[Work], limits: ModelLimits, max_model_len: int | None) -> int:
-    """The context to run a workload with. Raises ConfigError if the model's context, or max_model_len, is too short."""
+    """Return the context to run a workload with, in tokens. Raises ConfigError if the model's, or max_model_len, is too short."""
     need = longest(work)
     if need > limits.max_model_len:
         fitting = [name for name in WORKLOADS if longest(build_workload(name, limits.vocab_size)) <= limits.max_model_len]
@@ -130,7 +130,8 @@ def _context_of(workload: str, work: list[Work], limits: ModelLimits, max_model_
 
 
 def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iterator[OfflineLine]:
-    """Run all workloads of one model. `before` is the number of seconds of the start that passed before the engine was built."""
+    """Run all workloads of one model, and yield their results. `before` is the time from the start of the process to the building
+    of the engine in seconds, or 0 for later engines."""
     cache = msgspec.structs.replace(job.config.cache, prefix_caching=False)
     with LLM(**msgspec.structs.asdict(msgspec.structs.replace(job.config, cache=cache, offline=True))) as llm:
         startup = dict(llm.info.startup)
@@ -147,7 +148,8 @@ def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iter
 
 
 def _hardware(config: EngineConfig, info: EngineInfo) -> bounds.Hardware | None:
-    """The measured speed of a CUDA device, or None. Call it once the engine is ready, so that its start does not take longer."""
+    """Measure the speed of the CUDA device; None if there is none. Call this once the engine is ready, because measuring
+    earlier would lengthen the engine's measured start."""
     if config.runner != "torch" or info.device.startswith("CPU"):
         return None
     return bounds.Hardware(*importlib.import_module("engine.kernels.hardware").measure())

@@ -1,4 +1,4 @@
-"""The workloads that are measured: prompts of random token ids, each with a number of output tokens."""
+"""Defines the workloads of `tidegate bench offline`: prompts of random token ids, each with a number of output tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.errors import ConfigError
 VOCAB = 10_000  # token ids are random from 0 to this, or to the model's last id if that is smaller
 _WARM_UP_PROMPT = 8  # prompt tokens of a request in the warm-up
 _WARM_UP_TOKENS = 8  # fewest tokens that a request in the warm-up generates
-_WARM_UP_SHRINK = 0.85  # share of the requests that go on after each step of the warm-up: every CUDA graph size gets a batch
+_WARM_UP_SHRINK = 0.85  # share of the requests left after each warm-up step, so that each CUDA graph size gets a batch
 
 
 class Work(NamedTuple):
@@ -21,9 +21,9 @@ class Work(NamedTuple):
 
 
 def mixed(n: int, *, low: int = 100, high: int = 1024, vocab: int = VOCAB, seed: int = 0) -> list[Work]:
-    """`n` requests with random prompt and output lengths from `low` to `high`, both inclusive.
+    """Return `n` requests with random prompt and output lengths from `low` to `high` tokens, both inclusive.
 
-    All prompts are generated before the first output length. Another order would give other workloads from the same seed.
+    All prompts are generated before the first output length. Another order would give another workload for the same seed.
     """
     randint = random.Random(seed).randint
     prompts = []
@@ -34,7 +34,7 @@ def mixed(n: int, *, low: int = 100, high: int = 1024, vocab: int = VOCAB, seed:
 
 
 def fixed(n: int, num_prompt: int, num_outputs: int, *, vocab: int = VOCAB, seed: int = 1) -> list[Work]:
-    """`n` requests with random prompts, all of the same length and with the same number of outputs."""
+    """Return `n` requests with random prompts of `num_prompt` tokens, each of which generates `num_outputs` tokens."""
     randint = random.Random(seed).randint
     return [Work([randint(0, vocab) for _ in range(num_prompt)], num_outputs) for _ in range(n)]
 
@@ -50,7 +50,8 @@ WORKLOADS: dict[str, Callable[[int], list[Work]]] = {  # the argument is the hig
 
 
 def build_workload(name: str, vocab_size: int = VOCAB + 1) -> list[Work]:
-    """A workload by name. Models with a vocabulary above 10,000 get the same lists; smaller ones get ids within theirs.
+    """Return the workload `name`. All models with more than 10,000 token ids get the same prompts. For a smaller vocabulary, the
+    random ids are limited to it.
 
     Raises ConfigError for an unknown name.
     """
@@ -60,15 +61,16 @@ def build_workload(name: str, vocab_size: int = VOCAB + 1) -> list[Work]:
 
 
 def longest(work: list[Work]) -> int:
-    """Tokens of the longest request, prompt and output together. The model's context must be at least this long."""
+    """Return the tokens of the longest request, prompt and output together. The model's context must be at least this long."""
     return max(len(w.prompt) + w.num_outputs for w in work)
 
 
 def warm_up_of(work: list[Work], max_num_seqs: int) -> list[list[Work]]:
-    """The work to run before a measurement: two lists of requests, to be run one after the other.
+    """Return the warm-up of a workload: two lists of requests, which the benchmark runs one after the other.
 
-    The first has the longest prompt, for the largest steps. The second has as many short requests as the workload runs at once.
-    They end a few at a time, so that the CUDA graphs of all batch sizes are captured.
+    The first list holds one request with the workload's longest prompt, which makes the largest steps. The second list holds as
+    many short requests as the workload runs at once. These end a few at a time, so that the CUDA graphs of all batch sizes are
+    captured.
     """
     num = min(len(work), max_num_seqs)
     at_once = []

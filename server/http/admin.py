@@ -1,4 +1,5 @@
-"""The application of the admin port. Health probes, metrics scrapes and operators use it; clients of the API do not need it.
+"""Builds the application of the admin port. Health probes, metrics scrapes and operators use the port; API clients do not need
+it.
 
 The admin port listens on 127.0.0.1 by default. Its address is a setting of its own (`admin_host`), so that the API can be open
 to a network that the admin port is closed to. All API workers of a server serve the one admin port together. The port stays

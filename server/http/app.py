@@ -1,4 +1,4 @@
-"""The application of the HTTP port: its routes, the answer to each error, and the OpenAPI document. It has no middleware.
+"""Builds the application of the HTTP port: its routes, the answer to each error, and the OpenAPI document. It has no middleware.
 
 There is no /docs page, because FastAPI's page loads scripts from other hosts. Any viewer can read /openapi.json.
 """
@@ -37,7 +37,7 @@ def build_app(settings: Settings, service: GenerateService, metrics: Metrics) ->
 
 
 def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api) -> FastAPI:
-    """A FastAPI application with the routes of `routers`. It answers errors in the form of `server.errors`."""
+    """Build a FastAPI application with the routes of `routers`. It answers errors with the JSON bodies of `server.errors`."""
     app = FastAPI(title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.api = api
     for router in routers:

@@ -19,7 +19,7 @@ from server.http import strict_json
 
 M = TypeVar("M", bound=BaseModel)
 
-THREAD_BYTES = 64 << 10  # bodies from this size on are parsed by the thread; parsing this much takes about a millisecond
+THREAD_BYTES = 64 << 10  # a thread parses bodies of at least this size; parsing this much takes about a millisecond
 # All large bodies share one thread. A thread that parses holds the interpreter lock for as long as one C call takes, and the
 # event loop should have to wait for one such call at most, however many bodies arrive together.
 _PARSER = ThreadPoolExecutor(1, "tidegate-body")

@@ -1,7 +1,7 @@
-"""GuardedProtocol: uvicorn's HTTP protocol with a limit on everything that a client can make long or many.
+"""Defines GuardedProtocol: uvicorn's HTTP protocol with a limit on everything that a client can make long or many.
 
-That is: the request line, the headers, the time to send them, the body, its chunks, the time that an answer stays unread, and the
-number of connections.
+It limits the request line, the headers, the time to send the headers, the body, the chunks of the body, the time that an answer
+stays unread, and the number of connections.
 
     idle ----first byte----> head ----blank line----> body ----last byte----> idle
          closed silently at      408 at head_seconds,     408 at body_seconds,
@@ -10,8 +10,8 @@ number of connections.
     any state: write buffer full (or unsent after the last byte) for write_seconds -> connection aborted
     a new connection while max_connections are open -> 503
 
-The app counts each body against its own limit too, and answers 413 itself. The limit here is larger: it stops bodies that the app
-does not read. A connection that is refused here is closed.
+The app also counts the bytes of each body, and answers 413 above its limit. The limit of this protocol is larger: it stops bodies
+that the app does not read. After a refusal, this protocol closes the connection.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from server.settings import Settings
 
 log = logging.getLogger("tidegate.http")
 
-URL_BYTES = 8192  # longest URL
-NUM_HEADERS = 100  # most headers of a request
+URL_BYTES = 8192  # largest length of a request's URL
+NUM_HEADERS = 100  # largest number of headers of a request
 
 
 class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes, seconds and connections that the HTTP clients of one worker may take."""
 
-    head_bytes: int  # of the request line and all headers
-    body_bytes: int  # as the app limits it
-    head_seconds: float  # from the first byte to the blank line
-    body_seconds: float  # from the blank line to the body's last byte
-    idle_seconds: float  # of a connection without a request
-    write_seconds: float  # of a full write buffer that does not drain
-    max_connections: int  # open at once
+    head_bytes: int  # largest size of the request line and all headers together
+    body_bytes: int  # largest body that the app accepts
+    head_seconds: float  # longest time from the first byte of a request to the blank line after its headers
+    body_seconds: float  # longest time from the blank line after the headers to the body's last byte
+    idle_seconds: float  # how long a connection may stay open without a request
+    write_seconds: float  # how long the client may leave a full write buffer unread
+    max_connections: int  # largest number of connections that are open at once
 
     @classmethod
     def from_settings(cls, settings: Settings) -> HttpLimits:
@@ -64,24 +64,25 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that a body may take as it is sent, chunk headers included. The connection of a longer one is closed."""
+        """Return the bytes that a body may take on the wire, chunk headers included. A longer body is refused, and its connection
+        closed."""
         return 2 * self.body_bytes + 65536
 
 
 Phase = Literal["idle", "head", "body"]
-_SMALLEST_MEAN_CHUNK = 64  # bytes, after the first chunks. A chunk of one byte costs six on the wire, and a parser call
+_SMALLEST_MEAN_CHUNK = 64  # bytes, after _FREE_CHUNKS chunks: a chunk of one byte costs six on the wire and a parser call
 _FREE_CHUNKS = 1024
-_DISCARDED_BYTES = 64 << 20  # read of a body whose answer is complete: many clients read an answer only once all is sent
-_ERROR_TYPES = {408: "timeout_error", 503: "service_unavailable_error"}  # of other statuses: invalid_request_error
+_DISCARDED_BYTES = 64 << 20  # bytes read of a body after its answer: many clients read an answer only after sending all
+_ERROR_TYPES = {408: "timeout_error", 503: "service_unavailable_error"}  # other statuses: invalid_request_error
 
 
 class _Refused(Exception):
-    """Raised inside a parser callback, to stop the parser."""
+    """A parser callback raises this exception to stop the parser when it refuses a request."""
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One HTTP connection, with limits on the size and time of everything a client sends. `guarded` makes a subclass for given
-    limits, since uvicorn takes a class and not an object."""
+    """Handles one HTTP connection, and limits the size and time of everything that the client sends. The function `guarded` makes
+    a subclass that holds the limits, since uvicorn takes a class and not an object."""
 
     limits: HttpLimits
     count: Callable[[int], None]  # called with the status of each refusal
@@ -91,18 +92,18 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.timeout_keep_alive = self.limits.idle_seconds  # type: ignore[assignment]  # a call_later takes either
         self.phase: Phase = "idle"
-        self.head_bytes = 0  # as received
-        self.header_bytes = 0  # as parsed. A head may arrive in one piece with what follows it, so both are limited
+        self.head_bytes = 0  # bytes received since the head began. They may include the beginning of a body
+        self.header_bytes = 0  # bytes of the headers that the parser has reported. Both counts are limited
         self.num_headers = 0
         self.body_wire_bytes = 0
-        self.body_bytes = 0  # without the headers of chunks
+        self.body_bytes = 0  # bytes of the body so far, without the headers of chunks
         self.num_chunks = 0
-        self.running: RequestResponseCycle | None = None  # the request being answered; uvicorn's `cycle` is the newest parsed
+        self.running: RequestResponseCycle | None = None  # the request being answered. uvicorn's `cycle` is the newest one
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
         self.refusal: tuple[int, str, str] | None = None
 
-    # -- connection ------------------------------------------------------------------------------------------------
+    # -- asyncio calls these methods for events of the connection --------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -138,7 +139,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(431, PayloadTooLarge.code, "the request's headers are too large")
 
     def _parse(self, data: bytes) -> None:
-        """As uvicorn's data_received, but a malformed request is not logged, since any client could fill the log."""
+        """Feed `data` to the parser, as uvicorn's data_received does. Unlike uvicorn, this does not log a malformed request,
+        since any client could fill the log."""
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
@@ -171,7 +173,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             self._set_write_timer()
 
-    # -- parser callbacks ------------------------------------------------------------------------------------------
+    # -- the parser calls these methods for each part of a request -------------------------------------------------
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -185,7 +187,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stop(414, PayloadTooLarge.code, "the request's URL is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called for headers, and for trailers after the body. Trailers are counted and dropped."""
+        """The parser calls this method for each header, and for each trailer after the body. Trailers are counted and dropped."""
         self.num_headers += 1
         self.header_bytes += len(name) + len(value) + 4
         if self.num_headers > NUM_HEADERS:
@@ -217,7 +219,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._cancel_phase_timer()
         super().on_message_complete()
 
-    # -- uvicorn's own hooks ---------------------------------------------------------------------------------------
+    # -- these methods override those of uvicorn's protocol --------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.running = cycle
@@ -227,17 +229,17 @@ class GuardedProtocol(HttpToolsProtocol):
         return False
 
     def send_400_response(self, msg: str) -> None:
-        """Called when the parser has stopped, by its own error or by `_Refused`."""
+        """Refuse the request after the parser has stopped, either by its own error (status 400) or by `_Refused`."""
         self._refuse(*(self.refusal or (400, MalformedRequest.code, "this is not a valid HTTP/1.1 request")))
 
-    # -- refusing --------------------------------------------------------------------------------------------------
+    # -- these methods refuse a request ----------------------------------------------------------------------------
 
     def _stop(self, status: int, code: str, message: str) -> NoReturn:
         self.refusal = (status, code, message)
         raise _Refused
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Close the connection, with an error answer unless another answer is under way."""
+        """Close the connection. The client gets an error answer, unless another answer has been started on the connection."""
         self.refusal = (status, code, message)
         self._cancel_phase_timer()
         if self.transport.is_closing():
@@ -256,7 +258,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def _answering(self) -> RequestResponseCycle | None:
-        """The request whose answer is under way."""
+        """Return the request whose answer is not complete yet, or None."""
         return self.running if self.running is not None and not self.running.response_complete else None
 
     def _check_body(self) -> None:
@@ -264,7 +266,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.body_wire_bytes > (_DISCARDED_BYTES if discarding else self.limits.wire_bytes):
             self._refuse(413, PayloadTooLarge.code, f"the body is larger than {self.limits.body_bytes} bytes")
 
-    # -- timers ----------------------------------------------------------------------------------------------------
+    # -- these methods limit the time of a phase and of a write ----------------------------------------------------
 
     def _enter(self, phase: Phase, seconds: float) -> None:
         self.phase = phase
@@ -306,7 +308,8 @@ def _answer(status: int, code: str, message: str) -> bytes:
 
 
 def guarded(limits: HttpLimits, count: Callable[[int], None] = lambda status: None) -> type[GuardedProtocol]:
-    """The protocol class to give to uvicorn as `http=`. `count` is called with the status of each refusal."""
+    """Return a GuardedProtocol class with the given limits, for uvicorn's option `http=`. The class calls `count` with the HTTP
+    status of each refusal."""
     warn = ThrottledWarning(log, "HTTP connections are refused: as many are open as this API worker may have")
     attributes = {"limits": limits, "count": staticmethod(count), "warn_of_connections": staticmethod(warn)}
     return type("GuardedProtocol", (GuardedProtocol,), attributes)

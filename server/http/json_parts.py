@@ -1,7 +1,7 @@
-"""JSON in parts: lists of byte strings (or of pages with bytes) that together are one JSON text.
+"""Writes and sends JSON in parts: lists of byte strings (or of memory pages) that together are one JSON text.
 
-Answers with log-probabilities can reach hundreds of megabytes. They are written in parts and sent in parts, because a
-single call that serialises or joins them would hold up the event loop for as long as it takes.
+Answers with log-probabilities can reach hundreds of megabytes. They are written and sent in parts, because a single call that
+serialises or joins a whole answer would block the event loop until the call ends.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 Parts = list[bytes | mmap.mmap]
-PART_BYTES = 64 << 10  # joining or sending this much takes well under a millisecond
+PART_BYTES = 64 << 10  # least size of a full part; joining or sending this many bytes takes well under a millisecond
 
 
 class ItemsBuffer:
-    """Collects the items of one JSON list, as JSON text, a few items at a time."""
+    """Collects the items of one JSON list as JSON text. The caller adds a few items at a time."""
 
     __slots__ = ("_full", "_open")
 
@@ -39,15 +39,15 @@ class ItemsBuffer:
             self._open.clear()
 
     def parts(self) -> Parts:
-        """The JSON text of the list with the items that were added so far."""
+        """Return the JSON text, in parts, of the list of all items that were added so far."""
         return [*self._full, bytes(self._open) + b"]"]
 
 
 def _own_memory(data: bytearray) -> mmap.mmap:
-    """A copy of `data` in pages of its own, which go back to the system as soon as the copy is freed.
+    """Copy `data` to memory pages of its own, which return to the system as soon as the copy is freed.
 
-    malloc would return the memory of a large answer in one go, with the last part that is freed: for 300 MB, tens of
-    milliseconds in which the event loop stands still.
+    Otherwise malloc would return the memory of a large answer all at once, when the last part is freed. For 300 MB, that blocks
+    the event loop for tens of milliseconds.
     """
     pages = mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages[:] = data
@@ -55,7 +55,8 @@ def _own_memory(data: bytearray) -> mmap.mmap:
 
 
 def object_parts(fields: Mapping[str, Any], written: Mapping[str, Parts]) -> Parts:
-    """The parts of a JSON object. It has the plain `fields`, then the fields of `written`, whose values are JSON text already."""
+    """Return a JSON object in parts. It has the plain values of `fields`, then the fields of `written`, whose values are already
+    JSON text in parts."""
     parts: Parts = [orjson.dumps(fields)[:-1]]
     separator = b"," if fields else b""
     for name, value in written.items():
@@ -65,7 +66,7 @@ def object_parts(fields: Mapping[str, Any], written: Mapping[str, Parts]) -> Par
 
 
 def list_parts(items: Iterable[Parts]) -> Parts:
-    """The parts of a JSON list whose items are JSON text already."""
+    """Return a JSON list in parts. Each item is already JSON text in parts."""
     parts: Parts = [b"["]
     for i, item in enumerate(items):
         parts += [b",", *item] if i else item
@@ -73,7 +74,7 @@ def list_parts(items: Iterable[Parts]) -> Parts:
 
 
 def joined(parts: Parts) -> Iterator[bytes]:
-    """The bytes of `parts` in pieces of at least PART_BYTES, except for the last piece.
+    """Yield the bytes of `parts` in pieces of at least PART_BYTES. Only the last piece may be smaller.
 
     The parts are taken out of the list one by one, so that their memory is freed while the pieces are sent.
     """

@@ -1,4 +1,4 @@
-"""Server-sent events, as one pure ASGI response.
+"""Sends server-sent events as one pure ASGI response.
 
 Nothing is sent before the first event exists, so an error until then still gets its HTTP status. A later error becomes a
 last `data: {"error": ...}` event, and the stream ends without [DONE]. `send` waits while the client's buffer is full. A
@@ -27,19 +27,19 @@ DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the events back
+    (b"x-accel-buffering", b"no"),  # without this header, nginx would buffer the events
 ]
-_BACKLOG_BYTES = 64 << 10  # bytes sent per loop iteration if events are waiting already
-_EVENT_BYTES = 512  # added to the size of each event, as making an event takes about as long as writing so many bytes
+_BACKLOG_BYTES = 64 << 10  # bytes sent per event loop iteration if further events are waiting
+_EVENT_BYTES = 512  # added to the size of each event: making an event takes about as long as writing 512 bytes
 
 
 def event(data: bytes) -> bytes:
-    """The text of one event. `data` must have no line break; orjson writes none."""
+    """Return the text of one server-sent event. `data` must have no line break; orjson writes none."""
     return b"data: " + data + b"\n\n"
 
 
 def event_pieces(parts: Parts) -> Iterator[bytes]:
-    """The text of one event whose JSON is in parts. A large event has several pieces, which are sent one after the other."""
+    """Yield the text of one server-sent event whose JSON is in parts. A large event has several pieces, to be sent in order."""
     return joined([b"data: ", *parts, b"\n\n"])
 
 
@@ -80,7 +80,7 @@ class EventStream(Response):
 
 
 def _last_event(error: Exception) -> bytes:
-    """The event that reports `error`. Errors that are the server's fault are logged too."""
+    """Return the event that reports `error` at the end of a stream. Errors that are the server's fault are logged too."""
     status = status_of(error).http
     if status == 500:
         log.error("a stream ended with an error: %r", error, exc_info=error)

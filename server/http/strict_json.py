@@ -1,7 +1,8 @@
 """Parses JSON from untrusted clients, strictly by RFC 8259.
 
-Many parsers accept more. This one refuses invalid UTF-8, a byte-order mark, NaN and Infinity, numbers outside the range of a
-double, integers of thousands of digits, lone surrogates, an object with the same key twice, and nesting that is too deep.
+Many JSON parsers accept texts that RFC 8259 forbids. This parser refuses invalid UTF-8, a byte-order mark, NaN and Infinity,
+numbers outside the range of a double, integers of thousands of digits, lone surrogates, an object with the same key twice, and
+nesting that is too deep.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from engine.errors import MalformedRequest
 
 
 def loads(body: bytes) -> Any:
-    """The value of the JSON text `body`. Raises MalformedRequest, with a message that says what is wrong and where."""
+    """Parse the JSON text `body` and return its value. Raises MalformedRequest, whose message says what is wrong."""
     try:
         text = body.decode("utf-8")
         value = _decode(text)

@@ -1,4 +1,4 @@
-"""CallGate: bounds the number of open gRPC calls, and the time in which each must send its message.
+"""Defines CallGate, which limits the number of open gRPC calls and the time in which each call must send its message.
 
 grpc itself waits without limit for the message of a call. So every method is registered with grpc as one that reads a stream of
 messages, which starts its handler before the message is there. The bytes on the wire are the same.
@@ -25,7 +25,7 @@ Handler = Callable[[Messages, Context], Awaitable[Any]]
 
 
 class CallGate:
-    """Wraps the methods of all services of one server."""
+    """Wraps the methods of all services of one gRPC server, to limit the number of open calls and the wait for a message."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._max_calls = settings.max_grpc_calls
@@ -39,7 +39,7 @@ class CallGate:
         }
 
     def one_message(self, method: Callable[[bytes, Context], Awaitable[Any]]) -> Handler:
-        """A handler for a method that takes one message."""
+        """Return a gRPC handler that waits for one message and then calls `method` with it."""
 
         async def handler(messages: Messages, context: Context) -> Any:
             async with self._open_call(context):
@@ -52,7 +52,7 @@ class CallGate:
         return handler
 
     def many_messages(self, method: Callable[[Messages, Context], Awaitable[Any]]) -> Handler:
-        """A handler for a method that takes a stream of messages."""
+        """Return a gRPC handler that calls `method` with a stream of messages. Each message must arrive in time."""
 
         async def handler(messages: Messages, context: Context) -> Any:
             async with self._open_call(context):
@@ -63,7 +63,7 @@ class CallGate:
 
     @contextlib.asynccontextmanager
     async def _open_call(self, context: Context) -> AsyncIterator[None]:
-        """Count a call as open, and end it with the error that is raised meanwhile."""
+        """Count a call as open while the `with` block runs. A TidegateError in the block ends the call with that error."""
         self._num_open += 1
         try:
             yield
@@ -77,14 +77,14 @@ class CallGate:
             raise self._refusal("too_many")
 
     async def _timed(self, messages: Messages) -> Messages:
-        """The messages of a stream. Raises RequestTimeout while it is read, if a message takes too long."""
+        """Yield the messages of a stream. Raises RequestTimeout if the next message takes too long."""
         seconds = self._first_s
         while (message := await self._next(messages, seconds)) is not None:
             yield message
             seconds = self._next_s
 
     async def _next(self, messages: Messages, seconds: float) -> bytes | None:
-        """The next message; None if the client has ended its side. Raises RequestTimeout."""
+        """Return the next message, or None if the client has ended its side. Raises RequestTimeout after `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 return await anext(aiter(messages), None)
@@ -92,7 +92,7 @@ class CallGate:
             raise self._refusal("no_message", seconds) from None
 
     def _refusal(self, reason: str, seconds: float = 0.0) -> TidegateError:
-        """Count and log a call that is refused, and make the error for its client."""
+        """Count and log a refused call. Returns the error for the client of the call."""
         self._metrics.call_refused(reason)
         self._warnings[reason](limit=self._max_calls if reason == "too_many" else seconds)
         if reason == "too_many":

@@ -1,4 +1,4 @@
-"""How an error ends a gRPC call: with a status code, a message for people, and an ErrorDetail in the trailing metadata.
+"""Ends gRPC calls with an error: a status code, a message for people, and an ErrorDetail in the trailing metadata.
 
 The status codes come from the table in `server.errors`. A traceback is logged and never sent to a client.
 """
@@ -20,7 +20,7 @@ from server.errors import error_body, error_headers, status_of
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 
 DETAIL_KEY = "tidegate-error-bin"
-MAX_DETAILS_BYTES = 1024  # percent-encoding makes three bytes of one, and clients refuse trailers of more than 8 KB
+MAX_DETAILS_BYTES = 1024  # percent-encoding can triple the size, and clients refuse trailers of more than 8 KB
 
 log = logging.getLogger(__name__)
 S = TypeVar("S")
@@ -31,10 +31,11 @@ Method = Callable[[S, R, Context], Awaitable[Any]]
 
 
 def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S, Q]], Method[S, bytes]]:
-    """Decode the call's message as a `kind` for the servicer's method. An exception of the method ends the call with its status.
+    """Return a decorator for a servicer's method. It decodes the call's message as a `kind`, calls the method, and ends the call
+    with the matching status if the method raises an exception.
 
-    grpc itself would answer a message that cannot be decoded with UNKNOWN, and log a traceback. With `closed`, a message with
-    fields that this server does not know is refused.
+    grpc itself would answer a message that cannot be decoded with UNKNOWN, and log a traceback. If `closed` is true, a message
+    with fields that this server does not know is refused.
     """
 
     def decorate(method: Method[S, Q]) -> Method[S, bytes]:
@@ -42,7 +43,7 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
         async def answering(self: S, message: bytes, context: Context) -> Any:
             try:
                 return await method(self, read(kind, message, closed=closed), context)
-            except grpc.aio.AbortError:  # the method has already ended the call
+            except grpc.aio.AbortError:  # grpc raised it because the method has already ended the call
                 raise
             except Exception as error:
                 is_bug = status_of(error).grpc == grpc.StatusCode.INTERNAL.name
@@ -56,7 +57,7 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
 
 
 def read(kind: type[Q], message: bytes, *, closed: bool) -> Q:
-    """Decode `message` as a `kind`. Raises MalformedRequest, or with `closed` UnsupportedField for an unknown field."""
+    """Decode `message` as a `kind`. Raises MalformedRequest. If `closed` is true, an unknown field raises UnsupportedField."""
     try:
         request = kind.FromString(message)
     except DecodeError:
@@ -68,7 +69,7 @@ def read(kind: type[Q], message: bytes, *, closed: bool) -> Q:
 
 
 async def abort(context: Context, error: Exception) -> None:
-    """End the call with `error`. It raises grpc's AbortError, and returns only if the client has left."""
+    """End the call with `error`. This function raises grpc's AbortError, and returns only if the client has left."""
     body = orjson.loads(error_body(error))["error"]
     detail = pb.ErrorDetail(type=body["type"], code=body["code"], param=body["param"])
     wait = error_headers(error).get("retry-after")
@@ -83,7 +84,8 @@ async def abort(context: Context, error: Exception) -> None:
 
 
 def refuse_unknown_fields(request: Message) -> None:
-    """Raise UnsupportedField for a field of a newer client. protobuf would ignore it, and so change the request silently."""
+    """Raise UnsupportedField if `request` has a field that this server does not know, as a newer client may send. protobuf would
+    ignore the field, which would silently change the request."""
     unknown = UnknownFieldSet(request)
     if len(unknown):
         raise UnsupportedField(

@@ -1,7 +1,7 @@
-"""The service grpc.health.v1: SERVING while the service is ready and the server does not drain.
+"""Implements the service grpc.health.v1. It answers SERVING while the service is ready and the server does not drain.
 
-The servicer of the grpc_health package is not used: each change must be reported to it, and its Watch streams never end, so a
-graceful stop would wait for them.
+The servicer of the grpc_health package is not used, for two reasons. The server would have to report each change to that
+servicer, and the Watch streams of that servicer never end, so a graceful stop would wait for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SERVICE_UNKNOWN: int = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types
-    """Calls `is_ready` for each Check, and every WATCH_SECONDS for each Watch. It knows "" and the names in `services`."""
+    """Answers health checks. It calls `is_ready` for each Check, and every WATCH_SECONDS for each Watch. The known services are
+    "" (the whole server) and the names in `services`."""
 
     def __init__(self, is_ready: Callable[[], bool], services: tuple[str, ...]) -> None:
         self._is_ready = is_ready
@@ -29,7 +30,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # t
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
-        """Answer NOT_SERVING from now on. Every Watch stream reports it and ends."""
+        """Answer NOT_SERVING from now on. Every Watch stream sends NOT_SERVING and ends."""
         self._draining.set()
 
     @answers_errors(health_pb2.HealthCheckRequest, closed=False)

@@ -1,6 +1,7 @@
-"""The service grpc.reflection.v1alpha: the servicer of the grpc_reflection package, with messages decoded here.
+"""Implements the service grpc.reflection.v1alpha with the servicer of the grpc_reflection package. This module decodes the
+messages.
 
-So a message that cannot be decoded ends the call with INVALID_ARGUMENT. The package would end it with UNKNOWN.
+So a message that cannot be decoded ends the call with INVALID_ARGUMENT. grpc itself would end the call with UNKNOWN.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from server.rpc.errors import Context, abort, read
 
 
 class ReflectionServicer:
-    """Describes `services`, by their full names."""
+    """Answers reflection requests about `services`, which are full names of gRPC services."""
 
     def __init__(self, services: tuple[str, ...]) -> None:
         self._answers: Any = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined]  # missing in the stubs

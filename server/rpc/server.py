@@ -1,4 +1,4 @@
-"""The gRPC server of one API worker: tidegate.v1.Inference, health and reflection, with its port and its limits."""
+"""Builds the gRPC server of one API worker, with the services tidegate.v1.Inference, health and reflection, and with limits."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from server.settings import Settings
 INFERENCE: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-MAX_STREAMS = 1024  # calls on one connection at once
-PING_SECONDS = 30  # between two pings of the server, which find clients that have left without closing their connection
-PONG_SECONDS = 10  # for the answer to a ping
-MIN_CLIENT_PING_SECONDS = 10  # between two pings of a client; the connection of one that pings more often is closed
+MAX_STREAMS = 1024  # largest number of calls on one connection at once
+PING_SECONDS = 30  # time between the server's pings, which detect clients that have left without closing their connection
+PONG_SECONDS = 10  # time that a client has to answer a ping
+MIN_CLIENT_PING_SECONDS = 10  # least time between a client's pings; a client that pings more often is disconnected
 
 
 class RpcServer:
-    """One gRPC server. Call `start`, then `drain` when new clients should go elsewhere, then `stop`. `port` is the bound port."""
+    """Runs one gRPC server. Call `start`, then `drain` when new clients should go elsewhere, then `stop`. `port` is the bound
+    port."""
 
     def __init__(self, server: grpc.aio.Server, health: HealthServicer, port: int) -> None:
         self._server = server
@@ -44,17 +45,18 @@ class RpcServer:
         await self._server.start()
 
     def drain(self) -> None:
-        """The health service answers NOT_SERVING from now on. New calls are still answered."""
+        """Let the health service answer NOT_SERVING from now on. The server still answers new calls."""
         self._health.drain()
 
     async def stop(self, grace: float | None = None) -> None:
-        """Refuse new calls, and cancel after `grace` seconds those that still run."""
+        """Refuse new calls, and after `grace` seconds cancel the calls that still run."""
         self.drain()
         await self._server.stop(grace)
 
 
 def build_rpc_server(service: GenerateService, settings: Settings, metrics: Metrics) -> RpcServer:
-    """Call it in the event loop that will run the server. Raises ConfigError if the port cannot be bound."""
+    """Build the gRPC server and bind its port. Call this function in the event loop that will run the server. Raises ConfigError
+    if the port cannot be bound."""
     server = grpc.aio.server(options=_options(settings))
     gate = CallGate(settings, metrics)
     health = HealthServicer(lambda: service.health().ready, (INFERENCE,))
@@ -65,9 +67,9 @@ def build_rpc_server(service: GenerateService, settings: Settings, metrics: Metr
 
 
 def _add(server: grpc.aio.Server, gate: CallGate, service: ServiceDescriptor, servicer: object) -> None:
-    """Register the methods of `servicer`, as the generated `add_..._to_server` does, but with undecoded messages.
+    """Register the methods of `servicer`, as the generated `add_..._to_server` does, but pass them undecoded messages.
 
-    `answers_errors` decodes a message, so that a wrong one gets a proper answer.
+    The decorator `answers_errors` decodes each message, so that a wrong message is answered with INVALID_ARGUMENT.
     """
     handlers = {method.name: _handler(gate, method, getattr(servicer, method.name)) for method in service.methods}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service.full_name, handlers)])
@@ -94,7 +96,7 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
     return [
-        ("grpc.so_reuseport", int(settings.api_workers > 1)),  # on by default, which shares the port with any other program
+        ("grpc.so_reuseport", int(settings.api_workers > 1)),  # grpc's default, on, would share the port with any other program
         ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),

@@ -1,4 +1,5 @@
-"""The service tidegate.v1.Inference. Each method translates its message, calls the service, and translates the answer."""
+"""Implements the gRPC service tidegate.v1.Inference. Each method translates its message, calls the GenerateService, and
+translates the answer."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from server.service.types import ANONYMOUS, Chunk
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
-    """A stream is ended if its client reads nothing for `send_timeout_s` seconds."""
+    """Answers the calls of tidegate.v1.Inference. It ends a stream whose client reads nothing for `send_timeout_s` seconds."""
 
     def __init__(self, service: GenerateService, send_timeout_s: float) -> None:
         self._service = service
@@ -28,7 +29,8 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.GenerateRequest)
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        """Writes each response itself: a generator would stay suspended at its `yield` when the client cancels."""
+        """Stream the chunks of one generation. This method writes each response itself and does not yield it, because a generator
+        would stay suspended at its `yield` when the client cancels."""
         asked = translate.checked(request, GenerateBody)
         id = f"gen-{uuid.uuid4().hex}"
         call = translate.generation_request(asked, id, context.time_remaining())

@@ -1,4 +1,4 @@
-"""Translation between protobuf messages and the types of the service. The schemas of HTTP validate the fields."""
+"""Translates between protobuf messages and the types of the service. The schemas of the HTTP bodies validate the fields."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TokenText = Callable[[int], str]
 
 
 def checked(message: Message, schema: type[M]) -> M:
-    """Validate the fields that are set in `message` with `schema`. Raises the same InvalidRequest as HTTP."""
+    """Validate the fields that are set in `message` with the HTTP schema `schema`. Raises the same InvalidRequest as for HTTP."""
     try:
         return schema.model_validate({field.name: _plain(field.name, value) for field, value in message.ListFields()})
     except ValidationError as error:
@@ -30,17 +30,18 @@ def checked(message: Message, schema: type[M]) -> M:
 
 def _plain(name: str, value: Any) -> Any:
     if name == "logit_bias":
-        return {str(token): bias for token, bias in value.items()}  # the schema expects keys as in JSON
+        return {str(token): bias for token, bias in value.items()}  # the schema expects JSON's keys, which are strings
     return value if isinstance(value, str | bool | int | float) else list(value)
 
 
 def generation_request(asked: GenerateBody, request_id: str, time_remaining: float | None) -> GenerationRequest:
-    """`time_remaining` is what the call's own deadline leaves, in seconds. A deadline that has passed still ends the call."""
+    """Make the service's request for a gRPC call. `time_remaining` is the time until the call's own deadline in seconds, or None.
+    A deadline that has passed counts as one millisecond, so that it still ends the call."""
     return asked.generation_request(request_id, deadline_s=None if time_remaining is None else max(time_remaining, 0.001))
 
 
 async def write_chunk(message: pb.Chunk, chunk: Chunk, text_of: TokenText, pacer: Pacer) -> None:
-    """Fills the empty `message` in place, because copying a large message takes milliseconds."""
+    """Write `chunk` into the empty `message`. The message is filled in place, because copying a large one takes milliseconds."""
     message.MergeFrom(pb.Chunk(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids, finish_reason=chunk.finish_reason))
     for field, positions in ((message.logprobs, chunk.logprobs), (message.prompt_logprobs, chunk.prompt_logprobs)):
         if positions is not None:
@@ -54,7 +55,7 @@ async def write_chunk(message: pb.Chunk, chunk: Chunk, text_of: TokenText, pacer
 def _add_logprobs(
     field: RepeatedCompositeFieldContainer[pb.TokenInfo], positions: Positions, text_of: TokenText
 ) -> Iterator[None]:
-    """Appends `positions` to the field of a message. Yields between two slices."""
+    """Append the log-probabilities of `positions` to a repeated field of a message. Yields between two slices of work."""
     for i, part in enumerate(slices(positions)):
         if i:
             yield
@@ -84,5 +85,5 @@ def ending_message(ending: Ending, model: str) -> pb.Ending:
             completion_tokens=usage.completion_tokens,
         ),
         timing=pb.Timing(queue_ms=timing.queue_ms, ttft_ms=timing.ttft_ms, total_ms=timing.total_ms),
-        cache="off",  # there is no response cache yet
+        cache="off",  # the server has no response cache yet
     )

@@ -1,4 +1,4 @@
-"""The OpenAPI documents of the HTTP port and the admin port: routes, schemas and errors.
+"""Tests the OpenAPI documents of the HTTP port and the admin port: routes, schemas and errors.
 
 `tests/e2e/test_openapi_fuzz.py` sends generated requests and compares the answers with the document.
 """
@@ -66,7 +66,7 @@ def test_the_admin_routes_are_not_on_the_http_port_apart_from_the_listed_ones(do
 
 @pytest.mark.parametrize("build", [build_app, build_admin_app])
 async def test_no_route_is_missing_from_its_document(build):
-    """A route that is kept out of the document, as `include_in_schema=False` does, must answer HEAD like a listed GET."""
+    """Only a HEAD route beside a listed GET route may be kept out of the OpenAPI document, by `include_in_schema=False`."""
     app = application(build)
     listed = operations(app.openapi())
     routes = [route for router in ROUTERS_OF[build] for route in router.routes]

@@ -1,4 +1,4 @@
-"""The gRPC contract: committed code matches the proto file, and no published field, number or type has changed."""
+"""Tests the gRPC contract: the committed code matches the proto file, and no published field, number or type has changed."""
 
 import itertools
 import re
@@ -33,7 +33,7 @@ def test_the_committed_code_has_the_descriptors_of_the_proto_file(tmp_path):
     for message in made.message_type:
         for part in (message, *message.nested_type):
             for field in part.field:
-                field.ClearField("json_name")  # the runtime adds it; generated code does not have it
+                field.ClearField("json_name")  # the protobuf runtime adds this field, and generated code does not have it
     committed = FileDescriptorProto.FromString(inference_pb2.DESCRIPTOR.serialized_pb)
     assert committed == made, "server/rpc/pb is out of date: run `make proto`"
 
@@ -51,7 +51,7 @@ def test_make_proto_writes_the_committed_code(tmp_path):
 
 
 def fields(message: Descriptor) -> Iterator[str]:
-    """Yield the line of the lock file for each field of `message` and of its nested messages."""
+    """Yield a line of text for each field of `message` and of its nested messages, in the form of the lock file."""
     for field in message.fields:
         label = "repeated " if field.is_repeated else ""
         kind = field.message_type.name if field.message_type else TYPES[field.type]
@@ -84,7 +84,7 @@ def test_everything_published_is_in_the_lock_file():
 
 
 def test_grpc_generate_has_the_fields_of_http_generate():
-    """`stream` is the only exception, since gRPC answers are always streams."""
+    """HTTP's field `stream` is the only one that gRPC lacks, since gRPC answers are always streams."""
     assert set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name) == set(GenerateBody.model_fields) - {"stream"}
 
 

@@ -1,4 +1,4 @@
-"""The admin port of a whole `tidegate serve`."""
+"""Tests the admin port of a real `tidegate serve`."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""EngineClient and real engine processes: what happens when one of them dies, hangs or sends rubbish."""
+"""Tests EngineClient with real engine processes when an engine or a worker dies, hangs or sends rubbish."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ def engine():
 
 @contextlib.asynccontextmanager
 async def connected(engine, worker="api 0", **options):
-    """A client that has connected to an engine. `engine` is one EngineChild or a list of them."""
+    """Yield an EngineClient that has connected to its engines. `engine` is one EngineChild or a list of them."""
     engines = engine if isinstance(engine, list) else [engine]
     client = engine_client([engine.endpoint for engine in engines], worker, **options)
     await client.start()
@@ -93,7 +93,7 @@ async def test_streams_survive_the_engines_death_with_the_same_tokens(engine):
 
 
 async def test_streams_of_a_killed_engine_move_to_the_other_engine_at_once(engine):
-    """The killed engine is not started again. Each stream gets the tokens of an undisturbed run, once each."""
+    """The test does not restart the killed engine. Each stream must get each token of an undisturbed run exactly once."""
     with EngineChild(config()) as other:
         async with connected([engine, other]) as client:
             await until(lambda: client.health.stats and len(client._live_links()) == 2, "both engines are live", 30)
@@ -111,7 +111,8 @@ async def test_streams_of_a_killed_engine_move_to_the_other_engine_at_once(engin
 
 
 async def test_streams_that_progress_on_each_engine_survive_any_number_of_kills(engine):
-    """Not even the strictest `max_deaths` blames them, since each engine served them before something else killed it."""
+    """With `max_deaths=1`, a stream ends at the first engine death that it may have caused. A death does not count if the stream
+    got tokens from that engine before."""
     async with connected(engine, max_deaths=1) as client:
         undisturbed = await asyncio.gather(*(collect(client.submit(ask(i, max_tokens=400))) for i in range(8)))
         streams = [client.submit(ask(i, max_tokens=400)) for i in range(8)]
@@ -148,7 +149,7 @@ async def test_an_engine_that_restarts_with_a_smaller_context_serves_what_still_
 
 
 async def test_a_request_that_engines_die_of_is_ended():
-    """Each engine is killed in the request's first step, which takes a minute."""
+    """The test kills each engine during the request's first step, which takes a minute, until `max_deaths` is reached."""
     with EngineChild(config(fake=FakeConfig(step_ms=60_000))) as engine:
         async with connected(engine, max_deaths=2) as client:
             task = asyncio.create_task(collect(client.submit(ask(1, max_tokens=400))))
@@ -184,7 +185,7 @@ async def test_abort_frees_the_blocks_within_two_steps_and_wakes_the_consumer(en
             await waiting
         await until(lambda: client.health.stats.running == 0 and client.health.stats.num_aborted == 1, "freed")
         assert client.health.stats.blocks_used == 0
-        assert client.health.stats.output_tokens - received <= 2  # one a step
+        assert client.health.stats.output_tokens - received <= 2  # a stream gets one token in a step
         assert client.num_streams == 0
 
 
@@ -214,14 +215,15 @@ async def test_events_that_arrive_faster_than_they_are_read_are_merged(engine):
 
 
 async def test_a_restarted_worker_finds_nothing_of_its_earlier_requests(engine):
-    """A worker that is killed and started again has the same name. Its earlier requests are aborted, its neighbour's are not."""
+    """A worker that is killed and started again has the same name. The engine aborts the requests that this worker sent before,
+    and continues the requests of other workers."""
     async with connected(engine, "api 1") as neighbour:
         kept = asyncio.create_task(collect(neighbour.submit(ask(5))))
         async with connected(engine, "api 0") as first:
             first.submit(ask(1, max_tokens=450))
             await until(lambda: first.health.stats and first.health.stats.running == 2, "both run")
             async with connected(engine, "api 0") as second:
-                stream = second.submit(ask(1, max_tokens=50))  # even under the same request id
+                stream = second.submit(ask(1, max_tokens=50))  # the earlier request had the same request id
                 assert len((await collect(stream))[0]) == 50
                 assert second.health.stats.num_aborted >= 1
         assert len((await kept)[0]) == 100
@@ -234,7 +236,7 @@ async def test_requests_of_a_worker_that_disappears_are_aborted(engine):
         await gone.wait_ready(10)
         gone.submit(ask(1, max_tokens=450))
         await until(lambda: witness.health.stats and witness.health.stats.running == 1, "running")
-        await gone.close()  # sends nothing to the engine
+        await gone.close()  # closing sends nothing to the engine
         await until(lambda: witness.health.stats.running == 0, "aborted")
         assert witness.health.stats.num_aborted == 1
         assert witness.health.stats.blocks_used == 0
@@ -258,7 +260,8 @@ async def test_a_stopped_engine_is_not_ready(engine):
 
 
 def test_rubbish_is_dropped_and_a_worker_that_never_reads_delays_no_other():
-    """A worker that never reads is dropped when its queue is full. Other workers get their tokens meanwhile."""
+    """The engine drops messages that it cannot read. It drops a worker that never reads once the worker's queue is full, and
+    other workers get their tokens meanwhile."""
     with EngineChild(config(debug_checks=False, fake=FakeConfig(step_ms=0))) as engine:
         context = zmq.Context()
         stuck, other = context.socket(zmq.DEALER), context.socket(zmq.DEALER)

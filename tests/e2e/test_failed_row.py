@@ -1,4 +1,4 @@
-"""A whole server whose model computes NaN for one request: that request ends with an error, its neighbour is unharmed."""
+"""Tests a real server whose model computes NaN for one request: that request ends with an error, and other requests succeed."""
 
 import asyncio
 
@@ -33,7 +33,7 @@ async def test_a_row_that_is_not_finite_ends_alone_is_counted_and_is_logged():
             assert again.json()["outputs"][0]["token_ids"] == good
             async with asyncio.timeout(20):
                 while "tidegate_engine_requests_failed_total 1.0" not in (await client.get("/metrics")).text:
-                    pass  # the number arrives with the next heartbeat
+                    pass  # the count of failures arrives with the engine's next heartbeat
         wait_until(lambda: server.said(LOGGED), "the failure is in the log")
         (line,) = server.said(LOGGED)
         assert (line["output_token"], line["process"]) == (at + 1, "engine 0")

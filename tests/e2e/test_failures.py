@@ -1,4 +1,4 @@
-"""A whole `tidegate serve` whose processes hang, die in a row or lack something that the host should give."""
+"""Tests a real `tidegate serve` whose processes hang, die in a row or lack a resource of the host, such as file descriptors."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 def ready(server):
-    """The answer of /health/ready over a fresh connection; None where the connection broke."""
+    """Return the answer of /health/ready over a new connection, or None if the connection failed."""
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(server.url + "/health/ready", timeout=5)
     return None
@@ -41,7 +41,8 @@ def is_ready(server):
 
 
 def grpc_status(server, number):
-    """The gRPC health of a fresh connection: `number` keeps grpc from using an older one again."""
+    """Return the gRPC health status over a new connection. A `number` that differs for each call keeps grpc from using an older
+    connection again."""
     options = [("grpc.use_local_subchannel_pool", 1), ("tidegate.test", number)]
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", options=options) as channel:
         return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10).status
@@ -54,14 +55,14 @@ def generate(server, number=1, max_tokens=5):
 
 
 def kill_and_wait(server, title):
-    """Kill a child, and wait until another one with the same title has taken its place."""
+    """Kill the server's child process with this title, and wait until another process with the same title has replaced it."""
     old = server.children()[title]
     os.kill(old, signal.SIGKILL)
     wait_until(lambda: server.children().get(title, old) != old, f"another {title}", seconds=40)
 
 
 def pause_worker(server):
-    """Stop the API worker that begins last, before it has done anything, and return its process id."""
+    """Stop the API worker that begins last, as soon as its process exists. Returns the process id."""
     workers = int(server._environment.get("TIDEGATE_API_WORKERS", 1))
     begun = []
 
@@ -85,7 +86,7 @@ def logged(server, *words):
     return [line for line in server.lines if all(word in str(line) for word in words)]
 
 
-# ---- Deaths in a row ----
+# ---- Processes die in a row ----
 
 
 @pytest.mark.parametrize("name", ["engine 0", "api 0"])
@@ -100,7 +101,8 @@ def test_a_process_that_is_killed_again_and_again_after_serving_does_not_end_the
 
 
 def test_engines_that_never_end_their_first_step_end_the_server():
-    """The step takes an hour, and the request that needs it may take part in ten deaths."""
+    """A step takes an hour, so each engine is killed as stalled. The request may see ten deaths, so the crash limit of three ends
+    the server first."""
     with ServerChild(crash_limit=3, max_deaths=10, fake_step_ms=3_600_000, stall_timeout_s=1) as server:
         answer = httpx.post(server.url + "/v1/generate", json=body(1), timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
@@ -109,7 +111,8 @@ def test_engines_that_never_end_their_first_step_end_the_server():
 
 
 def test_a_restart_that_finds_its_checkpoint_unreadable_is_tried_again(tmp_path):
-    """An engine ends with the same exit code when memory is taken for a moment."""
+    """An unreadable checkpoint does not end a server that has been ready. An engine also ends with this exit code if another
+    program uses the memory for a moment."""
     folder = write_tiny_checkpoint(tmp_path)
     with ServerChild(model=folder) as server:
         config = folder / "config.json"
@@ -133,11 +136,11 @@ def test_a_process_that_cannot_be_started_for_lack_of_descriptors_is_tried_again
     assert sorted(fresh.children()) == ["tidegate: api 0", ENGINE]
 
 
-# ---- Hangs ----
+# ---- Processes hang ----
 
 
 def test_an_engine_that_hangs_while_it_starts_is_killed(tmp_path):
-    """It reads a pipe that nobody writes to."""
+    """The starting engine hangs because a file of its checkpoint is a pipe that nobody writes to."""
     folder = tmp_path / "model"
     shutil.copytree(write_tiny_checkpoint(tmp_path / "demo"), folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -188,7 +191,7 @@ def test_a_stopped_worker_is_replaced_and_fresh_connections_are_served():
             assert len(generate(server, number)) == 5
 
 
-# ---- Readiness ----
+# ---- Readiness is reported rightly ----
 
 
 def test_no_worker_says_that_the_server_is_ready_before_all_are():
@@ -228,7 +231,7 @@ def test_a_replaced_worker_accepts_nobody_before_it_can_serve():
         assert {answer.status_code for answer in answers} == {200}
 
 
-# ---- The private folder ----
+# ---- The server keeps its sockets in a private folder ----
 
 
 async def test_a_server_goes_on_when_its_folder_is_deleted():
@@ -253,7 +256,7 @@ async def test_a_server_goes_on_when_its_folder_is_deleted():
         assert os.listdir(server.folder.name) == []
 
 
-# ---- Signals ----
+# ---- Signals stop the server ----
 
 
 async def test_a_hangup_drains_as_sigterm_does(fresh):
@@ -295,7 +298,7 @@ def test_signals_without_a_meaning_are_ignored(server, number):
     assert len(generate(server)) == 5
 
 
-# ---- What the host does not give ----
+# ---- The host lacks a resource ----
 
 
 @pytest.mark.parametrize(

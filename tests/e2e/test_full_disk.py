@@ -1,4 +1,4 @@
-"""A whole `tidegate serve` whose folder for temporary files is full."""
+"""Tests a real `tidegate serve` whose folder for temporary files is on a full disk."""
 
 import json
 import urllib.request
@@ -22,7 +22,7 @@ def metrics(server):
 def test_a_full_temporary_folder_ends_no_worker_and_the_log_names_it(tmp_path):
     server = ServerChild()
     with small_disk(tmp_path / "small") as folder:
-        fill(folder, leave=16 << 10)  # on a disk without a free page, Python itself takes another folder
+        fill(folder, leave=16 << 10)  # if no page is free, Python chooses another temporary folder
         server._environment["TMPDIR"] = str(folder)
         with server:
             workers = server.children()

@@ -1,4 +1,4 @@
-"""The Python example of docs/grpc.md, run by the commands of that page against a server with the real service."""
+"""Runs the Python example of docs/grpc.md with the commands of that page, against a server with the real service."""
 
 import asyncio
 import re
@@ -22,7 +22,8 @@ PAGE = (ROOT / "docs/grpc.md").read_text()
 
 @pytest.fixture
 def client(tmp_path):
-    """The path for the example. The commands of the page have generated the client code beside it."""
+    """Run the commands of docs/grpc.md, which generate client code, and return the path beside it at which to save the
+    example."""
     (commands,) = re.findall(r"```sh\n(mkdir.*?)```", PAGE, re.DOTALL)
     folder = tmp_path / "client"
     commands = commands.replace("/tmp/tidegate-client", str(folder)).replace(".venv/bin/python", sys.executable)

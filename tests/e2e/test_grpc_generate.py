@@ -1,4 +1,4 @@
-"""gRPC with the real service, scheduler and cache. Only the model is a fake."""
+"""Tests generation over gRPC with the real service, scheduler and cache. Only the model is a fake."""
 
 import asyncio
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 async def up(text):
-    """The engine, the service and the server, with a client's stub and channel."""
+    """Yield a running engine, service and gRPC server, with a client's stub and channel."""
     async with LocalEngine() as engine:
         metrics = Metrics("tiny", lambda: engine.health)
         service = GenerateService(engine, text, Settings(), metrics)
@@ -176,7 +176,7 @@ async def test_health_is_that_of_the_engine(up):
 
 
 async def begin(up, **fields):
-    """Start a call and read its first chunk. The engine is then paused between two steps."""
+    """Start a call, read its first chunk, and pause the engine between two steps. Returns (call, first response)."""
     call = up.stub.Generate(greedy(max_tokens=400, **fields))
     response = await anext(aiter(call))
     up.engine.pause()

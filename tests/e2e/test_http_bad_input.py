@@ -1,4 +1,5 @@
-"""Faulty requests get a status, a code and the name of the field at fault, in a small body; other requests are not disturbed."""
+"""Tests faulty requests. A refusal has a status, a code, the name of the field at fault and a small body, and does not disturb
+other requests."""
 
 import asyncio
 import threading
@@ -34,7 +35,7 @@ async def api(text):
 
 
 def checked(response, status, param=None, code=None):
-    """Asserts that the answer is a well-formed error with these values."""
+    """Assert that the answer is a well-formed error with the given status, code and field."""
     assert response.status_code == status, response.text
     assert len(response.content) <= 4096
     error = response.json()["error"]
@@ -47,7 +48,7 @@ def checked(response, status, param=None, code=None):
         assert error["code"] == code, error
 
 
-# Fields that every generating route refuses, and the field that the error names.
+# Pairs of faulty fields, which every generating route must refuse, and the field that the error must name.
 COMMON = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "0.5"}, "temperature"),
@@ -104,7 +105,7 @@ COMMON = [
 
 @pytest.mark.parametrize("path", PLAIN)
 async def test_every_generating_route_refuses_faulty_fields_by_name(api, path):
-    """One test for all fields, because starting a server takes longer than all the requests."""
+    """One test covers all fields, because starting a server takes longer than sending all the requests."""
     for more, param in COMMON:
         for stream in ({}, {"stream": True}):
             response = await api.http.post(path, json={**PLAIN[path], **stream, **more})

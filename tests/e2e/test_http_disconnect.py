@@ -1,4 +1,4 @@
-"""Clients that leave or do not read, against a real uvicorn: the generation that runs for them must end soon."""
+"""Tests clients that leave or do not read, with a real uvicorn: the generation that runs for such a client must end soon."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ PATHS = {
 
 
 def request(path, body):
-    """The bytes of an HTTP request."""
+    """Return the bytes of an HTTP request, to be sent over a raw socket."""
     data = json.dumps(body).encode()
     return b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
 
@@ -55,7 +55,7 @@ def test_the_generation_ends_when_the_client_leaves(path, stream, started):
 
 
 def test_a_client_that_leaves_before_its_body_is_complete_starts_no_generation():
-    """A second client, served after the first one left, shows that the server has dealt with the first."""
+    """The test serves a second client after the first one left, so that the server has surely handled the first one's leaving."""
     service = ScriptedService(*letters("x"))
     with app_server(service) as port:
         with socket.create_connection(("127.0.0.1", port), 5) as client:
@@ -84,7 +84,7 @@ def test_the_stream_of_a_client_that_reads_nothing_is_held_back_and_then_ended()
     with app_server(service, limits) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
         client.sendall(request("/v1/generate", {"prompt": "x", "stream": True}))
         wait_until(lambda: service.closed, "the stream has ended")
-        assert made < 2000  # chunks of 10 KB: as many as fit into the buffers of the kernel and of the connection
+        assert made < 2000  # chunks of 10 KB; the buffers of kernel and connection hold fewer
 
 
 def test_a_connection_stays_usable_after_an_error_before_the_first_token():

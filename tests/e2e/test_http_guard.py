@@ -1,4 +1,4 @@
-"""Hostile clients against `server.http.guard`: raw sockets, and a real uvicorn with a small ASGI app behind the guard."""
+"""Tests `server.http.guard` with hostile clients on raw sockets, and a real uvicorn with a small ASGI app behind the guard."""
 
 import contextlib
 import json
@@ -23,7 +23,8 @@ LIMITS = HttpLimits.from_settings(
 
 
 class EchoApp:
-    """Reads the body and answers its length. /flood streams without end. /ignore answers without reading the body."""
+    """An ASGI app that answers the length of the body. On /flood it streams without end; on /ignore it answers without reading
+    the body."""
 
     def __init__(self):
         self.disconnects = 0
@@ -64,7 +65,7 @@ def port(app):
 
 
 def talk(port, *pieces, timeout=5.0, pause=0.0):
-    """Send the pieces, and return all that the server sends until it closes the connection."""
+    """Send the pieces over a new connection, and return all bytes that the server sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout) as client:
         with contextlib.suppress(ConnectionError):
             for piece in pieces:
@@ -152,7 +153,8 @@ def test_a_head_sent_byte_by_byte_is_408(port):
 
 
 def test_a_second_half_sent_head_on_a_kept_connection_is_408(port):
-    """uvicorn without the guard drops its keep-alive timer at the first byte, and then waits without limit."""
+    """Without the guard, uvicorn drops its keep-alive timer at the first byte of a request, and then waits for the rest without
+    limit."""
     answer = talk(port, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"GET", pause=0.1)
     assert answer.count(b"HTTP/1.1 200") == 1
     assert answer.count(b"HTTP/1.1 408") == 1
@@ -224,7 +226,7 @@ def test_what_is_not_http_is_400(port, line):
 
 
 def test_what_is_not_http_leaves_no_line_in_the_log(port, monkeypatch):
-    """If it did, any client could fill the disk."""
+    """The guard does not log bytes that are not HTTP, since any client could fill the disk with such log lines."""
     lines = []
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", lambda *arguments: lines.append(arguments))
     assert status(talk(port, b"\x16\x03\x01\x02\x00")) == 400
@@ -249,7 +251,8 @@ def test_a_body_that_stops_after_the_answer_has_its_connection_closed(port):
 
 
 def test_a_pipelined_request_behind_a_long_answer_hides_no_disconnect():
-    """uvicorn without the guard reports a disconnect to the newest request only; the running one would go on to its end."""
+    """uvicorn without the guard reports a disconnect only to the newest request of a connection, so an older request that is
+    still being answered would run to its end."""
     app = EchoApp()
     with serving(app, HttpLimits.from_settings(Settings())) as port:
         with socket.create_connection(("127.0.0.1", port), 5) as client:
@@ -298,12 +301,12 @@ def test_connections_past_the_limit_get_503_and_the_others_are_served(caplog):
         for client in kept:
             client.close()
     assert refusals.count(503) >= 5
-    (line,) = [line for line in caplog.records if "connections are refused" in line.message]  # of many refusals
+    (line,) = [line for line in caplog.records if "connections are refused" in line.message]  # many refusals give one log line
     assert line.limit == 3
 
 
 class FewDescriptors(ServerChild):
-    """A server whose processes may have 100 files and sockets open."""
+    """Runs a server whose processes may have at most 100 files and sockets open."""
 
     def start(self):
         super().start()
@@ -314,7 +317,7 @@ def test_more_idle_connections_than_descriptors_are_counted_and_logged_and_other
     with FewDescriptors() as server:
         idle = [connect(server.port) for _ in range(150)]
         with connect(server.port) as last:
-            assert status(read_all(last)) == 503  # all before it are accepted or refused by now
+            assert status(read_all(last)) == 503  # all earlier connections are accepted or refused by now
         wait_until(lambda: [line for line in server.lines if "connections are refused" in line["message"]], "a log line")
         idle[0].sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         found = re.search(rb'tidegate_http_refused_total{status="503"} (\S+)', read_all(idle[0]))
@@ -328,5 +331,5 @@ def test_more_idle_connections_than_descriptors_are_counted_and_logged_and_other
 
 
 def is_closed(client):
-    """Whether the server has sent something on a connection that has sent nothing."""
+    """Return whether the server has closed or refused a connection on which the client has sent nothing."""
     return bool(select.select([client], [], [], 0)[0])

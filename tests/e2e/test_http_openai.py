@@ -1,4 +1,4 @@
-"""The openai client, unmodified, against the whole HTTP side of a server."""
+"""Tests the HTTP side of a server with the unmodified openai client."""
 
 import json
 
@@ -82,7 +82,7 @@ async def test_a_streamed_chat_completion_has_the_text_of_the_whole_one(api):
 
 
 async def test_the_clients_stream_helper_reads_a_stream(api):
-    """The helper raises if an answer ends by its length, so many stop tokens are set."""
+    """The openai client's stream helper raises if an answer ends by its length, so the request sets many stop tokens."""
     body = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "seed": 1, "extra_body": {"stop_token_ids": list(range(256))}}
     async with api.openai.chat.completions.stream(**body) as stream:
         final = await stream.get_final_completion()

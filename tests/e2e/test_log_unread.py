@@ -1,4 +1,4 @@
-"""A whole `tidegate serve` whose standard error nobody reads."""
+"""Tests a real `tidegate serve` whose standard error nobody reads."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ def free_port():
 
 
 class UnreadServer(ServerChild):
-    """Writes its log to a pipe that is full from the start, so the first log line cannot be written."""
+    """Runs a server whose standard error is a pipe that is full from the start, so the first log line cannot be written."""
 
     def __init__(self, **settings):
         self.port, self.grpc_port = free_port(), free_port()
@@ -57,7 +57,8 @@ class UnreadServer(ServerChild):
         return urllib.request.urlopen(request, timeout=10)
 
     def read_log(self):
-        """All lines until the last process has closed its end."""
+        """Read the server's log from the pipe until the last process has closed the pipe. JSON lines are added to
+        `self.lines`."""
         with open(self.log, encoding="utf-8") as log:
             for line in log:
                 if line.startswith("{"):

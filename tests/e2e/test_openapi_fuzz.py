@@ -1,4 +1,5 @@
-"""schemathesis generates requests from the OpenAPI document; the answers of the real service must be as the document says."""
+"""Fuzzes the HTTP API: schemathesis generates requests from the OpenAPI document, and the real service must answer as
+documented."""
 
 import pytest
 import schemathesis
@@ -18,7 +19,8 @@ from tests.unit.server.http.routes.scripted import ScriptedService
 
 
 def whole_app(text):
-    """The application over the real service. schemathesis runs each request in a new event loop, so each gets a new engine."""
+    """Build the HTTP application over the real service. schemathesis runs each request in a new event loop, so each request gets
+    a new engine."""
     settings = Settings(served_model_name="tiny")
     health = []
     metrics = Metrics("tiny", lambda: health[-1])
@@ -46,7 +48,8 @@ def test_generated_requests_get_answers_as_documented(tmp_path):
             "phases": {"stateful": {"enabled": False}},
             "generation": {"max-examples": 20, "database": "none"},
             "checks": {
-                # A valid request may still be refused, for example because the context is too short for it.
+                # The server may refuse a request that fits the schema, for example because the context is too short for the
+                # prompt.
                 "positive_data_acceptance": {"enabled": False},
                 "negative_data_rejection": {"expected-statuses": [400, 404, 405, 413, 422]},
             },

@@ -1,4 +1,5 @@
-"""The bundled model on the torch runner, end to end: the same tokens in-process, over HTTP and over gRPC, and through a death."""
+"""Tests the bundled model on the torch runner: its tokens are the same in-process, over HTTP, over gRPC, and if an engine
+dies."""
 
 import asyncio
 import json
@@ -21,7 +22,7 @@ PROMPTS = [[5 + (i * 37 + j * j) % 500 for j in range(3 + 4 * i)] for i in range
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For a model this small a second thread only waits."""
+    """Let torch use one thread, since a second thread would only wait in a model this small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
@@ -29,7 +30,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def expected(one_thread):
-    """Each prompt by itself, one after the other, with no server in between."""
+    """Return the tokens for each prompt, generated one prompt at a time by an engine in this process."""
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     with LLM(bundled_checkpoint(), overlap=False, cache={"prefix_caching": False, "num_blocks": 64}) as llm:
         return [llm.generate([prompt], params)[0].token_ids for prompt in PROMPTS]

@@ -1,4 +1,5 @@
-"""A whole `tidegate serve` with the fake engine: its processes are killed and drained, clients leave, and bad starts fail."""
+"""Tests a real `tidegate serve` with the fake engine: processes die, the server drains, clients leave, and wrong settings are
+refused."""
 
 import asyncio
 import contextlib
@@ -61,7 +62,7 @@ async def test_sigterm_lets_streams_finish_and_refuses_new_connections(fresh):
 
 
 async def test_a_stream_that_outlasts_the_time_to_drain_ends_with_an_error():
-    """The stream has work for 20 seconds, and the server drains for 2."""
+    """The stream would take 20 seconds, but the server drains for only 2 seconds."""
     with ServerChild(drain_timeout_s=2, fake_step_ms=50) as server:
         async with http(server) as client:
             first = asyncio.Event()
@@ -99,7 +100,7 @@ def test_no_child_outlives_the_supervisor():
 
 
 async def test_a_hung_engine_is_replaced_and_its_streams_go_on():
-    """An engine that is stopped in the middle of a stream is killed after stall_timeout_s."""
+    """The test stops the engine process during a stream. The server must kill the engine after stall_timeout_s."""
     with ServerChild(stall_timeout_s=1) as server:
         async with http(server) as client:
             undisturbed = await stream_tokens(client, 1, 120)
@@ -181,7 +182,7 @@ async def leave_grpc(server):
 
 @pytest.mark.parametrize("leave", [leave_http_stream, leave_http_plain, leave_grpc], ids=["sse", "plain", "grpc"])
 async def test_a_client_that_disconnects_frees_its_blocks_at_once(server, leave):
-    """The engine stops long before the 450 steps that the request would have taken."""
+    """After the client disconnects, the engine must stop long before the 450 steps that the request would have taken."""
     await in_thread(wait_until, lambda: engine_running(server) == 0, "idle")
     before = metrics(server)
     await leave(server)
@@ -219,7 +220,7 @@ def test_two_servers_can_run_on_one_host(workers):
 
 
 def test_a_crash_loop_ends_the_server_with_the_reason():
-    """Each new engine is killed as soon as its process exists."""
+    """The test kills each new engine as soon as its process exists."""
     with ServerChild(crash_limit=3) as server:
         killed = set()
 
@@ -238,15 +239,15 @@ def test_a_crash_loop_ends_the_server_with_the_reason():
 
 
 def test_garbage_on_the_grpc_port_puts_nothing_but_json_into_the_log(fresh):
-    """By default, gRPC's core writes lines of its own form to standard error for such bytes.
+    """By default, gRPC's core writes lines that are not JSON to standard error when it receives invalid bytes.
 
-    One of them is for a request that has a header of responses.
+    One kind of invalid bytes is a request with `:status`, which is a header of responses.
     """
 
     def frame(kind, flags, stream, payload=b""):
         return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
-    headers = frame(1, 5, 1, b"\x08\x03abc")  # :status "abc"
+    headers = frame(1, 5, 1, b"\x08\x03abc")  # a header frame with :status "abc"
     for garbage in (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + headers, b"\x00" * 500):
         with socket.create_connection(("127.0.0.1", fresh.grpc_port), 5) as client:
             client.sendall(garbage)

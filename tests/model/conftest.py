@@ -1,4 +1,4 @@
-"""Makes the helpers of this folder importable, and limits torch to one thread, since the models are tiny."""
+"""Makes the helpers of this folder importable by its tests, and limits torch to one thread, since the models are tiny."""
 
 from __future__ import annotations
 

@@ -10,22 +10,23 @@ from transformers import PreTrainedModel
 
 from engine import LLM, SamplingParams
 
-CLOSE = 2e-2  # relative error of bfloat16 logits
+CLOSE = 2e-2  # largest relative error of bfloat16 logits
 
 
 class Lengths(NamedTuple):
     prompt: int
     outputs: int
-    compared: int  # the last of the outputs, whose logits are compared
+    compared: int  # number of outputs whose logits are compared; these are the last ones
 
 
 class Decodes(NamedTuple):
-    tokens: list[int]  # prompt and outputs
+    tokens: list[int]  # token ids of the prompt and the outputs
     logits: torch.Tensor  # [compared, V] float32: the logits that the last outputs were sampled from
 
 
 def decode(folder: Path, vocab_size: int, lengths: Lengths) -> Decodes:
-    """Generate from a random prompt with the checkpoint in `folder`, in bfloat16 on the GPU."""
+    """Generate outputs for a random prompt with the checkpoint in `folder`, in bfloat16 on the GPU, and record the logits of the
+    last decodes. Each of these decodes must run in a CUDA graph."""
     prompt = torch.randint(3, vocab_size, (lengths.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     logits: list[torch.Tensor] = []
     options: dict[str, Any] = {"max_model_len": 4096, "cache": {"num_blocks": 64}, "scheduler": {"max_num_seqs": 4}}
@@ -47,8 +48,8 @@ def decode(folder: Path, vocab_size: int, lengths: Lengths) -> Decodes:
 
 
 def check(decodes: Decodes, model: PreTrainedModel, *, experts: bool, most: float = 0.9) -> None:
-    """Fail unless the logits are those of `model`: for the share `most` of the tokens one by one and, without experts, for all
-    tokens together."""
+    """Fail unless the logits are close to those of `model`: for the share `most` of the tokens one by one and, if the model has
+    no experts, for all tokens together."""
     ours = decodes.logits
     with torch.inference_mode():
         wanted = model(torch.tensor([decodes.tokens[:-1]], device=ours.device)).logits[0, -ours.shape[0] :].float()

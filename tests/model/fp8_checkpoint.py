@@ -1,4 +1,4 @@
-"""Block-scaled FP8 checkpoints, made from a plain checkpoint or from random numbers, and their dequantised weights."""
+"""Makes block-scaled FP8 checkpoints from a plain checkpoint or from random numbers, and gives their dequantised weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from engine.quant import fp8
 
 BLOCK = (128, 128)
 E4M3_MAX = 448.0
-STORED_AS_FP8 = ("_proj.weight", "_proj_with_mqa.weight")  # ends of names
+STORED_AS_FP8 = ("_proj.weight", "_proj_with_mqa.weight")  # the names of FP8 tensors end so
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise [N, M] block by block. Returns e4m3 [N, M] and the scale of each block. The slow twin of the engine's function."""
+    """Quantise a matrix [N, M] block by block. Returns e4m3 [N, M] and the scale of each block. This is the slow twin of the
+    engine's function."""
     rows, columns = (-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True))
     out, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
     for r in range(rows):
@@ -32,7 +33,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Multiply each element by its block's scale. Looks the scale up per element, unlike the engine's function."""
+    """Multiply each element by its block's scale. Unlike the engine's function, this one looks up the scale for each element."""
     rows, columns = (torch.arange(n, device=scales.device) // step for n, step in zip(weight.shape, BLOCK, strict=True))
     return weight.float() * scales[rows][:, columns]
 
@@ -56,11 +57,10 @@ def to_fp8(folder: Path, reference: PreTrainedModel) -> int:
 
 
 def write_random(folder: Path, config: PreTrainedConfig, device: torch.device, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Write a checkpoint of random weights. Returns the dequantised weights on `device` by tensor name.
+    """Write an FP8 checkpoint of random weights. Returns the dequantised weights on `device` by tensor name.
 
-    They are bfloat16, except for biases of routing, which are float32.
-
-    The engine's function quantises, since the slow twin would take minutes for a model of some billion weights.
+    The returned weights are bfloat16, except for biases of routing, which are float32. The engine's function quantises, since the
+    slow twin would take minutes for a model of some billion weights.
     """
     config.save_pretrained(folder)
     _declare_fp8(folder)

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: a replay runs the captured step again and writes into the same outputs.
+"""Replaces CUDA graphs on a CPU: a replay runs the captured step again and writes into the same outputs.
 
 Triton's interpreter runs the kernels. Steps in graphs can thus be compared with plain steps without a GPU.
 """
@@ -19,7 +19,7 @@ from engine.sampling.sampler import Sampler
 
 
 class Replay:
-    """Replaces a torch.cuda.CUDAGraph."""
+    """Replaces a torch.cuda.CUDAGraph. A replay runs the captured step again on the CPU."""
 
     def __init__(self, run, outputs):
         self._run = run
@@ -31,7 +31,7 @@ class Replay:
 
 
 class StandInGraphs(graphs.StepGraphs):
-    kinds: set[bool] = set()  # True once a step of decodes alone ran in a graph, False once a mixed step did
+    kinds: set[bool] = set()  # has True after a step of decodes alone ran in a graph, False after a mixed step
 
     def _record(self, inputs, run):
         outputs = run()
@@ -45,7 +45,7 @@ class StandInGraphs(graphs.StepGraphs):
 
 
 class KernelSampler(Sampler):
-    """A sampler that uses the kernels on the CPU too."""
+    """A sampler that uses the Triton kernels on the CPU too, where Triton's interpreter runs them."""
 
     def __init__(self, *, max_rows, device, upload, **options):
         super().__init__(max_rows=max_rows, device=device, upload=upload, **options)
@@ -53,7 +53,7 @@ class KernelSampler(Sampler):
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> type[StandInGraphs]:
-    """Make every runner that is built from now on use the stand-in, with few and small graphs."""
+    """Make every runner that is built from now on use StandInGraphs instead of CUDA graphs, with few and small graphs."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(graphs, "pinned", lambda size, dtype: torch.empty(size, dtype=dtype))
     monkeypatch.setattr(graph_shapes, "TOKENS", (32, 48))
@@ -66,6 +66,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> type[StandInGraphs]:
     )
     monkeypatch.setattr(StandInGraphs, "kinds", set())
     monkeypatch.setattr(runner, "Sampler", KernelSampler)
-    # On CUDA the copy to the host is in the stream before the next replay. On a CPU `to_host` would copy nothing.
+    # On CUDA, `to_host` copies the outputs before the next replay overwrites them. On a CPU it would copy nothing.
     monkeypatch.setattr(runner, "to_host", torch.clone)
     return StandInGraphs

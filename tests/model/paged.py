@@ -11,7 +11,8 @@ from engine.models.registry import Model
 
 
 class PagedRun:
-    """Sequences in the KV pools of one model. `step` runs one ForwardBatch and keeps the logits of each position."""
+    """Runs sequences through one model with paged KV pools. `step` runs one ForwardBatch and keeps the logits of each
+    position."""
 
     def __init__(self, model: Model, sequences: list[list[int]], *, block_size: int = 4, seed: int = 0) -> None:
         self.model, self.sequences, self.block_size = model, sequences, block_size
@@ -33,7 +34,7 @@ class PagedRun:
         owners = [s for s, n in slices for _ in range(n)]
         size = self.block_size
         width = max(len(self.tables[s]) for s, _ in slices)
-        junk = 1 << 20  # the entries after a row's own blocks are meaningless
+        junk = 1 << 20  # fills the entries after a row's own blocks, which the model must not read
         lens = [n for _, n in slices]
         kv_lens = [start + n for start, n in zip(starts, lens, strict=True)]
         return ForwardBatch(
@@ -52,7 +53,7 @@ class PagedRun:
         )
 
     def step(self, slices: list[tuple[int, int]], *, decodes: bool = True) -> None:
-        """Run one step. Slices of one token come first, and run as decodes if `decodes`, otherwise as chunks."""
+        """Run one step. Slices of one token come first. They run as decodes if `decodes` is true, otherwise as chunks."""
         slices = sorted(slices, key=lambda s: s[1] > 1)
         batch = self.batch(slices, sum(n == 1 for _, n in slices) if decodes else 0)
         with torch.inference_mode():
@@ -62,7 +63,8 @@ class PagedRun:
             self.computed[s] += n
 
     def run(self, num_decoded: int, *, seed: int = 0, decodes: bool = True) -> list[torch.Tensor]:
-        """Run every sequence to its end, the last `num_decoded` tokens one by one. Returns the logits [length, V] of each."""
+        """Run every sequence to its end, the last `num_decoded` tokens one by one. Returns the logits [length, V] of each
+        sequence."""
         rng = random.Random(seed)
         while pending := [s for s, tokens in enumerate(self.sequences) if self.computed[s] < len(tokens)]:
             slices = []

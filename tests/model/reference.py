@@ -1,4 +1,5 @@
-"""Tiny random transformers models, one for each family and feature: each is a checkpoint and the reference for its logits."""
+"""Makes tiny random transformers models, one for each family and feature. Each model is saved as a checkpoint and is the
+reference for the engine's logits."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ DENSE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.1,  # larger than in practice: logits are a few units, so that a tolerance of 1e-4 is strict
+    "initializer_range": 0.1,  # larger than usual: logits are a few units, so a tolerance of 1e-4 is strict
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -50,7 +51,7 @@ V3 = MLA | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "routed_scaling_fa
 QWEN3 = DENSE | {"head_dim": 24}
 MOE = QWEN3 | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 
-# name -> (model type, config)
+# Name of a test case -> (transformers model type, config).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", DENSE),
     "llama-one-kv-head": ("llama", DENSE | {"num_key_value_heads": 1}),
@@ -98,7 +99,8 @@ def make(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> PreTraine
     model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **(config | changes))).eval()
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            # Transformers starts norms at one and biases at zero. Tests would not notice if two of these were exchanged.
+            # Transformers starts norms at one and biases at zero. With equal values, tests would not notice two exchanged
+            # tensors.
             if "norm" in key:
                 tensor.uniform_(0.5, 1.5)
             elif key.endswith("bias"):

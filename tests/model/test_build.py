@@ -1,4 +1,5 @@
-"""The size of the KV cache: what the device cannot hold is refused by the name of the setting, and what fits is used."""
+"""Tests the size of the KV cache: a cache that the device cannot hold is refused by the name of the setting, and free memory is
+used."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from engine.errors import ConfigError
 from engine.models.families import read_spec
 
 BLOCK = 4
-FREE = 1 << 30  # bytes of the simulated device
-BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, dim, float32
+FREE = 1 << 30  # free bytes of the simulated device
+BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 8 * 4  # bytes of a block: tokens x layers x (K and V) x heads x head size x 4 bytes
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_the_cache_has_as_many_blocks_as_fit_into_host_bytes(config, host_bytes,
 
 
 class Probe:
-    """A MemoryProbe that runs the trial steps and reports the figures that it was given."""
+    """A MemoryProbe that runs the trial steps and reports given amounts of free memory and of peak memory."""
 
     def __init__(self, *, free: int, peaks: list[int]) -> None:
         self._free = free
@@ -89,19 +90,20 @@ def test_the_largest_steps_run_before_the_cache_is_sized(name, max_len, expected
     )
     spec = read_spec(config.model)
     config = resolve(config, spec.limits(), has_cuda=False)
-    # With a context longer than a step there are two trials more: a long chunk, and chunks at the end of the longest contexts.
+    # If the context is longer than a step, there are two more trials: a long chunk, and chunks at the end of the longest
+    # contexts.
     probe = Probe(free=FREE, peaks=[20, 40, 30, 35, 7] if max_len > 64 else [20, 40, 30])
     assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == expected
     assert probe.peaks == []
 
 
 def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
-    """A small device must not run out of memory in a trial for a context that its cache will not hold."""
+    """A small device must not run out of memory in a trial step for a context that the device's KV cache will not hold."""
     scheduler, cache = SchedulerConfig(max_num_seqs=5, max_step_tokens=64), CacheConfig(block_size=BLOCK)
     config = EngineConfig(model=str(tiny.write(tmp_path, tiny.LLAMA)), device="cpu", scheduler=scheduler, cache=cache)
     spec = read_spec(config.model)
     config = resolve(config, spec.limits(), has_cuda=False)
-    for blocks, num_trials in ((16, 3), (17, 5)):  # of the longest context: what one step holds, and more
+    for blocks, num_trials in ((16, 3), (17, 5)):  # free blocks: a context of one step (3 trials), and a longer one (5)
         probe = Probe(free=blocks * BLOCK_BYTES, peaks=[1, 1, 1, 1, 1])
         free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe)
         assert len(probe.peaks) == 5 - num_trials

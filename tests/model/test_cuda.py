@@ -1,4 +1,5 @@
-"""On a GPU: Triton attention, CUDA graphs and overlap give the CPU's tokens, and bfloat16 graphs give those of eager steps."""
+"""Tests on a GPU that Triton attention, CUDA graphs and overlap give the CPU's tokens, and that bfloat16 graphs give the tokens
+of eager steps."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def test_tokens_are_those_of_the_cpu(folder, options):
 
 
 def test_bfloat16_graphs_give_what_eager_steps_give(folder):
-    """A graph runs more rows than the step has. The rounding of a product depends on its rows, so logits may differ a little."""
+    """A CUDA graph runs more rows than the step has. The rounding of a matrix product depends on the number of rows, so the
+    logits may differ slightly."""
     graphs = run(folder, device="cuda", dtype="bfloat16", scheduler={"max_num_seqs": 24})
     eager = run(folder, device="cuda", dtype="bfloat16", scheduler={"max_num_seqs": 24}, cuda_graphs=False)
     first = [(a[0], b[0]) for a, b in zip(graphs, eager, strict=True)]
@@ -75,7 +77,7 @@ def test_bfloat16_graphs_give_what_eager_steps_give(folder):
 def test_a_decode_step_never_waits_for_the_device(folder):
     with LLM(folder, device="cuda", dtype="bfloat16", cache={"block_size": 16, "num_blocks": 200}) as llm:
         stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
-        for _ in range(20):  # until all captures are done
+        for _ in range(20):  # run until all graphs have been captured
             next(stream)
         runner = llm._core._runner
         submit = runner.submit

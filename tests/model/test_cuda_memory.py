@@ -1,4 +1,5 @@
-"""On a GPU: the KV cache takes what steps leave, so that no step runs out of memory later, and too large a cache is refused."""
+"""Tests on a GPU that the KV cache takes only memory that steps leave free, so that no later step runs out of memory, and that
+too large a cache is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from engine.errors import ConfigError
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 GIB = 1 << 30
-FREE = 14 * GIB  # left free on the device by the ballast
+FREE = 14 * GIB  # bytes that the fixture `ballast` leaves free on the device
 COMMON = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -69,7 +70,7 @@ def folder(request, tmp_path):
 
 @pytest.fixture
 def ballast():
-    """Takes the device's memory but for FREE bytes while a test runs."""
+    """Hold all of the device's memory except FREE bytes while a test runs."""
     torch.cuda.empty_cache()
     held = torch.cuda.mem_get_info()[0] - FREE
     if held < 0:
@@ -89,7 +90,7 @@ def test_no_step_runs_out_of_memory_once_the_cache_has_its_size(folder, ballast)
     with LLM(folder, scheduler=scheduler, **options) as llm:
         core = llm._core
         context = core.info().limits.max_model_len
-        while core.prepare():  # all graphs, and a prompt of each kind
+        while core.prepare():  # capture all graphs, and warm up a prompt of each kind
             pass
         every_option = [replace(ALL_OPTIONS, max_tokens=4, ignore_eos=True, seed=i) for i in range(256)]
         loads = [
@@ -119,4 +120,4 @@ def test_a_step_that_does_not_fit_beside_the_model_is_refused_by_name(folder, ba
         match=r"(scheduler\.max_step_tokens is 1000000, and the largest step does not fit|leaves 0 bytes for the KV cache)",
     ) as refused:
         build(config)
-    assert "scheduler.max_step_tokens" in refused.value.message  # a step that just fits leaves nothing for the cache
+    assert "scheduler.max_step_tokens" in refused.value.message  # a step that barely fits leaves no memory for the cache

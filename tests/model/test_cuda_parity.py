@@ -1,4 +1,5 @@
-"""On a GPU: bfloat16 logits after 2,000 decodes in graphs, compared with `transformers` on the same GPU and tokens."""
+"""Compares, on a GPU, bfloat16 logits after 2,000 decodes in CUDA graphs with those of `transformers` on the same GPU and
+tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ CASES = {
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_after_2000_decodes_are_those_of_transformers(name, tmp_path):
     reference.make(name, tmp_path, initializer_range=0.02, **CASES[name])
-    # Loaded from the file instead of converted, so that the frequencies of the rotary embedding stay float32.
+    # The model is loaded from the file again. Converting it to bfloat16 would also convert the float32 rotary frequencies.
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).to("cuda")
     decodes = decode(tmp_path, reference.VOCAB, LENGTHS)
     check(decodes, model, experts="num_experts_per_tok" in json.loads((tmp_path / "config.json").read_text()))

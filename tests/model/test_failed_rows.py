@@ -1,4 +1,5 @@
-"""A row whose logits are NaN gets NO_TOKEN, and neither rows beside it nor later rows in its blocks notice.
+"""Tests that a row whose logits are NaN gets NO_TOKEN, and does not change the tokens of other rows or of later owners of its
+blocks.
 
 One token of the model's vocabulary has an embedding of NaN, so a prompt that holds it fails and no other prompt does.
 """
@@ -45,12 +46,12 @@ def _one_thread(monkeypatch):
 class Request(NamedTuple):
     row: int
     tokens: list[int]
-    blocks: list[int]  # enough for the prompt and the tokens after it
+    blocks: list[int]  # KV blocks, enough for the prompt and the generated tokens
     params: SamplingParams
 
 
 def write(folder, config):
-    """A tiny checkpoint in which the embedding of token BAD is NaN."""
+    """Write a tiny checkpoint in which the embedding of token BAD is NaN. Returns its folder."""
     folder = tiny.write(folder, config, std=0.2)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][BAD] = math.nan
@@ -71,7 +72,7 @@ def built(folder, device="cpu", dtype="float32", cuda_graphs=None):
 
 
 def generate(runner, requests: list[Request], num: int = 3) -> dict[int, list[int]]:
-    """The tokens of each request by row: one step with all prompts, then `num - 1` steps of decodes."""
+    """Run one step with all prompts, then `num - 1` steps of decodes. Returns the tokens of each request by row."""
     rows, lens = [r.row for r in requests], [len(r.tokens) for r in requests]
     admitted = [AdmittedRow(r.row, r.tokens, len(r.tokens), r.blocks, r.params, r.row) for r in requests]
     everyone = list(range(len(rows)))
@@ -91,7 +92,7 @@ def generate(runner, requests: list[Request], num: int = 3) -> dict[int, list[in
 
 
 def requests(options, *, seed: int = 0) -> list[Request]:
-    """Five requests in blocks that lie between each other's; the prompts of rows 1 and 4 hold the bad token."""
+    """Make five requests whose KV blocks are in random order. The prompts of rows 1 and 4 hold the token BAD."""
     r = random.Random(seed)
     lens = [3, 20, 33, 5, 17]
     blocks = r.sample(range(24), 20)
@@ -105,10 +106,11 @@ def requests(options, *, seed: int = 0) -> list[Request]:
 
 
 CASES = [(name, options, False) for name in CONFIGS for options in OPTIONS]
-CASES += [("llama", "random", True), ("deepseek_v3", "adjusted", True)]  # the interpreter takes seconds for each
+# Only two cases run in graphs, since Triton's interpreter takes seconds for each.
+CASES += [("llama", "random", True), ("deepseek_v3", "adjusted", True)]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # by numpy, about NaN in Triton's interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of NaN in Triton's interpreter
 @pytest.mark.parametrize(("name", "options", "in_graphs"), CASES)
 def test_other_rows_are_unharmed_and_so_are_later_owners_of_the_blocks(name, options, in_graphs, tmp_path, monkeypatch):
     if in_graphs and torch.cuda.is_available():
@@ -121,7 +123,7 @@ def test_other_rows_are_unharmed_and_so_are_later_owners_of_the_blocks(name, opt
     expected = generate(built(folder), healthy)
     found = generate(runner, many)
     assert found == expected | {row: [NO_TOKEN] * 3 for row in (1, 4)}
-    # The healthy requests once more, in rows and blocks that held NaN.
+    # The healthy requests run once more, in blocks that held NaN.
     moved = [r._replace(blocks=many[other].blocks) for r, other in zip(healthy, (1, 4, 2), strict=True)]
     assert generate(runner, moved) == expected
 
@@ -132,7 +134,7 @@ def test_other_rows_are_unharmed_and_so_are_later_owners_of_the_blocks(name, opt
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_on_cuda_other_rows_are_unharmed_and_so_are_later_owners_of_the_blocks(name, options, cuda_graphs, tmp_path):
-    """The steps that are compared have the same shapes, since in bfloat16 tokens may depend on them."""
+    """Both compared runs have steps of the same shapes, since bfloat16 tokens may depend on the shape of a step."""
     cuda = {"device": "cuda", "dtype": "bfloat16", "cuda_graphs": cuda_graphs}
     folder = write(tmp_path, CONFIGS[name] | {"num_hidden_layers": 2})
     runner, many = built(folder, **cuda), requests(OPTIONS[options])
@@ -183,7 +185,7 @@ def core_of(folder, *, overlap):
 
 
 def run_to_the_end(core, many: list[Request]):
-    """({row: tokens}, {row: last event}) of requests that are submitted together."""
+    """Submit all requests together and run the core until they have ended. Returns ({row: tokens}, {row: last event})."""
     for r in many:
         core.submit(Submit(request_id=str(r.row), prompt=pack_tokens(r.tokens), params=r.params, seed=r.row))
     tokens, ends = {r.row: [] for r in many}, {}

@@ -1,4 +1,5 @@
-"""A model from an FP8 block checkpoint has the logits of transformers on the dequantised weights."""
+"""Tests that a model from a block-scaled FP8 checkpoint has the logits that transformers computes with the dequantised
+weights."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from engine.models import registry
 from engine.models.families import read_spec
 from engine.weights import loader
 
-# Matrices have more than one block, and no size is a multiple of 128.
+# With these sizes, each matrix has more than one FP8 block, and no size is a multiple of 128.
 WIDE = {"hidden_size": 136, "intermediate_size": 200, "moe_intermediate_size": 144, "num_hidden_layers": 2}
 
 

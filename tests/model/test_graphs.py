@@ -1,4 +1,5 @@
-"""Steps in CUDA graphs give the results of plain steps. `graph_stand_in.py` replaces the graphs, so no GPU is needed."""
+"""Tests that steps in CUDA graphs give the results of plain steps. `graph_stand_in.py` replaces the graphs, so no GPU is
+needed."""
 
 from __future__ import annotations
 

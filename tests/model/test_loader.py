@@ -1,4 +1,4 @@
-"""Whole checkpoints load. The error for a broken checkpoint names the tensor and the file."""
+"""Tests that complete checkpoints load, and that the error for a broken checkpoint names the tensor and the file."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_mtp_layers_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3-moe", "deepseek-v3"])
 def test_every_parameter_is_a_target(name, tmp_path):
-    """The load targets of a model cover each number of its parameters exactly once."""
+    """The load targets of a model must cover each number of the model's parameters exactly once."""
     make(name, tmp_path)
     model = build(tmp_path)
     for parameter in model.parameters():

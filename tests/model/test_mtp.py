@@ -1,4 +1,4 @@
-"""Multi-token prediction over a paged KV cache, compared with a dense pass over the same tensors, in float32."""
+"""Compares multi-token prediction (MTP) over a paged KV cache with a dense pass over the same tensors, in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.models.families import read_spec
 from engine.weights import loader
 
 FILE = "model.safetensors"
-LAYERS = 3  # of the main model; the reference has one more, which serves as the layer of the MTP module
+LAYERS = 3  # layers of the main model; the reference has one more, which is the MTP module's layer
 PREFIX = f"model.layers.{LAYERS}."
 HIDDEN = 64
 
@@ -25,7 +25,8 @@ HIDDEN = 64
 def make_with_mtp(name, folder, *, fp8=False, **changes):
     """Write a checkpoint with an MTP module to `folder`.
 
-    Returns the transformers model, which has the module's decoder layer as a further layer, and the other tensors of the module.
+    Returns the transformers model and a dict of tensors. The transformers model has the MTP module's decoder layer as its last
+    layer. The dict has the other tensors of the MTP module.
     """
     reference = make(name, folder, num_hidden_layers=LAYERS + 1, **changes)
     if fp8:
@@ -63,7 +64,8 @@ def norm(x, weight):
 
 @torch.inference_mode()
 def dense_logits(reference, extra, tokens):
-    """Return the MTP module's logits [length - 1, V] of a dense pass. Position i attends to the tokens 0 to i + 1."""
+    """Compute the MTP module's logits [length - 1, V] in a dense pass. The logits at position i depend on the tokens 0 to i +
+    1."""
     ids, decoder = torch.tensor([tokens]), reference.model
     mtp_layer = decoder.layers[LAYERS]
     hidden = decoder.embed_tokens(ids)
@@ -81,7 +83,7 @@ def dense_logits(reference, extra, tokens):
 
 
 class MtpRun(PagedRun):
-    """Runs the main model and the MTP module over the same slices, each with pools and blocks of its own."""
+    """Runs the main model and the MTP module over the same slices. Each of the two has its own KV pools and blocks."""
 
     def __init__(self, model, mtp, sequences):
         super().__init__(mtp, [s[:-1] for s in sequences], seed=1)
@@ -97,7 +99,7 @@ class MtpRun(PagedRun):
             hidden = self.main.model(main_batch)
             before = hidden.clone()
             rows = self.model.logits(self.model(hidden, torch.tensor(after), batch))
-            assert torch.equal(hidden, before)  # the module leaves the caller's tensor unchanged
+            assert torch.equal(hidden, before)  # the MTP module must leave its input unchanged
         for (s, n), part in zip(slices, rows.split(batch.query_lens_host), strict=True):
             self.logits[s] += part
             self.computed[s] += n
@@ -175,7 +177,7 @@ def test_a_family_without_mtp_is_refused(tmp_path):
 
 
 def duplicates(tensors, **changes):
-    """Store the embedding and the head again under the MTP module's names, as DeepSeek's own files do."""
+    """Add a second copy of the embedding and of the head under the MTP module's names, as DeepSeek's own checkpoints have."""
     again = {"embed_tokens": tensors["model.embed_tokens.weight"], "shared_head.head": tensors["lm_head.weight"]}
     tensors.update({f"{PREFIX}{n}.weight": t.clone() + changes.get(n, 0.0) for n, t in again.items()})
 

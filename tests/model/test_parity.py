@@ -1,4 +1,4 @@
-"""Logits of every model family over a paged KV cache, compared with transformers, in float32."""
+"""Compares the logits of every model family over a paged KV cache with those of transformers, in float32."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def test_logits_equal_transformers(name, tmp_path, sequences):
 
 @pytest.mark.parametrize("name", ["llama", "deepseek-v2-yarn", "deepseek-v3"])
 def test_decode_path_equals_chunk_path(name, tmp_path, sequences):
-    """Queries of one token have equal logits as decodes (batched; MLA in latent space) and as chunks (one by one; expanded)."""
+    """A slice of one token has equal logits whether it runs as a decode (batched; MLA in latent space) or as a prompt chunk (one
+    sequence at a time; MLA expanded)."""
     make(name, tmp_path)
     model = load(tmp_path)
     as_decodes = PagedRun(model, sequences).run(num_decoded=6)
@@ -50,7 +51,7 @@ def test_decode_path_equals_chunk_path(name, tmp_path, sequences):
 
 @pytest.mark.parametrize("name", ["qwen3-tied-yarn", "qwen3-moe", "deepseek-v3-yarn"])
 def test_bfloat16_logits_correlate_with_those_of_float32(name, tmp_path, sequences):
-    """Every operation accepts bfloat16. The comparison is loose, since two implementations in bfloat16 do not agree closely."""
+    """The model runs entirely in bfloat16. The comparison with float32 is loose, since bfloat16 rounding changes logits."""
     reference = make(name, tmp_path, initializer_range=0.03)
     model = registry.build(read_spec(tmp_path), dtype=torch.bfloat16, device=torch.device("cpu"))
     loader.load(model, tmp_path)
@@ -73,7 +74,8 @@ def test_a_sequence_does_not_depend_on_its_batch(name, tmp_path, sequences):
 @pytest.mark.parametrize("read", [[0, 2], [1], []], ids=["decode and chunk", "chunk", "none"])
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe", "deepseek-v2-yarn", "deepseek-v3"])
 def test_the_last_layer_computes_only_the_tokens_that_are_read(name, read, tmp_path, sequences):
-    """With `read`, the hidden states of the tokens read, and the KV of all tokens, are the same as without."""
+    """A batch whose field `read` names some tokens gives the same hidden states for these tokens, and the same KV for all tokens,
+    as a batch without `read`."""
     make(name, tmp_path)
     model = load(tmp_path)
     whole, some = PagedRun(model, sequences), PagedRun(model, sequences)

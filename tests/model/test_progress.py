@@ -1,4 +1,5 @@
-"""Every way to load weights reports progress piece by piece, so that a long load does not look like a start that hangs."""
+"""Tests that every way to load weights reports progress piece by piece, so that a long load does not look like a hanging
+start."""
 
 from __future__ import annotations
 
@@ -57,6 +58,6 @@ def test_a_whole_start_reports_the_load_between_its_phases(tmp_path, monkeypatch
 
     clock = StartupClock(report=report)
     build_core(EngineConfig(model=str(tmp_path), device="cpu", max_model_len=64, load_format=load_format), clock).close()
-    during_load = list(clock.seconds).index("weights")  # phases that had ended while the weights were loaded
+    during_load = list(clock.seconds).index("weights")  # number of phases that had ended when the weights were loaded
     assert reports.count(during_load) > 10
     assert set(reports) == set(range(1, len(clock.seconds) + 1)) | {during_load}

@@ -1,4 +1,4 @@
-"""The soak test of loadtest runs on a CPU for a few seconds without an error."""
+"""Runs the soak test of `loadtest` on a CPU for a few seconds; it must end without an error."""
 
 from pathlib import Path
 

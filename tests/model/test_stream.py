@@ -1,4 +1,5 @@
-"""Streaming loads the same weights as the plain loader. On a CPU it uses no pinned memory and no CUDA streams."""
+"""Tests that the streaming loader loads the same weights as the plain loader. On a CPU it uses no pinned memory and no CUDA
+streams."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def plain(folder, dtype) -> registry.Model:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "deepseek-v3", "fp8"])
 def test_streamed_weights_equal_those_of_the_plain_loader(kind, dtype, piece, tmp_path, monkeypatch):
-    """Bytes are copied as they are, converted, or scaled. Files are read in one piece, in several, or in pieces that end within a
-    number."""
+    """The cases cover weights that are copied unchanged, converted to another type, or scaled. Files are read in one piece, in
+    several pieces, or in pieces that end within a number."""
     if kind == "fp8":
         to_fp8(tmp_path, make("qwen3", tmp_path, hidden_size=136, intermediate_size=200, num_hidden_layers=1))
     else:

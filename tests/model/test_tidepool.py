@@ -1,4 +1,4 @@
-"""The bundled checkpoints are as small as promised, read alike by transformers and the engine, and good models of text."""
+"""Tests that the bundled checkpoints are small, give the same logits in transformers and in the engine, and predict text well."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_transformers_and_the_engine_compute_the_same_logits(folder, texts, tmp_
     (found,) = PagedRun(engine, [tokens], block_size=64).run(num_decoded=4)
     reference, info = load_in_transformers(folder, tmp_path)
     assert not any(info[key] for key in ("missing_keys", "mismatched_keys", "error_msgs"))
-    assert all(name.startswith("model.layers.9.") for name in info["unexpected_keys"])  # the MTP module: transformers has none
+    # Layer 9 is the MTP module, which transformers does not have.
+    assert all(name.startswith("model.layers.9.") for name in info["unexpected_keys"])
     with torch.inference_mode():
         wanted = reference(torch.tensor([tokens])).logits[0]
     assert wanted.abs().max() > 10
@@ -63,7 +64,8 @@ def test_transformers_and_the_engine_compute_the_same_logits(folder, texts, tmp_
 
 
 def load_in_transformers(folder, plain):
-    """Dequantise the checkpoint in `folder`, write it to `plain` and load that. Returns (model, loading info)."""
+    """Dequantise the checkpoint in `folder`, write the result to the folder `plain`, and load it with transformers. Returns
+    (model, loading info)."""
     stored, tensors = load_file(folder / "model.safetensors"), {}
     for name, tensor in stored.items():
         if not name.endswith("_scale_inv"):
@@ -90,7 +92,7 @@ def test_the_model_card_has_the_digest_of_the_held_out_text():
 
 
 def test_tidepool_needs_less_than_half_the_bits_of_xz(llm, texts):
-    """A few files, for speed. The model card has the figures for all held-out files."""
+    """The test scores only a few held-out files, to be fast. The model card has the figures for all of them."""
     scorer = EngineScorer(llm)
     found = score(scorer, [scorer.encode(text) for text in texts], scorer.max_window)
     raw = "".join(texts).encode()
@@ -99,7 +101,7 @@ def test_tidepool_needs_less_than_half_the_bits_of_xz(llm, texts):
 
 
 def test_tidepool_writes_python(llm):
-    """Of eight sampled continuations of an import and a `def`, at least four parse."""
+    """At least four of eight sampled continuations of an import and a `def` must be valid Python."""
     params = [SamplingParams(max_tokens=96, temperature=0.4, seed=seed) for seed in range(8)]
     sampled = [answer.text.split("\n\n\n")[0] for answer in llm.generate(["import os\n\ndef "] * 8, params)]
     assert len(set(sampled)) > 4
@@ -128,5 +130,5 @@ def test_every_layer_uses_its_experts(texts, llm):
     balance = own.expert_balance([llm.tokenizer.encode(text).ids for text in texts[:3]])
     config = json.loads((TIDEPOOL / "config.json").read_text())
     assert balance.layers == list(range(1, config["num_hidden_layers"] + 1))
-    assert max(balance.max_over_mean) < 3.0  # over a few files; the model card has the figure for all of them
+    assert max(balance.max_over_mean) < 3.0  # measured over a few files; the model card has the figure for all
     assert balance.utilisation > 0.8

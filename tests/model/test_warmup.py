@@ -1,4 +1,5 @@
-"""The warm-up runs one prompt of each length that the backend requests, and writes to the scratch block only."""
+"""Tests that the warm-up runs one prompt of each length that the model's backend requests, and writes only to the scratch
+block."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 class _Loaded(NamedTuple):
     warmup: PromptWarmup
     storage: KVStorage
-    chunks: list[WarmupChunk]  # those that have run
+    chunks: list[WarmupChunk]  # the warm-up chunks that have run
 
 
 def load_warmup(folder, monkeypatch, *, max_tokens: int) -> _Loaded:
@@ -80,7 +81,7 @@ def test_an_idle_engine_warms_up_prompts_as_long_as_a_step_and_the_context_allow
         core = build_core(msgspec.structs.replace(config, max_model_len=context))
         assert [core.prepare() for _ in range(3)] == [True, True, False]
         core.close()
-    # A chunk is bounded by the smaller of the tokens of a step and of the context.
+    # A warm-up chunk has at most as many tokens as a step and as the context may have.
     assert asked == [(40, 60), (40, 40)]
 
 

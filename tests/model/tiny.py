@@ -1,4 +1,5 @@
-"""Tiny float32 checkpoints with weights large enough that greedy choices are far apart. Needs no transformers."""
+"""Writes tiny float32 checkpoints whose weights are large enough that greedy choices are far apart. Transformers is not
+needed."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ CONFIGS = {"llama": LLAMA, "deepseek_v3": DEEPSEEK_V3}
 
 
 def write(folder: Path, config: dict[str, object], *, seed: int = 0, std: float = 0.3) -> Path:
-    """Write a checkpoint of `config` to `folder`. Norms are one; the other weights are normal with deviation `std`."""
+    """Write a checkpoint of `config` to `folder`. Norm weights are 1. All other weights are normally distributed with standard
+    deviation `std`."""
     (folder / "config.json").write_text(json.dumps(config))
     model = registry.build(read_spec(folder), dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,5 @@
-"""Random requests in random order: no block leaks, and every request ends once, with the tokens that it would get alone.
+"""Runs random requests in random order. No block may leak, and every request must end once, with the tokens that it would get
+alone.
 
 FakeRunner verifies the content of every block that is read, and the scheduler checks its own state after every operation.
 """
@@ -19,12 +20,12 @@ from engine.request import FinishReason, SamplingParams, Status, TokenEvent
 from engine.scheduler.queue import rank
 
 LIMITS = ModelLimits(max_model_len=96, vocab_size=40, eos_token_ids=(3,), dtype="float32")
-NAN_TOKEN = 13  # in some runs, a row that would sample this token fails
+NAN_TOKEN = 13  # in some runs, a row that would sample this token id fails as if its logits were NaN
 SHARED = [7, 8, 9, 7, 8, 9, 1, 1, 1, 2, 5, 6, 7, 8, 9, 4, 4]  # each prompt begins with some of these tokens
 
 
 class Workload:
-    """A Core under random operations, and the tokens and endings that its clients have received."""
+    """Applies random operations to a Core, and keeps the tokens and endings that the Core's clients have received."""
 
     def __init__(self, rng: random.Random, *, overlap: bool, prefix_caching: bool = True) -> None:
         self.rng = rng
@@ -35,7 +36,7 @@ class Workload:
             runner="fake",
             overlap=overlap,
             debug_checks=True,
-            # At least too little for one request of full length, at most enough for four.
+            # The smallest cache cannot hold one request of full length; the largest can hold four.
             cache=CacheConfig(block_size=size, num_blocks=rng.randint(60, 384) // size, prefix_caching=prefix_caching),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
@@ -102,7 +103,8 @@ class Workload:
             self.core.abort(self.rng.choice(live))
 
     def step(self) -> None:
-        """Run a step. The running request of the best rank advances, or waits at most two steps for one that is ending."""
+        """Run a step. The running request of the best rank must advance, except that it may wait at most two steps for a request
+        that is ending."""
         running = self.scheduler._running.prompts + self.scheduler._running.decodes
         best = min((r for r in running if r.num_tokens < r.end_len), key=rank, default=None)
         at = best.num_computed if best else 0
@@ -187,7 +189,7 @@ def assert_as_alone(submit: Submit, tokens: list[int], ending: TokenEvent, nan_t
 
 
 class CountCopies:
-    """A runner that also counts the blocks that forks copied."""
+    """Wraps a runner and counts the KV blocks that forks copied."""
 
     def __init__(self, runner):
         self.runner = runner
@@ -226,7 +228,7 @@ def test_ten_thousand_random_operations(overlap):
         ends.update(finished=stats.num_finished, aborted=stats.num_aborted, preempted=stats.num_preemptions)
         ends.update(refused=workload.refused, cached=stats.cached_tokens, failed=stats.num_failed)
         copies += workload.core._runner.copies
-    # Each kind of event occurred often.
+    # The random runs must cover each kind of event often.
     assert min(*(ends[name] for name in ("preempted", "refused", "aborted", "cached", "failed")), copies) > 50, (ends, copies)
 
 

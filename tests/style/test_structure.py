@@ -1,4 +1,4 @@
-"""Structure rules: who may import whom, which modules need no torch, and that the error table has a row for every error."""
+"""Tests the structure of the code: who may import whom, which modules need no torch, and that the error table has every error."""
 
 import ast
 import importlib.util
@@ -14,8 +14,9 @@ from server.errors import STATUS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A module may import from the rungs below its own and from its own group. Groups of one rung do not import each other.
-# The longest entry that a module's name begins with decides its place.
+# The rungs of the import ladder, the highest first; each rung is a list of groups. A module may import from lower rungs and from
+# its own group. Groups of one rung may not import each other. The longest entry that a module's name begins with decides its
+# place.
 LADDER: list[list[set[str]]] = [
     [{"server.__main__"}, {"train"}],
     [{"server.cli"}],
@@ -104,7 +105,8 @@ PLACES = {entry: (rung, number) for rung, groups in enumerate(LADDER) for number
 
 
 def place(module: str) -> tuple[int, int] | None:
-    """(rung, group) of a module; None for the bare packages `engine` and `server`, which hold public names only."""
+    """Return (rung, group) of a module in LADDER. None stands for the packages `engine` and `server` themselves, which hold
+    public names only."""
     while module and module not in PLACES:
         module = module.rpartition(".")[0]
     return PLACES.get(module)
@@ -123,7 +125,7 @@ def test_imports_go_down_the_ladder(name, path):
     assert not wrong, f"{name} may not import {sorted(wrong)}: see LADDER"
 
 
-# The modules that may lie directly in `engine` or `server`. Every other module belongs in a subpackage.
+# These modules may be directly in the packages `engine` and `server`. Every other module belongs in a subpackage.
 FLAT = {
     "engine": [
         "errors",
@@ -156,7 +158,7 @@ def test_the_ladder_has_a_rung_for_every_module():
 
 
 def test_torch_free_modules_import_without_torch():
-    """All of TORCH_FREE is imported in a process in which `import torch` fails."""
+    """The test imports all modules of TORCH_FREE in a process in which `import torch` fails."""
     modules = [m for m in sources() if any(m == t or (t != "engine" and m.startswith(t + ".")) for t in TORCH_FREE)]
     code = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""Real processes that tests may kill or stop: one engine process, or a whole `tidegate serve`."""
+"""Runs real processes that tests may kill or stop: one engine process, or a whole `tidegate serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def wait_until(condition: Callable[[], object], what: str, *, seconds: float = 20.0) -> None:
-    """Return once `condition()` is true. Raises AssertionError, with `what` in the message, after `seconds`."""
+    """Wait until `condition()` is true. Raises AssertionError, with `what` in the message, after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -40,7 +40,8 @@ def after(shell: str, command: list[str]) -> list[str]:
 
 
 class EngineChild:
-    """One engine process with a socket of its own. After the process has died, `start` starts a new one."""
+    """Runs one engine process with a socket of its own. After the process has died, `start` starts a new process at the same
+    socket."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
@@ -58,7 +59,8 @@ class EngineChild:
         self._folder.cleanup()
 
     def start(self, config: EngineConfig | None = None) -> None:
-        """`config` is for an engine that comes back with other settings."""
+        """Start an engine process. `config` replaces the settings of this process, for an engine that restarts with other
+        ones."""
         start = EngineStart(config=config or self._config, endpoint=self.endpoint, log_level="debug", log_format="json")
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "engine.process"]
@@ -88,9 +90,11 @@ class EngineChild:
 
 
 class ServerChild:
-    """A `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables.
+    """Runs a `tidegate serve` on free ports with a fake engine. `settings` become TIDEGATE_* variables of the server's
+    environment.
 
-    `shell` is shell code that runs first in the server's process, for example "ulimit -n 20". `python` is the interpreter.
+    `shell` is shell code that runs first in the server's process, for example "ulimit -n 20". `python` is the server's Python
+    interpreter.
     """
 
     def __init__(self, *, shell: str = ":", python: str = sys.executable, **settings: object) -> None:
@@ -106,7 +110,8 @@ class ServerChild:
         }
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         self._environment |= {f"TIDEGATE_{key.upper()}": str(value) for key, value in given.items()}
-        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")  # the server's TMPDIR, which it should leave empty
+        # The folder is the server's TMPDIR. The server should leave it empty.
+        self.folder = tempfile.TemporaryDirectory(prefix="tidegate-test-")
         self._environment["TMPDIR"] = self.folder.name
         self.lines: list[dict[str, Any]] = []
         self.text: list[str] = []
@@ -165,7 +170,7 @@ class ServerChild:
         """Return the process ids of the server's children by title, such as {"tidegate: engine 0": 123}."""
         titles = {}
         for child in psutil.Process(self.pid).children():
-            with contextlib.suppress(psutil.Error):  # the child has just died
+            with contextlib.suppress(psutil.Error):  # raised if the child has just died
                 titles[" ".join(child.cmdline()).strip()] = child.pid
         return titles
 

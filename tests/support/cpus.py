@@ -1,10 +1,10 @@
-"""The number of CPUs for parallel test runs."""
+"""Finds the number of CPUs that a parallel test run may use."""
 
 import math
 import os
 from pathlib import Path
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max period"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # holds "QUOTA PERIOD" in microseconds, or "max PERIOD" for no limit
 
 
 def usable_cpus() -> int:

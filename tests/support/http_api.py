@@ -1,4 +1,4 @@
-"""The HTTP application in a real uvicorn, with the real service and a LocalEngine, all in the event loop of the test."""
+"""Runs the HTTP application in a real uvicorn, with the real service and a LocalEngine, all in the event loop of the test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL = "tiny"
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that leaves the signal handlers to pytest."""
+    """A uvicorn server that installs no signal handlers, so that those of pytest stay."""
 
     def capture_signals(self):
         return contextlib.nullcontext()
@@ -31,7 +31,7 @@ class _Server(uvicorn.Server):
 
 @dataclass
 class HttpApi:
-    """A running server and its clients."""
+    """Holds a running HTTP server, its engine and service, and two clients of the server."""
 
     port: int
     engine: LocalEngine

@@ -1,4 +1,4 @@
-"""An ASGI application behind the guard, in a real uvicorn that runs in a thread and listens on a free port."""
+"""Runs an ASGI application behind `server.http.guard`, in a real uvicorn that runs in a thread and listens on a free port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.http.guard import guarded
 
 @contextlib.contextmanager
 def serving(app, limits, count=lambda status: None):
-    """Yields the port. `count` is called with the status of each refusal."""
+    """Serve `app` behind the guard with `limits`, and yield the port. The guard calls `count` with the status of each refusal."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, http=guarded(limits, count), ws="none", lifespan="off", access_log=False, log_level="critical", loop="uvloop"

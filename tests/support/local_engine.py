@@ -1,6 +1,6 @@
-"""LocalEngine: a peer of `EngineClient` that runs a Core with a FakeRunner in the event loop of a test.
+"""Defines LocalEngine, which replaces `EngineClient` and runs a Core with a FakeRunner in the event loop of a test.
 
-It needs no process, no socket and no torch.
+A LocalEngine needs no process, no socket and no torch.
 
 async with LocalEngine() as engine:
     service = GenerateService(engine, text, settings, metrics)
@@ -21,7 +21,7 @@ from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
 from server.engines.base import EngineHealth, error_of, size_of
 
-# The vocabulary is the tiny checkpoint's.
+# The vocabulary has the size of the tiny checkpoint's (tests/support/tiny_checkpoint.py).
 LIMITS = ModelLimits(max_model_len=512, vocab_size=512, eos_token_ids=(1,), dtype="float32")
 CONFIG = EngineConfig(
     model="demo",
@@ -33,14 +33,14 @@ CONFIG = EngineConfig(
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Run the event loop until `condition` holds."""
+    """Let other tasks of the event loop run until `condition()` is true. Raises TimeoutError after `seconds`."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - the condition may be any state of the engine
             await asyncio.sleep(0)
 
 
 class LocalStream:
-    """Implements `server.engines.base.TokenStream`."""
+    """Holds the events of one request for its reader. Implements `server.engines.base.TokenStream`."""
 
     def __init__(self, engine: LocalEngine, request_id: str) -> None:
         self._engine = engine
@@ -94,16 +94,16 @@ class LocalStream:
 
 
 class LocalEngine:
-    """Implements `server.engines.base.EngineClientProtocol`. Runs steps while it has work.
+    """Runs the steps of a Core while it has requests. Implements `server.engines.base.EngineClientProtocol`.
 
-    `pause()` stops it between two steps, so that a test can inspect running requests.
+    `pause()` stops the engine between two steps, so that a test can inspect running requests.
     """
 
     def __init__(self, config: EngineConfig = CONFIG, limits: ModelLimits = LIMITS, *, step_seconds: float = 0.0) -> None:
         self.core = Core(build_fake(config, limits))
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []  # request ids whose stream was aborted, in order
-        self.unavailable: str | None = None  # if set, every submit is refused for this reason
+        self.unavailable: str | None = None  # if not None, every submit is refused with this reason
         self._step_seconds = step_seconds
         self._streams: dict[str, LocalStream] = {}
         self._work = asyncio.Event()
@@ -149,7 +149,7 @@ class LocalEngine:
         self._work.set()
 
     def fail(self, error: TidegateError) -> None:
-        """End every running request with `error`, as EngineClient does when its engine does not come back."""
+        """End every running request with `error`, as EngineClient does if its engine does not restart in time."""
         for request_id, stream in list(self._streams.items()):
             self.drop(request_id)
             stream.end(error)
@@ -162,7 +162,7 @@ class LocalEngine:
 
     @property
     def idle(self) -> bool:
-        """Whether the core and the streams hold no request."""
+        """Return whether neither the core nor a stream has a request."""
         return not self.core.has_work and not self._streams
 
     async def _loop(self) -> None:

@@ -1,4 +1,4 @@
-"""A real gRPC server on a free port, and a client for it, both in the test's event loop."""
+"""Runs a real gRPC server on a free port and a client for it, both in the test's event loop."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A child of the supervisor that runs Python code: `python -m tests.support.scripted`.
+"""Runs Python code as a child process of the supervisor: `python -m tests.support.scripted`.
 
-The line on standard input is the code, with semicolons between statements. The code can use `lifeline`, `os`, `sys`, `time`,
-and `wait()`, which never returns.
+The process reads the code from one line of standard input, with semicolons between statements. The code can use `lifeline`, `os`,
+`sys`, `time`, and `wait()`, which never returns.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Clients of a whole server and readers of its metrics, for tests that kill or stop the server."""
+"""Provides clients of a real server and readers of its metrics, for tests that kill or stop the server."""
 
 import asyncio
 import json
@@ -50,7 +50,7 @@ def metrics(server):
 
 
 def used_blocks(server):
-    return metrics(server).get("tidegate_kv_cache_usage_ratio")  # None until the engine's first heartbeat
+    return metrics(server).get("tidegate_kv_cache_usage_ratio")  # the metric is missing (None) until the engine's first heartbeat
 
 
 def engine_running(server):
@@ -62,7 +62,8 @@ async def in_thread(function, *args, **kwargs):
 
 
 def refused_start(variables, shell=":"):
-    """Run `tidegate serve`, which must refuse to start with exit code 2. The shell code `shell` runs first in its process."""
+    """Run `tidegate serve`, which must refuse to start with exit code 2. The shell code `shell` runs first in the server's
+    process."""
     ports = {f"TIDEGATE_{name}": "0" for name in ("PORT", "GRPC_PORT", "ADMIN_PORT")}
     environment = {**os.environ, **ports, "TIDEGATE_RUNNER": "fake", **variables}
     command = after(shell, [sys.executable, "-m", "server.cli", "serve"])

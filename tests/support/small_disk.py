@@ -1,4 +1,4 @@
-"""A real file system of a few megabytes, to be filled."""
+"""Mounts a real file system of a few megabytes that a test can fill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str = "4m") -> Iterator[Path]:
-    """Mount a tmpfs of `size` at `folder`. Skips the test where this process may not mount."""
+    """Mount a tmpfs of `size` at `folder`. Skips the test if this process may not mount file systems."""
     folder.mkdir()
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
@@ -27,7 +27,7 @@ def small_disk(folder: Path, size: str = "4m") -> Iterator[Path]:
 
 
 def fill(folder: Path, *, leave: int = 0) -> None:
-    """Write a file into `folder` until its file system is full, but for `leave` bytes."""
+    """Write a file into `folder` that fills the file system except for `leave` bytes."""
     with (folder / "filler").open("wb", buffering=0) as file:
         with contextlib.suppress(OSError):
             while True:

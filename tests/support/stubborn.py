@@ -1,6 +1,7 @@
-"""A child of the supervisor that starts a child of its own, which keeps standard output open: `python -m tests.support.stubborn`.
+"""Runs as a child process of the supervisor, and starts a grandchild that keeps standard output open.
 
-The line on standard input is a path. The process id of the grandchild is written to that file.
+The command is `python -m tests.support.stubborn`. The line on standard input is a path. The process id of the grandchild is
+written to that file.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""A tiny DeepSeek-V3-shaped checkpoint with random weights, for tests that need no sensible text.
+"""Writes a tiny DeepSeek-V3-shaped checkpoint with random weights, for tests that need no sensible text.
 
-It has every part of the real architecture (MLA with low-rank queries and keys, a dense first layer, sigmoid routing limited
-to groups of experts, a shared expert, YaRN), 1.8 M parameters, and a tokenizer of 512 tokens trained on the text below. With the
-same version of numpy, the files are the same on every machine.
+The checkpoint has every part of the real architecture (MLA with low-rank queries and keys, a dense first layer, sigmoid routing
+limited to groups of experts, a shared expert, YaRN), 1.8 M parameters, and a tokenizer of 512 tokens trained on the text below.
+With the same version of numpy, the files are the same on every machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 4
+SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")  # their token ids are 0 to 4
 BOS, EOS = 0, 1
-WEIGHT_STD = 0.08  # wide enough that greedy tokens depend on the whole prompt
+WEIGHT_STD = 0.08  # standard deviation of the weights; large enough that greedy tokens depend on the whole prompt
 SEED = 2026
 
 CONFIG: dict[str, Any] = {
@@ -79,7 +79,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# The text that the tokenizer is trained on. It is written out here so that every machine and Python version gets the same tokens.
+# The tokenizer is trained on this text. It is written out so that every machine and Python version gets the same tokens.
 CORPUS = """\
 A tide gate lets the water through when the river runs out to the sea, and holds it when the sea runs in. A server for large \
 language models does the same with requests: it lets in as many as the hardware can carry and holds the others at the door, so \
@@ -131,7 +131,7 @@ def write_tiny_checkpoint(folder: Path) -> Path:
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Return a byte-level BPE tokenizer. Encoding and decoding leaves every text unchanged."""
+    """Make a byte-level BPE tokenizer. Encoding a text and decoding the tokens gives the same text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Makes this folder's helpers importable, and limits torch to one thread, since the models here are tiny."""
+"""Makes the helpers of this folder importable by its tests, and limits torch to one thread, since the tests' models are tiny."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model cards state exactly the recorded figures."""
+"""Tests that the model cards state exactly the recorded figures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folders(tmp_path):
     for name in ("tidepool", "tidepool-draft"):
         (work / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     lines = [EVALUATION | {"precision": "bfloat16"}, EVALUATION | {"precision": "fp8", "bits_per_byte": 9.9}]
-    lines.append(EVALUATION | {"precision": "fp8", "bits_per_byte": 0.75})  # measured again: the last one counts
+    lines.append(EVALUATION | {"precision": "fp8", "bits_per_byte": 0.75})  # the second fp8 line: the card must show the last one
     (checkpoints / "tidepool" / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return work, checkpoints
 

@@ -1,4 +1,4 @@
-"""The training model equals the engine's: same logits from a training model and from the engine on its exported checkpoint."""
+"""Tests the training model, and that the engine computes the same logits from its exported checkpoint."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_logits_equal_the_engines(name, tmp_path):
 
 
 def test_losses_are_of_the_tokens_one_and_two_ahead():
-    """An untrained model shows a shifted target. A trained one would not: it would learn a cycle whatever the shift."""
+    """Training tests cannot find targets that are shifted by one token, since a model learns a cycle of tokens whatever the
+    shift. So this test calculates the losses of an untrained model."""
     model = make_odd(TINY_TIDEPOOL)
     ids = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -64,7 +65,7 @@ def test_a_prediction_sees_nothing_that_is_later():
 def test_load_counts_every_choice_of_every_moe_layer():
     model = make(TINY_TIDEPOOL)
     load = model(torch.randint(VOCAB, (3, 18))).load
-    assert load.shape == (3, TINY_TIDEPOOL["n_routed_experts"])  # two of the trunk, one of the MTP module
+    assert load.shape == (3, TINY_TIDEPOOL["n_routed_experts"])  # two layers of the trunk and one of the MTP module
     assert load.sum(1).tolist() == [3 * 16 * TINY_TIDEPOOL["num_experts_per_tok"]] * 3
 
 
@@ -82,9 +83,10 @@ def test_cross_entropy_is_torchs():
 
 
 def test_flops_count_what_a_token_touches():
-    """The draft's count by hand: every matrix once, the embedding as the head, and attention over half a window on average."""
+    """The test counts the draft model's FLOPs by hand: every matrix once, the embedding as the head, and attention over half a
+    window on average."""
     model, length = make(TINY_DRAFT), 64
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert active_parameters(model) == matrices
-    attention = 2 * 4 * (16 + 16) * length / 2  # layers, heads, numbers of a query and a value
+    attention = 2 * 4 * (16 + 16) * length / 2  # layers x heads x (query size + value size) x mean context
     assert flops_per_token(model, length) == 6 * (matrices + attention)

@@ -1,4 +1,4 @@
-"""Windows, plan, optimizer and export, each tested separately."""
+"""Tests the parts of training one by one: windows, plan, optimizer and export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_one_in_another_order():
 
 def test_rows_do_not_depend_on_how_they_are_asked_for():
     windows, again = (Windows(torch.arange(500).to(torch.int16), length=8, ahead=1, seed=3) for _ in range(2))
-    whole = windows.rows(0, 150)  # two epochs of the stream, and the beginning of a third
+    whole = windows.rows(0, 150)  # the windows of two epochs and the beginning of a third
     parts = torch.cat([again.rows(100, 50), again.rows(0, 7), again.rows(7, 93)])
     assert torch.equal(whole, torch.cat([parts[50:], parts[:50]]))
 
@@ -82,7 +82,8 @@ def test_orthogonalize_keeps_directions_and_evens_sizes(shape):
     out = orthogonalize(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     singular = torch.linalg.svdvals(out)
-    # Near-zero singular values grow only so far in five iterations; those that were a tenth of the largest are there.
+    # Five iterations are too few for singular values near zero, so the lower bound is loose. Values of at least a tenth of the
+    # largest one reach the final range.
     assert (singular > 0.3).all()
     assert (singular < 1.25).all()
     overlap = (out * (u @ v)).sum((1, 2)) / (out.norm(dim=(1, 2)) * (u @ v).norm(dim=(1, 2)))
@@ -90,7 +91,8 @@ def test_orthogonalize_keeps_directions_and_evens_sizes(shape):
 
 
 def test_a_step_of_muon_is_torchs():
-    """Compared with torch.optim.Muon, matrix by matrix, with the same scaling. torch's version iterates in bfloat16."""
+    """The test compares this Muon with torch.optim.Muon, matrix by matrix, with the same scaling. The tolerance is wide, since
+    torch's version iterates in bfloat16."""
     torch.manual_seed(0)
     model = make(TINY_DRAFT)
     ours, _ = make_optimizers(model, lr=1e-2)

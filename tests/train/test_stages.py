@@ -1,4 +1,5 @@
-"""`python -m train`: each stage's command exists and accepts its arguments. The stages' parts have tests of their own."""
+"""Tests that the command of each stage of `python -m train` exists and accepts its arguments. Other tests cover the stages'
+parts."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ COMMANDS = [(stage, command) for stage, commands in stages(Path("work")).items()
 
 
 def parse(name, arguments):
-    """Parse a stage's command line. Raises click's UsageError where the command would."""
+    """Parse a stage's command line without running the stage. Raises click's UsageError for wrong arguments."""
     module = importlib.import_module(name)
     app = getattr(module, "app", None)
     if app is None:
@@ -31,7 +32,7 @@ def parse(name, arguments):
 
 @pytest.mark.parametrize(("stage", "command"), COMMANDS, ids=[f"{s}-{i}" for i, (s, _) in enumerate(COMMANDS)])
 def test_each_command_takes_its_arguments(stage, command):
-    if "-m" in command:  # where there are several GPUs, torch's launcher comes first
+    if "-m" in command:  # on several GPUs, the command begins with torch's launcher
         command = command[command.index("-m") + 1 :]
     parse(command[0], command[1:])
 

@@ -1,4 +1,5 @@
-"""The training loop learns, resumes to the bit, and gives the same result in several processes as in one."""
+"""Tests that the training loop learns, that a resumed run ends with equal bits, and that several processes give the result of
+one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def train(run, steps, *, total=None, config=TINY_TIDEPOOL, **changes):
-    """Train to step `steps` of a run of `total`."""
+    """Train a tiny model up to step `steps` of a run of `total` steps. Returns the model."""
     model = make(config)
     training = Training(Pretraining(model), plan(total or steps, **changes), stream(), Devices("cpu"), run)
     training.train(until=steps)
@@ -45,7 +46,7 @@ def test_it_learns_both_predictions(tmp_path):
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, config):
     whole = train(tmp_path / "whole", 7, config=config)
     train(tmp_path / "parts", 3, total=7, config=config)
-    train(tmp_path / "parts", 5, total=7, config=config)  # its last two steps are not saved, and are done again
+    train(tmp_path / "parts", 5, total=7, config=config)  # steps 4 and 5 are not saved, so they run again
     parts = train(tmp_path / "parts", 7, config=config)
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

@@ -1,4 +1,5 @@
-"""Model shapes small enough to train for some steps in a test, with every part of Tidepool and of its draft model."""
+"""Defines model shapes that are small enough to train for some steps in a test. They have every part of Tidepool and of its draft
+model."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def make(config: dict[str, object], *, seed: int = 0) -> Decoder:
 
 
 def make_odd(config: dict[str, object]) -> Decoder:
-    """Set norms and biases to values other than ones and zeros, so that swapping two would show, and enlarge the matrices."""
+    """Make a model whose norms are not 1 and whose biases are not 0, so that a test notices two exchanged tensors. The embedding
+    and the routers have larger weights than usual."""
     model = make(config)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -59,7 +61,7 @@ def make_odd(config: dict[str, object]) -> Decoder:
 
 
 def stream(length: int = 4000) -> torch.Tensor:
-    """A learnable text: a cycle of tokens, a tenth of which is seeded noise."""
+    """Make a token stream that a model can learn: a cycle of tokens, in which a tenth of the tokens is seeded noise."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(length) * 7 % VOCAB
     noise = torch.randint(VOCAB, (length,), generator=generator)

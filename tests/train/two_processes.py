@@ -1,4 +1,4 @@
-"""Trains four steps of the tiny model into a given folder. test_training.py runs it under torchrun."""
+"""Trains the tiny model for four steps and saves the run in a given folder. test_training.py runs this script under torchrun."""
 
 import sys
 from pathlib import Path

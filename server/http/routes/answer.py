@@ -17,16 +17,16 @@ from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest
 
 
 class Answer(Protocol):
-    """Writes answers in the form of one route."""
+    """Writes the answer to one request, in the form that the request's route has."""
 
     def write_logprobs(self, chunk: Chunk, written: Written) -> Iterator[None]:
         """Append the log-probabilities of `chunk` to the fields of `written`. Yields between two slices of work."""
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
-        """The answer as one JSON object. `endings` has one entry for each generation."""
+        """Return the whole answer as one JSON object. `endings` has one entry for each generation."""
 
     def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events, for an `EventStream`. Closing this generator closes `stream`, which aborts the
+        """Yield the answer as server-sent events, for an `EventStream`. Closing this generator closes `stream`, which aborts the
         generations."""
 
 

@@ -1,4 +1,4 @@
-"""Helpers that all routes share: access to the service, small JSON answers, and entries for the OpenAPI document."""
+"""Provides helpers that all routes share: access to the service, small JSON answers, and entries for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.service.types import Usage
 
 
 class Api(msgspec.Struct, frozen=True, kw_only=True):
-    """The objects that routes work with. The application holds it as `app.state.api`."""
+    """Holds the objects that the routes of an application use. The application keeps it as `app.state.api`."""
 
     service: GenerateService
     metrics: Metrics
@@ -38,7 +38,7 @@ def new_id(prefix: str) -> str:
 
 
 def now() -> int:
-    """The current time in whole seconds since 1970."""
+    """Return the current time in whole seconds since 1970."""
     return int(time.time())
 
 
@@ -47,7 +47,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
-    """Token counts in the form of OpenAI's `usage` object."""
+    """Return the token counts of `usage` in the form of OpenAI's `usage` object."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -70,7 +70,7 @@ _ERRORS: dict[int | str, str] = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses=` argument of a route that may answer with these error statuses."""
+    """Return the `responses=` argument of a FastAPI route that may answer with the given HTTP error statuses."""
     answers: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         answers[status] = {"description": _ERRORS[status], "model": ErrorResponse}
@@ -84,9 +84,9 @@ EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 class JsonBody(dict[str, Any]):
-    """The `openapi_extra=` argument of a route that reads its body with `server.http.body.read_json`.
+    """Describes the body of a route that reads it with `server.http.body.read_json`: the route's `openapi_extra=` argument.
 
-    It keeps the model of the body, so that `server.http.openapi` can add the model's schema to the document.
+    The object keeps the pydantic model of the body, so that `server.http.openapi` can add the model's schema to the document.
     """
 
     def __init__(self, model: type[BaseModel]) -> None:

@@ -1,4 +1,5 @@
-"""POST /v1/chat/completions, as OpenAI defines it: text messages in, one assistant message out."""
+"""Serves POST /v1/chat/completions as OpenAI defines it: a request has text messages, and each output is one assistant
+message."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ def _choice(output: CollectedOutput) -> Parts:
 
 
 def _role(index: int) -> dict[str, Any]:
-    """The choice in the first event of an output. It has the role of the message, and no text."""
+    """Return the choice for the first event of a streamed output. It has the role of the message, and no text."""
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 

@@ -14,12 +14,12 @@ from server.http.routes.logprobs import WriteLogprobs, Written
 from server.service.pacing import Backlog, Pacer
 from server.service.types import Chunk, Ending, Usage
 
-_BACKLOG_CHUNKS = 64  # chunks handled per loop iteration: a few milliseconds of work, including the service's
+_BACKLOG_CHUNKS = 64  # chunks handled per event loop iteration: a few milliseconds of work, including that of the service
 
 
 @dataclass(slots=True)
 class CollectedOutput:
-    """The text, tokens and log-probabilities that one output has so far."""
+    """Holds the text, tokens and log-probabilities that have arrived so far for one output of a request."""
 
     index: int
     texts: list[str] = field(default_factory=list)
@@ -91,14 +91,14 @@ class Collector:
 
 
 def renumbered(chunk: Chunk, first_index: int) -> Chunk:
-    """A copy of `chunk` with `first_index` added to the index of its output. The original chunk does not change."""
+    """Return `chunk` with `first_index` added to the index of its output. The original chunk does not change."""
     return msgspec.structs.replace(chunk, index=chunk.index + first_index) if first_index else chunk
 
 
 async def merge(streams: list[AsyncGenerator[Chunk | Ending, None]], n: int) -> AsyncGenerator[Chunk | Ending, None]:
     """Merge the streams of several prompts, in order of arrival. Outputs are numbered in one sequence.
 
-    The merged stream has one Ending for each prompt. An error of one prompt ends it and closes all the streams.
+    The merged stream has one Ending for each prompt. An error of one prompt ends the merged stream and closes all the streams.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:

@@ -1,4 +1,4 @@
-"""POST /v1/completions, as OpenAI defines it."""
+"""Serves POST /v1/completions, as OpenAI defines it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ router = APIRouter(tags=["openai"])
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt of a completions call, which can have several."""
+    """Holds one of the prompts of a request of POST /v1/completions."""
 
     content: str | list[int]  # the prompt for the service, as text or as token ids
-    echo_text: str | None = None  # with `echo`: the prompt's text, with which its choices begin
-    first_token: int | None = None  # with `echo`: the prompt's first token id
+    echo_text: str | None = None  # if the request sets `echo`: the prompt's text, with which its choices begin
+    first_token: int | None = None  # if the request sets `echo`: the prompt's first token id
 
 
 @router.post(
@@ -59,7 +59,7 @@ async def completions(request: Request) -> Response:
 
 
 async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> Prompt:
-    """The Prompt for `content`. It is tokenised here if `echo` or the limit on log-probabilities needs its tokens."""
+    """Make the Prompt for `content`. The text is tokenised here if `echo` or the limit on log-probabilities needs its tokens."""
     if not body.echo and body.prompt_logprobs is None:
         return Prompt(content)
     tokens = await api.service.tokenize(content, model=body.model, as_prompt=True) if isinstance(content, str) else content
@@ -84,7 +84,7 @@ def _requests(body: CompletionBody, prompts: list[Prompt], id: str) -> list[Gene
 def _check_together(api: Api, requests: list[GenerationRequest]) -> None:
     """Check the sum of the log-probabilities of all prompts against the service's limits. Raises InvalidRequest.
 
-    Prompts are lists of tokens if their own log-probabilities are requested, see `_prompt`.
+    If a request asks for log-probabilities of its prompts, `_prompt` has tokenised the prompts, so their lengths are in tokens.
     """
     api.service.check_logprobs(
         requests[0].params,
@@ -162,10 +162,11 @@ class _Answer:
             yield from field_of(written, "prompt_logprobs", lambda: ItemList(self._prompt_item)).write(prompt)
 
     def _logprobs_of(self, chunk: Chunk) -> LogprobsJson:
-        """A new `logprobs` field for a choice, or for an event of a streamed choice. `chunk` is the first chunk in it."""
+        """Make an empty `logprobs` field for a choice, or for an event of a streamed choice. `chunk` is the first chunk whose
+        log-probabilities the field will hold."""
         prompt = self._prompt_of(chunk.index)
         offset = self._offsets.get(chunk.index)
-        if offset is None:  # the first chunk: an echoed prompt precedes it, either with or without log-probabilities
+        if offset is None:  # the choice's first chunk, which follows an echoed prompt (with or without log-probabilities)
             offset = len(prompt.echo_text or "") if chunk.prompt_logprobs is None else 0
         return CompletionLogprobsJson(self._body.logprobs or 0, self._text, offset=offset, first_token=prompt.first_token)
 

@@ -1,4 +1,4 @@
-"""POST /v1/generate."""
+"""Serves POST /v1/generate, Tidegate's own route, whose answers have token ids beside text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from server.http.sse import DONE, event_pieces
 from server.service.types import Chunk, Ending
 
 router = APIRouter(tags=["generate"])
-_CACHE = "off"  # there is no response cache yet
+_CACHE = "off"  # the answer's field `cache`: the server has no response cache yet
 
 
 @router.post(
@@ -71,7 +71,7 @@ class _Answer:
                     last, written = _chunk(item), {}
                     await self._pacer.run(self.write_logprobs(item, written))
                     unfinished -= item.finish_reason is not None
-                    if unfinished:  # the very last chunk shares its event with the Ending, which comes next
+                    if unfinished:  # the last chunk of the request shares its event with the Ending, which comes next
                         for piece in event_pieces(self._event(last, written)):
                             yield piece
         yield DONE

@@ -1,4 +1,4 @@
-"""GET /health/live, /health/ready and /health/startup, for probes.
+"""Serves GET /health/live, /health/ready and /health/startup for health probes.
 
 `live` is true while this process runs its event loop. `ready` is true while every API worker has reached an engine since the
 server started and this worker's engine makes progress. `startup` is true once `ready` has been true. HEAD gets the same answer

@@ -18,27 +18,27 @@ TokenText = Callable[[int], str]
 TokenBytes = Callable[[int], bytes]
 Item = Callable[[TokenLogprobs], dict[str, Any]]
 
-_LOWEST = -9999.0  # JSON has no minus infinity; OpenAI sends this value for it
+_LOWEST = -9999.0  # written for minus infinity, which JSON does not have; OpenAI uses the same value
 
 
 class LogprobsJson(Protocol):
-    """The JSON text of one field that holds log-probabilities."""
+    """Collects the JSON text of one field of an answer, which holds log-probabilities."""
 
     def write(self, positions: Positions) -> Iterator[None]:
         """Append `positions` to the JSON text. Yields between two slices of about SLICE log-probabilities."""
 
     def parts(self) -> Parts:
-        """The JSON text of all positions written so far."""
+        """Return the JSON text, in parts, of all positions written so far."""
 
 
-Written = dict[str, LogprobsJson]  # field name -> its JSON
+Written = dict[str, LogprobsJson]  # name of an answer's field -> the field's JSON text
 WriteLogprobs = Callable[[Chunk, Written], Iterator[None]]
 """A generator function that appends the log-probabilities of a Chunk to the fields of `Written`, and yields between two slices.
 Fields that are missing are added."""
 
 
 class ItemList:
-    """Log-probabilities as a JSON list with one item for each position."""
+    """Writes log-probabilities as a JSON list with one item for each position."""
 
     def __init__(self, item: Item) -> None:
         self._item = item
@@ -56,18 +56,18 @@ class ItemList:
 
 
 class ChatLogprobsJson(ItemList):
-    """Log-probabilities in the form of OpenAI's chat completions: an object with the list `content`."""
+    """Writes log-probabilities in the form of OpenAI's chat completions: an object with the list `content`."""
 
     def parts(self) -> Parts:
         return object_parts({"refusal": None}, {"content": self._items.parts()})
 
 
 class CompletionLogprobsJson:
-    """Log-probabilities in the form of OpenAI's completions: an object of four lists, each with one item for each position."""
+    """Writes log-probabilities in the form of OpenAI's completions: an object of four lists with one item for each position."""
 
     def __init__(self, num_top: int, text: TokenText, *, offset: int, first_token: int | None) -> None:
         """`num_top` is the number of alternatives at each position. `offset` is where in the choice's text the first position
-        begins, in characters. `first_token` is the token of a position that is None."""
+        begins, in characters. `first_token` is the token at a position that is None, which is the first position of a prompt."""
         self._num_top = num_top
         self._text = text
         self._offset = offset
@@ -101,9 +101,9 @@ class CompletionLogprobsJson:
 
 
 def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], LogprobsJson]) -> WriteLogprobs:
-    """A function that appends a chunk's `logprobs` and `prompt_logprobs` to the fields of these names.
+    """Return a function that appends a chunk's log-probabilities to the answer's fields `logprobs` and `prompt_logprobs`.
 
-    `output` and `prompt` make the empty fields.
+    `output` makes an empty field `logprobs`, and `prompt` makes an empty field `prompt_logprobs`.
     """
 
     def write(chunk: Chunk, written: Written) -> Iterator[None]:
@@ -115,19 +115,19 @@ def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], Logprobs
 
 
 def field_of(written: Written, name: str, new: Callable[[], LogprobsJson]) -> LogprobsJson:
-    """The field `name` of `written`. If it is missing, `new` makes it."""
+    """Return the field `name` of `written`. If the field is missing, `new` makes it and it is added."""
     if name not in written:
         written[name] = new()
     return written[name]
 
 
 def written_parts(written: Written, *names: str) -> dict[str, Parts]:
-    """The JSON text of the fields in `written`, by name. With `names`, only of fields that have one of these names."""
+    """Return the JSON text of each field in `written`, by field name. If `names` are given, other fields are left out."""
     return {name: field.parts() for name, field in written.items() if not names or name in names}
 
 
 def own_item(text: TokenText) -> Item:
-    """A function that writes one position in the form of /v1/generate, which is `schemas.generate.TokenInfo`."""
+    """Return a function that formats one position in the form of /v1/generate, which is `schemas.generate.TokenInfo`."""
 
     def item(position: TokenLogprobs) -> dict[str, Any]:
         top = zip(position.top_ids, position.top_logprobs, strict=True)
@@ -143,7 +143,7 @@ def own_item(text: TokenText) -> Item:
 
 
 def chat_item(text: TokenText, bytes_of: TokenBytes) -> Item:
-    """A function that writes one position in the form of chat completions, which is `schemas.openai.ChatTokenLogprob`.
+    """Return a function that formats one position as chat completions do, which is `schemas.openai.ChatTokenLogprob`.
 
     From the field `bytes`, a client can put together a character whose bytes are in several tokens.
     """
@@ -159,7 +159,7 @@ def chat_item(text: TokenText, bytes_of: TokenBytes) -> Item:
 
 
 def prompt_item(text: TokenText) -> Item:
-    """A function that writes one prompt position in the form of vLLM: token id -> {logprob, rank, decoded_token}."""
+    """Return a function that formats one prompt position in the form of vLLM: token id -> {logprob, rank, decoded_token}."""
 
     def item(position: TokenLogprobs) -> dict[str, Any]:
         top = enumerate(zip(position.top_ids, position.top_logprobs, strict=True), 1)
@@ -171,8 +171,8 @@ def prompt_item(text: TokenText) -> Item:
 
 
 def _top_map(position: TokenLogprobs, num_top: int, text: TokenText) -> dict[str, float]:
-    """The alternatives and the token itself, as text -> log-probability. If two tokens have the same text, the more probable one
-    is kept."""
+    """Map the text of the `num_top` most probable tokens, and of the position's own token, to their log-probabilities. If two
+    tokens have the same text, the more probable one is kept."""
     top = zip(position.top_ids[:num_top], position.top_logprobs[:num_top], strict=True)
     found: dict[str, float] = {}
     for token, logprob in top:
@@ -182,5 +182,5 @@ def _top_map(position: TokenLogprobs, num_top: int, text: TokenText) -> dict[str
 
 
 def _finite(logprob: float) -> float:
-    """`logprob`, or -9999 if it is smaller or NaN."""
+    """Return `logprob`, or -9999 if `logprob` is smaller than that or NaN."""
     return logprob if logprob > _LOWEST else _LOWEST

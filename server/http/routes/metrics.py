@@ -1,4 +1,4 @@
-"""GET /metrics, in Prometheus's text format."""
+"""Serves GET /metrics in Prometheus's text format."""
 
 from __future__ import annotations
 

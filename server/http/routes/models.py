@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{model}."""
+"""Serves GET /v1/models and GET /v1/models/{model}, which describe the models of this server."""
 
 from __future__ import annotations
 

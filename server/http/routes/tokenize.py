@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""Serves POST /tokenize and POST /detokenize, which convert between text and token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GET /version."""
+"""Serves GET /version, which answers the server's version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base of all request schemas: strict parsing, and the sampling fields with their ranges from `engine.request.BOUNDS`.
+"""Defines the base of all request schemas: strict parsing, and sampling fields with their ranges from `engine.request.BOUNDS`.
 
 HTTP and gRPC validate requests with the same schemas. Strict means: "3" is not a number, 1 is not a boolean, and an unknown
 field is an error. Every optional field may also be null, with the same meaning, because OpenAI clients send it so.
@@ -28,17 +28,17 @@ from engine.errors import UnsupportedField
 from engine.request import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 from server.service.types import GenerationRequest
 
-# The largest limits that `Settings` can set. The service checks the limits that are set, for HTTP and gRPC alike.
-MAX_N = 128  # outputs of one prompt
-MAX_STOP = 1024  # stop strings of one request
-MAX_STOP_CHARS = 65536  # characters of one stop string
-MAX_PROMPTS = 128  # prompts of one completions call
+# Upper bounds of the limits that an operator can set in `Settings`. The service checks a request against the limits that are set.
+MAX_N = 128  # most outputs of one prompt
+MAX_STOP = 1024  # most stop strings of one request
+MAX_STOP_CHARS = 65536  # most characters of one stop string
+MAX_PROMPTS = 128  # most prompts of one request of POST /v1/completions
 MAX_PROMPT_TOKENS = 1 << 21  # more than any model's context; the limit on the size of the body is usually reached before
 TOKEN_ID_MAX = 2**31 - 1
 
 
 def bounded(name: str, description: str = "", **more: Any) -> Any:
-    """A pydantic Field for a number in the closed range `BOUNDS[name]`, by default with the description that `BOUNDS` has."""
+    """Make a pydantic Field for a number in the closed range `BOUNDS[name]`. The default description is the one in `BOUNDS`."""
     low, high, about = BOUNDS[name]
     return Field(ge=low, le=high, description=description or about, **more)
 
@@ -56,14 +56,14 @@ Stop = Annotated[
     Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP), Tag("#texts")],
     Discriminator(_stop_kind, custom_error_type="stop_kind", custom_error_message="must be a string or a list of strings"),
 ]
-TokenKey = Annotated[
-    str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")
-]  # one spelling for each token, so that none is named twice
+# The pattern allows one spelling of each token id, so that no object has the same token twice.
+TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, bounded("logit_bias", "Number that is added to the token's logit.")]
 
 
 def at_most(num_keys: int) -> BeforeValidator:
-    """Refuses a dict with more than `num_keys` keys before pydantic validates any of them, unlike pydantic's own max_length."""
+    """Return a validator that refuses a dict with more than `num_keys` keys before pydantic validates any key. Pydantic's own
+    max_length counts the keys only afterwards."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > num_keys:
@@ -74,8 +74,8 @@ def at_most(num_keys: int) -> BeforeValidator:
 
 
 def without_unsupported(value: dict[Any, Any], table: dict[str, tuple[Any, ...]], *, path: str = "") -> dict[Any, Any]:
-    """`value` without the fields that `table` names. Raises UnsupportedField if such a field has a value other than null or
-    one of the values that the table lists for it, which have no effect."""
+    """Return `value` without the fields that `table` names. Raises UnsupportedField if such a field has a value other than null
+    or one of the values that the table lists for it, which have no effect."""
     found = value.keys() & table.keys()
     if not found:
         return value
@@ -91,7 +91,7 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # known field that is not supported -> values without effect
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # unsupported field -> values that have no effect and are accepted
 
     @model_validator(mode="before")
     @classmethod
@@ -100,8 +100,8 @@ class Schema(BaseModel):
 
     @classmethod
     def _with_one_unknown(cls, value: dict[Any, Any]) -> dict[Any, Any]:
-        """`value` with all but one of its unknown keys removed, if it has more keys than the schema has fields. One unknown
-        key is enough for pydantic to refuse the object, and costs it less than all of them."""
+        """Remove all but one of the unknown keys of `value`, if `value` has more keys than the schema has fields. One unknown key
+        is enough for pydantic to refuse the object, and reporting one takes less time than reporting all."""
         fields = cls.model_fields
         if len(value) <= len(fields):
             return value
@@ -109,7 +109,7 @@ class Schema(BaseModel):
         return {name: given for name, given in value.items() if name in fields or name is unknown}
 
 
-_OWN = ("max_tokens", "logprobs", "logit_bias")  # declared by each route, or not a single number
+_OWN = ("max_tokens", "logprobs", "logit_bias")  # fields that each route declares itself, or that are not a single number
 _KINDS = get_type_hints(SamplingParams)
 _NUMBERS = tuple(name for name in SamplingParams.__struct_fields__ if name in BOUNDS and name not in _OWN)
 _PLAIN = (*_NUMBERS, "ignore_eos")
@@ -145,7 +145,7 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The sampling parameters of the body. Raises InvalidRequest for fields that contradict each other."""
+        """Make SamplingParams from the body's fields. Raises InvalidRequest for fields that contradict each other."""
         given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
         if max_tokens is not None:
             given["max_tokens"] = max_tokens
@@ -154,7 +154,7 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
         return SamplingParams(**given, stop_token_ids=tuple(self.stop_token_ids or ()), logprobs=logprobs)
 
     def request_of(self, request_id: str, prompt: str | list[int], params: SamplingParams, **more: Any) -> GenerationRequest:
-        """The service's request for `prompt`, with the fields that all generating routes have. `more` sets further fields."""
+        """Make the service's request for `prompt` from the fields that all generating routes have. `more` sets further fields."""
         return GenerationRequest(
             request_id=request_id,
             prompt=prompt,

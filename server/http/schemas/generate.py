@@ -1,4 +1,4 @@
-"""The body and the answer of POST /v1/generate, Tidegate's own route, which has token ids beside text."""
+"""Defines the body and the answer of POST /v1/generate, Tidegate's own route, which has token ids beside text."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ class GenerateBody(SamplingFields):
 
     @property
     def client_names(self) -> dict[str, str]:
-        """Name of a field of GenerationRequest -> name of the field in the body, if it differs. Errors use the latter."""
+        """Map a field name of GenerationRequest to the name that the field has in the body, where the two differ. Error messages
+        use the name in the body."""
         return {} if self.prompt is not None else {"prompt": "prompt_token_ids"}
 
     def generation_request(self, request_id: str, *, deadline_s: float | None = None) -> GenerationRequest:
-        """The service's request for this body. `deadline_s` is the transport's own deadline, in seconds, or None; if the body has
-        a deadline too, the earlier one counts.
+        """Make the service's request for this body. `deadline_s` is the transport's own deadline, in seconds, or None; if the
+        body has a deadline too, the earlier one counts.
 
         Raises InvalidRequest for fields that contradict each other.
         """

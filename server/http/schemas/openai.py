@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions: supported fields, fields that are refused by name, and the answers.
+"""Defines OpenAI's completions and chat completions: supported fields, fields that are refused by name, and the answers.
 
 Besides OpenAI's fields there are those of `SamplingFields`, which the openai client sends through `extra_body`.
 """
@@ -97,7 +97,7 @@ class CompletionBody(OpenAIFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts of the body, each as text or as a list of token ids."""
+        """Return the prompts of the body as a list. Each prompt is a text or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -151,7 +151,7 @@ _OTHER_PARTS = frozenset({"image_url", "input_audio", "file", "video_url", "audi
 
 
 def _without_unsupported_parts(message: Any, path: str) -> Any:
-    """`message` without unsupported fields that have no effect.
+    """Return `message` without unsupported fields whose values have no effect.
 
     Raises UnsupportedField for roles, fields and content parts that OpenAI defines and this server does not support.
     """
@@ -240,13 +240,15 @@ class ChatBody(OpenAIFields):
 
     @property
     def client_names(self) -> dict[str, str]:
-        """Name of a field of GenerationRequest -> name of the field in the body, if it differs. Errors use the latter."""
+        """Map a field name of GenerationRequest to the name that the field has in the body, where the two differ. Error messages
+        use the name in the body."""
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
         return names if self.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
     @property
     def output_limit(self) -> int | None:
-        """Largest number of tokens to generate, by either of the two names; None if neither is given."""
+        """Return the largest number of tokens to generate, from `max_completion_tokens` or `max_tokens`; None if neither is
+        set."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 

@@ -1,4 +1,5 @@
-"""The bodies and answers of the small routes (tokens, models, health, version), and the error that every route can answer."""
+"""Defines the bodies and answers of the small routes (tokens, models, health, version), and the error that every route can
+answer."""
 
 from __future__ import annotations
 

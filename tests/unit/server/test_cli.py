@@ -1,4 +1,4 @@
-"""The commands of `tidegate`: flags, help, and what they refuse."""
+"""Tests the commands of `tidegate`: their flags, their help, and the arguments that they refuse."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture
 def served(monkeypatch):
-    """The settings with which `serve` would have started a server; nothing is started."""
+    """Return a list to which `serve` adds its settings instead of starting a server."""
     seen = []
 
     class Supervisor:
@@ -102,7 +102,7 @@ def test_the_package_has_its_version_from_the_source():
 
 
 class Engine:
-    """Stands in for LLM: it records the options that it is built with, and raises."""
+    """Replaces LLM. It records the options that it is built with, and then raises TidegateError."""
 
     seen: ClassVar[list[dict]] = []
 
@@ -113,7 +113,7 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
-    """The options with which `generate` or `bench offline` would have built an engine; none is built."""
+    """Return a list to which `generate` and `bench offline` add the options of their engine. No engine is built."""
     monkeypatch.setenv("TIDEGATE_MODEL", str(write_tiny_checkpoint(tmp_path)))
     monkeypatch.setattr(offline, "LLM", Engine)
     monkeypatch.setattr("engine.llm.LLM", Engine)
@@ -145,7 +145,7 @@ def test_commands_without_a_server_refuse_a_misspelt_variable(command, monkeypat
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What a command of `bench` would have run."""
+    """Return a list to which a command of `bench` adds the arguments of its run. Nothing is measured."""
     seen = []
 
     class Bench:

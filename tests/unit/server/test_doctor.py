@@ -1,4 +1,4 @@
-"""The findings of the doctor. The part that torch would report is given by the test."""
+"""Tests the findings of `tidegate doctor`. The test supplies the answer that torch would give."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def model(demo, tmp_path):
-    """A copy of the demo's folder, for the test to break."""
+    """Return a copy of the demo checkpoint's folder, which a test may damage."""
     return Path(shutil.copytree(demo, tmp_path / "model"))
 
 

@@ -1,4 +1,4 @@
-"""The table of errors, and the bodies of errors: what they say and how large they get."""
+"""Tests the table of errors, and the content and the size of error bodies."""
 
 import json
 

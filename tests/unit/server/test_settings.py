@@ -1,4 +1,4 @@
-"""Settings: where values come from, and what is refused."""
+"""Tests the settings: which source of a value has precedence, and which values are refused."""
 
 import os
 

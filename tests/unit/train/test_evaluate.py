@@ -1,4 +1,4 @@
-"""The evaluation, on tiny checkpoints whose results are known and compared with slower computations of the same figures."""
+"""Tests the evaluation on tiny checkpoints, whose figures are known or are computed a second time by slower code."""
 
 import json
 import lzma
@@ -45,7 +45,8 @@ def plain(tmp_path_factory):
 
 
 def variant(plain, folder, change, **config):
-    """A copy of the tiny checkpoint with changed tensors and config."""
+    """Copy the tiny checkpoint in `plain` to `folder`. The function `change` edits its tensors, and `config` changes its
+    config."""
     shutil.copytree(plain, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -55,7 +56,7 @@ def variant(plain, folder, change, **config):
 
 
 def add_mtp(tensors):
-    """An MTP module whose decoder layer is the last layer's."""
+    """Add an MTP module to `tensors`. Its decoder layer is a copy of the model's last layer."""
     last, prefix = f"model.layers.{LAYERS - 1}.", f"model.layers.{LAYERS}."
     tensors.update({prefix + n.removeprefix(last): t.clone() for n, t in list(tensors.items()) if n.startswith(last)})
     hidden = CONFIG["hidden_size"]
@@ -101,7 +102,7 @@ def run(model, heldout, **more) -> Report:
     return evaluate(asked(model, heldout, **more), Console(file=StringIO()))
 
 
-# --- how held-out text is cut into windows
+# --- Held-out text is cut into windows.
 
 
 @given(num=st.integers(0, 400), size=st.integers(2, 70))
@@ -126,7 +127,7 @@ def test_documents_are_cut_at_max_bytes_between_characters(heldout):
     assert [d.text for d in whole] == TEXTS
     first = len(TEXTS[0])
     assert [d.text for d in scoring.read_documents(heldout, first)] == TEXTS[:1]
-    at = TEXTS[1].encode().index("ï".encode()) + 1  # within it
+    at = TEXTS[1].encode().index("ï".encode()) + 1  # cuts the two bytes of "ï" in half
     cut = scoring.read_documents(heldout, first + at)
     assert cut[1].text == TEXTS[1][: TEXTS[1].index("ï")]
 
@@ -149,7 +150,7 @@ def test_a_heldout_file_that_is_missing_cut_or_no_xz_is_named(tmp_path, heldout)
         scoring.read_documents(tmp_path / "gone")
 
 
-# --- scores
+# --- Scores equal those that are known or computed otherwise.
 
 
 @pytest.mark.parametrize("context", [None, 16])
@@ -160,7 +161,7 @@ def test_a_uniform_model_needs_log2_of_its_vocabulary_for_each_token(uniform, he
         tokens = sum(len(llm.tokenizer.encode(text).ids) - 1 for text in TEXTS)
     assert (report.tokens, report.heldout_bytes) == (tokens, num_bytes)
     assert report.bits_per_byte == pytest.approx(math.log2(VOCAB) * tokens / num_bytes, abs=1e-5)
-    assert report.top1 == 1.0  # every token ties with the argmax
+    assert report.top1 == 1.0  # all tokens are equally probable, so each one counts as the argmax
 
 
 @torch.inference_mode()
@@ -192,7 +193,7 @@ def test_xz_is_what_the_xz_command_writes(uniform, heldout, tmp_path):
         assert len(written) == scoring.xz_size(raw)
 
 
-# --- predictions
+# --- The MTP module and the draft model predict tokens.
 
 
 @torch.inference_mode()
@@ -213,13 +214,13 @@ def test_mtp_acceptance_is_that_of_asking_again_at_every_token(with_mtp, heldout
 
 
 def test_a_constant_model_is_always_predicted(uniform, heldout):
-    """All logits are equal, so the model and its MTP module both choose token 0."""
+    """All logits of this model are equal, so the model and its MTP module both choose token 0."""
     assert run(uniform, heldout).mtp_acceptance == 1.0
 
 
 def test_a_model_is_its_own_best_draft(plain, uniform, heldout):
     assert run(plain, heldout, draft=str(plain)).draft_acceptance == 1.0
-    assert run(plain, heldout, draft=str(uniform)).draft_acceptance == 1.0  # every token shares the first rank
+    assert run(plain, heldout, draft=str(uniform)).draft_acceptance == 1.0  # in the uniform draft, every token has rank 1
 
 
 def test_prompts_are_spread_over_the_files_and_the_same_every_time():
@@ -240,11 +241,12 @@ def test_a_draft_of_another_vocabulary_is_refused(plain, heldout, tmp_path):
         run(plain, heldout, draft=str(other))
 
 
-# --- experts
+# --- The load of the experts is measured.
 
 
 def test_load_of_experts_that_a_bias_chooses(plain, tmp_path, heldout):
-    """A bias above every score sends all tokens to four of sixteen experts, in two groups of four."""
+    """The test gives four of the sixteen experts a bias larger than any score, so all tokens go to these four. They are in two
+    groups."""
     chosen = [0, 1, 4, 5]
 
     def change(tensors):
@@ -267,7 +269,7 @@ def test_nothing_is_left_in_the_model(with_mtp):
     assert not any(module._forward_pre_hooks for part in (own._model, own.mtp) for module in part.modules())
 
 
-# --- the report
+# --- The report is printed as a table and as JSON.
 
 
 def test_the_last_line_has_every_key(with_mtp, heldout, capsys):
@@ -305,7 +307,7 @@ def test_what_is_asked_wrongly_is_named(plain, heldout, capsys, wrong, words):
     assert words in capsys.readouterr().err
 
 
-# --- a server
+# --- A server is evaluated over HTTP.
 
 
 @pytest.fixture(scope="module")

@@ -62,5 +62,6 @@ def test_a_sample_is_the_same_share_of_each_shard(tmp_path):
         shards.write(tmp_path / f"train-0{i}.jsonl.xz", [{"source": "s", "path": str(j), "text": t} for j, t in enumerate(texts)])
     files = sorted(tmp_path.glob("*.xz"))
     taken = list(sample(files, 3000))
-    assert [sum(text[0] == str(i) for text in taken) for i in range(3)] == [11, 11, 11]  # the one that reaches 1,000 bytes too
+    # Each shard's share is 1,000 bytes. A text has 98 or 99 bytes, so 11 texts are needed to reach them.
+    assert [sum(text[0] == str(i) for text in taken) for i in range(3)] == [11, 11, 11]
     assert taken == list(sample(files, 3000))

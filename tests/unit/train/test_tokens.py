@@ -14,7 +14,7 @@ TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(40)]
 
 @pytest.fixture
 def work(tmp_path):
-    """A corpus of two shards, with its manifest, and a tokenizer."""
+    """Write a corpus of two shards with its manifest, a held-out file and a tokenizer. Returns the folder."""
     names = ["train-00.jsonl.xz", "train-01.jsonl.xz"]
     for index, name in enumerate(names):
         rows = [{"source": "s", "path": str(i), "text": text} for i, text in enumerate(TEXTS[index::2])]

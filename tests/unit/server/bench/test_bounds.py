@@ -1,4 +1,5 @@
-"""Bounds compared with figures that were calculated by hand, for hardware of 4.25 TB/s and 780 TFLOP/s."""
+"""Compares the bounds of `server.bench.bounds` with figures that were calculated by hand, for hardware of 4.25 TB/s and 780
+TFLOP/s."""
 
 import msgspec
 import pytest
@@ -56,7 +57,7 @@ SPECS = {name: parse_spec(COMMON | config) for name, config in CONFIGS.items()}
 
 
 def bound(model, workload):
-    """(seconds, output tokens, prompt tokens) of a workload's bound."""
+    """Calculate the bound of a workload. Returns (seconds, output tokens, prompt tokens)."""
     work = build_workload(workload)
     lengths = [Length(len(w.prompt), w.num_outputs) for w in work]
     seconds = workload_seconds(SPECS[model], lengths, H200, number_size=2, max_tokens=8192, max_rows=256)
@@ -69,7 +70,7 @@ def test_the_bound_of_one_token_is_the_time_to_read_its_weights(model, ms):
     assert step_seconds(Costs.of(SPECS[model]), one, H200, number_size=2) == pytest.approx(ms / 1000, rel=0.06)
 
 
-# The bound includes the step of the prompts. The figure by hand is for decoding alone, so the tolerance is wide.
+# The calculated bound includes the steps of the prompts. The figure by hand is for decodes alone, so the tolerance is wide.
 @pytest.mark.parametrize(("model", "tok_s"), [("llama-8b", 15_500), ("deepseek-v2-lite", 9_000)])
 def test_the_bound_of_decode64_is_the_figure_by_hand(model, tok_s):
     seconds, outputs, _ = bound(model, "decode64")
@@ -81,8 +82,8 @@ def test_the_bound_of_mixed256_is_the_figure_by_hand(model, expected):
     assert bound(model, "mixed256")[0] == pytest.approx(expected, rel=0.04)
 
 
-# The figure by hand counts the head and the last layer for every token. For the second model it also counts the embedding, which
-# is a sixth of its 2.7 billion weights. So the tolerance is wide.
+# The figure calculated by hand counts the head and the last layer for every token. For the second model it also counts the
+# embedding, which is a sixth of its 2.7 billion weights. So the tolerance is wide.
 @pytest.mark.parametrize(("model", "tok_s", "tolerance"), [("llama-8b", 46_000, 0.09), ("deepseek-v2-lite", 116_000, 0.25)])
 def test_the_bound_of_prefill_is_the_figure_by_hand(model, tok_s, tolerance):
     seconds, outputs, prompts = bound(model, "prefill")
@@ -91,7 +92,8 @@ def test_the_bound_of_prefill_is_the_figure_by_hand(model, tok_s, tolerance):
 
 def test_weights_are_as_many_as_the_published_models_have():
     dense = {name: Costs.of(SPECS[name]) for name in ("qwen3-0.6b", "llama-8b")}
-    assert dense["qwen3-0.6b"].weights + dense["qwen3-0.6b"].head == pytest.approx(596e6, rel=0.001)  # embedding tied
+    # The head of this model is also its embedding, so the weights count it once.
+    assert dense["qwen3-0.6b"].weights + dense["qwen3-0.6b"].head == pytest.approx(596e6, rel=0.001)
     assert dense["llama-8b"].weights + 2 * dense["llama-8b"].head == pytest.approx(8.03e9, rel=0.001)
     c = Costs.of(SPECS["deepseek-v2-lite"])
     assert c.weights + c.moe_layers * c.num_experts * c.expert + 2 * c.head == pytest.approx(15.7e9, rel=0.002)

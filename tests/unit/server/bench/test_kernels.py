@@ -1,4 +1,4 @@
-"""The table and the JSON lines of `bench kernels`, with measurements that are made up."""
+"""Tests the table and the JSON lines of `tidegate bench kernels` with made-up measurements."""
 
 import json
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ TIMING = SimpleNamespace(seconds=2e-6, num_bytes=4_000_000, operations=1_000_000
 
 @pytest.fixture
 def device(monkeypatch):
-    """A device on which each kernel takes 1.5 times its bound."""
+    """Replace the measurements by those of a made-up device on which each kernel takes 1.5 times the least possible time. Returns
+    the replaced modules by name."""
     modules = {
         "engine.kernels.hardware": SimpleNamespace(name=lambda: "a GPU", measure=lambda: (3e12, 1e15)),
         "engine.kernels.bench": SimpleNamespace(CASES=CASES, measure=lambda case: TIMING),

@@ -1,4 +1,4 @@
-"""The table and the JSON lines of `bench offline`, and what it refuses."""
+"""Tests the table and the JSON lines of `tidegate bench offline`, and the arguments that it refuses."""
 
 import json
 
@@ -24,7 +24,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Replaces the default workloads by two that are small enough for a test."""
+    """Replace the default workloads by two workloads that are small enough for a test."""
     monkeypatch.setitem(bench.WORKLOADS, "small", lambda vocab: bench.fixed(3, 5, 7, vocab=vocab))
     monkeypatch.setitem(bench.WORKLOADS, "longer", lambda vocab: bench.fixed(2, 40, 3, vocab=vocab))
     monkeypatch.setattr(offline, "DEFAULT", ("small", "longer"))

@@ -1,4 +1,4 @@
-"""The token lists of the workloads never change, since other engines were measured on the same lists."""
+"""Tests that the token lists of the workloads never change, since other engines were measured on the same lists."""
 
 import json
 
@@ -8,7 +8,7 @@ import xxhash
 from engine.errors import ConfigError
 from server import bench
 
-# (requests, output tokens, hash) of the token lists that other engines were measured on.
+# Workload -> (requests, output tokens, hash) of the token lists that other engines were measured on.
 DIGESTS = {
     "mixed256": (256, 133966, "fe3d947c79f3af74"),
     "mixed1024": (1024, 583802, "01e3181abfa454d6"),

@@ -1,4 +1,4 @@
-"""`while_connected`: work is cancelled when its client leaves, and only then."""
+"""Tests `while_connected`: it cancels work when the client of the work leaves, and only then."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,8 @@ from server.http.disconnect import while_connected
 
 
 def client(leaves=None):
-    """The `receive` of a client that leaves when the event `leaves` is set; without an event it stays."""
+    """Return an ASGI `receive` function for a client that leaves when the event `leaves` is set. Without an event, the client
+    stays."""
 
     async def receive():
         await (leaves or asyncio.Event()).wait()
@@ -20,7 +21,7 @@ def client(leaves=None):
 
 
 async def iterations(number):
-    """Wait for so many iterations of the event loop."""
+    """Wait for `number` iterations of the event loop."""
     for _ in range(number):
         await asyncio.sleep(0)
 

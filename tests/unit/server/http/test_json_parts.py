@@ -1,4 +1,4 @@
-"""JSON that is written in parts equals JSON that is written at once."""
+"""Tests that JSON written in parts equals JSON written at once."""
 
 import json
 
@@ -16,7 +16,7 @@ def parsed(parts):
 
 
 def written(value):
-    """The JSON of `value` in parts of three bytes."""
+    """Return the JSON text of `value` in parts of three bytes."""
     text = json.dumps(value).encode()
     return [text[i : i + 3] for i in range(0, len(text), 3)]
 
@@ -57,4 +57,4 @@ def test_joined_pieces_are_the_same_bytes_and_large_enough(sizes):
     pieces = list(joined(parts))
     assert b"".join(pieces) == whole
     assert all(len(piece) >= PART_BYTES for piece in pieces[:-1])
-    assert parts == []  # so that memory is freed while the pieces are sent
+    assert parts == []  # `joined` must take out the parts, so that their memory is freed while pieces are sent

@@ -1,4 +1,4 @@
-"""The strict JSON parser: refused texts, accepted texts, and generated ones."""
+"""Tests the strict JSON parser with texts that it must refuse, texts that it must accept, and generated texts."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def test_every_JSON_value_is_read_as_it_was_written(value):
     try:
         body = json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return  # a lone surrogate
+        return  # the value has a lone surrogate, which UTF-8 cannot encode
     assert strict_json.loads(body) == value
     assert strict_json.loads(json.dumps(value).encode()) == value
 
@@ -69,7 +69,7 @@ def test_any_bytes_are_either_read_or_refused_as_malformed(body):
 
 
 def test_large_texts_are_read_or_refused():
-    """They are as large as a body may be by default: a parser that took quadratic time would need hours."""
+    """The texts are as large as a body may be by default. A parser that takes quadratic time would need hours for them."""
     assert len(strict_json.loads(b"[" + b"1," * 1_900_000 + b"1]")) == 1_900_001
     with pytest.raises(MalformedRequest):
         strict_json.loads(b'{"a": "' + b"\\ud800" * 600_000 + b'"}')

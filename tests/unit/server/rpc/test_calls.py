@@ -1,4 +1,4 @@
-"""Calls that send no message, and more calls than a worker takes."""
+"""Tests gRPC calls that send no message, and more calls and connections than a worker accepts."""
 
 import asyncio
 import re
@@ -24,12 +24,12 @@ METHODS = [
 
 
 def open_call(channel, method):
-    """A call that has sent no message yet."""
+    """Start a call of `method` that has sent no message yet."""
     return channel.stream_stream(f"/{method}")()
 
 
 async def status_of(call):
-    """The error that ends a call which gets no answer."""
+    """Read from a call that must end with an error, and return the error."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     return caught.value
@@ -101,7 +101,8 @@ async def test_calls_past_the_limit_are_refused_and_the_others_go_on(method, cap
 
 
 async def until_refused(rpc, method):
-    """The refusal of a call. The server may not have seen the calls before it yet, so the call is tried again until then."""
+    """Call `method` until a call is refused for too many calls, and return that error. Earlier calls may reach the server late,
+    so the first calls may be accepted."""
     while True:
         call = open_call(rpc.channel, method)
         await call.done_writing()
@@ -111,7 +112,8 @@ async def until_refused(rpc, method):
 
 
 async def reflection_status(call):
-    """None if the stream ended without an error, as an admitted one does that sends no message."""
+    """Return the error that ended a reflection stream, or None. The server ends a stream without messages without an error if it
+    accepted the stream."""
     try:
         await call.read()
     except grpc.aio.AioRpcError as error:
@@ -120,7 +122,7 @@ async def reflection_status(call):
 
 
 async def until_admitted(rpc):
-    """Call until the server has seen that other calls ended."""
+    """Repeat a call until the server accepts it, which happens once the server has noticed that other calls ended."""
     while True:
         call = rpc.stub.ListModels(pb.ListModelsRequest())
         code = await call.code()
@@ -143,7 +145,8 @@ async def test_connections_past_the_limit_are_closed_and_the_others_go_on(monkey
     async with asyncio.timeout(20), serving(ScriptedService()) as rpc:
         await rpc.stub.ListModels(pb.ListModelsRequest())
         connections = [await asyncio.open_connection("127.0.0.1", rpc.server.port) for _ in range(10)]
-        first_bytes = [await reader.read(1) for reader, _ in connections]  # the server speaks first, or closes
+        # The server either sends its HTTP/2 settings first, or closes the connection, which reads as b"".
+        first_bytes = [await reader.read(1) for reader, _ in connections]
         assert first_bytes.count(b"") == 7
         for _, writer in connections:
             writer.close()

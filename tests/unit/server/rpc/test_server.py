@@ -1,4 +1,4 @@
-"""The gRPC server's health and reflection services, its limits, and how it binds its port."""
+"""Tests the gRPC server's health and reflection services, its limits, and how it binds its port."""
 
 import asyncio
 import socket
@@ -88,7 +88,7 @@ async def test_stop_lets_a_running_call_finish():
         await watch.read()
         stopping = asyncio.create_task(rpc.server.stop(grace=60))
         assert len([r async for r in call]) == 3
-        await stopping  # it does not wait for the open Watch
+        await stopping  # stop() must not wait for the open Watch stream
 
 
 async def test_stop_cancels_calls_after_the_grace():

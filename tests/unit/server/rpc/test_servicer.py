@@ -1,4 +1,4 @@
-"""The Inference servicer over real connections, with a scripted service behind it."""
+"""Tests the Inference servicer over real connections, with a scripted service behind it."""
 
 import inspect
 import random
@@ -104,7 +104,7 @@ async def test_a_refusal_reaches_the_client_and_not_the_service():
 
 
 async def test_an_unknown_field_is_refused():
-    newer = pb.GenerateRequest.FromString(ASKED.SerializeToString() + b"\xf8\x3f\x01")  # field 1023 = 1
+    newer = pb.GenerateRequest.FromString(ASKED.SerializeToString() + b"\xf8\x3f\x01")  # adds the unknown field 1023 with value 1
     async with serving(ScriptedService()) as rpc:
         with pytest.raises(grpc.aio.AioRpcError, match="1023") as caught:
             [r async for r in rpc.stub.Generate(newer)]
@@ -122,7 +122,8 @@ BROKEN = {
 
 
 def logged(caplog):
-    """Log messages of the server and of grpc. grpc's poller may log about the event loop of an earlier test, as asyncio."""
+    """Return the log messages of the server and of grpc. Messages of the logger `asyncio` are left out, since grpc's poller may
+    log there about the event loop of an earlier test."""
     return [record.getMessage() for record in caplog.records if record.name.startswith(("server", "grpc"))]
 
 
@@ -186,7 +187,7 @@ async def test_the_deadline_of_the_call_becomes_that_of_the_request():
             [r async for r in rpc.stub.Generate(ASKED, timeout=0.3)]
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: service.closed)
-    assert 0 < service.requests[0].deadline_s < 0.4  # the rest of 0.3 s, which gRPC rounds up
+    assert 0 < service.requests[0].deadline_s < 0.4  # the remaining part of 0.3 s, which gRPC rounds up
 
 
 async def test_a_client_that_reads_nothing_is_ended(caplog):

@@ -1,4 +1,4 @@
-"""Translation between protobuf messages and the types of the service."""
+"""Tests the translation between protobuf messages and the types of the service."""
 
 import asyncio
 import math
@@ -141,7 +141,8 @@ async def test_a_message_leaves_out_the_fields_that_its_chunk_does_not_have():
 
 @pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
 async def test_many_log_probabilities_are_translated_in_slices(field):
-    """Another task runs again and again meanwhile. The work between two of its runs is counted in tokens looked up."""
+    """Another task runs repeatedly during the translation. The test counts the tokens that are looked up between two runs of that
+    task."""
     at = TokenLogprobs(token=65, logprob=-0.5, rank=1, top_ids=[65] * 20, top_logprobs=[-0.5] * 20)
     lookups, most = 0, 0
 

@@ -1,4 +1,4 @@
-"""A service whose chunks and errors a test scripts, for tests of the routes."""
+"""Defines a service that yields the chunks and errors that a test has scripted, for tests of the routes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from server.service.types import Chunk, Ending, Timing, Usage
 
 
 class ScriptedService:
-    """Each call of generate() runs through `script`: it yields Chunks, raises exceptions and sleeps for numbers of seconds.
-    An Ending follows."""
+    """A service whose generate() runs through `script` in each call: it yields each Chunk, raises each exception, and sleeps for
+    each number of seconds. An Ending follows."""
 
     model_name = "tiny"
     max_model_len = 100
@@ -19,7 +19,7 @@ class ScriptedService:
     def __init__(self, *script, ready=True):
         self.script = script
         self.requests = []
-        self.closed = []  # ids of requests whose generator has ended or was closed
+        self.closed = []  # ids of the requests whose generate() has ended or was closed
         self.engine_health = EngineHealth(ready=ready, started=ready, reason=None if ready else "the engine is loading")
 
     async def generate(self, request, identity, *, transport="http"):
@@ -69,9 +69,9 @@ class ScriptedService:
 
 
 def letters(text, *, index=0, finish="length", logprobs=None, prompt_logprobs=None):
-    """A chunk for each character of `text`. The last has a finish reason, the first the prompt's log-probabilities.
+    """Make one Chunk for each character of `text`. The first Chunk has the prompt's log-probabilities, the last a finish reason.
 
-    `logprobs` maps a token to its TokenLogprobs.
+    `logprobs` is a function from a token to its TokenLogprobs.
     """
     last = len(text) - 1
     return [

@@ -1,4 +1,4 @@
-"""Requests to an application over a scripted service, within the test's process and event loop."""
+"""Sends requests to an HTTP application over a scripted service, within the test's process and event loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ async def post(service, path, body):
 
 
 async def events_of(service, path, body):
-    """The events of a stream, with their JSON decoded. The last one is the text "[DONE]"."""
+    """Post `body` with `stream` set, and return the events of the answer with their JSON decoded. The last event is the text
+    "[DONE]"."""
     async with client_of(service) as client:
         response = await client.post(path, json={**body, "stream": True})
     assert response.status_code == 200, response.text

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions over a scripted service."""
+"""Tests the route POST /v1/chat/completions with a scripted service."""
 
 from engine.request import TokenLogprobs
 from tests.unit.server.http.routes.scripted import ScriptedService, letters

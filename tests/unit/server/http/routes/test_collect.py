@@ -1,4 +1,4 @@
-"""Chunks of several prompts are numbered in one sequence, and the chunks themselves stay as they were."""
+"""Tests that the outputs of several prompts are numbered in one sequence, and that this does not change the chunks themselves."""
 
 import msgspec
 import pytest
@@ -45,7 +45,7 @@ async def test_renumbering_makes_a_copy(first_index):
 
 
 async def test_merging_the_same_chunks_twice_gives_equal_streams():
-    """A response cache replays stored chunks: what one call does with them must not reach the next call."""
+    """A response cache could replay stored chunks, so merging must not change the chunks."""
     chunks = script()
     before = as_data(chunks)
     merged = [sorted([(c.index, c.text) async for c in merge([replay(chunks) for _ in range(3)], 2)]) for _ in range(2)]

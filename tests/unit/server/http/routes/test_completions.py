@@ -1,4 +1,4 @@
-"""POST /v1/completions over a scripted service."""
+"""Tests the route POST /v1/completions with a scripted service."""
 
 import pytest
 
@@ -94,7 +94,7 @@ async def test_log_probabilities():
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echoed_prompt_has_log_probabilities(stream):
-    """Evaluation harnesses score prompts in this way."""
+    """Evaluation harnesses score a prompt by a request with `echo` and `logprobs`."""
     service = ScriptedService(*letters("d", logprobs=logprobs_at, prompt_logprobs=[None, logprobs_at(98)]))
     body = {**ASK, "prompt": "ab", "echo": True, "logprobs": 1, "max_tokens": 1}
     if stream:

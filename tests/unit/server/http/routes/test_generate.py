@@ -1,4 +1,4 @@
-"""POST /v1/generate over a scripted service."""
+"""Tests the route POST /v1/generate with a scripted service."""
 
 import json
 
@@ -106,7 +106,7 @@ async def test_log_probabilities_are_the_same_whole_and_streamed():
     assert output["logprobs"][0] == {
         "token_id": 104,
         "text": "h",
-        "logprob": -9999.0,  # stands for minus infinity, which JSON does not have
+        "logprob": -9999.0,  # replaces minus infinity, which JSON does not have
         "rank": 2,
         "top": [{"token_id": 65, "text": "A", "logprob": -0.1}, {"token_id": 66, "text": "B", "logprob": -2.5}],
     }
@@ -148,7 +148,7 @@ async def test_a_bug_after_the_first_token_is_reported_without_details(caplog):
 
 @pytest.mark.parametrize("type_", ["application/x-www-form-urlencoded", "text/plain", "application/json; charset=latin-1", None])
 async def test_the_body_is_json_whatever_its_content_type(type_):
-    """`curl -d '{...}'` sends the content type of a form."""
+    """The route accepts JSON with any content type, since `curl -d '{...}'` sends the content type of a form."""
     async with client_of(ScriptedService(*letters("x"))) as client:
         headers = {} if type_ is None else {"content-type": type_}
         response = await client.post("/v1/generate", content='{"prompt": "é"}'.encode(), headers=headers)

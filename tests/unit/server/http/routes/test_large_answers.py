@@ -1,4 +1,4 @@
-"""Answers with many log-probabilities must not hold up the event loop: work is counted, not timed."""
+"""Tests that answers with many log-probabilities do not block the event loop. The tests count work and do not measure time."""
 
 import asyncio
 
@@ -32,7 +32,7 @@ def position(token, top=TOP):
 
 
 class CountingService(ScriptedService):
-    """Counts the tokens whose text the routes look up between two runs of another task: the work of formatting."""
+    """Counts how many tokens the routes format between two runs of another task. A route calls token_text() for each token."""
 
     def __init__(self, *script):
         super().__init__(*script)
@@ -51,7 +51,8 @@ class CountingService(ScriptedService):
 
 
 async def most_lookups(service, path, stream):
-    """The answer's status, and the largest number of tokens formatted while no other task could run."""
+    """Post a request to `path`. Returns the answer's status, and the largest number of tokens formatted while no other task could
+    run."""
     watcher = asyncio.create_task(service.watch())
     await asyncio.sleep(0)
     async with client_of(service) as client:
@@ -77,7 +78,7 @@ async def test_a_long_prompts_log_probabilities_are_formatted_in_slices(path, st
 @pytest.mark.parametrize("path", ASK)
 @pytest.mark.parametrize("together", [1, 500])
 async def test_a_long_outputs_log_probabilities_are_formatted_in_slices(path, stream, together):
-    """Chunks of one token or of many, all of which wait already, so that nothing but the route lets other tasks run."""
+    """All chunks, of one token or of 500, are ready at once. So other tasks run only when the route lets them."""
     chunks = [
         Chunk(index=0, text="x" * together, token_ids=[1] * together, logprobs=[position(65)] * together)
         for _ in range(1000 // together)
@@ -101,7 +102,8 @@ async def test_several_large_answers_share_each_loop_iteration():
         )
     watcher.cancel()
     assert [answer.status_code for answer in answers] == [200] * 8
-    # Each answer's first slice runs when its chunk comes; from then on, all of them together run one slice per iteration.
+    # The first slice of each answer runs when the answer's chunk arrives. After that, all answers together run one slice in each
+    # iteration of the event loop.
     assert service.most_lookups <= 8 * (SLICE + TOP)
     assert service.total == 8 * (500 * (TOP + 1))
 
@@ -124,7 +126,7 @@ async def test_a_large_answer_says_the_same_whole_and_streamed(path):
     (choice,) = whole["choices"]
     streamed = [e["choices"][0] for e in events[:-1]]
     if "chat" in path:
-        streamed.pop(0)  # the role
+        streamed.pop(0)  # the first event has only the role
         assert [at for c in streamed for at in c["logprobs"]["content"]] == choice["logprobs"]["content"]
         assert events[0]["prompt_logprobs"] == whole["prompt_logprobs"]
         return

@@ -1,4 +1,4 @@
-"""The routes for models, tokens, health, version and metrics, and paths without a route."""
+"""Tests the routes for models, tokens, health, version and metrics, and the answers on paths without a route."""
 
 import pytest
 

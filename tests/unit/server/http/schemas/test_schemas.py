@@ -1,4 +1,4 @@
-"""The request schemas: ranges, refusals by name, and the cost of bodies with many faults."""
+"""Tests the request schemas: ranges, refusals by name, and the cost of bodies with many faults."""
 
 import contextlib
 
@@ -93,7 +93,7 @@ def test_generated_bodies_are_read_or_refused_as_invalid(model, plain, data):
 
 
 def faults(model, value):
-    """The number of faults that pydantic finds in `value`. Each of them costs time."""
+    """Return the number of faults that pydantic finds in `value`. Pydantic spends time on each fault."""
     with pytest.raises(ValidationError) as caught:
         model.model_validate(value)
     return caught.value.error_count()
