@@ -13,7 +13,7 @@ import msgspec
 from engine.errors import ConfigError
 
 STEP_TOKENS = 8192  # default of max_step_tokens on a GPU
-OFFLINE_STEP_TOKENS = 16384  # the same for an offline engine, where a long step delays no stream
+OFFLINE_STEP_TOKENS = 16384  # default of max_step_tokens for an offline engine on a GPU: a long step delays no stream there
 CPU_STEP_TOKENS = 512
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -85,7 +85,7 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
     """
     check(config, limits, has_cuda=has_cuda)
     device = config.device if config.device != "auto" else ("cuda" if has_cuda else "cpu")
-    # All CPUs multiply float32 fast, and few of them bfloat16.
+    # The default on a CPU is float32: all CPUs multiply float32 fast, and few of them multiply bfloat16 fast.
     auto_dtype = limits.dtype if device == "cuda" else "float32"
     gpu_tokens = OFFLINE_STEP_TOKENS if config.offline else STEP_TOKENS
     step_tokens = config.scheduler.max_step_tokens or (gpu_tokens if device == "cuda" else CPU_STEP_TOKENS)

@@ -37,7 +37,7 @@ class AdmittedRow(msgspec.Struct, gc=False):
     row: int
     tokens: Sequence[int]  # prompt, then the outputs so far; an int32 array when the scheduler made the plan
     num_prompt: int
-    blocks: list[int]  # block table so far, in position order
+    blocks: list[int]  # block table at the admission, in position order
     params: SamplingParams
     seed: int
 

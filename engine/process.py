@@ -46,7 +46,7 @@ log = logging.getLogger("tidegate.engine")
 EXIT_BAD_SETTINGS = 2
 SEND_QUEUE = 4096  # messages kept for a worker that does not read; a worker with more is dropped
 READS_PER_STEP = 1024  # messages read between two steps, so that a flood of messages does not stall running requests
-READ_BYTES_PER_STEP = 4 << 20  # likewise for long prompts: a million tokens, which take some milliseconds
+READ_BYTES_PER_STEP = 4 << 20  # bytes of messages read between two steps: a million prompt tokens, or some milliseconds
 GC_THRESHOLDS = (5000, 20, 100)  # a young collection visits a few thousand objects, which takes less than a millisecond
 
 
@@ -69,7 +69,7 @@ class CollectorPauses:
     """
 
     def __init__(self) -> None:
-        self.longest = 0.0  # seconds
+        self.longest = 0.0  # longest pause so far, in seconds
         self._began = 0.0
         self._collected = True  # no step has run since the last `collect`
         self._thresholds = gc.get_threshold()
@@ -83,7 +83,7 @@ class CollectorPauses:
         gc.freeze()
 
     def close(self) -> None:
-        """Undo everything."""
+        """Restore the collector's former thresholds, and let it visit the frozen objects again."""
         gc.callbacks.remove(self._measure)
         gc.set_threshold(*self._thresholds)
         gc.unfreeze()
@@ -105,7 +105,10 @@ class CollectorPauses:
 
 
 class EngineProcess:
-    """Owns the core and the socket. A worker is identified by its socket's identity, which is new with each connection."""
+    """Owns the core and the ZeroMQ socket of an engine process, and runs the process's loop.
+
+    The engine tells workers apart by the ZeroMQ identity of their sockets. A worker has a new identity after each reconnection.
+    """
 
     def __init__(self, core: Core, endpoint: str) -> None:
         self._core = core
@@ -114,18 +117,18 @@ class EngineProcess:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a worker that has disconnected raises an error
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # unbounded: the scheduler's queue is the one with a limit
-        self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # receive without a limit: the scheduler's queue has the limit
+        self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds to send the last messages after a close
         self._endpoint = endpoint
         self._socket.bind(endpoint)
         self._workers: dict[bytes, str] = {}  # identity -> name
-        self._lost: set[bytes] = set()  # a send to them failed; they are forgotten before the next step
-        self._dropped: set[bytes] = set()  # they did not read; they are told to connect again once they do
+        self._lost: set[bytes] = set()  # workers that a send has failed for; the loop forgets them before the next step
+        self._dropped: set[bytes] = set()  # workers dropped because they did not read; told to reconnect once they read
         self._owners: dict[str, bytes] = {}  # running or waiting request -> identity of the worker that submitted it
         self._heartbeat_at = 0.0
-        self._told_step = -1  # the step counter when the supervisor last heard of us
-        self._served = False  # whether the supervisor knows that a step has ended
-        self._preparing = True  # until the core has nothing left to do for later steps
+        self._told_step = -1  # the step counter at the last progress report to the supervisor
+        self._served = False  # whether SERVED was reported to the supervisor: a step has ended
+        self._preparing = True  # False once the core has nothing left to prepare for later steps
         self._stopping = False
         self._pauses = CollectorPauses()
 

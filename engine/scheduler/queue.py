@@ -15,7 +15,7 @@ def rank(request: Request) -> tuple[int, int]:
 
 
 class WaitingQueue:
-    """A sorted list. The queue is bounded to a few thousand requests, where shifting the tail of a list is cheapest."""
+    """Holds the waiting requests in a sorted list. With at most a few thousand requests, a list is the cheapest structure."""
 
     __slots__ = ("_last", "_requests")
 

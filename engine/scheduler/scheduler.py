@@ -35,14 +35,14 @@ from engine.scheduler.running import RunningSet, row_of
 
 
 class _UncommittedStep(NamedTuple):
-    """A step that was scheduled and whose result is not applied yet."""
+    """Describes a step that was scheduled, and whose result is not applied to the requests yet."""
 
     step: int
     requests: list[Request]  # parallel to the plan's slices
 
 
 class Scheduler:
-    """`config` must be resolved. `num_blocks` is the size of the runner's KV cache."""
+    """Plans the steps of one engine. `config` must be resolved. `num_blocks` is the size of the runner's KV cache."""
 
     def __init__(self, config: EngineConfig, num_blocks: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         if config.scheduler.max_step_tokens is None:
@@ -171,13 +171,13 @@ class Scheduler:
         self.counts.check(len(self._requests))
 
     def _plan_decodes(self, plan: StepPlan, requests: list[Request]) -> bool:
-        """Add one slice for each decoding request. Returns False if blocks were short."""
+        """Add to `plan` one slice for each decoding request. Returns False if there were too few free KV blocks."""
         enough_blocks = True
         block_size = self.cache.block_size
         rows, starts = plan.rows, plan.starts
         for request in self._running.decodes:  # a preemption shortens this list from its end during the loop
             if len(request.tokens) + request.num_uncommitted >= request.end_len:
-                continue  # its uncommitted token is its last
+                continue  # the request's last token is already submitted
             start = request.num_computed
             if start == len(request.blocks) * block_size:
                 if not self.cache.num_free:
@@ -219,7 +219,7 @@ class Scheduler:
         return True
 
     def _plan_prompts(self, plan: StepPlan, requests: list[Request], budget: int) -> int:
-        """Add the next chunk of each prompt that has started. Returns the rest of the budget, in tokens."""
+        """Add to `plan` the next chunk of each prompt that has started. Returns the rest of the budget, in tokens."""
         for request in list(self._running.prompts):
             if budget == 0:
                 break
@@ -227,7 +227,7 @@ class Scheduler:
         return budget
 
     def _plan_chunk(self, plan: StepPlan, requests: list[Request], request: Request, budget: int) -> int:
-        """Add a slice of a prompt, at most `budget` tokens. Returns its number of tokens.
+        """Add to `plan` a slice of a request's prompt, at most `budget` tokens long. Returns the slice's number of tokens.
 
         The request becomes a decode if the slice reaches its last token.
         """
@@ -245,7 +245,7 @@ class Scheduler:
         return num
 
     def _plan_admissions(self, plan: StepPlan, requests: list[Request], budget: int) -> None:
-        """Admit waiting requests while there are rows and budget, and add the first chunk of each."""
+        """Admit waiting requests while there are free batch rows and budget, and add the first chunk of each to `plan`."""
         for request, copies in self._admission.admissible(requests[plan.num_decodes :]):
             plan.copies += copies
             plan.admitted.append(self._admit(request))
@@ -266,8 +266,10 @@ class Scheduler:
         return AdmittedRow(row, request.tokens[:], request.num_prompt, request.blocks.copy(), request.params, request.seed)
 
     def _preempt(self, request: Request) -> None:
-        """Move a running request back to the queue. It keeps its tokens and still gets its uncommitted one; their KV is
-        computed again."""
+        """Move a running request back to the queue and release its blocks.
+
+        The request keeps its tokens, and a token that is not committed yet is still added. Their KV is computed again.
+        """
         self._running.remove(request)
         self.cache.release(request)
         request.status = Status.WAITING
@@ -277,7 +279,7 @@ class Scheduler:
     def _fail(self, request: Request, step: int) -> TokenEvent:
         """End a request whose newest token is NO_TOKEN, and return its last event.
 
-        Its blocks may hold NaN, so they leave the prefix cache.
+        The request's blocks may hold NaN, so they are removed from the prefix cache.
         """
         request.tokens.pop()
         self.counts.output_tokens -= 1  # `commit` counts one token per event
@@ -298,9 +300,9 @@ class Scheduler:
 
 
 def _longest_first(plan: StepPlan, requests: list[Request]) -> None:
-    """Sort a plan of decodes by context length, longest first.
+    """Sort the decodes of a plan by context length, longest first.
 
-    Attention starts with the first rows. A long row that started last would leave most of the device idle at the end.
+    The attention kernel starts with the first rows. A long row that started last would leave most of the device idle at the end.
     """
     if len(requests) < 2:
         return

@@ -1,4 +1,4 @@
-"""ZmqConnection: one ZeroMQ socket to an engine, read by the asyncio event loop. A reconnection needs a new ZmqConnection."""
+"""ZmqConnection: one ZeroMQ socket to an engine. The asyncio event loop reads it. A reconnection needs a new ZmqConnection."""
 
 from __future__ import annotations
 
