@@ -37,8 +37,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     max_num_seqs: int = 256
     max_step_tokens: int | None = None
-    max_queue: int = 4096  # waiting requests; a further one is refused
-    max_skips: int = 32  # how many later requests may overtake one that does not fit; then they wait behind it
+    max_queue: int = 4096  # largest number of waiting requests; a further request is refused
+    max_skips: int = 32  # how many later requests may be admitted before a request that does not fit; then they wait behind it
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,7 +47,7 @@ class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     step_ms: float = 0.0
     token_us: float = 0.0
     num_blocks: int = 4096
-    nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no row does
+    nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no such token
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -48,7 +48,7 @@ def set_up(level: str, form: LogFormat, process: str) -> None:
     handler = logging.NullHandler() if sys.__stderr__ is None else QueueHandler(LineWriter(2, formatter), formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    logging.getLogger("grpc._cython").setLevel(logging.WARNING)  # at debug level it logs every poll
+    logging.getLogger("grpc._cython").setLevel(logging.WARNING)  # at debug level, this logger logs every poll
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     sys.stderr = _PrintedLines()
@@ -77,7 +77,7 @@ class LineWriter:
         self._fd = fd
         self._formatter = formatter
         self._changed = threading.Condition()
-        self._queue: deque[bytes | int] = deque()  # lines, and numbers of lines that were dropped at that place
+        self._queue: deque[bytes | int] = deque()  # a line, or the number of lines that were dropped at this place
         self._num_bytes = 0
         self._is_writing = False
         self._callback: Callable[[int], None] = lambda number: None
@@ -117,7 +117,7 @@ class LineWriter:
         self._callback(1)
 
     def _run(self) -> None:
-        unreported = 0  # lines that were dropped since the last report
+        unreported = 0  # number of lines dropped since the last report
         while True:
             item = self._next()
             line = b"" if isinstance(item, int) else item

@@ -121,7 +121,7 @@ class EngineProcess:
         self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds to send the last messages after a close
         self._endpoint = endpoint
         self._socket.bind(endpoint)
-        self._workers: dict[bytes, str] = {}  # identity -> name
+        self._workers: dict[bytes, str] = {}  # name of each connected worker, by the identity of its socket
         self._lost: set[bytes] = set()  # workers that a send has failed for; the loop forgets them before the next step
         self._dropped: set[bytes] = set()  # workers dropped because they did not read; told to reconnect once they read
         self._owners: dict[str, bytes] = {}  # running or waiting request -> identity of the worker that submitted it
@@ -168,17 +168,17 @@ class EngineProcess:
         if self._preparing and not self._core.prepare():
             self._preparing = False
             self._pauses.freeze()
-            self._heartbeat_at = 0.0  # tell the workers that from now on every iteration of the loop is short
+            self._heartbeat_at = 0.0  # a heartbeat now tells the workers that every later loop iteration is short
         return self._preparing
 
     def _wait(self) -> None:
-        """Wait for a message, at most until the next heartbeat is due."""
+        """Wait for a message from a worker, at most until the next heartbeat is due."""
         milliseconds = max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1)
         if not self._socket.poll(milliseconds):
             self._pauses.collect()
 
     def _read(self) -> None:
-        """Handle the messages that have arrived, up to the limits of one iteration. Runs no step."""
+        """Handle the messages that have arrived from workers, up to the limits of one loop iteration. Runs no step."""
         num_bytes = 0
         for _ in range(READS_PER_STEP):
             if num_bytes >= READ_BYTES_PER_STEP:
@@ -235,7 +235,7 @@ class EngineProcess:
         requests = [request_id for request_id, owner in self._owners.items() if owner == identity]
         for request_id in requests:
             del self._owners[request_id]
-        # The worker may submit requests with the same ids next, so the old ones must not produce another event.
+        # The worker may submit requests with the same ids next, so its old requests must not produce another event.
         self._core.forget(requests)
 
     def _send_events(self, events: list[TokenEvent]) -> None:
@@ -262,7 +262,7 @@ class EngineProcess:
         for identity in list(self._workers):
             self._send(identity, heartbeat)
         for identity in list(self._dropped):
-            # A Welcome without a Hello before it tells the worker to connect again.
+            # The worker has sent no Hello before this Welcome, so the Welcome tells it to connect again.
             if self._try_send(identity, Welcome(self._info)) != "full":
                 self._dropped.discard(identity)
 
@@ -279,7 +279,7 @@ class EngineProcess:
             log.warning("the engine's socket was deleted and is bound again", extra={"path": str(path)})
 
     def _send(self, identity: bytes, message: EngineMessage) -> None:
-        """Send to a connected worker. A worker that cannot be sent to is dropped."""
+        """Send a message to a connected worker. If it cannot be sent, drop the worker."""
         if identity not in self._workers or identity in self._lost:
             return
         outcome = self._try_send(identity, message)
@@ -292,7 +292,7 @@ class EngineProcess:
             self._dropped.add(identity)
 
     def _try_send(self, identity: bytes, message: EngineMessage) -> str:
-        """Send without blocking. Returns "sent", "full" (the worker does not read) or "gone" (it has disconnected)."""
+        """Send a message without blocking. Returns "sent", "full" (the worker does not read) or "gone" (it has disconnected)."""
         try:
             self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.Again:

@@ -61,7 +61,7 @@ class Chain:
         self.salt = salt
         self.tokens = tokens
         self.links: list[Link] = []
-        self.matched: list[Entry] = []  # entries of the first blocks, as of `epoch`
+        self.matched: list[Entry] = []  # entries that the first blocks matched, valid while the index is at `epoch`
         self.epoch = 0
         self.retry_at = 0  # the request cannot fit until BlockPool.num_released has reached this
         self.num_published = 0

@@ -2,10 +2,10 @@
 
 A waiting request is passed over in three cases.
 
-    deferred   Another request is computing the next block of its prompt right now. It shares that block one step later.
+    deferred   Another request is computing the next block of its prompt right now. The request shares that block one step later.
                A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
-    blocked    It does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
-    unknown    It was preempted, and its next token is not committed yet.
+    blocked    The request does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
+    unknown    The request was preempted, and its next token is not committed yet.
 
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends

@@ -19,7 +19,7 @@ SEND_QUEUE = 65536  # messages that ZeroMQ keeps for an engine that does not rea
 
 
 class ZmqConnection:
-    """A DEALER socket and the monitor socket that reports its disconnection. Both are read by the running event loop.
+    """Wraps a DEALER socket and the monitor socket that reports its disconnection. The running event loop reads both.
 
     ZeroMQ's file descriptor signals only that its state has changed, and a send can consume that signal. So a read goes on
     until the socket is empty, or else schedules the next read; and every send schedules a read.
@@ -40,7 +40,7 @@ class ZmqConnection:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)  # milliseconds
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)  # milliseconds between two attempts to connect
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._fds = int(self._socket.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD))

@@ -1,4 +1,4 @@
-"""What the supervisor adds to the metrics files of the workers: the requests of a dead worker, and its own dropped log lines."""
+"""Writes the supervisor's part of the metric files: the requests of dead workers, and the supervisor's dropped log lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("tidegate.metrics")
 
 
 def worker_died(pid: int) -> None:
-    """The supervisor calls this when a worker is dead. The requests that the worker was running count as failed."""
+    """Count the requests that a dead worker was running as failed. The supervisor calls this after the worker's death."""
     folder = Path(os.environ[FOLDER_VARIABLE])
     lost = _running_requests(folder / f"gauge_livesum_{pid}.db")
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
@@ -44,7 +44,10 @@ class SupervisorDrops:
         self._total = 0
 
     def add(self, number: int) -> None:
-        """Does not log an error, since a thread that is logging calls it. The log reports the number itself."""
+        """Count `number` more dropped log lines.
+
+        An error is not logged, since a thread that is logging calls this method. The log itself also reports the number.
+        """
         self._total += number
         if self._path is None:
             return
@@ -62,7 +65,7 @@ def _counter_key(name: str, text: str, labels: list[str], values: list[str]) -> 
 
 
 def _running_requests(file: Path) -> dict[str, float]:
-    """Running requests by transport, as a worker's file has them."""
+    """Read a worker's file, and return its number of running requests for each transport."""
     if not file.is_file():
         return {}
     lost = {}

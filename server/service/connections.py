@@ -1,4 +1,4 @@
-"""How many connections one API worker can hold. Each takes a descriptor, and the operating system limits their number."""
+"""Computes how many connections one API worker can hold. Each takes a descriptor, and the system limits their number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from engine.errors import ConfigError
 from server.settings import Settings
 
-OWN_DESCRIPTORS = 48  # of a worker for itself: an idle one has about 36 open, and a scrape or a restarted engine takes a few more
+OWN_DESCRIPTORS = 48  # kept for the worker itself: an idle one has about 36 open; a scrape or an engine restart takes a few more
 GRPC_SHARE = 4  # gRPC gets one part in four: a gRPC connection carries many calls, an HTTP connection one request at a time
 UNLIMITED = 1 << 20
 
@@ -19,7 +19,7 @@ class ConnectionLimits(NamedTuple):
 
 
 def connection_limits(settings: Settings) -> ConnectionLimits:
-    """Divide the descriptors that this process may open. Raises ConfigError if max_connections does not fit."""
+    """Divide the descriptors of this process between HTTP and gRPC. Raises ConfigError if max_connections does not fit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     available = UNLIMITED if limit == resource.RLIM_INFINITY else max(limit - OWN_DESCRIPTORS, 2)
     for_grpc = max(available // GRPC_SHARE, 1)

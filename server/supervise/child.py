@@ -20,7 +20,7 @@ log = logging.getLogger("tidegate.supervisor")
 
 
 class Fatal(Exception):
-    """The server cannot go on. The message is None where a child has already logged the reason."""
+    """Raised when the server must end. `message` is None if a child has already logged the reason."""
 
     def __init__(self, exit_code: int, message: str | None = None) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class Fatal(Exception):
 
 
 class Timeout(NamedTuple):
-    """How long a process may report no progress, and the setting that says so."""
+    """The longest time, in seconds, that a process may report no progress, and the name of the setting that holds it."""
 
     setting: str
     seconds: float
@@ -41,19 +41,19 @@ class Program(NamedTuple):
     name: str
     module: str
     start: Callable[[], bytes]
-    stall: Timeout  # once it is ready
+    stall: Timeout  # applies once the process is ready
     fds: tuple[int, ...] = ()
 
 
 def nothing() -> None:
-    """The default of `Child.on_ready`."""
+    """Do nothing. This is the default of `Child.on_ready`."""
 
 
 class Child:
-    """Runs a program until `stop` or `kill`, over as many processes as that takes.
+    """Runs a program until `stop` or `kill` is called, and starts a new process of it after each death.
 
-    A process that reports no progress is killed: after start_timeout_s while it starts, after the program's own timeout once it
-    is ready. A new process follows each death, until crash_limit deaths in a row.
+    A process that reports no progress is killed: after start_timeout_s while it starts, and after the program's own timeout once
+    it is ready. After crash_limit deaths in a row no new process is started.
     """
 
     def __init__(self, program: Program, settings: Settings) -> None:
@@ -67,12 +67,15 @@ class Child:
         self._crashes = CrashCount(settings.crash_window_s)
         self._watchdog = Watchdog(self._kill_silent)
         self._process: ChildProcess | None = None
-        self._was_ready = False  # once, in any of its processes
+        self._was_ready = False  # whether any process of this child has been ready
         self._stopping = False
         self._killed = False
 
     async def run(self) -> None:
-        """Return after `stop` or `kill`. Raises Fatal when another start makes no sense."""
+        """Start the program, again after each death, and return after `stop` or `kill`.
+
+        Raises Fatal after crash_limit deaths in a row, or if the settings are wrong.
+        """
         while not self._stopping:
             try:
                 process = await self._spawn()
@@ -92,22 +95,22 @@ class Child:
             await self._pause(f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
 
     def stop(self) -> None:
-        """Ask the process to end; no other follows."""
+        """Ask the process to end by SIGTERM. No new process is started after it."""
         self._stopping = True
         self._signal(signal.SIGTERM)
 
     def hurry(self) -> None:
-        """Ask a worker to end at once, and to end its streams with an error."""
+        """Ask a worker process to end at once, and to end its streams with an error."""
         self.stop()
         self._signal(signal.SIGINT)  # the second request to stop; two signals of one kind can become one
 
     def kill(self) -> None:
-        """End the process without asking it; no other follows."""
+        """Kill the process by SIGKILL. No new process is started after it."""
         self._stopping = self._killed = True
         self._signal(signal.SIGKILL)
 
     def tell(self, word: bytes) -> None:
-        """Write a word to the process, if there is one."""
+        """Write a word of the line protocol to the process, if one is running."""
         if self._process is not None:
             self._process.write_line(word)
 
@@ -118,7 +121,7 @@ class Child:
         self._process = process
         process.write_line(start)
         self._watchdog.expect(self._start.seconds)
-        if self._stopping:  # `stop` or `kill` was called while the process began
+        if self._stopping:  # `stop` or `kill` was called while the process was being started
             process.send_signal(signal.SIGKILL if self._killed else signal.SIGTERM)
         return process
 

@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 log = logging.getLogger("tidegate.supervisor")
 
 PREFIX = "tidegate-run-"
-CHECK_SECONDS = 1.0  # between looks for a folder that was deleted
+CHECK_SECONDS = 1.0  # time between two checks whether the folder was deleted
 
 
 class RunFolder:
@@ -29,11 +29,14 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
-        self._lock = lock  # a descriptor of the folder itself
+        self._lock = lock  # descriptor of the folder, which holds the lock
 
     @classmethod
     def make(cls) -> RunFolder:
-        """Make and lock a new folder, and remove those of servers that were killed. Raises ConfigError."""
+        """Make and lock a new run folder, and remove the run folders of servers that were killed.
+
+        Raises ConfigError if no folder can be made among the temporary files.
+        """
         try:
             remove_abandoned(Path(tempfile.gettempdir()))
             while True:
@@ -42,7 +45,7 @@ class RunFolder:
                     on_failure.callback(shutil.rmtree, path, ignore_errors=True)
                     folder = cls(path, _lock(path))
                     on_failure.callback(os.close, folder._lock)
-                    if folder._is_whole():  # otherwise another start took it for an abandoned one, just before the lock
+                    if folder._is_whole():  # False: another start removed the folder as abandoned, before the lock
                         folder.metrics.mkdir()
                         on_failure.pop_all()
                         return folder
@@ -54,7 +57,7 @@ class RunFolder:
         return self.path / "metrics"
 
     def restore(self) -> bool:
-        """Make what is missing of the folder; False if nothing was. Raises OSError."""
+        """Make the folder and its subfolder again if they are missing. Returns False if none was. Raises OSError on failure."""
         if self._is_whole() and self.metrics.is_dir():
             return False
         if not self._is_whole():
@@ -63,13 +66,13 @@ class RunFolder:
         return True
 
     def remove(self) -> None:
-        """Delete the folder and all that is in it."""
+        """Delete the run folder with all its files, and release its lock."""
         if self._is_whole():
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
     def _is_whole(self) -> bool:
-        """Whether the folder that was locked is still at its path."""
+        """Return whether the folder at `path` is still the folder that this process locked."""
         try:
             there = self.path.lstat()
         except OSError:
@@ -88,7 +91,7 @@ class RunFolder:
 
 
 async def keep(folder: RunFolder) -> None:
-    """Make the folder again each time that somebody has deleted it. Never returns."""
+    """Check `folder` every CHECK_SECONDS, and make it again if somebody has deleted it. Never returns."""
     failed = False
     while True:
         await asyncio.sleep(CHECK_SECONDS)
@@ -120,7 +123,7 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Open and lock a folder. The lock is shared, since some network file systems have no other for folders."""
+    """Open and lock a folder, and return its descriptor. Some network file systems can lock folders only with a shared lock."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor

@@ -1,4 +1,4 @@
-"""Watchdog: calls back when no sign of progress has come for some time."""
+"""Watchdog: calls a function when a process has sent no sign of progress for some time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ TICKS = 8
 
 
 class Watchdog:
-    """Waits for the next sign of progress, by `TICKS` short timers instead of one long one.
+    """Waits for the next sign of progress with `TICKS` short timers instead of one long timer.
 
-    A supervisor that was itself stopped for a while then loses one tick only, and reads the signs that came in the meantime
-    before the next.
+    If the supervisor itself is stopped for a while, only one short timer runs out. The supervisor then reads the signs that came
+    in the meantime before the next timer runs out.
     """
 
     def __init__(self, on_silence: Callable[[], None]) -> None:
@@ -22,7 +22,7 @@ class Watchdog:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self, seconds: float) -> None:
-        """A sign has come, and the next one is due within `seconds`. The first call starts the watchdog."""
+        """Record a sign of progress, and expect the next one within `seconds`. The first call starts the watchdog."""
         self._left = TICKS
         if self._timer is None or seconds != self._seconds:
             self.stop()
@@ -30,7 +30,7 @@ class Watchdog:
             self._start_timer()
 
     def stop(self) -> None:
-        """Call back no more, until `expect` is called again."""
+        """Stop the watchdog until `expect` is called again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

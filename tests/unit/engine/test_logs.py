@@ -1,4 +1,4 @@
-"""What a log line looks like, and what happens to log lines that nobody reads."""
+"""Tests of the format of log lines, and of log lines that cannot be written because nobody reads them."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ LINE = b"x" * 999 + b"\n"
 
 @pytest.fixture
 def restored(monkeypatch):
-    """Undoes what `logs.set_up` changes in this process."""
+    """Undo the changes that `logs.set_up` makes in this process, after the test."""
     root, cython = logging.getLogger(), logging.getLogger("grpc._cython")
     before = root.level, root.handlers[:], cython.level
     for module, name in ((sys, "excepthook"), (threading, "excepthook"), (sys, "stderr")):
@@ -47,7 +47,7 @@ def record(**extra):
 
 
 def read_until(fd, last):
-    """All bytes from `fd` up to the text `last`."""
+    """Read and return all bytes from `fd`, until they contain the text `last`."""
     got = b""
     while last not in got:
         got += os.read(fd, 1 << 16)
@@ -77,7 +77,7 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pip
     num_lines = 3 * logs.MAX_QUEUED_BYTES // len(LINE)
     for _ in range(num_lines // 2):
         writer.put(LINE)
-    writer.on_dropped(seen.append)  # learns of the lines that are lost already
+    writer.on_dropped(seen.append)  # the callback is called at once with the number of lines dropped so far
     for _ in range(num_lines - num_lines // 2):
         writer.put(LINE)
     assert 0 < writer.num_dropped == sum(seen) < num_lines
@@ -85,7 +85,7 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pip
 
     written, reported = 0, 0
     with open(os.dup(read), "rb") as log:
-        while written + reported < num_lines:  # a reader that comes while lines are dropped finds more than one report
+        while written + reported < num_lines:  # there may be several reports
             line = log.readline()
             written += line == LINE
             reported += 0 if line == LINE else json.loads(line)["dropped_lines"]
@@ -94,7 +94,7 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pip
 
 
 def test_a_report_stands_where_the_lines_are_missing(pipe):
-    """Lines that are logged after the pipe has drained come behind the report."""
+    """A line that is logged after a dropped line is written after the report of the dropped line."""
     read, write = pipe
     writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
     writer.put(b"y" * (logs.MAX_QUEUED_BYTES + 1))
@@ -134,7 +134,7 @@ def test_a_non_blocking_descriptor_loses_no_line(pipe):
     read, write = pipe
     os.set_blocking(write, False)
     writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
-    for _ in range(200):  # more than a pipe holds
+    for _ in range(200):  # 200 lines are more than a pipe holds
         writer.put(LINE)
     writer.put(b"last\n")
     assert read_until(read, b"last\n").count(LINE) == 200

@@ -14,7 +14,7 @@ def engine(tmp_path):
 
 @pytest.fixture
 async def client(engine):
-    """A client whose only engine has accepted it."""
+    """Yield an EngineClient with one engine, which has accepted it."""
     client = EngineClient([engine.endpoint], "api 0", resume_timeout_s=30, max_queue=2)
     await client.start()
     await engine.accept()

@@ -1,4 +1,4 @@
-"""Child, with real processes. Whole servers are in tests/e2e/test_serve.py and tests/e2e/test_failures.py."""
+"""Tests of Child, with real processes. tests/e2e/test_serve.py and tests/e2e/test_failures.py test whole servers."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,10 @@ def child_of(module, line, **settings):
 
 
 def scripted(*lives, **settings):
-    """A child whose process number i runs `lives[i]`, and later ones the last of them. `starts` counts the processes."""
+    """Make a Child whose i-th process runs the Python statements `lives[i]`. Later processes run the last of `lives`.
+
+    Returns the Child, and a function that returns how many processes were started.
+    """
     count = 0
 
     def line():
@@ -51,7 +54,7 @@ async def running(child):
 
 
 async def until_ready(child, task, condition=lambda: True):
-    """Wait until the child becomes ready while `condition` holds; raise what ended it if that comes first."""
+    """Wait until the child becomes ready while `condition` holds. If `task`, the child's run, ends first, raise its exception."""
     reached = asyncio.Event()
     child.on_ready = lambda: reached.set() if condition() else None
     if child.ready.is_set():
@@ -78,7 +81,7 @@ async def test_a_death_is_noticed_while_a_grandchild_keeps_the_output_open(tmp_p
             assert grandchild.is_running()
         finally:
             grandchild.kill()
-        await until_ready(child, task)  # it was started again
+        await until_ready(child, task)  # the child is started again
         second = psutil.Process(int(path.read_text()))
         assert second.pid != grandchild.pid
         second.kill()
@@ -105,7 +108,7 @@ async def test_a_child_that_we_killed_is_not_said_to_have_ended_badly(caplog, en
     ids=["never ready", "ready", "ended without a request", "killed"],
 )
 async def test_deaths_without_work_in_between_end_the_server_however_far_apart_they_are(life):
-    """Each life is longer than a hundredth of a second. Readiness makes a child stable only after a minute."""
+    """Every death counts. A process that was never ready is never stable, and a ready one only after crash_window_s, a minute."""
     child, starts = scripted(life, crash_limit=3, crash_window_s=60 if READY in life else 0.01)
     async with running(child) as task:
         with pytest.raises(Fatal, match="died 3 times and served nothing in between") as caught:
@@ -158,7 +161,7 @@ async def test_a_child_that_reports_no_progress_is_killed(caplog, life, settings
 
 
 async def test_a_long_start_that_reports_progress_is_not_killed():
-    """It takes 2 seconds, of which none passes without a report."""
+    """The start takes 2 seconds, twice start_timeout_s, with a progress report every 0.05 seconds."""
     report = "[(lifeline.tell(lifeline.ALIVE), time.sleep(0.05)) for _ in range(40)]"
     child, starts = scripted([report, READY, HANG], start_timeout_s=1)
     async with running(child) as task:
