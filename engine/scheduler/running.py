@@ -40,7 +40,7 @@ class RunningSet:
         request.row = None
 
     def worst(self) -> Request:
-        """Return the running request of the worst rank."""
+        """Return the running request of the worst rank: the largest priority value, and the latest arrival among equals."""
         return max(self.decodes[-1:] + self.prompts[-1:], key=rank)
 
     def check(self) -> None:

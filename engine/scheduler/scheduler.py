@@ -102,13 +102,16 @@ class Scheduler:
         return TokenEvent(request_id, [], FinishReason.ABORT)
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step, which the caller must submit. Returns None if nothing can run before another commit."""
+        """Plan the next step, which the caller must submit to the runner.
+
+        Returns None if no request can run until the result of an earlier step is applied.
+        """
         plan = StepPlan(self.step + 1)
         requests: list[Request] = []
         enough_blocks = self._plan_decodes(plan, requests)
         budget = self._max_step_tokens - len(requests)
         budget = self._plan_prompts(plan, requests, budget)
-        # A step that was short of blocks admits no request: requests would only preempt each other in turn.
+        # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
         if enough_blocks and budget and self._running.free_rows and len(self._queue):
             self._plan_admissions(plan, requests, budget)
         if not requests:
@@ -120,7 +123,10 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        """Apply the result of the oldest uncommitted step. Plans are committed in the order in which they were made."""
+        """Apply the result of the oldest step whose result is not applied yet. Returns the events of that step.
+
+        Results are applied in the order in which the plans were made.
+        """
         step, requests = self._uncommitted.popleft()
         if not step == plan.step == result.step:
             raise InternalError(f"step {step} is due, not the plan of {plan.step} with the result of {result.step}")
@@ -153,7 +159,7 @@ class Scheduler:
         return events
 
     def check(self) -> None:
-        """Raise InternalError if lists, rows, blocks and counters disagree."""
+        """Raise InternalError if the queue, the running set, the batch rows, the KV blocks and the counters disagree."""
         running = self._running.prompts + self._running.decodes
         waiting = list(self._queue)
         self._queue.check()

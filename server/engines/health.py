@@ -9,7 +9,7 @@ from engine.messages import EngineStats
 
 IDLE_SILENCE_SECONDS = 2.0  # an idle engine sends a heartbeat every HEARTBEAT_SECONDS (0.25), unless it prepares something
 
-Clock = Callable[[], float]  # seconds of a monotonic clock
+Clock = Callable[[], float]  # a function that returns the seconds of a monotonic clock
 
 
 class EngineHealthTracker:

@@ -90,7 +90,7 @@ class EngineStream:
             self.end(Aborted("the request was aborted"))
 
     def put(self, event: TokenEvent) -> None:
-        """Hand an event of the present engine to the consumer."""
+        """Pass an event of the present engine on to the stream's consumer."""
         error = None if event.finish is None else self._final_error(event)
         if error is not None:
             event.finish = None

@@ -110,7 +110,7 @@ class RequestMeter:
         m.ttft.observe(now - self._began)
 
     def tokens(self, index: int, num_tokens: int, now: float) -> None:
-        """Record that output `index` gained tokens."""
+        """Record that output `index` of the request gained `num_tokens` tokens at the time `now`."""
         before = self._latest.get(index)
         self._latest[index] = now
         if before is None:
@@ -147,7 +147,7 @@ class Metrics:
 
     def __init__(self, model_name: str, engine: Callable[[], EngineHealth]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.num_finished = 0  # requests that this process answered in full
+        self.num_finished = 0  # number of requests that this process answered in full
         self._registry = CollectorRegistry()
         self._publish: Callable[[], None] = lambda: None
         workers: Collector = self._registry

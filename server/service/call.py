@@ -217,7 +217,7 @@ class Call:
         self.meter.first_token(now, prompt_tokens=self._num_prompt, cached_tokens=self._num_cached, queue_seconds=self._queue_s)
 
     async def _pump(self, id: str, stream: TokenStream) -> None:
-        """Move the events of one output into the queue."""
+        """Move the events of one output's stream into the queue that joins the outputs, until the stream ends."""
         try:
             async for event in stream:
                 await self._queue.put((id, event))

@@ -76,7 +76,7 @@ class GenerateService:
 
     @property
     def num_running(self) -> int:
-        """Number of `generate` calls that have begun and not ended."""
+        """The number of `generate` calls that have begun and not ended."""
         return len(self._calls)
 
     async def generate(

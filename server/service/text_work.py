@@ -27,8 +27,8 @@ from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
 
 INLINE_CHARS = 2048  # longest text that is tokenised in the event loop, and longest chat that is rendered there
 INLINE_TOKENS = 256  # most token ids that are decoded in the event loop
-# A piece of text or of token ids larger than this goes to the lane for huge pieces: the lane for long texts would wait for it.
-HUGE = 16 * PIECE_CHARS  # characters or token ids
+# A piece of text or of token ids larger than HUGE has a thread of its own, since other long texts would have to wait for it.
+HUGE = 16 * PIECE_CHARS  # number of characters or of token ids
 _SHORT_THREADS = 2
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class TextWork:
             await self._in_lane(self._huge, job.step)
 
     async def _in_lane(self, lane: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Run `work` in a thread of `lane`. If the caller is cancelled before `work` starts, it never runs."""
+        """Run `work` in a thread of the pool `lane`. If the caller is cancelled before `work` starts, it never runs."""
         return await asyncio.get_running_loop().run_in_executor(lane, work)
 
     @contextmanager

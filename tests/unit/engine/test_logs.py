@@ -211,7 +211,7 @@ def test_sigterm_ends_a_process_whose_log_nobody_reads():
 
 
 def test_without_a_standard_error_nothing_is_written_to_descriptor_2(tmp_path):
-    """A process that began without descriptor 2 may open a file under that number."""
+    """A process that began without descriptor 2 may open a file under that number. Log lines must not go to that file."""
     code = f"import os\nos.dup2(os.open({str(tmp_path / 'data')!r}, os.O_RDWR | os.O_CREAT), 2)\n" + CHILD.format(
         body="logging.error('lost'); print('printed', file=sys.stderr)"
     )

@@ -123,7 +123,7 @@ async def test_a_fast_engine_leaves_the_event_loop_to_other_tasks(client, engine
         engine.send_tokens("r", token, finish=FinishReason.LENGTH if token == 49 else None)
     events = [event.tokens async for event in stream]
     assert [token for tokens in events for token in tokens] == list(range(50))
-    assert max(map(len, events)) <= 2  # the consumer runs after the next message at the latest
+    assert max(map(len, events)) <= 2  # the consumer runs at the latest after the next message
 
 
 async def test_abort_reaches_the_engine_once(client, engine):

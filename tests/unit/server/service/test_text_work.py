@@ -73,9 +73,9 @@ async def test_a_text_of_any_length_has_the_librarys_ids(work, gate, text):
 async def test_short_texts_do_not_wait_for_long_ones(work, gate):
     gate.holds = lambda piece: len(piece) >= PIECE_CHARS
     huge = encode(work, HUGE_WORD)
-    await until(lambda: len(gate.pieces) == 1)  # the gate holds a piece in the lane for huge pieces
+    await until(lambda: len(gate.pieces) == 1)  # the gate holds a piece in the thread for huge pieces
     long = [encode(work, LONG) for _ in range(5)]
-    await until(lambda: len(gate.pieces) == 2)  # the gate holds a piece in the lane for long texts
+    await until(lambda: len(gate.pieces) == 2)  # the gate holds a piece in the thread for long texts
     for text in (SHORT, "x" * (PIECE_CHARS - 1)):
         assert await encode(work, text) == ids_of(text)
     assert not any(task.done() for task in (huge, *long))
