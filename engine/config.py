@@ -13,7 +13,7 @@ import msgspec
 from engine.errors import ConfigError
 
 STEP_TOKENS = 8192  # default of max_step_tokens on a GPU
-OFFLINE_STEP_TOKENS = 16384  # the same for an offline engine, where a long step delays no stream
+OFFLINE_STEP_TOKENS = 16384  # default of max_step_tokens for an offline engine on a GPU: a long step delays no stream there
 CPU_STEP_TOKENS = 512
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -37,8 +37,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     max_num_seqs: int = 256
     max_step_tokens: int | None = None
-    max_queue: int = 4096  # waiting requests; a further one is refused
-    max_skips: int = 32  # how many later requests may overtake one that does not fit; then they wait behind it
+    max_queue: int = 4096  # largest number of waiting requests; a further request is refused
+    max_skips: int = 32  # how many later requests may be admitted before a request that does not fit; then they wait behind it
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,7 +47,7 @@ class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     step_ms: float = 0.0
     token_us: float = 0.0
     num_blocks: int = 4096
-    nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no row does
+    nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no such token
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +85,7 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
     """
     check(config, limits, has_cuda=has_cuda)
     device = config.device if config.device != "auto" else ("cuda" if has_cuda else "cpu")
-    # All CPUs multiply float32 fast, and few of them bfloat16.
+    # The default on a CPU is float32: all CPUs multiply float32 fast, and few of them multiply bfloat16 fast.
     auto_dtype = limits.dtype if device == "cuda" else "float32"
     gpu_tokens = OFFLINE_STEP_TOKENS if config.offline else STEP_TOKENS
     step_tokens = config.scheduler.max_step_tokens or (gpu_tokens if device == "cuda" else CPU_STEP_TOKENS)

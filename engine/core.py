@@ -34,7 +34,7 @@ RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
 class _InFlightStep(NamedTuple):
-    """The step that is submitted and not committed yet."""
+    """A step that the core has submitted to the runner, and whose result the scheduler has not applied yet."""
 
     plan: StepPlan
     pending: PendingStep
@@ -42,9 +42,9 @@ class _InFlightStep(NamedTuple):
 
 
 class Core:
-    """Not thread-safe: one loop owns it.
+    """Runs a scheduler and a runner step by step. A Core is not thread-safe: one loop calls all its methods.
 
-    An exception from `step` is a bug or a lost device, and the core cannot be used after it. Nothing here catches it: the
+    An exception from `step` is a bug or a lost device, and the core cannot be used after it. The core does not catch it: the
     process ends, the supervisor starts another engine, and the workers submit their requests again.
     """
 
@@ -64,7 +64,7 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a reason to call `step`: requests, a submitted step whose tokens are not read, or events to return."""
+        """True if `step` must be called: there are requests, a submitted step without a result, or events to return."""
         return self._scheduler.has_requests or self._in_flight is not None or bool(self._ended)
 
     @property
@@ -199,7 +199,10 @@ class Core:
 
 
 def build_core(config: EngineConfig, clock: StartupClock | None = None) -> Core:
-    """Import the runner that `config` names, build it and join it to a scheduler. `clock` may already be running."""
+    """Import and build the runner that `config` names, and return a Core of it and a new scheduler.
+
+    `clock` measures the phases of the start. A caller may pass a clock that already counts earlier phases.
+    """
     clock = clock or StartupClock()
     module = importlib.import_module(RUNNERS[config.runner])
     clock.end("imports")

@@ -30,7 +30,7 @@ MAX_BLOCKS = 1 << 24  # the lists of more blocks would fill the memory of a smal
 
 
 class _Row:
-    """The state that a device keeps for a row. `chain` is a hash of all of `tokens`."""
+    """Holds the state that a device would keep for a batch row. `chain` is a hash of all of `tokens`."""
 
     __slots__ = ("blocks", "chain", "masked", "num_prompt", "params", "salt", "tokens")
 
@@ -46,7 +46,7 @@ class _Row:
             self.chain = _mix(self.chain, token)
 
     def sample(self, vocab_size: int) -> int:
-        """Return the next token. `append` must follow."""
+        """Return the row's next token. The caller must then pass the token to `append`."""
         token = _mix(self.chain, self.salt) % vocab_size
         if len(self.tokens) - self.num_prompt < self.params.min_tokens:
             for _ in range(len(self.masked)):
@@ -130,7 +130,7 @@ class FakeRunner:
         return [self._logprobs(token, row.params.prompt_logprobs or 0) for token in tokens]
 
     def _logprobs(self, token: int, num: int) -> TokenLogprobs:
-        """The fake model always samples its most probable token."""
+        """Return made-up log-probabilities of `token`. Its rank is 1: the fake model always samples its most probable token."""
         num = min(num, self._limits.vocab_size)
         top = [(token + i) % self._limits.vocab_size for i in range(num)]
         return TokenLogprobs(token, -0.5, 1, top, [-0.5 - i for i in range(num)])
@@ -161,7 +161,7 @@ class FakeStep:
 
 
 class SimulatedBlocks:
-    """The simulated content of each slot: a hash of the tokens up to and including the slot's own, or None."""
+    """Simulates the content of each slot: a hash of the tokens up to and including the slot's own, or None if never written."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size

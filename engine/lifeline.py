@@ -1,7 +1,7 @@
 """The line protocol between the supervisor and each of its child processes.
 
 Parent to child, on standard input: one line of JSON that starts the child, then words such as ALL_READY. The pipe ends when the
-parent ends, however it ends, and then the child kills itself. Nothing of the start shows in `ps` or in the environment.
+parent ends, however it ends, and then the child kills itself. The settings in the JSON do not show in `ps` or the environment.
 Child to parent, on standard output: one word a line, which reports the child's state.
 """
 
@@ -15,12 +15,12 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
-# Words of a child.
-READY = b"ready"  # it can serve; once
-ALIVE = b"alive"  # it makes progress; again and again, while it starts too
-SERVED = b"served"  # it has done work for a client (an engine: a step, a worker: a request); once
-# Words of the parent.
-ALL_READY = b"all ready"  # every API worker has an engine; a worker may hear it more than once
+# A child writes these words to the supervisor.
+READY = b"ready"  # the child can serve; sent once
+ALIVE = b"alive"  # the child makes progress; sent repeatedly, also while the child starts
+SERVED = b"served"  # the child has done work for a client (an engine: a step, a worker: a request); sent once
+# The supervisor writes this word to a child.
+ALL_READY = b"all ready"  # every API worker has an engine; a worker may receive this word more than once
 
 PR_SET_PDEATHSIG = 1
 STDIN, STDOUT = 0, 1
@@ -28,11 +28,11 @@ READ_BYTES = 1 << 16
 
 
 def read_start(handlers: Mapping[bytes, Callable[[], object]] | None = None) -> bytes:
-    """Return the parent's first line. From here on this process does not outlive its parent.
+    """Read and return the parent's first line. From here on, this process is killed when its parent ends.
 
-    Each later word of the parent calls its entry in `handlers`, on a thread of its own.
+    A thread reads the parent's later words, and calls the entry of `handlers` for each word that has one.
     """
-    if sys.platform == "linux":  # this also reaches a child that is stopped or busy in C code
+    if sys.platform == "linux":  # the kernel's signal also kills a child that is stopped or busy in C code
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     line, rest = _first_line()
     if not line:
@@ -43,13 +43,13 @@ def read_start(handlers: Mapping[bytes, Callable[[], object]] | None = None) -> 
 
 
 def tell(word: bytes) -> None:
-    """Report READY, ALIVE or SERVED to the parent. The word is dropped where the parent has not read for a very long time."""
-    with contextlib.suppress(BrokenPipeError, BlockingIOError):  # the first: the parent has ended, and this process ends too
+    """Report READY, ALIVE or SERVED to the parent. The word is dropped if the pipe is full because the parent does not read."""
+    with contextlib.suppress(BrokenPipeError, BlockingIOError):  # BrokenPipeError: the parent has ended, and so will this process
         os.write(STDOUT, word + b"\n")
 
 
 def _first_line() -> tuple[bytes, bytes]:
-    """The first line of standard input, without its end, and the bytes after it that came along."""
+    """Read the first line of standard input. Returns the line without its newline, and the bytes already read after it."""
     data = b""
     while b"\n" not in data and (more := os.read(STDIN, READ_BYTES)):
         data += more
@@ -58,7 +58,7 @@ def _first_line() -> tuple[bytes, bytes]:
 
 
 def _follow_parent(rest: bytes, handlers: Mapping[bytes, Callable[[], object]]) -> None:
-    # It reads the descriptor, not sys.stdin: a daemon thread inside a buffered reader's lock breaks the interpreter's shutdown.
+    # The thread reads the descriptor, not sys.stdin: a daemon thread that holds a buffered reader's lock breaks Python's exit.
     while True:
         *lines, rest = rest.split(b"\n")
         for line in lines:

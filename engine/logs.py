@@ -26,9 +26,9 @@ from typing import Literal
 
 import msgspec
 
-MAX_QUEUED_BYTES = 1 << 20  # of lines that wait for the writer thread
-MAX_PRINTED_BYTES = 64 << 10  # kept of a printed line that has no end yet
-FLUSH_SECONDS = 1.0  # a process that ends waits this long at most for its last lines to be written
+MAX_QUEUED_BYTES = 1 << 20  # largest total size of the log lines that wait for the writer thread
+MAX_PRINTED_BYTES = 64 << 10  # bytes kept of text printed to sys.stderr whose line is not complete yet
+FLUSH_SECONDS = 1.0  # longest time that an ending process waits until its last log lines are written
 
 _PLAIN = re.compile(r"[^\s,;=\"']+")
 
@@ -48,7 +48,7 @@ def set_up(level: str, form: LogFormat, process: str) -> None:
     handler = logging.NullHandler() if sys.__stderr__ is None else QueueHandler(LineWriter(2, formatter), formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    logging.getLogger("grpc._cython").setLevel(logging.WARNING)  # at debug level it logs every poll
+    logging.getLogger("grpc._cython").setLevel(logging.WARNING)  # at debug level, this logger logs every poll
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     sys.stderr = _PrintedLines()
@@ -65,7 +65,7 @@ def on_dropped(callback: Callable[[int], None]) -> None:
 
 
 def num_dropped() -> int:
-    """Log lines of this process that were dropped since it began."""
+    """Return how many log lines of this process were dropped since it began."""
     return sum(handler.writer.num_dropped for handler in logging.getLogger().handlers if isinstance(handler, QueueHandler))
 
 
@@ -73,7 +73,7 @@ class LineWriter:
     """Writes lines to a descriptor in a thread of its own. `put` never blocks."""
 
     def __init__(self, fd: int, formatter: logging.Formatter) -> None:
-        """`formatter` makes the line that reports dropped ones."""
+        """Start the writer thread for descriptor `fd`. `formatter` formats the line that reports dropped lines."""
         self._fd = fd
         self._formatter = formatter
         lock = threading.RLock()  # a signal handler may log while its thread holds the lock
@@ -98,7 +98,7 @@ class LineWriter:
         threading.Thread(target=self._report_dropped, args=(callback,), name="log-dropped", daemon=True).start()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all lines are written, at most `seconds`. Returns whether they are."""
+        """Wait until all queued lines are written, but at most `seconds`. Returns True if all were written in time."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._queue and not self._is_writing, seconds)
 
@@ -125,7 +125,7 @@ class LineWriter:
             callback(number)
 
     def _run(self) -> None:
-        unreported = 0  # lines that were dropped since the last report
+        unreported = 0  # number of lines dropped since the last report
         while True:
             item = self._next()
             line = b"" if isinstance(item, int) else item
@@ -154,7 +154,10 @@ class LineWriter:
         return _encoded(self._formatter.format(_record(text, dropped_lines=number)))
 
     def _write(self, data: bytes) -> bool:
-        """Write all, and wait while nobody reads. Returns False if that fails: the reader closed its end, or the disk is full."""
+        """Write all of `data` to the descriptor, and wait while the reader does not read.
+
+        Returns False if the write fails: the reader closed its end, or the disk is full.
+        """
         while data:
             try:
                 data = data[os.write(self._fd, data) :]
@@ -168,7 +171,7 @@ class LineWriter:
 
 
 class QueueHandler(logging.Handler):
-    """Formats a record in the thread that logged it and leaves the line to `writer`."""
+    """Formats each log record in the thread that logged it, and passes the line to a LineWriter, which writes it."""
 
     def __init__(self, writer: LineWriter, formatter: logging.Formatter) -> None:
         super().__init__()
@@ -178,13 +181,13 @@ class QueueHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except (TypeError, ValueError, KeyError, msgspec.MsgspecError) as error:  # arguments that do not fit the message
+        except (TypeError, ValueError, KeyError, msgspec.MsgspecError) as error:  # the record's arguments do not fit its message
             where = f"{record.name}, {record.pathname}:{record.lineno}"
             line = self.format(_record(f"a log record of {where} cannot be formatted: {error!r}"))
         self.writer.put(_encoded(line))
 
     def flush(self) -> None:
-        """Called by the standard library as the process ends."""
+        """Wait up to FLUSH_SECONDS until the queued lines are written. `logging` calls this when the process ends."""
         self.writer.flush(FLUSH_SECONDS)
 
 
@@ -262,7 +265,7 @@ def _extra(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _readable(value: object) -> str:
-    """The value as text, in quotes where a reader could not tell where it ends."""
+    """Return `value` as text, in quotes if a reader of a key=value line could not tell where the text ends."""
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
@@ -272,7 +275,10 @@ def _utc(seconds: float) -> str:
 
 
 class ThrottledWarning:
-    """A warning that any client can cause, logged at most once in `seconds`. `times` in a line counts events since the last."""
+    """Logs a warning that any client can cause, but at most once in `seconds`.
+
+    `times` in the log line is the number of events since the previous line.
+    """
 
     def __init__(self, log: logging.Logger, message: str, seconds: float = 10.0) -> None:
         self._log = log

@@ -138,10 +138,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine tells each worker about itself, once per connection."""
+    """The facts about itself that an engine sends to each worker, once per connection."""
 
     model: str
-    limits: ModelLimits  # max_model_len here is the one in force
+    limits: ModelLimits  # max_model_len is what the engine accepts, which may be less than the model's own
     block_size: int
     num_blocks: int
     max_num_seqs: int
@@ -178,13 +178,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
-    num_failed: int = 0  # ended with an error after they were accepted: their logits were not finite
+    num_failed: int = 0  # accepted requests that ended with an error because their logits were not finite
     num_preemptions: int = 0
     prompt_tokens: int = 0  # of admitted requests, each request counted once
     cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache
     output_tokens: int = 0
     log_lines_dropped: int = 0
-    step_seconds: float = 0.0  # summed over all steps
+    step_seconds: float = 0.0  # duration of all steps together
     exposed_cpu_seconds: float = 0.0  # the part of step_seconds in which the device had nothing to do
     gc_pause_seconds: float = 0.0  # longest pause of the engine process by Python's garbage collector
 

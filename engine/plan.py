@@ -24,26 +24,28 @@ from engine.request import SamplingParams, TokenLogprobs
 
 
 class BlockCopy(NamedTuple):
-    """Copies block `src` to block `dst` in every pool. All copies of a plan run before the plan's slices."""
+    """Tells the runner to copy block `src` to block `dst` in every pool. All copies of a plan run before the plan's slices."""
 
     src: int
     dst: int
 
 
 class AdmittedRow(msgspec.Struct, gc=False):
-    """The request that takes a batch row. Input tokens at positions below len(tokens) come from `tokens`; input tokens at
-    later positions are what the row has sampled since."""
+    """Describes a request that takes a batch row. Input tokens at positions below len(tokens) come from `tokens`.
+
+    Input tokens at later positions are the tokens that the row has sampled since.
+    """
 
     row: int
     tokens: Sequence[int]  # prompt, then the outputs so far; an int32 array when the scheduler made the plan
     num_prompt: int
-    blocks: list[int]  # block table so far, in position order
+    blocks: list[int]  # block table at the admission, in position order
     params: SamplingParams
     seed: int
 
 
 class GrownRow(NamedTuple):
-    """Appends `blocks` to the block table of `row`. `length` is the table's length before."""
+    """Tells the runner to append `blocks` to the block table of `row`. `length` is the table's length before."""
 
     row: int
     length: int
@@ -51,7 +53,7 @@ class GrownRow(NamedTuple):
 
 
 class StepPlan(msgspec.Struct, gc=False):
-    """What to run in one step. `rows`, `starts` and `nums` are parallel lists with one entry per slice.
+    """Describes what the runner does in one step. `rows`, `starts` and `nums` are parallel lists with one entry per slice.
 
     The first `num_decodes` slices have one token each, the latest token of their row. The other slices are chunks of
     prompts, or of prompts and outputs that are computed again after a preemption. A row occurs at most once.
@@ -74,7 +76,7 @@ class StepPlan(msgspec.Struct, gc=False):
 
 class StepResult(msgspec.Struct, gc=False):
     """The outcome of one step. `tokens[i]` was sampled by slice `plan.samples[i]`, or is NO_TOKEN if that row's logits were
-    not finite. After NO_TOKEN the runner continues the row with token id 0 until the scheduler has ended the request.
+    not finite. After NO_TOKEN, the runner continues the row with token id 0 until the scheduler ends the request.
 
     `logprobs` and `prompt_logprobs` are keyed by slice index. `prompt_logprobs[s]` has one entry for each position in
     start+1 .. start+num of slice s that lies in the prompt.

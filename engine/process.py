@@ -45,7 +45,7 @@ log = logging.getLogger("tidegate.engine")
 
 SEND_QUEUE = 4096  # messages kept for a worker that does not read; a worker with more is dropped
 READS_PER_STEP = 1024  # messages read between two steps, so that a flood of messages does not stall running requests
-READ_BYTES_PER_STEP = 4 << 20  # likewise for long prompts: a million tokens, which take some milliseconds
+READ_BYTES_PER_STEP = 4 << 20  # bytes of messages read between two steps: a million prompt tokens, or some milliseconds
 GC_THRESHOLDS = (5000, 20, 100)  # a young collection visits a few thousand objects, which takes less than a millisecond
 
 
@@ -68,7 +68,7 @@ class CollectorPauses:
     """
 
     def __init__(self) -> None:
-        self.longest = 0.0  # seconds
+        self.longest = 0.0  # longest pause so far, in seconds
         self._began = 0.0
         self._collected = True  # no step has run since the last `collect`
         self._thresholds = gc.get_threshold()
@@ -82,7 +82,7 @@ class CollectorPauses:
         gc.freeze()
 
     def close(self) -> None:
-        """Undo everything."""
+        """Restore the collector's former thresholds, and let it visit the frozen objects again."""
         gc.callbacks.remove(self._measure)
         gc.set_threshold(*self._thresholds)
         gc.unfreeze()
@@ -104,7 +104,10 @@ class CollectorPauses:
 
 
 class EngineProcess:
-    """Owns the core and the socket. A worker is identified by its socket's identity, which is new with each connection."""
+    """Owns the core and the ZeroMQ socket of an engine process, and runs the process's loop.
+
+    The engine tells workers apart by the ZeroMQ identity of their sockets. A worker has a new identity after each reconnection.
+    """
 
     def __init__(self, core: Core, endpoint: str) -> None:
         self._core = core
@@ -113,8 +116,8 @@ class EngineProcess:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a worker that has disconnected raises an error
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # unbounded: the scheduler's queue is the one with a limit
-        self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # receive without a limit: the scheduler's queue has the limit
+        self._socket.setsockopt(zmq.LINGER, 200)  # milliseconds to send the last messages after a close
         self._endpoint = endpoint
         try:
             self._socket.bind(endpoint)
@@ -170,17 +173,17 @@ class EngineProcess:
         if self._preparing and not self._core.prepare():
             self._preparing = False
             self._pauses.freeze()
-            self._heartbeat_at = 0.0  # tell the workers that from now on every iteration of the loop is short
+            self._heartbeat_at = 0.0  # a heartbeat now tells the workers that every later loop iteration is short
         return self._preparing
 
     def _wait(self) -> None:
-        """Wait for a message, at most until the next heartbeat is due."""
+        """Wait for a message from a worker, at most until the next heartbeat is due."""
         milliseconds = max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1)
         if not self._socket.poll(milliseconds):
             self._pauses.collect()
 
     def _read(self) -> None:
-        """Handle the messages that have arrived, up to the limits of one iteration. Runs no step."""
+        """Handle the messages that have arrived from workers, up to the limits of one loop iteration. Runs no step."""
         num_bytes = 0
         for _ in range(READS_PER_STEP):
             if num_bytes >= READ_BYTES_PER_STEP:
@@ -237,7 +240,7 @@ class EngineProcess:
         requests = [request_id for request_id, owner in self._owners.items() if owner == identity]
         for request_id in requests:
             del self._owners[request_id]
-        # The worker may submit requests with the same ids next, so the old ones must not produce another event.
+        # The worker may submit requests with the same ids next, so its old requests must not produce another event.
         self._core.forget(requests)
 
     def _send_events(self, events: list[TokenEvent]) -> None:
@@ -266,7 +269,7 @@ class EngineProcess:
         for identity in list(self._workers):
             self._send(identity, heartbeat)
         for identity in list(self._dropped):
-            # A Welcome without a Hello before it tells the worker to connect again.
+            # The worker has sent no Hello before this Welcome, so the Welcome tells it to connect again.
             if self._try_send(identity, Welcome(self._info)) != "full":
                 self._dropped.discard(identity)
 
@@ -283,7 +286,7 @@ class EngineProcess:
             log.warning("the engine's socket was deleted and is bound again", extra={"path": str(path)})
 
     def _send(self, identity: bytes, message: EngineMessage) -> None:
-        """Send to a connected worker. A worker that cannot be sent to is dropped."""
+        """Send a message to a connected worker. If it cannot be sent, drop the worker."""
         if identity not in self._workers or identity in self._lost:
             return
         outcome = self._try_send(identity, message)
@@ -296,7 +299,7 @@ class EngineProcess:
             self._dropped.add(identity)
 
     def _try_send(self, identity: bytes, message: EngineMessage) -> str:
-        """Send without blocking. Returns "sent", "full" (the worker does not read) or "gone" (it has disconnected)."""
+        """Send a message without blocking. Returns "sent", "full" (the worker does not read) or "gone" (it has disconnected)."""
         try:
             self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.Again:

@@ -18,7 +18,7 @@ from engine.errors import InvalidRequest
 
 
 class Bound(NamedTuple):
-    """The closed range of a numeric field and its description in the API. The request schemas are built from BOUNDS."""
+    """Describes one numeric request field: its closed range and its API description. The request schemas are built from these."""
 
     low: float
     high: float
@@ -210,7 +210,10 @@ class Request:
         fork_of: str | None = None,
         salt: str = "",
     ) -> None:
-        """`tokens` may be longer than `num_prompt`: the rest are outputs of an earlier engine, and count towards max_tokens."""
+        """Create a waiting request. `tokens` is the prompt, followed by the outputs that an earlier engine generated for it.
+
+        The first `num_prompt` tokens are the prompt. The outputs count towards max_tokens.
+        """
         self.request_id = request_id
         self.tokens = array("i", tokens)  # an array is small, and the garbage collector does not visit its elements
         self.num_prompt = num_prompt
@@ -221,20 +224,20 @@ class Request:
         self.fork_of = fork_of
         self.salt = salt  # requests share cached blocks only within one salt
         self.stop_ids = _stop_ids(params.stop_token_ids, () if params.ignore_eos else eos_token_ids)
-        self.end_len = min(num_prompt + params.max_tokens, max_model_len)  # len(tokens) at which it ends
+        self.end_len = min(num_prompt + params.max_tokens, max_model_len)  # the request ends when len(tokens) reaches this
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_uncommitted = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
         self.row: int | None = None
         self.blocks: list[int] = []
-        self.leader: Request | None = None  # the running or waiting request `fork_of`, once its prompt is known to be the same
+        self.leader: Request | None = None  # the request named by `fork_of`, once both prompts were found equal
         self.sequence = 0  # order of arrival, assigned by the queue
         self.skips = 0  # later requests that were admitted while this one did not fit
-        self.awaited = 0  # most tokens that a request had computed while this one waited for its prefix
+        self.awaited = 0  # highest num_computed seen of a request that computes the prefix which this request waits for
         self.stalled = 0  # steps in which this request waited for its prefix and `awaited` did not grow
         self.scheduled_at: float | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected chunk by chunk
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt chunks computed so far, if requested
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""How long each phase of an engine's start takes, and the folder that keeps its compiled kernels for the next start.
+"""Measures how long each phase of an engine's start takes, and chooses the folder that keeps compiled kernels between starts.
 
 The phases follow one another without a gap, so their sum is the time of the whole start.
 """
@@ -23,18 +23,19 @@ _STAT = Path("/proc/self/stat")
 _START_TIME = 19  # index of the start time, in clock ticks since boot, among the fields after the program's name in parentheses
 
 
-Progress = Callable[[], None]  # reports that a start, or a part of one, makes progress
-PROGRESS_SECONDS = 0.5  # between two reports at least
+Progress = Callable[[], None]  # a function that reports that an engine's start makes progress
+PROGRESS_SECONDS = 0.5  # shortest time between two progress reports within a phase
 
 
 def no_report() -> None:
-    """The Progress of an engine that nobody watches."""
+    """Do nothing. This is the Progress function of an engine without a supervisor."""
 
 
 class StartupClock:
-    """Seconds of each phase that has ended, in order. The first phase began `before` seconds before the clock was made.
+    """Measures the phases of an engine's start. `seconds` holds the duration of each phase that has ended, in order.
 
-    `report` is called at the end of each phase, and by `progress` in between.
+    The first phase began `before` seconds before the clock was created. `report` is called at the end of each phase, and by
+    `progress` within a phase.
     """
 
     def __init__(self, before: float = 0.0, report: Progress = no_report) -> None:
@@ -52,7 +53,10 @@ class StartupClock:
         self._report()
 
     def progress(self) -> None:
-        """Report progress within a phase: a tensor was loaded, a kernel was compiled. Any thread may call it, and often."""
+        """Report progress within a phase, at most every PROGRESS_SECONDS: a tensor was loaded, or a kernel was compiled.
+
+        Any thread may call this method, as often as it likes.
+        """
         now = time.monotonic()
         if now - self._reported_at >= PROGRESS_SECONDS:
             self._reported_at = now
@@ -60,7 +64,7 @@ class StartupClock:
 
 
 def process_seconds() -> float:
-    """Seconds since this process began, to a hundredth. Without /proc it is the CPU time of the process, which is less."""
+    """Return the seconds since this process began, to a hundredth. Without /proc, return its CPU time, which is less."""
     if not _STAT.exists():
         return time.process_time()
     ticks = int(_STAT.read_text().rpartition(")")[2].split()[_START_TIME])
@@ -84,15 +88,16 @@ def keep_kernels() -> None:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether this process may write to `folder`, or, if it does not exist, to the nearest folder above it."""
+    """Return whether this process may write to `folder` or, if `folder` does not exist, to its nearest existing parent."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:
-    """A folder among the temporary files, the same at each start.
+    """Return this user's kernel folder among the temporary files, which is the same at each start.
 
-    The code in it is executed. So a new folder is made instead if another user owns it or can write to it.
+    Compiled kernels in the folder are executed. So a new folder is made instead if another user owns the folder or can write
+    to it.
     """
     folder = Path(tempfile.gettempdir()) / f"tidegate-triton-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

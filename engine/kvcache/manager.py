@@ -38,7 +38,7 @@ class KVCacheManager:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that a prompt can be matched with, held or free. Copies with the same content count once."""
+        """Return how many published blocks a prompt can be matched with. Blocks with the same content count once."""
         return len(self._index)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -56,7 +56,7 @@ class KVCacheManager:
     def next_digest(self, request: Request) -> bytes | None:
         """Return the hash of the first full block that is not cached (waiting request) or not published (running request).
 
-        None if there is no such block, or if it will not be published.
+        Returns None if there is no such block, or if the block will not be published.
         """
         if not self.prefix_caching:
             return None
@@ -67,7 +67,7 @@ class KVCacheManager:
         return None if link is None else link.digest
 
     def admit(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
-        """Give `request` blocks for all its tokens, so that `spare` blocks stay free. Returns False if they do not fit.
+        """Give `request` blocks for all its tokens. Returns False if fewer than `spare` blocks would stay free.
 
         The leading blocks come from the cache, unless `match` is off.
         """
@@ -82,7 +82,7 @@ class KVCacheManager:
         missing = self._missing(request, shared)
         if missing + spare > 0:
             if chain is not None and missing > 0:
-                # A released block or a further matched block reduces what is missing by one at most; nothing else does.
+                # A released block, or a further matched block, reduces the number of missing blocks by at most one.
                 chain.retry_at = self._pool.num_released + missing
             return False
         self._hold(request, shared)
@@ -120,7 +120,7 @@ class KVCacheManager:
         return block
 
     def publish(self, request: Request) -> None:
-        """Make the request's full blocks findable. Only requests of later steps may share them."""
+        """Publish the request's full blocks in the prefix cache. Only requests of later steps may share these blocks."""
         if not self.prefix_caching:
             return
         full = min(request.num_computed, len(request.tokens)) // self.block_size
@@ -129,9 +129,9 @@ class KVCacheManager:
             self._index.publish(chain, request.blocks, full)
 
     def withdraw(self, request: Request) -> None:
-        """Remove all blocks of the request's tokens from the cache, because their content may be wrong.
+        """Remove all blocks of the request's tokens from the prefix cache, because their content may be wrong.
 
-        A preempted request has no blocks of its own: whatever its tokens match is removed.
+        A preempted request has no blocks, so the cached blocks that match its tokens are removed.
         """
         chain = self._chain(request)
         blocks = request.blocks
@@ -142,7 +142,7 @@ class KVCacheManager:
         chain.closed = True
 
     def release(self, request: Request) -> None:
-        """Take all blocks back. Published blocks stay findable, and the end of a chain is evicted before its beginning."""
+        """Release all blocks of a request. Published blocks stay in the prefix cache; a prefix's last block is evicted first."""
         if request.blocks:
             self.publish(request)
         for block in reversed(request.blocks):
@@ -173,7 +173,7 @@ class KVCacheManager:
         return chain
 
     def _missing(self, request: Request, shared: list[int]) -> int:
-        """Return how many blocks the request needs beyond those that are free now. Negative: that many stay free."""
+        """Return how many blocks the request lacks: needed minus free blocks. A negative result is the number that stay free."""
         refs = self._pool.refs
         num_new = self.blocks_for(len(request.tokens)) - len(shared)
         return num_new + sum(1 for block in shared if not refs[block]) - self._pool.num_free

@@ -12,7 +12,10 @@ from engine.errors import InternalError
 
 
 class BlockPool:
-    """All operations are O(1). The free list is a doubly linked ring in two arrays, with a sentinel at index `num_blocks`."""
+    """Counts the holders of each KV block, and keeps the free blocks in order of use. All operations are O(1).
+
+    The free list is a doubly linked ring in two arrays, with a sentinel at index `num_blocks`.
+    """
 
     __slots__ = ("_next", "_prev", "num_blocks", "num_free", "num_released", "refs")
 
@@ -25,7 +28,7 @@ class BlockPool:
         self._prev: list[int] = [num_blocks, *range(num_blocks)]
 
     def take(self) -> int:
-        """Hold the least recently used free block and return it. Its content is lost.
+        """Hold the least recently used free block and return its id. The caller may overwrite the block's content.
 
         Raises InternalError if no block is free.
         """
@@ -37,13 +40,13 @@ class BlockPool:
         return block
 
     def hold(self, block: int) -> None:
-        """Add a holder to `block`, which may be free or held. Its content stays."""
+        """Add a holder to `block`, which may be free or held. The block keeps its content."""
         if self.refs[block] == 0:
             self._unlink(block)
         self.refs[block] += 1
 
     def drop(self, block: int, *, keep: bool) -> None:
-        """Remove a holder from `block`. Without a holder the block is free.
+        """Remove a holder from `block`. A block without holders becomes free.
 
         With `keep`, the block becomes the most recently used free one; otherwise it is the next to be taken.
         """

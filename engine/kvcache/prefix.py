@@ -29,26 +29,30 @@ HASH_AHEAD = 16  # blocks hashed at a time: a prompt is hashed only as far as it
 
 
 class Link(msgspec.Struct, frozen=True, gc=False):
-    """One full block of a request's tokens: the hash of the chain up to and including the block, and the block's token ids."""
+    """Describes one full block of a request's tokens: its token ids, and the chained hash up to and including this block."""
 
     digest: bytes
     tokens: bytes
 
 
 class Entry(msgspec.Struct, gc=False):
-    """One published block content. `number` is never reused, so the child of a removed entry cannot match its successor."""
+    """Describes the content of one published block.
+
+    `number` is never reused, so an entry whose parent was removed cannot match under an entry published later.
+    """
 
     number: int
     link: Link
-    parent: int | str  # number of the entry before, or the salt
+    parent: int | str  # number of the entry of the preceding block; the salt for a first block
     block: int  # the block that a matching request shares
     copies: tuple[int, ...] = ()  # other blocks with the same content
 
 
 class Chain:
-    """A request's full blocks as hashed links, and how far they are matched (while it waits) and published (while it runs).
+    """Holds a request's full blocks as links, each with its hash, and how many of them are matched or published.
 
-    `tokens` is the request's own array of token ids, which grows. Links are made when they are first needed.
+    Blocks are matched while the request waits, and published while it runs. `tokens` is the request's own array of token ids,
+    which grows. A link is made when it is first needed.
     """
 
     __slots__ = ("closed", "epoch", "links", "matched", "num_published", "parent", "retry_at", "salt", "tokens")
@@ -57,9 +61,9 @@ class Chain:
         self.salt = salt
         self.tokens = tokens
         self.links: list[Link] = []
-        self.matched: list[Entry] = []  # entries of the first blocks, as of `epoch`
+        self.matched: list[Entry] = []  # entries that the first blocks matched, valid while the index is at `epoch`
         self.epoch = 0
-        self.retry_at = 0  # BlockPool.num_released below which the request cannot fit
+        self.retry_at = 0  # the request cannot fit until BlockPool.num_released has reached this
         self.num_published = 0
         self.parent: Entry | None = None  # entry of the last published block
         self.closed = False  # nothing more may be published: blocks were withdrawn
@@ -103,7 +107,7 @@ class PrefixIndex:
     def match(self, chain: Chain, limit: int) -> int:
         """Bring `chain.matched` up to date, with at most `limit` entries. Returns the number of entries added.
 
-        A match remembered from an earlier call is continued: the work is proportional to what changed since.
+        The method continues the match of the previous call, so its cost grows only with the entries added or removed since.
         """
         matched = chain.matched
         if chain.epoch != self.epoch:

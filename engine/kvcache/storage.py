@@ -1,6 +1,6 @@
-"""KVStorage holds the tensors of the KV cache, any set of pools for each layer, and copies blocks within them.
+"""KVStorage holds the tensors of the KV cache, any set of pools for each layer, and copies blocks within these pools.
 
-It carries out the copies of a plan and decides nothing. `manager.py` decides who owns a block.
+KVStorage only carries out the copies of a plan. `manager.py` decides which request owns a block.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from engine.plan import BlockCopy
 
 
 class KVStorage:
-    """The KV cache of `num_blocks` blocks. `layers[i]` has layer i's pools by name, each [num_blocks + 1, block_size, *shape],
-    zeros at first.
+    """Holds the KV cache of `num_blocks` blocks. `layers[i]` has layer i's pools by name.
+
+    A pool is a tensor [num_blocks + 1, block_size, *shape], zeros at first.
 
     The last block, `scratch_block`, belongs to no request. The scratch row, which pads batches, writes there.
     """
@@ -29,7 +30,7 @@ class KVStorage:
         ]
 
     def copy(self, copies: list[BlockCopy], upload: Upload) -> None:
-        """Copy blocks, every pool of a block together, with the result of carrying out `copies` one after the other."""
+        """Copy blocks in all pools of all layers. The result is the same as if `copies` were carried out one after the other."""
         for group in _independent(copies):
             src, dst = upload([np.array(column, np.int64) for column in zip(*group, strict=True)])
             for layer in self.layers:
@@ -38,8 +39,10 @@ class KVStorage:
 
 
 def _independent(copies: list[BlockCopy]) -> list[list[BlockCopy]]:
-    """Cut `copies` before each copy that reads or overwrites a block that an earlier copy of its group wrote. The copies of one
-    group may then run at once."""
+    """Divide `copies` into groups whose copies may run at the same time, and keep their order.
+
+    A new group begins at a copy that reads or overwrites a block that an earlier copy of the same group wrote.
+    """
     groups: list[list[BlockCopy]] = []
     written: set[int] = set()
     for copy in copies:

@@ -2,10 +2,10 @@
 
 A waiting request is passed over in three cases.
 
-    deferred   Another request is computing the next block of its prompt right now. It shares that block one step later.
+    deferred   Another request is computing the next block of its prompt right now. The request shares that block one step later.
                A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
-    blocked    It does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
-    unknown    It was preempted, and its next token is not committed yet.
+    blocked    The request does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
+    unknown    The request was preempted, and its next token is not committed yet.
 
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
@@ -28,7 +28,10 @@ MAX_STALLED = 4  # steps that a request waits for a block while the request that
 
 
 class Admission:
-    """`requests` are all running and waiting requests by id. Never changes the queue or the running set itself."""
+    """Selects the waiting requests that may start in a step. It reads the queue and the running set, and changes neither.
+
+    `requests` are all running and waiting requests by id.
+    """
 
     def __init__(
         self, cache: KVCacheManager, queue: WaitingQueue, running: RunningSet, requests: Mapping[str, Request], max_skips: int
@@ -71,7 +74,7 @@ class Admission:
                 other.skips += 1
 
     def _awaits_leader(self, request: Request, leader: Request | None, in_step: list[Request]) -> bool:
-        """Whether the leader's prompt is not computed by an earlier step, but will be soon."""
+        """Return whether `request` must wait for its leader, whose prompt is to be computed in this step or in a later one."""
         if leader is None:
             return False
         if leader.status is Status.WAITING:
@@ -79,7 +82,10 @@ class Admission:
         return leader.num_computed < leader.num_prompt or any(other is leader for other in in_step)
 
     def _awaits_prefix(self, request: Request, leader: Request | None, computing: dict[bytes | None, Request]) -> bool:
-        """Whether the first block of `request` that is not cached is being computed, and is worth waiting for."""
+        """Return whether `request` must wait because another request computes the first block that it misses in the cache.
+
+        Returns False once the other request has not advanced for more than MAX_STALLED steps.
+        """
         if not self._may_match(request) or (leader is not None and leader.status is Status.RUNNING):
             return False
         self._cache.match(request)
@@ -94,7 +100,7 @@ class Admission:
         return request.stalled <= MAX_STALLED
 
     def _may_match(self, request: Request) -> bool:
-        """Whether cached blocks may be used. A prompt whose log-probabilities are requested is computed completely."""
+        """Return whether `request` may use cached blocks. A prompt with log-probabilities requested is computed completely."""
         return self._cache.prefix_caching and (request.params.prompt_logprobs is None or request.num_outputs > 0)
 
     def _leader(self, request: Request) -> Request | None:

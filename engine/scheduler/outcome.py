@@ -1,4 +1,4 @@
-"""What a step's result means for a request: its first token, its last token, or its failure."""
+"""Functions that complete the event of a request's first token, of its last token and of its failure."""
 
 from __future__ import annotations
 

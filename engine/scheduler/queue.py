@@ -10,12 +10,12 @@ from engine.request import Request
 
 
 def rank(request: Request) -> tuple[int, int]:
-    """Return the sort key of a request. The smallest rank runs first and is preempted last."""
+    """Return the rank of a request: its sort key. The request of the smallest rank runs first and is preempted last."""
     return request.priority, request.sequence
 
 
 class WaitingQueue:
-    """A sorted list. The queue is bounded to a few thousand requests, where shifting the tail of a list is cheapest."""
+    """Holds the waiting requests in a sorted list. With at most a few thousand requests, a list is the cheapest structure."""
 
     __slots__ = ("_last", "_requests")
 
@@ -27,11 +27,11 @@ class WaitingQueue:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        """Iterate in rank order. The queue must not change during the iteration."""
+        """Iterate over the requests in rank order (priority, then arrival). The queue must not change during the iteration."""
         return iter(self._requests)
 
     def push(self, request: Request) -> None:
-        """Insert a request behind its equals. A request that was in the queue before returns to its old position."""
+        """Insert a request behind the requests of its priority. A preempted request returns to its position by arrival."""
         if request.sequence == 0:
             self._last += 1
             request.sequence = self._last

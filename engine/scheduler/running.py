@@ -13,8 +13,8 @@ class RunningSet:
     __slots__ = ("_max_rows", "decodes", "free_rows", "prompts")
 
     def __init__(self, max_rows: int) -> None:
-        self.prompts: list[Request] = []  # some of the tokens known at admission are not scheduled yet
-        self.decodes: list[Request] = []  # one token a step
+        self.prompts: list[Request] = []  # requests with known tokens that are not scheduled yet
+        self.decodes: list[Request] = []  # requests that run one token in each step
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self._max_rows = max_rows
 
@@ -34,17 +34,17 @@ class RunningSet:
         insort(self.decodes, request, key=rank)
 
     def remove(self, request: Request) -> None:
-        """Take the row of a request back."""
+        """Remove a request from the running set, and free its batch row for another request."""
         (self.decodes if request in self.decodes else self.prompts).remove(request)
         self.free_rows.append(row_of(request))
         request.row = None
 
     def worst(self) -> Request:
-        """Return the running request of the worst rank."""
+        """Return the running request of the worst rank: the largest priority value, and the latest arrival among equals."""
         return max(self.decodes[-1:] + self.prompts[-1:], key=rank)
 
     def check(self) -> None:
-        """Raise InternalError if a row is lost or given twice, or if a request is in the wrong list or position."""
+        """Raise InternalError if a batch row is lost or assigned twice, or if a request is in the wrong list or position."""
         rows = self.free_rows + [row_of(request) for request in self.prompts + self.decodes]
         if sorted(rows) != list(range(self._max_rows)):
             raise InternalError("batch rows are lost or given twice")

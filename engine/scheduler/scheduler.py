@@ -35,14 +35,14 @@ from engine.scheduler.running import RunningSet, row_of
 
 
 class _UncommittedStep(NamedTuple):
-    """A step that was scheduled and whose result is not applied yet."""
+    """Describes a step that was scheduled, and whose result is not applied to the requests yet."""
 
     step: int
     requests: list[Request]  # parallel to the plan's slices
 
 
 class Scheduler:
-    """`config` must be resolved. `num_blocks` is the size of the runner's KV cache."""
+    """Plans the steps of one engine. `config` must be resolved. `num_blocks` is the size of the runner's KV cache."""
 
     def __init__(self, config: EngineConfig, num_blocks: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         if config.scheduler.max_step_tokens is None:
@@ -102,13 +102,16 @@ class Scheduler:
         return TokenEvent(request_id, [], FinishReason.ABORT)
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step, which the caller must submit. Returns None if nothing can run before another commit."""
+        """Plan the next step, which the caller must submit to the runner.
+
+        Returns None if no request can run until the result of an earlier step is applied.
+        """
         plan = StepPlan(self.step + 1)
         requests: list[Request] = []
         enough_blocks = self._plan_decodes(plan, requests)
         budget = self._max_step_tokens - len(requests)
         budget = self._plan_prompts(plan, requests, budget)
-        # A step that was short of blocks admits no request: requests would only preempt each other in turn.
+        # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
         if enough_blocks and budget and self._running.free_rows and len(self._queue):
             self._plan_admissions(plan, requests, budget)
         if not requests:
@@ -120,7 +123,10 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
-        """Apply the result of the oldest uncommitted step. Plans are committed in the order in which they were made."""
+        """Apply the result of the oldest step whose result is not applied yet. Returns the events of that step.
+
+        Results are applied in the order in which the plans were made.
+        """
         step, requests = self._uncommitted.popleft()
         if not step == plan.step == result.step:
             raise InternalError(f"step {step} is due, not the plan of {plan.step} with the result of {result.step}")
@@ -153,7 +159,7 @@ class Scheduler:
         return events
 
     def check(self) -> None:
-        """Raise InternalError if lists, rows, blocks and counters disagree."""
+        """Raise InternalError if the queue, the running set, the batch rows, the KV blocks and the counters disagree."""
         running = self._running.prompts + self._running.decodes
         waiting = list(self._queue)
         self._queue.check()
@@ -171,13 +177,13 @@ class Scheduler:
         self.counts.check(len(self._requests))
 
     def _plan_decodes(self, plan: StepPlan, requests: list[Request]) -> bool:
-        """Add one slice for each decoding request. Returns False if blocks were short."""
+        """Add to `plan` one slice for each decoding request. Returns False if there were too few free KV blocks."""
         enough_blocks = True
         block_size = self.cache.block_size
         rows, starts = plan.rows, plan.starts
         for request in self._running.decodes:  # a preemption shortens this list from its end during the loop
             if len(request.tokens) + request.num_uncommitted >= request.end_len:
-                continue  # its uncommitted token is its last
+                continue  # the request's last token is already submitted
             start = request.num_computed
             if start == len(request.blocks) * block_size:
                 if not self.cache.num_free:
@@ -219,7 +225,7 @@ class Scheduler:
         return True
 
     def _plan_prompts(self, plan: StepPlan, requests: list[Request], budget: int) -> int:
-        """Add the next chunk of each prompt that has started. Returns the rest of the budget, in tokens."""
+        """Add to `plan` the next chunk of each prompt that has started. Returns the rest of the budget, in tokens."""
         for request in list(self._running.prompts):
             if budget == 0:
                 break
@@ -227,7 +233,7 @@ class Scheduler:
         return budget
 
     def _plan_chunk(self, plan: StepPlan, requests: list[Request], request: Request, budget: int) -> int:
-        """Add a slice of a prompt, at most `budget` tokens. Returns its number of tokens.
+        """Add to `plan` a slice of a request's prompt, at most `budget` tokens long. Returns the slice's number of tokens.
 
         The request becomes a decode if the slice reaches its last token.
         """
@@ -245,7 +251,7 @@ class Scheduler:
         return num
 
     def _plan_admissions(self, plan: StepPlan, requests: list[Request], budget: int) -> None:
-        """Admit waiting requests while there are rows and budget, and add the first chunk of each."""
+        """Admit waiting requests while there are free batch rows and budget, and add the first chunk of each to `plan`."""
         for request, copies in self._admission.admissible(requests[plan.num_decodes :]):
             plan.copies += copies
             plan.admitted.append(self._admit(request))
@@ -266,8 +272,10 @@ class Scheduler:
         return AdmittedRow(row, request.tokens[:], request.num_prompt, request.blocks.copy(), request.params, request.seed)
 
     def _preempt(self, request: Request) -> None:
-        """Move a running request back to the queue. It keeps its tokens and still gets its uncommitted one; their KV is
-        computed again."""
+        """Move a running request back to the queue and release its blocks.
+
+        The request keeps its tokens, and a token that is not committed yet is still added. Their KV is computed again.
+        """
         self._running.remove(request)
         self.cache.release(request)
         request.status = Status.WAITING
@@ -277,7 +285,7 @@ class Scheduler:
     def _fail(self, request: Request, step: int) -> TokenEvent:
         """End a request whose newest token is NO_TOKEN, and return its last event.
 
-        Its blocks may hold NaN, so they leave the prefix cache.
+        The request's blocks may hold NaN, so they are removed from the prefix cache.
         """
         request.tokens.pop()
         self.counts.output_tokens -= 1  # `commit` counts one token per event
@@ -298,9 +306,9 @@ class Scheduler:
 
 
 def _longest_first(plan: StepPlan, requests: list[Request]) -> None:
-    """Sort a plan of decodes by context length, longest first.
+    """Sort the decodes of a plan by context length, longest first.
 
-    Attention starts with the first rows. A long row that started last would leave most of the device idle at the end.
+    The attention kernel starts with the first rows. A long row that started last would leave most of the device idle at the end.
     """
     if len(requests) < 2:
         return

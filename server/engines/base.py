@@ -1,4 +1,4 @@
-"""What the service needs of an engine, as Protocols.
+"""Protocols of the engine client and of its token streams, as the service uses them.
 
 `server.engines.client.EngineClient` implements them over ZeroMQ, and `tests.support.local_engine.LocalEngine` in one process.
 """
@@ -22,12 +22,12 @@ class EngineHealth(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None  # why `ready` is False, for people
     started: bool = False  # an engine has been connected at least once
     restarts: int = 0  # engines that took the place of an earlier one since this worker started
-    stats: EngineStats | None = None  # of the latest heartbeat; summed if there are several engines
+    stats: EngineStats | None = None  # statistics from the latest heartbeat; summed if there are several engines
     startup: Mapping[str, float] = {}  # seconds of each start-up phase of the engine that connected last
 
 
 class TokenStream(Protocol):
-    """The events of one request, from its first token to the event with `finish`, which is "stop" or "length".
+    """Iterates over the events of one request, from its first token to the event with `finish`, which is "stop" or "length".
 
     If the request ends in any other way, `__anext__` raises an exception of `engine.errors`. `abort` may be called at any time
     and more than once; a task that waits in `__anext__` then wakes up and raises Aborted.
@@ -41,7 +41,7 @@ class TokenStream(Protocol):
 
     @property
     def unread(self) -> int:
-        """The memory that received events hold until the consumer reads them, in the units of `size_of`."""
+        """The memory held by events that were received and not read yet, in units of about 100 bytes (`size_of`)."""
 
 
 class EngineClientProtocol(Protocol):

@@ -1,9 +1,11 @@
-"""EngineClient: an API worker's access to the engines. It keeps every request whole until its last event, so an engine's death
-costs a stream time, but no tokens.
+"""EngineClient: an API worker's access to the engines.
 
-Each engine has an EngineLink. When a link loses its engine, the streams of that link are submitted again, with the tokens
-received so far, to another engine that is live. If there is none, they wait for one, together with the requests that arrive
-meanwhile, for up to `resume_timeout_s`. `Suspects` finds the streams that engines die of.
+EngineClient keeps each request and its received tokens until the last event. The death of an engine therefore delays a stream
+and loses no tokens.
+
+Each engine has an EngineLink. When a link loses its engine, the client submits the streams of that link again, with the tokens
+received so far, to another live engine. If no engine is live, these streams and new requests wait for up to
+`resume_timeout_s`. `Suspects` finds the streams that make engines die.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ SHUTTING_DOWN = "the server is shutting down"
 
 
 class EngineClient:
-    """One for each API worker. Implements `server.engines.base.EngineClientProtocol` and `server.engines.link.LinkListener`."""
+    """Sends one API worker's requests to the engines, and submits them again when an engine dies.
+
+    Implements `server.engines.base.EngineClientProtocol` and `server.engines.link.LinkListener`.
+    """
 
     def __init__(
         self,
@@ -52,13 +57,13 @@ class EngineClient:
         ]
         self._resume_timeout_s = resume_timeout_s
         self._max_queue = max_queue
-        self._streams: dict[str, EngineStream] = {}  # all that have not ended, by request id
-        self._waiting: dict[str, EngineStream] = {}  # of these, the streams that wait for an engine
+        self._streams: dict[str, EngineStream] = {}  # all streams that have not ended, by request id
+        self._waiting: dict[str, EngineStream] = {}  # the streams that wait for an engine, by request id
         self._suspects = Suspects(max_deaths)
-        self._info: EngineInfo | None = None  # of the engine that connected last
+        self._info: EngineInfo | None = None  # what the engine that connected last says of itself
         self._found = asyncio.Event()  # set once an engine has connected
-        self._give_up: asyncio.TimerHandle | None = None  # runs while no engine is live
-        self._gave_up = False  # the timer has run out, and no engine has connected since
+        self._give_up: asyncio.TimerHandle | None = None  # ends all streams when it fires; runs while no engine is live
+        self._gave_up = False  # `_give_up` has fired, and no engine has connected since
         self._draining = False
 
     async def start(self) -> None:
@@ -67,7 +72,7 @@ class EngineClient:
             link.connect()
 
     def drain(self) -> None:
-        """Stop being ready. Requests that still arrive over open connections are accepted while an engine is live."""
+        """Report `ready` as False from now on. Requests that still arrive are accepted while an engine is live."""
         self._draining = True
 
     async def close(self) -> None:
@@ -116,7 +121,7 @@ class EngineClient:
         )
 
     def submit(self, submit: Submit) -> EngineStream:
-        """Send a request to an engine or, while the engines restart, keep it for the first that comes.
+        """Send a request to an engine. While no engine is live, keep the request for the first engine that connects.
 
         Raises EngineUnavailable if no engine has connected yet or none is expected, and Overloaded if too many requests wait.
         """
@@ -155,7 +160,7 @@ class EngineClient:
 
     def on_event(self, stream: EngineStream, event: TokenEvent) -> None:
         if stream.resumed and _is_overload(event):
-            # An engine accepted this request before. It is not refused now because the queue is full of its neighbours.
+            # An engine accepted this request before, so a full queue delays the request now and does not end it.
             self._retry_later(stream)
             return
         stream.put(event)
@@ -196,12 +201,18 @@ class EngineClient:
         self._send_suspect()
 
     def _send_suspect(self) -> None:
-        """Send the next suspect, unless one is at an engine already. If it cannot be sent, the one after it is next."""
+        """Send the next suspect stream to an engine, unless a suspect is at an engine already.
+
+        If that stream cannot be sent, try the suspect after it.
+        """
         while self._live_links() and (stream := self._suspects.next()) is not None:
             self._resume(stream)
 
     def _resume(self, stream: EngineStream) -> None:
-        """Submit a stream to a live engine. A stream that is too long for it is ended, one that cannot be sent now is retried."""
+        """Submit a stream to a live engine. Retry later if the stream cannot be sent now.
+
+        If the stream is too long for the engine's context, end it with ContextTooLong.
+        """
         link = choose(stream.request, self._live_links())
         try:
             submit = stream.resumption(link.max_model_len)
@@ -212,7 +223,7 @@ class EngineClient:
                 self._retry_later(stream)
 
     def _retry_later(self, stream: EngineStream) -> None:
-        """Submit a stream again after a pause. A suspect goes to the end of the queue, and the next one may be sent."""
+        """Submit a stream again after RETRY_SECONDS. A suspect stream goes to the end of the queue of suspects."""
         asyncio.get_running_loop().call_later(RETRY_SECONDS, self._retry, stream)
         self._release(stream)
 
@@ -240,13 +251,13 @@ class EngineClient:
         self._forget(stream)
 
     def _forget(self, stream: EngineStream) -> None:
-        """Remove a stream that has ended and that no engine has. Every stream leaves the client through this method."""
+        """Remove a stream that has ended and that no engine is running. Every stream leaves the client through this method."""
         self._streams.pop(stream.request_id, None)
         self._waiting.pop(stream.request_id, None)
         self._release(stream)
 
     def _release(self, stream: EngineStream) -> None:
-        """Send the next suspect soon if this stream was the suspect at an engine."""
+        """If `stream` was the suspect at an engine, schedule the sending of the next suspect."""
         if self._suspects.release(stream):
             asyncio.get_running_loop().call_soon(self._send_suspect)
 
@@ -260,8 +271,8 @@ def choose(submit: Submit, links: Sequence[EngineLink]) -> EngineLink:
     """Choose the engine for a request among `links`, which are live and at least one.
 
     A fork goes to the engine of its sibling, whose prompt blocks it shares. Other requests go to the engine with the fewest
-    streams of this worker, among the engines that are ready and whose context can hold prompt and max_tokens. If no context
-    can, the largest is taken.
+    streams of this worker, among the engines that are ready and whose context can hold prompt and max_tokens. If no engine's
+    context can hold both, the engine with the largest context is chosen.
     """
     if len(links) == 1:
         return links[0]
@@ -280,7 +291,7 @@ def _is_overload(event: TokenEvent) -> bool:
 
 
 def _sum(stats: list[EngineStats]) -> EngineStats | None:
-    """The statistics of several engines as if they were one, or None if there are none."""
+    """Combine the statistics of several engines into one. Returns None if there are no statistics."""
     if len(stats) < 2:
         return stats[0] if stats else None
     return EngineStats(**{field: sum(getattr(each, field) for each in stats) for field in EngineStats.__struct_fields__})

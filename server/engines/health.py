@@ -9,7 +9,7 @@ from engine.messages import EngineStats
 
 IDLE_SILENCE_SECONDS = 2.0  # an idle engine sends a heartbeat every HEARTBEAT_SECONDS (0.25), unless it prepares something
 
-Clock = Callable[[], float]  # seconds of a monotonic clock
+Clock = Callable[[], float]  # a function that returns the seconds of a monotonic clock
 
 
 class EngineHealthTracker:
@@ -21,7 +21,7 @@ class EngineHealthTracker:
     """
 
     def __init__(self, stall_timeout_s: float, clock: Clock = time.monotonic) -> None:
-        self.stats: EngineStats | None = None  # of the latest heartbeat
+        self.stats: EngineStats | None = None  # statistics from the latest heartbeat
         self._stall_timeout_s = stall_timeout_s
         self._clock = clock
         self._heartbeat_at = self._progress_at = clock()
@@ -39,7 +39,7 @@ class EngineHealthTracker:
         self.stats = stats
 
     def why_unhealthy(self) -> str | None:
-        """Return the reason why the engine is not fit for work, for people, or None if it is fit."""
+        """Return None if the engine makes progress, and otherwise the reason, as text for people, why it is not fit for work."""
         now = self._clock()
         if self._busy:
             stalled = now - self._progress_at > self._stall_timeout_s

@@ -1,4 +1,4 @@
-"""EngineLink: one API worker's connection to one engine, through that engine's deaths and restarts.
+"""EngineLink: keeps one API worker connected to one engine, also when that engine dies and is restarted.
 
     connecting --Welcome--> live --disconnection, or a second Welcome--> connecting
 
@@ -30,7 +30,7 @@ class LinkListener(Protocol):
     """Receives what an EngineLink reports. All methods are called from the event loop."""
 
     def on_engine_found(self, link: EngineLink) -> None:
-        """The link is live: an engine has answered with its Welcome."""
+        """Called when the link becomes live: an engine has answered with its Welcome."""
 
     def on_engine_lost(self, link: EngineLink, sent: list[EngineStream], *, died: bool) -> None:
         """The link was live and connects again after this call.
@@ -40,7 +40,7 @@ class LinkListener(Protocol):
         """
 
     def on_event(self, stream: EngineStream, event: TokenEvent) -> None:
-        """The engine has sent an event of a stream. A last event has already removed the stream from the link."""
+        """Called when the engine has sent an event of a stream. Before a last event, the link has already removed the stream."""
 
 
 class EngineLink:
@@ -57,14 +57,14 @@ class EngineLink:
         clock: Clock = time.monotonic,
     ) -> None:
         """`worker` is the name by which the engine recognises this worker when it connects again."""
-        self.info: EngineInfo | None = None  # of the engine that connected last
+        self.info: EngineInfo | None = None  # what the engine that connected last says of itself
         self.live = False
         self.restarts = 0  # engines that took the place of an earlier one
         self.sent: dict[str, EngineStream] = {}  # streams at the engine by request id, in the order of submission
         self._context, self._endpoint, self._worker, self._listener = context, endpoint, worker, listener
         self._stall_timeout_s, self._clock = stall_timeout_s, clock
         self._unsent_aborts: list[str] = []
-        self.health = EngineHealthTracker(stall_timeout_s, clock)  # of the engine that connected last
+        self.health = EngineHealthTracker(stall_timeout_s, clock)  # tracks the engine that connected last
         self._connection: ZmqConnection | None = None
         self._retry: asyncio.TimerHandle | None = None  # runs while no socket can be opened
 
@@ -101,7 +101,7 @@ class EngineLink:
     def send(self, stream: EngineStream, submit: Submit) -> bool:
         """Send `submit`, the message of `stream`. Returns False if the engine has not read for so long that the queue is full.
 
-        Aborts go first, since one of them may be for an earlier request of the same id.
+        Aborts that are due are sent first, since one of them may be for an earlier request with the same id.
         """
         if self._connection is None or not self._send_aborts() or not self._connection.send(submit):
             return False
@@ -141,7 +141,7 @@ class EngineLink:
             self.health.record_step()
             for event in message.events:
                 stream = self.sent.get(event.request_id) if event.finish is None else self.sent.pop(event.request_id, None)
-                if stream is not None:  # it may have been aborted
+                if stream is not None:  # None if the stream was aborted meanwhile
                     self._listener.on_event(stream, event)
         elif isinstance(message, Heartbeat):
             self.health.record_heartbeat(message.stats, preparing=message.preparing)
@@ -161,7 +161,7 @@ class EngineLink:
         self._listener.on_engine_found(self)
 
     def _send_aborts(self) -> bool:
-        """Send the aborts that are due. Returns False if they cannot be sent now."""
+        """Send the Abort of the requests that were aborted and not reported yet. Returns False if it cannot be sent now."""
         if self._unsent_aborts:
             if self._connection is None or not self._connection.send(Abort(self._unsent_aborts)):
                 return False

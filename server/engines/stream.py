@@ -1,4 +1,4 @@
-"""EngineStream: one request as an API worker sees it, from submission to its last event, through as many engines as it takes."""
+"""EngineStream: one request of an API worker, from submission to its last event. Several engines may run it in turn."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from engine.messages import Submit, pack_tokens
 from engine.request import FinishReason, TokenEvent
 from server.engines.base import error_of, size_of
 
-# Events with tokens from one engine that prove that the engine survives the request. One is not enough: the engine sends the
-# first event while it already runs the next step, and may die in that step.
+# Number of events with tokens after which an engine has proved that it survives the request. One event is not enough: the engine
+# sends the first event while it already runs the next step, and may die in that step.
 PROGRESS_EVENTS = 2
 
 
 class EngineStream:
-    """Implements `server.engines.base.TokenStream`.
+    """Implements `server.engines.base.TokenStream` for one request.
 
-    Keeps the request and all tokens received, so that the request can be submitted again after an engine's death. Events that
-    arrive faster than the consumer reads them are merged into one.
+    The stream keeps the request and all tokens received, so that the request can be submitted again after an engine's death.
+    Events that arrive faster than the consumer reads them are merged into one.
     """
 
     __slots__ = (
@@ -75,12 +75,12 @@ class EngineStream:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the present engine has sent tokens of this request."""
+        """Return whether the present engine has sent tokens of this request."""
         return self._num_events > 0
 
     @property
     def has_progressed(self) -> bool:
-        """Whether the present engine has survived a step of this request."""
+        """Return whether the present engine has survived a step of this request."""
         return self._num_events >= PROGRESS_EVENTS
 
     def abort(self) -> None:
@@ -90,7 +90,7 @@ class EngineStream:
             self.end(Aborted("the request was aborted"))
 
     def put(self, event: TokenEvent) -> None:
-        """Hand an event of the present engine to the consumer."""
+        """Pass an event of the present engine on to the stream's consumer."""
         error = None if event.finish is None else self._final_error(event)
         if error is not None:
             event.finish = None
@@ -107,19 +107,19 @@ class EngineStream:
             self._wake()
 
     def lose_engine(self) -> None:
-        """The present engine has died or has been disconnected."""
+        """Record that the present engine has died or has been disconnected."""
         self.resumed = True
         self._num_events = 0
 
     def resumption(self, max_model_len: int) -> Submit:
-        """Return the message for another engine than the one that this request was accepted for.
+        """Return the message that submits this request to an engine with a context of `max_model_len` tokens.
 
-        If an engine already had the request, the message holds the tokens received so far. If the new engine's context of
-        `max_model_len` tokens cannot hold prompt and max_tokens, the request may run as far as that context goes, and then
-        ends with ContextTooLong. Raises ContextTooLong if the context cannot hold even the next token.
+        If an engine already had the request, the message holds the tokens received so far. If the new engine's context cannot
+        hold prompt and max_tokens, the request may run as far as that context goes, and then ends with ContextTooLong. Raises
+        ContextTooLong if the context cannot hold even the next token.
         """
         submit, params = self.request, self.request.params
-        capacity = max_model_len - submit.num_prompt  # for output
+        capacity = max_model_len - submit.num_prompt  # tokens of output that fit into the context
         self._context_len = max_model_len if params.max_tokens > capacity else None
         if len(self._received) >= capacity:
             raise self._context_error(max_model_len)

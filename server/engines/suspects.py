@@ -1,4 +1,4 @@
-"""Suspects: finds the requests that engines die of, and sends them to engines one at a time."""
+"""Suspects: finds the requests that make engines die, by sending the suspected ones to engines one at a time."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Suspects:
 
     def __init__(self, max_deaths: int) -> None:
         self._max_deaths = max_deaths
-        self._num_deaths = 0  # of all engines of this worker
+        self._num_deaths = 0  # deaths of all engines of this worker
         self._queue: deque[EngineStream] = deque()
         self._probe: EngineStream | None = None
 
     @property
     def probe(self) -> EngineStream | None:
-        """The suspect that is at an engine now and has not progressed there."""
+        """The suspect stream that is at an engine now and has not progressed there, or None."""
         return self._probe
 
     def is_suspect(self, stream: EngineStream) -> bool:
         return stream.deaths >= max(1, self._max_deaths - 1)
 
     def charge_death(self, sent: Sequence[EngineStream], max_num_seqs: int) -> dict[str, TidegateError]:
-        """Charge an engine's death to `sent`, the streams it had, in the order in which it received them.
+        """Charge an engine's death to `sent`, the streams that the engine had, in the order in which it received them.
 
         Streams that only waited in the engine's queue are spared: the engine starts streams in order of priority and arrival,
         and runs `max_num_seqs` at most. Returns the streams to end, by request id, and the error of each.
@@ -52,11 +52,14 @@ class Suspects:
         return {stream.request_id: self._verdict(stream, alone=len(convicted) == 1) for stream in convicted}
 
     def add(self, stream: EngineStream) -> None:
-        """Queue a suspect until `next` returns it."""
+        """Add a suspect stream to the queue from which `next` takes."""
         self._queue.append(stream)
 
     def next(self) -> EngineStream | None:
-        """Return the next suspect to send to an engine; it becomes the probe. Returns None if there is a probe already."""
+        """Take the next suspect stream from the queue, to be sent to an engine. It becomes the probe.
+
+        Returns None if another suspect is the probe already, or if the queue is empty.
+        """
         while self._queue and self._probe is None:
             stream = self._queue.popleft()
             if not stream.ended:
@@ -65,14 +68,14 @@ class Suspects:
         return None
 
     def release(self, stream: EngineStream) -> bool:
-        """Record that a stream has progressed, has ended or has lost its engine. Returns whether it was the probe."""
+        """Record that a stream has progressed, has ended or has lost its engine. Returns True if the stream was the probe."""
         if stream is not self._probe:
             return False
         self._probe = None
         return True
 
     def _verdict(self, stream: EngineStream, *, alone: bool) -> TidegateError:
-        """Return the error that ends a stream.
+        """Return the error that ends a stream with too many engine deaths.
 
         The stream is to blame, and the error an InternalError, if no other stream reached the limit at the same death and if
         every engine death since its first charge was charged to it. Otherwise engines seem to die of something else.

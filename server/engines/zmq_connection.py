@@ -1,4 +1,4 @@
-"""ZmqConnection: one ZeroMQ socket to an engine, read by the asyncio event loop. A reconnection needs a new ZmqConnection."""
+"""ZmqConnection: one ZeroMQ socket to an engine. The asyncio event loop reads it. A reconnection needs a new ZmqConnection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEND_QUEUE = 65536  # messages that ZeroMQ keeps for an engine that does not rea
 
 
 class ZmqConnection:
-    """A DEALER socket and the monitor socket that reports its disconnection. Both are read by the running event loop.
+    """Wraps a DEALER socket and the monitor socket that reports its disconnection. The running event loop reads both.
 
     ZeroMQ's file descriptor signals only that its state has changed, and a send can consume that signal. So a read goes on
     until the socket is empty, or else schedules the next read; and every send, failed ones included, schedules a read.

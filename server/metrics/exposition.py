@@ -33,7 +33,7 @@ _VLLM_LABELS = {"reason": "finished_reason"}
 
 
 class Exposition(Collector):
-    """Collects all families of one scrape, each once. `workers` gives those of the API workers."""
+    """Collects all metric families of one scrape, each once. `workers` collects the families of the API workers."""
 
     def __init__(self, workers: Collector, engine: Callable[[], EngineHealth], model_name: str) -> None:
         self._workers = workers
@@ -56,7 +56,7 @@ class Exposition(Collector):
 
 
 def engine_families(health: EngineHealth) -> list[Metric]:
-    """The engine's metrics. Before the first heartbeat there are only those that say whether it is up."""
+    """Return the engine's metric families. Before the first heartbeat these are only its health, restarts and start-up times."""
     families: list[Metric] = [
         GaugeMetricFamily("tidegate_engine_up", "1 if the engine is connected and healthy, else 0.", float(health.ready)),
         CounterMetricFamily("tidegate_engine_restarts", "Engine restarts since the API worker began.", float(health.restarts)),
@@ -100,7 +100,7 @@ def _counters(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
 
 
 def _startup(health: EngineHealth) -> Metric:
-    """The phases follow one another without a gap, so their sum is the time from process start to readiness."""
+    """Return the metric of the seconds of each start-up phase. The phases' sum is the time from process start to readiness."""
     family = GaugeMetricFamily("tidegate_startup_seconds", "Seconds of each phase of the engine's start.", labels=["phase"])
     for phase, seconds in health.startup.items():
         family.add_metric([phase], seconds)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict
 
-RESERVED_BYTES = 64 << 10  # of a new file; the metrics of a worker need less than half
-_USED = struct.Struct("i")  # bytes of the file in use; it is the first field
+RESERVED_BYTES = 64 << 10  # size of a new file; the metrics of a worker need less than half
+_USED = struct.Struct("i")  # first field of the file: the number of bytes in use
 _FIRST_ENTRY = 8
-_VALUE = struct.Struct("dd")  # value and timestamp; the last field of an entry
+_VALUE = struct.Struct("dd")  # last field of an entry: value and timestamp
 
 
 class NumberFile:
-    """Numbers by key. `set` changes them in memory and `publish` writes the changes to the file.
+    """Keeps numbers by key in a file. `set` changes a number in memory, and `publish` writes the changes to the file.
 
     The space of a new file is reserved at once. The constructor, `position` and `publish` raise OSError if writing fails.
     """
@@ -30,7 +30,7 @@ class NumberFile:
         self._path = path
         self._positions: dict[str, int] = {}
         self._changed = False
-        if path.exists():  # of a dead process that had the same process id
+        if path.exists():  # the file of a dead process that had the same process id
             for key, _, _, position in MmapedDict.read_all_values_from_file(str(path)):  # type: ignore[no-untyped-call]
                 self._positions[key] = position
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -40,7 +40,7 @@ class NumberFile:
         self._image = bytearray(os.pread(self._fd, used, 0))  # the file's content as far as it is in use
 
     def position(self, key: str) -> int:
-        """Where the number of `key` stands. A new key is added to the file with the number 0."""
+        """Return the byte position of the number of `key`. A new key is added to the file with the number 0."""
         if key not in self._positions:
             self._append(key)
         return self._positions[key]
@@ -64,7 +64,7 @@ class NumberFile:
         os.close(self._fd)
 
     def _make_again(self) -> None:
-        """Write a file that was deleted again. The supervisor makes its folder again."""
+        """Create the file again after it was deleted, and write all numbers to it. The supervisor creates the folder again."""
         fd = _new_file(self._path)
         os.close(self._fd)
         self._fd = fd
@@ -76,13 +76,13 @@ class NumberFile:
         padded = text + b" " * (8 - (len(text) + 4) % 8)
         entry = struct.pack(f"i{len(padded)}sdd", len(text), padded, 0.0, 0.0)
         _write(self._fd, entry, used)
-        _write(self._fd, _USED.pack(used + len(entry)), 0)  # from here on a reader finds the entry
+        _write(self._fd, _USED.pack(used + len(entry)), 0)  # now readers find the entry
         self._image += entry
         self._positions[key] = len(self._image) - _VALUE.size
 
 
 def _new_file(path: Path) -> int:
-    """Make the file and return its descriptor. It gets its name last, so a reader never sees it half made."""
+    """Create the file and return its descriptor. The file gets its final name last, so readers never see an incomplete file."""
     part = path.with_suffix(".part")
     fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:

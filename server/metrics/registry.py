@@ -2,8 +2,8 @@
 
 At every moment, requests started = finished + aborted + failed + running.
 
-One process that runs alone answers for itself. Where the supervisor has set PROMETHEUS_MULTIPROC_DIR, each worker also writes
-its metrics to files in that folder (`shared_files.py`), and whichever worker is scraped answers for all.
+A process that runs alone reports only its own metrics. If the supervisor has set PROMETHEUS_MULTIPROC_DIR, each worker also
+writes its metrics to files in that folder (`shared_files.py`), and a scrape of any worker returns the metrics of all workers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TallyHistogram(Histogram):
 
 
 class _TokenTally:
-    """Counts tokens between two flushes in plain numbers. A metric costs more, and every token is counted."""
+    """Counts tokens in plain numbers until `flush` adds them to the metrics. A metric update for every token would cost more."""
 
     __slots__ = ("_flush_at", "_itl", "_itl_counts", "_itl_total", "_num_tokens", "_publish", "_tokens")
 
@@ -63,7 +63,10 @@ class _TokenTally:
         self._num_tokens += num_tokens
 
     def next(self, num_tokens: int, seconds: float, now: float) -> None:
-        """Count tokens that arrived together, `seconds` after the tokens before. Each counts as an equal share of the wait."""
+        """Count tokens that arrived together, `seconds` after the previous tokens of the same output.
+
+        The inter-token latency of each token is an equal share of `seconds`.
+        """
         self._num_tokens += num_tokens
         self._itl_total += seconds
         self._itl_counts[bisect_left(ITL_BUCKETS, seconds / num_tokens)] += num_tokens
@@ -72,7 +75,7 @@ class _TokenTally:
             self.flush()
 
     def flush(self) -> None:
-        """Move the counts to the metrics, and let other workers see all metrics."""
+        """Add the counts to the metrics, reset them, and publish all metrics to the other workers."""
         if self._num_tokens:
             self._tokens.inc(self._num_tokens)
             self._num_tokens = 0
@@ -107,7 +110,7 @@ class RequestMeter:
         m.ttft.observe(now - self._began)
 
     def tokens(self, index: int, num_tokens: int, now: float) -> None:
-        """Record that output `index` gained tokens."""
+        """Record that output `index` of the request gained `num_tokens` tokens at the time `now`."""
         before = self._latest.get(index)
         self._latest[index] = now
         if before is None:
@@ -116,19 +119,19 @@ class RequestMeter:
             self._metrics.tally.next(num_tokens, now - before, now)
 
     def finished(self, reason: str) -> None:
-        """End the request as answered. `reason` is "length" if any output ended by length, else "stop"."""
+        """Count the request as finished. `reason` is "length" if any output ended by length, else "stop"."""
         if not self._ended:
             self._metrics.num_finished += 1
             self._metrics.e2e.observe(time.monotonic() - self._began)
             self._end(self._metrics.finished, reason)
 
     def aborted(self) -> None:
-        """End the request as aborted, by its client or by a call of Abort."""
+        """Count the request as aborted, by its client or by a call of Abort."""
         if not self._ended:
             self._end(self._metrics.aborted)
 
     def failed(self, code: str) -> None:
-        """End the request with an error. `code` is the error's code in the API."""
+        """Count the request as failed. `code` is the error's code in the API."""
         if not self._ended:
             self._end(self._metrics.failed, code)
 
@@ -140,11 +143,11 @@ class RequestMeter:
 
 
 class Metrics:
-    """The metrics of this process. A process makes one. `engine` returns the engine's health; each scrape calls it."""
+    """Holds the metrics of this process, which creates one Metrics. Each scrape calls `engine` for the engine's health."""
 
     def __init__(self, model_name: str, engine: Callable[[], EngineHealth]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.num_finished = 0  # requests that this process answered in full
+        self.num_finished = 0  # number of requests that this process answered in full
         self._registry = CollectorRegistry()
         self._publish: Callable[[], None] = lambda: None
         workers: Collector = self._registry
@@ -206,19 +209,19 @@ class Metrics:
         return Histogram(name, text, buckets=buckets, registry=self._registry)
 
     def begin(self, transport: str) -> RequestMeter:
-        """A request has arrived by `transport`, which is "http" or "grpc"."""
+        """Count a request that has arrived by `transport`, which is "http" or "grpc". Returns the meter that measures it."""
         self.started.labels(transport).inc()
         self.running.labels(transport).inc()
         self._publish()
         return RequestMeter(self, transport, time.monotonic())
 
     def http_refused(self, status: int) -> None:
-        """HTTP was refused with `status` before it reached a route."""
+        """Count an HTTP request that was refused with `status` before it reached a route."""
         self.refused.labels(str(status)).inc()
         self._publish()
 
     def call_refused(self, reason: str) -> None:
-        """A gRPC call was refused before its message was read. `reason` is "too_many" or "no_message"."""
+        """Count a gRPC call that was refused before its message was read. `reason` is "too_many" or "no_message"."""
         self.calls_refused.labels(reason).inc()
         self._publish()
 
@@ -228,6 +231,6 @@ class Metrics:
         self._publish()
 
     def render(self) -> tuple[bytes, str]:
-        """The answer to a scrape, and its content type."""
+        """Return the answer to a scrape, and the answer's content type."""
         self.tally.flush()
         return generate_latest(self._exposed), CONTENT_TYPE_LATEST

@@ -35,7 +35,10 @@ log = logging.getLogger("tidegate.metrics")
 
 
 class ProcessFiles:
-    """The files of this process. After the first error they are removed, since other workers must not see half of the metrics."""
+    """Keeps the metric files of this process.
+
+    After the first error the files are removed, since other workers must not see half of the metrics.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -49,7 +52,7 @@ class ProcessFiles:
             self._give_up(error)
 
     def find(self, kind: str, key: str) -> tuple[NumberFile, int] | None:
-        """The file of a number, and its position there; None if this process has no files."""
+        """Return the file and position of the number of `key`, or None if this process has no files."""
         try:
             with self.lock:
                 file = self._files.get(kind)
@@ -59,7 +62,7 @@ class ProcessFiles:
             return None
 
     def publish(self) -> None:
-        """Let other processes see all changes until now."""
+        """Write all changes to this process's files, where other processes read them."""
         try:
             with self.lock:
                 for file in self._files.values():
@@ -68,14 +71,14 @@ class ProcessFiles:
             self._give_up(error)
 
     def others(self) -> Iterable[Metric]:
-        """The metrics of all other processes, dead ones included."""
+        """Return the metrics of all other processes, dead ones included, from their files."""
         own = set(self._paths.values())
         for attempt in range(_READ_ATTEMPTS):
             files = [str(path) for path in self._folder.glob("*.db") if path not in own]
             try:
                 merged: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
                 return merged
-            except FileNotFoundError:  # another process gave up its files meanwhile
+            except FileNotFoundError:  # another process has removed its files meanwhile
                 if attempt == _READ_ATTEMPTS - 1:
                     raise
         return []
@@ -86,7 +89,7 @@ class ProcessFiles:
             for file in files.values():
                 file.close()
             for path in self._paths.values():
-                with contextlib.suppress(OSError):  # it may be missing, or the file system read-only
+                with contextlib.suppress(OSError):  # the file may be missing, or its file system read-only
                     path.unlink()
         # The lock is free here, so that other threads count on while this one logs.
         log.warning(
@@ -100,7 +103,7 @@ class ProcessFiles:
 
 
 def value_class(files: ProcessFiles) -> type:
-    """A class for `prometheus_client.values.ValueClass`, which keeps its number in memory and sets it in `files`."""
+    """Return a class for `prometheus_client.values.ValueClass` whose objects keep a number in memory and set it in `files`."""
 
     class FileValue:
         """One number of a metric, with the methods that prometheus_client calls."""
@@ -137,7 +140,7 @@ def value_class(files: ProcessFiles) -> type:
 
 
 class AllProcesses(Collector):
-    """This process's metrics from memory, added to those of all other processes from their files."""
+    """Collects the sums of the metrics of all processes: this process's from memory, the others' from their files."""
 
     def __init__(self, own: CollectorRegistry, files: ProcessFiles) -> None:
         self._own = own

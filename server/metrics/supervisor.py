@@ -1,4 +1,4 @@
-"""What the supervisor adds to the metrics files of the workers: the requests of a dead worker, and its own dropped log lines."""
+"""Writes the supervisor's part of the metric files: the requests of dead workers, and the supervisor's dropped log lines."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _counter_key(name: str, text: str, labels: list[str], values: list[str]) -> 
 
 
 def _running_requests(file: Path) -> dict[str, float]:
-    """Running requests by transport, as a worker's file has them."""
+    """Read a worker's file, and return its number of running requests for each transport."""
     if not file.is_file():
         return {}
     lost = {}

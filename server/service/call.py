@@ -1,4 +1,4 @@
-"""Call: the requests that run in the engine for one `generate`, from submission to their last event. The service drives it.
+"""Call: the requests that run in the engine for one call of `GenerateService.generate`, from submission to their last event.
 
 Output i of n is a request of its own. The first has the call's `request_id`, the others `request_id-1`, `request_id-2`, ...,
 and they name the first in `fork_of`, so that the engine shares the prompt's blocks. Output i samples with seed + i (mod 2^63).
@@ -35,8 +35,10 @@ T = TypeVar("T")
 
 
 class Call:
-    """One `generate`. `unfinished` counts the outputs that have not ended; `ended_by` is the error that ended them from
-    outside (an abort, a deadline, a client that does not read)."""
+    """Runs the outputs of one call of `generate`. `unfinished` is the number of outputs that have not ended.
+
+    `ended_by` is the error that ended the call from outside: an abort, a deadline, or a client that does not read.
+    """
 
     def __init__(self, request: GenerationRequest, identity: Identity, meter: RequestMeter) -> None:
         self.request = request
@@ -50,7 +52,7 @@ class Call:
         self._queue_s = 0.0
         self._ttft: float | None = None
         self._preparation: asyncio.Task[Any] | None = None  # work before the submission, such as tokenising
-        self._streams: dict[str, TokenStream] = {}  # by the output's request id, in order of the outputs
+        self._streams: dict[str, TokenStream] = {}  # the outputs' streams by request id, in order of the outputs
         self._only: TokenStream | None = None  # the stream of a call with one output, which needs no queue
         self._outputs: dict[str, OutputBuilder] = {}
         self._pumps: list[asyncio.Task[None]] = []
@@ -69,14 +71,14 @@ class Call:
             return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
-            if current is None or not current.cancelling():  # only `work` was cancelled, by `end`
+            if current is None or not current.cancelling():  # `end` has cancelled `work`; this task was not cancelled
                 self._raise_if_ended()
             raise
         finally:
             self._preparation = None
 
     def submit(self, client: EngineClientProtocol, text: Tokenizer, prompt: list[int]) -> None:
-        """Send a request for each output to the engine. Raises what `check_submit` and the engine client raise."""
+        """Send a request for each output to the engine. Raises the exceptions of `check_submit` and of the engine client."""
         self._raise_if_ended()
         self._num_prompt = len(prompt)
         submits = self._submits(prompt)
@@ -99,7 +101,7 @@ class Call:
         self._watch_again()
 
     async def next_event(self) -> TokenEvent | None:
-        """The next event of any output, or None for an event after the output's stop string."""
+        """Wait for the next event of any output. Returns None for an event of an output that has ended at a stop string."""
         self._raise_if_ended()
         if self._only is not None:
             try:
@@ -114,7 +116,7 @@ class Call:
         return item
 
     def chunk_of(self, event: TokenEvent) -> Chunk:
-        """The chunk of an event from `next_event`. An output that ends at a stop string is aborted in the engine."""
+        """Turn an event from `next_event` into a chunk. If the output ends at a stop string, abort it in the engine."""
         now = time.monotonic()
         chunk = self._outputs[event.request_id].add(event)
         if self._ttft is None:
@@ -143,11 +145,11 @@ class Call:
 
     @property
     def finish_reason(self) -> str:
-        """The call's reason for metrics: "length" if any output ended by length, else "stop"."""
+        """Why the call ended, for metrics: "length" if any output ended by length, else "stop"."""
         return "length" if any(o.finish_reason == "length" for o in self._outputs.values()) else "stop"
 
     def end(self, error: TidegateError) -> None:
-        """End the call with `error`, at whatever point it is."""
+        """End the call with `error`: cancel the work before the submission, or abort the outputs that have not ended."""
         if self.ended_by is None:
             self.ended_by = error
             if self._preparation is not None:
@@ -215,11 +217,11 @@ class Call:
         self.meter.first_token(now, prompt_tokens=self._num_prompt, cached_tokens=self._num_cached, queue_seconds=self._queue_s)
 
     async def _pump(self, id: str, stream: TokenStream) -> None:
-        """Move the events of one output into the queue."""
+        """Move the events of one output's stream into the queue that joins the outputs, until the stream ends."""
         try:
             async for event in stream:
                 await self._queue.put((id, event))
-            await self._queue.put((id, _ended_early(id)))  # raised only if the last event did not end the output
+            await self._queue.put((id, _ended_early(id)))  # `next_event` raises it only if no event has ended the output
         except Exception as error:  # noqa: BLE001 - raised again in the task that reads the queue
             await self._queue.put((id, error))
 

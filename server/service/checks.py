@@ -13,7 +13,7 @@ from server.service.types import GenerationRequest
 
 
 class ServiceSettings(Protocol):
-    """The settings that GenerateService reads; `server.settings.Settings` has them."""
+    """The settings that GenerateService reads. `server.settings.Settings` implements this protocol."""
 
     @property
     def model_name(self) -> str: ...
@@ -32,7 +32,7 @@ class ServiceSettings(Protocol):
 
 
 def check_request(request: GenerationRequest, settings: ServiceSettings) -> None:
-    """Raises InvalidRequest or UnknownModel for what is wrong whatever the prompt's tokens are."""
+    """Validate everything about a request that does not depend on the prompt's tokens. Raises InvalidRequest or UnknownModel."""
     check_model(request.model, settings.model_name)
     if not request.prompt:
         raise InvalidRequest("the prompt is empty", param="prompt")
@@ -41,7 +41,7 @@ def check_request(request: GenerationRequest, settings: ServiceSettings) -> None
     if not 1 <= request.n <= settings.max_n:
         raise InvalidRequest(f"n is {request.n}: it must lie between 1 and {settings.max_n}", param="n")
     low, high, _ = BOUNDS["priority"]
-    if not low <= request.priority <= high:  # before the identity's ceiling hides the number that was sent
+    if not low <= request.priority <= high:  # checked before the identity's ceiling replaces the client's number
         raise InvalidRequest(f"priority is {request.priority}: it must lie between {low} and {high}", param="priority")
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest("the deadline must be more than 0", param="deadline_ms")
@@ -54,7 +54,7 @@ def check_model(model: str | None, served: str) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises InvalidRequest for half a surrogate pair, which is no character. JSON's \\u escapes can write one."""
+    """Raise InvalidRequest if `text` has half a surrogate pair, which is no character. JSON's \\u escapes can write one."""
     if text.isascii():
         return
     try:
@@ -66,7 +66,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def context_too_long(num_tokens: int | None, max_model_len: int, name: str) -> ContextTooLong:
-    """The error for a prompt that does not fit. `num_tokens` is None if the prompt was not tokenised to its end."""
+    """Return the error for a prompt longer than the model's context. `num_tokens` is None if it was not tokenised to its end."""
     num = f"more than {max_model_len - 1}" if num_tokens is None else num_tokens
     return ContextTooLong(
         f"the prompt has {num} tokens, and this model's maximum context length is {max_model_len} tokens: send a prompt of at "
@@ -76,7 +76,7 @@ def context_too_long(num_tokens: int | None, max_model_len: int, name: str) -> C
 
 
 def check_logprobs(params: SamplingParams, settings: ServiceSettings, *, prompt_tokens: int, outputs: int) -> None:
-    """Raises InvalidRequest if one answer would hold too many log-probabilities. Each alternative counts."""
+    """Raise InvalidRequest if one answer would hold too many log-probabilities. Each alternative counts."""
     if params.prompt_logprobs is not None:
         num = prompt_tokens * (1 + params.prompt_logprobs)
         if num > settings.max_prompt_logprobs:

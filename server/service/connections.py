@@ -1,4 +1,4 @@
-"""How many connections one API worker can hold. Each takes a descriptor, and the operating system limits their number."""
+"""Computes how many connections one API worker can hold. Each takes a descriptor, and the system limits their number."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from server.text.stop import StopScanner
 
 
 class OutputBuilder:
-    """Builds output `index` of a request, chunk by chunk. `num_tokens` counts the tokens that were generated, the token that
-    completed a stop string included.
+    """Builds output `index` of a request, chunk by chunk. `num_tokens` counts the generated tokens, up to and including the token
+    that completed a stop string.
 
     A chunk has the ids and log-probabilities of all tokens so far, also of the token that completed a stop string and of a
     stop token. The chunk's text ends before the stop string and leaves out a stop token. Text that may still become part of
@@ -32,13 +32,13 @@ class OutputBuilder:
         self._index = index
         self._detokenizer = detokenizer
         self._scanner = scanner
-        self._num_unscanned = max(0, min_tokens - 1)  # first tokens, whose text is not searched for stop strings
+        self._num_unscanned = max(0, min_tokens - 1)  # the text of this many first tokens is not searched for stop strings
         self._named_stop_ids = named_stop_ids
         self.num_tokens = 0
         self.finish_reason: str | None = None
 
     def add(self, event: TokenEvent) -> Chunk:
-        """The chunk of one event. Must not be called after `finish_reason` is set."""
+        """Turn one event into a chunk. Must not be called after `finish_reason` is set."""
         tokens = event.tokens
         if self._scanner is None and event.finish is None:
             self.num_tokens += len(tokens)
@@ -79,7 +79,10 @@ class OutputBuilder:
         )
 
     def _scan(self, tokens: list[int]) -> tuple[str, int]:
-        """The text that `tokens` make certain, and the number of tokens up to the end of a stop string (else all of them)."""
+        """Decode `tokens` and search their text for stop strings.
+
+        Returns the text that is certain now, and the number of tokens up to the end of a stop string (all, if there is none).
+        """
         scanner = self._scanner
         if scanner is None:
             return self._detokenizer.add(tokens), len(tokens)
@@ -92,7 +95,7 @@ class OutputBuilder:
         return "".join(parts), len(tokens)
 
     def _finish_text(self) -> str:
-        """The text that the detokenizer and the scanner still hold back."""
+        """Return the text that the detokenizer and the stop scanner still hold back."""
         rest = self._detokenizer.flush()
         if self._scanner is None:
             return rest

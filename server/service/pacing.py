@@ -28,8 +28,8 @@ class Pacer:
 
 
 class Backlog:
-    """Counts pieces of work that are too small for a pause each. A task whose next item is always there never waits, so it uses
-    this count to pause now and then:
+    """Counts small pieces of work, and says when a task should pause for other tasks. A task whose next item is always available
+    never waits by itself, so it pauses like this:
 
     if backlog.is_due(work):
         await asyncio.sleep(0)
@@ -43,7 +43,7 @@ class Backlog:
         self._done = 0
 
     def is_due(self, work: int) -> bool:
-        """Count `work`. True if a pause is due. This is not a coroutine, because it is called for every token."""
+        """Add `work` to the count, and return True if a pause is due. This is no coroutine: it is called for every token."""
         self._done += work
         if self._done < self._limit:
             return False

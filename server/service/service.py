@@ -56,7 +56,7 @@ class GenerateService:
         *,
         server_ready: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`server_ready` says whether all workers of the server have an engine; before that, this one is not ready either."""
+        """`server_ready` returns whether all workers of the server have an engine. Until then, `health` reports "not ready"."""
         self._client = client
         self._server_ready = server_ready
         self._text = text
@@ -76,7 +76,7 @@ class GenerateService:
 
     @property
     def num_running(self) -> int:
-        """Number of `generate` calls that have begun and not ended."""
+        """The number of `generate` calls that have begun and not ended."""
         return len(self._calls)
 
     async def generate(
@@ -122,11 +122,14 @@ class GenerateService:
             self._leave(call)
 
     def check_logprobs(self, params: SamplingParams, *, prompt_tokens: int, outputs: int) -> None:
-        """Validate a client's call of several prompts with one answer. `generate` checks only its own prompt."""
+        """Check that the answer to a client's call of several prompts does not hold too many log-probabilities.
+
+        `generate` checks only its own prompt. Raises InvalidRequest.
+        """
         check_logprobs(params, self._settings, prompt_tokens=prompt_tokens, outputs=outputs)
 
     def abort(self, request_id: str) -> bool:
-        """End a call of this worker; its generator raises Aborted. False if this worker has no such call."""
+        """Abort a call of this worker, whose generator then raises Aborted. Returns False if this worker has no such call."""
         call = self._calls.get(request_id)
         if call is None:
             return False
@@ -134,7 +137,7 @@ class GenerateService:
         return True
 
     async def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of `messages`, rendered with the model's chat template. Raises InvalidRequest or ContextTooLong."""
+        """Render `messages` with the model's chat template, and return the token ids. Raises InvalidRequest or ContextTooLong."""
         template = self._text.chat
         if template is None:
             raise InvalidRequest(
@@ -146,13 +149,13 @@ class GenerateService:
                 check_text(value, f"messages[{i}]")
         num_chars = sum(len(value) for message in messages for value in _texts(message))
         prompt = await self._text_work.render(partial(template.render, messages), num_chars)
-        # The template has written the special tokens.
+        # The rendered text already contains the special tokens.
         return await self._prompt_ids(prompt, add_special_tokens=False, name="messages")
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_special_tokens: bool = True, as_prompt: bool = False
     ) -> list[int]:
-        """The token ids of `text`. With `as_prompt`, raises ContextTooLong for a text that cannot be a prompt."""
+        """Return the token ids of `text`. With `as_prompt`, raises ContextTooLong if the text is too long for a prompt."""
         check_model(model, self.model_name)
         check_text(text, "prompt")
         if as_prompt:
@@ -160,7 +163,7 @@ class GenerateService:
         return await self._text_work.encode(text, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, as_prompt: bool = False) -> str:
-        """The text of `token_ids`. With `as_prompt`, raises ContextTooLong for ids that cannot be a prompt."""
+        """Return the text of `token_ids`. With `as_prompt`, raises ContextTooLong if they are too many for a prompt."""
         check_model(model, self.model_name)
         if as_prompt:
             self._check_length(token_ids, "prompt")
@@ -170,7 +173,7 @@ class GenerateService:
         return await self._text_work.decode(token_ids)
 
     def token_text(self, token: int) -> str:
-        """The text of one token by itself, for log-probabilities."""
+        """Return the text of one token by itself, for answers with log-probabilities."""
         return self._text.token_text(token)
 
     def token_bytes(self, token: int) -> bytes:
@@ -180,7 +183,10 @@ class GenerateService:
         return [ModelInfo(id=self.model_name, created=self._created, owned_by="tidegate", max_model_len=self.max_model_len)]
 
     def health(self) -> EngineHealth:
-        """The engine's health as this worker sees it; not ready and not started before all workers of the server are."""
+        """Return the engine's health as this worker sees it.
+
+        Until all workers of the server have an engine, the health is "not ready" and "not started".
+        """
         health = self._client.health
         if self._server_ready() or not health.ready:
             return health
@@ -206,7 +212,7 @@ class GenerateService:
         return request.prompt
 
     async def _prompt_ids(self, text: str, *, add_special_tokens: bool, name: str) -> list[int]:
-        """The token ids of a prompt. Raises ContextTooLong, naming the field `name`, as soon as they are certain not to fit."""
+        """Return the token ids of a prompt. Raises ContextTooLong, naming the field `name`, if the prompt is too long."""
         limit = self.max_model_len - 1
         try:
             return await self._text_work.encode(text, add_special_tokens=add_special_tokens, limit=limit)
@@ -230,7 +236,7 @@ def _use_client_names(error: TidegateError, names: dict[str, str]) -> None:
 
 
 def _texts(message: Message) -> list[str]:
-    """Every text of a message: its role and the texts of its content."""
+    """Return all texts of a message: its role and the texts of its content."""
     content = message.get("content")
     parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
     return [value for value in [message.get("role"), *parts] if isinstance(value, str)]

@@ -27,19 +27,21 @@ from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
 
 INLINE_CHARS = 2048  # longest text that is tokenised in the event loop, and longest chat that is rendered there
 INLINE_TOKENS = 256  # most token ids that are decoded in the event loop
-# A piece of text or of token ids larger than this goes to the lane for huge pieces: the lane for long texts would wait for it.
-HUGE = 16 * PIECE_CHARS  # characters or token ids
+# A piece of text or of token ids larger than HUGE has a thread of its own, since other long texts would have to wait for it.
+HUGE = 16 * PIECE_CHARS  # number of characters or of token ids
 _SHORT_THREADS = 2
 T = TypeVar("T")
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than the limit that the caller gave."""
+    """Raised for a text that has more tokens than the limit that the caller gave."""
 
 
 class TextWork:
-    """The text work of one API worker. `max_waiting_bytes` bounds the long texts that run or wait at the same time. A single
-    text may be longer than the bound."""
+    """Does the text work of one API worker: it tokenises and decodes texts and renders chats.
+
+    `max_waiting_bytes` bounds the bytes of the long texts that run or wait at the same time. A single text may be longer.
+    """
 
     def __init__(self, tokenizer: Tokenizer, max_waiting_bytes: int) -> None:
         self._tokenizer = tokenizer
@@ -50,7 +52,7 @@ class TextWork:
         self._huge = ThreadPoolExecutor(1, "tidegate-text-huge")
 
     async def encode(self, text: str, *, add_special_tokens: bool, limit: int | None = None) -> list[int]:
-        """The token ids of `text`.
+        """Tokenise `text` and return its token ids.
 
         Raises TooManyTokens as soon as it is certain that there are more than `limit`, and Overloaded if too many long texts
         run or wait.
@@ -71,7 +73,7 @@ class TextWork:
             return await self._in_lane(lane, job.result)
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Raises Overloaded if too many long texts run or wait."""
+        """Decode the token ids `ids` to text. Raises Overloaded if too many long texts run or wait."""
         if len(ids) <= INLINE_TOKENS:
             return self._tokenizer.decode(ids)
         job = self._tokenizer.decoding(ids)
@@ -83,7 +85,7 @@ class TextWork:
             return await self._in_lane(lane, job.result)
 
     async def render(self, template: Callable[[], str], num_chars: int) -> str:
-        """The result of `template`, which renders messages of `num_chars` characters."""
+        """Call `template`, which renders messages of `num_chars` characters, and return the prompt."""
         if num_chars <= INLINE_CHARS:
             return template()
         lane = self._short if num_chars <= PIECE_CHARS else self._long
@@ -98,7 +100,7 @@ class TextWork:
             await self._in_lane(self._huge, job.step)
 
     async def _in_lane(self, lane: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Run `work` in a thread. If the caller is cancelled before that, it never runs."""
+        """Run `work` in a thread of the pool `lane`. If the caller is cancelled before `work` starts, it never runs."""
         return await asyncio.get_running_loop().run_in_executor(lane, work)
 
     @contextmanager

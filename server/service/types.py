@@ -1,6 +1,6 @@
-"""What GenerateService takes and gives. Every HTTP route and gRPC method translates to and from these types.
+"""The types that GenerateService takes and returns. Every HTTP route and gRPC method translates to and from these types.
 
-Nothing here knows of JSON, SSE, OpenAI or protobuf.
+These types do not depend on JSON, SSE, OpenAI or protobuf.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from engine.request import BOUNDS, SamplingParams, TokenLogprobs
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Who sent a request, and what the request may ask for. No header names a tenant: every route passes ANONYMOUS until
-    there are API keys.
+    """Describes who sent a request, and what the request may ask for.
 
-    `tenant` and `slo` (the class of latency promised to the caller) have no reader yet. They stand here so that keys and
-    latency classes can be added without a change to every route.
+    Every route passes ANONYMOUS until there are API keys. No code reads `tenant` and `slo` (the class of latency promised to the
+    caller) yet. The fields exist so that keys and latency classes can be added without a change to every route.
     """
 
     tenant: str = "anonymous"
@@ -47,14 +46,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int  # prompt tokens that were found in the prefix cache
-    completion_tokens: int  # summed over all n outputs
+    completion_tokens: int  # number of generated tokens of all n outputs together
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Durations in milliseconds. `ttft_ms` and `total_ms` count from the start of `generate`."""
 
     queue_ms: float  # from the engine's receipt of the request to its first step
-    ttft_ms: float  # to the first token
+    ttft_ms: float  # until the first token
     total_ms: float
 
 
@@ -64,14 +63,14 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop" | "length"
+    finish_reason: str | None = None  # "stop" or "length" in the last chunk of an output, else None
     stop_reason: str | int | None = None  # the stop string or stop token that ended the output
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if requested
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # only for output 0, if requested
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """Comes once, after the last chunk of the last output."""
+    """The last item that `generate` yields, after the last chunk of the last output. It comes once."""
 
     usage: Usage
     timing: Timing

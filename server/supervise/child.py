@@ -21,7 +21,7 @@ log = logging.getLogger("tidegate.supervisor")
 
 
 class Fatal(Exception):
-    """The server cannot go on. The message is None where a child has already logged the reason."""
+    """Raised when the server must end. `message` is None if a child has already logged the reason."""
 
     def __init__(self, exit_code: int, message: str | None = None) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class Fatal(Exception):
 
 
 class Timeout(NamedTuple):
-    """How long a process may report no progress, and the setting that says so."""
+    """The longest time, in seconds, that a process may report no progress, and the name of the setting that holds it."""
 
     setting: str
     seconds: float
@@ -42,19 +42,19 @@ class Program(NamedTuple):
     name: str
     module: str
     start: Callable[[], bytes]
-    stall: Timeout  # once it is ready
+    stall: Timeout  # applies once the process is ready
     fds: tuple[int, ...] = ()
 
 
 def nothing() -> None:
-    """The default of `Child.on_ready`."""
+    """Do nothing. This is the default of `Child.on_ready`."""
 
 
 class Child:
-    """Runs a program until `stop` or `kill`, over as many processes as that takes.
+    """Runs a program until `stop` or `kill` is called, and starts a new process of it after each death.
 
-    A process that reports no progress is killed: after start_timeout_s while it starts, after the program's own timeout once it
-    is ready. A new process follows each death, until crash_limit deaths in a row.
+    A process that reports no progress is killed: after start_timeout_s while it starts, and after the program's own timeout once
+    it is ready. After crash_limit deaths in a row no new process is started.
     """
 
     def __init__(self, program: Program, settings: Settings, call_later: CallLater | None = None) -> None:
@@ -99,7 +99,7 @@ class Child:
         self._signal(signal.SIGTERM)
 
     def hurry(self) -> None:
-        """Ask a worker to end at once, and to end its streams with an error."""
+        """Ask a worker process to end at once, and to end its streams with an error."""
         self.stop()
         self._signal(signal.SIGINT)  # the second request to stop; two signals of one kind can become one
 
@@ -110,7 +110,7 @@ class Child:
         self._signal(signal.SIGKILL)
 
     def tell(self, word: bytes) -> None:
-        """Write a word to the process, if there is one."""
+        """Write a word of the line protocol to the process, if one is running."""
         if self._process is not None:
             self._process.write_line(word)
 

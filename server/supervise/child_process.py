@@ -1,7 +1,7 @@
-"""ChildProcess: one run of a program, with lines to its standard input and lines from its standard output.
+"""ChildProcess: runs a program once, writes lines to its standard input and reads lines from its standard output.
 
-Its death is known at once, even if a process that it started still holds its output. asyncio's own `Process.wait` would wait for
-that one too.
+`ChildProcess.wait` returns as soon as the program has died, even if a grandchild still holds the program's output open. asyncio's
+own `Process.wait` would wait for the grandchild too.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import signal
 from collections.abc import Callable, Sequence
 
 STDIN = 0
-MAX_LINE = 4096  # bytes kept of a line that does not end
+MAX_LINE = 4096  # bytes kept of an output line that has no end yet
 
 
 class ChildProcess(asyncio.SubprocessProtocol):
-    """Made by `spawn`."""
+    """Holds one running process. `spawn` starts the process and returns this object."""
 
     def __init__(self, on_line: Callable[[bytes], None]) -> None:
         self._on_line = on_line
@@ -26,9 +26,9 @@ class ChildProcess(asyncio.SubprocessProtocol):
 
     @classmethod
     async def spawn(cls, command: Sequence[str], on_line: Callable[[bytes], None], *, fds: tuple[int, ...] = ()) -> ChildProcess:
-        """Start `command`; `on_line` gets each line of its output, without the line's end.
+        """Start `command`, and call `on_line` with each line of its output, without the newline.
 
-        Raises OSError or RuntimeError when the system has no process, descriptor or thread for it. No process is left then.
+        Raises OSError or RuntimeError if the system has no process, descriptor or thread for it. No process is left then.
         """
         child = cls(on_line)
         try:
@@ -49,21 +49,21 @@ class ChildProcess(asyncio.SubprocessProtocol):
         return self._started.get_pid()
 
     def write_line(self, line: bytes) -> None:
-        """Write to its standard input, which stays open for as long as this process runs."""
+        """Write a line to the child's standard input, which stays open for as long as the supervisor runs."""
         stdin = self._started.get_pipe_transport(STDIN)
         if isinstance(stdin, asyncio.WriteTransport):
             stdin.write(line + b"\n")
 
     async def wait(self) -> int:
-        """Its exit code, once it is dead; negative for a signal."""
+        """Wait until the process is dead. Returns its exit code, or the negative number of the signal that killed it."""
         await self._exited.wait()
         code = self._started.get_returncode()
-        self._closed = True  # what its own children may still write is not its output
+        self._closed = True  # later output comes from grandchildren, and is ignored
         self._started.close()
         return code if code is not None else 1
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; a dead process gets none."""
+        """Send a signal to the process, unless it is dead."""
         if self._started.get_returncode() is None:
             self._started.send_signal(number)
 
@@ -85,7 +85,10 @@ class ChildProcess(asyncio.SubprocessProtocol):
         self._exited.set()
 
     def _abandon(self) -> None:
-        """Kill a process that asyncio has started but cannot watch. Its transport may come later, by `connection_made`."""
+        """Kill a process that asyncio has started but cannot watch.
+
+        If asyncio has not called `connection_made` yet, that call kills the process.
+        """
         self._closed = True
         if self._transport is not None:
             self._transport.close()

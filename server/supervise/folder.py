@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 log = logging.getLogger("tidegate.supervisor")
 
 PREFIX = "tidegate-run-"
-CHECK_SECONDS = 1.0  # between looks for a folder that was deleted
+CHECK_SECONDS = 1.0  # time between two checks whether the folder was deleted
 
 
 class RunFolder:
@@ -34,7 +34,10 @@ class RunFolder:
 
     @classmethod
     def make(cls) -> RunFolder:
-        """Make and lock a new folder, and remove those of servers that were killed. Raises ConfigError."""
+        """Make and lock a new run folder, and remove the run folders of servers that were killed.
+
+        Raises ConfigError if no folder can be made among the temporary files.
+        """
         try:
             remove_abandoned(Path(tempfile.gettempdir()))
             while (folder := cls._try_make()) is None:
@@ -86,13 +89,13 @@ class RunFolder:
         return True
 
     def remove(self) -> None:
-        """Delete the folder and all that is in it."""
+        """Delete the run folder with all its files, and release its lock."""
         if self._is_whole():
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
     def _is_whole(self) -> bool:
-        """Whether the folder that was locked is still at its path."""
+        """Return whether the folder at `path` is still the folder that this process locked."""
         try:
             there = self.path.lstat()
         except OSError:
@@ -112,7 +115,7 @@ class RunFolder:
 
 
 async def keep(folder: RunFolder) -> None:
-    """Make the folder again each time that somebody has deleted it. Never returns."""
+    """Check `folder` every CHECK_SECONDS, and make it again if somebody has deleted it. Never returns."""
     failed = False
     while True:
         await asyncio.sleep(CHECK_SECONDS)

@@ -1,4 +1,4 @@
-"""What the supervisor starts: the engine's program and the workers', each with its first line on standard input."""
+"""Makes the programs that the supervisor starts, the engine's and the workers', each with its first line on standard input."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from server.supervise.worker_start import WorkerStart
 
 
 class Programs:
-    """Makes the programs of one server. Each start makes sure first that the private folder is there."""
+    """Makes the programs of one server. Before each start, a program makes the server's private folder again if it is missing."""
 
     def __init__(self, settings: Settings, folder: RunFolder, *, http_fd: int, admin_fd: int) -> None:
-        """`settings` name a model and have the ports that were bound to the two sockets. Raises ConfigError."""
+        """`settings` must name a model and hold the ports that the two sockets are bound to.
+
+        Raises ConfigError if the path of the engine's socket is too long.
+        """
         self._settings = settings
         self._folder = folder
         self._http_fd = http_fd
@@ -43,7 +46,7 @@ class Programs:
         return Program("engine 0", "engine.process", start, Timeout("stall_timeout_s", settings.stall_timeout_s))
 
     def worker(self, index: int, others_serve: Callable[[], bool]) -> Program:
-        """`others_serve` says, at each start, whether another worker serves clients already."""
+        """Return the program of API worker `index`. At each start it calls `others_serve`: does another worker serve clients?"""
 
         def start() -> bytes:
             self._folder.restore()

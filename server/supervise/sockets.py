@@ -1,4 +1,4 @@
-"""The addresses that the supervisor claims: the HTTP and admin sockets, the gRPC port, and the path of the engine's socket."""
+"""Binds the HTTP, admin and gRPC ports of the supervisor, and chooses the path of the engine's Unix socket."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _bind_tcp(host: str, port: int, name: str) -> socket.socket:
 
 
 def claim_grpc(settings: Settings) -> tuple[socket.socket | None, int]:
-    """Make sure that no other program has the gRPC port; return a socket that keeps it so, and the port.
+    """Check that no other program has the gRPC port. Returns a socket that keeps other programs off the port, and the port.
 
     Several workers bind this port with SO_REUSEPORT, which would also let them share it with an unrelated program. A first bind
     without that option finds a program that has the port already. The returned socket refuses it to programs that come later and

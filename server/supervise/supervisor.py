@@ -35,32 +35,35 @@ from server.supervise.sockets import bind_admin, bind_http, claim_grpc
 
 log = logging.getLogger("tidegate.supervisor")
 
-KILL_MARGIN_SECONDS = 4.0  # past the time to drain, until a child that has not ended is killed
+KILL_MARGIN_SECONDS = 4.0  # time after drain_timeout_s until a child that has not ended is killed
 ENGINE_STOP_SECONDS = 5.0
-CUT_SECONDS = 2.0  # for the workers to send an error to each stream, where the server cannot go on
-KILL_SECONDS = 1.0  # for killed children to be seen dead
+CUT_SECONDS = 2.0  # after a fatal error, the time that workers have to send an error to each stream
+KILL_SECONDS = 1.0  # longest wait for killed children to end
 
 
 class Supervisor:
     """Owns the ports and the child processes of one server."""
 
     def __init__(self, settings: Settings, folder: RunFolder) -> None:
-        """`settings` name a model."""
+        """Bind the ports and prepare the child processes, without starting them. `settings` must name a model."""
         self._folder = folder
         self._http = bind_http(settings)
         self._grpc, grpc_port = claim_grpc(settings)
-        self._admin = bind_admin(settings)  # open until the end, so that probes see a server that drains
+        self._admin = bind_admin(settings)  # open until the end, so that probes still get answers while the server drains
         ports = {"port": self._http.getsockname()[1], "grpc_port": grpc_port, "admin_port": self._admin.getsockname()[1]}
         self._settings = settings.model_copy(update=ports)
         programs = Programs(self._settings, folder, http_fd=self._http.fileno(), admin_fd=self._admin.fileno())
         self._engine = Child(programs.engine(), self._settings)
         self._workers = [self._worker_child(programs, index) for index in range(settings.api_workers)]
         self._tasks: dict[Child, asyncio.Task[None]] = {}
-        self._all_ready = False  # once all workers were; stays true
+        self._all_ready = False  # set once all workers are ready, and never cleared
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Return once all has ended on request. Raises Fatal."""
+        """Run the child processes until a signal asks the server to stop and they have ended.
+
+        Raises Fatal if the server cannot go on.
+        """
         self._handle_signals()
         self._tasks = {child: asyncio.create_task(child.run()) for child in (self._engine, *self._workers)}
         helpers: list[asyncio.Task[Any]] = [asyncio.create_task(self._stop.wait()), asyncio.create_task(keep(self._folder))]
@@ -70,7 +73,7 @@ class Supervisor:
                 await self._drain()
             for task in (*self._tasks.values(), *helpers):
                 if task.done():
-                    task.result()  # raises its Fatal, or the exception of a bug
+                    task.result()  # raises the task's Fatal, or the exception of a bug
         except Fatal:
             await self._cut()
             raise
@@ -111,18 +114,18 @@ class Supervisor:
             if worker.ready.is_set():
                 worker.stop()
             else:
-                worker.kill()  # it runs nothing, and may hang in its start
+                worker.kill()  # a worker that is not ready runs no request, and may hang in its start
         _, late = await asyncio.wait(self._worker_tasks, timeout=self._settings.drain_timeout_s + KILL_MARGIN_SECONDS)
         if late:
             raise Fatal(1, f"{len(late)} API workers did not end in time and are killed")
-        self._engine.stop()  # the streams that ran to their ends needed it until here
+        self._engine.stop()  # streams that ran to their ends needed the engine until here
         _, late = await asyncio.wait({self._tasks[self._engine]}, timeout=ENGINE_STOP_SECONDS)
         if late:
             log.warning("%s did not end in time and is killed", self._engine.name)
         log.info("stopped")
 
     async def _cut(self) -> None:
-        """Have the workers end their streams with an error, instead of breaking off in the middle of a line."""
+        """Ask the workers to end their streams with an error, so that no stream breaks off in the middle of a line."""
         running = []
         for worker in self._workers:
             if worker.ready.is_set() and not self._tasks[worker].done():
@@ -132,7 +135,7 @@ class Supervisor:
             await asyncio.wait(running, timeout=CUT_SECONDS)
 
     async def _kill(self) -> None:
-        """Kill what is left, and wait until it is dead."""
+        """Kill the child processes that still run, and wait for them for at most KILL_SECONDS."""
         for child in self._tasks:
             child.kill()
         await asyncio.wait(self._tasks.values(), timeout=KILL_SECONDS)
@@ -145,7 +148,7 @@ class Supervisor:
         return [self._tasks[worker] for worker in self._workers]
 
     def _on_worker_ready(self) -> None:
-        """Once all workers have an engine, tell each of them: until then none says that the server is ready."""
+        """Send ALL_READY to each worker once all workers have an engine. Until then, each worker reports "not ready"."""
         if not self._all_ready and not self._stop.is_set() and all(worker.ready.is_set() for worker in self._workers):
             self._all_ready = True
             self._log_ready()
@@ -175,7 +178,7 @@ class Supervisor:
 
 
 def serve(settings: Settings) -> int:
-    """Run the server until it is told to stop; returns the exit code."""
+    """Run the server until a signal stops it or it cannot go on. Returns the exit code."""
     setproctitle.setproctitle("tidegate: supervisor")
     logs.set_up(settings.log_level, settings.log_format, "supervisor")
     try:
@@ -184,7 +187,7 @@ def serve(settings: Settings) -> int:
         try:
             os.environ[FOLDER_VARIABLE] = str(folder.metrics)
             logs.on_dropped(SupervisorDrops().add)
-            # gRPC's core writes lines of its own form to standard error at a client's garbage; read when the workers import it.
+            # The gRPC core of the workers reads this. By default it writes its own lines to standard error for invalid requests.
             os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             asyncio.run(_run(with_model(settings), folder))
         finally:
@@ -204,7 +207,7 @@ async def _run(settings: Settings, folder: RunFolder) -> None:
 
 
 def with_model(settings: Settings) -> Settings:
-    """The settings with a checkpoint folder in them: the bundled one, where none is named."""
+    """Return `settings` with a checkpoint folder. If the settings name none, it is the bundled checkpoint."""
     if settings.model is None:
         log.info(NOTICE)
         return settings.model_copy(update={"model": str(bundled_checkpoint())})

@@ -1,4 +1,4 @@
-"""Watchdog: calls back when no sign of progress has come for some time."""
+"""Watchdog: calls a function when a process has sent no sign of progress for some time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Watchdog:
             self._start_timer()
 
     def stop(self) -> None:
-        """Call back no more, until `expect` is called again."""
+        """Stop the watchdog until `expect` is called again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

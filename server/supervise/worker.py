@@ -1,8 +1,8 @@
 """An API worker: one EngineClient, one GenerateService, and HTTP and gRPC on top of it. `python -m server.supervise.worker`.
 
-SIGTERM   the worker is not ready and accepts no new connections or calls; what runs may finish
-deadline  what still runs ends with EngineUnavailable; a second SIGTERM, or SIGINT, brings the deadline forward to now
-exit      0; 2 for a setting or checkpoint that is wrong
+SIGTERM   the worker reports that it is not ready, and accepts no new connections or calls; running requests may finish
+deadline  running requests end with EngineUnavailable; a second SIGTERM, or SIGINT, brings the deadline forward to now
+exit      code 0, or code 2 if a setting or the checkpoint is wrong
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from server.text.tokenizer import Tokenizer
 
 log = logging.getLogger("tidegate.worker")
 
-CUT_SHARE = 0.9  # of drain_timeout_s, after which streams end with an error; the rest is for the error to reach the clients
-ADMIN_STOP_SECONDS = 1.0  # for answers of the admin port that are being sent when the worker ends
+CUT_SHARE = 0.9  # share of drain_timeout_s after which streams end with an error; in the rest the error reaches the clients
+ADMIN_STOP_SECONDS = 1.0  # time to send the last answers of the admin port when the worker ends
 BACKLOG = 2048
-REPORT_SHARE = 0.1  # of the time after which a silent worker is killed: how often the worker reports
+REPORT_SHARE = 0.1  # time between two progress reports, as a share of the time after which a silent worker is killed
 # Python's default, (700, 10, 10), walks the heap several times while a body of a million small lists is parsed.
 GC_THRESHOLD = (50_000, 20, 100)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers, since the worker has its own."""
+    """A uvicorn server that installs no signal handlers, since the worker has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class HttpServer(uvicorn.Server):
 
 
 class Worker:
-    """One API worker of a server. `all_ready` is set once every worker of that server has an engine."""
+    """Runs one API worker of a server. `all_ready` is set once every worker of that server has an engine."""
 
     def __init__(self, start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
         self._settings = settings
@@ -76,7 +76,7 @@ class Worker:
         self._deadline = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until SIGTERM, then drain."""
+        """Connect to the engine, open the ports, serve until SIGTERM, and then drain."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         text = Tokenizer.from_folder(self._settings.model or "")
@@ -95,7 +95,7 @@ class Worker:
                 helper.cancel()
 
     async def _may_listen(self) -> bool:
-        """Wait until it is time to open the ports; False if SIGTERM comes first.
+        """Wait until this worker may open its ports. Returns False if SIGTERM comes first.
 
         A worker that replaces a dead one waits for its engine, so that none of its clients is told that the server is not ready
         while the other workers are. If there is no other worker that serves, the ports open at once: /health/live must answer.
@@ -134,7 +134,7 @@ class Worker:
         lifeline.tell(lifeline.READY)
 
     async def _report_progress(self, metrics: Metrics) -> None:
-        """Report to the supervisor, again and again, that the event loop runs, and once that a request was answered."""
+        """Report to the supervisor repeatedly that the event loop runs, and once that a request was answered."""
         served = False
         while True:
             lifeline.tell(lifeline.ALIVE)
@@ -179,7 +179,7 @@ def _http_config(app: FastAPI, limits: HttpLimits, metrics: Metrics) -> uvicorn.
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
-    """Wait until one of them is done. Coroutines are cancelled then; tasks go on."""
+    """Wait until one of `awaitables` is done. The coroutines among them are then cancelled; the tasks continue."""
     tasks = [each if isinstance(each, asyncio.Task) else asyncio.create_task(each) for each in awaitables]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:

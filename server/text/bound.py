@@ -1,6 +1,6 @@
-"""A lower bound on the number of tokens of a text, in microseconds to milliseconds and without tokenising it.
+"""Computes a lower bound on the number of tokens of a text in microseconds to milliseconds, without tokenising the text.
 
-The bound is proven: it never exceeds the true number of tokens, so a text that fits is never refused.
+The bound is proven: it never exceeds the true number of tokens, so a text that fits into the context is never refused.
 For a tokenizer in which some part may shrink a text without limit (say, one that drops white space) there is no bound.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from server.text.cuts import META, Cuts, has_all_bytes, parts_of
 from server.text.token_bytes import BYTE_OF, byte_level_bytes
 
-_WINDOW = 1 << 16  # characters searched before the count is compared with the limit
+_WINDOW = 1 << 16  # number of characters after which the tokens counted so far are compared with the limit
 # NFC and NFKC can shrink UTF-8 by 8 at most: a character of the result comes from at most 4 characters (the longest canonical
 # decomposition), each of them of 4 bytes at most. It has 2 bytes or more if it comes from several characters.
 _COMPOSED_SHRINK = 8
@@ -23,8 +23,11 @@ _SPACE_TO_META = ({"String": " "}, META)
 
 @dataclass(frozen=True)
 class TokenBound:
-    """`longest` is the number of bytes of the longest token. `strips` are the added tokens that absorb the white space around
-    them, however long it is: a text with one of these tokens has no bound."""
+    """Bounds the number of tokens of texts for one tokenizer. `longest` is the number of bytes of the longest token.
+
+    `strips` are the added tokens that absorb the white space around them, however long it is. A text with one of these tokens
+    has no bound.
+    """
 
     longest: int
     shares: np.ndarray[Any, np.dtype[np.float64]]  # [256]: for each byte, 1 / length of the longest token that contains it
@@ -33,9 +36,9 @@ class TokenBound:
     strips: tuple[str, ...]
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether `text` certainly has more than `limit` tokens."""
+        """Return True if `text` certainly has more than `limit` tokens. False means that this is not certain."""
         if len(text) <= limit or any(content in text for content in self.strips):
-            return False  # not certain
+            return False  # `text` may have `limit` tokens or fewer
         is_composed = self.composes and not text.isascii()
         longest = self.longest * (_COMPOSED_SHRINK if is_composed else 1)
         if len(text) > limit * longest:
@@ -45,19 +48,22 @@ class TokenBound:
             data = np.frombuffer(text[start : start + _WINDOW].encode(), np.uint8)
             num_words += _num_words(data) if self.before_spaces else 0
             num_shares += 0.0 if is_composed else float(np.bincount(data, minlength=256) @ self.shares)
-            if num_words > limit or num_shares > limit + 1:  # one more for rounding
+            if num_words > limit or num_shares > limit + 1:  # the margin of one token covers rounding errors
                 return True
         return False
 
 
 def _num_words(data: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
-    """The number of spaces after a printing ASCII character. Each of them begins a token."""
+    """Count the spaces that follow a printing ASCII character. Each of these spaces begins a token."""
     before = data[:-1]
     return int(np.count_nonzero((data[1:] == 0x20) & (before > 0x20) & (before < 0x7F)))
 
 
 def _shares(sources: list[bytes]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The shares of each byte. The shares of the bytes of a token add up to 1 at most, so those of a text to its tokens."""
+    """Return each byte's share: 1 / length of the longest token that contains the byte.
+
+    The shares of a token's bytes add up to at most 1. So the shares of a text's bytes add up to at most its number of tokens.
+    """
     longest = np.ones(256)
     for source in sources:
         for byte in set(source):
@@ -66,7 +72,7 @@ def _shares(sources: list[bytes]) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def find_bound(spec: dict[str, Any], cuts: Cuts | None) -> TokenBound | None:
-    """The bound of the tokenizer that `spec` (a parsed tokenizer.json) describes, or None if there is none."""
+    """Return the bound of the tokenizer that `spec` (a parsed tokenizer.json) describes, or None if it has no bound."""
     model, added = spec["model"], spec.get("added_tokens") or []
     normalizers = [part["type"] for part in parts_of(spec["normalizer"], "normalizers") if not _only_grows(part)]
     if model["type"] != "BPE" or any(name not in ("NFC", "NFKC") for name in normalizers):
@@ -94,12 +100,12 @@ def find_bound(spec: dict[str, Any], cuts: Cuts | None) -> TokenBound | None:
 
 
 def _only_grows(part: dict[str, Any]) -> bool:
-    """Whether a normalizer keeps every byte of a text, apart from spaces that become META."""
+    """Return whether a normalizer keeps every byte of a text, apart from spaces that become META."""
     return part["type"] == "Prepend" or (part["type"] == "Replace" and (part["pattern"], part["content"]) == _SPACE_TO_META)
 
 
 def _keeps_text(part: dict[str, Any], cuts: Cuts | None) -> bool:
-    """Whether a pre-tokenizer keeps every character of a text."""
+    """Return whether a pre-tokenizer keeps every character of a text."""
     if part["type"] in ("ByteLevel", "Digits", "Metaspace"):
         return True
     if part["type"] == "Split":  # Removed with invert keeps the matches only; matches of a known word pattern are the whole text

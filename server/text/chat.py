@@ -22,14 +22,14 @@ Message = Mapping[str, Any]
 
 
 class _Refusal(Exception):
-    """Raised by a template that calls `raise_exception`, with the template's message."""
+    """Raised when a chat template calls `raise_exception`. It carries the template's message."""
 
 
 class ChatTemplate:
     def __init__(self, source: str, tokens: Mapping[str, str], *, origin: str = "the chat template") -> None:
-        """`tokens` are the special tokens that a template may use by name, such as `bos_token`.
+        """Parse the template `source`. `tokens` are the special tokens that it may use by name, such as `bos_token`.
 
-        Raises CheckpointError, naming `origin` and the line, for a template that does not parse.
+        Raises CheckpointError, naming `origin` and the line, if the template does not parse.
         """
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
@@ -42,7 +42,10 @@ class ChatTemplate:
             raise CheckpointError(f"{origin}: the chat template does not parse, line {error.lineno}: {error.message}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt, with the model's special tokens as text. Raises InvalidRequest if the template refuses or fails."""
+        """Render `messages` to one prompt, with the model's special tokens as text.
+
+        Raises InvalidRequest if the template refuses the messages or fails.
+        """
         plain = [{**message, "content": _plain_text(message.get("content"))} for message in messages]
         parts: list[str] = []
         size = 0
@@ -61,7 +64,7 @@ class ChatTemplate:
 
 
 def _plain_text(content: Any) -> Any:
-    """The content as one string: most templates cannot handle a list of parts."""
+    """Join a message's content to one string if it is a list of parts, since most templates cannot handle a list."""
     if isinstance(content, list):
         return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
     return content
@@ -72,7 +75,7 @@ def _raise_exception(message: str) -> str:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    """The `tojson` filter of Hugging Face. Jinja's own filter escapes <, > and & for HTML."""
+    """Format `value` as JSON, like Hugging Face's `tojson` filter. Jinja's own filter would escape <, > and & for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
 

@@ -1,4 +1,4 @@
-"""Where a long text may be cut so that its pieces, tokenised one by one, give exactly the token ids of the whole.
+"""Finds where a long text may be cut so that its pieces, tokenised one by one, give exactly the token ids of the whole text.
 
 A cut is safe if the whole text has a token boundary there, and if neither side looks across it. Two kinds of places are
 considered. Both are checked against every part of the tokenizer, and a tokenizer with an unknown part is not cut at all:
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 META = "▁"  # stands for a space in SentencePiece vocabularies
-# Letters that are letters in every version of Unicode, and that NFC and NFKC leave alone where no mark follows.
+# Characters that are letters in every version of Unicode, and that NFC and NFKC do not change unless a mark follows.
 LETTERS = "A-Za-zÀ-ÖØ-öø-ÿΑ-ΡΣ-Ωα-ωА-яぁ-ゖァ-ヺ一-龥가-힣"
 # Characters that may begin a piece after a letter. The apostrophe is missing: "'s" is part of some
 # words. The last seven are CJK punctuation.
 FOLLOWERS = '\t\n\r !"#$%&()*+,-./0123456789:;<=>?@[\\]^_`{|}~\uff0c\u3002\u3001\uff01\uff1f\uff1b\uff1a'
-_SEARCH_CHARS = 1 << 16  # searched at once; other Python threads can run between two searches
+_SEARCH_CHARS = 1 << 16  # characters per search; other Python threads can run between two searches
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -36,7 +36,7 @@ _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 _LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 _SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
-# Each of these divides the whole text into matches. No match has a character that is not white space directly before a
+# Each of these patterns divides the whole text into matches. No match has a character that is not white space directly before a
 # space, or a letter directly before one of FOLLOWERS, and no lookahead reads past white space.
 WORD_PATTERNS = frozenset(
     {
@@ -46,7 +46,7 @@ WORD_PATTERNS = frozenset(
         _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES,  # Qwen 3.5
         f"{_LOWER}{_CONTRACTIONS}?|{_UPPER}{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _SLASHES,  # GPT-4o
         f"{_LOWER}|{_UPPER}" + r"|\p{N}" + _SLASHES,  # Mistral (Tekken)
-        # DeepSeek V3, which applies two PART_PATTERNS before
+        # DeepSeek V3, which first applies two of PART_PATTERNS
         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
         # Tidepool
         r"\s*[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -54,7 +54,7 @@ WORD_PATTERNS = frozenset(
 )
 PART_PATTERNS = frozenset(
     {r"\p{N}", r"\p{N}{1,3}", "[一-龥぀-ゟ\u30a0-ヿ]+"}
-)  # their matches are digits only, or CJK letters only
+)  # every match of these patterns consists of digits only, or of CJK letters only
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Cuts:
     """Finds the safe cuts of one tokenizer. `begins_piece` matches the character that begins a piece."""
 
     begins_piece: re.Pattern[str]
-    drops_space: bool  # pieces leave out the matched space: the normalizer puts a space before every text
+    drops_space: bool  # a piece omits the space at the cut, since the normalizer puts a space before every text
     before_spaces: bool  # a space after other text always begins a token
 
     def find(self, text: str, start: int) -> int | None:
-        """The first safe cut at or after `start`, or None if there is none."""
+        """Return the position of the first safe cut of `text` at or after `start`, or None if there is none."""
         for at in range(start, len(text), _SEARCH_CHARS):
             found = self.begins_piece.search(text, at, min(at + _SEARCH_CHARS, len(text)))
             if found is not None:
@@ -75,7 +75,7 @@ class Cuts:
 
 
 def find_cuts(spec: dict[str, Any]) -> Cuts | None:
-    """The safe cuts of the tokenizer that `spec` (a parsed tokenizer.json) describes; None if none can be proven."""
+    """Return the safe cuts of the tokenizer that `spec` (a parsed tokenizer.json) describes, or None if no cut is proven safe."""
     boundaries = _boundaries(spec)
     added = [token["content"] for token in spec.get("added_tokens") or []]
     if boundaries is None or any(token["single_word"] for token in spec.get("added_tokens") or []):
@@ -103,7 +103,7 @@ def find_cuts(spec: dict[str, Any]) -> Cuts | None:
 
 
 def parts_of(part: dict[str, Any] | None, list_name: str) -> list[dict[str, Any]]:
-    """The parts of a Sequence in order; a part that is no Sequence is a list of one, and no part at all an empty list."""
+    """Return the parts of a tokenizer's "Sequence" in order. A part of another type gives a list of one, None an empty list."""
     if part is None:
         return []
     if part["type"] == "Sequence":
@@ -112,7 +112,7 @@ def parts_of(part: dict[str, Any] | None, list_name: str) -> list[dict[str, Any]
 
 
 def followers_in(strings: Iterable[str]) -> set[str]:
-    """The characters that stand directly after a letter anywhere in `strings`. META counts as a space."""
+    """Return the characters that stand directly after a letter anywhere in `strings`. META counts as a space."""
     found = re.findall(f"(?<=[{LETTERS}])[^{LETTERS}\\0]", "\0".join(strings))
     return {" " if character == META else character for character in found}
 
@@ -123,7 +123,10 @@ def _letters_without(characters: set[str]) -> str:
 
 
 def _boundaries(spec: dict[str, Any]) -> tuple[set[str], bool] | None:
-    """The characters before which there is a token boundary, and whether a piece must begin with a space."""
+    """Return the characters that, after a letter, always have a token boundary before them.
+
+    The second value is True if a piece must begin with a space. Returns None if a part of the tokenizer is not known.
+    """
     meta = _normalizer_meta(spec["normalizer"])
     if meta is None:
         return None
@@ -143,7 +146,10 @@ def _boundaries(spec: dict[str, Any]) -> tuple[set[str], bool] | None:
 
 
 def _normalizer_meta(normalizer: dict[str, Any] | None) -> tuple[bool, bool] | None:
-    """Whether spaces become META, and whether META is put before every text. None for a normalizer that is not known."""
+    """Return whether a normalizer replaces spaces by META, and whether it puts META before every text.
+
+    Returns None for a normalizer that is not known.
+    """
     replaces = prepends = False
     for part in parts_of(normalizer, "normalizers"):
         if part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == META:
@@ -156,7 +162,10 @@ def _normalizer_meta(normalizer: dict[str, Any] | None) -> tuple[bool, bool] | N
 
 
 def _divides(part: dict[str, Any], is_meta: bool) -> bool | None:
-    """Whether a pre-tokenizer divides text at every considered place, or only at others (False). None if it is not known."""
+    """Return True if a pre-tokenizer divides text wherever this module would cut it, and False if it divides only elsewhere.
+
+    Returns None for a pre-tokenizer that is not known.
+    """
     if part["type"] == "ByteLevel":
         return bool(part["use_regex"])
     if part["type"] == "Digits":
@@ -164,16 +173,19 @@ def _divides(part: dict[str, Any], is_meta: bool) -> bool | None:
     if part["type"] != "Split":
         return None
     if part["pattern"] == {"String": " "} and is_meta:
-        return False  # the normalizer leaves no space
+        return False  # the normalizer has replaced all spaces, so the pattern never matches
     pattern, keeps = part["pattern"].get("Regex"), (part["behavior"], part["invert"])
     if pattern in PART_PATTERNS and keeps == ("Isolated", False):
         return False
-    # Both ways divide the text into the matches of the pattern, which are the whole text.
+    # Both behaviours divide the text into the matches of the pattern, and the matches together are the whole text.
     return True if pattern in WORD_PATTERNS and keeps in (("Isolated", False), ("Removed", True)) else None
 
 
 def _vocabulary_boundaries(model: dict[str, Any], needs_space: bool) -> tuple[set[str], bool] | None:
-    """The boundaries of a BPE that merges over a whole text. The pairs that its vocabulary contains are not among them."""
+    """Return the boundaries of a BPE model that merges over a whole text, in the form of `_boundaries`.
+
+    A character is no boundary if a token of the vocabulary has it directly after a letter.
+    """
     joins_unknown = model.get("fuse_unk") and not has_all_bytes(model)
     others = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or joins_unknown or any(model.get(name) for name in others):
@@ -182,14 +194,14 @@ def _vocabulary_boundaries(model: dict[str, Any], needs_space: bool) -> tuple[se
     followers = set(FOLLOWERS) - followers_in(vocabulary)
     for token in vocabulary:
         if len(token) > 6 and re.search("<0x[0-9A-F]{2}>", token):
-            return None  # merges of byte tokens: their characters are not those of the text
+            return None  # the token is a merge of byte tokens, whose characters are not those of the text
         if re.search(f"[^{META}]{META}", token):
             followers.discard(" ")
     return followers, needs_space
 
 
 def has_all_bytes(model: dict[str, Any]) -> bool:
-    """Whether a character outside the vocabulary becomes byte tokens, so that nothing of a text is lost or joined."""
+    """Return whether a character outside the vocabulary becomes byte tokens, so that no character of a text is lost or joined."""
     return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
 
 

@@ -1,4 +1,4 @@
-"""Detokenizers: the text of token ids as they arrive.
+"""Detokenizers: they turn token ids into text while the ids arrive.
 
 A detokenizer returns text in pieces. The pieces joined are the text of all tokens, and no piece ends inside a character.
 The tokenizer's decoder decides which of two classes is used:
@@ -24,7 +24,7 @@ class Detokenizer(Protocol):
         """Return the text that is certain after `tokens`. Bytes of an incomplete character are held back."""
 
     def flush(self) -> str:
-        """Return the text that was held back. Called once, after the last token."""
+        """Return the text that was held back. The caller calls this once, after the last token."""
 
 
 class ByteDetokenizer:
@@ -47,11 +47,11 @@ class ByteDetokenizer:
 
 
 class TokenTexts(Protocol):
-    """What WindowDetokenizer needs to know of a tokenizer."""
+    """The methods of a tokenizer that WindowDetokenizer uses."""
 
     @property
     def decode_tokens(self) -> Callable[[Sequence[int]], str]:
-        """The library's decoder over a list of tokens. No token of the list is special or unknown."""
+        """The library's function that decodes a list of tokens to text. The list must have no special and no unknown token."""
 
     @property
     def is_silent(self) -> Mapping[int, bool]:
@@ -67,7 +67,7 @@ class TokenTexts(Protocol):
 
 
 class WindowDetokenizer:
-    """The detokenizer of one output for tokenizers whose tokens depend on the token before.
+    """Turns the tokens of one output into text, for tokenizers whose token texts depend on the previous token.
 
     The text of new tokens is what they add to a short context: decode(context + new) without decode(context). The context
     is the last unit that was written. A unit is one ordinary token, or the byte tokens of one complete character.
@@ -81,11 +81,11 @@ class WindowDetokenizer:
     __slots__ = ("_begun", "_context", "_context_len", "_held", "_num_prompt_held", "_texts")
 
     def __init__(self, texts: TokenTexts, prompt_end: Sequence[int] = ()) -> None:
-        """`prompt_end` is the last tokens of the prompt: a SentencePiece decoder drops the space before the first word only
-        at the start of a text."""
+        """`prompt_end` is the last tokens of the prompt. They are the context of the first output token, because a SentencePiece
+        decoder drops the space before a text's first word."""
         self._texts = texts
         self._context: list[int] = []
-        self._context_len = 0  # of decode(context), in characters
+        self._context_len = 0  # length of decode(context), in characters
         self._held: list[int] = []  # byte tokens of an incomplete character
         self._num_prompt_held = 0  # of the held tokens, the first ones, which are the prompt's
         self._begun = False  # whether any text was written
@@ -126,9 +126,9 @@ class WindowDetokenizer:
         return self._write_undecodable(len(self._held))
 
     def _first_unit(self) -> tuple[int, bool]:
-        """The number of held byte tokens that are decided, and whether they are one character or undecodable bytes.
+        """Return how many of the first held byte tokens are one character, or are bytes that cannot be decoded.
 
-        (0, False) means that the bytes may still become a character.
+        The second value is True for a character. (0, False) means that the bytes may still become a character.
         """
         byte_of = self._texts.byte_of
         held = bytes([byte for token in self._held if (byte := byte_of[token]) is not None])
@@ -148,7 +148,7 @@ class WindowDetokenizer:
         unit_len = len(decode(unit))
         if unit_len:
             self._context, self._context_len = list(unit), unit_len
-        else:  # a space that the decoder drops at the start of a text: the context must not look like a start
+        else:  # the decoder drops this space at a text's start; once text was written, the context must not look like a start
             self._context = [*(self._texts.anchor if self._begun else self._context), *unit]
             self._context_len = len(decode(self._context))
         return text

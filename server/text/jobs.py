@@ -1,4 +1,4 @@
-"""Long text work in steps: tokenising a text, decoding token ids. Other work can run between two steps.
+"""Jobs that tokenise a long text or decode many token ids in steps. Other work can run between two steps.
 
 A step of the usual size takes some milliseconds and a few megabytes. A text without a safe cut, and token ids that cannot be
 decoded in pieces, are one large step.
@@ -16,21 +16,21 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Job(Protocol[Result_co]):
-    """Work in steps. The steps and `result` may run in any thread, but only one at a time."""
+    """Text work that is done in steps. `step` and `result` may run in any thread, but only one call at a time."""
 
     @property
     def done(self) -> bool:
-        """Whether there is no step left."""
+        """True if no step is left."""
 
     def step(self, largest: int | None = None) -> bool:
         """Run the next step. If its input is longer than `largest`, do nothing and return False."""
 
     def result(self) -> Result_co:
-        """The result, once there is no step left."""
+        """Return the result of the job. Must be called only when no step is left."""
 
 
 class EncodeJob:
-    """Tokenises one piece of a text a step. The ids of the pieces together are exactly those of the whole text."""
+    """Tokenises a text in steps of one piece. The ids of all pieces together are exactly those of the whole text."""
 
     def __init__(
         self, pieces: Iterator[str], encode: Callable[[str], array[int]], frame: Callable[[array[int]], list[int]]
@@ -45,7 +45,7 @@ class EncodeJob:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens so far, without the special tokens around the text."""
+        """Number of token ids of the pieces tokenised so far, without the special tokens around the text."""
         return len(self._ids)
 
     def step(self, largest: int | None = None) -> bool:
@@ -63,7 +63,7 @@ class EncodeJob:
 
 
 class DecodeJob:
-    """Decodes `piece_tokens` token ids a step. The text of the pieces together is exactly that of all ids."""
+    """Decodes token ids in steps of `piece_tokens` ids. The texts of all steps together are exactly the text of all ids."""
 
     def __init__(self, ids: Sequence[int], detokenizer: Detokenizer, piece_tokens: int) -> None:
         self._ids = ids

@@ -1,4 +1,4 @@
-"""Reads what a model folder says of its tokenizer beside tokenizer.json: tokenizer_config.json and the chat template."""
+"""Reads the files of a model folder that describe its tokenizer beside tokenizer.json: tokenizer_config.json, chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from server.text.chat import ChatTemplate
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file. Raises CheckpointError, naming the file."""
+    """Read a JSON object from a file. Returns {} if the file does not exist.
+
+    Raises CheckpointError, naming the file, if it cannot be read or holds no object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -24,15 +27,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def token_text(value: Any) -> str | None:
-    """The text of a token that a config names by a string, or by an object with its `content`."""
+    """Return the text of a token that a config gives as a string, or as an object with the text in `content`; else None."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def chat_template(folder: Path, config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
-    """The template of chat_template.jinja, which wins, or of the config's `chat_template`: a string, or a list of named ones.
+    """Read the model's chat template from chat_template.jinja or, if that file is missing, from the config's `chat_template`.
 
+    The config has a string or a list of named templates, of which "default" is used. Returns None if there is no template.
     `named` are the special tokens that a template may use by name.
     """
     path = folder / "chat_template.jinja"

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """The automaton of a request's stop strings, none of them empty. The outputs of the request share it."""
+    """The automaton that finds a request's stop strings, none of which is empty. All outputs of the request share it."""
 
     __slots__ = ("depths", "ends", "fails", "nexts")
 
     def __init__(self, strings: Sequence[str]) -> None:
-        # Each list is indexed by state; state 0 is the root.
+        # Each of the four lists has one element for each state of the automaton. State 0 is the root.
         self.nexts: list[dict[str, int]] = [{}]
-        self.depths = [0]  # number of latest characters that the state stands for
-        self.ends: list[str | None] = [None]  # the longest stop string that is complete in the state
-        self.fails = [0]  # the state of the longest proper suffix of the state's characters
+        self.depths = [0]  # for each state, the number of latest characters that it stands for
+        self.ends: list[str | None] = [None]  # for each state, the longest stop string that is complete in it
+        self.fails = [0]  # for each state, the state of the longest proper suffix of its characters
         for string in strings:
             self._add(string)
         self._link()
@@ -53,7 +53,7 @@ class StopStrings:
                 queue.append(following)
 
     def step(self, state: int, character: str) -> int:
-        """The state after `character`."""
+        """Return the automaton's next state when it reads `character` in `state`."""
         while True:
             following = self.nexts[state].get(character)
             if following is not None:
@@ -64,7 +64,7 @@ class StopStrings:
 
 
 class StopScanner:
-    """Searches the text of one output. Once `matched` is set, further text is dropped."""
+    """Searches the text of one output for stop strings. `matched` is the stop string found; all text after it is dropped."""
 
     __slots__ = ("_held", "_state", "_strings", "matched")
 
@@ -75,7 +75,7 @@ class StopScanner:
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
-        """Read `text` and return what is certain: the text that cannot belong to a stop string, or stands before one."""
+        """Search `text`, and return the text that is certain: it cannot belong to a stop string, or stands before one."""
         if self.matched is not None or not text:
             return ""
         strings = self._strings
@@ -101,6 +101,6 @@ class StopScanner:
         return whole[:certain]
 
     def flush(self) -> str:
-        """Return the text that is held back, at the end of the output: no more text can complete a stop string."""
+        """Return the text that is still held back. Called at the end of the output, when no stop string can be completed."""
         held, self._held, self._state = self._held, "", 0
         return held

@@ -27,16 +27,18 @@ from server.text.token_bytes import byte_level_bytes, fallback_byte
 
 PIECE_CHARS = 1 << 14  # characters that one step tokenises: some 5 ms, some 3 MB
 PIECE_TOKENS = 1 << 10  # tokens that one step decodes: some 2 ms
-_CONTEXT_TOKENS = 8  # last tokens of the prompt that a detokenizer sees: enough for two characters of byte tokens
-_LIST_IDS = 1 << 16  # ids that become a list at once; other Python threads can run between two steps
+_CONTEXT_TOKENS = 8  # last tokens of the prompt given to a detokenizer: enough for two characters of byte tokens
+_LIST_IDS = 1 << 16  # ids that are copied to a list at once; other Python threads can run between two copies
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LOCAL_DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece"})
 T = TypeVar("T")
 
 
 class Tokenizer:
-    """The tokenizer of one model. `add_bos` and `bos_token` come from tokenizer_config.json: True puts the begin token before
-    a text that does not have it, False leaves it out, and None follows tokenizer.json."""
+    """The tokenizer of one model. `add_bos` and `bos_token` come from tokenizer_config.json.
+
+    `add_bos` True puts the begin token before a text that does not have it, False leaves it out, and None follows tokenizer.json.
+    """
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class Tokenizer:
         add_bos: bool | None = None,
         bos_token: str | None = None,
     ) -> None:
-        tokenizer.no_truncation()  # some files carry the truncation and padding of their training
+        tokenizer.no_truncation()  # some tokenizer.json files still have the truncation and padding of training
         tokenizer.no_padding()
         self.chat = chat
         self._tokenizer = tokenizer
@@ -69,15 +71,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Raises CheckpointError, naming the file that is missing or cannot be read."""
-        # A server encodes one piece of text a call. Threads of the library's own would only compete with the engine's.
+        """Read the tokenizer of a model folder. Raises CheckpointError, naming the file that is missing or cannot be read."""
+        # A server encodes one piece of text in each call. The library's own threads would only compete with the engine's.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: a model folder must have a tokenizer.json")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         config = read_config(Path(folder) / "tokenizer_config.json")
         named = {name: text for name in _TEMPLATE_TOKENS if (text := token_text(config.get(name))) is not None}
@@ -94,52 +96,58 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of `text`, which must have no lone surrogates."""
+        """Tokenise `text`, which must have no lone surrogates, and return its token ids."""
         return finish(self.encoding(text, add_special_tokens=add_special_tokens))
 
     def encoding(self, text: str, *, add_special_tokens: bool = True) -> EncodeJob:
-        """`encode` as a job. Its steps are PIECE_CHARS characters each, or one step if the text cannot be cut."""
+        """Return a job that does the work of `encode` in steps of PIECE_CHARS characters.
+
+        The job has one step if the text cannot be cut.
+        """
         before, after = (self._before, self._after) if add_special_tokens else ([], [])
         bos = self._bos if add_special_tokens and self._add_bos else None
         pieces = pieces_of(text, self._cuts, PIECE_CHARS)
         return EncodeJob(pieces, self._encode_piece, partial(_framed, before, after, bos))
 
     def exceeds(self, text: str, limit: int) -> bool:
-        """Whether `text` certainly has more than `limit` tokens. It takes a few milliseconds at most. False means not certain."""
+        """Return True if `text` certainly has more than `limit` tokens, after a few milliseconds at most. False: not certain."""
         return self._bound is not None and self._bound.exceeds(text, limit)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Special tokens are left out."""
+        """Decode token ids to text. Special tokens are left out."""
         return finish(self.decoding(ids))
 
     def decoding(self, ids: Sequence[int]) -> DecodeJob:
-        """`decode` as a job. Its steps are PIECE_TOKENS tokens each, or one step if the decoder needs all tokens at once."""
+        """Return a job that does the work of `decode` in steps of PIECE_TOKENS tokens.
+
+        The job has one step if the tokenizer's decoder needs all tokens at once.
+        """
         return DecodeJob(ids, self.detokenizer(), PIECE_TOKENS if self._decodes_in_pieces else len(ids))
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
-        """The library's text of `ids`, none of them special. Other threads run meanwhile."""
+        """Decode token ids, none of which is special, with the library's decoder. Other threads run meanwhile."""
         return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
 
     def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizer:
-        """The detokenizer of one output that continues `prompt`."""
+        """Return a detokenizer for one output that continues `prompt`."""
         if self._is_byte_level:
             return ByteDetokenizer(self._token_bytes)
         return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:])
 
     @property
     def anchor(self) -> tuple[int, ...]:
-        """One ordinary token with text that is no white space, or nothing if the vocabulary has none."""
+        """The id of an ordinary token whose text is not only white space, in a tuple; () if the vocabulary has no such token."""
         if self._anchor is None:
             usable = (id for id in range(self.vocab_size) if not self.is_silent[id] and self.byte_of[id] is None)
             self._anchor = next(((id,) for id in usable if self.decode_tokens([id]).strip()), ())
         return self._anchor
 
     def token_text(self, id: int) -> str:
-        """The text of one token by itself, special tokens included. Bytes of an incomplete character show as U+FFFD."""
+        """Return the text of one token, which may be special, by itself. Bytes of an incomplete character become U+FFFD."""
         return self.token_bytes(id).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that one token adds to the text, special tokens included."""
+        """Return the bytes that one token, which may be special, adds to a text."""
         content = self._tokenizer.id_to_token(id)
         if content is None:
             return b""
@@ -151,12 +159,12 @@ class Tokenizer:
         return content.replace("▁", " ").encode() if byte is None else bytes([byte])
 
     def _encode_piece(self, piece: str) -> array[int]:
-        """The token ids of a piece, without the special tokens around a text. Other threads run meanwhile."""
-        # Of the library's ways to encode, those for batches release the interpreter lock; `encode` does not.
+        """Tokenise a piece of a text, without the special tokens around a text. Other threads run meanwhile."""
+        # The library's batch methods release Python's interpreter lock; its `encode` does not.
         return array("i", self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """The special tokens that belong before and after every text."""
+        """Return the special tokens that the tokenizer puts before and after every text."""
         sample = self._tokenizer.encode("a")
         mask = sample.special_tokens_mask  # 1 for these tokens, 0 for those of the sample
         if 0 not in mask:
@@ -175,7 +183,7 @@ class Tokenizer:
 
 
 def _framed(before: list[int], after: list[int], bos: int | None, ids: array[int]) -> list[int]:
-    """`ids` between the special tokens `before` and `after`. If the result does not begin with `bos`, `bos` is put first."""
+    """Put `ids` between the special tokens `before` and `after`. If the result does not begin with `bos`, put `bos` first."""
     framed = list(before)
     if bos is not None and (before or ids[:1].tolist())[:1] != [bos]:
         framed.insert(0, bos)
@@ -186,7 +194,7 @@ def _framed(before: list[int], after: list[int], bos: int | None, ids: array[int
 
 
 class _Memo(dict[int, T]):
-    """A table that computes an entry at its first use: of some 100,000 tokens a worker meets a few thousand."""
+    """A table by token id that computes each entry at its first use: a worker uses a few thousand of some 100,000 tokens."""
 
     __slots__ = ("_make",)
 
@@ -200,7 +208,7 @@ class _Memo(dict[int, T]):
 
 
 def _is_local(decoders: list[dict[str, Any]]) -> bool:
-    """Whether tokens can be decoded in pieces: the text of a piece depends on the last token before it, and on nothing else."""
+    """Return whether token ids can be decoded in pieces: a piece's text depends only on the piece and the token before it."""
     fused = False
     for part in decoders:
         kind = part["type"]

@@ -1,4 +1,4 @@
-"""Automatic choices of the config, and the context that the KV cache can hold."""
+"""Tests of the engine config: the automatic choices, and the context length that the KV cache can hold."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""Core over FakeRunner: the step loop with and without overlap, aborts, failures, statistics and refusals."""
+"""Tests of Core with FakeRunner: the step loop with and without overlap, aborts, failures, statistics and refusals."""
 
 import gc
 import json
@@ -172,7 +172,7 @@ def test_stats_add_up_at_every_moment():
 
 @pytest.mark.parametrize(("overlap", "exposed"), [(False, 40), (True, 1)])
 def test_overlap_hides_the_cpu_time_of_all_steps_but_the_first(monkeypatch, overlap, exposed):
-    """On a clock of the test's, each submission takes one second of CPU time and each wait for a result ten seconds."""
+    """The test's own clock advances by one second at each submission (CPU time), and by ten at each wait for a result."""
     now = [0.0]
 
     class Timed:
@@ -200,7 +200,7 @@ def test_overlap_hides_the_cpu_time_of_all_steps_but_the_first(monkeypatch, over
 
 
 def busy_core(num_prompt: int) -> Core:
-    """A core with 8 running and 8 waiting requests of `num_prompt` prompt tokens."""
+    """Return a core with 8 running and 8 waiting requests of `num_prompt` prompt tokens each."""
     limits = msgspec.structs.replace(LIMITS, max_model_len=100_000)
     config = make_config(
         debug_checks=False, cache=CacheConfig(block_size=4, num_blocks=20_000), scheduler=SchedulerConfig(max_num_seqs=8)
@@ -214,7 +214,7 @@ def busy_core(num_prompt: int) -> Core:
 
 
 def test_the_garbage_collector_has_no_more_to_visit_for_long_prompts():
-    """Token ids, hashes and cache entries are not tracked, so the length of prompts does not lengthen a collection."""
+    """The collector does not track token ids, hashes and cache entries, so longer prompts do not lengthen a collection."""
     tracked = []
     for num_prompt in (8, 8000):
         gc.collect()

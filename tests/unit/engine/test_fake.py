@@ -1,4 +1,4 @@
-"""FakeRunner: its tokens, what it verifies, and its simulated times."""
+"""Tests of FakeRunner: the tokens that it generates, the errors that it finds in plans, and its simulated times."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_chunks_decodes_and_recomputation_give_the_same_tokens():
 
 
 def first_step(runner: FakeRunner) -> None:
-    """Run 6 tokens of row 0 in blocks 0 and 1."""
+    """Submit a step that computes the 6 prompt tokens of row 0, in blocks 0 and 1."""
     runner.submit(make_plan(1, [(0, 0, 6)], samples=[0], admitted=[row(0, [1, 2, 3, 4, 5, 6], [0, 1])]))
 
 
@@ -116,7 +116,7 @@ def test_logprobs_have_the_requested_shape():
 
 
 def test_steps_run_one_after_the_other_on_the_simulated_device(monkeypatch):
-    """On a clock of the test's: `submit` takes no time, and `result` waits until the step and all before it have ended."""
+    """`submit` takes no time, and `result` waits until its step and all earlier steps have ended. The test sets the clock."""
     now, slept = [100.0], []
 
     def sleep(seconds):

@@ -1,4 +1,4 @@
-"""The line protocol, in real processes."""
+"""Tests of the line protocol between the supervisor and its children, with real processes."""
 
 import signal
 import subprocess
@@ -61,7 +61,7 @@ def test_a_program_without_a_parent_says_how_it_is_started():
 
 
 def test_a_parent_that_does_not_read_stops_nobody():
-    """A pipe holds 64 KiB; the child writes many times that, and ends."""
+    """The child writes many times the 64 KiB that a pipe holds, and still ends, although nobody reads."""
     code = (
         "from engine import lifeline; import os; lifeline.read_start()\n"
         "for _ in range(100_000): lifeline.tell(lifeline.ALIVE)\nos._exit(7)"

@@ -1,4 +1,4 @@
-"""LLM over FakeRunner: completions in order, refusals, failures, and streams that are left early."""
+"""Tests of LLM with FakeRunner: completions in order, refusals, failures, and streams that the caller leaves early."""
 
 import json
 

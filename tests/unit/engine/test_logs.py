@@ -1,4 +1,4 @@
-"""What a log line looks like, and what happens to log lines that nobody reads."""
+"""Tests of the format of log lines, and of log lines that cannot be written because nobody reads them."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ LINE = b"x" * 999 + b"\n"
 
 @pytest.fixture
 def restored(monkeypatch):
-    """Undoes what `logs.set_up` changes in this process."""
+    """Undo the changes that `logs.set_up` makes in this process, after the test."""
     root, cython = logging.getLogger(), logging.getLogger("grpc._cython")
     before = root.level, root.handlers[:], cython.level
     for module, name in ((sys, "excepthook"), (threading, "excepthook"), (sys, "stderr")):
@@ -48,7 +48,7 @@ def record(**extra):
 
 
 def read_until(fd, last):
-    """All bytes from `fd` up to the text `last`."""
+    """Read and return all bytes from `fd`, until they contain the text `last`."""
     got = b""
     while last not in got:
         got += os.read(fd, 1 << 16)
@@ -87,7 +87,7 @@ def test_lines_for_a_pipe_that_nobody_reads_are_dropped_counted_and_reported(pip
 
     written, reported = 0, 0
     with open(os.dup(read), "rb") as log:
-        while written + reported < num_lines:  # a reader that comes while lines are dropped finds more than one report
+        while written + reported < num_lines:  # there may be several reports
             line = log.readline()
             written += line == LINE
             reported += 0 if line == LINE else json.loads(line)["dropped_lines"]
@@ -125,7 +125,7 @@ def test_the_callback_for_dropped_lines_may_log_while_another_thread_logs(restor
 
 
 def test_a_report_stands_where_the_lines_are_missing(pipe):
-    """Lines that are logged after the pipe has drained come behind the report."""
+    """A line that is logged after a dropped line is written after the report of the dropped line."""
     read, write = pipe
     writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
     writer.put(b"y" * (logs.MAX_QUEUED_BYTES + 1))
@@ -165,7 +165,7 @@ def test_a_non_blocking_descriptor_loses_no_line(pipe):
     read, write = pipe
     os.set_blocking(write, False)
     writer = logs.LineWriter(write, logs.JsonFormatter("api 0"))
-    for _ in range(200):  # more than a pipe holds
+    for _ in range(200):  # 200 lines are more than a pipe holds
         writer.put(LINE)
     writer.put(b"last\n")
     assert read_until(read, b"last\n").count(LINE) == 200
@@ -242,7 +242,7 @@ def test_sigterm_ends_a_process_whose_log_nobody_reads():
 
 
 def test_without_a_standard_error_nothing_is_written_to_descriptor_2(tmp_path):
-    """A process that began without descriptor 2 may open a file under that number."""
+    """A process that began without descriptor 2 may open a file under that number. Log lines must not go to that file."""
     code = f"import os\nos.dup2(os.open({str(tmp_path / 'data')!r}, os.O_RDWR | os.O_CREAT), 2)\n" + CHILD.format(
         body="logging.error('lost'); print('printed', file=sys.stderr)"
     )

@@ -1,4 +1,4 @@
-"""The validation of requests, and the packing of token ids."""
+"""Tests of the validation of requests, and of the packing of token ids."""
 
 import pytest
 

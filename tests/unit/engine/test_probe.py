@@ -1,4 +1,4 @@
-"""The probe finds checkpoints and settings that the engine would refuse. It reads no weights."""
+"""Tests of the probe, which finds checkpoints and settings that the engine would refuse, without reading weights."""
 
 import shutil
 from pathlib import Path

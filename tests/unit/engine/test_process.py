@@ -1,4 +1,4 @@
-"""EngineProcess in a thread of the test, over FakeRunner and a real socket."""
+"""Tests of EngineProcess in a thread of the test process, with FakeRunner and a real socket."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARAMS = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
 
 class Worker:
-    """The worker's side of a connection, which sends Hello first."""
+    """Plays an API worker: it connects to the engine, sends Hello, and then sends and receives messages for the test."""
 
     def __init__(self, context, endpoint, name):
         self._socket = context.socket(zmq.DEALER)
@@ -52,7 +52,7 @@ class Worker:
         return decode_engine_message(self._socket.recv())
 
     def receive_events(self, request_id):
-        """The tokens of a request from now on, and its finish reason."""
+        """Receive the events of a request until its last one. Returns the tokens received, and the finish reason."""
         tokens = []
         while True:
             message = self.receive()
@@ -81,13 +81,13 @@ class ScriptedPrepare:
         self._allowed.release()
 
     def allow_until_message(self, worker):
-        """Allow calls until `worker` has a message. The worker's own message may reach the engine during any of them."""
+        """Allow further calls of `prepare` until `worker` has received a message from the engine."""
         while not worker.has_message():
             self.allow()
 
 
 class Running:
-    """An engine process in a thread, and the workers connected to it."""
+    """Runs an EngineProcess in a thread, and keeps the workers that are connected to it."""
 
     def __init__(self, core, endpoint):
         self.core = core
@@ -114,8 +114,8 @@ class Running:
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """A function that starts an engine process with a core of the given config."""
-    monkeypatch.setattr("engine.process.lifeline.tell", lambda word: None)  # standard output belongs to the test
+    """Return a function that starts an EngineProcess with a core of the given config."""
+    monkeypatch.setattr("engine.process.lifeline.tell", lambda word: None)  # keep the test run's standard output clean
     running = []
 
     def start_one(config=CONFIG, prepare=None):
@@ -138,7 +138,7 @@ def test_an_idle_engine_reports_that_it_prepares_and_when_it_has_finished(start)
         worker = engine.connect(name)
         prepare.allow_until_message(worker)
         assert isinstance(worker.receive(), Welcome)
-        heartbeat = worker.receive()  # arrives before the next piece of preparation, which may be long
+        heartbeat = worker.receive()  # arrives before the engine's next piece of preparation, which may be long
         assert isinstance(heartbeat, Heartbeat)
         assert heartbeat.preparing
     prepare.done = True
@@ -154,7 +154,7 @@ def submit(prompt, request_id="r"):
 
 @pytest.mark.parametrize("aborted", [False, True], ids=["running", "aborted"])
 def test_a_worker_that_connects_again_can_use_its_request_ids_at_once(start, aborted):
-    """The earlier request of the same id produces no event, whether it is running or its abort is not reported yet."""
+    """An earlier request with the same id produces no more events, whether it is running or its abort is not reported yet."""
     engine = start(msgspec.structs.replace(CONFIG, fake=FakeConfig(step_ms=20.0)))
     first = engine.connect()
     first.send(submit([5, 6]))
@@ -194,7 +194,7 @@ def test_reading_messages_runs_no_step(start):
 
 @pytest.mark.parametrize("num_tokens", [1, 10_000, 300_000])
 def test_one_read_handles_a_bounded_number_of_messages_and_bytes(tmp_path, num_tokens):
-    """The rest is read after the next step, so neither many messages nor long prompts stall the running requests."""
+    """Further messages are read after the next step, so neither many messages nor long prompts stall the running requests."""
     process, context = EngineProcess(Core(build_fake(CONFIG, LIMITS)), f"ipc://{tmp_path}/engine"), zmq.Context()
     worker, handled = Worker(context, f"ipc://{tmp_path}/engine", "api 0"), []
     sent = 2 * READS_PER_STEP if num_tokens == 1 else 100
@@ -207,7 +207,8 @@ def test_one_read_handles_a_bounded_number_of_messages_and_bytes(tmp_path, num_t
             before = len(handled)
             assert process._socket.poll(20_000)
             process._read()
-            assert len(handled) - before <= min(READS_PER_STEP, READ_BYTES_PER_STEP // size + 2)  # Hello is small
+            # The message that exceeds the byte limit is still read, and the small Hello is one message more.
+            assert len(handled) - before <= min(READS_PER_STEP, READ_BYTES_PER_STEP // size + 2)
     finally:
         process.close()
         worker.close()

@@ -1,4 +1,4 @@
-"""The phases of an engine's start, and the folder for compiled kernels."""
+"""Tests of the phases of an engine's start, and of the folder for compiled kernels."""
 
 import os
 import time
@@ -59,7 +59,7 @@ def test_the_torch_runner_has_every_phase(tmp_path):
 def test_process_seconds_is_the_age_of_the_process():
     before = time.time() - psutil.Process().create_time()
     age = startup.process_seconds()
-    assert age == pytest.approx(before, abs=2.0)  # psutil knows the time of the boot to a second
+    assert age == pytest.approx(before, abs=2.0)  # psutil knows the time of the boot only to a second
 
 
 def test_without_proc_process_seconds_is_the_cpu_time(monkeypatch, tmp_path):
@@ -69,9 +69,9 @@ def test_without_proc_process_seconds_is_the_cpu_time(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A home folder in which not even root can write, and a folder for temporary files."""
+    """Make a home folder in which not even root can write, and a folder for temporary files."""
     home, temporary = tmp_path / "home", tmp_path / "tmp"
-    home.touch()  # a file: no folder can be made in it
+    home.touch()  # the home is a file, so no folder can be made in it
     temporary.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("tempfile.tempdir", str(temporary))

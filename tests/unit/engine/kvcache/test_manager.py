@@ -1,4 +1,4 @@
-"""KVCacheManager: which blocks requests get, share, publish and release."""
+"""Tests of KVCacheManager: which blocks requests get, share, publish and release."""
 
 import pytest
 
@@ -69,12 +69,12 @@ def test_a_free_cached_block_that_is_matched_does_not_count_as_free():
     first = computed(manager, list(range(12)), "a")
     manager.release(first)
     again = make_request([*range(12), 99], "b")
-    assert not manager.admit(again)  # it needs the three matched blocks and one more, but there are only three
+    assert not manager.admit(again)  # the request needs the three matched blocks and one more, but the cache has only three
     assert manager.admit(make_request(list(range(12)), "c"))
 
 
 def twins(manager: KVCacheManager, num: int, length: int) -> list[Request]:
-    """Requests that compute the same tokens side by side, each in blocks of its own. The first one's are matched."""
+    """Return requests that have computed the same tokens, each in its own blocks. The first request's blocks are matched."""
     requests = [make_request(list(range(length)), f"twin{i}") for i in range(num)]
     for request in requests:
         assert manager.admit(request)
@@ -86,7 +86,7 @@ def twins(manager: KVCacheManager, num: int, length: int) -> list[Request]:
 
 
 def evict_free_blocks(manager: KVCacheManager) -> None:
-    """Overwrite every block that no request holds."""
+    """Evict the content of every block that no request holds, by giving all free blocks to another request for a moment."""
     filler = make_request(list(range(5000, 5000 + 4 * manager.num_free)), "filler")
     assert manager.admit(filler)
     assert manager.num_free == 0
@@ -97,7 +97,10 @@ def evict_free_blocks(manager: KVCacheManager) -> None:
 @pytest.mark.parametrize("survivor", [0, 1, -1])
 @pytest.mark.parametrize("survivor_runs", [False, True])
 def test_the_survivor_of_requests_computed_side_by_side_keeps_the_prefix(num, survivor, survivor_runs):
-    """All others end and their blocks are evicted: what the survivor computed is found, while it runs and after its end."""
+    """All other requests end and their blocks are evicted. A later request still finds the survivor's blocks.
+
+    This holds while the survivor runs, and after it has ended.
+    """
     manager = KVCacheManager(40, 4)
     requests = twins(manager, num, 17)
     last = requests.pop(survivor)

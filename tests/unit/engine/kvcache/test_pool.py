@@ -1,4 +1,4 @@
-"""BlockPool: the order in which free blocks are taken, and its checks."""
+"""Tests of BlockPool: the order in which free blocks are taken, and the errors that `check` finds."""
 
 import random
 

@@ -71,7 +71,7 @@ def test_a_prompt_is_hashed_no_further_than_it_is_matched():
 
 
 def test_two_processes_give_a_prompt_the_same_hashes():
-    """Caches outside the engine may store blocks under these hashes, so they must not depend on the process."""
+    """Caches outside the engine may store blocks under these hashes, so the hashes must not depend on the process."""
     script = """
 from array import array
 from engine.kvcache.prefix import Chain
@@ -152,7 +152,7 @@ def test_a_match_is_continued_where_it_ended():
 
 
 def test_colliding_hashes_never_serve_another_requests_blocks(monkeypatch):
-    """The hash is always the same here, so only the comparison of tokens and parents protects a request."""
+    """All blocks have the same hash in this test, so only the comparison of token ids and parents finds the right block."""
     monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: b"same")
     index = PrefixIndex(SIZE)
     publish(index, [1, 2, 3, 4], [0])
@@ -165,7 +165,7 @@ def test_colliding_hashes_never_serve_another_requests_blocks(monkeypatch):
 
 
 def test_a_second_block_that_collides_is_not_matched_behind_another_first_block(monkeypatch):
-    """The second blocks have equal tokens and equal hashes, but different first blocks."""
+    """The second blocks of two prompts have equal tokens and equal hashes, but follow different first blocks."""
     real = xxhash.xxh3_128_digest
     monkeypatch.setattr(xxhash, "xxh3_128_digest", lambda data: real(data[-SIZE * 4 :]))
     index = PrefixIndex(SIZE)

@@ -1,4 +1,4 @@
-"""KVStorage copies whole blocks, with the pools of all layers, and the result is that of the copies one after another."""
+"""Tests that KVStorage copies blocks in the pools of all layers, with the same result as copying one block after another."""
 
 import random
 
@@ -20,7 +20,7 @@ def upload(arrays):
 
 
 def numbered(num_blocks=8, block_size=4):
-    """A storage whose block number b is filled with the value b."""
+    """Return a KVStorage in which every value of block b is b."""
     storage = KVStorage(POOLS, num_blocks=num_blocks, block_size=block_size, device=torch.device("cpu"))
     for layer in storage.layers:
         for pool in layer.values():

@@ -1,4 +1,4 @@
-"""A scheduler without a runner: tests make the results of its steps by hand."""
+"""Rig: a scheduler without a runner, for tests that supply the results of the steps themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.scheduler.scheduler import Scheduler
 
 
 class Rig:
-    """A scheduler whose clock shows `now`. All rows of a step sample the same token."""
+    """Runs a scheduler whose clock always shows `now`. In each step, all rows sample the same token."""
 
     def __init__(
         self, *, blocks=100, block_size=4, rows=8, budget=64, max_queue=100, max_skips=2, prefix_caching=True, max_model_len=1000
@@ -27,7 +27,7 @@ class Rig:
         )
 
     def add(self, name: str, prompt: int | list[int], *, priority=0, fork_of=None, salt="", outputs=(), **params) -> Request:
-        """Add a request. A number as `prompt` means that many tokens, which no other request has."""
+        """Add a request to the scheduler. If `prompt` is a number, the prompt is that many tokens, which no other prompt has."""
         tokens = [sum(map(ord, name)) * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
         request = Request(
             name,

@@ -1,4 +1,4 @@
-"""A row whose logits are not finite: its request ends with an error, and nothing of it stays in the prefix cache."""
+"""Tests that a request whose logits are not finite ends with an error, and that none of its blocks stays in the prefix cache."""
 
 import logging
 
@@ -88,7 +88,7 @@ def test_nothing_of_a_failed_request_is_found_in_the_cache(num_outputs):
 
 
 def test_blocks_that_a_failed_request_shared_are_withdrawn_while_their_holder_runs():
-    """Either request may have computed them wrongly. The other request goes on, and publishes nothing that builds on them."""
+    """Either request may have computed the shared blocks wrongly. The other one continues, and publishes no further blocks."""
     rig = Rig()
     rig.add("first", PROMPT)
     rig.step()

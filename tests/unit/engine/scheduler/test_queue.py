@@ -1,4 +1,4 @@
-"""WaitingQueue: its order, and removal."""
+"""Tests of WaitingQueue: the order of the waiting requests, and the removal of a request."""
 
 import pytest
 

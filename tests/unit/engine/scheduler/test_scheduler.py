@@ -1,4 +1,4 @@
-"""The scheduler's rules one by one: budget, order, stopping, overlap, preemption, siblings and aborts."""
+"""Tests of the scheduler's rules: budget, order, stopping, overlap, preemption, siblings and aborts."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_decodes_are_planned_first_and_chunks_share_the_rest_of_the_budget():
 
 
 def test_decodes_are_planned_longest_context_first():
-    """Each token of the step still goes to the request that it was sampled for."""
+    """Although the scheduler sorts the decodes of a step, each sampled token goes to the request that it was sampled for."""
     rig = Rig(budget=100)
     short, longest, middle = rig.add("s", 3), rig.add("l", 20), rig.add("m", 9)
     rig.step()
@@ -136,7 +136,7 @@ def test_a_prompt_whose_logprobs_are_requested_is_computed_completely():
     assert [s[1:] for s in slices(rig.schedule())[1:]] == [(0, 12), (0, 12)]
 
 
-# Overlap: each step is scheduled before the previous step is committed.
+# The following tests run with overlap: each step is scheduled before the previous step is committed.
 
 
 def test_the_next_step_continues_after_an_uncommitted_token():
@@ -176,7 +176,7 @@ def test_committing_plans_out_of_order_is_an_error():
         rig.commit(second)
 
 
-# When blocks are short.
+# In the following tests there are too few blocks for all requests.
 
 
 def test_the_worst_rank_is_preempted_and_starts_again_with_its_outputs():
@@ -184,7 +184,7 @@ def test_the_worst_rank_is_preempted_and_starts_again_with_its_outputs():
     old, new = rig.add("old", 7, max_tokens=8), rig.add("new", 7, max_tokens=8)
     rig.step()
     rig.step()
-    plan = rig.schedule()  # both are at position 8, and both need a third block
+    plan = rig.schedule()  # both requests are at position 8, and both need a third block
     assert slices(plan) == [(old.row, 8, 1)]
     assert (new.status, new.blocks, new.num_computed, new.row) == (Status.WAITING, [], 0, None)
     assert rig.scheduler.counts.num_preemptions == 1
@@ -195,7 +195,7 @@ def test_the_worst_rank_is_preempted_and_starts_again_with_its_outputs():
     assert [a.tokens for a in plan.admitted] == [new.tokens]
     assert len(new.tokens) == 9
     assert slices(plan) == [(new.row, 0, 9)]
-    assert rig.scheduler.counts.prompt_tokens == 14  # each prompt is counted once
+    assert rig.scheduler.counts.prompt_tokens == 14  # a prompt is counted once, also if it is computed twice
 
 
 def test_priority_decides_before_arrival_who_is_preempted():
@@ -228,7 +228,7 @@ def test_a_preempted_request_gets_its_uncommitted_token_before_it_is_admitted_ag
     b = rig.add("b", 7)
     uncommitted = rig.schedule()
     rig.scheduler._preempt(b)
-    again = rig.schedule()  # it would fit, but its next token is not known yet
+    again = rig.schedule()  # the preempted request would fit, but its next token is not committed yet
     assert again.admitted == []
     assert rig.commit(uncommitted)["b"].tokens == [7]
     assert len(b.tokens) == 8
@@ -259,7 +259,7 @@ def test_no_request_is_preempted_while_another_is_about_to_free_its_blocks():
 
 def test_a_request_that_cannot_fit_into_an_empty_cache_is_refused():
     rig = Rig(blocks=4)
-    rig.add("fits", 10, max_tokens=7)  # the seventeenth token needs no slot
+    rig.add("fits", 10, max_tokens=7)  # the last of the 17 tokens needs no slot in the cache
     with pytest.raises(ContextTooLong):
         rig.add("does not", 10, max_tokens=8)
     assert rig.scheduler.counts.num_accepted == 1
@@ -297,11 +297,11 @@ def test_one_block_in_a_hundred_stays_free_for_running_requests(blocks, status):
     rig.add("a", 4)
     rig.step()
     tight = rig.add("tight", blocks * 4, max_tokens=4)
-    rig.step()  # request "a" takes its second block
+    rig.step()  # request "a" takes a second block
     assert tight.status is status
 
 
-# Siblings.
+# The following tests are about siblings: the requests of one call with n > 1.
 
 
 def test_a_sibling_waits_for_its_leaders_prompt_and_then_shares_it():
@@ -356,7 +356,7 @@ def test_a_sibling_outlives_its_leader():
     assert rig.scheduler.cache.num_used == 0
 
 
-# Abort.
+# The following tests abort requests.
 
 
 def test_an_abort_ends_a_running_or_waiting_request_once():

@@ -1,4 +1,4 @@
-"""Prompts that begin with the same tokens: one request computes the shared blocks, the others wait for them and share them."""
+"""Tests of prompts that begin with the same tokens: one request computes the shared blocks, and the others wait for them."""
 
 import random
 
@@ -14,7 +14,7 @@ PREFIX = list(range(100, 141))  # ten full blocks and one token
 
 
 def chunk_tokens(plan) -> int:
-    """Prompt tokens that a plan computes."""
+    """Return how many tokens of prompt chunks a plan computes."""
     return sum(plan.nums[plan.num_decodes :])
 
 
@@ -35,7 +35,7 @@ def run(rig: Rig, arrivals: dict[int, list[tuple[str, dict]]], *, overlap: bool)
 
 
 def shared_tokens(tokens: list[int], others: list[list[int]]) -> int:
-    """Tokens of full blocks that `tokens` begins with and that another prompt begins with, too."""
+    """Return how many tokens `tokens` has in common with the beginning of another prompt, in whole blocks."""
     longest = 0
     for other in others:
         common = next((i for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), min(len(tokens), len(other)))
@@ -143,25 +143,25 @@ def test_requests_that_keep_being_aborted_do_not_hold_up_the_last_one(num_aborte
 
 
 def test_the_wait_for_a_request_that_does_not_advance_is_bounded():
-    """An urgent prompt takes the whole budget, so the prompt that others wait for stands still."""
+    """An urgent prompt takes the whole budget, so the request that computes the shared prefix does not advance."""
     rig = Rig(budget=8, blocks=1000)
     slow = rig.add("slow", PREFIX, priority=1)
     rig.step()
     rig.add("urgent", 400)
-    rig.scheduler._running.add(rig.scheduler._requests["urgent"])  # as if it had been admitted with a budget left over
+    rig.scheduler._running.add(rig.scheduler._requests["urgent"])  # admits the request by hand
     rig.scheduler._queue.remove(rig.scheduler._requests["urgent"])
     assert rig.scheduler.cache.admit(rig.scheduler._requests["urgent"])
     waiting = rig.add("waiting", PREFIX, priority=-1)
     admission = rig.scheduler._admission
     admitted_at = next(look for look in range(100) if any(r is waiting for r, _ in admission.admissible([])))
     assert slow.num_computed == 8
-    assert admitted_at == 1 + MAX_STALLED  # the first look saw the slow one for the first time
-    assert waiting.num_computed == 8  # what was computed before is shared nevertheless
+    assert admitted_at == 1 + MAX_STALLED  # the first look sees `slow` advance; the others do not
+    assert waiting.num_computed == 8  # `waiting` shares the blocks that `slow` has computed
 
 
 @pytest.fixture
 def lookups(monkeypatch):
-    """Counts the look-ups of blocks in the prefix index, as a list of one number."""
+    """Count the look-ups of blocks in the prefix index. The fixture is a list whose only element is the count."""
     count = [0]
     find = PrefixIndex._find
 
@@ -174,7 +174,7 @@ def lookups(monkeypatch):
 
 
 def test_a_step_looks_at_a_bounded_number_of_waiting_requests(lookups):
-    """800 requests wait for the prefix that the first one computes, and the step has budget left."""
+    """800 requests wait for the prefix that the first request computes, and the step has budget left for them."""
     rig = Rig(budget=64, rows=300, max_queue=1000)
     for i in range(800):
         rig.add(f"r{i}", [*PREFIX, 1000 + i])
@@ -204,7 +204,10 @@ def test_blocked_requests_are_not_matched_again_in_every_step(lookups, cached):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_remembered_match_is_what_a_new_match_finds(seed):
-    """After every one of many random steps: the same blocks, and no request counts as blocked that would fit."""
+    """After each of many random steps, a match remembered from earlier steps has the same blocks as a new match.
+
+    A request that is remembered as too large does not fit by the new match either.
+    """
     r = random.Random(seed)
     rig = Rig(blocks=60, rows=6, budget=40, max_skips=r.choice((0, 2, 50)))
     cache, num_blocked = rig.scheduler.cache, 0

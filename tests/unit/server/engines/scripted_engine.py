@@ -1,4 +1,7 @@
-"""An engine that does only what a test says, behind a real ZeroMQ socket. Engines that really die are in tests/e2e."""
+"""ScriptedEngine: an engine that does only what a test says, behind a real ZeroMQ socket.
+
+Tests with real engine processes that die are in tests/e2e.
+"""
 
 import asyncio
 import time
@@ -26,7 +29,7 @@ QUEUE_FULL = RequestFailure("Overloaded", "the queue is full")
 
 
 class ScriptedEngine:
-    """A ROUTER socket that the test reads and writes by hand. `start` after `die` binds a new socket to the same address."""
+    """Plays an engine with a ROUTER socket that the test reads and writes. `start` after `die` binds a new socket."""
 
     def __init__(self, endpoint, **info):
         self.endpoint = endpoint
@@ -39,7 +42,7 @@ class ScriptedEngine:
         self._num_starts += 1
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 1)  # so that a test can fill the client's queue
+        self._socket.setsockopt(zmq.RCVHWM, 1)  # a small receive queue, so that a test can fill the client's queue
         self._socket.bind(self.endpoint)
 
     def die(self):
@@ -68,11 +71,14 @@ class ScriptedEngine:
         return message
 
     async def receive_ids(self, num):
-        """The request ids of the next `num` messages, which must be Submits."""
+        """Receive `num` messages, which must be Submits, and return their request ids."""
         return [(await self.receive(Submit)).request_id for _ in range(num)]
 
     async def receives_nothing_else(self, client):
-        """Messages arrive in order, so whatever the client sent before this request would arrive first."""
+        """Assert that the client has sent no message that is not received yet.
+
+        The client submits one more request. Messages arrive in order, so an earlier message would arrive before it.
+        """
         client.submit(request("last"))
         assert await self.receive_ids(1) == ["last"]
 
@@ -83,7 +89,7 @@ class ScriptedEngine:
         self._socket.send_multipart((self._peer, frame))
 
     def send_tokens(self, name, *tokens, finish=None, **fields):
-        """One step with these tokens for one request."""
+        """Send the events of a step that sampled `tokens` for the request `name`."""
         self.send(StepEvents([TokenEvent(name, list(tokens), finish, **fields)]))
 
     def finish(self, name, *tokens, finish=FinishReason.LENGTH):
@@ -110,7 +116,7 @@ def request(name="r", max_tokens=3, prompt=(5, 6), priority=0, fork_of="s", **pa
 
 
 def outputs_of(submit):
-    """The tokens that a Submit says were generated already."""
+    """Return the tokens of a Submit's `outputs`: those that an earlier engine has generated."""
     return unpack_tokens(submit.outputs).tolist()
 
 
@@ -143,7 +149,7 @@ async def fill_send_queue(client):
 
 
 def count_calls(monkeypatch, owner, name):
-    """Have each call of a method leave an entry in the list that is returned."""
+    """Record the calls of the method `name` of `owner`. Returns a list that gets the arguments of each call."""
     calls, method = [], getattr(owner, name)
 
     def counted(*args):
@@ -155,7 +161,7 @@ def count_calls(monkeypatch, owner, name):
 
 
 async def collect(stream):
-    """All events up to the last one. Like the others below it fails after some seconds, so that no test waits for ever."""
+    """Return all events of a stream. Fails after 10 seconds, so that no test waits for ever."""
     async with asyncio.timeout(10):
         return [event async for event in stream]
 

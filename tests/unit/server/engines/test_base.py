@@ -1,4 +1,4 @@
-"""The exception that an event of a failed request leads to, and the memory that an event is counted with."""
+"""Tests of the exception that a failed request's event leads to, and of the memory that `size_of` counts for an event."""
 
 import pytest
 

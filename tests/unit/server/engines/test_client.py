@@ -1,4 +1,7 @@
-"""EngineClient and one engine: streams, deaths, restarts and refusals. See also test_several_engines.py and test_suspects.py."""
+"""Tests of EngineClient with one engine: streams, deaths, restarts and refusals.
+
+test_several_engines.py and test_suspects.py test EngineClient too.
+"""
 
 import pytest
 
@@ -59,7 +62,7 @@ async def test_an_engine_that_prepares_may_be_silent(engine):
 
 
 async def test_a_second_welcome_leads_to_a_new_connection(client, engine):
-    """An engine sends it to a worker that it has dropped."""
+    """An engine sends a second Welcome to a worker that it has dropped."""
     stream = client.submit(request(max_tokens=1))
     await engine.receive(Submit)
     engine.send(Welcome(client.info))
@@ -85,7 +88,7 @@ async def test_a_full_queue_refuses_new_requests_and_not_resumed_ones(client, en
 
 
 async def test_a_resumed_stream_waits_while_it_cannot_be_sent(client, engine, monkeypatch):
-    """The new engine reads nothing for a while, and the client's own queue to it is full."""
+    """The new engine reads nothing for a while, so the client's queue of messages to it is full."""
     old = client.submit(request("old", max_tokens=1))
     await engine.receive(Submit)
     monkeypatch.setattr(zmq_connection, "SEND_QUEUE", 4)
@@ -109,7 +112,10 @@ async def test_messages_that_cannot_be_read_and_events_of_unknown_requests_are_d
 
 
 async def test_a_fast_engine_leaves_the_event_loop_to_other_tasks(client, engine, monkeypatch):
-    """Events that wait for their consumer are merged. Here the consumer runs between any two messages."""
+    """The client stops reading after each message (READ_SECONDS is 0), so the stream's consumer runs between two messages.
+
+    Events that wait for their consumer are merged, so an event with many tokens would show that the consumer did not run.
+    """
     monkeypatch.setattr(zmq_connection, "READ_SECONDS", 0.0)
     stream = client.submit(request(max_tokens=50))
     await engine.receive(Submit)
@@ -117,7 +123,7 @@ async def test_a_fast_engine_leaves_the_event_loop_to_other_tasks(client, engine
         engine.send_tokens("r", token, finish=FinishReason.LENGTH if token == 49 else None)
     events = [event.tokens async for event in stream]
     assert [token for tokens in events for token in tokens] == list(range(50))
-    assert max(map(len, events)) <= 2  # the consumer runs after the next message at the latest
+    assert max(map(len, events)) <= 2  # the consumer runs at the latest after the next message
 
 
 async def test_abort_reaches_the_engine_once(client, engine):
@@ -141,7 +147,7 @@ async def test_an_abort_that_cannot_be_sent_is_sent_later_and_before_any_new_req
     num_fillers = await fill_send_queue(client)
     stream.abort()
     await engine.receive_ids(num_fillers)
-    client.submit(request())  # under the same id
+    client.submit(request())  # a new request with the same id
     assert (await engine.receive(Abort)).request_ids == ["r"]
     assert await engine.receive_ids(1) == ["r"]
 
@@ -218,7 +224,7 @@ async def test_a_request_that_arrives_while_the_engine_restarts_waits_for_it(cli
 async def test_the_number_of_requests_that_wait_for_the_engine_is_bounded(client, engine):
     engine.die()
     await death_noticed(client)
-    for number in range(10):  # max_num_seqs 8 and max_queue 2
+    for number in range(10):  # max_num_seqs is 8 and max_queue is 2, so 10 requests may wait
         client.submit(request(f"r{number}"))
     with pytest.raises(Overloaded, match="restarting"):
         client.submit(request("one more"))
@@ -253,7 +259,7 @@ async def test_no_request_waits_for_an_engine_while_the_worker_drains(client, en
 
 
 class TestSmallerContext:
-    """The engine's context may shrink at a restart, since it is fitted to the memory that is free at the time."""
+    """Tests of streams whose engine restarts with a smaller context, since less memory was free then."""
 
     @pytest.mark.parametrize("received", [0, 1, 3], ids=["nothing received", "one token", "several tokens"])
     async def test_a_stream_that_still_fits_is_resumed_as_it_was(self, client, engine, received):
@@ -262,7 +268,7 @@ class TestSmallerContext:
         for token in range(received):
             engine.send_tokens("r", token)
         assert await read_until(stream, received) == list(range(received))
-        await engine.replace(client, max_model_len=10)  # 2 of prompt and 8 of output
+        await engine.replace(client, max_model_len=10)  # 2 tokens of prompt and 8 of output
         again = await engine.receive(Submit)
         assert (outputs_of(again), again.params.max_tokens) == (list(range(received)), 8)
         engine.finish("r", 9)
@@ -296,7 +302,7 @@ class TestSmallerContext:
 
     @pytest.mark.parametrize(("max_model_len", "param"), [(2, "prompt"), (1, "prompt"), (5, "max_tokens"), (4, "max_tokens")])
     async def test_a_stream_with_no_token_left_in_the_context_ends_and_says_why(self, client, engine, max_model_len, param):
-        """It has 2 tokens of prompt and has received 3. Another stream is not affected."""
+        """The stream has a prompt of 2 tokens and has received 3 tokens. Another stream is not affected."""
         stream, other = client.submit(request(max_tokens=8)), client.submit(request("other", max_tokens=1, prompt=[5]))
         await engine.receive_ids(2)
         engine.send_tokens("r", 7, 8, 9)

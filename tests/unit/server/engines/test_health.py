@@ -1,4 +1,4 @@
-"""EngineHealthTracker: which engines are fit for work, by a clock that the test sets."""
+"""Tests of EngineHealthTracker: which engines are fit for work. The tests set the clock."""
 
 import pytest
 

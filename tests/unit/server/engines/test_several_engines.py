@@ -1,4 +1,4 @@
-"""EngineClient and two engines: which one a request goes to, and how streams move when one is lost."""
+"""Tests of EngineClient with two engines: which engine a request goes to, and how streams move when an engine is lost."""
 
 import pytest
 
@@ -81,7 +81,7 @@ async def test_a_fork_goes_to_the_engine_of_its_sibling(client, engines):
 
 
 async def test_streams_of_a_dead_engine_move_to_the_other_one_at_once(client, engines):
-    """No other engine takes the place of the dead one. The tokens come once each, in order, and both engines' streams end."""
+    """No new engine replaces the dead one. Each stream still gets each of its tokens once, in order, and ends."""
     first, second = engines
     streams = submit(client, "a", "b", "c", "d", max_tokens=4)
     await first.receive_ids(2)
@@ -179,7 +179,7 @@ async def test_one_suspect_at_a_time_is_at_an_engine_though_there_are_two(client
     first.start()
     await first.accept()
     await until(lambda: len(client._live_links()) == 2, "both engines are live")
-    await lose(client, second)  # "a" and "c" have two deaths now, "b" and "d" one
+    await lose(client, second)  # "a" and "c" are charged with two deaths now, "b" and "d" with one
     assert await first.receive_ids(3) == ["b", "d", "a"]
     second.start()
     await second.accept()

@@ -1,4 +1,4 @@
-"""Which streams are blamed for engine deaths, and that all others go on."""
+"""Tests of Suspects with EngineClient: which streams are ended for engine deaths, and that all other streams continue."""
 
 import pytest
 
@@ -29,13 +29,13 @@ async def make_suspects(client, engine, *names):
 
 
 def progress(engine, name, *tokens):
-    """Two steps that end well."""
+    """Send the events of two steps for the request `name`: the first of `tokens`, then the others."""
     engine.send_tokens(name, *tokens[:1])
     engine.send_tokens(name, *tokens[1:])
 
 
 async def test_only_the_request_that_engines_die_of_is_ended(client, engine):
-    """Two deaths are shared by all. Then the requests are sent one by one, and the third death convicts the one sent last."""
+    """Two deaths are charged to all requests. Then they are sent one by one, and the third death ends the one sent last."""
     streams = await make_suspects(client, engine, "first", "poison", "second")
     assert await engine.receive_ids(1) == ["first"]
     progress(engine, "first", 7, 8)
@@ -43,7 +43,7 @@ async def test_only_the_request_that_engines_die_of_is_ended(client, engine):
     await engine.replace(client)
     with pytest.raises(InternalError, match="died 3 times"):
         await collect(streams["poison"])
-    again = await engine.receive(Submit)  # "first" is cleared by its progress
+    again = await engine.receive(Submit)  # "first" has progressed, so the death is not charged to it
     assert (again.request_id, outputs_of(again)) == ("first", [7, 8])
     engine.finish("first", 9)
     again = await engine.receive(Submit)
@@ -54,7 +54,7 @@ async def test_only_the_request_that_engines_die_of_is_ended(client, engine):
 
 
 async def test_a_request_that_gets_one_token_from_each_engine_before_that_dies_is_found(client, engine):
-    """Its first token comes of the prompt; engines die in the step after it."""
+    """Each engine computes the prompt and sends the first token, and then dies in the next step."""
     streams = {name: client.submit(request(name, max_tokens=20)) for name in ("poison", "other")}
     for life in range(2):
         await engine.receive_ids(2)
@@ -73,7 +73,7 @@ async def test_a_request_that_gets_one_token_from_each_engine_before_that_dies_i
 
 
 async def test_a_death_is_not_charged_to_streams_that_only_waited_in_the_queue(client, engine):
-    """The engine runs 8 requests at a time. The most urgent one arrives last and runs first."""
+    """The engine runs at most 8 requests at a time. The most urgent request arrives last and runs first."""
     names = [f"r{number}" for number in range(9)]
     for name in [*names, "urgent"]:
         client.submit(request(name, priority=-1 if name == "urgent" else 0))
@@ -88,7 +88,7 @@ async def test_a_death_is_not_charged_to_streams_that_only_waited_in_the_queue(c
 class TestProgressIsInnocence:
     @pytest.mark.parametrize("num_deaths", [1, 3, 5])
     async def test_a_stream_that_progresses_between_deaths_is_never_charged(self, client, engine, num_deaths):
-        """Something else kills the engines. The last death comes before the stream has progressed on that engine."""
+        """Something else kills the engines. The stream progresses on all but the last two engines, so it is not ended."""
         stream = client.submit(request(max_tokens=100))
         for life in range(num_deaths):
             await engine.receive(Submit)
@@ -104,13 +104,13 @@ class TestProgressIsInnocence:
 
     async def test_progress_on_a_successor_drops_earlier_charges(self, client, engine):
         streams = await make_suspects(client, engine, "first", "second")
-        for name in ("first", "second"):  # one after the other
+        for name in ("first", "second"):  # each is sent alone, as a suspect
             assert await engine.receive_ids(1) == [name]
             progress(engine, name, 7, 8)
             await read_until(streams[name], 2)
         for _ in range(2):
             await engine.replace(client)
-            assert await engine.receive_ids(2) == ["first", "second"]  # together: neither is a suspect
+            assert await engine.receive_ids(2) == ["first", "second"]  # both are sent together, so neither is a suspect
         for name in ("first", "second"):
             engine.finish(name, 9)
             assert await tokens_of(streams[name]) == [9]
@@ -150,7 +150,7 @@ class TestStatusOfAnEndedStream:
         await client.close()
 
     async def test_engines_are_unavailable_if_they_also_die_without_the_request(self, client, engine):
-        """The second request waited to be sent while the first one had its third death."""
+        """The third death is not charged to the second request, which was not sent yet. So engines die of another cause."""
         streams = await make_suspects(client, engine, "first", "second")
         assert await engine.receive_ids(1) == ["first"]
         await engine.replace(client)
@@ -185,7 +185,7 @@ class TestTheNextSuspectIsSent:
         assert await engine.receive_ids(1) == ["second"]
 
     async def test_when_the_one_before_it_has_to_be_sent_again(self, client, engine):
-        """The engine's queue is full. Each request is sent again until it is accepted."""
+        """The engine's queue is full, so the suspects are sent in turn until the engine accepts one."""
         streams = await make_suspects(client, engine, "first", "second")
         for name in ("first", "second", "first"):
             assert await engine.receive_ids(1) == [name]
@@ -199,7 +199,7 @@ class TestTheNextSuspectIsSent:
         assert await tokens_of(streams["second"]) == [7, 8, 9]
 
     async def test_when_the_one_before_it_cannot_be_sent_again(self, client, engine, monkeypatch):
-        """The engine refuses the first one and then reads nothing, so the client's own queue is full at the retry."""
+        """The engine refuses the first suspect and then reads nothing, so the client's queue to it is full at the retry."""
         monkeypatch.setattr(zmq_connection, "SEND_QUEUE", 4)
         streams = await make_suspects(client, engine, "first", "second", "third")
         assert await engine.receive_ids(1) == ["first"]

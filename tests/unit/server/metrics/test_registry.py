@@ -1,4 +1,4 @@
-"""What the metrics count, and how a scrape shows it."""
+"""Tests of what the metrics of an API worker count, and of the answer to a scrape."""
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +30,7 @@ def samples(metrics):
 
 
 def parsed(text):
-    """All samples of an exposition, as {(name, labels without the model's): value}. Each may occur once."""
+    """Parse the answer to a scrape into {(name, labels without model_name and engine): value}. No sample may occur twice."""
     out = {}
     for family in text_string_to_metric_families(text):
         for s in family.samples:
@@ -81,9 +81,9 @@ def test_tokens_and_latencies_are_counted_within_each_output():
     meter = metrics.begin("http")
     meter.first_token(meter._began + 0.03, prompt_tokens=9, cached_tokens=4, queue_seconds=0.4)
     meter.tokens(0, 1, 100.0)
-    meter.tokens(1, 1, 100.0)  # another output: no interval between outputs
+    meter.tokens(1, 1, 100.0)  # no latency is measured between tokens of different outputs
     meter.tokens(0, 1, 100.02)
-    meter.tokens(0, 2, 100.22)  # 0.1 s each
+    meter.tokens(0, 2, 100.22)  # two tokens after 0.2 s: each counts as 0.1 s
     meter.finished("length")
     found = samples(metrics)
     assert found["tidegate_prompt_tokens_total", ()] == 9
@@ -99,7 +99,7 @@ def test_tokens_and_latencies_are_counted_within_each_output():
 
 
 def test_the_tally_gives_the_same_buckets_as_single_observations():
-    """A value that equals a bucket's bound belongs to that bucket, with and without the tally."""
+    """A value that equals a bucket's upper bound belongs to that bucket, both in the tally and in a single observation."""
     metrics, plain = Metrics("m", lambda: HEALTH), Metrics("m", lambda: HEALTH)
     values = [*ITL_BUCKETS, *(b * 1.001 for b in ITL_BUCKETS), 0.0]
     for value in values:

@@ -1,4 +1,4 @@
-"""Metrics of several processes in files, and in memory where the files cannot be written."""
+"""Tests of the metrics that several processes share in files, and keep in memory if the files cannot be written."""
 
 import json
 import os
@@ -45,7 +45,7 @@ DIED = "import sys; from server.metrics.supervisor import worker_died; worker_di
 
 
 class Worker:
-    """A process with metrics of its own."""
+    """Runs a process with its own metrics in `folder`. The test tells it what to count."""
 
     def __init__(self, folder, **variables):
         self.env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder), **variables}
@@ -60,7 +60,7 @@ class Worker:
         self.process.communicate()
 
     def do(self, act):
-        """Run the act and return what a scrape of this worker shows after it."""
+        """Have the process run `act`, and return the samples of a scrape of this process after it."""
         self.process.stdin.write(act + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -68,7 +68,7 @@ class Worker:
         return parsed(json.loads(line))
 
     def end(self):
-        """End the worker in order; returns its log."""
+        """Let the process end by itself, and return its log lines as dicts."""
         out = self.process.communicate(timeout=30)
         assert self.process.returncode == 0
         return [json.loads(line) for line in out[1].splitlines()]
@@ -126,7 +126,7 @@ def full_disk(tmp_path):
 
 
 def no_large_file(tmp_path):
-    """A limit of the size of files, which ends a write with EFBIG and not with ENOSPC."""
+    """Yield a folder, and a variable that limits the size of files in the process. A write over it fails with EFBIG."""
     yield tmp_path, {"FILE_BYTES": "4096"}
 
 
@@ -136,7 +136,7 @@ def deleted_folder(tmp_path):
 
 @pytest.fixture(params=[full_disk, no_large_file, deleted_folder], ids=lambda way: way.__name__)
 def unwritable(request, tmp_path):
-    """(folder, environment variables) with which a process cannot write its files."""
+    """Yield a folder and environment variables with which a process cannot write its metric files."""
     yield from request.param(tmp_path)
 
 
@@ -158,14 +158,14 @@ def test_a_disk_that_fills_up_while_serving_ends_no_worker(tmp_path):
         one.do("serve")
         other.do("serve")
         fill(folder)
-        found = one.do("serve")  # in space that was reserved at the start
+        found = one.do("serve")  # these metrics fit into the space that was reserved at the start
         assert (
             total(found, "tidegate_requests_started_total") == total(other.do("scrape"), "tidegate_requests_started_total") == 6
         )
-        found = one.do("many_errors")  # needs more space than was reserved
+        found = one.do("many_errors")  # these metrics need more space than was reserved
         assert conserved(found)
         assert total(found, "tidegate_requests_started_total") == 2006
-        found = other.do("scrape")  # the first worker's metrics are in its memory now, so none of them are here
+        found = other.do("scrape")  # the first worker's metrics are only in its own memory now
         assert conserved(found)
         assert total(found, "tidegate_requests_started_total") == 2
         (line,) = one.end()
@@ -192,7 +192,7 @@ def test_all_metrics_of_a_worker_fit_into_the_reserved_space(tmp_path):
 
 
 def test_a_file_is_continued_by_a_process_with_the_same_id(tmp_path):
-    """A container hands out the process ids of dead workers again."""
+    """In a container, a new worker may get the process id of a dead one. It then continues the dead worker's file."""
     file = NumberFile(tmp_path / "counter_1.db")
     keys = [json.dumps(["m", "m_total", {"label": "x" * i}, "help"]) for i in range(40)]
     for i, key in enumerate(keys):

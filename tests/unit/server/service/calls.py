@@ -1,4 +1,4 @@
-"""Helpers for tests of GenerateService: requests, a service over a LocalEngine, and what a call yields."""
+"""Helpers for tests of GenerateService: they make requests and a service with a LocalEngine, and collect a call's outputs."""
 
 from engine.fake import expected_tokens
 from engine.request import SamplingParams
@@ -29,7 +29,10 @@ def request(prompt=PROMPT, id="r", n=1, stop=(), model=None, deadline_s=None, **
 
 
 async def outputs_of(service, sent, identity=ANONYMOUS):
-    """Tokens, text and last chunk of each output, and the Ending. There must be one Ending, as the last item."""
+    """Run `sent` to its end. Returns the tokens, the text and the last chunk of each output, and the Ending.
+
+    Asserts that there is one Ending and that it is the last item.
+    """
     items = [item async for item in service.generate(sent, identity)]
     endings = [item for item in items if isinstance(item, Ending)]
     assert len(endings) == 1
@@ -55,7 +58,7 @@ def counts(service):
 
 
 async def running(service, sent):
-    """A generator that has yielded its first chunk."""
+    """Call `generate` and wait for its first chunk. Returns the generator, whose request still runs."""
     stream = service.generate(sent)
     await anext(stream)
     return stream

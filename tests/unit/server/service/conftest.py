@@ -9,7 +9,7 @@ async def engine():
     async with LocalEngine() as engine:
         yield engine
         engine.resume()
-        await until(lambda: engine.idle)  # whatever a test did, the engine must end up without requests
+        await until(lambda: engine.idle)  # after every test, all requests in the engine must end
 
 
 @pytest.fixture

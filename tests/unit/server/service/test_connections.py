@@ -1,4 +1,4 @@
-"""How descriptors are divided between HTTP and gRPC connections."""
+"""Tests of how a worker divides its file descriptors between HTTP and gRPC connections."""
 
 import resource
 

@@ -1,4 +1,4 @@
-"""The ways a call ends early: closed, cancelled, aborted, too late, unread, refused, without its engine."""
+"""Tests of calls that end early: closed, cancelled, aborted, past the deadline, not read, refused, or without an engine."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from tests.unit.server.service.calls import counts, outputs_of, request, running
 
 @pytest.mark.parametrize(("n", "num_prompts"), [(1, 1), (3, 1), (1, 8)])
 async def test_a_call_whose_client_does_not_read_is_ended(service, engine, monkeypatch, n, num_prompts):
-    """The unread events are dropped at once. The client gets the error when it reads again."""
+    """When the call is ended, its unread events are dropped at once. The client gets the error when it reads again."""
     monkeypatch.setattr(call_module, "UNREAD_LIMIT", 600)
     monkeypatch.setattr(call_module, "UNREAD_SECONDS", 0.01)
     sent = msgspec.structs.replace(request(max_tokens=400, n=n, logprobs=5), num_prompts=num_prompts)
@@ -38,7 +38,7 @@ async def test_a_call_whose_client_does_not_read_is_ended(service, engine, monke
 
 @pytest.mark.parametrize("n", [1, 3])
 async def test_falling_behind_once_is_no_reason_to_end_a_call(service, engine, monkeypatch, n):
-    """After a pause of the event loop the events of every call have arrived together."""
+    """After a pause of the event loop, many events of every call arrive together. A single check must therefore end no call."""
     monkeypatch.setattr(call_module, "UNREAD_LIMIT", 100)
     monkeypatch.setattr(call_module, "UNREAD_SECONDS", 60)
     stream = service.generate(request(max_tokens=400, n=n))

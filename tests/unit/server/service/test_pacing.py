@@ -10,7 +10,7 @@ from server.service.pacing import SLICE, Backlog, Pacer, slices
 
 
 def work(log, name, num_slices):
-    """A generator in the form that a pacer runs: it yields between two slices."""
+    """A generator for a Pacer: it appends (name, i) to `log` in slice i, and yields between two slices."""
     for i in range(num_slices):
         if i:
             yield
@@ -52,7 +52,7 @@ async def test_requests_take_one_slice_in_turn_and_one_per_loop_iteration():
     await asyncio.gather(*(pacer.run(work(log, name, 4)) for name in "abc"))
     ticker.cancel()
     ran = [entry for entry in log if entry != "tick"]
-    assert ran[:3] == [("a", 0), ("b", 0), ("c", 0)]  # the first slices run when their work arrives
+    assert ran[:3] == [("a", 0), ("b", 0), ("c", 0)]  # a first slice runs at once
     for i in range(3, len(ran), 3):
         assert {name for name, _ in ran[i : i + 3]} == set("abc")
     later = log[log.index(("c", 0)) + 1 :]

@@ -1,4 +1,4 @@
-"""From a request's text, messages and identity to what the engine gets."""
+"""Tests of the prompt, priority and salt that the engine gets for a request's text, messages and identity."""
 
 import asyncio
 import threading
@@ -38,7 +38,7 @@ LONG_TEXT = "tide " * 40
 
 @pytest.fixture
 def held_tokenizer(monkeypatch):
-    """Texts of more than 100 characters wait in their thread until `release` is set. `entered` is set when one is there."""
+    """Make the tokenizer wait with texts of more than 100 characters until `release` is set. It sets `entered` when it waits."""
     held = SimpleNamespace(entered=threading.Event(), release=threading.Event())
     monkeypatch.setattr(text_work, "INLINE_CHARS", 100)
 
@@ -57,7 +57,7 @@ def held_tokenizer(monkeypatch):
 async def test_the_deadline_includes_the_time_of_tokenising(service, engine, held_tokenizer):
     with pytest.raises(RequestTimeout):
         await outputs_of(service, request(LONG_TEXT, deadline_s=0.02))
-    assert not held_tokenizer.release.is_set()  # it did not wait for the tokenizer
+    assert not held_tokenizer.release.is_set()  # the call has ended before the tokenizer
     assert not engine.submitted
     assert counts(service)["failed"] == 1
 

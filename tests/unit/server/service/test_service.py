@@ -1,4 +1,4 @@
-"""GenerateService: what a call yields, and how requests are counted."""
+"""Tests of GenerateService: the items that a call yields, and how the metrics count requests."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
-"""Text work in lanes: which texts wait for which, cancellation, and the size of a step.
+"""Tests of TextWork: which texts wait for which other texts, cancellation, and the size of a step.
 
-A `Gate` holds pieces of text in their thread, so that a test decides which pieces are running. The tokenizers are real.
+A `Gate` makes the tokenising of chosen pieces of text wait, so that a test decides which pieces run. The tokenizers are real.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ HUGE_WORD = "x" * (HUGE + 1)
 
 
 class Gate:
-    """Counts the pieces that are tokenised, and holds those for which `holds` is true until it is opened."""
+    """Records the pieces that are tokenised. A piece for which `holds` returns True waits until `open` is called."""
 
     def __init__(self, monkeypatch):
         self.pieces = []
@@ -73,9 +73,9 @@ async def test_a_text_of_any_length_has_the_librarys_ids(work, gate, text):
 async def test_short_texts_do_not_wait_for_long_ones(work, gate):
     gate.holds = lambda piece: len(piece) >= PIECE_CHARS
     huge = encode(work, HUGE_WORD)
-    await until(lambda: len(gate.pieces) == 1)  # held in the huge lane
+    await until(lambda: len(gate.pieces) == 1)  # the gate holds a piece in the thread for huge pieces
     long = [encode(work, LONG) for _ in range(5)]
-    await until(lambda: len(gate.pieces) == 2)  # held in the long lane
+    await until(lambda: len(gate.pieces) == 2)  # the gate holds a piece in the thread for long texts
     for text in (SHORT, "x" * (PIECE_CHARS - 1)):
         assert await encode(work, text) == ids_of(text)
     assert not any(task.done() for task in (huge, *long))
@@ -88,7 +88,7 @@ async def test_long_texts_do_not_wait_for_a_huge_piece(work, gate):
     huge = [encode(work, HUGE_WORD), encode(work, HUGE_WORD)]
     await until(lambda: len(gate.pieces) == 1)
     assert await encode(work, LONG) == ids_of(LONG)
-    assert sum(len(piece) > HUGE for piece in gate.pieces) == 1  # the second waits for the first
+    assert sum(len(piece) > HUGE for piece in gate.pieces) == 1  # the second huge piece waits for the first
     assert not any(task.done() for task in huge)
     gate.open()
     await asyncio.gather(*huge)

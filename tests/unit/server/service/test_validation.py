@@ -1,4 +1,4 @@
-"""Requests that are refused before they reach the engine, and how errors name fields."""
+"""Tests of requests that are refused before they reach the engine, and of the field names in the errors."""
 
 import msgspec
 import pytest

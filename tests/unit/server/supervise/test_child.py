@@ -1,4 +1,4 @@
-"""Child, with real processes. Whole servers are in tests/e2e/test_serve.py and tests/e2e/test_failures.py."""
+"""Tests of Child, with real processes. tests/e2e/test_serve.py and tests/e2e/test_failures.py test whole servers."""
 
 import asyncio
 import contextlib
@@ -53,7 +53,7 @@ async def running(child):
 
 
 async def until_ready(child, task, condition=lambda: True):
-    """Wait until the child becomes ready while `condition` holds; raise what ended it if that comes first."""
+    """Wait until the child becomes ready while `condition` holds. If `task`, the child's run, ends first, raise its exception."""
     reached = asyncio.Event()
     child.on_ready = lambda: reached.set() if condition() else None
     if child.ready.is_set():
@@ -80,7 +80,7 @@ async def test_a_death_is_noticed_while_a_grandchild_keeps_the_output_open(tmp_p
             assert grandchild.is_running()
         finally:
             grandchild.kill()
-        await until_ready(child, task)  # it was started again
+        await until_ready(child, task)  # the child is started again
         second = psutil.Process(int(path.read_text()))
         assert second.pid != grandchild.pid
         second.kill()
@@ -107,7 +107,7 @@ async def test_a_child_that_we_killed_is_not_said_to_have_ended_badly(caplog, en
     ids=["never ready", "ready", "ended without a request", "killed"],
 )
 async def test_deaths_without_work_in_between_end_the_server_however_far_apart_they_are(life):
-    """Each life is longer than a hundredth of a second. Readiness makes a child stable only after a minute."""
+    """Every death counts. A process that was never ready is never stable, and a ready one only after crash_window_s, a minute."""
     child, starts = scripted(life, crash_limit=3, crash_window_s=60 if READY in life else 0.01)
     async with running(child) as task:
         with pytest.raises(Fatal, match="died 3 times and served nothing in between") as caught:

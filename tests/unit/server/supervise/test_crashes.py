@@ -1,4 +1,4 @@
-"""CrashCount."""
+"""Tests of CrashCount: which deaths of a child process count, and the pause before the next start."""
 
 from server.supervise.crashes import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, CrashCount
 
@@ -18,7 +18,7 @@ def test_deaths_add_up_until_work_was_done():
 
 def test_the_death_of_a_stable_process_neither_counts_nor_resets_the_count():
     crashes = CrashCount(AT_ONCE)
-    assert [crashes.died(), crashes.died()] == [1, 2]  # never ready, and so never stable
+    assert [crashes.died(), crashes.died()] == [1, 2]  # the process was never ready, so it was not stable
     crashes.ready()
     assert crashes.died() == 2
     assert crashes.died() == 3

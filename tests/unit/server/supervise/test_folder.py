@@ -1,4 +1,4 @@
-"""RunFolder: locks, abandoned folders, and deletion."""
+"""Tests of RunFolder: its lock, the removal of abandoned folders, and what happens if somebody deletes the folder."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 def owner_process(folder):
-    """A process with a run folder in `folder`, and that run folder's path."""
+    """Start a process that makes a run folder in `folder`. Returns the process and the run folder's path."""
     process = subprocess.Popen(
         [sys.executable, "-c", OWNER],
         cwd=ROOT,
@@ -62,7 +62,7 @@ def test_a_start_removes_the_folders_of_killed_servers_alone(temporary):
     (temporary / (PREFIX + "file")).touch()
     try:
         mine = RunFolder.make()
-        remove_abandoned(temporary)  # as a second server's start does
+        remove_abandoned(temporary)  # the start of a second server calls this too
         left = {str(temporary / name) for name in os.listdir(temporary)}
         others = {str(temporary / name) for name in ("tidegate-triton-0", "another", PREFIX + "link", PREFIX + "file")}
         assert left == {str(mine.path), living_folder, *others}

@@ -1,4 +1,4 @@
-"""The ports that the supervisor binds, and the errors that name a setting whose port cannot be bound."""
+"""Tests of the ports that the supervisor binds, and of the errors that name the setting of a port that cannot be bound."""
 
 import os
 import socket

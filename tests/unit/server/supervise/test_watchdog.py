@@ -1,4 +1,4 @@
-"""Watchdog."""
+"""Tests of Watchdog, which calls a function when a process has sent no sign of progress for some time."""
 
 import asyncio
 
@@ -40,7 +40,7 @@ async def test_stopping_ends_it():
 
 
 async def test_a_shorter_time_takes_effect_at_once():
-    """A process that has started is expected to report more often than before."""
+    """A child may be allowed less time between two progress reports once it is ready."""
     silent = asyncio.Event()
     watchdog = Watchdog(silent.set)
     watchdog.expect(3600.0)

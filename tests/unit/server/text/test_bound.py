@@ -1,4 +1,4 @@
-"""The lower bound on a text's tokens. What it must never do is call a text too long that is not."""
+"""Tests of the lower bound on a text's number of tokens. The bound must never exceed the true number."""
 
 import sys
 import unicodedata
@@ -51,7 +51,7 @@ def test_words_count_where_bytes_alone_do_not():
 
 @pytest.mark.parametrize("make", [by_pattern, gemma], ids=["byte level", "gemma"])
 def test_one_long_word_counts_by_the_longest_token_with_its_letters(make):
-    """The tokens with an x are shorter than the longest token of these vocabularies."""
+    """In these vocabularies, every token with an "x" is shorter than the longest token. The text consists of "x" only."""
     tokenizer = make()
     limit = 30_000
     text = "x" * (8 * limit)
@@ -81,7 +81,10 @@ def test_there_is_no_bound_where_a_text_may_shrink_without_limit(make, text):
 
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 def test_composing_shrinks_a_text_by_eight_at_most(form):
-    """The two facts that the bound rests on, for every character that Python knows."""
+    """For every character, the canonical decomposition has at most 4 characters, and normalizing it never gives an empty text.
+
+    The bound relies on both facts.
+    """
     for code in range(sys.maxunicode + 1):
         character = chr(code)
         if unicodedata.category(character) == "Cs":

@@ -48,7 +48,7 @@ def test_a_template_cannot_reach_out_of_the_sandbox(source):
         text = ChatTemplate(source, {}).render(USER)
     except InvalidRequest:
         return
-    assert text == ""  # the sandbox makes it undefined, which renders as nothing
+    assert text == ""  # the sandbox makes the expression undefined, which renders as an empty text
 
 
 def test_messages_are_values_and_never_source():

@@ -1,4 +1,4 @@
-"""Texts tokenised in pieces. The library, given the whole text, is the reference everywhere."""
+"""Tests of texts that are tokenised in pieces. The expected ids are always those of the library for the whole text."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -9,7 +9,7 @@ from server.text.cuts import pieces_of
 from tests.support.tiny_checkpoint import CORPUS
 from tests.unit.server.text.tokenizers_for_tests import ALL, CUT, NOT_CUT, RARELY_CUT, llama2_by_words
 
-# Where tokenizers join or divide characters: spaces of all kinds, marks, digits, quotes, added tokens, other scripts.
+# Texts at which tokenizers join or divide characters: spaces of all kinds, marks, digits, quotes, added tokens, other scripts.
 SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u3000", "\u00a0", "\u180e", "\u2009", "\x1c", "▁", "\u0301", " \u0301", "\u200d"]
 WORDS = [
     "a",

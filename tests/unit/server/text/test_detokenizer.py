@@ -19,16 +19,16 @@ from tests.unit.server.text.tokenizers_for_tests import (
 
 CASES = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 SENTENCEPIECE = [llama2, llama2_by_words, gemma, metaspace]
-IDS = st.lists(st.integers(0, 760), max_size=40)  # some are ids that no tokenizer here knows
+IDS = st.lists(st.integers(0, 760), max_size=40)  # no tokenizer of these tests knows the largest ids
 CUTS = st.lists(st.integers(1, 5), min_size=40, max_size=40)
 EMOJI = "a🌊b 日本語 é"
 REPLACEMENT = "\ufffd"
 
 
 def library_text(tokenizer, ids):
-    """The library's text of `ids`, in which an undecodable byte token counts as a token of the text U+FFFD.
+    """Decode `ids` with the library, after replacing each undecodable byte token by the token of U+FFFD.
 
-    The library itself replaces all bytes of a run if one of them is wrong, also the complete characters before it.
+    Otherwise the library would replace all bytes of a run that has a wrong byte, and so the complete characters in it too.
     """
     replacement = tokenizer._tokenizer.token_to_id(REPLACEMENT)
     visible = [id for id in ids if not tokenizer.is_silent[id]]
@@ -65,7 +65,7 @@ def test_the_pieces_joined_are_the_text_of_all_tokens(make, ids, cuts):
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=30), st.lists(st.integers(0, 760), max_size=4), CUTS)
 def test_random_bytes_between_other_tokens(make, values, others, cuts):
-    """Most of these bytes are not UTF-8."""
+    """Most sequences of random bytes are not valid UTF-8."""
     tokenizer = make()
     ids = others + [byte_token(tokenizer, value) for value in values] + others
     assert "".join(pieces_of(tokenizer.detokenizer(), ids, cuts)) == library_text(tokenizer, ids)
@@ -165,7 +165,7 @@ STREAMS = st.lists(st.sampled_from(["replacement", "space", "word", *BYTE_LEVEL_
 
 
 def stream_of(tokenizer, units):
-    """Token ids in which literal U+FFFD tokens, spaces, words, characters of byte tokens and stray bytes follow each other."""
+    """Return the token ids of `units`: U+FFFD tokens, spaces, words, and bytes that are written as byte tokens."""
     ids = {name: tokenizer._tokenizer.token_to_id(text) for name, text in (("replacement", REPLACEMENT), ("space", "▁"))}
     ids["word"] = tokenizer._tokenizer.token_to_id("the") or tokenizer.encode("the", add_special_tokens=False)[-1]
     tokens = []
@@ -196,7 +196,7 @@ def test_at_most_three_tokens_are_held_back_and_only_incomplete_characters(make,
 
 
 def is_incomplete(tokenizer, tokens, num):
-    """Whether the last `num` tokens are bytes that more bytes could complete to a character."""
+    """Return whether the last `num` tokens are bytes that further bytes could complete to one character."""
     last = [tokenizer.token_bytes(token) for token in tokens[-num:]]
     if any(len(piece) != 1 for piece in last):
         return False
@@ -208,7 +208,7 @@ def is_incomplete(tokenizer, tokens, num):
 
 
 class CountingTexts:
-    """A tokenizer that counts how often and over how many tokens the library's decoder runs."""
+    """Wraps a tokenizer, and counts the calls of the library's decoder and the tokens that it decodes."""
 
     def __init__(self, tokenizer):
         self.is_silent, self.byte_of, self.anchor = tokenizer.is_silent, tokenizer.byte_of, tokenizer.anchor
@@ -234,7 +234,7 @@ def test_the_work_for_a_token_does_not_grow_with_the_stream(make, units):
     for token in tokens:
         detokenizer.add([token])
     assert texts.calls <= 4 * len(tokens)
-    assert texts.num_tokens <= 13 * len(tokens)  # a character of 4 byte tokens is decoded after another one, and by itself
+    assert texts.num_tokens <= 13 * len(tokens)  # 4-byte characters: 8 tokens with the context, 4 alone
 
 
 def test_many_tokens_at_once_are_few_calls():
@@ -245,7 +245,7 @@ def test_many_tokens_at_once_are_few_calls():
     assert texts.num_tokens <= len(tokens) + 10
 
 
-# -- decoding in pieces --------------------------------------------------------------------------------------------------
+# The following tests decode token ids in pieces.
 
 
 @CASES

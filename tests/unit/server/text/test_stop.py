@@ -8,7 +8,10 @@ PIECES = st.lists(st.text("abc", max_size=6), max_size=12)
 
 
 def naive(text, stops):
-    """The stop string that ends first, and the text before it. Of those that end together, the longest."""
+    """Search the whole text for the stop string that ends first. Of several that end together, the longest wins.
+
+    Returns the text before the stop string, and the stop string or None.
+    """
     ends = [(text.find(s) + len(s), -len(s), s) for s in stops if s in text]
     if not ends:
         return text, None
@@ -58,7 +61,7 @@ def test_the_stop_string_that_is_complete_first_wins():
 
 
 class CountingStops(StopStrings):
-    """Counts the states that the automaton looks at."""
+    """The automaton of stop strings, with a count of the states that it visits (`num_looks`)."""
 
     def __init__(self, strings):
         super().__init__(strings)

@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A folder with copies of the tokenizer's two files, for tests that change them."""
+    """Make a folder with copies of tokenizer.json and tokenizer_config.json, for tests that change them."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
     return tmp_path

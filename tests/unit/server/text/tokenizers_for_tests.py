@@ -1,4 +1,4 @@
-"""Small tokenizers of each kind, trained here: nothing is downloaded."""
+"""Small tokenizers of each kind for tests. The functions train them, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def byte_level() -> ServerTokenizer:
 
 
 def by_pattern(*patterns: str, normalizer: Any = None, prefix_space: bool = False) -> ServerTokenizer:
-    """A byte-level BPE whose words come from regular expressions, or from GPT-2's if there is none here."""
+    """Train a byte-level BPE that divides text into words by `patterns`, or by GPT-2's pattern if none is given."""
     tokenizer = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=not patterns)
@@ -66,7 +66,7 @@ def with_added(*tokens: AddedToken, normalizer: Any = None) -> ServerTokenizer:
 def sentencepiece(
     decoder: Any, *, normalizer: Any = None, pre_tokenizer: Any = None, by_words: bool = True, post_processor: Any = None
 ) -> ServerTokenizer:
-    """A BPE with byte fallback. `by_words`: no token reaches over a space, as in published vocabularies."""
+    """Train a BPE with byte fallback. With `by_words`, no token contains a space inside, as in published vocabularies."""
     trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*SPECIALS, *BYTES, REPLACEMENT], show_progress=False)
     if by_words:
@@ -74,7 +74,7 @@ def sentencepiece(
     else:
         trained.normalizer = normalizers.Sequence(GROWS)
     trained.train_from_iterator(CORPUS.splitlines(), trainer)
-    # The trainer calls the byte tokens special; in a real file they are ordinary.
+    # The trainer marks the byte tokens as special. In published tokenizers they are ordinary, so the model is built again.
     vocab = trained.get_vocab(with_added_tokens=True)
     merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
     plain = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -104,7 +104,7 @@ def llama2_with_a_word() -> ServerTokenizer:
 
 
 def with_merge(tokenizer: ServerTokenizer, left: str, right: str) -> ServerTokenizer:
-    """A copy in which two tokens become one before all others."""
+    """Return a copy of `tokenizer` with a token `left + right`, and with the merge of the two as the first of all merges."""
     spec = json.loads(tokenizer._tokenizer.to_str())
     spec["model"]["vocab"][left + right] = len(spec["model"]["vocab"])
     spec["model"]["merges"].insert(0, [left, right])
