@@ -1,4 +1,4 @@
-"""The device tensors of one step, and how host arrays become device tensors.
+"""Defines the device tensors of one step, and copies host arrays to a device.
 
 ForwardBatch goes from the runner to every layer as an argument. A query is one slice of the plan. With T tokens, B queries
 and S sampled positions in the step:
@@ -61,7 +61,7 @@ class ForwardBatch:
     empty.
     """
 
-    token_ids: torch.Tensor  # [T] int64
+    token_ids: torch.Tensor  # [T] int64: id of each token
     positions: torch.Tensor  # [T] int64: position of each token in its sequence
     slots: torch.Tensor  # [T] int64: block * block_size + offset, where each token's KV is written
     query_starts: torch.Tensor  # [B + 1] int32: index of each query's first token among the T tokens

@@ -49,7 +49,7 @@ class CachedChunk(NamedTuple):
 
 
 class LongChunks(NamedTuple):
-    """The chunks of a step that cuDNN attends to."""
+    """The chunks of a step from which cuDNN attends."""
 
     prompts: list[range]  # the tokens of each whole prompt; `long_prompts.py` attends from these
     cached: list[CachedChunk]

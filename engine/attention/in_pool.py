@@ -20,9 +20,9 @@ class InPool:
     begin: int  # the call computes blocks [begin, end) of the pool
     end: int
     owner: torch.Tensor  # [end - begin] int64: the decode row that owns each block; 0 for unused blocks
-    mask: torch.Tensor  # [end - begin, 1, 1, block_size]: -inf past the owner's last token
+    mask: torch.Tensor  # [end - begin, 1, 1, block_size]: added to scores; -inf past the owner's last token
     table: torch.Tensor  # [D, W] int64: each row's blocks, counted from `begin`
-    beyond: torch.Tensor  # [D, W, 1, 1]: -inf past a row's own blocks, else 0
+    beyond: torch.Tensor  # [D, W, 1, 1]: added to log-sum-exps; -inf past a row's own blocks, else 0
 
     def attend(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
         """Attend from q [D, kv_heads, query heads of each, dim] to pools [num_blocks, block_size, kv_heads, dim].

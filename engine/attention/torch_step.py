@@ -141,7 +141,7 @@ class GatheredStep:
 class _TableReader:
     """Finds the K and V of rows by the KV block tables of a step."""
 
-    tables: torch.Tensor  # [B, max_blocks] int64
+    tables: torch.Tensor  # [B, max_blocks] int64: the KV block numbers of each query's sequence
     runs: list[list[int]] | None  # the same tables as lists on the host; None if the tables are not on a CPU
     block_size: int
 

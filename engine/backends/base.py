@@ -12,7 +12,7 @@ from engine.batch import ForwardBatch, PoolSpec, WarmupChunk
 class Backend(Protocol):
     @property
     def graphable(self) -> bool:
-        """Whether a CUDA graph can hold `forward` of a batch of decodes, because it never waits for the device."""
+        """Whether `forward` of a batch of decodes never waits for the device, so that a CUDA graph can hold it."""
         ...
 
     @property

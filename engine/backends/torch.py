@@ -1,4 +1,4 @@
-"""The torch backend runs a model of `engine.models`."""
+"""The torch backend: it runs the forward pass of a model of `engine.models`."""
 
 from __future__ import annotations
 

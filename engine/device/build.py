@@ -1,4 +1,4 @@
-"""Builds a runner from a config: loads the model, and gives the KV cache the memory that steps leave."""
+"""Builds a runner from a config: loads the model, and allocates the KV cache in the memory that steps do not need."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from engine.startup import StartupClock
 log = logging.getLogger("tidegate.engine")
 
 SMALLER_STEPS = "lower scheduler.max_step_tokens, scheduler.max_num_seqs or max_model_len"
-MAX_BLOCKS = 1 << 18  # limit for a tiny model on a large device: more blocks would never be used and cost host memory
+MAX_BLOCKS = 1 << 18  # most KV blocks; a tiny model on a large device would never use more, and each costs host memory
 
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:

@@ -93,8 +93,8 @@ class MixedBuffers(NamedTuple):
     """
 
     values: Packed
-    num_tokens: int  # T
-    num_queries: int  # B
+    num_tokens: int  # T, padding included
+    num_queries: int  # B, padding included
 
     @staticmethod
     def of(tokens: tuple[Ints, Ints, Ints], slices: Slices, uniform: Numbers, *, key: Key, scratch_row: int) -> MixedBuffers:

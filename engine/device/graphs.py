@@ -65,7 +65,7 @@ class StepGraphs:
         max_tokens = min(backend.graph_tokens, self._state.tables.shape[1] * block_size)
         self._sizes = GraphSizes.of(self._state.scratch_row, max_tokens)
         self._captured: dict[Key, _Captured] = {}
-        # One logits buffer [max queries, V] shared by all graphs. A buffer per graph would stay allocated for good.
+        # All graphs share one logits buffer [max queries, V]. A buffer per graph would stay allocated for good.
         self._logits: torch.Tensor | None = None
         self._pool = torch.cuda.graph_pool_handle()
         # Imported by name, since this module must also import on machines without Triton.
@@ -79,7 +79,7 @@ class StepGraphs:
         return [largest, *(key for key in keys if key != largest)]
 
     def run(self, slices: Slices, uniforms: Uniforms, begins: Callable[[], None]) -> GraphOutput | None:
-        """Run the step of `slices` in a graph. Returns None, and does nothing, if no graph fits the step.
+        """Run the step of `slices` in a CUDA graph. Returns None, and does nothing, if no graph fits the step.
 
         `uniforms` gives the random numbers, and `begins` is called right before the replay.
         """

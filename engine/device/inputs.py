@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Slices(NamedTuple):
-    """The B slices of a plan as arrays, and the S of them that sample."""
+    """The B slices of a plan as arrays, and which S of the slices sample a token."""
 
     rows: Ints  # [B]: the batch row of each slice
     starts: Ints  # [B]: the first position of each slice

@@ -34,7 +34,7 @@ class Trials(NamedTuple):
     """The calls that are run to measure the memory that serving needs."""
 
     steps: Sequence[Run]  # steps, one of which takes the most memory of all steps
-    long_context: Run | None  # a step whose memory any of `steps` may need additionally
+    long_context: Run | None  # a step at the end of the longest contexts; any of `steps` may need its memory in addition
     captures: Sequence[Run]  # the first two capture the largest graphs, and each other one a small graph
     num_graphs: int  # graphs that serving may capture, including those of `captures`
 

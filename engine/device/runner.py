@@ -38,7 +38,7 @@ class TorchRunner:
         """`config` must be the result of `resolve`."""
         device = torch.device(config.device)
         self._on_cuda = device.type == "cuda"
-        self._last_done: torch.cuda.Event | None = None  # the end of the step that was submitted last
+        self._last_done: torch.cuda.Event | None = None  # event at the end of the last submitted step
         self._backend = backend
         self._storage = storage
         self._upload = Uploader(device)

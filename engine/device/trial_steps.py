@@ -11,8 +11,8 @@ from engine.plan import AdmittedRow, StepPlan
 from engine.request import BOUNDS, SamplingParams
 
 CONTEXT_TOKENS = 1 << 17  # tokens of all contexts of the trial step that `TrialLimits.long_contexts` makes
-# Context before the longest chunk. Attention reads a context in segments of up to 32,768 tokens (`attention/cached_context.py`),
-# so a longer one takes no more memory.
+# Tokens of context before the longest chunk of a trial step. Attention reads a context in segments of up to 32,768 tokens
+# (`attention/cached_context.py`), so a longer context takes no more memory.
 CHUNK_CONTEXT = 1 << 16
 SMALL_GRAPHS = 4  # number of small graphs that are captured to estimate the memory of each further graph
 NUM_TOP = int(BOUNDS["logprobs"].high)

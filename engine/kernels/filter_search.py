@@ -1,4 +1,4 @@
-"""Device functions of `sample_filtered.py`: within one program, find a filter's threshold and pick a token.
+"""Device functions of the sampling kernels. Within one program they find a filter's threshold and pick a token.
 
 A filter (top_k, top_p, min_p) is a threshold on the logit: tokens with a logit at or above the threshold pass.
 
@@ -38,7 +38,7 @@ def at_or_above(at, num, best, temperature, x1, x2, x3, TILE: tl.constexpr, COUN
     col = tl.arange(0, TILE)
     zero = tl.zeros([TILE], tl.float32)
     a, b, c = zero, zero, zero
-    # The loads bypass the L1 cache: other programs wrote these numbers, and the L1 may hold an older launch's.
+    # The loads bypass the L1 cache: other programs wrote these numbers, and the L1 may hold those of an older launch.
     following = tl.load(at + col, mask=col < num, other=float("-inf"), cache_modifier=".cg")
     for start in range(0, num, TILE):
         x = following.to(tl.float32)

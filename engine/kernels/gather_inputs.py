@@ -1,4 +1,4 @@
-"""Builds the inputs of a captured step on the device, from the state of its batch rows.
+"""Kernels that build the inputs of a step captured in a CUDA graph on the device, from the state of its batch rows.
 
 Every CUDA graph of a step begins with one of these kernels. The host then uploads only rows, positions and, in a mixed step,
 prompt tokens; token ids, KV slots, lengths and block tables are gathered from the rows' latest tokens and block tables.
@@ -20,11 +20,11 @@ TABLE_TILE = 128  # block numbers, or tokens, that a program gathers in one pass
 class GatheredInputs(NamedTuple):
     """The gathered fields of a ForwardBatch, for T tokens of B queries. T = B if all queries are decodes."""
 
-    token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    slots: torch.Tensor  # [T] int64
-    kv_lens: torch.Tensor  # [B] int32
-    block_tables: torch.Tensor  # [B, width] int32; only entries of used blocks are written
+    token_ids: torch.Tensor  # [T] int64: id of each token
+    positions: torch.Tensor  # [T] int64: position of each token in its sequence
+    slots: torch.Tensor  # [T] int64: where each token's KV is written
+    kv_lens: torch.Tensor  # [B] int32: tokens of each query's sequence after the step
+    block_tables: torch.Tensor  # [B, width] int32: KV blocks of each query; only entries of used blocks are written
 
 
 @triton.jit(do_not_specialize=["width"])

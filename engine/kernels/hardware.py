@@ -1,4 +1,4 @@
-"""Properties of this CUDA device, and its measured memory bandwidth and bfloat16 rate, from which benchmarks compute bounds."""
+"""Reads properties of the CUDA device, and measures its memory bandwidth and bfloat16 rate, the bounds of benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 _COPIED = 256 << 20  # bytes that the bandwidth measurement copies at a time: several times any L2 cache
 _COPIES = 40
-_SIDE = 8192  # rows and columns of the multiplied matrices
+_SIDE = 8192  # rows and columns of the matrices whose product is measured
 _PRODUCTS = 8
 _TRIES = 3  # measurements of each rate: the first is also the warm-up, and the best one counts
 

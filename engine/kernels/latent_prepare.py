@@ -63,7 +63,7 @@ def _prepare(
         x = x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * weight
         x = x.to(pool_ptr.dtype.element_ty)
         key_at = one[:, None] + low[None, :]
-        tl.debug_barrier()  # every thread has read its numbers before any is overwritten
+        tl.debug_barrier()  # every thread must have read its numbers before any is overwritten
         tl.store(kv_ptr + dim, x, mask=inside)
         tl.store(kv_ptr + RANK + key_at, key_a)
         tl.store(kv_ptr + RANK + HALF + key_at, key_b)

@@ -23,9 +23,9 @@ K_MULTIPLE = 16  # K must be a multiple: every row of W then begins on a 32-byte
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether these kernels compute x [..., K] times weight [N, K]^T.
+    """Whether `gemv.py` or `skinny.py` should compute the product of x [..., K] and weight [N, K].
 
-    They do for bfloat16 on CUDA with K a multiple of 16 and 1 to 128 rows, except where cuBLAS is faster (`is_ours`).
+    They should for bfloat16 on CUDA with K a multiple of 16 and 1 to 128 rows, except where cuBLAS is faster (`is_ours`).
     """
     size = x.shape[-1]
     return (

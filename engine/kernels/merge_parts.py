@@ -22,7 +22,7 @@ class Part(NamedTuple):
     """The attention of T query tokens over a part of their keys."""
 
     out: torch.Tensor  # [T, heads, v_dim]: the averaged values
-    lse: torch.Tensor  # [heads, T] float32: the natural logarithm of the sum of the exponentials of the row's scores
+    lse: torch.Tensor  # [heads, T] float32: log-sum-exp of the token's scores, with the natural logarithm
 
 
 @triton.jit(do_not_specialize=["num", "b_lse_stride", "a_lse_stride"])

@@ -50,7 +50,7 @@ def _attend(
     length = tl.load(lens_ptr + query)
     token = tl.load(tile_start_ptr + tile) + row // PART  # each row's token, counted within its query
     live = (token < chunk) & (head < HEADS)
-    limit = length - chunk + token  # the last position that a row sees
+    limit = length - chunk + token  # the last position that each row sees
     end = tl.minimum(tl.max(limit, 0) + 1, length)
 
     at_token = (begin + token).to(tl.int64)

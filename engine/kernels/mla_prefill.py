@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(128, 64, 8, 3)
-TILE_FLOAT32 = Tile(32, 32, 4, 1)  # float32 numbers take twice the shared memory, and their products three passes
+TILE_FLOAT32 = Tile(32, 32, 4, 1)  # smaller: float32 numbers take twice the shared memory, and their products three passes
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _prefill(
     if query < 0:
         return
     first = tl.load(tile_start_ptr + tile)  # the tile's first token, counted within its chunk
-    key = tl.load(tile_key_ptr + tile).to(tl.int64)  # the row of `expanded` with the chunk's first key
+    key = tl.load(tile_key_ptr + tile).to(tl.int64)  # the row of `expanded` that holds the chunk's first key
     begin = tl.load(starts_ptr + query)
     chunk = tl.load(starts_ptr + query + 1) - begin
     length = tl.load(lens_ptr + query)

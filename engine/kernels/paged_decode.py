@@ -106,7 +106,7 @@ def _decode(
         score = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         best, total, acc = add_pass(score, v, best, total, acc, scale, PRECISION)
 
-    if PDL:  # not earlier: waiting programs of the next kernel would take the place of this kernel's programs
+    if PDL:  # only here: waiting programs of the next kernel would take the place of this kernel's programs
         tl.extra.cuda.gdc_launch_dependents()
     acc = acc / total[:, None]
     if SPLITS == 1 or parts == 1:

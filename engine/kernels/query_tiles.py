@@ -1,8 +1,8 @@
-"""Cuts the queries of a step into tiles: the tokens that one program of a prefill kernel attends from.
+"""Cuts the queries of a step into tiles. A tile is the tokens from which one program of a prefill kernel attends.
 
-A tile is a query (its index in the batch) and a first token, counted within the query. It has up to `tile_tokens` tokens; the
-last tile of a query may have fewer. Query -1 marks a tile without work: its program returns at once. Tiles with most work come
-first, since programs start in the order of their tiles, and a long one that starts last would run alone.
+A tile is written as a query (its index in the batch) and a first token, counted within the query. A tile has `tile_tokens`
+tokens, but the last tile of a query may have fewer. Query -1 marks a tile without work: its program returns at once. Tiles with
+most work come first, since programs start in the order of their tiles, and a long one that starts last would run alone.
 
 The host cuts the tiles if it knows the lengths (`cut_tiles`). In a CUDA graph lengths change from replay to replay, so a kernel
 cuts them (`map_tiles`). The number of tiles is a multiple of 4 in both cases: int32 arrays of tiles then begin on 16 bytes.
@@ -56,7 +56,8 @@ def _map_tiles(
     own = tl.sum(tl.where(query == mine, tiles, 0), 0)
     i = tl.arange(0, TILES)
     tl.store(tile_query_ptr + before + i, mine, mask=i < own)
-    tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)  # the query's tiles with most work first
+    # The query's last tile, which has most work, comes first.
+    tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)
     if mine == 0:
         surplus = (i >= tl.sum(tiles, 0)) & (i < num_tiles)
         tl.store(tile_query_ptr + i, -1, mask=surplus)

@@ -1,4 +1,4 @@
-"""Linear layers: y = x W^T + b. Weights are allocated empty, and the loader fills them.
+"""Linear layers, which compute y = x W^T + b. Weights are allocated empty, and the loader fills them.
 
 The class is our own rather than torch's, so that quantisation, tensor parallelism and LoRA can replace it in a built model.
 """

@@ -88,7 +88,7 @@ class _OnCuda(Protocol):
 
 @cache
 def _on_cuda() -> _OnCuda:
-    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # imported by name, since it needs Triton
+    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # imported by name, since the module needs Triton
     return on_cuda
 
 

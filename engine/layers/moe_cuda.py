@@ -24,7 +24,7 @@ STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # the strips of the gate_up product
 
 
 class Cut(NamedTuple):
-    """How to run the products in blocks, where a block holds (token, choice) pairs of one expert."""
+    """The sizes with which the experts' products run in blocks. A block holds (token, expert) pairs of one expert."""
 
     block: int  # most pairs of a block
     gate_up: Tile

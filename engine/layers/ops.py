@@ -106,7 +106,7 @@ class PlainOps:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kv_heads, size = pools["k"].shape[2], heads.shape[-1:]
         q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
-        if weights is None and angles is not None:  # q and k are adjacent: one pass for both
+        if weights is None and angles is not None:  # q and k are adjacent, so one pass rotates both
             q, k = torch.split(rotate(heads[:, :-kv_heads], *angles), [q.shape[1], kv_heads], 1)
         elif weights is not None:
             q, k = F.rms_norm(q, size, weights[0], eps), F.rms_norm(k, size, weights[1], eps)

@@ -1,4 +1,4 @@
-"""The operations between matrix products on CUDA: an `Ops` over the Triton kernels. `PlainOps` in `ops.py` is the plain twin."""
+"""The small operations between a model's matrix products on CUDA, by Triton kernels. `PlainOps` in `ops.py` is the plain twin."""
 
 from __future__ import annotations
 

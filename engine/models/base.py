@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module, Generic[StepT]):
         self.mlp = mlp
 
     def forward(self, hidden: torch.Tensor, step: Step[StepT], pools: LayerPools) -> torch.Tensor:
-        """Add attention's and then the MLP's output to hidden [T, H] in place, and return it.
+        """Add the attention's output and then the MLP's output to hidden [T, H] in place, and return hidden.
 
         If the step reads only S of the tokens, the result holds those rows alone: [S, H].
         """
@@ -170,7 +170,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         return self.ops.norm(hidden, *self.norm.params) if hidden.shape[0] else hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply the head to hidden [N, H] -> logits [N, V], written to `out` if it is given."""
+        """Apply the head to hidden [N, H] -> logits [N, V]. The logits are written to `out` if that is given."""
         return linear(hidden, self.lm_head.weight, out=out)
 
     def weights(self) -> WeightMap:

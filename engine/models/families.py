@@ -1,4 +1,4 @@
-"""The model families, and how a checkpoint folder becomes a ModelSpec. Torch-free.
+"""Lists the model families, and reads a checkpoint folder's config.json into a ModelSpec. Torch-free.
 
 A family is a set of architectures that one pair of modules serves: NAME_config.py parses config.json, and NAME.py computes
 the model (`registry.py` has the table of those classes, which need torch).

@@ -34,7 +34,7 @@ def quantize(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor
     down, right = scale_shape((rows, columns), block)
     padded = F.pad(weight.float(), (0, right * block[1] - columns, 0, down * block[0] - rows))
     blocks = padded.view(down, block[0], right, block[1])
-    scale = blocks.abs().amax((1, 3)) / E4M3_MAX  # [down, right]
+    scale = blocks.abs().amax((1, 3)) / E4M3_MAX  # [ceil(N / rows), ceil(M / columns)]
     scale = torch.where(scale > 0, scale, 1.0)
     # A denormal scale is rounded, so a quotient may exceed 448. e4m3 has no infinity, and would store such a quotient as NaN.
     scaled = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)

@@ -60,9 +60,9 @@ def choose(logits: torch.Tensor, choice: Choice, sorted_rows: torch.Tensor | Non
     `sorted_rows` are the indices of the rows with a top_k or top_p, or None if there are none; `max_top_k` is the largest
     top_k among them.
     """
-    largest = logits.amax(-1)  # NaN if the row holds one
+    largest = logits.amax(-1)  # the result is NaN for a row that holds NaN
     # The largest logit is subtracted first, so that a temperature near zero cannot overflow.
-    scaled = (logits - largest[:, None]) / choice.temperature.float()[:, None]  # [N, V], largest 0
+    scaled = (logits - largest[:, None]) / choice.temperature.float()[:, None]  # [N, V]; the largest of a row is 0
     threshold = choice.min_p.log().float()  # [N]; -inf if min_p is 0
     if sorted_rows is not None:
         some = _threshold(scaled[sorted_rows], choice.top_k[sorted_rows], choice.top_p[sorted_rows], max_top_k)

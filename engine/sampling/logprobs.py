@@ -1,4 +1,4 @@
-"""Log-probabilities to report: log-softmax of the model's own logits, before bias, penalties and temperature.
+"""Computes the log-probabilities to report: the log-softmax of the model's own logits, before bias, penalties and temperature.
 
 OpenAI's API and vLLM report the same: the model's distribution, not the distribution that was sampled from.
 """

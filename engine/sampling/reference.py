@@ -1,4 +1,6 @@
-"""The sampler's plain twin, for tests: one row at a time, on the host, in float64. Slow, and simple enough to check by eye."""
+"""The sampler's plain twin, for tests. It samples one row at a time, on the host, in float64, and is simple enough to check by
+eye.
+"""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class TokenCounts:
     """Token counts of each row with penalties: which tokens its prompt has, and how often each token was generated."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device, upload: Upload) -> None:
-        self._slots: dict[int, int] = {}  # row -> slot
+        self._slots: dict[int, int] = {}  # maps a batch row to its slot
         self._free: list[int] = []
         self._max_rows = max_rows
         self._upload = upload

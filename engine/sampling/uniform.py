@@ -1,4 +1,4 @@
-"""A uniform random number for each pair of seed and position. Sampling has no other randomness.
+"""Computes a uniform random number for each pair of seed and position. Sampling has no other randomness.
 
 The number is a hash and there is no generator state. A request's tokens therefore do not depend on the other requests of its
 batch, on how it was batched, or on whether it was preempted or resubmitted after a crash.

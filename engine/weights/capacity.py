@@ -38,7 +38,7 @@ def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that could be allocated on `device` now; None if the system does not report the number."""
     if device.type == "cuda":
-        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free in torch's cache
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free bytes in torch's cache
         return int(torch.cuda.mem_get_info(device)[0]) + held_back
     return host_bytes(_read(MEMINFO), _read(CGROUP_LIMIT))
 

@@ -29,7 +29,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def problem_with(asked: EngineConfig) -> str | None:
-    """Return why an engine with this config would not start, or None. No weight is read to find out."""
+    """Return why an engine with this config would not start, or None if it would. No weight is read."""
     try:
         spec = read_spec(asked.model)
         config = resolve(asked, spec.limits(), has_cuda=torch.cuda.is_available())

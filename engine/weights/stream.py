@@ -93,7 +93,7 @@ def fill(transfers: Iterable[Transfer], device: torch.device, progress: Progress
             for reader in [pool.submit(_work, parts, files, device, progress) for _ in range(READERS)]:
                 reader.result()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the raw bytes' memory is bound to the readers' streams, which end here
+        torch.cuda.empty_cache()  # frees the raw bytes' memory, which is bound to the readers' streams
 
 
 def _parts(transfer: Transfer) -> list[_Part]:
@@ -111,7 +111,7 @@ def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device, pro
             while parts:
                 try:
                     part = parts.popleft()
-                except IndexError:  # another reader took the last one
+                except IndexError:  # another reader took the last part
                     return
                 reader.run(part)
                 progress()
