@@ -1,6 +1,6 @@
-"""Trial steps: the steps that are run once at start to measure the memory of the largest steps.
+"""Makes trial steps. They run once at start, to measure the memory of the largest steps.
 
-A trial step uses one block for every position of every row, since only its memory matters and not its results.
+A trial step uses one KV block for every position of every row, since only its memory matters and not its results.
 """
 
 from __future__ import annotations

@@ -74,6 +74,6 @@ def merge_parts(a: Part, b: Part, out: torch.Tensor | None = None) -> Part:
 def merge_parts_plain(a: Part, b: Part) -> Part:
     """Compute the result of `merge_parts` in plain torch, in float32."""
     num = a.out.shape[0]
-    lse = torch.stack((a.lse, b.lse[:, :num]))  # [2, heads, T]
+    lse = torch.stack((a.lse, b.lse[:, :num]))  # [2, heads, T], of `a` and of `b`
     weights = lse.softmax(0).transpose(1, 2).unsqueeze(-1)  # [2, T, heads, 1]
     return Part(a.out.float() * weights[0] + b.out[:num].float() * weights[1], lse.logsumexp(0))

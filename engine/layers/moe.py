@@ -48,7 +48,7 @@ def _within_best_groups(scores: torch.Tensor, spec: RoutingSpec, *, judged_by: i
     A group's score is the sum of its best `judged_by` experts.
     """
     grouped = scores.view(-1, spec.n_group, spec.num_experts // spec.n_group)
-    best = grouped.topk(judged_by, -1).values.sum(-1).topk(spec.topk_group, -1).indices  # [T, topk_group]
+    best = grouped.topk(judged_by, -1).values.sum(-1).topk(spec.topk_group, -1).indices  # [T, topk_group] groups
     shut = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
     return grouped.masked_fill(shut.unsqueeze(-1), closed).flatten(1)
 

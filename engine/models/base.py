@@ -185,7 +185,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         return WeightMap(targets, re.compile("|".join([*skip, *self.skipped()])))
 
     def skipped(self) -> list[str]:
-        """Patterns of further tensors that a checkpoint of this family may hold and that are not used."""
+        """List patterns of the names of further tensors that a checkpoint of this family may hold and that are not used."""
         return []
 
     def kv_pools(self) -> list[list[PoolSpec]]:

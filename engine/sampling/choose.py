@@ -93,9 +93,9 @@ def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     if vocab % _CHUNK:
         weights = torch.nn.functional.pad(weights, (0, _CHUNK - vocab % _CHUNK))
     chunks = weights.view(rows, -1, _CHUNK)
-    sums = chunks.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, chunks]
+    sums = chunks.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, chunks]: running sums of the chunks' weights
     target = _below(uniform * sums[:, -1], sums[:, -1])
-    chunk = (sums <= target[:, None]).sum(-1)  # [N]
+    chunk = (sums <= target[:, None]).sum(-1)  # [N]: the chunk that holds the sampled token
     base = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp_(min=0)[:, None])[:, 0], 0.0)
     inside = chunks.gather(1, chunk[:, None, None].expand(-1, 1, _CHUNK))[:, 0].double().cumsum(-1)  # [N, _CHUNK]
     rest = _below(target - base, inside[:, -1])

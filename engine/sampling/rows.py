@@ -94,8 +94,8 @@ class TokenCounts:
         self._free: list[int] = []
         self._max_rows = max_rows
         self._upload = upload
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # [slots, V]
-        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]
+        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # [slots, V]: token occurs
+        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]: times generated
 
     def admit(self, admitted: AdmittedRow) -> None:
         """Free the slot of the row's previous request. If the new request has penalties, take a slot and count its tokens."""
