@@ -52,8 +52,8 @@ def arrivals(device: torch.device) -> torch.Tensor:
 def cdiv(numerator: int, denominator: int) -> int:
     """Divide and round up.
 
-    This replaces `triton.cdiv` on the host, where a call of `triton.cdiv` takes 10 us, since kernels can call it too. A step
-    outside a CUDA graph makes hundreds of such calls.
+    This replaces `triton.cdiv` on the host, and `power_of_two` replaces `triton.next_power_of_2`. Kernels can call Triton's
+    functions too, which makes a call on the host take 10 us, and a step outside a CUDA graph makes hundreds of such calls.
     """
     return -(-numerator // denominator)
 
