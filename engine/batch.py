@@ -1,4 +1,4 @@
-"""The device tensors of one step, and how host arrays become device tensors.
+"""Defines the device tensors of one step, and copies host arrays to a device.
 
 ForwardBatch goes from the runner to every layer as an argument. A query is one slice of the plan. With T tokens, B queries
 and S sampled positions in the step:
@@ -24,13 +24,15 @@ LayerPools = dict[str, torch.Tensor]
 Upload = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
 """Copies host arrays to the device without waiting for the device. An `Uploader` is one."""
 
-_ALIGN = 16  # bytes: every array of one upload begins where any dtype may begin
+_ALIGN = 16  # bytes; every array of one upload begins on a multiple, where an array of any dtype may begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
-    """One per-token pool of a layer: its name and the shape and dtype of one token's record. `parts` are the sizes of the
-    vectors in a record, if a record consists of several."""
+    """The description of one KV pool of a layer: its name, and the shape and dtype of one token's record.
+
+    `parts` are the sizes of the vectors in a record, if a record consists of several vectors.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +46,7 @@ def block_bytes(pools: Iterable[Sequence[PoolSpec]], block_size: int) -> int:
 
 
 class WarmupChunk(NamedTuple):
-    """A kind of prefill chunk that is slow the first time: `num` tokens, behind a context of `cached` tokens."""
+    """A prefill chunk whose kind is slow the first time: `num` tokens, behind a context of `cached` tokens."""
 
     num: int
     cached: int = 0
@@ -52,22 +54,23 @@ class WarmupChunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """The tensors of one step.
+    """The tensors of one step, of T tokens in B queries.
 
-    `by_length` marks the batch of a captured step. Its lengths change from replay to replay and are known on the device only:
-    `query_starts` alone tells decodes (one token each) from chunks, `num_decodes` is 0, and the lists on the host are empty.
+    `by_length` marks a mixed step captured in a CUDA graph. Its lengths change from replay to replay, and only the device knows
+    them: `query_starts` alone tells decodes (one token each) from chunks, `num_decodes` is 0, and the lists on the host are
+    empty.
     """
 
-    token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
+    token_ids: torch.Tensor  # [T] int64: id of each token
+    positions: torch.Tensor  # [T] int64: position of each token in its sequence
     slots: torch.Tensor  # [T] int64: block * block_size + offset, where each token's KV is written
-    query_starts: torch.Tensor  # [B + 1] int32
-    kv_lens: torch.Tensor  # [B] int32: tokens in the cache once this step's tokens are written
-    block_tables: torch.Tensor  # [B, max_blocks] int32; entries past a row's own blocks are meaningless
+    query_starts: torch.Tensor  # [B + 1] int32: index of each query's first token among the T tokens
+    kv_lens: torch.Tensor  # [B] int32: tokens in the KV cache once this step's tokens are written
+    block_tables: torch.Tensor  # [B, max_blocks] int32: KV blocks; entries past a row's own blocks are meaningless
     num_decodes: int  # the first num_decodes queries have one token each
-    query_lens_host: list[int]  # [B], for attention that loops on the host
-    kv_lens_host: list[int]  # [B]
-    kv: list[LayerPools]  # one entry per layer
+    query_lens_host: list[int]  # [B]: tokens of each query, for attention that loops on the host
+    kv_lens_host: list[int]  # [B]: `kv_lens` on the host, unless the step is captured in a CUDA graph
+    kv: list[LayerPools]  # the KV pools of each layer
     by_length: bool = False
     read: Read | None = None  # None: the hidden states of all tokens are read
 
@@ -84,8 +87,8 @@ class ForwardBatch:
     ) -> Read:
         """Select the last tokens of S queries as the tokens whose hidden states are read.
 
-        index [S] int64 holds their places in the step. kv_lens [S] int32, block_tables [S, max_blocks] int32 and
-        kv_lens_host [S] belong to the same queries.
+        index [S] int64 holds the index of each of these tokens among the step's tokens. kv_lens [S] int32, block_tables [S,
+        max_blocks] int32 and kv_lens_host [S] belong to the same queries.
         """
         num, device = index.shape[0], index.device
         return Read(
@@ -107,11 +110,13 @@ class ForwardBatch:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The tokens of a step whose hidden states are read after the last layer. For all other tokens the last layer only
-    writes the KV."""
+    """The S tokens of a step whose hidden states are read after the last layer.
 
-    index: torch.Tensor  # [S] int64: places in the step's tokens
-    batch: ForwardBatch  # these tokens alone, each as a decode of a token that is in the cache already
+    For all other tokens the last layer only writes the KV.
+    """
+
+    index: torch.Tensor  # [S] int64: index of each of these tokens among the step's tokens
+    batch: ForwardBatch  # these tokens alone, each as a decode of a token that is in the KV cache already
 
 
 class Uploader:
@@ -137,9 +142,9 @@ class Uploader:
 
 
 def pinned(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised array [size] in page-locked host memory: the host need not wait for copies between it and a device.
+    """Allocate an uninitialised tensor [size] in page-locked host memory, so that the host need not wait for copies to a device.
 
-    It comes from torch's cache of such memory, which gives a buffer out again only once the copies from it are done.
+    torch caches such memory, and gives a buffer out again only once the copies from the buffer are done.
     """
     return torch.empty(size, dtype=dtype, pin_memory=True)
 

@@ -1,4 +1,4 @@
-"""The interface between a model and attention over its paged pools.
+"""The interface between a model and attention over its paged KV pools.
 
 There are two kinds of attention: grouped-query attention (GQA) over pools "k" and "v", and multi-head latent attention (MLA)
 over the pool "latent". A model uses one of them in all layers. `select.py` chooses an implementation of that kind for a device,
@@ -21,10 +21,10 @@ class GqaStep(Protocol):
     """Grouped-query attention for the tokens of one ForwardBatch."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
-        """q [T, heads, dim], k and v [T, kv_heads, dim] -> [T, heads, dim].
+        """Attend causally from queries q [T, heads, dim] -> averaged values [T, heads, dim].
 
-        k and v are the step's own keys and values, which pools "k" and "v", [kv_heads, dim] a token, hold as well. `scale`
-        multiplies q . k before the softmax.
+        k and v [T, kv_heads, dim] are the step's own keys and values. The KV pools "k" and "v", [kv_heads, dim] a token, hold
+        them as well. `scale` multiplies q . k before the softmax.
         """
         ...
 
@@ -35,11 +35,11 @@ class MlaStep(Protocol):
     def attend(
         self, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pools: LayerPools, *, scale: float
     ) -> torch.Tensor:
-        """q [T, heads, nope + rope], latent [T, rank + rope], kv_b [heads, nope + v_dim, rank] -> [T, heads, v_dim].
+        """Attend causally from queries q [T, heads, nope + rope] -> averaged values [T, heads, v_dim].
 
-        latent are the step's own records, which pool "latent" holds as well: the normed latent [rank], then the rotated key
-        [rope] that all heads share. kv_b expands a latent to each head's key [nope] and value [v_dim]. `scale` multiplies q . k
-        before the softmax.
+        latent [T, rank + rope] are the step's own records: the normed latent [rank], then the rotated key [rope] that all heads
+        share. The KV pool "latent" holds them as well. The weight kv_b [heads, nope + v_dim, rank] expands a latent to each
+        head's key [nope] and value [v_dim]. `scale` multiplies q . k before the softmax.
         """
         ...
 
@@ -56,11 +56,14 @@ class PagedAttention(Protocol[StepT_co]):
     """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if there can be none."""
 
     def prepare(self, batch: ForwardBatch) -> StepT_co:
-        """Compute what the layers of this step share. Raises InternalError for a captured batch that cannot be served."""
+        """Compute, once for a step, the values that all layers use to attend.
+
+        Raises InternalError if the batch is a step captured in a CUDA graph and this attention cannot run in one.
+        """
         ...
 
     def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
-        """Prefill chunks that are worth a warm-up: one of each kind that is slow the first time.
+        """List the prefill chunks that are worth a warm-up: one of each kind that is slow the first time.
 
         A library may plan a kernel when it first sees a length. `max_tokens` is the longest chunk of a step, `max_len` the
         longest context, and `dtype` the type of the queries.

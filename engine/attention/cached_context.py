@@ -1,14 +1,15 @@
 """Attention of a long prefill chunk over its cached context, by cuDNN.
 
-A chunk of n tokens behind `cached` tokens attends to all of those, and causally to itself. cuDNN has fast kernels for both, but
-none for both at once: a mask that is aligned to the lower right runs at 267 TFLOP/s, no mask at 685. So the keys are divided:
+A chunk of n tokens behind `cached` tokens attends to all cached tokens, and causally to itself. cuDNN has a fast kernel for each,
+but none for both at once: it runs at 267 TFLOP/s with a mask that is aligned to the lower right, and at 685 without a mask. So
+this module divides the keys:
 
     keys      0 ............................ whole | rest | chunk
               segments of 32,768, 8,192, 2,048     |
     kernel    no mask, one call a segment          | causal over rest + chunk, with `rest` dummy rows before the chunk
 
-The parts are merged by their log-sum-exps. Segments have few lengths, since cuDNN plans a kernel for each length. The dummy rows
-cost at most rest^2 / 2 products of a query and a key, rest < 2,048.
+The results are merged by their log-sum-exps. Segments have few lengths, since cuDNN plans a kernel for each length. The dummy
+rows cost at most rest^2 / 2 products of a query and a key, and rest is below 2,048.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from engine.attention import cudnn, long_prompts
 from engine.batch import ForwardBatch, WarmupChunk
 from engine.kernels.merge_parts import Part, merge_parts
 
-SEGMENTS = (32768, 8192, 2048)  # keys; each divides the one before
-QUERY_STEP = 1024  # query rows of a segment's call are padded to a multiple of this
-CAUSAL_STEP = 512  # rows of the causal call are padded to a multiple of this
-MIN_CHUNK = 1024  # tokens; shorter chunks go to our kernel, in one launch with all others of the step
+SEGMENTS = (32768, 8192, 2048)  # sizes of a segment, in keys; each size is a multiple of the next
+QUERY_STEP = 1024  # the query rows of a segment's call are padded to a multiple of this
+CAUSAL_STEP = 512  # the rows of the causal call are padded to a multiple of this
+MIN_CHUNK = 1024  # tokens; shorter chunks go to our Triton kernel, which computes all of a step's in one launch
 MAX_CHUNK = 8192  # tokens; a longer chunk is divided, which is faster and leaves fewer lengths to plan
-MIN_CACHED = 2048  # tokens; a shorter context is not worth a call of its own
-# Least products of a query token and a cached token. Below, the calls cost more than they save (docs/gpu.md). MLA's own kernel
-# is faster than GQA's, since it has as many heads of keys as of queries.
+MIN_CACHED = 2048  # tokens; a shorter cached context is not worth a call of its own
+# Fewest products of a query token and a cached token for which cuDNN is used. With fewer, the calls cost more than they save
+# (docs/gpu.md). Our kernel for MLA is faster than that for GQA, since MLA has as many heads of keys as of queries.
 MIN_PRODUCTS = 1 << 24
 MIN_PRODUCTS_MLA = 1 << 26
 
@@ -40,17 +41,17 @@ Gather = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class CachedChunk(NamedTuple):
-    """A long prefill chunk of a step, with a long context before it."""
+    """A long prefill chunk of a step, with a long cached context before it."""
 
-    query: int  # index in the batch
-    tokens: range  # its tokens within the step
-    cached: int  # tokens of its context
+    query: int  # the chunk's index among the queries of the batch
+    tokens: range  # the chunk's tokens, as indices among the step's tokens
+    cached: int  # number of cached tokens before the chunk
 
 
 class LongChunks(NamedTuple):
-    """The chunks of a step that cuDNN attends to."""
+    """The chunks of a step from which cuDNN attends."""
 
-    prompts: list[range]  # the tokens of whole prompts, which `long_prompts.py` handles
+    prompts: list[range]  # the tokens of each whole prompt; `long_prompts.py` attends from these
     cached: list[CachedChunk]
 
     @property
@@ -59,15 +60,16 @@ class LongChunks(NamedTuple):
 
 
 def find_long(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> LongChunks:
-    """The chunks of a step that go to cuDNN, for query heads [dim] and value heads [v_dim] of this type."""
+    """Find the chunks of a step from which cuDNN attends, for query heads [dim] and value heads [v_dim] of this type."""
     return LongChunks(long_prompts.find_prompts(batch, dtype), find(batch, dtype, dim, v_dim))
 
 
 def warmup_chunks(max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
-    """Chunks that together need every plan of cuDNN's for chunks of up to `max_tokens` tokens and contexts of up to `max_len`.
+    """List warm-up chunks that together need every cuDNN plan for chunks of `max_tokens` and contexts of `max_len` tokens at
+    most.
 
-    Candidates are chunks of each number of padded rows, behind one segment of each size at once or behind a single segment, with
-    each padded rest. A candidate is taken if it needs a plan that no candidate before it needs.
+    The candidates are chunks of each padded length, behind one segment of each size at once or behind a single segment, with each
+    padded rest. A candidate is listed if it needs a plan that no earlier candidate needs.
     """
     if dtype not in cudnn.DTYPES:
         return []
@@ -86,7 +88,7 @@ def warmup_chunks(max_tokens: int, max_len: int, dtype: torch.dtype) -> list[War
 
 
 def _plans(num: int, cached: int) -> set[tuple[int, int]]:
-    """The plans that `attend` needs, as (query rows, keys); keys are 0 for the causal call, which has as many keys as rows."""
+    """List the cuDNN plans that `attend` needs, as (query rows, keys). The causal call, which has as many keys as rows, has 0."""
     whole = cached - cached % SEGMENTS[-1]
     rows, causal = _padded(num, QUERY_STEP), _padded(num + cached - whole, CAUSAL_STEP)
     return {(causal, 0), *((rows, len(segment)) for segment in cut(whole))}
@@ -97,7 +99,7 @@ def _padded(num: int, step: int) -> int:
 
 
 def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> list[CachedChunk]:
-    """The chunks of a step that are attended to here. There are none on a CPU or where cuDNN has no kernel."""
+    """Find the step's long chunks with a long cached context. The list is empty on a CPU and where cuDNN has no kernel."""
     block_size = next(iter(batch.kv[0].values())).shape[1]
     if not (batch.slots.is_cuda and cudnn.takes(dtype, dim, v_dim)) or SEGMENTS[-1] % block_size:
         return []
@@ -114,17 +116,19 @@ def _is_long(chunk: CachedChunk, least_products: int) -> bool:
 
 
 def _divide(chunk: CachedChunk) -> list[CachedChunk]:
-    """Pieces of similar length, of at most MAX_CHUNK tokens. The pool holds the earlier pieces too: they are part of the context
-    of a later piece."""
+    """Divide `chunk` into pieces of similar length, of at most MAX_CHUNK tokens.
+
+    A piece's context includes the earlier pieces, whose KV is in the pool already.
+    """
     num = len(chunk.tokens)
     size = _padded(-(-num // -(-num // MAX_CHUNK)), QUERY_STEP)
     return [CachedChunk(chunk.query, chunk.tokens[start : start + size], chunk.cached + start) for start in range(0, num, size)]
 
 
 def attend(q: torch.Tensor, cached: int, gather: Gather, scale: float, out: torch.Tensor) -> None:
-    """Attention of the chunk q [n, heads, dim] at positions cached .. cached + n - 1, into `out` [n, heads, v_dim].
+    """Attend from the chunk q [n, heads, dim] at positions cached .. cached + n - 1, and write into `out` [n, heads, v_dim].
 
-    `gather` reads the sequence's keys and values from the pool, which holds the chunk's own too. One segment is gathered at a
+    `gather` reads the sequence's keys and values from the KV pool, which holds the chunk's own too. One segment is gathered at a
     time, so memory does not grow with the context.
     """
     whole = cached - cached % SEGMENTS[-1]
@@ -148,9 +152,10 @@ def cut(whole: int) -> list[range]:
 
 
 def _causal(q: torch.Tensor, rest: int, keys_values: tuple[torch.Tensor, torch.Tensor], scale: float) -> Part:
-    """The chunk over itself and the `rest` keys before it: causal attention in which `rest` dummy rows precede the chunk.
+    """Attend from the chunk q to itself and to the `rest` keys before it, in one causal call.
 
-    Padding at the end is hidden from all rows by the causal mask. It is zero, so that 0 * padding is 0.
+    `rest` dummy query rows before the chunk make the call causal. The causal mask hides the padding at the end from all rows. The
+    padding is zero, so that 0 * padding is 0.
     """
     num = q.shape[0]
     padding = -(rest + num) % CAUSAL_STEP

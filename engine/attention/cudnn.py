@@ -1,7 +1,7 @@
-"""cuDNN's attention, called through torch, with each row's log-sum-exp; and the plain twin of that call.
+"""Calls cuDNN's attention through torch, with each row's log-sum-exp. The file also has the plain twin of the call.
 
-cuDNN plans a kernel the first time that it sees a combination of shapes and strides. A plan takes 65 to 90 ms, the first one of
-a process more than a second. Callers therefore pad to a few lengths, and warm those up while the engine is idle.
+cuDNN plans a kernel the first time that it sees a combination of shapes and strides. A plan takes 65 to 90 ms, and the first plan
+of a process more than a second. Callers therefore pad to a few lengths, and warm up these lengths while the engine is idle.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch
 
 from engine.kernels.merge_parts import Part
 
-MAX_HEAD = 128  # numbers of a head, for which every cuDNN version that torch 2.11 or later ships has a Hopper kernel
+MAX_HEAD = 128  # largest head for which every cuDNN version that torch 2.11 or later ships has a Hopper kernel
 DTYPES = (torch.bfloat16, torch.float16)
-LATENT_HEADS = (192, 128)  # DeepSeek's sizes of a query head and of a value head, for which there is a kernel too
+LATENT_HEADS = (192, 128)  # sizes of DeepSeek's query and value heads, for which cuDNN has a kernel too
 
 
 def takes(dtype: torch.dtype, dim: int, v_dim: int) -> bool:
@@ -23,9 +23,10 @@ def takes(dtype: torch.dtype, dim: int, v_dim: int) -> bool:
 
 
 def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> Part:
-    """q [T, heads, dim], k [S, kv_heads, dim], v [S, kv_heads, v_dim]. `causal` needs S = T: row i sees keys 0 .. i.
+    """Attend from q [T, heads, dim] to keys k [S, kv_heads, dim] and values v [S, kv_heads, v_dim].
 
-    On CUDA this is cuDNN: 685 TFLOP/s for 8,192 rows over 8,192 keys without a mask (docs/gpu.md). On a CPU it is the twin.
+    With `causal`, S must be T, and row i sees keys 0 .. i. On CUDA cuDNN computes this, at 685 TFLOP/s for 8,192 rows over 8,192
+    keys without a mask (docs/gpu.md). On a CPU the plain twin computes it.
     """
     if not q.is_cuda:
         return attend_part_plain(q, k, v, scale, causal=causal)
@@ -37,7 +38,7 @@ def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 
 
 def attend_part_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> Part:
-    """Compute what `attend_part` does in plain torch, in float32."""
+    """Compute the result of `attend_part` in plain torch, in float32."""
     group = q.shape[1] // k.shape[1]
     keys, values = (x.float().repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q.float(), keys) * scale

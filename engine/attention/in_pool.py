@@ -1,8 +1,9 @@
-"""Decode attention on a CPU that reads K and V directly from the pool, without copying them.
+"""Decode attention on a CPU that reads K and V directly from the KV pool, without copying them.
 
-One flash-attention call has the pool's blocks as its batch, each with the query of the row that owns the block. The results of a
-row's blocks are then merged by their log-sum-exps. Blocks between the used ones are computed in vain, so used blocks must be the
-majority; and a block that two rows share has no single owner. `plan` returns None in both cases.
+One flash-attention call takes the pool's KV blocks as its batch, each with the query of the row that owns the block. The results
+of a row's blocks are then merged by their log-sum-exps. The call also computes unused blocks between the used ones, in vain.
+`plan` therefore returns None unless at least half of the blocks are used. It also returns None if two rows share a block, since
+such a block has no single owner.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class InPool:
-    """A step's decode rows, planned for attention in the pool. D rows of up to W blocks."""
+    """The plan by which a step's D decode rows, of up to W KV blocks each, attend directly in the pool."""
 
-    begin: int  # blocks [begin, end) of the pool
+    begin: int  # the call computes blocks [begin, end) of the pool
     end: int
     owner: torch.Tensor  # [end - begin] int64: the decode row that owns each block; 0 for unused blocks
-    mask: torch.Tensor  # [end - begin, 1, 1, block_size]: -inf past the owner's last token
+    mask: torch.Tensor  # [end - begin, 1, 1, block_size]: added to scores; -inf past the owner's last token
     table: torch.Tensor  # [D, W] int64: each row's blocks, counted from `begin`
-    beyond: torch.Tensor  # [D, W, 1, 1]: -inf past a row's own blocks, else 0
+    beyond: torch.Tensor  # [D, W, 1, 1]: added to log-sum-exps; -inf past a row's own blocks, else 0
 
     def attend(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [D, kv_heads, query heads of each, dim], pools [num_blocks, block_size, kv_heads, dim] -> like q."""
+        """Attend from q [D, kv_heads, query heads of each, dim] to pools [num_blocks, block_size, kv_heads, dim].
+
+        The result has the shape of q.
+        """
         keys = k_pool[self.begin : self.end].transpose(1, 2)
         values = v_pool[self.begin : self.end].transpose(1, 2)
         queries = q.index_select(0, self.owner)
@@ -37,7 +41,10 @@ class InPool:
 
 
 def plan(rows: list[list[int]], kv_lens: list[int], block_size: int, dtype: torch.dtype) -> InPool | None:
-    """The plan for decode rows with these blocks and lengths, in tokens; None if K and V have to be gathered instead."""
+    """Plan attention for decode rows with the KV blocks `rows` and lengths `kv_lens`, in tokens.
+
+    Returns None if K and V have to be gathered instead.
+    """
     used = [block for blocks in rows for block in blocks]
     begin, end = min(used), max(used) + 1
     if len(set(used)) != len(used) or 2 * len(used) < end - begin:

@@ -1,7 +1,8 @@
-"""Plans latent attention of a step's chunks on CUDA: which latents are expanded together, and the tiles that attend to them.
+"""Plans latent attention of a step's chunks on CUDA: the groups of latents that are expanded together, and their query tiles.
 
-The latents of fresh prompts are the step's own and adjacent: one product expands them all. For chunks behind a cached prefix, the
-latents of prefix and chunk are gathered from the pool, for as many chunks together as EXPANDED_NUMBERS allows.
+The latents of prompts without a cached prefix are the step's own and adjacent, so one product expands all of these. For chunks
+behind a cached prefix, the latents of prefix and chunk are gathered from the KV pool, for as many chunks together as
+EXPANDED_NUMBERS allows.
 """
 
 from __future__ import annotations
@@ -15,25 +16,24 @@ from engine.attention.upload import upload
 from engine.batch import ForwardBatch
 from engine.kernels.query_tiles import cut_tiles
 
-EXPANDED_NUMBERS = 1 << 27  # most numbers of expanded keys and values in memory at a time, unless one chunk needs more
+EXPANDED_NUMBERS = 1 << 27  # most numbers of expanded keys and values at a time, unless a single chunk needs more
 
 
 @dataclass(frozen=True, slots=True)
 class LatentGroup:
-    """Latents that one product expands, and the tiles that attend to them."""
+    """A group of latents that one product expands, and the query tiles that attend to these latents."""
 
     rows: range  # without `slots`: the tokens of the step whose latents are expanded; with `slots`: range(L)
-    slots: torch.Tensor | None  # [L] int64: the pool slots to gather; None for the step's own latents
-    tiles: torch.Tensor | None  # [3, N] int32, as `mla_prefill` takes them; None if cuDNN attends to all of the group's chunks
+    slots: torch.Tensor | None  # [L] int64: the KV pool's slots to gather; None for the step's own latents
+    tiles: torch.Tensor | None  # [3, N] int32, for `mla_prefill`; None if cuDNN attends from all chunks of the group
 
 
 def plan_groups(batch: ForwardBatch, elsewhere: list[range], *, tile_q: int, token_numbers: int) -> list[LatentGroup]:
-    """The groups of a step's chunks.
+    """Plan the groups of a step's chunks.
 
-    `elsewhere` are the tokens of chunks that cuDNN attends to. They get no tiles; the latents of fresh prompts among them are
-    expanded with the others.
-    `tile_q` is the number of tokens of a tile, `token_numbers` that of the numbers (keys and values) that one latent expands
-    to.
+    `elsewhere` lists the tokens of each chunk from which cuDNN attends. These chunks get no tiles, but if they have no cached
+    prefix, their latents are expanded with the others. A tile has `tile_q` tokens. One latent expands to `token_numbers` numbers
+    of keys and values.
     """
     starts = list(itertools.accumulate(batch.query_lens_host, initial=0))
     chunks = range(batch.num_decodes, batch.num_queries)
@@ -53,7 +53,10 @@ def plan_groups(batch: ForwardBatch, elsewhere: list[range], *, tile_q: int, tok
 
 
 def _parts(queries: list[int], lens: list[int], most: int) -> list[list[int]]:
-    """Cut `queries` into runs of at most `most` tokens by `lens`; a query with more tokens is a run of its own."""
+    """Cut `queries` into runs of at most `most` tokens together. `lens` has the tokens of each query of the batch.
+
+    A query with more tokens than `most` is a run of its own.
+    """
     parts: list[list[int]] = []
     total = 0
     for query in queries:
@@ -66,7 +69,7 @@ def _parts(queries: list[int], lens: list[int], most: int) -> list[list[int]]:
 
 
 def _slots(batch: ForwardBatch, queries: list[int]) -> torch.Tensor:
-    """The pool slots of all tokens of these sequences, one sequence after another: [L] int64."""
+    """List the KV pool's slots of all tokens of the sequences `queries`, one sequence after another -> [L] int64."""
     block_size = next(iter(batch.kv[0].values())).shape[1]
     lens = [batch.kv_lens_host[q] for q in queries]
     owners = torch.repeat_interleave(torch.tensor(queries), torch.tensor(lens))
@@ -77,9 +80,9 @@ def _slots(batch: ForwardBatch, queries: list[int]) -> torch.Tensor:
 
 
 def _tiles(batch: ForwardBatch, key_starts: dict[int, int], tile_q: int) -> torch.Tensor | None:
-    """The tiles of `mla_prefill` for the queries in `key_starts`, which has the row of each query's first expanded latent."""
+    """Cut tiles for `mla_prefill`. `key_starts` maps each query to the row of its first expanded latent."""
     tiles = cut_tiles(key_starts, batch.query_lens_host, batch.kv_lens_host, tile_q)
     if not tiles:
         return None
-    rows = [(query, first, key_starts.get(query, 0)) for query, first in tiles]  # 0 for tiles that only pad
+    rows = [(query, first, key_starts.get(query, 0)) for query, first in tiles]  # padding tiles get 0
     return upload(torch.tensor(rows, dtype=torch.int32).T.contiguous(), batch.slots.device)

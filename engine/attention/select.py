@@ -1,4 +1,4 @@
-"""Chooses the attention implementation for a model's pools and a device. Triton is imported only if it is chosen."""
+"""Chooses the attention implementation for a model's KV pools and a device. Triton is imported only if it is chosen."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from engine.kernels.hardware import processors
 
 log = logging.getLogger("tidegate.engine")
 
-MIN_TRITON_BLOCK = 16  # tokens of a block, and numbers of a head: the smallest tile of a tensor core
-MAX_HEAD_BYTES = 512  # of one head's K or V: larger tiles do not fit into shared memory
+MIN_TRITON_BLOCK = 16  # fewest tokens of a KV block, and fewest numbers of a head: the smallest tile of a tensor core
+MAX_HEAD_BYTES = 512  # most bytes of one head's K or V of a token: larger tiles do not fit into shared memory
 
 
 class _Kind(NamedTuple):
-    """The implementations of one kind of attention."""
+    """The plain torch and the Triton implementation of one kind of attention."""
 
     plain: Callable[[], PagedAttention[Any]]
-    triton: tuple[str, str]  # module and class, constructed with the number of multiprocessors
+    triton: tuple[str, str]  # module and class; the class is constructed with the number of multiprocessors
 
 
 _KINDS = {
@@ -36,12 +36,12 @@ _KINDS = {
 
 
 def plain(pools: list[PoolSpec]) -> PagedAttention[Any]:
-    """The plain torch implementation for a layer with `pools`, on any device."""
+    """Make the plain torch implementation for layers with KV pools `pools`. It runs on any device."""
     return _kind(pools).plain()
 
 
 def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> PagedAttention[Any]:
-    """The fastest implementation for a layer with `pools` on `device`.
+    """Make the fastest implementation for layers with KV pools `pools` on `device`.
 
     Raises ConfigError for a block size that the device's kernels do not support.
     """
@@ -74,7 +74,8 @@ def _kind(pools: list[PoolSpec]) -> _Kind:
 
 
 def _has_kernel(pool: PoolSpec) -> bool:
-    """Whether the kernels support the pool's vectors: powers of two of at least 16 numbers, heads of at most 512 bytes."""
+    """Whether the Triton kernels support the KV pool's vectors: powers of two of at least 16 numbers, and at most 512 bytes a
+    head."""
     if not pool.parts and pool.shape[-1] * pool.dtype.itemsize > MAX_HEAD_BYTES:
         return False
     return all(size >= MIN_TRITON_BLOCK and not size & (size - 1) for size in pool.parts or pool.shape[-1:])

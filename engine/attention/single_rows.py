@@ -20,9 +20,9 @@ def is_finite(out: torch.Tensor) -> bool:
 
 
 def decode_rows(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, batch: ForwardBatch, scale: float) -> torch.Tensor:
-    """Attend from q [D, heads, dim] of the first D queries of `batch`, which are decodes -> [D, heads, v_dim].
+    """Attend from q [D, heads, dim], the first D queries of `batch`, which are decodes -> averaged values [D, heads, v_dim].
 
-    The pools are [num_blocks, block_size, kv_heads, dim or v_dim].
+    The KV pools are [num_blocks, block_size, kv_heads, dim or v_dim].
     """
     rows = [_decode_row(row, q, k_pool, v_pool, batch, scale) for row in range(q.shape[0])]
     return torch.cat(rows)

@@ -1,6 +1,6 @@
-"""Grouped-query attention in plain torch: what a CPU runs, and the twin of `triton_gqa.py`.
+"""Grouped-query attention in plain torch. CPUs run this implementation, and it is the plain twin of `triton_gqa.py`.
 
-`torch_step.py` says how a step is planned.
+`torch_step.py` plans a step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from engine.batch import ForwardBatch, LayerPools
 
 
 class TorchGqa(TorchPaged):
-    """Implements PagedGqa."""
+    """Grouped-query attention in plain torch, on any device. Implements PagedGqa."""
 
     def prepare(self, batch: ForwardBatch) -> TorchGqaStep:
         return TorchGqaStep(GatheredStep.of(batch))
 
 
 class TorchGqaStep:
-    """Implements GqaStep."""
+    """Grouped-query attention for the tokens of one step, in plain torch. Implements GqaStep."""
 
     def __init__(self, step: GatheredStep) -> None:
         self._step = step

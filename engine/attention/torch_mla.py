@@ -1,6 +1,6 @@
-"""Multi-head latent attention in plain torch: what a CPU runs, and the twin of `triton_mla.py`.
+"""Multi-head latent attention in plain torch. CPUs run this implementation, and it is the plain twin of `triton_mla.py`.
 
-`torch_step.py` says how a step is planned. A decode attends in latent space: the key expansion is applied to the query before
+`torch_step.py` plans a step. A decode attends in latent space: the key expansion is applied to the query before
 attention (`absorb`), and the value expansion to the averaged latents after it (`expand_output`). A prefill chunk expands its
 sequence's latents to keys and values (`expand_latent`). Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1).
 """
@@ -14,14 +14,14 @@ from engine.batch import ForwardBatch, LayerPools
 
 
 class TorchMla(TorchPaged):
-    """Implements PagedMla."""
+    """Multi-head latent attention in plain torch, on any device. Implements PagedMla."""
 
     def prepare(self, batch: ForwardBatch) -> TorchMlaStep:
         return TorchMlaStep(GatheredStep.of(batch))
 
 
 class TorchMlaStep:
-    """Implements MlaStep."""
+    """Multi-head latent attention for the tokens of one step, in plain torch. Implements MlaStep."""
 
     def __init__(self, step: GatheredStep) -> None:
         self._step = step
@@ -44,18 +44,21 @@ class TorchMlaStep:
 
 
 def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """q [D, heads, nope + rope] -> [W_k^T q_nope | q_rope], [D, heads, rank + rope]: since q . (W_k c) = (W_k^T q) . c."""
+    """Move the key expansion W_k of kv_b to the queries, since q . (W_k c) = (W_k^T q) . c.
+
+    q [D, heads, nope + rope] -> [W_k^T q_nope | q_rope], [D, heads, rank + rope].
+    """
     q_latent = torch.bmm(q[..., :nope].transpose(0, 1), kv_b[:, :nope]).transpose(0, 1)  # [D, heads, rank]
     return torch.cat((q_latent, q[..., nope:]), -1)
 
 
 def expand_output(mixed: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """mixed [D, heads, rank], the averaged latents -> W_v mixed, [D, heads, v_dim]: the average of expanded values."""
+    """Expand averaged latents, mixed [D, heads, rank], by W_v of kv_b to averages of values, [D, heads, v_dim]."""
     return torch.bmm(mixed.transpose(0, 1), kv_b[:, nope:].transpose(1, 2)).transpose(0, 1)
 
 
 def expand_latent(cached: torch.Tensor, kv_b: torch.Tensor, nope: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cached [L, rank + rope] -> keys [heads, L, nope + rope], values [heads, L, v_dim]"""
+    """Expand records, cached [L, rank + rope], to keys [heads, L, nope + rope] and values [heads, L, v_dim]."""
     heads, _, rank = kv_b.shape
     expanded = torch.matmul(cached[:, :rank], kv_b.transpose(1, 2))  # [heads, L, nope + v_dim]
     shared = cached[:, rank:].expand(heads, -1, -1)

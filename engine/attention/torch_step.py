@@ -1,10 +1,10 @@
-"""What plain torch attention shares between its two kinds: which rows and blocks a step reads, and attention over them.
+"""Plain torch attention of one step. Grouped-query and latent attention share this code, which finds the KV and attends to it.
 
-    decodes   on a CPU directly from the pool, where `in_pool.py` can do that. Otherwise decode rows of similar length form a
-              group: their K and V are gathered, [n, kv_heads, L, dim], or viewed if one row's blocks are adjacent. The query
-              heads that share a K/V head take the place of query positions.
-    chunks    one by one. K and V of a fresh prompt are the step's own; behind a cached prefix they are gathered, and a mask
-              makes attention causal.
+    decodes   A CPU reads K and V directly from the KV pool if `in_pool.py` can do that. Otherwise decode rows of similar length
+              form a group: their K and V are gathered, [n, kv_heads, L, dim], or viewed if one row's blocks are adjacent. The
+              query heads that share a K/V head take the place of query positions.
+    chunks    Chunks are computed one by one. Without a cached prefix, K and V are the step's own. Behind a cached prefix, K and V
+              are gathered, and a mask makes attention causal.
 
 Pools must hold finite numbers from the start, zeros for example: a masked position has weight 0, and 0 times NaN is NaN.
 """
@@ -21,20 +21,20 @@ from engine.attention.single_rows import decode_rows, is_finite
 from engine.batch import ForwardBatch, WarmupChunk
 from engine.errors import InternalError
 
-GROUP_NUMBERS = 1 << 20  # most numbers of gathered K (or V) of a group of decodes: what a CPU core's cache holds
+GROUP_NUMBERS = 1 << 20  # most numbers of K (or V) that are gathered for a group of decodes: a CPU core's cache holds as many
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where to read the K and V of a set of rows: either adjacent slots of one row, or blocks to gather."""
+    """Where to read the K and V of a set of rows: either adjacent slots of one row, or KV blocks to gather."""
 
     rows: int
-    length: int  # tokens of each row; shorter rows have further, meaningless tokens
+    length: int  # tokens that are read of each row; those past a shorter row's end are meaningless
     start: int | None  # the first slot, if the slots are adjacent
-    blocks: torch.Tensor | None  # [rows * blocks of a row] int64 otherwise
+    blocks: torch.Tensor | None  # [rows * blocks of a row] int64: the blocks to gather, if `start` is None
 
     def read(self, pool: torch.Tensor) -> torch.Tensor:
-        """pool [num_blocks, block_size, heads, dim] -> [rows, heads, length, dim]"""
+        """Read the rows' K or V from pool [num_blocks, block_size, heads, dim] -> [rows, heads, length, dim]."""
         if self.start is not None:
             return pool.flatten(0, 1)[self.start : self.start + self.length].transpose(0, 1).unsqueeze(0)
         assert self.blocks is not None
@@ -44,7 +44,7 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Decode rows [begin, end), counted in ascending order of length."""
+    """A group of decode rows that one call computes: rows [begin, end), counted in ascending order of length."""
 
     begin: int
     end: int
@@ -54,16 +54,16 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """A prefill chunk: tokens [begin, end) of the step."""
+    """A prefill chunk, which is tokens [begin, end) of the step."""
 
     begin: int
     end: int
     source: _Source | None  # None for a prompt's first chunk: K and V are the step's own
-    mask: torch.Tensor | None  # [end - begin, L] bool; None for a prompt's first chunk: plain causal attention
+    mask: torch.Tensor | None  # [end - begin, L] bool, true where a token sees a key; None for a prompt's first chunk
 
 
 class TorchPaged:
-    """What TorchGqa and TorchMla have in common. Neither can be captured, since they read lengths on the host."""
+    """Base class of TorchGqa and TorchMla. A CUDA graph can hold neither, since both read lengths on the host."""
 
     graphable = False
     graph_tokens = 0
@@ -74,7 +74,7 @@ class TorchPaged:
 
 @dataclass(frozen=True, slots=True)
 class GatheredStep:
-    """The decodes and chunks of one step, and where their K and V are."""
+    """The plan of one step: its decodes and chunks, and where the K and V of each are."""
 
     batch: ForwardBatch
     num_decodes: int
@@ -85,14 +85,16 @@ class GatheredStep:
 
     @staticmethod
     def of(batch: ForwardBatch) -> GatheredStep:
-        """Raises InternalError for a captured batch, whose lengths only the device knows."""
+        """Plan the step of `batch`. Raises InternalError for a step captured in a CUDA graph, whose lengths only the device
+        knows."""
         if batch.by_length:
             raise InternalError("plain torch attention cannot serve a captured batch: it needs the lengths on the host")
         per_token = max(pool[0, 0].numel() for pool in batch.kv[0].values())
         num_blocks, block_size = next(iter(batch.kv[0].values())).shape[:2]
-        # Table entries past a row's own blocks are arbitrary. Clamped, they are safe to read, and the masks hide what is read.
+        # Table entries past a row's own blocks are arbitrary. Clamped entries are safe to read, and masks hide the KV behind
+        # them.
         tables = batch.block_tables.long().clamp_(0, num_blocks - 1)
-        # Only a CPU's tables are read on the host; another device would have to be waited for.
+        # The host reads tables only if they are on a CPU: it would have to wait for another device.
         runs = tables.tolist() if tables.device.type == "cpu" else None
         reader = _TableReader(tables, runs, block_size)
         in_pool = _in_pool(batch, reader) if runs is not None and batch.num_decodes > 1 else None
@@ -108,9 +110,10 @@ class GatheredStep:
         )
 
     def decode(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [D, heads, dim], pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim]. Both pools may be one tensor.
+        """Attend from the decodes q [D, heads, dim] to pools [num_blocks, block_size, kv_heads, dim] -> [D, heads, dim].
 
-        Rows are computed one by one if the result is not finite: NaN in the KV of one row must not reach another.
+        Both pools may be the same tensor. If the result is not finite, rows are computed again one by one: NaN in the KV of one
+        row must not reach another row.
         """
         out = self._decode_together(q, k_pool, v_pool, scale)
         masked = self.in_pool is not None or any(group.mask is not None for group in self.groups)
@@ -136,14 +139,14 @@ class GatheredStep:
 
 @dataclass(frozen=True, slots=True)
 class _TableReader:
-    """The block tables of a step."""
+    """Finds the K and V of rows by the KV block tables of a step."""
 
-    tables: torch.Tensor  # [B, max_blocks] int64
-    runs: list[list[int]] | None  # the same on the host; None if the tables are not on a CPU
+    tables: torch.Tensor  # [B, max_blocks] int64: the KV block numbers of each query's sequence
+    runs: list[list[int]] | None  # the same tables as lists on the host; None if the tables are not on a CPU
     block_size: int
 
     def source(self, rows: list[int], length: int) -> _Source:
-        """Where the first `length` tokens of each of `rows` are."""
+        """Find where the first `length` tokens of each of `rows` are in the KV pools."""
         count = -(-length // self.block_size)
         if len(rows) == 1 and self.runs is not None:
             blocks = self.runs[rows[0]][:count]
@@ -153,7 +156,8 @@ class _TableReader:
 
 
 def _groups(order: list[int], batch: ForwardBatch, reader: _TableReader, max_tokens: int) -> list[_Group]:
-    """Cut the decode rows, shortest first, into groups. A group ends before padding doubles its work or it outgrows the cache."""
+    """Cut the decode rows, shortest first, into groups. A group ends before padding doubles its work or its KV exceeds
+    `max_tokens`."""
     lens = [batch.kv_lens_host[row] for row in order]
     groups, begin = [], 0
     for end in range(1, len(order) + 1):
@@ -194,14 +198,14 @@ def _chunks(batch: ForwardBatch, reader: _TableReader) -> list[_Chunk]:
 
 
 def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """q [T, heads, dim], k [kv_heads, L, dim], v [kv_heads, L, v_dim] -> [T, heads, v_dim].
+    """Attend from a chunk's q [T, heads, dim] to k [kv_heads, L, dim] and v [kv_heads, L, v_dim] -> [T, heads, v_dim].
 
-    mask [T, L] is true where a token sees a position; without a mask, T = L and attention is causal. K/V heads take the place
-    of the batch, and the query heads that share one see a view of it, so that K and V are not repeated in memory.
+    mask [T, L] is true where a token sees a position. Without a mask, T = L and attention is causal. K/V heads take the place of
+    the batch. The query heads that share a K/V head get a view of its K and V, so that these are not repeated in memory.
     """
     kv_heads, shared, v_dim = k.shape[0], q.shape[1] // k.shape[0], v.shape[2]
     if v.device.type == "cpu" and v_dim < k.shape[2]:
-        # torch's blocked kernel needs equal dims. The other kernel keeps all scores in memory at once, at a third of the speed.
+        # torch's blocked kernel needs K and V of equal dims. The other kernel keeps all scores in memory, and is a third as fast.
         v = F.pad(v, (0, k.shape[2] - v_dim))
     queries = q.view(-1, kv_heads, shared, q.shape[2]).permute(1, 2, 0, 3)  # [kv_heads, shared, T, dim]
     keys = k.unsqueeze(1).expand(-1, shared, -1, -1)

@@ -4,7 +4,8 @@ decodes               `kernels/paged_decode.py`
 chunks                `kernels/paged_prefill.py`, all in one launch
 long whole prompts    cuDNN (`long_prompts.py`), outside CUDA graphs
 long cached contexts  cuDNN (`cached_context.py`), outside CUDA graphs: long chunks behind a long context
-captured mixed steps  both kernels over all queries: a query of one token is a decode. Lengths are read on the device.
+captured mixed steps  both kernels run over all queries of a step in a CUDA graph, and read lengths on the device: a query of one
+                      token is a decode
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ Tiles = tuple[torch.Tensor, torch.Tensor]
 
 
 class TritonGqa:
-    """Implements PagedGqa."""
+    """Grouped-query attention on CUDA, by Triton kernels and cuDNN. Implements PagedGqa."""
 
     graphable = True
     graph_tokens = 2048  # the kernels of a larger step take longer than their launches, so a graph would gain nothing
 
     def __init__(self, num_processors: int) -> None:
-        """`num_processors`: multiprocessors of the device, which decide into how many parts a long sequence is cut."""
+        """`num_processors` is the number of multiprocessors. It decides into how many parts a decode's sequence is cut."""
         self._num_processors = num_processors
 
     def prepare(self, batch: ForwardBatch) -> TritonGqaStep:
@@ -44,12 +45,15 @@ class TritonGqa:
 
 
 class TritonGqaStep:
-    """Implements GqaStep. The first layer's call cuts the tiles and finds the long prompts; later layers reuse them."""
+    """Grouped-query attention of one step on CUDA. Implements GqaStep.
+
+    The call of the first layer cuts the tiles and finds the long chunks. The calls of later layers reuse both.
+    """
 
     def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
         self._batch = batch
         self._num_processors = num_processors
-        self._tiles: dict[int, Tiles | None] = {}  # by tokens of a tile; None if no query needs tiles
+        self._tiles: dict[int, Tiles | None] = {}  # the key is a tile's number of tokens; None if no query needs tiles
         self._long: LongChunks | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pools: LayerPools, *, scale: float) -> torch.Tensor:
@@ -77,7 +81,8 @@ class TritonGqaStep:
         return out
 
     def _attend_captured(self, q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, scale: float) -> torch.Tensor:
-        """For a captured batch: queries of two or more tokens by `paged_prefill`, the others by `paged_decode`."""
+        """Attend from a step captured in a CUDA graph: `paged_prefill` takes queries of two or more tokens, `paged_decode` the
+        others."""
         batch, heads, kv_heads = self._batch, q.shape[1], k_pool.shape[2]
         tile_q, starts = tile_tokens(heads, kv_heads), batch.query_starts
         tiles = self._tiles.get(tile_q)
@@ -104,7 +109,7 @@ class TritonGqaStep:
         return gather
 
     def _chunk_tiles(self, tile_q: int, long: LongChunks) -> Tiles | None:
-        """The tiles of the step's chunks, without those that cuDNN attends to."""
+        """Cut the step's chunks into tiles, except the chunks from which cuDNN attends. Returns None if there are no others."""
         if tile_q not in self._tiles:
             batch = self._batch
             starts = list(itertools.accumulate(batch.query_lens_host, initial=0))

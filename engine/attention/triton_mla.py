@@ -1,10 +1,10 @@
 """Multi-head latent attention on CUDA, by our Triton kernels and cuDNN. `torch_mla.py` is the plain twin.
 
-decodes               in latent space, from the pool: `kernels/mla_decode.py` between two products of `kernels/latent_products.py`
+decodes               in latent space, from the KV pool: `kernels/mla_decode.py` between two products of `latent_products.py`
 chunks                over latents expanded to keys and values: `kernels/mla_prefill.py`, planned by `latent_chunks.py`
 long whole prompts    over expanded latents too, by cuDNN (`long_prompts.py`), outside CUDA graphs
 long cached contexts  likewise, segment by segment (`cached_context.py`): long chunks behind a long context
-captured mixed steps  everything in latent space: `kernels/mla_mixed.py`. Lengths are read on the device.
+captured mixed steps  in a CUDA graph all queries attend in latent space: `kernels/mla_mixed.py` reads lengths on the device
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from engine.kernels.query_tiles import map_tiles
 
 
 class TritonMla:
-    """Implements PagedMla."""
+    """Multi-head latent attention on CUDA, by Triton kernels and cuDNN. Implements PagedMla."""
 
     graphable = True
     # A graph cannot expand the latents of chunks, and without expansion a large chunk costs more arithmetic than a graph saves.
     graph_tokens = 1024
 
     def __init__(self, num_processors: int) -> None:
-        """`num_processors`: multiprocessors of the device, which decide into how many splits a sequence is cut."""
+        """`num_processors` is the number of multiprocessors. It decides into how many splits a decode's sequence is cut."""
         self._num_processors = num_processors
 
     def prepare(self, batch: ForwardBatch) -> TritonMlaStep:
@@ -43,12 +43,15 @@ class TritonMla:
 
 
 class TritonMlaStep:
-    """Implements MlaStep. The first layer's call plans tiles, groups and long prompts; later layers reuse them."""
+    """Multi-head latent attention of one step on CUDA. Implements MlaStep.
+
+    The call of the first layer plans tiles, groups of latents and long chunks. The calls of later layers reuse all of these.
+    """
 
     def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
         self._batch = batch
         self._num_processors = num_processors
-        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # for captured steps, by tokens of a tile
+        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a captured step; the key is a tile's tokens
         self._groups: list[LatentGroup] | None = None
         self._long: LongChunks | None = None
 
@@ -98,7 +101,7 @@ class TritonMlaStep:
     def _chunks(
         self, out: torch.Tensor, q: torch.Tensor, latent: torch.Tensor, kv_b: torch.Tensor, pool: torch.Tensor, scale: float
     ) -> None:
-        """The step's chunks, into their rows of `out` [T, heads, v_dim]."""
+        """Attend from the step's prefill chunks, and write the result into the chunks' rows of `out` [T, heads, v_dim]."""
         batch, (heads, width, rank) = self._batch, kv_b.shape
         nope = q.shape[2] - (latent.shape[1] - rank)
         tile, long = choose_tile(q.dtype), self._long_chunks(q, kv_b, nope)
@@ -119,7 +122,7 @@ class TritonMlaStep:
             cached_context.attend(q[tokens], chunk.cached, gather, scale, out[tokens])
 
     def _gatherer(self, query: int, pool: torch.Tensor, kv_b: torch.Tensor, nope: int) -> cached_context.Gather:
-        """Reads a sequence's latents and expands them to keys and values."""
+        """Make a function that reads a range of a sequence's latents from the KV pool and expands them to keys and values."""
         table, block_size, rank = self._batch.block_tables[query], pool.shape[1], kv_b.shape[2]
 
         def gather(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +140,7 @@ class TritonMlaStep:
 
 
 def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
-    """latents [L, rank + rope] -> every head's key [nope] and value, [L, heads, nope + v_dim], in one product."""
+    """Expand records [L, rank + rope] to every head's key [nope] and value, [L, heads, nope + v_dim], in one product."""
     heads, width, rank = kv_b.shape
     return F.linear(latents[:, :rank], kv_b.flatten(0, 1)).view(-1, heads, width)
 
@@ -145,9 +148,9 @@ def expand_all(latents: torch.Tensor, kv_b: torch.Tensor) -> torch.Tensor:
 def attend_prompts(
     q: torch.Tensor, latents: torch.Tensor, expanded: torch.Tensor, rank: int, scale: float, num: int = 1
 ) -> torch.Tensor:
-    """`long_prompts.attend` for `num` prompts of one length: [T, heads, v_dim].
+    """Attend causally within each of `num` prompts of one length, by `long_prompts.attend` -> [T, heads, v_dim].
 
-    latents [T, rank + rope] are the prompts' records, expanded [T, heads, nope + v_dim] the result of `expand_all` for them.
+    latents [T, rank + rope] are the prompts' records. expanded [T, heads, nope + v_dim] is the result of `expand_all` for them.
     """
     nope = q.shape[2] - (latents.shape[1] - rank)
     return long_prompts.attend(q, build_keys(expanded, latents, nope, rank), expanded[:, :, nope:], scale, num)

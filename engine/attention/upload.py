@@ -1,4 +1,4 @@
-"""Copies of small host tensors to the device, for attention that plans a step on the host."""
+"""Copies small host tensors to the device, for attention that plans a step on the host."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of `host` on `device`. On CUDA the copy goes through pinned memory, so that the host does not wait for it."""
+    """Copy the tensor `host` to `device`. On CUDA the copy goes through pinned memory, so that the host does not wait for it."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -12,33 +12,40 @@ from engine.batch import ForwardBatch, PoolSpec, WarmupChunk
 class Backend(Protocol):
     @property
     def graphable(self) -> bool:
-        """Whether a CUDA graph can hold `forward` of a batch of decodes, because it never waits for the device."""
+        """Whether `forward` of a batch of decodes never waits for the device, so that a CUDA graph can hold it."""
         ...
 
     @property
     def graph_tokens(self) -> int:
-        """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if mixed steps cannot be
-        captured. Such a step is a batch `by_length`."""
+        """Largest mixed step (decodes and prefill chunks), in tokens, that a CUDA graph may hold; 0 if none can be captured.
+
+        The batch of such a step has `by_length` set.
+        """
         ...
 
     def warmup_chunks(self, max_tokens: int, max_len: int) -> list[WarmupChunk]:
-        """Prefill chunks to run as a warm-up: one of each kind whose first chunk takes longer than later ones.
+        """List the prefill chunks to run as a warm-up: one of each kind whose first chunk takes longer than later chunks.
 
-        `max_tokens` is the longest chunk of a step, and `max_len` the longest context. Empty if there is no such kind.
+        `max_tokens` is the longest chunk of a step, and `max_len` the longest context, both in tokens. The list may be empty.
         """
         ...
 
     def kv_pools(self) -> list[list[PoolSpec]]:
-        """The pools of the KV cache, a list for each layer."""
+        """Describe the pools of the KV cache: a list for each layer."""
         ...
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run all layers and write the step's KV into the pools of `batch`. Returns the hidden states for `logits`: [T, H] of all
-        tokens, or [S, H] of the tokens of `batch.read` if it is set."""
+        """Run all layers and write the step's KV into the KV pools of `batch`. Returns hidden states, the input of `logits`.
+
+        They are [T, H] of all tokens, or [S, H] of the tokens of `batch.read` if that is set.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [N, H] -> logits [N, V] in the model's own dtype, which the caller may overwrite; in `out` if it is given."""
+        """Compute logits [N, V], in the model's own dtype, from hidden [N, H]. The caller may overwrite the logits.
+
+        They are written to `out` if that is given.
+        """
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The torch backend runs a model of `engine.models`."""
+"""The torch backend: it runs the forward pass of a model of `engine.models`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ class TorchBackend:
         return self._model.logits(hidden, out)
 
     def close(self) -> None:
-        """Does nothing: the garbage collector frees the model."""
+        """Do nothing, since the garbage collector frees the model."""
 
 
 def load(spec: ModelSpec, config: EngineConfig, device: torch.device, progress: Progress = no_report) -> TorchBackend:
-    """Build the model of `spec` on `device` and fill it with the weights of the checkpoint `config.model`, or with random weights
-    if `load_format` is "dummy". Raises CheckpointError if the weights do not fit or cannot be read."""
+    """Build the model of `spec` on `device`, and load the weights of the checkpoint `config.model`.
+
+    If `load_format` is "dummy", the weights are random. Raises CheckpointError if the weights do not fit or cannot be read.
+    """
     dtype: torch.dtype = getattr(torch, config.dtype)
     capacity.check(spec, dtype=dtype, device=device)
     with torch.inference_mode():

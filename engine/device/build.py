@@ -1,4 +1,4 @@
-"""Builds a runner from a config: loads the model, and gives the KV cache the memory that steps leave."""
+"""Builds a runner from a config: loads the model, and allocates the KV cache in the memory that steps do not need."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ from engine.startup import StartupClock
 log = logging.getLogger("tidegate.engine")
 
 SMALLER_STEPS = "lower scheduler.max_step_tokens, scheduler.max_num_seqs or max_model_len"
-MAX_BLOCKS = 1 << 18  # limit for a tiny model on a large device: more blocks would never be used and cost host memory
+MAX_BLOCKS = 1 << 18  # most KV blocks; a tiny model on a large device would never use more, and each costs host memory
 
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
-    """Load the model of `config` and return its runner, with a KV cache of `cache.num_blocks` or else as large as the memory
-    allows. Raises ConfigError for settings that cannot work on this device."""
+    """Load the model of `config` and return its runner. Raises ConfigError for settings that cannot work on this device.
+
+    The KV cache has `cache.num_blocks` blocks, or as many as the memory allows if that is not set.
+    """
     clock = clock or StartupClock()
     spec = read_spec(config.model)
     limits = spec.limits()
@@ -45,7 +47,7 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         torch.set_num_threads(_num_threads())
     clock.end("config")
     if device.type == "cuda":
-        importlib.import_module("engine.kernels.compiles").report(clock.progress)  # not every machine has Triton
+        importlib.import_module("engine.kernels.compiles").report(clock.progress)  # by name: not every machine has Triton
     backend = load(spec, config, device, clock.progress)
     clock.end("weights")
     num_blocks = config.cache.num_blocks
@@ -81,7 +83,7 @@ def _allocate(backend: Backend, config: EngineConfig, *, param: str) -> KVStorag
 
 
 def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
-    """The number of blocks that fit: into `cache.host_bytes` on a CPU, into a fraction of the free device memory on CUDA."""
+    """Compute how many KV blocks fit into `cache.host_bytes` on a CPU, or into a fraction of the free device memory on CUDA."""
     each, param = block_bytes(backend.kv_pools(), config.cache.block_size), _memory_param(config)
     if config.device == "cpu":
         available, remedy = config.cache.host_bytes, "raise it"
@@ -96,12 +98,12 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
 
 
 def _memory_param(config: EngineConfig) -> str:
-    """The setting that decides the size of the KV cache if `cache.num_blocks` is not set."""
+    """Return the name of the setting that decides the size of the KV cache if `cache.num_blocks` is not set."""
     return "cache.host_bytes" if config.device == "cpu" else "cache.memory_fraction"
 
 
 def _free_on_cuda(backend: Backend, config: EngineConfig, limits: ModelLimits) -> int:
-    """`free_beside_steps` of the CUDA device. Raises ConfigError if the largest steps do not fit."""
+    """Measure the free bytes of the CUDA device by `free_beside_steps`. Raises ConfigError if the largest steps do not fit."""
     try:
         return free_beside_steps(backend, config, limits, CudaMemory())
     except torch.cuda.OutOfMemoryError as error:
@@ -116,12 +118,12 @@ def _free_on_cuda(backend: Backend, config: EngineConfig, limits: ModelLimits) -
 
 @torch.inference_mode()
 def free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimits, probe: MemoryProbe) -> int:
-    """Bytes of device memory that are free whatever steps run, measured by running the largest steps and capturing graphs."""
+    """Measure the bytes of device memory that no step uses, by running the largest steps and capturing CUDA graphs."""
     block_size, device = config.cache.block_size, torch.device(config.device)
     storage = KVStorage(backend.kv_pools(), num_blocks=1, block_size=block_size, device=device)
     eager = TorchRunner(backend, storage, msgspec.structs.replace(config, cuda_graphs=False), limits)
     graphs = TorchRunner(backend, storage, config, limits).graphs
-    # No request can be longer than the tokens that all free memory holds.
+    # No request can have more tokens than a KV cache in all free memory would hold.
     held = max(1, probe.free() // block_bytes(backend.kv_pools(), block_size)) * block_size
     sizes = TrialLimits(
         max_rows=config.scheduler.max_num_seqs,
@@ -150,11 +152,11 @@ def _run(runner: TorchRunner, plan: StepPlan) -> None:
 
 
 def _num_threads() -> int:
-    """Threads for torch: OMP_NUM_THREADS if it is set, else the number of CPUs that this process may use."""
+    """Choose torch's number of threads: OMP_NUM_THREADS if it is set, else the number of CPUs that this process may use."""
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max period"
+    limit = Path("/sys/fs/cgroup/cpu.max")  # holds "quota period" in microseconds, or "max period"
     quota, period = limit.read_text().split() if limit.exists() else ("max", "1")
     return available if quota == "max" else max(1, min(available, math.ceil(int(quota) / int(period))))
 

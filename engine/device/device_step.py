@@ -13,14 +13,14 @@ from engine.sampling.logprobs import LogprobTensors, to_records
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Start a copy to the host. On CUDA the copy may be read once the step is done; on a CPU it is `tensor` itself."""
+    """Start a copy of `tensor` to the host. On CUDA the copy may be read once the step is done. On a CPU `tensor` is returned."""
     if not tensor.is_cuda:
         return tensor
     return pinned(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
 
 
 class ReportedLogprobs(NamedTuple):
-    """Log-probabilities of N positions, on the host once the step is done."""
+    """Log-probabilities of N positions. The values are on the host once the step is done."""
 
     slices: list[int]  # [N]: the slice of the plan that each position belongs to
     num_top: list[int]  # [N]: alternatives that each position reports
@@ -28,29 +28,32 @@ class ReportedLogprobs(NamedTuple):
 
     @staticmethod
     def of(slices: list[int], num_top: list[int], values: LogprobTensors) -> ReportedLogprobs:
-        """Start the copies of `values` to the host."""
+        """Start copying `values` to the host, and return the log-probabilities with these copies."""
         return ReportedLogprobs(slices, num_top, LogprobTensors(*map(to_host, values)))
 
     def records(self) -> list[tuple[int, TokenLogprobs]]:
-        """(slice, log-probabilities) of each position."""
+        """Return (slice of the plan, log-probabilities) of each position."""
         return list(zip(self.slices, to_records(self.values, self.num_top), strict=True))
 
 
 class DeviceStep:
-    """A PendingStep. The runner fills in what the step returns; `begins` and `submitted` mark its place in the CUDA stream."""
+    """A step that was submitted to the device. Implements PendingStep.
+
+    The runner fills in the results' tensors. Calls of `begins` and `submitted` mark the step's start and end in the CUDA stream.
+    """
 
     def __init__(self, plan: StepPlan, *, on_cuda: bool, after: torch.cuda.Event | None) -> None:
-        """`after` is the end of the previous step on CUDA, None if there was none."""
+        """`after` is the CUDA event at the end of the previous step, or None if there was no previous step."""
         self._plan = plan
         self._on_cuda = on_cuda
         self._after = after
         self._began: torch.cuda.Event | None = None
         self.done: torch.cuda.Event | None = None
-        self.tokens: torch.Tensor | None = None  # int64, on the host once the step is done
+        self.tokens: torch.Tensor | None = None  # int64 token ids, on the host once the step is done
         self.tokens_of_all_slices = False  # `tokens` has one entry for every slice, not only for those that sample
         self.logprobs: ReportedLogprobs | None = None
         self.prompt_logprobs: ReportedLogprobs | None = None
-        self.prompt_slices: list[int] = []  # slices in prompts whose log-probabilities are requested
+        self.prompt_slices: list[int] = []  # slices of prompts whose log-probabilities are requested
 
     def begins(self) -> None:
         """Record the step's start. The runner calls it right before it submits the model's work."""

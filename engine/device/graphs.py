@@ -4,13 +4,13 @@
     mixed step    the same of each token and each query ^                        |
                                  '---------- each row's latest token ------------'
 
-The upload also has a random number for each row. Everything else that a step needs is on the device: the rows' block tables
+The upload also has a random number for each row. All other inputs of a step are on the device: the rows' KV block tables
 and latest tokens (`inputs.py`), and their sampling parameters (`sampling/cuda_sampler.py`). A graph is captured when a step
 first needs its size, or before that by `capture_next` while the engine is idle, so that graphs do not delay the start. Padding
 belongs to the scratch row, whose one block no request owns.
 
-All graphs share one memory pool. They run one after the other, and the next graph begins only after the results of the one
-before were used, in the same stream. The largest graph is captured early, so that later ones fit into its memory.
+All graphs share one memory pool. This is safe since graphs run one after the other in one stream, and the next graph begins only
+after the results of the previous one were used. The largest graph is captured early, so that later graphs fit into its memory.
 
 Large mixed steps run without a graph: their kernels take longer than their launches.
 """
@@ -40,18 +40,18 @@ Sample = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torc
 class GraphOutput(NamedTuple):
     """The output of a replayed graph for the B slices of a step."""
 
-    logits: torch.Tensor  # [B, V] after each slice's last token; may be overwritten
-    tokens: torch.Tensor  # [B] int64, sampled from the unadjusted logits; each row's latest token is set already
+    logits: torch.Tensor  # [B, V]: the logits after each slice's last token; the caller may overwrite them
+    tokens: torch.Tensor  # [B] int64: tokens sampled from the unadjusted logits, already set as the rows' latest tokens
 
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor  # int32: what the host uploads before a replay
+    inputs: torch.Tensor  # int32: the device array that the host fills before a replay
     output: GraphOutput
 
 
 class StepGraphs:
-    """The captured steps of one runner, by shape."""
+    """Captures the steps of one runner in CUDA graphs, one for each shape, and replays them."""
 
     def __init__(self, backend: Backend, kv: list[LayerPools], rows: Rows, sample: Sample, *, block_size: int) -> None:
         self._backend = backend
@@ -65,7 +65,7 @@ class StepGraphs:
         max_tokens = min(backend.graph_tokens, self._state.tables.shape[1] * block_size)
         self._sizes = GraphSizes.of(self._state.scratch_row, max_tokens)
         self._captured: dict[Key, _Captured] = {}
-        # One logits buffer [max queries, V] shared by all graphs. A buffer per graph would stay allocated for good.
+        # All graphs share one logits buffer [max queries, V]. A buffer per graph would stay allocated for good.
         self._logits: torch.Tensor | None = None
         self._pool = torch.cuda.graph_pool_handle()
         # Imported by name, since this module must also import on machines without Triton.
@@ -73,13 +73,13 @@ class StepGraphs:
 
     @property
     def keys(self) -> list[Key]:
-        """The shapes of all graphs that steps may need, in the order in which `capture_next` captures them."""
+        """List the shapes of all graphs that steps may need, the largest first."""
         keys = self._sizes.all_keys()
         largest = max(keys)
         return [largest, *(key for key in keys if key != largest)]
 
     def run(self, slices: Slices, uniforms: Uniforms, begins: Callable[[], None]) -> GraphOutput | None:
-        """Run the step of `slices` in a graph. Returns None, and does nothing, if no graph fits the step.
+        """Run the step of `slices` in a CUDA graph. Returns None, and does nothing, if no graph fits the step.
 
         `uniforms` gives the random numbers, and `begins` is called right before the replay.
         """
@@ -96,10 +96,11 @@ class StepGraphs:
 
     @property
     def _order(self) -> list[Key]:
-        """The order of capture: the smallest graph, the largest one, which gives the memory pool its size, and then the others.
+        """List the shapes in the order of capture: the smallest graph, the largest, and then the others.
 
-        The smallest comes first so that its buffers are apart from the largest graph's. Inside of those, a token of a single
-        stream of a small model took 0.6% longer.
+        The largest graph gives the memory pool its size. The smallest comes before it, so that the two have separate buffers:
+        when the smallest graph used memory inside the largest graph's buffers, a token of a single stream of a small model took
+        0.6% longer.
         """
         largest, *others = self.keys
         smallest = min(self.keys)
@@ -113,7 +114,10 @@ class StepGraphs:
         return missing is not None
 
     def capture(self, key: Key) -> None:
-        """Capture the graph of shape `key`, one of `keys`, unless it is there. The first call captures up to three graphs."""
+        """Capture the graph of shape `key`, one of `keys`, unless it is captured already.
+
+        The first call also captures the smallest and the largest graph.
+        """
         for each in (*self._order[:2], key):
             if each not in self._captured:
                 self._capture_key(each)
@@ -184,13 +188,15 @@ class StepGraphs:
         return GraphOutput(logits, self._sample_tokens(logits, rows, self._state.latest, uniform))
 
     def _record(self, inputs: torch.Tensor, run: Callable[[], GraphOutput]) -> _Captured:
-        """Call `run` once, which compiles kernels and fills the libraries' caches, then call it again to capture it. The inputs
-        name the scratch row only, so no request's memory is written."""
+        """Call `run` once, which compiles kernels and fills the libraries' caches, and then capture a second call in a graph.
+
+        The inputs name only the scratch row, so no request's memory is written.
+        """
         output = run()
         if self._logits is None:
             self._logits = output.logits.new_empty(self._sizes.queries[-1], output.logits.shape[1])
         graph = torch.cuda.CUDAGraph()
-        # Thread-local, since another thread of the program may use CUDA meanwhile.
+        # The capture is thread-local, since another thread of the program may use CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
         return _Captured(graph, inputs, output)

@@ -23,11 +23,11 @@ Ints = npt.NDArray[np.int64]
 
 
 class Slices(NamedTuple):
-    """The B slices of a plan as arrays, and the S of them that sample."""
+    """The B slices of a plan as arrays, and which S of the slices sample a token."""
 
-    rows: Ints  # [B]
-    starts: Ints  # [B]
-    nums: Ints  # [B]
+    rows: Ints  # [B]: the batch row of each slice
+    starts: Ints  # [B]: the first position of each slice
+    nums: Ints  # [B]: the number of tokens of each slice
     first: Ints  # [B + 1]: where each slice begins among the step's tokens
     samples: Ints  # [S]: indices of the slices that sample
 
@@ -45,9 +45,9 @@ class Slices(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """The state of each row that is kept on the device. The last row is the scratch row, which pads batches."""
+    """The state of each batch row that is kept on the device. The last row is the scratch row, which pads batches."""
 
-    tables: torch.Tensor  # [rows + 1, width] int32; entries past a row's own blocks are left from earlier owners
+    tables: torch.Tensor  # [rows + 1, width] int32: KV block tables; entries past a row's own blocks are from earlier requests
     latest: torch.Tensor  # [rows + 1] int64: the token sampled last, always a valid token id
 
     @property
@@ -56,16 +56,18 @@ class RowState(NamedTuple):
 
 
 class PreparedStep(NamedTuple):
-    """A plan as device tensors."""
+    """The inputs of a planned step as device tensors."""
 
     batch: ForwardBatch
     sampled_rows: torch.Tensor  # [S] int64: the batch rows for which this step samples a token
-    last_index: torch.Tensor  # [S] int64: places of the sampling slices' last tokens among the step's tokens
+    last_index: torch.Tensor  # [S] int64: index of each sampling slice's last token among the step's tokens
 
 
 class Rows:
-    """The tokens and blocks of every row. `tokens[row]` are the tokens known at admission; later tokens exist on the device
-    only."""
+    """The tokens and KV block tables of every batch row.
+
+    `tokens[row]` are the tokens known at admission. Later tokens exist on the device only.
+    """
 
     def __init__(
         self, *, max_rows: int, max_len: int, block_size: int, scratch_block: int, device: torch.device, upload: Upload
@@ -75,7 +77,7 @@ class Rows:
         width = -(-max_len // block_size)
         self.tokens: list[Ints] = [np.zeros(0, np.int64)] * max_rows
         self._num_known = np.zeros(max_rows, np.int64)
-        self._tables = np.zeros((max_rows, width), np.int64)  # entries past a row's own blocks are left from earlier owners
+        self._tables = np.zeros((max_rows, width), np.int64)  # entries past a row's own blocks are from earlier requests
         self.state = RowState(
             torch.full((max_rows + 1, width), scratch_block, dtype=torch.int32, device=device),
             torch.zeros(max_rows + 1, dtype=torch.int64, device=device),
@@ -86,16 +88,17 @@ class Rows:
         self.state.latest.index_copy_(0, rows, tokens)
 
     def apply(self, plan: StepPlan) -> None:
-        """Apply the plan's admissions and its block table growth, on the host and on the device."""
+        """Apply the plan's admissions and the growth of KV block tables, on the host and on the device."""
         if not plan.admitted and not plan.grown:
             return
         indices, blocks = self._upload(self._apply_on_host(plan))
         self.state.tables.view(-1).index_copy_(0, indices, blocks)
 
     def batch(self, plan: StepPlan, slices: Slices, kv: list[LayerPools], *, all_read: bool = False) -> PreparedStep:
-        """Build the batch of a plan that was applied and has at least one slice.
+        """Build the device tensors of a step. The plan must have been applied and have at least one slice.
 
-        With `all_read`, the hidden states of all tokens are read; otherwise only those of tokens that a sample follows.
+        With `all_read`, the hidden states of all tokens are read. Otherwise only those of tokens after which the step samples are
+        read.
         """
         positions = self._positions(slices)
         owners = np.repeat(slices.rows, slices.nums)
@@ -140,13 +143,19 @@ class Rows:
         return bool(np.all(slices.starts >= self._num_known[slices.rows]))
 
     def mixed(self, slices: Slices) -> tuple[Ints, Ints, Ints]:
-        """Token id (-1: the row's latest sampled token), position and row of each of the step's T tokens, each [T]."""
+        """Return the id, position and batch row of each of the step's T tokens, as three arrays [T].
+
+        Id -1 stands for the row's latest sampled token.
+        """
         token_ids, from_device = self._tokens(slices)
         token_ids[slices.first[from_device]] = -1
         return token_ids, self._positions(slices), np.repeat(slices.rows, slices.nums)
 
     def _apply_on_host(self, plan: StepPlan) -> tuple[Ints, npt.NDArray[np.int32]]:
-        """Write admissions and growth into the host's tables. Returns (flat indices, blocks) to write into the device's."""
+        """Write the plan's admissions and growth into the host's block tables.
+
+        Returns (flat indices, blocks) to write into the device's tables.
+        """
         indices, blocks = [], []
         for a in plan.admitted:
             self.tokens[a.row] = np.array(a.tokens, np.int64)
@@ -166,8 +175,10 @@ class Rows:
         return np.arange(slices.first[-1]) + np.repeat(slices.starts - slices.first[:-1], slices.nums)
 
     def _tokens(self, slices: Slices) -> tuple[Ints, Ints]:
-        """The step's token ids, and the indices of the slices whose only token is the row's latest sampled token. The host may
-        not know that token yet; its id is 0 here."""
+        """Return the step's token ids, and the indices of the slices whose only token is the row's latest sampled token.
+
+        The host may not know that token yet, so its id is 0 in the result.
+        """
         token_ids = np.zeros(slices.first[-1], np.int64)
         unknown = slices.starts >= self._num_known[slices.rows]
         from_device = np.flatnonzero(unknown)

@@ -1,4 +1,4 @@
-"""Measures the device memory that serving needs beside the KV cache, by trials at start.
+"""Measures the device memory that serving needs beside the KV cache. At start, trials run the largest steps and capture graphs.
 
 A step frees its memory at its end, and steps run one after the other, so only the largest step counts:
 
@@ -6,8 +6,8 @@ A step frees its memory at its end, and steps run one after the other, so only t
     long context   additional memory of a chunk at the end of the longest context, whose latents are expanded to keys and values
 
 Other memory is never freed: graphs, token counts of rows with penalties, loaded kernels and libraries, workspaces. The trials
-take it too, so the free memory after the trials is already without it. The memory of graphs that the trials do not capture is
-estimated from those that they do.
+allocate all of this too, so the free memory after the trials does not include it. The trials capture only some graphs. The memory
+of the other graphs is estimated from these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Run = Callable[[], None]
 
 class MemoryProbe(Protocol):
     def free(self) -> int:
-        """Bytes that are free on the device, after torch has returned the memory that it keeps for later tensors."""
+        """Return the free bytes of the device, after torch has given back the memory that it keeps for later tensors."""
         ...
 
     def peak(self, run: Run) -> int:
@@ -34,7 +34,7 @@ class Trials(NamedTuple):
     """The calls that are run to measure the memory that serving needs."""
 
     steps: Sequence[Run]  # steps, one of which takes the most memory of all steps
-    long_context: Run | None  # a step whose memory any of `steps` may need additionally
+    long_context: Run | None  # a step at the end of the longest contexts; any of `steps` may need its memory in addition
     captures: Sequence[Run]  # the first two capture the largest graphs, and each other one a small graph
     num_graphs: int  # graphs that serving may capture, including those of `captures`
 
@@ -42,9 +42,9 @@ class Trials(NamedTuple):
 class Needs(NamedTuple):
     """Bytes of free device memory that the KV cache must leave to serving."""
 
-    step: int  # the largest step
-    long_context: int  # additionally, for the longest context
-    graphs: int  # graphs that the trials did not capture
+    step: int  # bytes that the largest step needs
+    long_context: int  # bytes that a step needs in addition for the longest context
+    graphs: int  # bytes of all graphs that the trials did not capture
 
     @property
     def total(self) -> int:
@@ -52,7 +52,10 @@ class Needs(NamedTuple):
 
 
 def measure(probe: MemoryProbe, trials: Trials) -> Needs:
-    """Run `trials`. The caller must read the free memory while everything that the trials left allocated is still alive."""
+    """Run `trials`, and return the bytes that serving needs.
+
+    The caller must read the free memory while all tensors and graphs that the trials left allocated are still alive.
+    """
     graphs = _other_graphs(probe, trials)
     step = max(probe.peak(run) for run in trials.steps)
     long_context = 0 if trials.long_context is None else probe.peak(trials.long_context)
@@ -62,8 +65,8 @@ def measure(probe: MemoryProbe, trials: Trials) -> Needs:
 def _other_graphs(probe: MemoryProbe, trials: Trials) -> int:
     """Capture the graphs of the trials, and estimate the bytes of all other graphs.
 
-    All graphs share one memory pool. Once the largest graphs are captured, another graph takes little more than the driver's copy
-    of it, so each is estimated at the average of the small graphs.
+    All graphs share one memory pool. Once the largest graphs are captured, another graph needs little more than the driver's copy
+    of the graph. Each graph is therefore estimated at the average of the small graphs.
     """
     for capture in trials.captures[:2]:
         capture()
@@ -77,7 +80,7 @@ def _other_graphs(probe: MemoryProbe, trials: Trials) -> int:
 
 
 class CudaMemory:
-    """The MemoryProbe of the current CUDA device."""
+    """Measures the memory of the current CUDA device. Implements MemoryProbe."""
 
     def free(self) -> int:
         torch.cuda.synchronize()

@@ -4,11 +4,12 @@
                                 ^                                                                        |
                                 '--- each row's latest token, on the device <----------------------------'
 
-On CUDA, a step that is not large is one graph of all this (`graphs.py`). The sampler runs behind the graph, on its logits, if a
-row has penalties, a logit_bias or stop tokens forbidden by min_tokens, or requests log-probabilities.
+On CUDA, one CUDA graph runs all of this, unless the step is large (`graphs.py`). If a row has penalties, a logit_bias or stop
+tokens forbidden by min_tokens, or requests log-probabilities, the sampler runs after the graph, on the graph's logits.
 
 Nothing in `submit` waits for the device, so with overlap the next plan is submitted while the device still runs this one. The
-order of the device's stream keeps the two apart. `DeviceStep.result` waits for the copy of its own tokens and for nothing later.
+order of the device's stream keeps the two apart. `DeviceStep.result` waits for the copy of the step's tokens, and not for any
+later work.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from engine.sampling.sampler import Sampler
 
 
 class TorchRunner:
-    """A Runner that executes plans with a Backend. It owns the state of all batch rows."""
+    """Executes plans with a Backend, and owns the state of all batch rows. Implements Runner."""
 
     def __init__(self, backend: Backend, storage: KVStorage, config: EngineConfig, limits: ModelLimits) -> None:
-        """`config` must be resolved."""
+        """`config` must be the result of `resolve`."""
         device = torch.device(config.device)
         self._on_cuda = device.type == "cuda"
-        self._last_done: torch.cuda.Event | None = None  # the end of the step that was submitted last
+        self._last_done: torch.cuda.Event | None = None  # event at the end of the last submitted step
         self._backend = backend
         self._storage = storage
         self._upload = Uploader(device)
@@ -98,16 +99,20 @@ class TorchRunner:
 
     @torch.inference_mode()
     def prepare(self) -> bool:
-        """Capture one graph that later steps may need or, if all are captured, run one warm-up prompt. Returns False if nothing
-        is left to do."""
+        """Capture one CUDA graph that later steps may need or, if all are captured, run one warm-up prompt.
+
+        Returns False if nothing is left to capture or to warm up.
+        """
         return (self.graphs is not None and self.graphs.capture_next()) or self._warmup.run_next()
 
     def close(self) -> None:
         self._backend.close()
 
     def _finish_graph(self, output: GraphOutput, slices: Slices, step: DeviceStep) -> None:
-        """Take the tokens from a graph's output, which has one for every slice, or sample again if a row's logits must be
-        adjusted first."""
+        """Take the tokens from a graph's output, or sample again if some row's logits must be adjusted first.
+
+        The output has a token for every slice, not only for those that sample.
+        """
         if not slices.samples.size:
             return
         rows, all_sample = slices.rows[slices.samples], slices.samples.size == slices.rows.size
@@ -128,7 +133,7 @@ class TorchRunner:
             self._sample(self._backend.logits(hidden), slices, prepared.sampled_rows, step)
 
     def _sample(self, logits: torch.Tensor, slices: Slices, sampled_rows: torch.Tensor, step: DeviceStep) -> None:
-        """Sample from logits [S, V] of the slices that sample. sampled_rows [S] int64 are their rows, on the device."""
+        """Sample tokens from logits [S, V] of the S slices that sample, in batch rows sampled_rows [S] int64, on the device."""
         sampled = self._sampler.sample(logits, slices.rows[slices.samples], slices.ends[slices.samples])
         self._rows.set_latest(sampled_rows, sampled.latest)
         step.tokens = to_host(sampled.tokens)

@@ -37,8 +37,10 @@ class PromptWarmup:
         self._chunks = backend.warmup_chunks(max_tokens, max_len)
 
     def run_next(self) -> bool:
-        """Run the next chunk and wait for it, so that a request that arrives meanwhile waits for one chunk at most. Returns
-        False, and runs nothing, if none is left."""
+        """Run the next warm-up chunk and wait until it is done. Returns False, and runs nothing, if no chunk is left.
+
+        A request that arrives meanwhile waits for one chunk at most.
+        """
         if not self._chunks:
             return False
         self._backend.forward(self._batch(self._chunks.pop(0)))

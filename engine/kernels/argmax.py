@@ -1,4 +1,5 @@
-"""The argmax token of each row of logits. `sample_filtered.py` then replaces the tokens of rows with a temperature.
+"""A kernel that finds the argmax token of each row of logits. `sample_filtered.py` then replaces the tokens of rows with a
+temperature.
 
 grid: (rows, ceil(V / VOCAB_TILE)); a program finds the maximum of one tile of a row, and the last program of a row to finish
 combines the tiles. The twin is torch's argmax. This kernel also writes the token to the batch row's state and never waits for the
@@ -14,7 +15,7 @@ import triton.language as tl
 from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
 from engine.plan import NO_TOKEN
 
-VOCAB_TILE = 4096  # logits of one program
+VOCAB_TILE = 4096  # logits that one program reads
 
 
 @triton.jit
@@ -22,9 +23,9 @@ def _argmax(
     logits_ptr, rows_ptr, latest_ptr, tokens_ptr, best_ptr, index_ptr, arrived_ptr, vocab,
     NO_TOKEN: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, tile): the argmax of one tile of TILE logits; the last program of a row combines its TILES tiles.
+    """Program (row, tile) finds the argmax of one tile of TILE logits. The last program of a row to finish combines the tiles.
 
-    PADDED is TILES rounded up to a power of two. best_ptr and index_ptr are scratch [rows, TILES].
+    A row has TILES tiles. PADDED is TILES rounded up to a power of two. best_ptr and index_ptr are scratch [rows, TILES].
     """
     seq, tile = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -32,7 +33,7 @@ def _argmax(
         tl.extra.cuda.gdc_launch_dependents()
     col = tile * TILE + tl.arange(0, TILE)
     logits = tl.load(logits_ptr + seq.to(tl.int64) * vocab + col, mask=col < vocab, other=float("-inf")).to(tl.float32)
-    # NaN counts as +inf, since a maximum may skip NaN. Neither is the largest logit of a row that is sound.
+    # NaN becomes +inf, since a maximum may skip NaN. A row whose largest logit is +inf then gets NO_TOKEN, as one with NaN must.
     logits = tl.where(logits != logits, float("inf"), logits)
     best = tl.max(logits, 0)
     # Of equal logits the first index wins, as in torch's argmax.
@@ -55,10 +56,10 @@ def _argmax(
 
 
 def argmax_tokens(logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
-    """The index of the largest logit of each row of logits [B, V], the first of equal ones: [B] int64.
+    """Return the index of the largest logit in each row of logits [B, V], as [B] int64. Of equal logits the first counts.
 
-    The index is also written to `latest` [R] int64 at `rows` [B] int32. A row whose logits hold NaN or +inf, or are all -inf,
-    gets NO_TOKEN, and 0 in `latest`.
+    The kernel also writes row b's index to latest[rows[b]]; `latest` [R] is int64, `rows` [B] int32. A row whose logits hold NaN
+    or +inf, or are all -inf, gets NO_TOKEN, and 0 in `latest`.
     """
     num, vocab = logits.shape
     tiles = cdiv(vocab, VOCAB_TILE)

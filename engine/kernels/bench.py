@@ -1,8 +1,8 @@
 """Measures each kernel by itself on this CUDA device, at shapes of real models. `CASES` has a line for each kernel and shape.
 
-A CUDA graph holds a chain of launches, so the host's launch cost does not count. Each launch in turn uses other tensors, enough
-of them that the first are evicted from the L2 cache before they come again: in a model, too, weights and KV are read from
-memory. Tensors too small for that stay in the cache, as activations do in a model.
+A CUDA graph holds a chain of launches, so the host's launch cost does not count. The launches use many copies of the tensors in
+turn. Each copy is evicted from the L2 cache before it is used again, since a model also reads weights and KV from memory. Small
+tensors, of which the allowed copies fit into the cache, stay in the cache, as activations do in a model.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from engine.kernels.cases import attention, dense, experts, step
 from engine.kernels.cases.base import Launch
 
-_COLD = 256 << 20  # bytes of all copies of a case's tensors: several times any L2 cache
-_MAX_COPIES = 64  # of a case's tensors
-_LAUNCHES = 32  # fewest launches in a graph
-_REPLAYS = 15  # of the graph; the result is their median
+_COLD = 256 << 20  # bytes that all copies of a case's tensors should take together: several times any L2 cache
+_MAX_COPIES = 64  # a case's tensors are copied at most this many times
+_LAUNCHES = 32  # a graph holds at least this many launches
+_REPLAYS = 15  # the graph is replayed this many times, and the median time counts
 
 
 class Case(NamedTuple):
-    """A kernel at one shape."""
+    """One benchmark case: a kernel, and the shape at which it is measured."""
 
     kernel: str
-    make: Callable[..., Launch]  # called with a device and `sizes`
+    make: Callable[..., Launch]  # makes the launch to measure; called with a device and `sizes`
     sizes: dict[str, int]
 
     @property
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """The measured time of one launch, with its bytes and operations."""
+    """The measured time of one kernel launch, the bytes that it moves and its floating-point operations."""
 
     seconds: float
     num_bytes: int
@@ -120,7 +120,7 @@ CASES = (
 
 
 def measure(case: Case) -> Timing:
-    """The median time of a launch of `case` on the current CUDA device."""
+    """Measure the median time of one launch of `case` on the current CUDA device."""
     device = torch.device("cuda")
     first = case.make(device, **case.sizes)
     copies = min(_MAX_COPIES, -(-_COLD // first.num_bytes))

@@ -10,7 +10,7 @@ from engine.startup import Progress
 
 
 def report(progress: Progress) -> None:
-    """Call `progress` after each compile of this process from now on, kernels found in the cache included."""
+    """Call `progress` each time that Triton compiles a kernel in this process, or finds the compiled kernel in its cache."""
 
     def compiled(**_: Any) -> None:
         progress()

@@ -1,4 +1,4 @@
-"""What every kernel with a `tl.dot` needs: the smallest tile that `tl.dot` accepts, and its precision mode."""
+"""Settings of every kernel that calls `tl.dot`: the smallest tile that `tl.dot` accepts, and its precision mode."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ MIN_DOT_ROWS = 16  # `tl.dot` needs at least this many rows, columns and summed 
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The `input_precision` of `tl.dot` for operands of `dtype`.
+    """Choose the `input_precision` of `tl.dot` for operands of `dtype`.
 
-    float32 takes three passes of tf32, which is near full precision; a single pass has a relative error of 3e-4. Narrower types
-    are multiplied exactly and ignore the mode.
+    A float32 product takes three passes of tf32, which is near full precision; a single pass has a relative error of 3e-4.
+    Narrower types are multiplied exactly and ignore the mode.
     """
     return "tf32x3" if dtype == torch.float32 else "tf32"

@@ -1,7 +1,7 @@
-"""The small operations between matrix products, each as one kernel that passes over its data once.
+"""Kernels for the small operations between matrix products: norm, SwiGLU and rotary embedding. Each reads its data once.
 
-`layers/ops_cuda.py` offers them to models as an `Ops`. The plain twins are `PlainOps` in `layers/ops.py` and, for `angles`,
-`Rotary.plain`.
+`layers/ops_cuda.py` offers these kernels to models as an `Ops`. The plain twins are `PlainOps` in `layers/ops.py` and, for
+`angles`, `Rotary.plain`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import triton.language as tl
 
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
-HEADS_A_PROGRAM = 8  # heads of one program of `norm_rotate`, which share a load of the angles
+HEADS_A_PROGRAM = 8  # heads that one program of `norm_rotate` computes; they share one load of the angles
 
 
 @triton.jit
 def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
-    """Program (row,): root-mean-square normalise one row of SIZE numbers, and multiply it by the weight."""
+    """Program (row,) root-mean-square normalises one row of SIZE numbers, and multiplies it by the norm's weight."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < SIZE
@@ -31,9 +31,9 @@ def _norm(x_ptr, weight_ptr, out_ptr, eps, stride, SIZE: tl.constexpr, PADDED: t
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight for each row of x [T, size]; sums in float32. grid: (T,).
+    """Root-mean-square normalise each row of x [T, size]: x / sqrt(mean(x^2) + eps) * weight, with sums in float32.
 
-    The numbers of a row are adjacent; rows need not be.
+    The numbers of a row are adjacent in memory; the rows need not be. grid: (T,).
     """
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
@@ -46,7 +46,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
-    """Program (row, tile): TILE numbers of silu(gate) * up of one row."""
+    """Program (row, tile) computes TILE numbers of silu(gate) * up for one row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = col < SIZE
@@ -60,10 +60,10 @@ def _silu_mul(x_ptr, out_ptr, SIZE: tl.constexpr, TILE: tl.constexpr, PDL: tl.co
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for gate_up [T, 2 I], contiguous, whose halves are gate and up: [T, I]. grid: (T, tiles of I)."""
+    """Compute silu(gate) * up, [T, I], from the contiguous gate_up [T, 2 I]. Each row is gate, then up. grid: (T, tiles of I)."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    tile = min(1024 if rows <= 256 else 2048, power_of_two(size))  # few rows: smaller tiles, for more programs
+    tile = min(1024 if rows <= 256 else 2048, power_of_two(size))  # with few rows, smaller tiles give more programs
     _silu_mul[(rows, cdiv(size, tile))](gate_up, out, SIZE=size, TILE=tile, num_warps=8, **pdl(gate_up.device))
     return out
 
@@ -74,7 +74,7 @@ def _norm_rotate(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, tile): TILE heads of one token, which are q, then k, then v heads."""
+    """Program (token, tile) norms, rotates and writes TILE heads of one token. A token's heads are q, then k, then v heads."""
     token = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD // 2
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
@@ -98,7 +98,7 @@ def _norm_rotate(
     if ROTATE:
         at_angle = token * HEAD + low
         cos = tl.load(cos_ptr + at_angle)
-        sin = tl.load(sin_ptr + at_angle + HALF)  # in the twin's signed sin, this half is not negated
+        sin = tl.load(sin_ptr + at_angle + HALF)  # signed sin: its first half is negated, this second half is not
         a, b = a * cos - b * sin, b * cos + a * sin
     new_a = tl.where(is_v, raw_a, a.to(x_ptr.dtype.element_ty))
     new_b = tl.where(is_v, raw_b, b.to(x_ptr.dtype.element_ty))
@@ -124,10 +124,10 @@ def norm_rotate(
     slots: torch.Tensor,
     pools: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """QK-norm, rotary embedding and the write of k and v to the pools, in one pass. `Ops.norm_rotate` defines the result.
+    """Norm and rotate q and k, and write k and v to the KV pools, in one pass. `Ops.norm_rotate` defines the result.
 
-    A token's heads are adjacent in heads [T, q + k + v heads, dim]; dim is a power of two. q and k are overwritten, and the
-    results are views of `heads`. grid: (T, ceil(heads / HEADS_A_PROGRAM)).
+    heads [T, q + k + v heads, dim] holds each token's q, k and v heads, adjacent in memory; dim is a power of two. q and k are
+    overwritten, and the results are views of `heads`. grid: (T, ceil(heads / HEADS_A_PROGRAM)).
     """
     tokens, num_heads, head_dim = heads.shape
     kv_heads = pools["k"].shape[2]
@@ -146,7 +146,10 @@ def norm_rotate(
 def _angles(
     positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, magnitude, HALF: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr
 ):
-    """Program (token,): cos and signed sin of one position's HALF angles, both halves alike but for the sign."""
+    """Program (token,) computes cos and signed sin of one position's HALF angles, and writes each twice: a head has two halves.
+
+    sin is negated in the first half.
+    """
     token = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, PADDED)
     inside = col < HALF
@@ -164,10 +167,11 @@ def _angles(
 
 
 def angles(positions: torch.Tensor, inv_freq: torch.Tensor, magnitude: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin of positions [T] int64 times inv_freq [dim / 2] float32, times `magnitude`: [T, 1, dim] float32 each.
+    """Compute the rotary cos and signed sin, [T, 1, dim] float32 each, of positions [T] int64.
 
-    Both halves of `dim` have the same angles; the first half of sin is negated, as `rotate` in `layers/rotary.py` needs it. The
-    twin is `Rotary.plain`. grid: (T,).
+    An angle is position * inv_freq, with inv_freq [dim / 2] float32; cos and sin are multiplied by `magnitude`. Both halves of
+    `dim` have the same angles. The first half of sin is negated, as `rotate` in `layers/rotary.py` needs it. The twin is
+    `Rotary.plain`. grid: (T,).
     """
     half = inv_freq.shape[0]
     cos = torch.empty(positions.shape[0], 1, 2 * half, dtype=torch.float32, device=positions.device)

@@ -1,10 +1,11 @@
-"""The experts of one or two tokens: every pair of token and expert reads its expert's weights, in plain arithmetic.
+"""Kernels for the experts of one or two tokens, in plain arithmetic. Every (token, expert) pair reads its expert's weights.
 
 With so few tokens hardly any expert is used twice, so sorting pairs by expert would save few reads. `experts.py` explains the
 data flow. The twin is `layers.moe.run_experts`.
 
-`_few_up`    grid (tiles of I, pairs + S T): a program computes ROWS numbers of silu(gate) * up of one pair
-`_few_down`  grid (tiles of H, T): a program computes ROWS outputs of one token, over all its experts, and adds them to the stream
+`_few_up`    grid (tiles of I, pairs + S T), S shared experts: a program computes ROWS numbers of silu(gate) * up of one pair
+`_few_down`  grid (tiles of H, T): a program computes ROWS outputs of one token, summed over its experts, and adds them to the
+             residual stream
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from engine.kernels.launch import cdiv, pdl
 class Strip(NamedTuple):
     """The part of a product that one program of `_few_up` or `_few_down` computes."""
 
-    rows: int  # of a weight matrix
-    columns: int  # in one pass of the loop
+    rows: int  # rows of a weight matrix that a program multiplies
+    columns: int  # columns that a program reads in one pass of its loop
     num_warps: int
 
 
@@ -33,7 +34,10 @@ def _few_up(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, pair): ROWS numbers of silu(gate) * up of one pair; after the pairs come the shared experts' tokens."""
+    """Program (tile, pair) computes ROWS numbers of silu(gate) * up for one (token, expert) pair.
+
+    Pairs from tokens * TOP_K on are the pairs of each shared expert with every token.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.program_id(1)
     pairs = tokens * TOP_K
@@ -54,7 +58,7 @@ def _few_up(
     up_sum = tl.zeros([ROWS, TILE], tl.float32)
     for start in tl.static_range(0, HIDDEN, TILE):
         col = tl.broadcast_to(start + tl.arange(0, TILE)[None, :], [ROWS, TILE])
-        # x is loaded once for each row of the weight: sharing one load among rows would go through shared memory.
+        # x is loaded once for each row of the weight, since rows could share one load only through shared memory.
         at_x = x_ptr + token.to(tl.int64) * HIDDEN + col
         if start + TILE <= HIDDEN:
             x, gate, above = tl.load(at_x), tl.load(base + at + col), tl.load(base + up + at + col)
@@ -76,7 +80,7 @@ def _few_down(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, token): ROWS outputs of one token, summed over its TOP_K experts and SHARED shared experts."""
+    """Program (tile, token) computes ROWS outputs of one token, summed over its TOP_K experts and SHARED shared experts."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1)
     at = tl.minimum(row, HIDDEN - 1)[:, None]
@@ -89,7 +93,7 @@ def _few_down(
         if i < TOP_K:
             place = token * TOP_K + i
             expert = following.to(tl.int64)
-            if i + 1 < TOP_K:  # the next id is loaded before this expert's weights, behind which it would have to wait
+            if i + 1 < TOP_K:  # the next expert's id is loaded early: behind this expert's weights it would have to wait
                 following = tl.load(ids_ptr + place + 1)
             weight = tl.load(weights_ptr + place)
             base = down_ptr + expert * (HIDDEN * SIZE) + at * SIZE
@@ -114,7 +118,10 @@ def _few_down(
 def few_up(
     x: torch.Tensor, ids: torch.Tensor, experts: ExpertWeights, shared: ExpertWeights | None, strip: Strip
 ) -> torch.Tensor:
-    """x [T, H], ids [T, top_k] -> inner [pairs + S T, I]: silu(gate) * up of each pair, then of each shared expert's tokens."""
+    """Compute silu(gate) * up of each (token, expert) pair and then of each of S shared experts: inner [pairs + S T, I].
+
+    x [T, H] are the tokens, and ids [T, top_k] the experts of each token.
+    """
     gate_up, down = experts
     (tokens, hidden_size), top_k, size = x.shape, ids.shape[1], down.shape[2]
     num_shared = count_shared(shared, size)
@@ -135,7 +142,7 @@ def few_down(
     shared: ExpertWeights | None,
     strip: Strip,
 ) -> None:
-    """out [T, H] += the weighted sum of the experts' outputs. `inner` is the result of `few_up`.
+    """Add the weighted sum of each token's expert outputs to out [T, H]. `inner` is the result of `few_up`.
 
     `routed` is (weights [T, top_k] float32, ids [T, top_k] int32); shared experts have weight 1.
     """

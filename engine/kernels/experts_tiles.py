@@ -1,12 +1,14 @@
-"""The experts of more than a few tokens: a block of pairs of one expert shares one read of its weights, on tensor cores.
+"""Kernels for the experts of more than a few tokens, on tensor cores. One read of an expert's weights serves a block of pairs.
 
-`sort_pairs.py` sorts the pairs and cuts the blocks; `experts.py` explains the data flow. The twin is `layers.moe.run_experts`.
+A pair is a token with one of its experts. `sort_pairs.py` sorts the pairs by expert and cuts them into blocks of one expert each.
+`experts.py` explains the data flow. The twin is `layers.moe.run_experts`.
 
-grid of both kernels: up to `Tile.programs` programs a multiprocessor. A tile is ROWS rows of an expert's weight for one block of
-pairs; a program computes every tile whose number is its own index plus a multiple of the number of programs. The grid depends on
-shapes alone, and the number of blocks is read on the device: nothing waits for the host.
+Both kernels have up to `Tile.programs` programs for each multiprocessor. A tile is ROWS rows of an expert's weight for one block
+of pairs. Program i of n computes tiles i, i + n, i + 2 n, and so on. The grid depends on shapes alone, and the kernels read the
+number of blocks on the device, so nothing waits for the host.
 
-With torch's grouped product 64 tokens of DeepSeek-V2-Lite (6 pairs an expert) take 424 us, with these kernels 285 (docs/gpu.md).
+64 tokens of DeepSeek-V2-Lite (6 pairs an expert) take 285 us with these kernels, and 424 us with torch's grouped product
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -25,15 +27,13 @@ from engine.kernels.sort_pairs import Sorted
 
 
 class Tile(NamedTuple):
-    """The part of a product that one program of `_tiles_up` or `_tiles_down` computes at a time, and how many programs there
-    are.
-    """
+    """The part of a product that one program of `_tiles_up` or `_tiles_down` computes at a time, and the number of programs."""
 
-    rows: int  # of a weight matrix
-    columns: int  # in one pass of the loop
+    rows: int  # rows of a weight matrix in one tile
+    columns: int  # columns that a program reads in one pass of its loop
     num_warps: int
     num_stages: int
-    programs: int  # a multiprocessor
+    programs: int  # programs for each multiprocessor
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -42,7 +42,7 @@ def _tiles_up(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each tile: ROWS numbers of silu(gate) * up for up to BLOCK pairs of one expert, from EXPERTS on of a shared expert."""
+    """Compute silu(gate) * up. A tile is ROWS numbers for up to BLOCK pairs of one expert; experts from EXPERTS on are shared."""
     PER_BLOCK: tl.constexpr = (SIZE + ROWS - 1) // ROWS
     pairs = tokens * TOP_K
     if PDL:
@@ -62,7 +62,7 @@ def _tiles_up(
                 base = shared_ptr + (expert - EXPERTS).to(tl.int64) * (SIZE * HIDDEN)
             up = tl.where(expert < EXPERTS, SIZE * HIDDEN, SHARED * SIZE * HIDDEN)
         col = tl.arange(0, TILE)
-        # Rows past the block's last pair are read, as token 0, but not used.
+        # Places past the block's last pair read token 0, and their results are not stored.
         at_x = x_ptr + token[:, None].to(tl.int64) * HIDDEN + col[None, :]
         at_gate = base + tl.minimum(row, SIZE - 1)[:, None] * HIDDEN + col[None, :]
         gate_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -88,7 +88,9 @@ def _tiles_down(
     HIDDEN: tl.constexpr, SIZE: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each tile: ROWS outputs for up to BLOCK pairs of one expert, from EXPERTS on of a shared expert."""
+    """Compute the down product. A tile is ROWS outputs for up to BLOCK pairs of one expert. Experts from EXPERTS on are shared
+    ones.
+    """
     PER_BLOCK: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -124,9 +126,10 @@ def _tiles_down(
 def tiles_up(
     x: torch.Tensor, top_k: int, by_expert: Sorted, block: int, experts: ExpertWeights, shared: ExpertWeights | None, tile: Tile
 ) -> torch.Tensor:
-    """x [T, H] -> inner [pairs + S T, I]: silu(gate) * up of each pair, at the pair's place in `by_expert`.
+    """Compute silu(gate) * up of each (token, expert) pair of x [T, H], at the pair's place in `by_expert`.
 
-    `block` is the number of pairs for which `by_expert` was cut: 16 or more.
+    The result is inner [pairs + S T, I]; its last S T rows belong to S shared experts. `by_expert` was cut into blocks of up to
+    `block` pairs, and `block` is at least 16.
     """
     gate_up, down = experts
     (tokens, hidden_size), (num_experts, _, size) = x.shape, down.shape
@@ -145,7 +148,10 @@ def tiles_up(
 def tiles_down(
     inner: torch.Tensor, by_expert: Sorted, block: int, experts: ExpertWeights, shared: ExpertWeights | None, tile: Tile
 ) -> torch.Tensor:
-    """The experts' outputs [pairs + S T, H], not weighted, at the places of inner [pairs + S T, I], the result of `tiles_up`."""
+    """Compute the experts' outputs [pairs + S T, H], not yet weighted, from inner [pairs + S T, I], the result of `tiles_up`.
+
+    Both tensors have one row for each (token, expert) pair, at the pair's place in `by_expert`.
+    """
     num_experts, hidden_size, size = experts[1].shape
     rows = torch.empty(inner.shape[0], hidden_size, dtype=inner.dtype, device=inner.device)
     most = by_expert.block_expert.shape[0] * cdiv(hidden_size, tile.rows)

@@ -1,4 +1,4 @@
-"""Device functions of `sample_filtered.py`: within one program, find a filter's threshold and pick a token.
+"""Device functions of the sampling kernels. Within one program they find a filter's threshold and pick a token.
 
 A filter (top_k, top_p, min_p) is a threshold on the logit: tokens with a logit at or above the threshold pass.
 
@@ -17,32 +17,32 @@ import triton.language as tl
 
 @triton.jit
 def key_of(x, BITS: tl.constexpr):
-    """The int64 key of float32 x, which is first cut to the logits' BITS (16 for bfloat16, 32 for float32)."""
+    """Return the int64 key of float32 x. x is first cut to the logits' BITS (16 for bfloat16, 32 for float32)."""
     code = x.to(tl.int32, bitcast=True) >> (32 - BITS)
     return (code ^ ((code >> 31) & ((1 << (BITS - 1)) - 1))).to(tl.int64)
 
 
 @triton.jit
 def number_of(key, BITS: tl.constexpr):
-    """The float32 number whose key is `key`: the inverse of `key_of`."""
+    """Return the float32 number whose key is `key`. This is the inverse of `key_of`."""
     code = key.to(tl.int32)
     return ((code ^ ((code >> 31) & ((1 << (BITS - 1)) - 1))) << (32 - BITS)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def at_or_above(at, num, best, temperature, x1, x2, x3, TILE: tl.constexpr, COUNT: tl.constexpr):
-    """Three float64 sums over the `num` logits at `at`: of those at least x1, at least x2 and at least x3.
+    """Sum over the `num` logits at `at` that are at least x1, then x2, then x3. Returns three float64 sums.
 
-    With COUNT each sum is the number of such tokens, else their total weight.
+    With COUNT each sum is the number of such tokens; otherwise it is their total weight.
     """
     col = tl.arange(0, TILE)
     zero = tl.zeros([TILE], tl.float32)
     a, b, c = zero, zero, zero
-    # The loads bypass the L1 cache: other programs wrote these numbers, and the L1 may hold an older launch's.
+    # The loads bypass the L1 cache: other programs wrote these numbers, and the L1 may hold those of an older launch.
     following = tl.load(at + col, mask=col < num, other=float("-inf"), cache_modifier=".cg")
     for start in range(0, num, TILE):
         x = following.to(tl.float32)
-        after = start + TILE + col  # loaded while the current tile is summed
+        after = start + TILE + col  # the next tile is loaded while the current one is summed
         following = tl.load(at + after, mask=after < num, other=float("-inf"), cache_modifier=".cg")
         weight = tl.where(start + col < num, 1.0, 0.0) if COUNT else tl.exp((x - best) / temperature)
         a += tl.where(x >= x1, weight, 0.0)
@@ -55,7 +55,7 @@ def at_or_above(at, num, best, temperature, x1, x2, x3, TILE: tl.constexpr, COUN
 def threshold(
     at, num, best, temperature, wanted, low, high, TILE: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr
 ):  # fmt: skip
-    """The largest key in [low, high) such that the tokens at or above it number (COUNT) or weigh at least `wanted`.
+    """Find the largest key in [low, high) such that the tokens at or above it number (COUNT) or weigh at least `wanted`.
 
     The result is `low` if there is no such key. Each pass reads the logits once and quarters the range.
     """
@@ -73,28 +73,28 @@ def threshold(
 
 @triton.jit
 def passing_weights(x, best, temperature, least, floor):
-    """The weights of tokens with logits x: 0 unless x >= least and (x - best) / temperature >= floor."""
+    """Return the weights of tokens with logits x. A weight is 0 unless x >= least and (x - best) / temperature >= floor."""
     scaled = (x - best) / temperature
     return tl.where((x >= least) & (scaled >= floor), tl.exp(scaled), 0.0)
 
 
 @triton.jit
 def min_p_floor(min_p):
-    """The least (logit - best) / temperature that passes min_p: log(min_p), or minus infinity if min_p is 0."""
+    """Return the least (logit - best) / temperature that passes min_p: log(min_p), or minus infinity if min_p is 0."""
     return tl.where(min_p > 0.0, tl.log(tl.maximum(min_p.to(tl.float32), 1e-38)), float("-inf"))
 
 
 @triton.jit
 def pick(sums_ptr, at, num, best, temperature, least, floor, uniform, TILE: tl.constexpr, PADDED: tl.constexpr):
-    """Sample one of `num` tokens by their weights: the first whose running sum of weights exceeds uniform * total weight.
+    """Sample one of `num` tokens: the first at which the running sum of weights exceeds uniform * total weight.
 
-    Returns its index among the tokens, whose logits are at `at`. `sums_ptr` holds the total passing weight of each tile.
+    Returns the index of the sampled token. The tokens' logits are at `at`. `sums_ptr` holds each tile's total passing weight.
     """
     tiles = tl.arange(0, PADDED)
     sums = tl.load(sums_ptr + tiles, mask=tiles * TILE < num, other=0.0, cache_modifier=".cg")
     ends = tl.cumsum(sums, 0)
     target = uniform * tl.sum(sums, 0)
-    # Rounding may put the target on the total: then the last token with a weight is taken, in the last tile with a weight.
+    # Rounding may make the target equal to the total. Then the last token with a weight above 0 is sampled.
     last = tl.max(tl.where(sums > 0.0, tiles, 0), 0)
     tile = tl.minimum(tl.sum(tl.where(ends <= target, 1, 0), 0), last)
     rest = target - tl.sum(tl.where(tiles < tile, sums, 0.0), 0)
@@ -112,10 +112,10 @@ def search(
     at, num, best, temperature, top_k, top_p, min_p, total, low, high, uniform, sums_ptr, vocab,
     TILE: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Find the exact thresholds of top_k, top_p and min_p, and sample a token. Returns its index among the `num` tokens.
+    """Find the exact thresholds of top_k, top_p and min_p, and sample a token. Returns the token's index among the `num` logits.
 
-    The `num` logits at `at` include every token that passes. [low, high) are keys around the threshold. `total` is the weight of
-    the whole row, used for top_p if top_k does not filter. `sums_ptr` is scratch: float64, one number a tile.
+    The `num` logits at `at` include every token that passes. The threshold's key is in [low, high). `total` is the weight of
+    the whole row, used for top_p if top_k does not filter. `sums_ptr` is scratch memory: one float64 a tile.
     """
     if top_k < vocab:
         low = threshold(at, num, best, temperature, top_k, low, high, TILE, BITS, True)

@@ -1,4 +1,4 @@
-"""Builds the inputs of a captured step on the device, from the state of its batch rows.
+"""Kernels that build the inputs of a step captured in a CUDA graph on the device, from the state of its batch rows.
 
 Every CUDA graph of a step begins with one of these kernels. The host then uploads only rows, positions and, in a mixed step,
 prompt tokens; token ids, KV slots, lengths and block tables are gathered from the rows' latest tokens and block tables.
@@ -14,17 +14,17 @@ import triton.language as tl
 
 from engine.kernels.launch import cdiv, pdl
 
-TABLE_TILE = 128  # block numbers, or tokens, in one pass of a program
+TABLE_TILE = 128  # block numbers, or tokens, that a program gathers in one pass of its loop
 
 
 class GatheredInputs(NamedTuple):
     """The gathered fields of a ForwardBatch, for T tokens of B queries. T = B if all queries are decodes."""
 
-    token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64
-    slots: torch.Tensor  # [T] int64
-    kv_lens: torch.Tensor  # [B] int32
-    block_tables: torch.Tensor  # [B, width] int32; only entries of used blocks are written
+    token_ids: torch.Tensor  # [T] int64: id of each token
+    positions: torch.Tensor  # [T] int64: position of each token in its sequence
+    slots: torch.Tensor  # [T] int64: where each token's KV is written
+    kv_lens: torch.Tensor  # [B] int32: tokens of each query's sequence after the step
+    block_tables: torch.Tensor  # [B, width] int32: KV blocks of each query; only entries of used blocks are written
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -32,7 +32,7 @@ def _gather_decodes(
     rows_ptr, positions_ptr, latest_ptr, tables_ptr, token_out, position_out, slot_out, len_out, table_out, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (query,): the token, position, slot, length and block table of one decode. Tables are `width` blocks wide."""
+    """Program (query,) gathers the token, position, KV slot, length and block table (`width` blocks) of one decode."""
     seq = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -54,9 +54,9 @@ def _gather_decodes(
 def gather_decodes(
     rows: torch.Tensor, positions: torch.Tensor, latest: torch.Tensor, tables: torch.Tensor, block_size: int
 ) -> GatheredInputs:
-    """The inputs of a step of decodes alone: batch rows `rows` [B] int32, each with one token at `positions` [B] int32.
+    """Gather the inputs of a step of B decodes: each of the batch rows `rows` [B] int32 has one token at `positions` [B] int32.
 
-    latest [R] int64 and tables [R, width] int32 are the latest token and the block table of every batch row.
+    latest [R] int64 holds the latest token of every batch row, and tables [R, width] int32 its KV block table.
     grid: (B,); a program gathers one query.
     """
     num, width = rows.shape[0], tables.shape[1]
@@ -76,7 +76,10 @@ def _gather_mixed(
     token_out, position_out, slot_out, table_out, num_tokens, num_token_tiles, width,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first `num_token_tiles` programs: token, position and slot of TILE tokens. The others: the block table of one query."""
+    """Gather a mixed step's inputs. The first `num_token_tiles` programs gather token, position and KV slot of TILE tokens each.
+
+    Each other program gathers the block table of one query.
+    """
     program = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -112,11 +115,11 @@ def gather_mixed(
     tables: torch.Tensor,
     block_size: int,
 ) -> GatheredInputs:
-    """The inputs of a mixed step.
+    """Gather the inputs of a mixed step of T tokens and B queries.
 
-    tokens, positions and owners [T] int32 are per token: the token id, or -1 for the batch row's latest token; its position; its
-    batch row. rows and kv_lens [B] int32 are per query: its batch row, and its tokens in the cache after the step. `latest` and
-    `tables` are as in `gather_decodes`.
+    tokens, positions and owners [T] int32 describe each token: its id (-1: the batch row's latest token), its position and its
+    batch row. rows and kv_lens [B] int32 describe each query: its batch row, and its number of tokens in the KV cache after the
+    step. latest [R] int64 holds the latest token of every batch row, and tables [R, width] int32 its KV block table.
     grid: (ceil(T / TABLE_TILE) + B,); the first programs gather TABLE_TILE tokens each, the others one query's block table each.
     """
     num, width = tokens.shape[0], tables.shape[1]

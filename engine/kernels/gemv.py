@@ -1,4 +1,4 @@
-"""y = x W^T for 1 or 2 rows of x, in plain arithmetic: as fast as W is read from memory.
+"""A kernel for y = x W^T with 1 or 2 rows of x, in plain arithmetic. It runs as fast as W can be read from memory.
 
     x [M, K], W [N, K] -> y [M, N], M in (1, 2); sums in float32
     grid: (ceil(N / ROWS),); a program computes ROWS outputs of every row of x, and reads its rows of W whole
@@ -6,8 +6,8 @@
 From 3 rows of x on, tensor cores are faster: with 4 rows this kernel took 1.33 times the best measured time on average, and
 `skinny.py` 1.01 times (docs/gpu.md). `linear_tiles.py` chooses the tiles.
 
-For one row the kernel can also norm x. With s = sqrt(mean(x^2) + eps), norm(x) W^T = ((x * weight) W^T) / s: the norm's weight is
-multiplied into x, and the division comes after the sum, when all of x has been read.
+For one row the kernel can also root-mean-square normalise x. With s = sqrt(mean(x^2) + eps), norm(x) W^T = ((x * weight) W^T) /
+s. The kernel multiplies x by the norm's weight, and divides after the sum, when it has read all of x.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from engine.kernels.product import Extras, row_of_tile, silu_product
 
 @triton.jit
 def _sum_of_thread(products, PARTS: tl.constexpr):
-    """products [PARTS * rows, columns] -> [rows, columns / 8]: the sum over the 8 numbers of each load and over the PARTS loads.
+    """Sum products [PARTS * rows, columns] over the 8 numbers of each load and over the PARTS loads -> [rows, columns / 8].
 
-    All summed numbers belong to one thread, so no exchange between threads is needed.
+    All numbers of one sum belong to one thread, so the sum needs no exchange between threads.
     """
     eights = tl.reshape(products, (PARTS, products.shape[0] // PARTS, products.shape[1] // 8, 8))
     return tl.sum(tl.sum(eights, 3), 0)
@@ -33,7 +33,7 @@ def _sum_of_thread(products, PARTS: tl.constexpr):
 
 @triton.jit
 def _add_products(acc, squares, w, norm, x_at, inside, PARTS: tl.constexpr, NORM: tl.constexpr):
-    """Add w * x to `acc`. With NORM, x is first multiplied by the norm's weight, and its square is added to `squares`."""
+    """Add w * x to `acc`. With NORM, add x^2 to `squares`, and multiply x by the norm's weight before the product."""
     x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         squares += _sum_of_thread(x * x, PARTS)
@@ -46,9 +46,9 @@ def _finish_gemv(
     acc, squares, bias, out_at, outputs, K, eps, tile,
     ROWS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Reduce the sums of ROWS outputs to numbers, apply norm, bias, SwiGLU and addition, and write a row's outputs of one tile.
+    """Add up the partial sums of ROWS outputs, apply norm, bias, SwiGLU and addition, and write the outputs for one row of x.
 
-    acc [ROWS, n] are partial sums of products; with NORM, `squares` are partial sums of x^2.
+    acc [ROWS, n] are partial sums of products. With NORM, `squares` are partial sums of x^2.
     """
     y = tl.sum(acc, 1)
     if NORM:
@@ -70,19 +70,19 @@ def _gemv(
     M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, OWN_ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile,): ROWS outputs of all M rows of x (1 or 2), over all of K in passes of PARTS * COLUMNS numbers.
+    """Program (tile,) computes ROWS outputs for all M rows of x (1 or 2). Each pass of its loop covers PARTS * COLUMNS of K.
 
-    With OWN_ROWS every warp has rows of W to itself and loads the matching part of x itself; otherwise all warps share each row.
+    With OWN_ROWS every warp has rows of W to itself, and loads x itself. Otherwise all warps share each row of W.
     """
     tile = tl.program_id(0)
     TILE: tl.constexpr = PARTS * COLUMNS
-    # The PARTS loads of a row are rows of one matrix, below each other. Every compiler version then gives a warp all parts of its
-    # own rows.
+    # The PARTS loads of a row of W are separate rows of one matrix of addresses. With this layout, every compiler version gives a
+    # warp all loads of its own rows.
     r = tl.arange(0, PARTS * ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     k = r // ROWS * COLUMNS + column
     w_at = w_ptr + row_of_tile(tile, r % ROWS, outputs, ROWS, GATED).to(tl.int64) * K + k
-    w = tl.load(w_at, mask=k < K, other=0.0, eviction_policy="evict_first")  # W is used once
+    w = tl.load(w_at, mask=k < K, other=0.0, eviction_policy="evict_first")  # W is read only once
     own = k if OWN_ROWS else column  # a warp that has rows to itself loads x itself, so that warps exchange nothing
     norm, bias = 0.0, 0.0
     if NORM:

@@ -1,4 +1,4 @@
-"""Properties of this CUDA device, and its measured memory bandwidth and bfloat16 rate, from which benchmarks compute bounds."""
+"""Reads properties of the CUDA device, and measures its memory bandwidth and bfloat16 rate, the bounds of benchmarks."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from functools import cache
 
 import torch
 
-_COPIED = 256 << 20  # bytes of one copy: several times any L2 cache
+_COPIED = 256 << 20  # bytes that the bandwidth measurement copies at a time: several times any L2 cache
 _COPIES = 40
-_SIDE = 8192  # rows and columns of the multiplied matrices
+_SIDE = 8192  # rows and columns of the matrices whose product is measured
 _PRODUCTS = 8
-_TRIES = 3  # the first one is also the warm-up; the best one counts
+_TRIES = 3  # measurements of each rate: the first is also the warm-up, and the best one counts
 
 
 def name() -> str | None:
-    """The name of the current CUDA device, or None if torch sees no CUDA device."""
+    """Return the name of the current CUDA device, or None if torch sees no CUDA device."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """The number of multiprocessors of a GPU. On a CPU, where Triton's interpreter runs the kernels, the number is arbitrary."""
+    """Return the number of multiprocessors of a GPU. On a CPU, where Triton's interpreter runs kernels, it is arbitrary."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use. Triton's interpreter has no limit."""
+    """Return the bytes of shared memory that one program may use. Triton's interpreter has no limit."""
     if device.type != "cuda":
         return 1 << 30
-    # By getattr, since torch's type stub lacks this attribute.
+    # getattr, since torch's type stub lacks this attribute.
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin"))  # noqa: B009
 
 
 def measure() -> tuple[float, float]:
-    """Memory bandwidth in bytes per second, and the rate of a bfloat16 matrix product in floating-point operations per second.
+    """Measure memory bandwidth in bytes a second, and a bfloat16 matrix product in floating-point operations a second.
 
     The bandwidth is that of a copy, and counts both the bytes read and the bytes written. The measurement takes a fraction of a
     second and, while it runs, about a gigabyte of device memory.

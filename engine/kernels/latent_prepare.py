@@ -1,7 +1,8 @@
-"""What latent attention needs before it attends, in one pass: the norm of latents, rotary embedding, and the write to the pool.
+"""A kernel that prepares latent attention in one pass: it norms latents, rotates queries and keys, and writes the KV pool.
 
-grid: (T, 1 + groups of GROUP heads); program (t, 0) handles the record of token t, program (t, g) the queries of one group of
-heads. The twin is `PlainOps.latent_prepare` in `layers/ops.py`.
+A token's record in the pool is its normed latent and its rotated key. grid: (T, 1 + groups of GROUP heads); program (t, 0)
+handles the record of token t, and program (t, g > 0) the queries of one group of heads. The twin is `PlainOps.latent_prepare` in
+`layers/ops.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ HEADS_A_PROGRAM = 16  # query heads that one program rotates
 def _rotate(at, live, cos_ptr, sin_ptr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Rotate the N vectors of 2 * HALF numbers that begin at the pointers `at` [N]. Returns both halves, [N, HALF] each.
 
-    With INTERLEAVED the two numbers of a pair are adjacent before the rotation, otherwise HALF numbers apart. Afterwards they are
-    HALF apart in either case. `sin` is signed: its first half is negated.
+    With INTERLEAVED the two numbers of a rotated pair are adjacent in memory, otherwise HALF numbers apart. In the result the two
+    numbers are HALF apart in either case. `sin` is signed: its first half is negated.
     """
     low = tl.arange(0, HALF)
     if INTERLEAVED:
@@ -40,7 +41,7 @@ def _prepare(
     HEADS: tl.constexpr, HEAD: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr, ROPE: tl.constexpr,
     GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, 0): the record of one token. Program (token, g > 0): the rotary parts of GROUP query heads."""
+    """Program (token, 0) norms, rotates and writes the record of one token. Program (token, g > 0) rotates GROUP query heads."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = ROPE // 2
     low = tl.arange(0, HALF)
@@ -62,7 +63,7 @@ def _prepare(
         x = x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * weight
         x = x.to(pool_ptr.dtype.element_ty)
         key_at = one[:, None] + low[None, :]
-        tl.debug_barrier()  # every thread has read its numbers before any is overwritten
+        tl.debug_barrier()  # every thread must have read its numbers before any is overwritten
         tl.store(kv_ptr + dim, x, mask=inside)
         tl.store(kv_ptr + RANK + key_at, key_a)
         tl.store(kv_ptr + RANK + HALF + key_at, key_b)
@@ -91,9 +92,9 @@ def latent_prepare(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate the rotary parts of q [T, heads, nope + rope] and kv [T, rank + rope] and norm the latents kv[:, :rank], in place.
 
-    The records kv are also written to their slots [T] int64 of `pool` [num_blocks, block_size, rank + rope], contiguous. `norm`
-    is (weight [rank], eps), `angles` (cos, signed sin), [T, 1, rope] float32 each. A token's numbers are adjacent in q and in
-    kv; rope is a power of two. Returns (q, kv). `Ops.latent_prepare` defines the result.
+    The records kv are also written to their slots [T] int64 of the contiguous KV pool `pool` [num_blocks, block_size, rank +
+    rope]. `norm` is (weight [rank], eps), and `angles` is (cos, signed sin), [T, 1, rope] float32 each. A token's numbers are
+    adjacent in q and in kv; rope is a power of two. Returns (q, kv). `Ops.latent_prepare` defines the result.
     """
     heads, head = q.shape[1:]
     (weight, eps), (cos, sin) = norm, angles

@@ -1,16 +1,17 @@
-"""The products with kv_b around latent attention, and the keys of expanded latents.
+"""Kernels for the products with the weight kv_b around latent attention, and a kernel that builds keys from expanded latents.
 
 kv_b [heads, nope + v_dim, rank] expands a latent to each head's key (the first nope rows, W_k) and value (the others, W_v).
 Decodes attend in latent space (DeepSeek-V2, arXiv 2405.04434, section 2.1), so both expansions move to the other side:
 
-    absorb      before attention: W_k^T q of each head, to be multiplied with latents
-    expand      after attention: W_v times each head's averaged latents
+    absorb      before attention: computes W_k^T q of each head, which attention multiplies with latents
+    expand      after attention: computes W_v times each head's averaged latents
 
 For a single sequence of few heads, `absorb_few` and `merge_expand` do this in plain arithmetic; `merge_expand` also merges the
 splits of the decode. From absorb to expand, one sequence of 16 heads and 1,100 tokens takes 12.6 us, and took 16.3 us before
 these two kernels existed; for two or more sequences plain arithmetic is slower (docs/gpu.md).
 
-`build_keys` puts keys together for a library that wants them as one tensor. The twins are in `attention/torch_mla.py`.
+`build_keys` puts the two parts of each key together for cuDNN, which takes keys as one tensor. The twins are in
+`attention/torch_mla.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import triton.language as tl
 from engine.kernels.dot import MIN_DOT_ROWS, precision
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
-COLUMNS = 64  # numbers of the rank in one program of `absorb`
-VALUES = 32  # numbers of a value in one program of `merge_expand`
-MAX_TOKENS = 64  # tokens in one program of `absorb`
+COLUMNS = 64  # numbers of an absorbed query, [rank], that one program of `absorb` computes
+VALUES = 32  # numbers of a head's value that one program of `merge_expand` computes
+MAX_TOKENS = 64  # most tokens that one program of `absorb` computes
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -33,7 +34,7 @@ def _absorb(
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, head, tile): COLS numbers of W_k^T q for TOKENS tokens of one head, by `tl.dot`."""
+    """Program (part, head, tile) computes COLS numbers of W_k^T q for TOKENS tokens of one head, by `tl.dot`."""
     part, head, tile = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     dim = tl.arange(0, PADDED)
     col = part * COLS + tl.arange(0, COLS)
@@ -52,9 +53,10 @@ def _absorb(
 
 
 def absorb(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """q [D, heads, nope + rope], kv_b [heads, nope + v_dim, rank] -> W_k^T q_nope of each head, [D, heads, rank].
+    """Compute W_k^T q_nope of each head, [D, heads, rank], from q [D, heads, nope + rope], on tensor cores.
 
-    A token's heads are adjacent in q; rank is a power of two. Tensor cores, grid: (rank / COLUMNS, heads, tiles of tokens).
+    W_k is the first `nope` rows of each head in kv_b [heads, nope + v_dim, rank]. A token's heads are adjacent in q; rank is a
+    power of two. grid: (rank / COLUMNS, heads, tiles of tokens).
     """
     num, heads, head = q.shape
     _, expanded, rank = kv_b.shape
@@ -74,7 +76,7 @@ def _absorb_few(
     HEADS: tl.constexpr, HEAD: tl.constexpr, NOPE: tl.constexpr, PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, COLS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, head, token): COLS numbers of W_k^T q of one token and head, in plain arithmetic."""
+    """Program (part, head, token) computes COLS numbers of W_k^T q of one token and head, in plain arithmetic."""
     part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     dim = tl.arange(0, PADDED)
     col = part * COLS + tl.arange(0, COLS)
@@ -89,7 +91,8 @@ def _absorb_few(
 
 
 def absorb_few(q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> torch.Tensor:
-    """The same as `absorb`, in plain arithmetic: each token reads the weights itself. grid: (rank / COLUMNS, heads, D)."""
+    """Compute the result of `absorb` in plain arithmetic. The weights are read once for each token. grid: (rank / COLUMNS, heads,
+    D)."""
     num, heads, head = q.shape
     _, expanded, rank = kv_b.shape
     columns = min(COLUMNS, rank)
@@ -108,7 +111,7 @@ def _merge_expand(
     HEADS: tl.constexpr, NOPE: tl.constexpr, EXPANDED: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, head, token): merge SPLITS averaged latents, and compute COLS numbers of W_v times the result."""
+    """Program (part, head, token) merges SPLITS averaged latents, and computes COLS numbers of W_v times the result."""
     part, head, token = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     V_DIM: tl.constexpr = EXPANDED - NOPE
     col = part * COLS + tl.arange(0, COLS)
@@ -120,7 +123,7 @@ def _merge_expand(
         tl.extra.cuda.gdc_wait()
     pair = token * HEADS + head
     split = pair * SPLITS + tl.arange(0, SPLITS)
-    # Parts are loaded whether or not they were written, so that these loads need not wait for the log-sum-exps.
+    # The latents of every split are loaded, even of empty splits, which wrote none: so these loads do not wait for `lse`.
     parts = tl.load(parts_ptr + split[:, None] * RANK + dim[None, :])
     lse = tl.load(lse_ptr + split)
     weight = tl.exp2(lse - tl.max(lse, 0))
@@ -162,7 +165,7 @@ def _build_keys(
     HEADS: tl.constexpr, PADDED: tl.constexpr, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, EXPANDED: tl.constexpr,
     RANK: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """Program (token,): the keys [nope | rope] of all heads of one token."""
+    """Program (token,) writes the keys [nope | rope] of all heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED)
     dim = tl.arange(0, NOPE_PADDED)
@@ -177,9 +180,10 @@ def _build_keys(
 
 
 def build_keys(expanded: torch.Tensor, latent: torch.Tensor, nope: int, rank: int) -> torch.Tensor:
-    """Each head's expanded key next to the rotary key that all heads share: [L, heads, nope + rope]. grid: (L,).
+    """Build each head's whole key, [L, heads, nope + rope]: its expanded key, then the rotary key that all heads share.
 
-    expanded [L, heads, nope + v_dim] is contiguous; latent [L, rank + rope] are the records.
+    expanded [L, heads, nope + v_dim], contiguous, holds each head's expanded key and value. latent [L, rank + rope] are the
+    tokens' records. grid: (L,).
     """
     num, heads, width = expanded.shape
     rope = latent.shape[1] - rank

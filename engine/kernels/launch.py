@@ -1,4 +1,4 @@
-"""What kernel launches share: programmatic dependent launch (PDL), arrival counters, and integer helpers.
+"""Helpers for kernel launches: programmatic dependent launch (PDL), arrival counters, and integer helpers.
 
 With PDL, the programs of a kernel may start while the last programs of the preceding kernel still run, which hides most of the
 launch latency. A kernel with PDL calls `gdc_wait` before it reads anything that an earlier kernel wrote; before that call it may
@@ -16,17 +16,20 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-MAX_GROUPS = 1 << 16  # groups of programs, in one launch, whose last program finishes for the group
-_HOPPER = 9  # compute capability, major version, from which devices have PDL
+MAX_GROUPS = 1 << 16  # one launch may have this many groups of programs that combine partial results
+_HOPPER = 9  # devices have PDL from this major version of the compute capability on
 
 
 class PdlOptions(TypedDict):
-    PDL: bool  # the kernel's own constexpr
+    PDL: bool  # value of the kernel's own constexpr `PDL`
     launch_pdl: NotRequired[bool]  # Triton's launch option; left out without PDL, since Triton's interpreter does not know it
 
 
 def pdl(device: torch.device) -> PdlOptions:
-    """Keyword arguments for launching, on `device`, a kernel that has a `PDL: tl.constexpr` and calls `gdc_wait`."""
+    """Return the keyword arguments that launch a kernel with PDL if `device` has it.
+
+    The kernel must have a `PDL: tl.constexpr` and call `gdc_wait`.
+    """
     return {"PDL": True, "launch_pdl": True} if _has_pdl(device) else {"PDL": False}
 
 
@@ -37,7 +40,7 @@ def _has_pdl(device: torch.device) -> bool:
 
 @cache
 def arrivals(device: torch.device) -> torch.Tensor:
-    """Counters [MAX_GROUPS] int32, one for each group of programs whose partial results are combined.
+    """Return the device's counters [MAX_GROUPS] int32, one for each group of programs whose partial results are combined.
 
     A program adds 1 to its group's counter once its part is written. The program that finds all others done combines the parts
     and sets the counter back to 0. All kernels share these counters: launches in one stream follow each other, and each leaves
@@ -47,14 +50,14 @@ def arrivals(device: torch.device) -> torch.Tensor:
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """numerator / denominator, rounded up.
+    """Divide and round up.
 
-    `triton.cdiv` and `triton.next_power_of_2` can also be called inside kernels, which makes a call on the host take 10 us. A
-    step outside a CUDA graph makes hundreds of such calls.
+    This replaces `triton.cdiv` on the host, and `power_of_two` replaces `triton.next_power_of_2`. Kernels can call Triton's
+    functions too, which makes a call on the host take 10 us, and a step outside a CUDA graph makes hundreds of such calls.
     """
     return -(-numerator // denominator)
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`; `number` is at least 1."""
+    """Return the smallest power of two that is at least `number`. `number` is at least 1."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Matrix products with few rows, y = x W^T: most of the time of a decode step. This file chooses the kernel and launches it.
+"""Chooses and launches the kernel for a matrix product with few rows, y = x W^T. Such products take most of a decode step's time.
 
     rows of x   kernel                        how
     1, 2        `gemv.py`                     plain arithmetic; a program reads a few whole rows of W
@@ -19,13 +19,13 @@ from engine.kernels.linear_tiles import GEMV_ROWS, MAX_ROWS, MOST_NORMED, Gemv, 
 from engine.kernels.product import Extras, Norm
 from engine.kernels.skinny import launch_skinny
 
-K_MULTIPLE = 16  # every row of W then begins on a 32-byte boundary, so that loads are 16 bytes wide
+K_MULTIPLE = 16  # K must be a multiple: every row of W then begins on a 32-byte boundary, and loads are 16 bytes wide
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether these kernels compute x [..., K] times weight [N, K]^T.
+    """Whether `gemv.py` or `skinny.py` should compute the product of x [..., K] and weight [N, K].
 
-    They do for bfloat16 on CUDA with K a multiple of 16 and 1 to 128 rows, except where cuBLAS is faster (`is_ours`).
+    They should for bfloat16 on CUDA with K a multiple of 16 and 1 to 128 rows, except where cuBLAS is faster (`is_ours`).
     """
     size = x.shape[-1]
     return (
@@ -46,21 +46,21 @@ def linear(
     *,
     norm: Norm | None = None,
 ) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> x W^T + bias [..., N], summed in float32 and written to `out` if that is given.
+    """Compute x W^T + bias, [..., N], from x [..., K], weight [N, K] and bias [N]. Sums are in float32.
 
-    The arguments must pass `fits`. With `norm`, x must be a single row, and its root-mean-square norm takes the place of x; the
-    normed row stays in float32 and is not rounded before the product.
+    The result is written to `out` if that is given. The arguments must pass `fits`. With `norm`, x must be a single row, which is
+    root-mean-square normalised before the product; the normed row stays in float32 and is not rounded.
     """
     return _product(x, weight, bias, out, Extras(norm=norm))
 
 
 def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    """hidden [..., N], contiguous, += x W^T + bias, with one rounding at the end. x and weight must pass `fits`."""
+    """Add x W^T + bias to the contiguous hidden [..., N], with one rounding at the end. x and weight must pass `fits`."""
     _product(x, weight, bias, hidden, Extras(add=True))
 
 
 def gated(x: torch.Tensor, weight: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
-    """x [..., K], weight [2 I, K] -> silu(x G^T) * (x U^T) [..., I]. G is the first half of the weight's rows, U the second.
+    """Compute silu(x G^T) * (x U^T), [..., I], from x [..., K] and weight [2 I, K], whose rows are G and then U.
 
     The arguments must pass `fits`. `norm` has the same meaning as in `linear`.
     """
@@ -68,10 +68,10 @@ def gated(x: torch.Tensor, weight: torch.Tensor, *, norm: Norm | None = None) ->
 
 
 def can_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product of x [..., K] and weight [N, K] should also norm x: if x is one row and W is small.
+    """Whether the product's kernel should also norm x [..., K]: it should if x is one row and weight [N, K] is small.
 
-    With a separate norm kernel, the product's first weights load while the norm runs (`launch.py`). For a large W that gains more
-    than the saved kernel does: a llama-8b layer takes 108.7 us with separate norms and 109.1 us with fused ones (docs/gpu.md).
+    With a separate norm kernel, the product's first weights load while the norm runs (`launch.py`). For a large weight this gains
+    more than fusing saves: a llama-8b layer takes 108.7 us with separate norms and 109.1 us with fused ones (docs/gpu.md).
     """
     return fits(x, weight) and x.numel() == x.shape[-1] and weight.numel() < MOST_NORMED
 

@@ -1,4 +1,4 @@
-"""Merges two parts of an attention, computed over different keys, by their log-sum-exps.
+"""A kernel that merges two attention results of the same queries over different keys, by their log-sum-exps.
 
 With weights w_a = exp(lse_a - max) and w_b likewise, out = (w_a out_a + w_b out_b) / (w_a + w_b), and the merged log-sum-exp is
 max + log(w_a + w_b). grid: (ceil(T * heads / ROWS)); a program merges ROWS rows, where a row is one head of one token. The twin
@@ -15,14 +15,14 @@ import triton.language as tl
 
 from engine.kernels.launch import cdiv, power_of_two
 
-ROWS = 16  # rows of one program
+ROWS = 16  # rows that one program merges
 
 
 class Part(NamedTuple):
-    """Attention of T query rows over a part of their keys."""
+    """The attention of T query tokens over a part of their keys."""
 
-    out: torch.Tensor  # [T, heads, v_dim]
-    lse: torch.Tensor  # [heads, T] float32: the natural logarithm of the sum of the exponentials of the row's scores
+    out: torch.Tensor  # [T, heads, v_dim]: the averaged values
+    lse: torch.Tensor  # [heads, T] float32: log-sum-exp of the token's scores, with the natural logarithm
 
 
 @triton.jit(do_not_specialize=["num", "b_lse_stride", "a_lse_stride"])
@@ -32,7 +32,7 @@ def _merge(
     OUT_TOKEN: tl.constexpr, OUT_HEAD: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program i: merge rows ROWS * i and following of the T * HEADS rows. *_TOKEN and *_HEAD are strides, in numbers."""
+    """Program i merges ROWS of the T * HEADS rows, from row ROWS * i on. *_TOKEN and *_HEAD are strides, counted in numbers."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = (row // HEADS).to(tl.int64), row % HEADS
     inside = token < num
@@ -52,10 +52,10 @@ def _merge(
 
 
 def merge_parts(a: Part, b: Part, out: torch.Tensor | None = None) -> Part:
-    """The attention of the T rows of `a` over the keys of both parts. `b` may have further rows, which are ignored.
+    """Compute the attention of the T tokens of `a` over the keys of `a` and `b`. Further tokens of `b` are ignored.
 
-    The result is in `out` [T, heads, v_dim] if it is given. Otherwise it is in `a.out` if that is float32, as the result of an
-    earlier merge is, and else in a new float32 tensor: rounding after each of many merges would add up.
+    The result is written to `out` [T, heads, v_dim] if that is given. Otherwise it is written to `a.out` if that is float32 and
+    contiguous, and else to a new float32 tensor: rounding after each of many merges would add up.
     """
     num, heads, dim = a.out.shape
     if out is None:
@@ -72,8 +72,8 @@ def merge_parts(a: Part, b: Part, out: torch.Tensor | None = None) -> Part:
 
 
 def merge_parts_plain(a: Part, b: Part) -> Part:
-    """Compute what `merge_parts` does in plain torch -> float32."""
+    """Compute the result of `merge_parts` in plain torch, in float32."""
     num = a.out.shape[0]
-    lse = torch.stack((a.lse, b.lse[:, :num]))  # [2, heads, T]
+    lse = torch.stack((a.lse, b.lse[:, :num]))  # [2, heads, T], of `a` and of `b`
     weights = lse.softmax(0).transpose(1, 2).unsqueeze(-1)  # [2, T, heads, 1]
     return Part(a.out.float() * weights[0] + b.out[:num].float() * weights[1], lse.logsumexp(0))

@@ -1,8 +1,8 @@
-"""Latent attention of decodes, one query token a sequence, over a paged cache of records [latent | rope].
+"""Latent attention of decodes, one query token a sequence, over a paged KV cache of records [latent | rope].
 
-The absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): score = q_latent . latent + q_rope . rope, and the output is
-the weighted average of the latents, which `latent_products.expand` or `merge_expand` turns into values. All heads share one
-record, and its latent part is read once and serves as key and as value.
+This is the absorbed form of DeepSeek-V2 (arXiv 2405.04434, section 2.1): score = q_latent . latent + q_rope . rope, and the
+output is the weighted average of the latents, which `latent_products.expand` or `merge_expand` turns into values. All heads share
+one record, and its latent part is read once and serves as key and as value.
 
 grid: (splits, groups of heads, sequences); a program attends from ROWS heads of one sequence to one split of its tokens. Shapes
 alone decide the grid, so a captured graph stays valid as sequences grow. `merge` combines the splits in a second launch: with
@@ -23,28 +23,29 @@ from engine.kernels.hardware import shared_memory
 from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.softmax import LOG2_E, add_pass
 
-MANY_ROWS = 64  # heads of one program, if there are more than MIN_DOT_ROWS: the rows of Hopper's matrix instructions
-FEW_SEQUENCES = 8  # below this many, a program takes MIN_DOT_ROWS heads, which gives more programs
-MANY_SEQUENCES = 16  # from this many on, a split has enough tokens for passes of 64 tokens
-LARGE_PASS_MEMORY = 216 << 10  # bytes of shared memory that passes of 64 tokens need at most; a Hopper GPU has them
-MAX_SPLITS = 16  # of a sequence
-ALONE_SPLITS = 64  # of a sequence that is alone
+MANY_ROWS = 64  # heads of one program if there are many: the rows of Hopper's matrix instructions
+FEW_SEQUENCES = 8  # with fewer sequences, a program takes MIN_DOT_ROWS heads, which gives more programs
+MANY_SEQUENCES = 16  # from this many sequences on, a split has enough tokens for passes of 64 tokens
+LARGE_PASS_MEMORY = 216 << 10  # passes of 64 tokens need at most this many bytes of shared memory; a Hopper GPU has them
+MAX_SPLITS = 16  # most splits of a sequence that is not alone in its step
+ALONE_SPLITS = 64  # most splits of a sequence that is alone in its step
 
 
 class Tile(NamedTuple):
-    """The heads of one program of `mla_decode`, and the cached tokens that it reads in one pass of its loop."""
+    """The heads of one program of `mla_decode`, and the cached tokens that a program reads in one pass of its loop."""
 
-    rows: int  # heads
-    tokens: int  # in one pass of the loop; at most a block
+    rows: int  # heads of one program
+    tokens: int  # cached tokens in one pass of the loop; at most a KV block
     num_warps: int
     num_stages: int
 
 
 @triton.jit
 def score_records(q_c, q_r, cache_ptr, at, inside, dim, rope, LATENT: tl.constexpr, PRECISION: tl.constexpr):
-    """(q_c . latent + q_r . rope [ROWS, TILE], latents [TILE, LATENT]) for the TILE records that begin at offsets `at`.
+    """Load the TILE records at offsets `at`, and score them: q_c . latent + q_r . rope.
 
-    Records where `inside` is false are read as zeros: the caller masks their scores.
+    Returns (scores [ROWS, TILE], latents [TILE, LATENT]). Records where `inside` is false are read as zeros, and the caller must
+    mask their scores.
     """
     c = tl.load(cache_ptr + at[:, None] + dim[None, :], mask=inside[:, None], other=0.0)  # [TILE, LATENT]
     r = tl.load(cache_ptr + at[None, :] + LATENT + rope[:, None], mask=inside[None, :], other=0.0)  # [ROPE, TILE]
@@ -58,9 +59,10 @@ def _split(
     HEADS: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, group, sequence): attend from one group of ROWS heads to one split of a sequence, TILE tokens at a time.
+    """Program (split, group, sequence) attends from one group of ROWS heads to one split of a sequence, TILE tokens at a time.
 
-    With one split the averaged latents are written in the queries' type, otherwise in float32 next to their log-sum-exp.
+    With one split the averaged latents are written in the queries' type. Otherwise they are written in float32, with their
+    log-sum-exp.
     """
     split, part, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     RECORD: tl.constexpr = LATENT + ROPE
@@ -100,7 +102,7 @@ def _split(
         mixed = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + pair[:, None] * LATENT + dim[None, :], mixed, mask=live[:, None])
     else:
-        # A sequence may be too short for this split. Then only the log-sum-exp is written, as minus infinity.
+        # A sequence may be too short for this split. Then the program writes only a log-sum-exp of minus infinity.
         at_out = pair * SPLITS + split
         empty = begin >= end
         total = tl.where(empty, 1.0, total)
@@ -110,11 +112,11 @@ def _split(
 
 
 class Parts(NamedTuple):
-    """The result of each split of each sequence."""
+    """The attention result of each split of each sequence."""
 
     latents: torch.Tensor  # [B, heads, splits, latent]: averaged latents; float32, or with one split the queries' type
-    lse: torch.Tensor  # [B, heads, splits] float32: log-sum-exp, base 2; minus infinity if the split is empty and its latents
-    # were not written. With one split it is not set.
+    lse: torch.Tensor  # [B, heads, splits] float32: log-sum-exp of the scores, base 2; not written if there is one split
+    # An empty split has a log-sum-exp of minus infinity, and its latents are not written.
 
 
 def mla_decode(
@@ -128,8 +130,8 @@ def mla_decode(
 ) -> Parts:
     """Attend from q_latent [B, heads, latent], contiguous, and q_rope [B, heads, rope] to each sequence's cached records.
 
-    cache [num_blocks, block_size, latent + rope], block_tables [B, max_blocks] int32, kv_lens [B] int32, each at least 1. latent,
-    rope, block_size and num_splits are powers of two. The result is for `merge` or `latent_products.merge_expand`.
+    The KV cache is [num_blocks, block_size, latent + rope], block_tables [B, max_blocks] int32; kv_lens [B] int32 are at least 1.
+    latent, rope, block_size and num_splits are powers of two. `merge` or `latent_products.merge_expand` combines the result.
     """
     (num_seqs, heads, latent), device = q_latent.shape, q_latent.device
     block_size = cache.shape[1]
@@ -150,7 +152,7 @@ def mla_decode(
 
 
 def merge(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """Combine the splits: averaged latents [B, heads, latent] in the queries' `dtype`. grid: (B * heads,)."""
+    """Combine the splits of each sequence -> averaged latents [B, heads, latent] in `dtype`. grid: (B * heads,)."""
     num_seqs, heads, splits, latent = parts.latents.shape
     if splits == 1:
         return parts.latents.squeeze(2)
@@ -161,8 +163,8 @@ def merge(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 
 @triton.jit
 def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
-    """Program (pair,): the weighted average of the splits of one sequence and head."""
-    pair = tl.program_id(0).to(tl.int64)  # sequence * heads + head
+    """Program (pair,) computes the weighted average of the splits of one sequence and head."""
+    pair = tl.program_id(0).to(tl.int64)  # the index sequence * heads + head
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, LATENT)
     if PDL:
@@ -177,7 +179,7 @@ def _merge(parts_ptr, lse_ptr, out_ptr, LATENT: tl.constexpr, SPLITS: tl.constex
 
 
 def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, block_size: int, device: torch.device) -> Tile:
-    """The tile of `mla_decode` for a batch, as measured in docs/gpu.md.
+    """Choose the tile of `mla_decode` for a batch. docs/gpu.md has the measurements.
 
     One program a multiprocessor, whose loads fill the shared memory, is faster than two programs with smaller passes.
     """
@@ -193,23 +195,24 @@ def decode_tile(num_seqs: int, heads: int, dtype: torch.dtype, block_size: int, 
 
 
 def _rows(num_seqs: int, heads: int, dtype: torch.dtype) -> int:
-    """Heads of one program. In float32 no more than MIN_DOT_ROWS fit into shared memory."""
+    """Choose the number of heads of one program. In float32 no more than MIN_DOT_ROWS heads fit into shared memory."""
     return MIN_DOT_ROWS if heads <= MIN_DOT_ROWS or num_seqs < FEW_SEQUENCES or dtype == torch.float32 else MANY_ROWS
 
 
 def is_alone(num_seqs: int, heads: int) -> bool:
-    """Whether a single program, without splits, would do the whole decode: one sequence of few heads.
+    """Whether the step is a decode of one sequence with few heads, which a single program would compute if it were not split.
 
-    Then only splits fill the device, and `latent_products.merge_expand` is the fastest way to merge them.
+    Only splits fill the device in this case, and `latent_products.merge_expand` is the fastest way to merge them.
     """
     return num_seqs == 1 and heads <= MIN_DOT_ROWS
 
 
 def decode_splits(num_seqs: int, heads: int, num_processors: int, dtype: torch.dtype) -> int:
-    """The number of splits of a sequence (a power of two, at most 16 or 64) that gives each multiprocessor about one program.
+    """Choose the number of splits of a sequence, so that each multiprocessor has about one program.
 
-    If a sequence's few heads make one program, and sequences do not outnumber multiprocessors, there are at least two splits:
-    lengths differ, and the device would wait for the longest sequence.
+    The number is a power of two, at most 16, or 64 for a sequence that is alone. If one program takes all heads of a sequence,
+    and there are no more sequences than multiprocessors, it is at least 2: lengths differ, and without splits the device would
+    wait for the longest sequence.
     """
     programs = num_seqs * cdiv(heads, _rows(num_seqs, heads, dtype))
     least = 2 if heads <= MIN_DOT_ROWS and programs <= num_processors else 1

@@ -1,12 +1,12 @@
 """Latent attention of a whole step, decodes and prefill chunks in one launch, in a form that a CUDA graph can hold.
 
-The computation is that of `mla_decode.py`: attention in latent space over paged records. A program attends from several tokens
-of one query, and each row has its own causal limit. grid: (tiles of queries, groups of heads); `query_tiles.map_tiles` cuts the
-tiles on the device. There are no splits: a step with long chunks has programs enough.
+The kernel attends in latent space over the records of the paged KV cache, as `mla_decode.py` does. A program attends from several
+tokens of one query, and each token has its own causal limit. grid: (tiles of queries, groups of heads); `query_tiles.map_tiles`
+cuts the tiles on the device. Sequences are not split, since a step with long chunks has enough programs.
 
-For a chunk this form costs more arithmetic than expanded keys (`mla_prefill.py`). But expanded keys need the query's length,
-and its cached part, on the host, and in a graph only the device knows them. Hence graphs hold smaller mixed steps with latents
-than with K/V.
+For a chunk, attention in latent space costs more arithmetic than attention over expanded keys (`mla_prefill.py`). But to expand
+keys, the host must know the query's length and its cached part, and in a graph only the device knows them. Graphs therefore hold
+smaller mixed steps with latents than with K/V.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.kernels.launch import cdiv, pdl, power_of_two
 from engine.kernels.mla_decode import score_records
 from engine.kernels.softmax import LOG2_E, add_pass
 
-ROWS = 64  # (token, head) pairs of a program: the rows of Hopper's matrix instructions
+ROWS = 64  # (token, head) pairs that a program attends from: the rows of Hopper's matrix instructions
 TILE = 32  # cached tokens in one pass of the loop
 
 
@@ -31,7 +31,7 @@ def _attend(
     HEADS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
     BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, part): attend from ROWS rows, which are ROWS / PART tokens of one query by PART heads."""
+    """Program (tile, part) attends from ROWS rows: PART heads of each of ROWS / PART tokens of one query."""
     tile, part = tl.program_id(0), tl.program_id(1)
     RECORD: tl.constexpr = LATENT + ROPE
     row = tl.arange(0, ROWS)
@@ -48,9 +48,9 @@ def _attend(
     begin = tl.load(starts_ptr + query)
     chunk = tl.load(starts_ptr + query + 1) - begin
     length = tl.load(lens_ptr + query)
-    token = tl.load(tile_start_ptr + tile) + row // PART  # counted within its query
+    token = tl.load(tile_start_ptr + tile) + row // PART  # each row's token, counted within its query
     live = (token < chunk) & (head < HEADS)
-    limit = length - chunk + token  # the last position that a row sees
+    limit = length - chunk + token  # the last position that each row sees
     end = tl.minimum(tl.max(limit, 0) + 1, length)
 
     at_token = (begin + token).to(tl.int64)
@@ -63,7 +63,7 @@ def _attend(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, LATENT], tl.float32)
     tables_ptr += query.to(tl.int64) * max_blocks
-    block = tl.load(tables_ptr).to(tl.int64)  # loaded one pass ahead, as in `paged_decode.py`
+    block = tl.load(tables_ptr).to(tl.int64)  # a block's number is loaded one pass ahead; `paged_decode.py` explains why
     for start in range(0, end, TILE):
         at = (block * BLOCK + start % BLOCK + offset) * RECORD
         inside = start + offset < end
@@ -77,13 +77,14 @@ def _attend(
 
 
 def tile_tokens(heads: int, dtype: torch.dtype) -> int:
-    """Tokens of a query in one tile of `mla_mixed`."""
+    """Return how many tokens of a query make one tile of `mla_mixed`."""
     rows, part = _rows(heads, dtype)
     return rows // part
 
 
 def _rows(heads: int, dtype: torch.dtype) -> tuple[int, int]:
-    """((token, head) pairs of a program, heads of a program). In float32 fewer pairs fit into shared memory."""
+    """Return (rows of a program, heads of a program). A row is a (token, head) pair. In float32 fewer rows fit into shared
+    memory."""
     rows = ROWS if dtype.itemsize == 2 else MIN_DOT_ROWS
     return rows, min(rows, max(MIN_DOT_ROWS, power_of_two(heads)))
 
@@ -98,10 +99,11 @@ def mla_mixed(
     tiles: tuple[torch.Tensor, torch.Tensor],
     scale: float,
 ) -> torch.Tensor:
-    """Attend causally from q_latent [T, heads, latent], contiguous, and q_rope [T, heads, rope]: averaged latents, like q_latent.
+    """Attend causally from the contiguous q_latent [T, heads, latent] and q_rope [T, heads, rope] to cached records.
 
-    cache [num_blocks, block_size, latent + rope]; block_tables [B, max_blocks], kv_lens [B] and query_starts [B + 1] int32.
-    `tiles` come from `map_tiles` with `tile_tokens` tokens a tile and least=1. latent, rope and block_size are powers of two.
+    Returns averaged latents [T, heads, latent]. The KV cache is [num_blocks, block_size, latent + rope]; block_tables [B,
+    max_blocks], kv_lens [B] and query_starts [B + 1] are int32. `tiles` is the result of `map_tiles` with `tile_tokens` tokens a
+    tile and least=1. latent, rope and block_size are powers of two.
     """
     _, heads, latent = q_latent.shape
     block_size, (rows, part) = cache.shape[1], _rows(heads, q_latent.dtype)

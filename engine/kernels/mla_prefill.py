@@ -1,9 +1,9 @@
-"""Causal latent attention of prefill chunks over expanded latents: all chunks of a step in one launch.
+"""Causal latent attention of prefill chunks over expanded latents. One launch handles all chunks of a step.
 
-Keys come in two parts: [nope], expanded for each head by a matrix product, and [rope], which all heads share. score = q_nope .
-k_nope + q_rope . k_rope, and values are expanded for each head too. grid: (heads, tiles of queries); a program attends from
-TILE_Q tokens of one chunk, for one head. `query_tiles.cut_tiles` cuts the tiles. 16 prompts of 512 tokens take 112 us of a
-DeepSeek-V2-Lite layer, besides 61 us for the expansion (docs/gpu.md).
+A key has two parts: [nope], which a matrix product expands for each head, and [rope], which all heads share. The score is q_nope
+. k_nope + q_rope . k_rope. Values are expanded for each head too. grid: (heads, tiles of queries); a program attends from TILE_Q
+tokens of one chunk, for one head. `query_tiles.cut_tiles` cuts the tiles. In a layer of DeepSeek-V2-Lite, 16 prompts of 512
+tokens take 112 us, and the expansion another 61 us (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from engine.kernels.softmax import LOG2_E, add_pass
 
 
 class Tile(NamedTuple):
-    """The query tokens of one program of `mla_prefill`, and the keys that it reads in one pass of its loop."""
+    """The query tokens of one program of `mla_prefill`, and the keys that a program reads in one pass of its loop."""
 
-    queries: int  # query tokens
+    queries: int  # query tokens of one program
     keys: int  # keys in one pass of the loop
     num_warps: int
     num_stages: int
 
 
 TILE = Tile(128, 64, 8, 3)
-TILE_FLOAT32 = Tile(32, 32, 4, 1)  # float32 numbers take twice the shared memory, and their products three passes
+TILE_FLOAT32 = Tile(32, 32, 4, 1)  # smaller: float32 numbers take twice the shared memory, and their products three passes
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _step(
     dim, rope, v_dim, offset, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr,
     EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the loop. EDGE: some row must not see all keys of this pass, or the pass goes past the sequence's end."""
+    """Attend to the keys of one pass. EDGE: some token must not see all of these keys, or they go past the sequence's end."""
     at = start + offset
     row = at.to(tl.int64)
     n_ptr = expanded_ptr + row[None, :] * expanded_stride + dim[:, None]
@@ -64,16 +64,16 @@ def _prefill(
     HEADS: tl.constexpr, NOPE: tl.constexpr, NOPE_PADDED: tl.constexpr, ROPE: tl.constexpr,
     V: tl.constexpr, V_PADDED: tl.constexpr, TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, tile): attend from TILE_Q tokens of one chunk, for one head, in passes of TILE_N keys.
+    """Program (head, tile) attends from TILE_Q tokens of one chunk, for one head, in passes of TILE_N keys.
 
-    Passes whose keys all rows see come first and have no masks.
+    The first passes have keys that all of the tokens see, and need no mask.
     """
     head, tile = tl.program_id(0), tl.program_id(1)
     query = tl.load(tile_query_ptr + tile)
     if query < 0:
         return
-    first = tl.load(tile_start_ptr + tile)  # first token of the tile within its chunk
-    key = tl.load(tile_key_ptr + tile).to(tl.int64)  # the row of `expanded` with the chunk's first key
+    first = tl.load(tile_start_ptr + tile)  # the tile's first token, counted within its chunk
+    key = tl.load(tile_key_ptr + tile).to(tl.int64)  # the row of `expanded` that holds the chunk's first key
     begin = tl.load(starts_ptr + query)
     chunk = tl.load(starts_ptr + query + 1) - begin
     length = tl.load(lens_ptr + query)
@@ -95,8 +95,8 @@ def _prefill(
     best = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
-    limit = prefix + token  # the last position that a row sees
-    full = (prefix + first) // TILE_N * TILE_N  # every row sees every position below this one
+    limit = prefix + token  # the last position that each token sees
+    full = (prefix + first) // TILE_N * TILE_N  # all tokens see all positions below this one
     end = tl.minimum(prefix + first + TILE_Q, length)
     for start in range(0, full, TILE_N):
         best, total, acc = _step(
@@ -115,7 +115,7 @@ def _prefill(
 
 
 def choose_tile(dtype: torch.dtype) -> Tile:
-    """The tile for queries of `dtype`; `tiles` of `mla_prefill` are cut with its `queries`."""
+    """Choose the tile for queries of `dtype`. The caller cuts the queries of `mla_prefill` into tiles of `queries` tokens."""
     return TILE_FLOAT32 if dtype == torch.float32 else TILE
 
 
@@ -130,12 +130,12 @@ def mla_prefill(
     scale: float,
     tile: Tile,
 ) -> None:
-    """Attend from the tokens of `tiles`, each to its sequence up to itself, and write their rows of `out` [T, heads, v_dim].
+    """Attend causally from the query tokens that `tiles` lists, and write those tokens' rows of `out` [T, heads, v_dim].
 
-    q [T, heads, nope + rope], with a token's heads adjacent. expanded [L, heads, nope + v_dim], contiguous, and k_rope [L,
-    rope] are the keys and values of whole sequences, one after another. query_starts [B + 1] and kv_lens [B] int32. tiles [3,
-    N] int32 has one column a program: query (-1: no work), first token within the query, and the row of `expanded` with the
-    query's first key.
+    q [T, heads, nope + rope] are the step's queries, with a token's heads adjacent. expanded [L, heads, nope + v_dim],
+    contiguous, and k_rope [L, rope] are the keys and values of whole sequences, one after another. query_starts [B + 1] int32 are
+    the queries' first tokens, and kv_lens [B] int32 the lengths of their sequences. tiles [3, N] int32 has one column a program:
+    query (-1: no work), first token within the query, and the row of `expanded` that holds the query's first key.
     """
     heads, v_dim = out.shape[1:]
     rope = k_rope.shape[1]

@@ -1,4 +1,4 @@
-"""Attention of decodes, one query token a sequence, over a paged K/V cache: split-KV, with grouped query heads in one tile.
+"""Attention of decodes, one query token a sequence, over a paged K/V cache. Sequences are cut into parts that are merged.
 
 grid: (parts, K/V heads, sequences); a program attends from all query heads of one K/V head to one part of one sequence, so K
 and V are read once for the group. A sequence is cut into up to `num_splits` parts, so that few sequences still fill the device.
@@ -21,17 +21,18 @@ from engine.kernels.hardware import processors
 from engine.kernels.launch import arrivals, pdl, power_of_two
 from engine.kernels.softmax import LOG2_E, add_pass
 
-MANY_PROGRAMS = 512  # pairs of a sequence and a K/V head, above which an unsplit decode has three stages of loads
-# By `num_splits`: a sequence has at most one part for each started group of this many tokens. With any other `num_splits` it
-# has at most one part for each pass of the loop. Parts are whole passes, as even as that allows.
+MANY_PROGRAMS = 512  # with more (sequence, K/V head) pairs than this, a decode that is not split has three stages of loads
+# The key is `num_splits`, and the value a number of tokens: a sequence has at most one part for each started group of so many
+# tokens. With any other `num_splits` it has at most one part for each pass of the loop. A part is a whole number of passes, and
+# parts are as even as that allows.
 PART_TOKENS = {2: 512, 4: 128}
 
 
 @triton.jit
 def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: tl.constexpr):
-    """Merge the `parts` parts of one head of one sequence, and write its output.
+    """Merge the results of the `parts` parts of one sequence, for one head, and write the head's output.
 
-    The loads bypass the L1 cache: other programs wrote the parts, and the L1 may hold an older launch's.
+    The loads bypass the L1 cache: other programs wrote the results, and the L1 may hold those of an older launch.
     """
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, HEAD)
@@ -46,7 +47,10 @@ def _merge(acc_ptr, lse_ptr, out_ptr, pair, parts, HEAD: tl.constexpr, SPLITS: t
 
 @triton.jit
 def _cut(length, SPLITS: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
-    """(parts of a sequence of `length` tokens, tokens of every part but the last). At most one for each started PART passes."""
+    """Cut a sequence of `length` tokens into up to SPLITS parts, at most one for each started group of PART passes.
+
+    Returns (number of parts, tokens of every part but the last).
+    """
     passes = tl.cdiv(length, TILE)
     of_each = tl.cdiv(passes, tl.minimum(SPLITS, tl.cdiv(passes, PART)))
     return tl.cdiv(passes, of_each), of_each * TILE
@@ -60,10 +64,10 @@ def _decode(
     HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
     PRECISION: tl.constexpr, BY_LENGTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, kv_head, sequence): attend from the GROUP query heads of one K/V head to one part of a sequence.
+    """Program (split, kv_head, sequence) attends from the GROUP query heads of one K/V head to one part of a sequence.
 
-    ROWS is GROUP padded for `tl.dot`. BY_LENGTH: only queries of one token are computed, found by starts_ptr. The last program
-    of a sequence and K/V head to finish merges its parts.
+    ROWS is GROUP padded for `tl.dot`. With BY_LENGTH, only queries of one token are computed; starts_ptr tells which these are.
+    The last program of a sequence and K/V head to finish merges the parts.
     """
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, ROWS)
@@ -102,7 +106,7 @@ def _decode(
         score = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION), float("-inf"))
         best, total, acc = add_pass(score, v, best, total, acc, scale, PRECISION)
 
-    if PDL:  # not earlier: waiting programs of the next kernel would take the place of this kernel's programs
+    if PDL:  # only here: waiting programs of the next kernel would take the place of this kernel's programs
         tl.extra.cuda.gdc_launch_dependents()
     acc = acc / total[:, None]
     if SPLITS == 1 or parts == 1:
@@ -112,20 +116,20 @@ def _decode(
         part = (seq * heads + head) * SPLITS + split
         tl.store(lse_ptr + part, best + tl.log2(total), mask=live)
         tl.store(acc_ptr + part[:, None] * HEAD + dim[None, :], acc, mask=live[:, None])
-        tl.debug_barrier()  # all threads have written their parts before the program counts as arrived
+        tl.debug_barrier()  # all threads must have written their results before the program counts as arrived
         arrived = tl.atomic_add(arrived_ptr + seq * KV_HEADS + kv_head, 1, sem="acq_rel")
         if arrived == parts - 1:
-            tl.store(arrived_ptr + seq * KV_HEADS + kv_head, 0)  # for the next launch
+            tl.store(arrived_ptr + seq * KV_HEADS + kv_head, 0)  # the next launch needs the counter at 0
             for i in range(GROUP):
                 one = kv_head * GROUP + i
                 _merge(acc_ptr, lse_ptr, out_ptr + (token * heads + one) * HEAD, seq * heads + one, parts, HEAD, SPLITS)
 
 
 def choose_splits(num_seqs: int, kv_heads: int, num_processors: int) -> int:
-    """Most parts of a sequence (a power of two, at most 32), chosen so that each multiprocessor has about two programs.
+    """Choose into how many parts a sequence may be cut, so that each multiprocessor has about two programs.
 
-    It is at least 4 while unsplit sequences give up to two programs a multiprocessor, and at least 2 up to four programs: lengths
-    differ, and the device would wait for the longest sequence.
+    The number is a power of two, at most 32. It is at least 4 if sequences that are not cut give up to two programs for each
+    multiprocessor, and at least 2 if they give up to four: lengths differ, and the device would wait for the longest sequence.
     """
     programs = num_seqs * kv_heads
     least = 4 if programs <= 2 * num_processors else 2 if programs <= 4 * num_processors else 1
@@ -145,9 +149,10 @@ def paged_decode(
 ) -> torch.Tensor:
     """Attend from q [B, heads, head_dim], with a token's heads adjacent, to the first kv_lens[b] tokens of each sequence b.
 
-    Returns [B, heads, head_dim], written to `out` if that is given. k_cache and v_cache are [num_blocks, block_size, kv_heads,
-    head_dim], block_tables [B, max_blocks] int32, kv_lens [B] int32, each at least 1. head_dim, block_size (at least 16) and
-    num_splits are powers of two. With num_splits > 1 there are at most `launch.MAX_GROUPS` pairs of sequence and K/V head.
+    The result is [B, heads, head_dim], written to `out` if that is given. k_cache and v_cache are [num_blocks, block_size,
+    kv_heads, head_dim], block_tables [B, max_blocks] int32, and kv_lens [B] int32, each at least 1. head_dim, block_size (at
+    least 16) and num_splits are powers of two. With num_splits > 1 there are at most `launch.MAX_GROUPS` pairs of sequence and
+    K/V head.
 
     With query_starts [B + 1] int32, q and `out` are [T, heads, head_dim], and only queries of one token are computed; the rows of
     longer queries in `out` are left as they are.
@@ -159,7 +164,7 @@ def paged_decode(
     programs, num_processors, tile = num_seqs * kv_heads, processors(q.device), min(64, block_size)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    acc = lse = out  # without splits the kernel does not use these
+    acc = lse = out  # placeholders, which the kernel does not use if no sequence is split
     if num_splits > 1:
         acc = torch.empty(num_seqs, heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_seqs, heads, num_splits, dtype=torch.float32, device=q.device)

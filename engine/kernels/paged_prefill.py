@@ -15,7 +15,7 @@ from engine.kernels.dot import precision
 from engine.kernels.launch import pdl, power_of_two
 from engine.kernels.softmax import LOG2_E, add_pass
 
-TILE_ROWS = 128  # (token, query head of the group) pairs of one tile
+TILE_ROWS = 128  # most rows of one tile; a row is a token and one of the query heads that share a K/V head
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -25,9 +25,9 @@ def _prefill(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, kv_head): attend from TILE_Q tokens of one chunk, for the GROUP query heads of one K/V head.
+    """Program (tile, kv_head) attends from TILE_Q tokens of one chunk, for the GROUP query heads of one K/V head.
 
-    Passes of TILE_N keys that all rows see come first and have no masks.
+    The first passes have TILE_N keys that all of the tokens see, and need no mask.
     """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -54,8 +54,8 @@ def _prefill(
     best = tl.full([TILE_Q * PADDED], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q * PADDED], tl.float32)
     acc = tl.zeros([TILE_Q * PADDED, HEAD], tl.float32)
-    limit = prefix + token  # the last position that a row sees
-    full = (prefix + first) // TILE_N * TILE_N  # every row sees every position below this one
+    limit = prefix + token  # the last position that each row sees
+    full = (prefix + first) // TILE_N * TILE_N  # all rows see all positions below this one
     end = tl.minimum(prefix + first + TILE_Q, length)
     # A block's number is loaded one pass ahead: a load that depends on another load of the same pass is pipelined half as deep.
     tables_ptr += query.to(tl.int64) * max_blocks
@@ -82,12 +82,12 @@ def _prefill(
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
-    """Tokens of a chunk in one tile of `paged_prefill`."""
+    """Return how many tokens of a chunk make one tile of `paged_prefill`."""
     return max(1, TILE_ROWS // power_of_two(heads // kv_heads))
 
 
 def _stages(q: torch.Tensor) -> int:
-    """Pipeline stages of the loop's loads: as many as fit into shared memory."""
+    """Choose the number of pipeline stages of the loop's loads: as many as fit into shared memory."""
     head_bytes = q.shape[2] * q.dtype.itemsize
     return 3 if head_bytes <= 256 else (2 if q.dtype.itemsize == 2 else 1)
 
@@ -103,11 +103,11 @@ def paged_prefill(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attend from the tokens of `tiles`, each to its sequence up to itself, and write their rows of `out`, which is like q.
+    """Attend causally from the query tokens that `tiles` lists, and write those tokens' rows of `out` [T, heads, head_dim].
 
-    q [T, heads, head_dim] are the step's queries, one after another. Cache, tables and kv_lens are as in `paged_decode`;
-    query_starts [B + 1] int32. `tiles` are two int32 tensors with one entry a program: query (-1: no work), and first token
-    within the query, a multiple of `tile_tokens`.
+    q [T, heads, head_dim] are the step's queries, one after another. k_cache and v_cache are [num_blocks, block_size, kv_heads,
+    head_dim], block_tables [B, max_blocks], kv_lens [B] and query_starts [B + 1] int32. `tiles` are two int32 tensors with one
+    entry a program: the query (-1: no work), and the tile's first token within the query, a multiple of `tile_tokens`.
     """
     heads, head_dim = q.shape[1:]
     _, block_size, kv_heads, _ = k_cache.shape

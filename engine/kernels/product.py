@@ -1,4 +1,4 @@
-"""What the two kernels for y = x W^T, `gemv.py` and `skinny.py`, share: fused extras and the layout of a gated weight."""
+"""Code that both kernels for y = x W^T, `gemv.py` and `skinny.py`, use: fused operations and the layout of a gated weight."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Norm = tuple[torch.Tensor, float]
 
 
 class Extras(NamedTuple):
-    """Operations that are fused into a product."""
+    """Operations that a kernel fuses into the product y = x W^T."""
 
     gated: bool = False  # W is gate's I rows, then up's I rows; the output is silu(gate) * up
-    norm: Norm | None = None  # x is normed before the product; for one row only
+    norm: Norm | None = None  # x is root-mean-square normalised before the product; x must be a single row
     add: bool = False  # the product is added to `out` instead of overwriting it; not together with `gated`
 
 
 @triton.jit
 def row_of_tile(tile, r, outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
-    """The row of W that is row r of a tile of ROWS rows. Rows past the last output repeat the last row.
+    """Return the index of the row of W that is row r of a tile of ROWS rows. Rows past the last output repeat the last row.
 
-    With GATED, the first half of a tile is gate rows and the second half the matching up rows.
+    With GATED, the first half of a tile has gate rows, and the second half the matching up rows.
     """
     if GATED:
         HALF: tl.constexpr = ROWS // 2
@@ -36,9 +36,9 @@ def row_of_tile(tile, r, outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def silu_product(both, SHAPE: tl.constexpr, ORDER: tl.constexpr):
-    """silu(gate) * up, where the first axis of `both` holds gate rows and then as many up rows.
+    """Compute silu(gate) * up. The first axis of `both` holds gate rows and then as many up rows.
 
-    SHAPE splits that axis in (2, rows); ORDER then moves the 2 to the end, where `tl.split` wants it.
+    SHAPE splits this axis into (2, rows). ORDER then moves the axis of size 2 to the end, where `tl.split` needs it.
     """
     gate, up = tl.split(tl.permute(tl.reshape(both, SHAPE), ORDER))
     return gate / (1.0 + tl.exp(-gate)) * up

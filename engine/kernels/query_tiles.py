@@ -1,8 +1,8 @@
-"""Cuts the queries of a step into tiles: the tokens that one program of a prefill kernel attends from.
+"""Cuts the queries of a step into tiles. A tile is the tokens from which one program of a prefill kernel attends.
 
-A tile is a query (its index in the batch) and a first token, counted within the query. It has up to `tile_tokens` tokens; the
-last tile of a query may have fewer. Query -1 marks a tile without work: its program returns at once. Tiles with most work come
-first, since programs start in the order of their tiles, and a long one that starts last would run alone.
+A tile is written as a query (its index in the batch) and a first token, counted within the query. A tile has `tile_tokens`
+tokens, but the last tile of a query may have fewer. Query -1 marks a tile without work: its program returns at once. Tiles with
+most work come first, since programs start in the order of their tiles, and a long one that starts last would run alone.
 
 The host cuts the tiles if it knows the lengths (`cut_tiles`). In a CUDA graph lengths change from replay to replay, so a kernel
 cuts them (`map_tiles`). The number of tiles is a multiple of 4 in both cases: int32 arrays of tiles then begin on 16 bytes.
@@ -19,16 +19,17 @@ import triton.language as tl
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
 NO_QUERY = -1  # the query of a tile without work
-_MULTIPLE = 4  # of tiles
+_MULTIPLE = 4  # the number of tiles is padded to a multiple of this
 
 
 def cut_tiles(
     queries: Iterable[int], query_lens: Sequence[int], kv_lens: Sequence[int], tile_tokens: int
 ) -> list[tuple[int, int]]:
-    """(query, first token) of each tile of `queries`, padded with (NO_QUERY, 0). The list is empty if `queries` is.
+    """Cut `queries` into tiles on the host. Returns (query, first token) of each tile, padded with (NO_QUERY, 0).
 
-    query_lens and kv_lens are per query of the batch: its tokens in this step, and its tokens in the cache after the step. The
-    work of a tile grows with the position of its first token, which is kv_len - query_len + first.
+    query_lens has each query's number of tokens in this step, and kv_lens its number of tokens in the KV cache after the step.
+    The list is empty if `queries` is. The work of a tile grows with the position of its first token, which is kv_len - query_len
+    + first.
     """
     tiles = [(query, first) for query in queries for first in range(0, query_lens[query], tile_tokens)]
     tiles.sort(key=lambda tile: query_lens[tile[0]] - kv_lens[tile[0]] - tile[1])
@@ -40,7 +41,9 @@ def _map_tiles(
     starts_ptr, tile_query_ptr, tile_start_ptr, num_queries, num_tiles,
     LEAST: tl.constexpr, TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (query,): the tiles of one query, behind those of the queries before it. Program 0 also marks surplus tiles."""
+    """Program (query,) writes the tiles of one query, behind the tiles of the queries before it. Program 0 also marks surplus
+    tiles.
+    """
     mine = tl.program_id(0)
     query = tl.arange(0, QUERIES)
     if PDL:
@@ -53,16 +56,18 @@ def _map_tiles(
     own = tl.sum(tl.where(query == mine, tiles, 0), 0)
     i = tl.arange(0, TILES)
     tl.store(tile_query_ptr + before + i, mine, mask=i < own)
-    tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)  # the query's tiles with most work first
+    # The query's last tile, which has most work, comes first.
+    tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)
     if mine == 0:
         surplus = (i >= tl.sum(tiles, 0)) & (i < num_tiles)
         tl.store(tile_query_ptr + i, -1, mask=surplus)
 
 
 def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tiles of all queries with at least `least` tokens: (query, first token), int32 each, written on the device.
+    """Cut all queries with at least `least` tokens into tiles on the device. Returns (query, first token) of the tiles, int32
+    each.
 
-    query_starts [B + 1] int32 are the queries' first tokens; tiles have `tile_q` tokens. The tensors hold as many tiles as
+    query_starts [B + 1] int32 are the queries' first tokens, and a tile has `tile_q` tokens. The tensors hold as many tiles as
     `num_tokens` tokens of B queries can need, and surplus tiles have query -1. Within a query the last tile, which has most work,
     comes first; queries keep their order.
     grid: (B,); a program writes one query's tiles.

@@ -1,8 +1,8 @@
-"""Routing of a mixture of experts: the router's logits, and the choice of experts for each token.
+"""Kernels that route tokens to experts: one computes the router's logits, one chooses the experts of each token.
 
-`router_logits` and `route` together are `layers.moe.route`, the plain twin, and the router's matrix product before it. For 64
-tokens of DeepSeek-V2-Lite they take 2.6 and 2.1 us; torch's product alone takes 11.4 us (docs/gpu.md). `sort_pairs.py` comes
-next.
+The plain twin of both is the router's matrix product in torch, followed by `layers.moe.route`. For 64 tokens of DeepSeek-V2-Lite,
+`router_logits` takes 2.6 us and `route` 2.1 us; torch's product alone takes 11.4 us (docs/gpu.md). `sort_pairs.py` has the kernel
+that runs next.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import triton.language as tl
 from engine.kernels.dot import precision
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
-TILE = 128  # numbers of a row in one pass of the router's product
-MAX_SPLITS = 16  # parts of a row
-PROGRAMS = 256  # the router's product splits its rows until it has about this many programs
-MANY_TOKENS = 512  # from this many tokens on, a program computes 64 experts instead of 16: tiles of tokens fill the device
+TILE = 128  # numbers of a row that a program of the router's product reads in one pass of its loop
+MAX_SPLITS = 16  # the router's product splits a row into at most this many parts
+PROGRAMS = 256  # the router's product splits rows until it has about this many programs
+MANY_TOKENS = 512  # from this many tokens on, a program computes 64 experts, not 16: there are enough tiles of tokens
 METHODS = {"greedy": 0, "group_limited_greedy": 1, "noaux_tc": 2}
 
 
@@ -27,9 +27,9 @@ def _logits(
     SIZE: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
     TILE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of tokens, tile of experts, split): partial logits over PART numbers of a row.
+    """Program (tile of tokens, tile of experts, split) computes partial logits over PART numbers of a row.
 
-    EXACT: the router is float32, and is multiplied as three bfloat16 parts.
+    With EXACT, the router's weight is float32, and is multiplied as the sum of three bfloat16 numbers.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +43,7 @@ def _logits(
         inside = col < SIZE
         x = tl.load(x_ptr + token[:, None].to(tl.int64) * SIZE + col, mask=(token < tokens)[:, None] & inside, other=0.0)
         w = tl.load(router_ptr + row[:, None] * SIZE + col, mask=(row < EXPERTS)[:, None] & inside, other=0.0)
-        if EXACT:  # a float32 is the sum of three bfloat16, products of bfloat16 are exact, and sums are in float32
+        if EXACT:  # exact: a float32 is the sum of three bfloat16, whose products are exact, and sums are in float32
             high = w.to(x.dtype)
             w -= high.to(tl.float32)
             middle = w.to(x.dtype)
@@ -58,9 +58,10 @@ def _logits(
 
 
 def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
-    """x [T, H], router [E, H] of x's type or float32 -> parts [splits, T, E] float32. Their sum over splits is the logits.
+    """Compute partial router logits, [splits, T, E] float32. Their sum over the splits is the logits.
 
-    A float32 router is multiplied as three bfloat16 parts, which is exact, since neighbouring scores may differ by little.
+    x [T, H] are the tokens, and router [E, H] is the router's weight, of x's type or float32. A float32 weight is multiplied as
+    three bfloat16 parts. That is exact, which matters since the scores of two experts may differ by little.
     grid: (tiles of tokens, tiles of experts, splits of H).
     """
     tokens, size = x.shape
@@ -88,9 +89,9 @@ def _route(
     MEMBERS_PADDED: tl.constexpr, BEST_GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     METHOD: tl.constexpr, BIASED: tl.constexpr, NORMALIZE: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token,): sum the splits of the logits, score the experts, and choose TOP_K of them.
+    """Program (token,) sums the splits of the logits, scores the experts, and chooses TOP_K of the experts.
 
-    Experts are a grid [GROUPS, MEMBERS], padded to powers of two. METHOD is a value of METHODS. HALF: logits are rounded to
+    Experts are a grid [GROUPS, MEMBERS], padded to powers of two. METHOD is a value of METHODS. With HALF, logits are rounded to
     bfloat16.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -138,7 +139,7 @@ def _route(
     weights = tl.zeros([TOP_K_PADDED], tl.float32)
     ids = tl.zeros([TOP_K_PADDED], tl.int32)
     for i in tl.static_range(TOP_K):
-        weight, best = tl.max(choice, 0, return_indices=True)  # of equal scores the lowest index
+        weight, best = tl.max(choice, 0, return_indices=True)  # of equal scores, the lowest index is chosen
         if METHOD == 2:
             weight = tl.sum(tl.where(at == best, scores, 0.0), 0)
         # With NaN logits `best` is arbitrary. The bound keeps the expert id valid, so that no kernel reads outside the weights.
@@ -163,11 +164,12 @@ def route(
     scale: float,
     router_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """parts [splits, T, E] float32, whose sum is the logits -> weights [T, top_k] float32, expert ids [T, top_k] int32.
+    """Choose the experts of each token. Returns weights [T, top_k] float32 and expert ids [T, top_k] int32.
 
-    `method` is a key of METHODS, with the meaning it has in RoutingSpec. `groups` is (number of groups, groups that a token may
-    use). bias [E] float32 is added to the scores for the choice alone. Of equal scores the lowest id wins. The logits are
-    rounded to `router_dtype`, as a product in that type would be. grid: (T,); a program routes one token.
+    The sum of parts [splits, T, E] float32 over the splits is the router's logits. `method` is a key of METHODS; RoutingSpec
+    explains the methods. `groups` is (number of groups, groups that a token may use). bias [E] float32 is added to the scores for
+    the choice, but not to the weights. Of equal scores the lowest expert id wins. The logits are rounded to `router_dtype`, as
+    the result of a product in that type would be. grid: (T,); a program routes one token.
     """
     splits, tokens, experts = parts.shape
     num_groups = 1 if method == "greedy" else groups[0]

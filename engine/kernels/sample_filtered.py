@@ -4,16 +4,17 @@ The tokens that pass all filters are taken in vocabulary order. The sampled toke
 exceeds `uniform` times the total. Each filter is a threshold on the logit (`filter_search.py`). Two kernels, with several
 programs a row:
 
-`_survey`, grid (rows, programs a row), weighs the row's tiles of TILE logits. If only min_p filters, the last program to finish
-samples: first the tile, then the token in it. Otherwise the last program brackets the threshold between two keys:
+`_survey`, grid (rows, programs a row), sums the weights of the row's tiles of TILE logits. If only min_p filters, the last
+program of the row to finish samples: first a tile, then a token in that tile. Otherwise this program bounds the threshold by two
+keys:
 
-    top_k   from below: the top_k-th largest of the maxima of groups of GROUP tokens, since at least top_k tokens reach it
+    top_k   the lower bound is the top_k-th largest of the maxima of groups of GROUP tokens: at least top_k tokens reach it
     top_p   each tile stores the weight of its tokens at or above each of MARKS marks; the threshold lies between two marks
 
-`_finish`, the same grid, lists the tokens at or above the lower end of the bracket, usually few. The last program searches this
-list for the exact threshold and samples from it. If a tile has more such tokens than SLOTS, the last program searches the whole
-row instead, with the same result. For 64 rows of 151,936 logits, sampling takes 94 us with short lists, and 197 to 283 us if
-whole rows are searched (docs/gpu.md).
+`_finish`, with the same grid, lists the tokens at or above the lower bound, which are usually few. The last program of a row to
+finish searches this list for the exact threshold, and samples from the list. If a tile has more such tokens than SLOTS, this
+program searches the whole row instead, with the same result. For 64 rows of 151,936 logits, sampling takes 94 us with short
+lists, and 197 to 283 us if whole rows are searched (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -28,32 +29,35 @@ from engine.kernels.filter_search import key_of, min_p_floor, number_of, passing
 from engine.kernels.hardware import processors
 from engine.kernels.launch import arrivals, cdiv, pdl, power_of_two
 
-# All sizes are powers of two.
-LOGITS_TILE = 4096  # logits in one pass of a program
+# These sizes are all powers of two.
+LOGITS_TILE = 4096  # logits that a program reads in one pass of its loop
 GROUP = 128  # `_survey` stores the largest logit of each group of this many tokens
-MARKS = 16  # marks for top_p; the last one is below all tokens
+MARKS = 16  # number of marks between which top_p's threshold is found; the last mark is below all logits
 SLOTS = 512  # tokens that `_finish` can list for one tile
 _PACKED = 32  # slots of each tile that the last program of `_finish` packs into one list in a pass
-_SURVEY_WARPS, _SURVEYS = 8, 2  # warps of a program, and programs a multiprocessor
+_SURVEY_WARPS, _SURVEYS = 8, 2  # warps of a program of `_survey`, and programs for each multiprocessor
 _FINISH_WARPS, _FINISHES = 16, 1
 
 
 class SampleParams(NamedTuple):
-    """Sampling parameters of each batch row, [R] float64 each. The columns are those of `sampling.choose.Choice`."""
+    """The sampling parameters of every batch row, [R] float64 each. `sampling.choose.Choice` has the same fields."""
 
     temperature: torch.Tensor  # 0: the row keeps its argmax token
-    top_k: torch.Tensor  # at least 1; the vocabulary's size for no limit
-    top_p: torch.Tensor  # 0 to 1; 1 for no limit
-    min_p: torch.Tensor  # 0 to 1; 0 for no limit
+    top_k: torch.Tensor  # at least 1; the vocabulary's size means no limit
+    top_p: torch.Tensor  # 0 to 1; 1 means no limit
+    min_p: torch.Tensor  # 0 to 1; 0 means no limit
 
 
 @triton.jit
 def _is_last(arrived_ptr, programs):
-    """Whether this program is the last of the row's `programs` to finish. It must read the others' results past the L1 cache."""
-    tl.debug_barrier()  # all threads have written their results before the program counts as finished
+    """Whether this program is the last of the row's `programs` to finish.
+
+    The last program must read the results of the other programs past the L1 cache.
+    """
+    tl.debug_barrier()  # all threads must have written their results before the program counts as finished
     last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1
     if last:
-        tl.store(arrived_ptr, 0)  # for the next launch
+        tl.store(arrived_ptr, 0)  # the next launch needs the counter at 0
     return last
 
 
@@ -62,7 +66,10 @@ def _between_marks(
     sums_ptr, above_ptr, marks_ptr, top_p, lowest, above_highest,
     TILES: tl.constexpr, PADDED: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
-    """(low, high, total): keys of two marks with top_p's threshold in [low, high), and the weight of all tokens."""
+    """Find the marks around top_p's threshold. Returns (low, high, total): the threshold's key is in [low, high).
+
+    `low` and `high` are keys, and `total` is the weight of all tokens.
+    """
     tiles, i = tl.arange(0, PADDED), tl.arange(0, MARKS)
     inside = tiles < TILES
     total = tl.sum(tl.load(sums_ptr + tiles, mask=inside, other=0.0, cache_modifier=".cg"), 0)
@@ -70,7 +77,7 @@ def _between_marks(
     above = tl.load(at_above, mask=inside[None, :], other=0.0, cache_modifier=".cg")
     above = tl.sum(above.to(tl.float64), 1)
     marks = tl.load(marks_ptr + i, cache_modifier=".cg")
-    # Weights above a mark are sums in float32. A mark so close to the threshold that rounding matters bounds neither side.
+    # The weights above a mark are float32 sums. If a mark is so close to the threshold that rounding matters, it is no bound.
     low = tl.max(tl.where(above >= top_p * total * 1.00001, marks, lowest), 0)
     high = tl.min(tl.where(above < top_p * total * 0.99999, marks, above_highest), 0)
     return low, high, total
@@ -83,12 +90,12 @@ def _survey(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, MARKS: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First kernel of sampling with a temperature.
+    """Run the first of the two kernels that sample with a temperature.
 
-    Program (row, part): sum the weights of every parts-th tile of the row's logits, in all and above some marks. The last
+    Program (row, part) sums the weights of every parts-th tile of the row's logits, in total and above some marks. The last
     program of a row to finish samples a token at once, or, if the row has top_k or top_p, stores a lower and an upper bound of
-    the threshold for `_finish`. Rows with temperature 0 are left alone. TILES is the number of tiles of a row, and PADDED is
-    TILES rounded up to a power of two.
+    the threshold for `_finish`. Rows with temperature 0 keep their argmax token. TILES is the number of tiles of a row, and
+    PADDED is TILES rounded up to a power of two.
     """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -97,14 +104,15 @@ def _survey(
     row = tl.load(rows_ptr + seq)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     argmax = tl.load(tokens_ptr + seq)
-    if (temperature == 0.0) | (argmax < 0):  # NO_TOKEN stays
+    if (temperature == 0.0) | (argmax < 0):  # a negative token is NO_TOKEN, which is not replaced
         return
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     at = logits_ptr + seq.to(tl.int64) * vocab
     best = tl.load(at + argmax).to(tl.float32)
     lowest, highest = key_of(tl.full([], float("-inf"), tl.float32), BITS), key_of(best, BITS)
-    floor = tl.where(top_p < 1.0, float("-inf"), min_p_floor(min_p))  # top_p is a share of all weights
-    # If all tokens were `depth` below the best logit, they would together weigh no more than the share that top_p leaves out.
+    # With top_p, min_p must not remove weights from the total yet, since top_p is a share of that total.
+    floor = tl.where(top_p < 1.0, float("-inf"), min_p_floor(min_p))
+    # Tokens that are `depth` below the best logit weigh so little that all together weigh no more than top_p may leave out.
     depth = temperature * tl.log(vocab / tl.maximum((1.0 - top_p).to(tl.float32), 1e-30))
     GROUPS: tl.constexpr = TILE // GROUP
     sums_ptr += seq * TILES
@@ -116,7 +124,7 @@ def _survey(
     following = tl.load(at + col, mask=col < vocab, other=float("-inf"))
     for tile in range(part, TILES, parts):
         x = following.to(tl.float32)
-        col += parts * TILE  # the next tile is loaded while the current one is weighed
+        col += parts * TILE  # the next tile is loaded while the weights of the current one are summed
         following = tl.load(at + col, mask=col < vocab, other=float("-inf"))
         if top_k < vocab:
             maxima = tl.max(tl.reshape(x, [GROUPS, GROUP]), 1)
@@ -157,11 +165,11 @@ def _finish(
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr, PACKED: tl.constexpr,
     BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Second kernel of top_k and top_p sampling. `_survey`, the first, has bounded each row's threshold from below and above.
+    """Run the second of the two kernels that sample by top_k and top_p. `_survey`, the first, has bounded each row's threshold.
 
-    Program (row, part): list the row's tokens at or above the lower bound, from every parts-th tile of its logits. The last
+    Program (row, part) lists the row's tokens at or above the lower bound, from every parts-th tile of its logits. The last
     program of a row to finish finds the exact threshold among the listed tokens and samples from those above it. Rows that
-    `_survey` could sample at once, and rows with temperature 0, are left alone.
+    `_survey` could sample at once, and rows with temperature 0, keep their tokens.
     """
     seq, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if PDL:
@@ -170,7 +178,7 @@ def _finish(
     row = tl.load(rows_ptr + seq)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     argmax = tl.load(tokens_ptr + seq)
-    if (temperature == 0.0) | (argmax < 0):  # NO_TOKEN stays
+    if (temperature == 0.0) | (argmax < 0):  # a negative token is NO_TOKEN, which is not replaced
         return
     top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
     if (top_k >= vocab) & (top_p >= 1.0):
@@ -236,7 +244,7 @@ def sample_filtered(
         return torch.empty(num, *shape, dtype=dtype, device=logits.device)
 
     sums, total = scratch(torch.float64, tiles), scratch(torch.float64)
-    bracket = scratch(torch.int64, 2)  # keys [low, high) around the threshold
+    bracket = scratch(torch.int64, 2)  # bounds (low, high) of the threshold's key: low <= key < high
     inputs = (logits, rows, latest, tokens, uniform, *params)
     bits = 16 if logits.dtype == torch.bfloat16 else 32
     options = {"TILE": LOGITS_TILE, "TILES": tiles, "PADDED": power_of_two(tiles), "BITS": bits, **pdl(logits.device)}

@@ -1,4 +1,4 @@
-"""y = x W^T for 3 to 128 rows of x, on tensor cores, with W as the left operand.
+"""A kernel for y = x W^T with 3 to 128 rows of x, on tensor cores, with W as the left operand.
 
     x [M, K], W [N, K] -> y [M, N]; sums in float32
     grid: (ceil(N / ROWS), SPLITS); a program computes ROWS outputs of all rows of x over one part of K
@@ -26,13 +26,13 @@ from engine.kernels.linear_tiles import GEMV_ROWS, Skinny, bucket
 from engine.kernels.product import Extras, row_of_tile, silu_product
 
 _COUNTERS = 4096  # most output tiles that a product with a split K may have
-_LINES = 8  # lines of 128 bytes that a program prefetches in each of its rows of W
-_WORKSPACE = 1 << 22  # float32 partial sums: 16 MiB
+_LINES = 8  # a program prefetches this many lines of 128 bytes of each of its rows of W
+_WORKSPACE = 1 << 22  # size of the workspace in float32 partial sums: 16 MiB
 
 
 @triton.jit
 def _prefetch(w_at, row_offset, left, ROWS: tl.constexpr, LINES: tl.constexpr):
-    """Prefetch the first LINES * 128 bytes of each row of W to the L2 cache, but none past the `left` numbers of this split."""
+    """Prefetch the first LINES * 128 bytes of each row of W to the L2 cache, but at most the `left` numbers of this split."""
     line = tl.minimum(tl.arange(0, LINES) * 64, left - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [w_at + row_offset[:, None] + line[None, :]],
@@ -45,7 +45,7 @@ def _finish_skinny(
     acc, bias_ptr, row, out_ptr, tile, outputs, M,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Apply bias and SwiGLU to the finished sums acc [ROWS, BLOCK_M], and write them."""
+    """Apply bias and SwiGLU to the complete sums acc [ROWS, BLOCK_M], and write the result to the output."""
     if BIAS:
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     if GATED:
@@ -63,9 +63,10 @@ def _skinny(
     BLOCK_M: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, EVEN_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, split): ROWS outputs of all M rows of x over `share` numbers of K, from split * share on.
+    """Program (tile, split) computes ROWS outputs of all M rows of x over `share` numbers of K, from split * share on.
 
-    BLOCK_M is M rounded up to its bucket. EVEN_K: K is a multiple of COLUMNS. partial_ptr and arrived_ptr are the workspace.
+    BLOCK_M is M rounded up to its bucket. EVEN_K means that K is a multiple of COLUMNS. partial_ptr and arrived_ptr point to the
+    partial sums and the counters of `_workspace`.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     row = row_of_tile(tile, tl.arange(0, ROWS), outputs, ROWS, GATED)
@@ -81,7 +82,7 @@ def _skinny(
     w_at = w_ptr + row_offset[:, None] + k[None, :]
     x_at = x_ptr + m[None, :] * x_stride + k[:, None]
     acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
-    if ADD:  # split 0 starts from what `out` holds; loaded first, while the weights are on their way
+    if ADD:  # split 0 starts from the numbers in `out`; they are loaded first, while the weights are on their way
         live = m < tl.where(split == 0, M, 0)
         there = out_ptr + m.to(tl.int64)[None, :] * outputs + row[:, None]
         acc += tl.load(there, mask=live[None, :], other=0.0).to(tl.float32)
@@ -100,13 +101,13 @@ def _skinny(
         own = tl.arange(0, ROWS)[:, None] * BLOCK_M + m[None, :]
         first = partial_ptr + tile * (SPLITS * ROWS * BLOCK_M) + own
         tl.store(first + split * (ROWS * BLOCK_M), acc)
-        tl.debug_barrier()  # every thread has written its part before one thread counts the program as arrived
+        tl.debug_barrier()  # all threads must have written their sums before one thread counts the program as arrived
         if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1:
             total = tl.zeros((ROWS, BLOCK_M), tl.float32)
             for s in tl.static_range(SPLITS):
-                # Past the L1 cache, which may hold an older launch's parts.
+                # This load bypasses the L1 cache, which may hold the sums of an older launch.
                 total += tl.load(first + s * (ROWS * BLOCK_M), cache_modifier=".cg")
-            tl.store(arrived_ptr + tile, 0)  # every launch leaves the counters at 0
+            tl.store(arrived_ptr + tile, 0)  # the next launch needs the counter at 0
             _finish_skinny(total, bias_ptr, row, out_ptr, tile, outputs, M, ROWS, BLOCK_M, GATED, BIAS)
 
 
@@ -114,7 +115,8 @@ def launch_skinny(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Skinny, extras: Extras
 ) -> None:
     (num_rows, size), (rows, columns, splits, warps, stages) = x.shape, config
-    tiles, block_m = cdiv(weight.shape[0], rows), bucket(max(num_rows, GEMV_ROWS + 1))  # at least 16, for `tl.dot`
+    # block_m is at least 16, as `tl.dot` needs.
+    tiles, block_m = cdiv(weight.shape[0], rows), bucket(max(num_rows, GEMV_ROWS + 1))
     if splits > 1 and (tiles > _COUNTERS or tiles * splits * rows * block_m > _WORKSPACE):
         raise ValueError(f"{config} for {tuple(weight.shape)}: the partial sums exceed the workspace")
     partial, arrived = _workspace(x.device) if splits > 1 else (out, out)
@@ -128,9 +130,10 @@ def launch_skinny(
 
 @cache
 def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial sums [_WORKSPACE] float32, and for each tile the number of arrived splits, which is 0 between launches.
+    """Allocate the device's workspace: partial sums [_WORKSPACE] float32, and counters of arrived splits [_COUNTERS] int32.
 
-    Raises RuntimeError during the capture of a CUDA graph: a tensor that is allocated there belongs to that graph.
+    There is a counter for each tile, which is 0 between launches. Raises RuntimeError during the capture of a CUDA graph: a
+    tensor that is allocated then belongs to that graph.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the first product with a split K ran during graph capture: run the step once before capturing it")

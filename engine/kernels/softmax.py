@@ -1,4 +1,4 @@
-"""One pass of the attention kernels' loop over keys: the running (online) softmax.
+"""The running (online) softmax of the attention kernels: one pass of their loop over keys.
 
 Source: Milakov and Gimelshein, 2018 (arXiv 1805.02867).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634  # the kernels use exp2 and log2: callers multiply `scale` by log2(e)
+LOG2_E = 1.4426950408889634  # log2(e); callers multiply `scale` by it, since the kernels use exp2 and log2
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def add_pass(score, v, best, total, acc, scale, PRECISION: tl.constexpr):
     A row must see at least one key in its first pass. Otherwise `best` stays at minus infinity and the row becomes NaN.
     """
     new_best = tl.maximum(best, tl.max(score, 1) * scale)
-    p = tl.exp2(score * scale - new_best[:, None])  # one fused multiply-add before the exponential
+    p = tl.exp2(score * scale - new_best[:, None])  # the argument takes one fused multiply-add
     keep = tl.exp2(best - new_best)
     acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
     return new_best, total * keep + tl.sum(p, 1), acc

@@ -1,4 +1,4 @@
-"""Sorts (token, expert) pairs by expert, without waiting for the device: a counting sort.
+"""Kernels that sort (token, expert) pairs by expert with a counting sort. The host never waits for the device.
 
 Pair p is choice p % top_k of token p // top_k. In the sorted order, the place of a pair is the number of pairs of lower experts
 plus the number of its own expert's earlier pairs. Every program that places pairs finds both numbers itself.
@@ -17,39 +17,40 @@ import triton.language as tl
 
 from engine.kernels.launch import cdiv, pdl, power_of_two
 
-STEP = 2048  # counts that one pass of `_sort` adds up
+STEP = 2048  # counts that one pass of `_sort`'s loop adds up
 
 
 class Sorted(NamedTuple):
-    """Pairs sorted by expert, and within an expert by token, cut into blocks of up to `block` pairs of one expert.
+    """(token, expert) pairs, sorted by expert and then by token, and cut into blocks of pairs of one expert.
 
-    Shared experts, which every token takes, follow the routed experts. Their rows, one for each token in order, come after the
-    places of the pairs: `ends` and the blocks include them, `order` and `place` do not.
+    Shared experts, which every token takes, follow the routed experts. Each shared expert has one place for each token, in order,
+    after the places of the routed pairs. `ends` and the blocks include these places; `order` and `place` do not.
     """
 
     order: torch.Tensor  # [pairs] int32: the pair at each place
     place: torch.Tensor  # [pairs] int32: the place of each pair
     ends: torch.Tensor  # [experts + shared] int32: the place after an expert's last pair
     block_expert: torch.Tensor  # [most blocks there can be] int32: the expert of each block
-    block_start: torch.Tensor  # the same shape, int32: the first place of each block
+    block_start: torch.Tensor  # [most blocks there can be] int32: the first place of each block
     num_blocks: torch.Tensor  # [1] int32: blocks in use
 
 
 class Part(NamedTuple):
-    """The pairs that one program of the sort scans at once."""
+    """The number of pairs that one program of the sort scans at once, and its warps."""
 
-    pairs: int  # a power of two
+    pairs: int  # pairs that a program scans, a power of two
     num_warps: int
 
 
-# The first of ONE_PART that holds all pairs is used, in one launch; MANY_PARTS otherwise, with a launch that counts first.
+# The sort takes the first of ONE_PART that holds all pairs, and one launch. If none does, it takes MANY_PARTS and a launch more,
+# which counts the pairs first.
 ONE_PART = Part(512, 4), Part(2048, 8), Part(4096, 8)
 MANY_PARTS = Part(4096, 8)
 
 
 @triton.jit
 def _histogram(ids_ptr, start, pairs, EXPERTS_PADDED: tl.constexpr, SIZE: tl.constexpr):
-    """The number of pairs of each expert among the SIZE pairs from `start` on: [EXPERTS_PADDED]."""
+    """Count the pairs of each expert among the SIZE pairs from `start` on -> [EXPERTS_PADDED]."""
     pair = start + tl.arange(0, SIZE)
     counts = tl.histogram(tl.load(ids_ptr + pair, mask=pair < pairs, other=0), EXPERTS_PADDED)
     past_end = tl.maximum(start + SIZE - pairs, 0)  # pairs past the end were counted as pairs of expert 0
@@ -58,7 +59,7 @@ def _histogram(ids_ptr, start, pairs, EXPERTS_PADDED: tl.constexpr, SIZE: tl.con
 
 @triton.jit(do_not_specialize=["pairs"])
 def _count(ids_ptr, counts_ptr, pairs, EXPERTS_PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr):
-    """Write the counts [parts, EXPERTS_PADDED]; a program counts one part of SIZE pairs."""
+    """Count the pairs of each expert in each part -> [parts, EXPERTS_PADDED]. A program counts one part of SIZE pairs."""
     part = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -74,7 +75,8 @@ def _sort(
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, COUNTED: tl.constexpr,
     STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 writes `ends` and the blocks. Every other program writes the places of one expert's pairs in one part."""
+    """Program 0 writes `ends` and the blocks of Sorted. Every other program writes the places of one expert's pairs in one
+    part."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -118,10 +120,10 @@ def _sort(
 
 
 def sort_pairs(ids: torch.Tensor, experts: int, block: int, shared: int = 0, *, part: Part | None = None) -> Sorted:
-    """Sort the pairs of ids [T, top_k] int32, each below `experts`, into blocks of up to `block` pairs.
+    """Sort (token, expert) pairs by expert, and cut them into blocks of up to `block` pairs of one expert.
 
-    `shared` is the number of shared experts. `part` overrides the choice of ONE_PART or MANY_PARTS. If `part` does not hold all
-    pairs, a launch that counts them part by part comes first.
+    ids [T, top_k] int32 are the experts of each token, each below `experts`. `shared` is the number of shared experts. `part`
+    overrides the choice of ONE_PART or MANY_PARTS. If the pairs do not fit into `part`, a launch that counts them comes first.
     """
     tokens, device = ids.shape[0], ids.device
     pairs = ids.numel()

@@ -1,4 +1,4 @@
-"""Linear layers: y = x W^T + b. Weights are allocated empty, and the loader fills them.
+"""Linear layers, which compute y = x W^T + b. Weights are allocated empty, and the loader fills them.
 
 The class is our own rather than torch's, so that quantisation, tensor parallelism and LoRA can replace it in a built model.
 """
@@ -43,14 +43,16 @@ class _Kernels(Protocol):
 
 @cache
 def _kernels() -> _Kernels:
-    kernels: _Kernels = importlib.import_module("engine.kernels.linear")  # by name: Triton may be missing
+    kernels: _Kernels = importlib.import_module("engine.kernels.linear")  # imported by name, since Triton may be missing
     return kernels
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute x [..., K] times weight [N, K] transposed, plus bias [N] -> [..., N]. `out` needs x [T, K] and no bias.
+    """Compute x [..., K] times weight [N, K] transposed, plus bias [N] -> [..., N].
+
+    `out` may only be given for x [T, K] without a bias.
 
     On CUDA a bfloat16 product of few rows runs in our own kernels. On a CPU a large float32 weight goes to oneDNN, since
     torch's default there (MKL) runs one-row products on one core and was half as fast on AMD with 1, 16 and 64 rows. A call
@@ -80,7 +82,7 @@ def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias
 
 
 class NormLinear(Protocol):
-    """The one method of `Ops` that a Linear uses."""
+    """The part of `Ops` that a Linear uses: one method."""
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
 
@@ -97,7 +99,7 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def of_norm(self, x: torch.Tensor, norm: Norm, ops: NormLinear) -> torch.Tensor:
-        """Norm x [T, in], then apply the layer -> [T, out]. The rows of x need not be contiguous."""
+        """Root-mean-square normalise x [T, in], then apply the layer -> [T, out]. The rows of x need not be contiguous."""
         return ops.norm_linear(x, norm, self.weight, self.bias)
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:

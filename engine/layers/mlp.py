@@ -17,7 +17,7 @@ class GatedMlp(nn.Module):
         self.down_proj = Linear(size, hidden, dtype=dtype, device=device)
 
     def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
-        """Norm hidden [T, H], apply the MLP, and add the result to hidden in place."""
+        """Root-mean-square normalise hidden [T, H], apply the MLP, and add the result to hidden in place."""
         self.down_proj.add_to(hidden, ops.gated(hidden, self.gate_up_proj.weight, norm))
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor, ops: Ops) -> None:

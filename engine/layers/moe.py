@@ -19,10 +19,10 @@ from engine.layers.ops import Ops
 
 
 class Routed(NamedTuple):
-    """The experts that each token goes to."""
+    """The experts that each token is routed to, and their weights."""
 
-    weights: torch.Tensor  # [T, top_k] float32
-    ids: torch.Tensor  # [T, top_k] int64; int32 from `moe_cuda.py`
+    weights: torch.Tensor  # [T, top_k] float32: the weight of each chosen expert
+    ids: torch.Tensor  # [T, top_k] int64, or int32 from `moe_cuda.py`: the chosen experts
 
 
 def route(logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None = None) -> Routed:
@@ -43,12 +43,12 @@ def route(logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None = N
 
 
 def _within_best_groups(scores: torch.Tensor, spec: RoutingSpec, *, judged_by: int, closed: float) -> torch.Tensor:
-    """Set the scores [T, E] of experts outside the best `topk_group` groups to `closed`.
+    """Replace the scores [T, E] of experts outside the best `topk_group` groups by `closed`.
 
     A group's score is the sum of its best `judged_by` experts.
     """
     grouped = scores.view(-1, spec.n_group, spec.num_experts // spec.n_group)
-    best = grouped.topk(judged_by, -1).values.sum(-1).topk(spec.topk_group, -1).indices  # [T, topk_group]
+    best = grouped.topk(judged_by, -1).values.sum(-1).topk(spec.topk_group, -1).indices  # [T, topk_group] groups
     shut = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, False)
     return grouped.masked_fill(shut.unsqueeze(-1), closed).flatten(1)
 
@@ -67,17 +67,18 @@ def run_experts(x: torch.Tensor, routed: Routed, gate_up: torch.Tensor, down: to
 
 
 def _weighted_sum(sorted_out: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum each token's expert outputs by weight: [T * top_k, H] sorted by `order`, weights [T, top_k] -> [T, H].
+    """Compute the weighted sum of each token's expert outputs -> [T, H].
 
-    One batched product does it. Adding each expert's rows to the tokens' rows made layers of 1 to 64 tokens a sixth slower
+    sorted_out [T * top_k, H] are the outputs in the order `order`, and weights [T, top_k] their weights. One batched product
+    computes the sums. Adding each expert's rows to the tokens' rows made layers of 1 to 64 tokens a sixth slower
     on a CPU.
     """
-    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # restores the order (token, choice)
+    out = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)  # back in the order (token, choice)
     return torch.bmm(weights.to(out.dtype).unsqueeze(1), out.view(*weights.shape, -1)).squeeze(1)
 
 
 def can_group(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `moe_cuda.py` can run a whole expert layer; it never waits for the device."""
+    """Whether `moe_cuda.py` can run a whole expert layer. That module never waits for the device."""
     return dtype == torch.bfloat16 and device.type == "cuda"
 
 
@@ -87,12 +88,15 @@ class _OnCuda(Protocol):
 
 @cache
 def _on_cuda() -> _OnCuda:
-    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # imported by name, since it needs Triton
+    on_cuda: _OnCuda = importlib.import_module("engine.layers.moe_cuda")  # imported by name, since the module needs Triton
     return on_cuda
 
 
 class MoeMlp(nn.Module):
-    """A router, routed experts, and (unless `shared_size` is 0) shared experts: an MLP that is applied to every token."""
+    """A mixture of experts in place of an MLP: a router, routed experts, and shared experts unless `shared_size` is 0.
+
+    The shared experts are one MLP that is applied to every token.
+    """
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class MoeMlp(nn.Module):
         self.shared = GatedMlp(hidden, shared_size, dtype=dtype, device=device) if shared_size else None
 
     def forward(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None:
-        """Norm hidden [T, H], apply routed and shared experts, and add the result to hidden in place."""
+        """Root-mean-square normalise hidden [T, H], apply routed and shared experts, and add the result to hidden in place."""
         x = ops.norm(hidden, *norm)
         if can_group(x.dtype, x.device):
             _on_cuda().add_to(hidden, self, x, ops)

@@ -20,27 +20,27 @@ from engine.layers.ops import Ops
 
 # These values were chosen by measurement on DeepSeek-V2-Lite's layer (docs/gpu.md).
 FEW_TOKENS = 2  # largest step in which each token reads its own experts' weights, even if tokens share experts
-STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # for gate_up and for down
+STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # the strips of the gate_up product and of the down product, for few tokens
 
 
 class Cut(NamedTuple):
-    """How to run the products in blocks, where a block holds (token, choice) pairs of one expert."""
+    """The sizes with which the experts' products run in blocks. A block holds (token, expert) pairs of one expert."""
 
-    block: int  # pairs
+    block: int  # most pairs of a block
     gate_up: Tile
     down: Tile
-    with_shared: bool  # run the shared experts as further blocks of the same kernels; if not, as an MLP
+    with_shared: bool  # true: shared experts run as further blocks of the same kernels; false: they run as an MLP
 
 
 TILE = Tile(128, 64, 8, 4, 99)
-CUTS: tuple[tuple[int, Cut], ...] = (  # by the largest mean number of pairs per expert that the entry serves
+CUTS: tuple[tuple[int, Cut], ...] = (  # (largest mean number of pairs per expert for which the cut is used, cut)
     (5, Cut(16, TILE, TILE, True)),
     (10, Cut(32, TILE, TILE, True)),
     (32, Cut(32, TILE, TILE, False)),
     (64, Cut(64, TILE, TILE, False)),
     (192, Cut(128, Tile(128, 64, 8, 4, 1), Tile(128, 64, 8, 3, 99), False)),
 )
-SORT_BLOCK = 128  # for torch's grouped product, which takes the end of each expert's pairs and no blocks
+SORT_BLOCK = 128  # block size of the sort before torch's grouped product, which does not use the blocks
 
 
 def add_to(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, ops: Ops) -> None:
@@ -74,7 +74,10 @@ def run_experts(hidden: torch.Tensor, moe: MoeMlp, x: torch.Tensor, routed: Rout
 
 
 def _shared_weights(moe: MoeMlp) -> ExpertWeights | None:
-    """gate_up and down of the shared experts, if their size is a multiple of a routed expert's; else None."""
+    """Return the shared experts' weights (gate_up, down) if kernels can run them as routed experts; else None.
+
+    Kernels can do so if the shared experts' size is a multiple of a routed expert's.
+    """
     if moe.shared is None or moe.shared.size % moe.size:
         return None
     return moe.shared.gate_up_proj.weight, moe.shared.down_proj.weight

@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
 
     @property
     def params(self) -> Norm:
-        """Weight and epsilon, for the methods of `Ops` that fuse this norm with another operation."""
+        """Weight and epsilon of a norm, for the methods of `Ops` that fuse the norm with another operation."""
         return self.weight, self.eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The small operations between matrix products: norms, rotary embedding, KV writes and SwiGLU.
+"""The small operations between a model's matrix products: norms, rotary embedding, KV writes and SwiGLU.
 
 `PlainOps` is plain torch. `CudaOps` of `ops_cuda.py` runs each operation as one Triton kernel. A model gets one of the two when
 it is built.
@@ -22,22 +22,25 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Ops(Protocol):
-    """One implementation of the operations. T is the number of tokens, and a row belongs to one token."""
+    """The small operations between a model's matrix products. T is the number of tokens, and each row is a token."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The root-mean-square norm of each row of x [T, size]. The rows of x need not be adjacent in memory."""
+        """Root-mean-square normalise each row of x [T, size]. The rows of x need not be adjacent in memory."""
         ...
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Norm x [T, K] and multiply it by weight [N, K], bias [N] -> [T, N]. The rows of x need not be adjacent in memory."""
+        """Root-mean-square normalise x [T, K], multiply it by weight [N, K] and add bias [N] -> [T, N].
+
+        The rows of x need not be adjacent in memory.
+        """
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """gate_up [T, 2 I] -> [T, I]: the silu of the first half of each row times its second half."""
+        """Multiply the silu of the first half of each row of gate_up [T, 2 I] by the second half -> [T, I]."""
         ...
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-        """x [T, H], weight [2 I, H] -> [T, I]: `silu_mul` of the product. With `norm`, x is normed first."""
+        """Compute `silu_mul` of the product of x [T, H] and weight [2 I, H] -> [T, I]. With `norm`, x is normed first."""
         ...
 
     def norm_rotate(
@@ -49,10 +52,10 @@ class Ops(Protocol):
         slots: torch.Tensor,
         pools: LayerPools,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split heads [T, q + k + v heads, dim], which may be overwritten, into q, k and v.
+        """Split heads [T, q + k + v heads, dim], which may be overwritten, into q, k and v. Norm and rotate q and k.
 
-        q and k are normed if `weights` has their two weights, then rotated if `angles` are given. k and v are written to
-        `slots` [T] of `pools`.
+        q and k are normed only if `weights` has their two weights, and rotated only if `angles` are given. k and v are written to
+        `slots` [T] of the KV pools.
         """
         ...
 
@@ -67,18 +70,17 @@ class Ops(Protocol):
         *,
         interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and cache records of latent attention, from q [T, heads, nope + rope] and kv [T, rank + rope], which may be
-        overwritten.
+        """Prepare queries and KV records of latent attention, from q [T, heads, nope + rope] and kv [T, rank + rope].
 
-        The last `rope` numbers of q and kv are rotated, and the first `rank` numbers of kv are normed by `norm`. The records are
-        written to `slots` [T] of the pool. With `interleaved`, the two numbers of a rotated pair are adjacent in the input; in
-        the output they are half a head apart, as without it.
+        q and kv may be overwritten. The last `rope` numbers of q and kv are rotated, and the first `rank` numbers of kv are
+        normed by `norm`. The records are written to `slots` [T] of the KV pool. With `interleaved`, the two numbers of a rotated
+        pair are adjacent in the input; in the output they are half a head apart, as without it.
         """
         ...
 
 
 class PlainOps:
-    """Ops in plain torch, the twin of `CudaOps`."""
+    """The small operations of a model in plain torch. Implements Ops, and is the plain twin of `CudaOps`."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -104,7 +106,7 @@ class PlainOps:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kv_heads, size = pools["k"].shape[2], heads.shape[-1:]
         q, k, v = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
-        if weights is None and angles is not None:  # q and k are adjacent: one pass for both
+        if weights is None and angles is not None:  # q and k are adjacent, so one pass rotates both
             q, k = torch.split(rotate(heads[:, :-kv_heads], *angles), [q.shape[1], kv_heads], 1)
         elif weights is not None:
             q, k = F.rms_norm(q, size, weights[0], eps), F.rms_norm(k, size, weights[1], eps)
@@ -138,12 +140,15 @@ class PlainOps:
 
 
 def write(pool: torch.Tensor, records: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write records [T, *shape] to slots [T] of a pool [num_blocks, block_size, *shape]."""
+    """Write records [T, *shape] to slots [T] of a KV pool [num_blocks, block_size, *shape]."""
     pool.flatten(0, 1).index_copy_(0, slots, records)
 
 
 def ops_for(device: torch.device, rotary_dim: int) -> Ops:
-    """The operations for a model on `device` that rotates `rotary_dim` numbers of each head. The kernels need a power of two."""
+    """Choose the `Ops` for a model on `device` that rotates `rotary_dim` numbers of each head.
+
+    The CUDA kernels need `rotary_dim` to be a power of two.
+    """
     if device.type != "cuda" or rotary_dim & (rotary_dim - 1):
         return PlainOps()
     # Imported by name, since this module must also import on machines without Triton.

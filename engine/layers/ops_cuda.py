@@ -1,4 +1,4 @@
-"""The operations between matrix products on CUDA: an `Ops` over the Triton kernels. `PlainOps` in `ops.py` is the plain twin."""
+"""The small operations between a model's matrix products on CUDA, by Triton kernels. `PlainOps` in `ops.py` is the plain twin."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from engine.layers.ops import Angles, Ops
 
 
 class CudaOps:
-    """Implements Ops. Most operations are one kernel; a product with few rows is fused with its norm or SwiGLU."""
+    """The small operations of a model on CUDA. Implements Ops.
+
+    Most operations are one kernel. A product with few rows is fused with its norm or SwiGLU.
+    """
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.norm(x, weight, eps)
 
     def norm_linear(self, x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """One kernel for one row and a small weight; otherwise the norm is a kernel, and the product a kernel or torch's."""
+        """Norm x, then multiply by the weight: in one kernel for a single row and a small weight.
+
+        Otherwise the norm is a kernel of its own, and the product is another kernel or torch's.
+        """
         if linear.can_norm(x, weight):
             return linear.linear(x, weight, bias, norm=norm)
         normed = elementwise.norm(x, *norm)
@@ -29,9 +35,10 @@ class CudaOps:
         return elementwise.silu_mul(gate_up)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-        """One kernel, the norm included, for one row and a small weight.
+        """Compute the gated product: in one kernel, the norm included, for a single row and a small weight.
 
-        Otherwise the norm is a kernel. Few rows then take one more kernel; more rows take torch's product and then `silu_mul`.
+        Otherwise the norm is a kernel of its own. Few rows then take one more kernel, and more rows take torch's product and then
+        `silu_mul`.
         """
         if norm is not None and linear.can_norm(x, weight):
             return linear.gated(x, weight, norm=norm)

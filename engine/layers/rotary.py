@@ -34,7 +34,7 @@ class Rotary(nn.Module):
         return self.plain(positions)
 
     def plain(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the result of `forward` in plain torch; the CUDA kernel is tested against this."""
+        """Compute cos and signed sin of positions [T] in plain torch. Tests compare the CUDA kernel with this method."""
         angles = torch.outer(positions.float(), self.inv_freq)  # [T, dim / 2]
         cos, sin = angles.cos(), angles.sin()
         if self.magnitude != 1.0:
@@ -68,7 +68,7 @@ def inverse_frequencies(spec: RopeSpec) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
-    """Llama 3 scaling: divide low frequencies by `factor`, keep high ones, and blend those between."""
+    """Scale frequencies as Llama 3 does: divide low ones by `factor`, keep high ones, and blend the ones between."""
     rotations = spec.original_max_len * plain / (2 * math.pi)  # full rotations within the original context
     keep = (rotations - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
@@ -76,7 +76,10 @@ def _llama3(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
 
 
 def _yarn(plain: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
-    """YaRN scaling: a linear ramp over dimensions, from `beta_fast` rotations (kept) to `beta_slow` rotations (divided)."""
+    """Scale frequencies as YaRN does: keep those of `beta_fast` rotations or more, divide those of `beta_slow` or fewer.
+
+    The scaling between is a linear ramp over dimensions.
+    """
 
     def dimension(rotations: float) -> float:
         return spec.dim * math.log(spec.original_max_len / (rotations * 2 * math.pi)) / (2 * math.log(spec.theta))

@@ -1,4 +1,4 @@
-"""The decoder that all families share: embedding, layers of (attention, MLP) on a residual stream, final norm, head.
+"""The decoder that all model families share: embedding, layers of (attention, MLP) on a residual stream, final norm, head.
 
 A family's file provides the attention and MLP modules of each layer. `weights` maps each checkpoint tensor to its parameter.
 `kv_pools` lists what each layer stores per token. The batch is passed down as an argument; a model keeps no state of a step.
@@ -35,23 +35,23 @@ StepT_contra = TypeVar("StepT_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[StepT]):
-    """Per-step values that every layer receives: the batch's attention, and the rotary angles of its positions."""
+    """Per-step values that every layer receives, such as the step's attention and the rotary angles of its positions."""
 
-    attention: StepT  # covers only the tokens of `read` if that is set
-    cos: torch.Tensor  # [T, 1, rotary dim]
-    sin: torch.Tensor  # [T, 1, rotary dim], signed for `rotate`
-    slots: torch.Tensor  # [T] int64: where each token's KV is written in a layer's pools
+    attention: StepT  # attends from all tokens, or only from those of `read` if that is set
+    cos: torch.Tensor  # [T, 1, rotary dim]: cosines of the rotary angles
+    sin: torch.Tensor  # [T, 1, rotary dim]: sines of the rotary angles, the first half negated
+    slots: torch.Tensor  # [T] int64: where each token's KV is written in a layer's KV pools
     ops: Ops
     read: torch.Tensor | None = None  # [S] int64: tokens that this layer continues with after `project`; None: all
 
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """What a checkpoint holds.
+    """The tensors that a model's checkpoint must or may hold.
 
-    targets: every tensor that it must hold, with the parameter to fill.
-    skip: a pattern of tensors that it may hold and that are not needed.
-    copies: tensors that it may hold a second time, with the parameter that each must equal.
+    targets: every tensor that the checkpoint must hold, with the parameter to fill.
+    skip: a pattern of tensors that the checkpoint may hold and that are not needed.
+    copies: tensors that the checkpoint may hold a second time, with the parameter that each must equal.
     """
 
     targets: Weights
@@ -60,14 +60,14 @@ class WeightMap:
 
 
 class Attention(Protocol[StepT_contra]):
-    """What the decoder needs of an attention module."""
+    """The interface of a layer's attention module to the decoder."""
 
     def project(self, hidden: torch.Tensor, norm: Norm, step: Step[Any], pools: LayerPools) -> Projected:
-        """Norm hidden [T, H], project it, and write each token's KV to the pools. Returns the input of `attend`."""
+        """Norm hidden [T, H], project it, and write each token's KV to the KV pools. Returns the input of `attend`."""
         ...
 
     def attend(self, hidden: torch.Tensor, projected: Projected, attention: StepT_contra, pools: LayerPools) -> None:
-        """Compute attention for S tokens from their `projected`, and add the output to hidden [S, H] in place."""
+        """Attend from S tokens, of which `project` made `projected`, and add the output to hidden [S, H] in place."""
         ...
 
     def weights(self, prefix: str) -> Weights: ...
@@ -75,7 +75,7 @@ class Attention(Protocol[StepT_contra]):
 
 
 class Mlp(Protocol):
-    """A feed-forward module: it norms hidden [S, H], and adds its output to hidden in place."""
+    """A feed-forward module. It norms hidden [S, H], and adds its output to hidden in place."""
 
     def __call__(self, hidden: torch.Tensor, norm: Norm, ops: Ops) -> None: ...
     def weights(self, prefix: str) -> Weights: ...
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module, Generic[StepT]):
         self.mlp = mlp
 
     def forward(self, hidden: torch.Tensor, step: Step[StepT], pools: LayerPools) -> torch.Tensor:
-        """Add attention's and then the MLP's output to hidden [T, H] in place, and return it.
+        """Add the attention's output and then the MLP's output to hidden [T, H] in place, and return hidden.
 
         If the step reads only S of the tokens, the result holds those rows alone: [S, H].
         """
@@ -138,7 +138,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
 
     @property
     def graphable(self) -> bool:
-        """Whether a forward of decodes never waits for the device, as a CUDA graph requires. Plain `run_experts` waits."""
+        """Whether a forward of decodes never waits for the device, as a CUDA graph requires. Plain torch experts do wait."""
         return self.attention.graphable and (self.spec.moe is None or can_group(self.dtype, self.device))
 
     @property
@@ -155,7 +155,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Run the layers and the final norm -> hidden [T, H], or [S, H] if the batch reads only S tokens.
 
-        The KV of all T tokens is written to the pools of `batch`.
+        The KV of all T tokens is written to the KV pools of `batch`.
         """
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
@@ -170,7 +170,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         return self.ops.norm(hidden, *self.norm.params) if hidden.shape[0] else hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply the head to hidden [N, H] -> logits [N, V], written to `out` if it is given."""
+        """Apply the head to hidden [N, H] -> logits [N, V]. The logits are written to `out` if that is given."""
         return linear(hidden, self.lm_head.weight, out=out)
 
     def weights(self) -> WeightMap:
@@ -185,7 +185,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         return WeightMap(targets, re.compile("|".join([*skip, *self.skipped()])))
 
     def skipped(self) -> list[str]:
-        """Patterns of further tensors that a checkpoint of this family may hold and that are not used."""
+        """List patterns of the names of further tensors that a checkpoint of this family may hold and that are not used."""
         return []
 
     def kv_pools(self) -> list[list[PoolSpec]]:

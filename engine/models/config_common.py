@@ -1,4 +1,4 @@
-"""How the keys of config.json that several families share are read. Torch-free.
+"""Reads the keys of config.json that several model families share. Torch-free.
 
 Two spellings are accepted: rope_theta, rope_scaling and torch_dtype (transformers 4), or rope_parameters and dtype
 (transformers 5). A key that asks for something the models here cannot compute is refused by its name.
@@ -14,7 +14,7 @@ from engine.layers.kinds import RopeSpec, RoutingSpec
 from engine.models.config_reader import ConfigReader
 from engine.models.spec import DTypeName, Fp8Spec, ModelSpec
 
-# Several times the largest known model. Sizes without a limit here have ConfigReader's own.
+# These limits are several times the sizes of the largest known model. ConfigReader limits all other sizes.
 MAX_LAYERS = 1 << 10
 MAX_HEADS = 1 << 12
 MAX_EXPERTS = 1 << 14
@@ -24,7 +24,7 @@ MIN_THETA = 1.5  # YaRN divides by the logarithm of theta, so theta must be well
 
 
 def architecture_of(c: ConfigReader) -> str:
-    """The one entry of `architectures`; callers have checked it."""
+    """Return the one entry of `architectures`. Callers have checked that there is one."""
     return str(c.data["architectures"][0])
 
 
@@ -57,7 +57,7 @@ def base_spec(
 
 
 def refuse_unsupported(c: ConfigReader) -> None:
-    """Refuse what no family here computes."""
+    """Refuse the settings of config.json that no model family here can compute. Raises CheckpointError, naming the key."""
     c.choice("hidden_act", ("silu",))
     if c.flag("mlp_bias", False):
         c.refuse("mlp_bias", "biases in the MLP are not supported")
@@ -90,7 +90,7 @@ def num_kv_heads(c: ConfigReader) -> int:
 
 
 def head_dim(c: ConfigReader) -> int:
-    """`head_dim`, or hidden_size / num_attention_heads if the key is absent."""
+    """Read `head_dim`. If the key is absent, return hidden_size / num_attention_heads."""
     heads, hidden = num_heads(c), c.integer("hidden_size")
     if not c.has("head_dim") and hidden % heads:
         c.refuse("head_dim", f"without it, num_attention_heads ({heads}) must divide hidden_size ({hidden})")
@@ -106,7 +106,7 @@ def rope_section(c: ConfigReader) -> ConfigReader | None:
 
 
 def rope(c: ConfigReader, dim: int, *, interleaved: bool = False, default_theta: float = 1e4) -> RopeSpec:
-    """Rotary embedding over `dim` numbers of a head, with the scaling that the rope section asks for."""
+    """Read the rotary embedding over `dim` numbers of a head, with the scaling that the rope section asks for."""
     if dim % 2:
         c.refuse("qk_rope_head_dim" if c.has("qk_rope_head_dim") else "head_dim", "rotary embedding needs an even number")
     r = rope_section(c) or ConfigReader({}, c.source, "rope_parameters.")
@@ -125,7 +125,7 @@ def rope(c: ConfigReader, dim: int, *, interleaved: bool = False, default_theta:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Factor by which YaRN sharpens attention for a context that is stretched `factor` times (YaRN paper, section 3.4)."""
+    """Compute how much YaRN sharpens attention for a context that is stretched `factor` times (YaRN paper, section 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

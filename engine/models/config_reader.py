@@ -8,12 +8,12 @@ from typing import Any, NoReturn
 
 from engine.errors import CheckpointError
 
-# Limits far above every known model. A larger number would fail later without naming its key: in an allocation that no machine
-# can serve, in a list of layers that takes hours to build, or in a float that overflows.
+# These limits are far above every known model. A larger number would fail later without naming its key: in an allocation that
+# no machine can serve, in a list of layers that takes hours to build, or in a float that overflows.
 MAX_SIZE = 1 << 18
 LEAST, MOST = 1e-15, 1e15
 
-MAX_SHOWN = 200  # characters of a refused value
+MAX_SHOWN = 200  # a message shows this many characters of a refused value
 _REQUIRED: Any = object()
 
 

@@ -40,7 +40,7 @@ class MlaAttention(nn.Module):
         self.in_size = q_size if rank is None else rank
         self.in_proj = Linear(hidden, self.in_size + self.record, dtype=dtype, device=device)
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
-        # Not a Linear: the attention implementation decides what to multiply it with.
+        # kv_b is a bare parameter, since the attention implementation decides what to multiply the weight with.
         self.kv_b = parameter(spec.num_heads, mla.nope_dim + mla.v_dim, mla.kv_lora_rank, dtype=dtype, device=device)
         self.o_proj = Linear(spec.num_heads * mla.v_dim, hidden, dtype=dtype, device=device)
 
@@ -91,7 +91,7 @@ class DeepseekModel(DecoderModel[MlaStep]):
             spec.hidden_size,
             moe.intermediate_size,
             shared_size=moe.shared_size,
-            router_dtype=torch.float32,  # as in DeepSeek's own code, since the scores of two experts may differ by little
+            router_dtype=torch.float32,  # as in DeepSeek's own code: the scores of two experts may differ by little
             dtype=self.dtype,
             device=self.device,
         )

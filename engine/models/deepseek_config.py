@@ -1,4 +1,4 @@
-"""config.json of DeepSeek-V2 and V3. Torch-free."""
+"""Reads config.json of DeepSeek-V2 and V3. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ARCHITECTURES = (V2, V3)
 
 
 def parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
-    """The spec of a DeepSeek model. Raises CheckpointError, naming the key."""
+    """Read the ModelSpec of a DeepSeek model. Raises CheckpointError, naming the key."""
     architecture = common.architecture_of(c)
     v3 = architecture == V3
     common.refuse_unsupported(c)

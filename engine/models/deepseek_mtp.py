@@ -5,11 +5,11 @@
     hidden[i] -----------------hnorm-+
     out --shared_head.norm, head--> logits of token[i + 2]
 
-hidden[i] is the main model's output after the final norm. The layer has KV pools of its own and attends over its own
-positions 0..i. It uses the main model's embedding and head; a checkpoint may hold them again under the module's names.
+hidden[i] is the main model's output after the final norm. The MTP layer has KV pools of its own and attends over its own
+positions 0..i. It uses the main model's embedding and head. A checkpoint may hold both again under the module's names.
 
-vLLM and SGLang compute the same, except that vLLM zeroes the embedding at position 0, which was trained like any other. Only
-the first module of a checkpoint is supported; published checkpoints have no second.
+vLLM and SGLang compute the same, except that vLLM zeroes the embedding at position 0, although it was trained like any other.
+Only the first MTP module of a checkpoint is supported; published checkpoints have no second.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ from engine.models.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """The main model's parts. They are in a dataclass so that torch does not register them as this module's own."""
+    """The parts of the main model that the MTP module uses.
 
-    embedding: torch.Tensor  # [V, H]
+    A dataclass holds them, so that torch does not register them as parts of the MTP module.
+    """
+
+    embedding: torch.Tensor  # [V, H]: the embedding's weight
     lm_head: Linear
     rotary: Rotary
     ops: Ops
@@ -44,7 +47,7 @@ class _Shared:
 
 
 class DeepseekMtp(nn.Module):
-    """The MTP module. Call it under `torch.inference_mode()`, after a loader has filled what `weights` lists."""
+    """The multi-token prediction module. Call it under `torch.inference_mode()`, after a loader has filled its weights."""
 
     def __init__(self, model: DeepseekModel) -> None:
         super().__init__()
@@ -59,10 +62,10 @@ class DeepseekMtp(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype, device=device)
 
     def forward(self, hidden: torch.Tensor, next_ids: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """Run the module on the main model's hidden [T, H] and the tokens that follow each position [T] -> out [T, H].
+        """Run the MTP module on the main model's hidden [T, H] and the token after each position [T] -> out [T, H].
 
-        `batch` is the main model's batch with this module's pools in `kv`; its `token_ids` are not read. To predict further
-        ahead, pass `out` as the `hidden` of the next position.
+        `batch` is the main model's batch, with the KV pools of this module in `kv`. Its `token_ids` are not read. To predict
+        further ahead, pass `out` as the `hidden` of the next position.
         """
         shared = self._shared
         embedded = self.embedding_norm(F.embedding(next_ids, shared.embedding))
@@ -72,7 +75,7 @@ class DeepseekMtp(nn.Module):
         return self.layer(out, Step(shared.attention.prepare(batch), cos, sin, batch.slots, shared.ops), pools)  # type: ignore[no-any-return]
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
-        """Logits of the token two positions ahead, from out [N, H] -> [N, V] float32."""
+        """Compute logits [N, V] float32 of the token two positions ahead, from out [N, H]."""
         logits: torch.Tensor = self._shared.lm_head(self.norm(out))
         return logits.float()
 
@@ -93,10 +96,10 @@ class DeepseekMtp(nn.Module):
         return WeightMap(targets, re.compile(rf"(?!{mine}).*|{mine}self_attn\.rotary_emb\.inv_freq"), copies)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
-        """Pools of the module's one layer, in the form of `DecoderModel.kv_pools`."""
+        """Describe the KV pools of the MTP module's one layer, in the form of `DecoderModel.kv_pools`."""
         return [self.layer.attention.pools()]
 
 
 def mtp_prefix(spec: ModelSpec) -> str:
-    """The prefix of the names of the module's tensors in a checkpoint."""
+    """Return the prefix of the names that the MTP module's tensors have in a checkpoint."""
     return f"model.layers.{spec.num_layers}."

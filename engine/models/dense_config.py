@@ -1,4 +1,4 @@
-"""config.json of the families in `dense.py`: Llama, Mistral, Qwen2, Qwen3 and SmolLM3. Torch-free."""
+"""Reads config.json of the families in `dense.py`: Llama, Mistral, Qwen2, Qwen3 and SmolLM3. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ARCHITECTURES = (
     "SmolLM3ForCausalLM",
 )
 
-SMOLLM3_THETA = 2e6  # the family's default, which its files leave out
-MISTRAL_WINDOW = 4096  # likewise
+SMOLLM3_THETA = 2e6  # SmolLM3's default of rope_theta, which its files leave out
+MISTRAL_WINDOW = 4096  # Mistral's default of sliding_window, which its files leave out
 
 
 def parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
-    """The spec of a dense model. Raises CheckpointError, naming the key."""
+    """Read the ModelSpec of a dense model. Raises CheckpointError, naming the key."""
     architecture = common.architecture_of(c)
     _refuse_unsupported(c, architecture)
     smollm3 = architecture == "SmolLM3ForCausalLM"
@@ -58,10 +58,10 @@ def _refuse_unsupported(c: ConfigReader, architecture: str) -> None:
 
 
 def _nope_layers(c: ConfigReader) -> tuple[int, ...]:
-    """Layers without rotary embedding.
+    """List the layers without rotary embedding.
 
-    `no_rope_layers` has a 1 for each layer *with* rotary embedding and a 0 for each layer without, whatever its name says.
-    If the key is absent, every `no_rope_layer_interval`-th layer is without.
+    The key `no_rope_layers` has a 1 for each layer *with* rotary embedding and a 0 for each layer without, whatever its name
+    says. If the key is absent, every `no_rope_layer_interval`-th layer has no rotary embedding.
     """
     count, interval = common.num_layers(c), c.integer("no_rope_layer_interval", 4)
     has_rope = c.integers("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The model families, and how a checkpoint folder becomes a ModelSpec. Torch-free.
+"""Lists the model families, and reads a checkpoint folder's config.json into a ModelSpec. Torch-free.
 
 A family is a set of architectures that one pair of modules serves: NAME_config.py parses config.json, and NAME.py computes
 the model (`registry.py` has the table of those classes, which need torch).
@@ -44,7 +44,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
 
 
 def parse_spec(config: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
-    """Like `read_spec`, from the parsed contents of the two files."""
+    """Make a ModelSpec from the parsed contents of config.json and generation_config.json. Raises CheckpointError."""
     extra = None if generation is None else ConfigReader(generation, "generation_config.json")
     return _parse(ConfigReader(config, "config.json"), extra)
 

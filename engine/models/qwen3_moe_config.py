@@ -1,4 +1,4 @@
-"""config.json of Qwen3-MoE. Torch-free."""
+"""Reads config.json of Qwen3-MoE. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
 
 def parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
-    """The spec of a Qwen3-MoE model. Raises CheckpointError, naming the key."""
+    """Read the ModelSpec of a Qwen3-MoE model. Raises CheckpointError, naming the key."""
     common.refuse_unsupported(c)
     common.refuse_window_switch(c)
     head_dim = common.head_dim(c)

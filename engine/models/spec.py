@@ -1,4 +1,4 @@
-"""ModelSpec: what a model is, as frozen values. Torch-free.
+"""ModelSpec: the architecture and sizes of a model, as frozen values. Torch-free.
 
 `families.py` reads a checkpoint's config.json into a ModelSpec. The model modules are built from it.
 """
@@ -18,7 +18,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 class MlaSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Multi-head latent attention: keys and values are projections of one cached latent of kv_lora_rank + rope_dim numbers."""
 
-    q_lora_rank: int | None  # None: one projection makes the queries
+    q_lora_rank: int | None  # size between the two projections that make the queries; None: one projection makes the queries
     kv_lora_rank: int
     nope_dim: int  # numbers of a query or key head that have no rotary embedding
     rope_dim: int  # numbers of a query or key head that have rotary embedding
@@ -30,13 +30,13 @@ class MoeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Mixture of experts in the layers `layers`; all other layers have a dense MLP."""
 
     routing: RoutingSpec
-    intermediate_size: int  # of one routed expert
+    intermediate_size: int  # intermediate size of one routed expert
     shared_size: int  # intermediate size of all shared experts together; 0 if there are none
     layers: tuple[int, ...]
 
 
 class Fp8Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights stored as e4m3 with one float32 scale for each block of `block` [rows, columns]."""
+    """The checkpoint stores weights as float8 e4m3, with one float32 scale for each block of `block` (rows, columns)."""
 
     block: tuple[int, int]
 
@@ -66,7 +66,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_mtp_layers: int = 0  # multi-token prediction layers that the checkpoint may hold after its num_layers layers
 
     def limits(self) -> ModelLimits:
-        """The few values that the scheduler and the service need."""
+        """Return the few values of the spec that the scheduler and the service need."""
         return ModelLimits(
             max_model_len=self.max_model_len,
             vocab_size=self.vocab_size,

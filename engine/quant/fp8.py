@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-SCALE_SUFFIX = "_scale_inv"  # weight NAME has its scales in the tensor NAME_scale_inv
+SCALE_SUFFIX = "_scale_inv"  # a checkpoint holds the scales of weight NAME in tensor NAME_scale_inv
 E4M3_MAX = 448.0
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales of a matrix [rows, columns]. Blocks at its lower and right edge may be partial."""
+    """Return the shape of the scales of a matrix [rows, columns]. Blocks at the matrix's lower and right edge may be partial."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
 
@@ -34,8 +34,8 @@ def quantize(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor
     down, right = scale_shape((rows, columns), block)
     padded = F.pad(weight.float(), (0, right * block[1] - columns, 0, down * block[0] - rows))
     blocks = padded.view(down, block[0], right, block[1])
-    scale = blocks.abs().amax((1, 3)) / E4M3_MAX  # [down, right]
+    scale = blocks.abs().amax((1, 3)) / E4M3_MAX  # [ceil(N / rows), ceil(M / columns)]
     scale = torch.where(scale > 0, scale, 1.0)
-    # A denormal scale is rounded, so a quotient may exceed 448, which e4m3 (it has no infinity) would store as NaN.
+    # A denormal scale is rounded, so a quotient may exceed 448. e4m3 has no infinity, and would store such a quotient as NaN.
     scaled = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     return scaled.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale

@@ -13,7 +13,7 @@ from engine.sampling.rows import Ints, RowParams
 
 
 class CudaSampler:
-    """Keeps the sampling parameters of each row on the device, where the kernels read them by row.
+    """Keeps the sampling parameters of each batch row on the device, where the sampling kernels read them.
 
     The last row is the scratch row, which pads batches; its temperature stays 0. Nothing here waits for the device.
     """
@@ -21,8 +21,9 @@ class CudaSampler:
     def __init__(self, max_rows: int, device: torch.device, upload: Upload) -> None:
         self._upload = upload
         num = max_rows + 1
-        self._columns = torch.zeros(len(COLUMNS), num + num % 2, dtype=torch.float64, device=device)  # each begins on 16 bytes
-        # The kernels write each row's token to an array of latest tokens. Steps outside of graphs do not need it.
+        # Each column begins on a multiple of 16 bytes.
+        self._columns = torch.zeros(len(COLUMNS), num + num % 2, dtype=torch.float64, device=device)
+        # The kernels write each row's token to an array of latest tokens. For steps outside of graphs, nothing reads this array.
         self._unused_latest = torch.zeros(num, dtype=torch.int64, device=device)
         # Imported by name, since this module must also import on machines without Triton.
         self._argmax = importlib.import_module("engine.kernels.argmax").argmax_tokens
@@ -30,7 +31,7 @@ class CudaSampler:
         self._replace_argmax, self._params = kernels.sample_filtered, kernels.SampleParams(*self._columns)
 
     def admit(self, params: RowParams, rows: Ints) -> None:
-        """Copy the parameters of `rows` to the device."""
+        """Copy the sampling parameters of `rows` to the device."""
         values = np.stack([params.table[name][rows] for name in COLUMNS])
         on_device = self._upload([rows, values])
         self._columns.index_copy_(1, on_device[0], on_device[1])
@@ -38,21 +39,21 @@ class CudaSampler:
     def sample(self, logits: torch.Tensor, rows: torch.Tensor, latest: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Sample a token for each of `rows` [B] int32 from logits [B, V] and uniform [B] float64 in [0, 1).
 
-        Returns tokens [B] int64, NO_TOKEN for a row without a finite largest logit. The tokens are also written to `latest`
-        [rows] int64, where such a row gets token 0.
+        Returns tokens [B] int64. A row without a finite largest logit gets NO_TOKEN. Each token is also written to latest[row],
+        int64, where such a row gets token 0.
         """
         tokens: torch.Tensor = self._argmax(logits, rows, latest)
         self._replace_argmax(logits, rows, latest, tokens, uniform, self._params)
         return tokens
 
     def sample_eagerly(self, logits: torch.Tensor, rows: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """`sample` for a step outside of a graph, whose latest tokens the runner writes itself."""
+        """Sample as `sample` does, for a step outside of a CUDA graph: the runner itself writes the rows' latest tokens."""
         return self.sample(logits, rows, self._unused_latest, uniform)
 
     def argmax(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The argmax token of each of `rows` [B] int32 from logits [B, V], the first of equals: [B] int64, or NO_TOKEN.
+        """Find the argmax token of each of `rows` [B] int32 from logits [B, V] -> [B] int64, or NO_TOKEN for a failed row.
 
-        torch's argmax would wait for the device when it is first called and its kernel is loaded.
+        torch's argmax would wait for the device at its first call, when torch loads its kernel.
         """
         tokens: torch.Tensor = self._argmax(logits, rows, self._unused_latest)
         return tokens

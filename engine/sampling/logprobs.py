@@ -1,4 +1,4 @@
-"""Log-probabilities to report: log-softmax of the model's own logits, before bias, penalties and temperature.
+"""Computes the log-probabilities to report: the log-softmax of the model's own logits, before bias, penalties and temperature.
 
 OpenAI's API and vLLM report the same: the model's distribution, not the distribution that was sampled from.
 """
@@ -19,7 +19,7 @@ class LogprobTensors(NamedTuple):
     logprobs: torch.Tensor  # [N] float32: that token's log-probability
     ranks: torch.Tensor  # [N] int64: that token's rank, 1 for the most probable token
     top_ids: torch.Tensor  # [N, K] int64: the most probable tokens, best first
-    top_logprobs: torch.Tensor  # [N, K] float32
+    top_logprobs: torch.Tensor  # [N, K] float32: log-probabilities of `top_ids`
 
 
 def log_probabilities(logprobs: torch.Tensor, tokens: torch.Tensor, num_top: int) -> LogprobTensors:

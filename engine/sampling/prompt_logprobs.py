@@ -1,7 +1,7 @@
-"""Log-probabilities of prompt tokens: which positions of a step report them, and their values from the hidden states.
+"""Log-probabilities of prompt tokens: finds the positions of a step that report any, and computes the values.
 
-A slice of the plan that lies in such a prompt reports the tokens after each of its positions. The slice that ends the prompt
-reports nothing at its last position, since the token after it is sampled.
+A prompt may be computed in several slices of plans. A slice reports the token after each of its positions. The slice that ends
+the prompt reports nothing at its last position, since the token after that position is sampled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.batch import Upload
 from engine.sampling.logprobs import LogprobTensors, log_probabilities
 from engine.sampling.rows import Ints, RowParams
 
-_CHUNK_ELEMENTS = 1 << 25  # logits that exist at a time, 128 MiB in float32
+_CHUNK_ELEMENTS = 1 << 25  # most logits in memory at a time: 128 MiB in float32
 
 
 class PromptSlices(NamedTuple):
@@ -30,14 +30,17 @@ class PromptSlices(NamedTuple):
 class PromptPositions(NamedTuple):
     """The N positions of a step that report the prompt token after them."""
 
-    slices: list[int]  # [N]: the slice that each belongs to
-    num_top: list[int]  # [N]: alternatives that each reports
-    places: Ints  # [N]: places among the step's tokens
-    tokens: Ints  # [N]: the prompt tokens that follow
+    slices: list[int]  # [N]: the slice that each position belongs to
+    num_top: list[int]  # [N]: alternatives that each position reports
+    places: Ints  # [N]: index of each position among the step's tokens
+    tokens: Ints  # [N]: the prompt token after each position
 
 
 def find_slices(params: RowParams, rows: Ints, starts: Ints, ends: Ints) -> PromptSlices | None:
-    """Find the slices rows[i]: [starts[i], ends[i]) that report prompt log-probabilities; None if no slice does."""
+    """Find the slices that report prompt log-probabilities; None if no slice does.
+
+    Slice i is positions [starts[i], ends[i]) of batch row rows[i].
+    """
     records = params.table[rows]
     slices = np.flatnonzero(records["wants_prompt_logprobs"] & (starts < records["num_prompt"]))
     if not slices.size:
@@ -47,10 +50,10 @@ def find_slices(params: RowParams, rows: Ints, starts: Ints, ends: Ints) -> Prom
 
 
 def positions(found: PromptSlices, first: Ints, starts: Ints, tokens: Sequence[Ints]) -> PromptPositions:
-    """List the positions of `found`.
+    """List the positions that the slices `found` report.
 
-    first and starts [B] are each slice's place among the step's tokens and its first position; tokens[i] are the known tokens
-    of the row of the i-th slice of `found`.
+    For each of the step's B slices, `first` is the index of its first token among the step's tokens, and `starts` the position of
+    that token. tokens[i] are the known tokens of the row of the i-th slice of `found`.
     """
     slices, nums, num_top = found
     spans = list(zip(slices.tolist(), nums.tolist(), tokens, strict=True))
@@ -70,7 +73,10 @@ def compute(
     vocab_size: int,
     upload: Upload,
 ) -> LogprobTensors:
-    """Log-probabilities at the N >= 1 positions, from hidden [T, H] of all the step's tokens. Chunked to bound the memory."""
+    """Compute the log-probabilities at N >= 1 positions, from hidden [T, H] of all the step's tokens.
+
+    The positions are computed in chunks, to bound the memory of the logits.
+    """
     index, tokens = upload([wanted.places, wanted.tokens])
     states, num_top = hidden.index_select(0, index), max(wanted.num_top)
     size = max(1, _CHUNK_ELEMENTS // vocab_size)

@@ -1,4 +1,6 @@
-"""The sampler's plain twin, for tests: one row at a time, on the host, in float64. Slow, and simple enough to check by eye."""
+"""The sampler's plain twin, for tests. It samples one row at a time, on the host, in float64, and is simple enough to check by
+eye.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ _MASK = 2**64 - 1
 def sample(
     logits: Logits, tokens: Sequence[int], num_prompt: int, params: SamplingParams, seed: int, eos_token_ids: Sequence[int] = ()
 ) -> tuple[int, TokenLogprobs | None]:
-    """Sample the token after `tokens` from logits [V]. Returns it with its log-probabilities, None unless `params` requests them.
+    """Sample the token after `tokens` from logits [V]. Returns (token, log-probabilities).
 
-    Logits with NaN or +inf, or of -inf alone, give (NO_TOKEN, None).
+    The log-probabilities are None unless `params` requests them. Logits with NaN or +inf, or of -inf alone, give (NO_TOKEN,
+    None).
     """
     adjusted = adjust(logits.astype(np.float64), tokens, num_prompt, params, eos_token_ids)
     if not (math.isfinite(logits.max()) and math.isfinite(adjusted.max())):
@@ -50,8 +53,8 @@ def adjust(
 
 
 def probabilities(logits: Logits, params: SamplingParams) -> Logits:
-    """The distribution to sample from, in vocabulary order; tokens that a filter removes have probability 0."""
-    with np.errstate(over="ignore"):  # near temperature 0 all logits but the largest become -inf, which is the limit
+    """Compute the distribution to sample from, in vocabulary order. Tokens that a filter removes have probability 0."""
+    with np.errstate(over="ignore"):  # near temperature 0 all logits but the largest become -inf
         scaled = (logits - logits.max()) / params.temperature
     ranked = sorted(scaled.tolist(), reverse=True)
     if params.top_k:
@@ -69,7 +72,7 @@ def probabilities(logits: Logits, params: SamplingParams) -> Logits:
 
 
 def inverse_cdf(probs: Logits, u: float) -> int:
-    """The first token at which the running sum of `probs` exceeds `u`."""
+    """Find the first token at which the running sum of `probs` exceeds `u`."""
     running = 0.0
     for token, p in enumerate(probs.tolist()):
         running += p
@@ -79,7 +82,7 @@ def inverse_cdf(probs: Logits, u: float) -> int:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number of uniform.py, computed with Python's integers."""
+    """Compute the random number of `sampling/uniform.py` for a seed and a position, with Python's integers."""
     return (_splitmix((_splitmix(seed) + position * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
 
 
@@ -91,7 +94,7 @@ def _splitmix(x: int) -> int:
 
 
 def logprobs(logits: Logits, token: int, num_top: int) -> TokenLogprobs:
-    """Log-softmax of the unadjusted logits: of `token`, and of the `num_top` most probable tokens."""
+    """Compute the log-softmax of the unadjusted logits, for `token` and for the `num_top` most probable tokens."""
     values = logits.astype(np.float64)
     values = values - values.max()
     values = values - math.log(np.exp(values).sum())

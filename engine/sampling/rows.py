@@ -1,7 +1,7 @@
-"""The sampler's state of each batch row: its parameters on the host, and its token counts on the device.
+"""The sampler's state of each batch row: the row's parameters on the host, and its token counts on the device.
 
-Only rows with penalties have counts. Such a row gets a slot when it is admitted; the count tensors double when the slots run
-out. A server that never sees a penalty spends no memory on them.
+Only rows with penalties have token counts. Such a row gets a slot in the count tensors when it is admitted. The count tensors
+double when the slots run out. A server that never sees a penalty spends no memory on counts.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _RECORD = np.dtype(
 
 
 class TokenBias(NamedTuple):
-    """A row's logit_bias."""
+    """The logit_bias of a batch row: token ids, and the number that is added to the logit of each."""
 
     ids: Ints
     values: npt.NDArray[np.float32]
 
 
 class RowParams:
-    """The sampling parameters of every row on the host: one record per row in `table`, and lists of tokens beside it."""
+    """The sampling parameters of every batch row, on the host. `table` has one record per row; lists hold tokens of each row."""
 
     def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.table: npt.NDArray[Any] = np.zeros(max_rows, _RECORD)
@@ -58,7 +58,7 @@ class RowParams:
         self._eos = tuple(eos_token_ids)
 
     def admit(self, admitted: AdmittedRow) -> None:
-        """Replace the row's parameters by those of its new owner."""
+        """Replace a batch row's parameters by those of the newly admitted request."""
         p, row = admitted.params, admitted.row
         columns = {name: getattr(p, name) for name in COLUMNS}
         columns["top_k"] = min(p.top_k, self._vocab_size) if p.top_k else self._vocab_size
@@ -87,18 +87,18 @@ class RowParams:
 
 
 class TokenCounts:
-    """For each row with penalties: the tokens that occur in its prompt, and how often each token was generated."""
+    """Token counts of each row with penalties: which tokens its prompt has, and how often each token was generated."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device, upload: Upload) -> None:
-        self._slots: dict[int, int] = {}  # row -> slot
+        self._slots: dict[int, int] = {}  # maps a batch row to its slot
         self._free: list[int] = []
         self._max_rows = max_rows
         self._upload = upload
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # [slots, V]
-        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]
+        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # [slots, V]: token occurs
+        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]: times generated
 
     def admit(self, admitted: AdmittedRow) -> None:
-        """Free the slot of the row's previous owner. If the new owner has penalties, take a slot and count its tokens."""
+        """Free the slot of the row's previous request. If the new request has penalties, take a slot and count its tokens."""
         if (old := self._slots.pop(admitted.row, None)) is not None:
             self._free.append(old)
         if not admitted.params.has_penalties:
@@ -113,16 +113,16 @@ class TokenCounts:
         self._generated[slot].zero_().index_copy_(0, on_device[1], on_device[2])
 
     def slots(self, rows: Ints) -> Ints:
-        """The slots of `rows`, all of which have penalties."""
+        """Return the slots of `rows` in the count tensors. All of the rows must have penalties."""
         return np.array([self._slots[row] for row in rows.tolist()], np.int64)
 
     def read(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(occurs in the prompt [N, V] bool, times generated [N, V] int32) for each of `slots` [N]."""
+        """Return (whether the prompt has a token [N, V] bool, how often it was generated [N, V] int32) for slots [N]."""
         return self._in_prompt[slots], self._generated[slots]
 
     def add(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Count one more of tokens [N], valid token ids, in slots [N]."""
-        self._generated[slots, tokens] += 1  # a row samples once per step, so no pair occurs twice
+        """Count that token tokens[i], a valid token id, was generated once more in slot slots[i]."""
+        self._generated[slots, tokens] += 1  # each row samples once per step, so the indices have no duplicates
 
     def _grow(self) -> None:
         old = self._in_prompt.shape[0]

@@ -30,13 +30,13 @@ from engine.sampling.uniform import uniforms
 
 
 class Sampled(NamedTuple):
-    """The tokens of S rows, and log-probabilities of the L of them that request some."""
+    """The sampled tokens of S rows, and log-probabilities for the L of these rows that request some."""
 
     tokens: torch.Tensor  # [S] int64: token ids, or NO_TOKEN
-    latest: torch.Tensor  # [S] int64: the same with token 0 for NO_TOKEN, so that the model can run on with it
-    logprobs: LogprobTensors | None  # [L] positions; None if L is 0
-    logprob_rows: Ints  # [L]: indices into the S rows
-    num_top: list[int]  # [L]: alternatives requested
+    latest: torch.Tensor  # [S] int64: the tokens, with 0 in place of NO_TOKEN, which the model can take as input
+    logprobs: LogprobTensors | None  # the log-probabilities at L positions; None if L is 0
+    logprob_rows: Ints  # [L]: indices of the rows with log-probabilities, among the S rows
+    num_top: list[int]  # [L]: alternatives that each of these rows requests
 
 
 class Sampler:
@@ -56,7 +56,7 @@ class Sampler:
         return self._cuda
 
     def admit(self, admitted: Sequence[AdmittedRow]) -> None:
-        """Replace the state of the admitted rows by their new owners' parameters, seeds and tokens so far."""
+        """Replace the state of the admitted rows by the parameters, seeds and tokens of their new requests."""
         for a in admitted:
             self.params.admit(a)
             self._counts.admit(a)
@@ -69,7 +69,7 @@ class Sampler:
         return bool(np.all(records["plain"] & (ends - records["num_prompt"] >= records["min_tokens"])))
 
     def uniforms(self, rows: Ints, ends: Ints) -> npt.NDArray[np.float64]:
-        """The random number of each row for the token at position ends[i]; zeros if all temperatures are 0."""
+        """Compute the random number of each row i for the token at position ends[i]. All are 0 if all temperatures are 0."""
         records = self.params.table[rows]
         return uniforms(records["seed"], ends) if records["temperature"].any() else np.zeros(rows.size)
 
@@ -129,13 +129,13 @@ class Sampler:
         stops = [self.params.stop_ids[row] for row in rows[which].tolist()]
         places = np.repeat(which, [s.size for s in stops]) * self._vocab_size + np.concatenate(stops)
         index, minus_inf = self._upload([places, np.full(places.size, -np.inf, np.float32)])
-        logits.view(-1).index_add_(0, index, minus_inf)  # added, not written: NaN and +inf must not become -inf
+        logits.view(-1).index_add_(0, index, minus_inf)  # -inf is added, so that NaN and +inf do not become -inf
 
     def _choose(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any], ends: Ints) -> torch.Tensor:
         random = np.flatnonzero(records["temperature"] > 0.0)
         if not random.size:
-            # Adjusted logits are float32, for which our kernel would have to be compiled in the middle of a step. For logits in
-            # the model's own dtype it is compiled already.
+            # Adjusted logits are float32. Our argmax kernel is compiled for the model's own dtype, and would have to be compiled
+            # for float32 in the middle of a step.
             if self._cuda is None or logits.dtype == torch.float32:
                 return argmax(logits)
             return self._cuda.argmax(logits, *self._upload([rows.astype(np.int32)]))
@@ -157,5 +157,5 @@ class Sampler:
 class _Penalised(NamedTuple):
     """The P rows of a step that have penalties."""
 
-    indices: torch.Tensor  # [P]: indices into the step's sampling rows
-    slots: torch.Tensor  # [P]: slots of their token counts
+    indices: torch.Tensor  # [P]: index of each row among the step's sampling rows
+    slots: torch.Tensor  # [P]: each row's slot in the count tensors

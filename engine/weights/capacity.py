@@ -15,7 +15,7 @@ from engine.models import registry
 from engine.models.spec import ModelSpec
 
 MEMINFO = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes, or "max"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # holds a number of bytes, or "max"
 
 
 def check(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -30,23 +30,23 @@ def check(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of all parameters, each counted once. The model is built on the meta device, so nothing is allocated."""
+    """Count the bytes of all parameters, each once. The model is built on the meta device, so nothing is allocated."""
     model = registry.build(spec, dtype=dtype, device=torch.device("meta"))
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that could be allocated on `device` now; None if the system does not report it."""
+    """Return the bytes that could be allocated on `device` now; None if the system does not report the number."""
     if device.type == "cuda":
-        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free in torch's cache
+        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free bytes in torch's cache
         return int(torch.cuda.mem_get_info(device)[0]) + held_back
     return host_bytes(_read(MEMINFO), _read(CGROUP_LIMIT))
 
 
 def host_bytes(meminfo: str, cgroup_limit: str) -> int | None:
-    """Free bytes of the host, from the texts of /proc/meminfo and of the cgroup's memory.max ("" for a missing file).
+    """Compute the host's free bytes from the texts of /proc/meminfo and of the cgroup's memory.max ("" for a missing file).
 
-    The container's whole limit counts as free, since how much of its use is droppable page cache is not known.
+    The container's whole limit counts as free. How much of its used memory is page cache, which can be dropped, is not known.
     """
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in meminfo.splitlines())}
     if "MemAvailable" not in kib:

@@ -1,4 +1,7 @@
-"""Seeded random weights, for a run without a checkpoint: norm weights are 1, biases are 0, all others are N(0, 0.02)."""
+"""Fills a model with seeded random weights, for a run without a checkpoint.
+
+Norm weights are 1, biases are 0, and all other weights are N(0, 0.02).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ STD = 0.02
 
 
 def fill(model: nn.Module, *, seed: int, progress: Progress = no_report) -> None:
-    """Fill every parameter of `model`, with a call of `progress` after each."""
+    """Fill every parameter of `model` with random weights, and call `progress` after each parameter."""
     norms = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm)}
     for name, param in model.named_parameters():
         generator = torch.Generator(param.device).manual_seed(seed)

@@ -54,7 +54,7 @@ class _Stored:
 
 
 class Loadable(Protocol):
-    """A model, or a module of its own that the same checkpoint holds (such as multi-token prediction)."""
+    """A model, or another module whose weights are in the model's checkpoint (such as multi-token prediction)."""
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -77,7 +77,10 @@ def load(model: Loadable, folder: str | Path, progress: Progress = no_report) ->
 
 
 def verify(model: Loadable, folder: str | Path) -> None:
-    """Raise what `load` would raise for wrong names, shapes and types and for truncated files. Only headers are read."""
+    """Validate the checkpoint in `folder` for `model`. Only the headers of its files are read.
+
+    Raises the CheckpointError that `load` would raise for wrong names, shapes and types, and for truncated files.
+    """
     with ExitStack() as stack:
         _open_checked(Path(folder), model.weights(), model.spec.fp8, stack)
 
@@ -230,7 +233,10 @@ def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: F
 def transfers(
     stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None
 ) -> list[stream.Transfer]:
-    """Describe for `stream.fill` the same copies that `_copy` does one by one."""
+    """Describe all copies from the checkpoint to parameters as transfers for `stream.fill`.
+
+    `_copy` makes the same copies one by one.
+    """
     offsets = {file: stream.offsets(file) for file in {tensor.file for tensor in stored.values()}}
 
     def source(tensor: _Stored) -> stream.Source:

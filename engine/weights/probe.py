@@ -1,8 +1,8 @@
-"""Reports torch's devices, and whether an engine config would start. `tidegate doctor` runs it.
+"""Reports torch's devices, and whether an engine config would start. `tidegate doctor` runs this module.
 
-It is a process of its own, `python -m engine.weights.probe CONFIG`, since importing torch takes seconds and a broken CUDA
-installation can end the process. CONFIG is an EngineConfig as JSON; if it is empty, only torch is examined. The result is one
-JSON object on standard output. No weight is read: the model is built on the meta device, and only file headers are read.
+The module runs in a process of its own, `python -m engine.weights.probe CONFIG`, since importing torch takes seconds and a broken
+CUDA installation can end the process. CONFIG is an EngineConfig as JSON; if it is empty, only torch is examined. The result is
+one JSON object on standard output. No weight is read: the model is built on the meta device, and only file headers are read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def problem_with(asked: EngineConfig) -> str | None:
-    """Return why an engine with this config would not start, or None. No weight is read to find out."""
+    """Return why an engine with this config would not start, or None if it would. No weight is read."""
     try:
         spec = read_spec(asked.model)
         config = resolve(asked, spec.limits(), has_cuda=torch.cuda.is_available())
@@ -45,7 +45,7 @@ def problem_with(asked: EngineConfig) -> str | None:
 
 
 def _check_cache(config: EngineConfig, model: registry.Model, *, asked: int | None) -> None:
-    """Raise ConfigError if the KV cache cannot hold the context. On CUDA its size is measured at start and not known here."""
+    """Raise ConfigError if the KV cache cannot hold the context. On CUDA the cache's size is unknown until an engine starts."""
     cache = config.cache
     each = block_bytes(model.kv_pools(), cache.block_size)
     num_blocks = cache.num_blocks or (cache.host_bytes // each if config.device == "cpu" else None)

@@ -24,8 +24,8 @@ import torch
 from engine.errors import CheckpointError
 from engine.startup import Progress, no_report
 
-READERS = 8  # one reader delivers 5 GB/s from the page cache; the bus carries 54 GB/s
-PIECE = 16 << 20  # bytes of one buffer, and of one read
+READERS = 8  # number of reader threads; one delivers 5 GB/s from the page cache, and the bus carries 54 GB/s
+PIECE = 16 << 20  # size in bytes of a buffer, and of one read
 
 Decode = Callable[..., torch.Tensor]
 
@@ -44,7 +44,10 @@ class Source(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Fill `target` with `decode(*sources)`, computed on its device; without `decode`, with its single source."""
+    """One copy from a checkpoint to a parameter. `target` is filled with `decode(*sources)`, computed on the target's device.
+
+    Without `decode`, `target` is filled with its single source.
+    """
 
     target: torch.Tensor
     sources: tuple[Source, ...]
@@ -57,7 +60,7 @@ class Transfer(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One unit of work: PIECE bytes from `start` of a plain transfer, or the whole of any other transfer."""
+    """One unit of a reader's work: PIECE bytes, from `start` on, of a plain transfer, or the whole of any other transfer."""
 
     transfer: Transfer
     start: int = 0
@@ -72,7 +75,9 @@ def offsets(file: Path) -> dict[str, int]:
 
 
 def fill(transfers: Iterable[Transfer], device: torch.device, progress: Progress = no_report) -> None:
-    """Run all transfers; every target is filled on return. Readers call `progress` after each piece.
+    """Run all transfers with several reader threads, and return once every target is filled.
+
+    Readers call `progress` after each piece.
 
     Raises CheckpointError for a file that cannot be read fully.
     """
@@ -88,7 +93,7 @@ def fill(transfers: Iterable[Transfer], device: torch.device, progress: Progress
             for reader in [pool.submit(_work, parts, files, device, progress) for _ in range(READERS)]:
                 reader.result()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the raw bytes' memory is bound to the readers' streams, which end here
+        torch.cuda.empty_cache()  # frees the raw bytes' memory, which is bound to the readers' streams
 
 
 def _parts(transfer: Transfer) -> list[_Part]:
@@ -98,7 +103,7 @@ def _parts(transfer: Transfer) -> list[_Part]:
 
 
 def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device, progress: Progress) -> None:
-    """One reader's thread: take parts until none is left, or until this or another reader fails."""
+    """Run one reader thread: take parts until none is left, or until this or another reader fails."""
     reader = _Reader(files, device)
     try:
         # Inference mode is set per thread, and the targets were created under it.
@@ -106,7 +111,7 @@ def _work(parts: deque[_Part], files: dict[Path, int], device: torch.device, pro
             while parts:
                 try:
                     part = parts.popleft()
-                except IndexError:  # another reader took the last one
+                except IndexError:  # another reader took the last part
                     return
                 reader.run(part)
                 progress()

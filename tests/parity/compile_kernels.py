@@ -1,8 +1,8 @@
 """Compiles a group of kernels for a Hopper GPU at the shapes of real models: `python compile_kernels.py GROUP`. Needs no GPU.
 
-`test_triton_compile.py` runs this script once for each group, without Triton's interpreter. Each kernel is replaced by a Recorder
-and then launched as the engine launches it; the Recorder compiles the kernel for the arguments instead of running it. The script
-prints "compiled" once all kernels of the group are compiled.
+`test_triton_compile.py` runs this script once for each group, without Triton's interpreter. The script replaces each kernel by a
+Recorder, and then launches it as the engine does. The Recorder compiles the kernel for the arguments instead of running it. The
+script prints "compiled" once all kernels of the group are compiled.
 """
 
 import importlib
@@ -39,7 +39,7 @@ from engine.layers.kinds import RoutingSpec
 from engine.layers.moe import MoeMlp
 from engine.layers.ops import PlainOps
 
-SHARED_MEMORY = 227 << 10  # bytes that a program may use on Hopper
+SHARED_MEMORY = 227 << 10  # bytes of shared memory that a program may use on Hopper
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -59,7 +59,7 @@ def ints(*shape):
 
 
 class Recorder:
-    """Replaces a kernel: `recorder[grid](...)` compiles the kernel for these arguments and adds `name` to `compiled`."""
+    """Replaces a kernel. A launch `recorder[grid](...)` compiles the kernel for the arguments, and adds `name` to `compiled`."""
 
     def __init__(self, kernel, name, compiled):
         self._kernel = kernel
@@ -94,7 +94,7 @@ TABLES, LENS = ints(2, 4), torch.ones(2, dtype=torch.int32)
 STARTS = torch.tensor([0, 1, 2], dtype=torch.int32)
 
 
-GQA_SHAPES = (  # query heads, K/V heads, head dimension, type
+GQA_SHAPES = (  # each shape is (query heads, K/V heads, head dimension, type)
     (28, 4, 128, BF16),
     (24, 8, 128, BF16),
     (40, 8, 128, BF16),
@@ -108,7 +108,7 @@ def gqa_decodes():
         q, cache = zeros(2, heads, head, dtype=dtype), zeros(8, 64, kv_heads, head, dtype=dtype)
         for splits in (1, 2, 4, 8):
             paged_decode.paged_decode(q, cache, cache, TABLES, LENS, 0.1, splits)
-        many = zeros(2 * paged_decode.MANY_PROGRAMS, heads, head, dtype=dtype)  # so many that a GPU splits no sequence
+        many = zeros(2 * paged_decode.MANY_PROGRAMS, heads, head, dtype=dtype)  # with so many, a GPU splits no sequence
         paged_decode.paged_decode(many, cache, cache, TABLES, LENS, 0.1, 1)
 
 
@@ -134,7 +134,7 @@ def small_operations():
     elementwise.angles(slots, zeros(64, dtype=torch.float32), 1.0)
 
 
-MLA_SHAPES = ((16, 1), (16, 256), (128, 64))  # heads, tokens
+MLA_SHAPES = ((16, 1), (16, 256), (128, 64))  # each shape is (heads, tokens)
 
 
 def mla_decodes():
@@ -147,7 +147,7 @@ def mla_decodes():
             latent_products.absorb_few(zeros(num, heads, 192), kv_b, 128)
             parts = mla_decode.mla_decode(q_latent, q_rope, pool, TABLES, LENS, 0.1, 64)
             latent_products.merge_expand(*parts, kv_b, 128, zeros(num, heads, 128))
-    # In float32 a tile has to be smaller.
+    # In float32 the kernel takes a smaller tile, which must be compiled too.
     q, rope, pool = (zeros(*shape, dtype=torch.float32) for shape in ((64, 128, 512), (64, 128, 64), (8, 64, 576)))
     mla_decode.mla_decode(q, rope, pool, TABLES, LENS, 0.1, 1)
 
@@ -177,7 +177,7 @@ def products():
     )
     for rows, outputs, size in (*few, (96, 6144, 1024), (128, 28672, 2048)):
         x, w = zeros(rows, size), zeros(outputs, size)
-        linear.linear(x, w, x[0])  # only the type of the bias matters here
+        linear.linear(x, w, x[0])  # x[0] serves as the bias, of which only the type matters
         linear.gated(x, w)
         linear.add_linear(zeros(rows, outputs), x, w)
         if rows == 1:
@@ -208,7 +208,7 @@ def mixtures():
             for _, cut in moe_cuda.CUTS:
                 moe_cuda.run_cut(x, moe, x, routed, cut, PlainOps())
             experts.spread(x, ints(tokens * spec.top_k))
-        for tokens in (1, 8192):  # one part, and many parts
+        for tokens in (1, 8192):  # pairs that fit into one part of the sort, and pairs that need many parts
             sort_pairs.sort_pairs(ints(tokens, spec.top_k), spec.num_experts, 128)
 
 

@@ -1,6 +1,7 @@
-"""Attention of long chunks behind a long context, in parts that are merged, compared with plain attention in one piece.
+"""Tests attention of long chunks behind a long context, which merges the results over segments of the context.
 
-Segments and padding are small here, and the twin of cuDNN's call computes the parts, since cuDNN does not take float32.
+The result is compared with plain attention over the whole context. Segments and padding are small here. The plain twin of cuDNN's
+call computes each segment, since cuDNN does not take float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from engine.kernels.merge_parts import Part, merge_parts, merge_parts_plain
 from engine.layers.ops import write
 from tests.parity.test_triton_attention import BLOCK, DEVICE, make_batch, random
 
-# (tokens in the cache after the step, tokens of this step): a decode, and chunks behind 0 to 217 cached tokens
+# Each query is (tokens in the KV cache after the step, tokens of this step): a decode, and chunks behind 0 to 217 cached tokens.
 QUERIES = [(40, 1), (9, 9), (21, 5), (64, 32), (90, 27), (129, 1 + 32), (250, 33)]
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
 CUDNN = cudnn.attend_part
@@ -36,7 +37,7 @@ def small_segments(monkeypatch):
 
 
 def all_behind_a_context(queries: list[tuple[int, int]]) -> LongChunks:
-    """Every chunk behind at least one block of context, as a long chunk."""
+    """Make a LongChunks of every chunk that has at least one KV block of cached context, however short the chunk is."""
     starts = itertools.accumulate((num for _, num in queries), initial=0)
     chunks = [
         cached_context.CachedChunk(i, range(start, start + num), length - num)
@@ -98,7 +99,7 @@ def test_segments_cover_the_context_once(whole):
 def test_merging_equals_its_twin(dtype):
     generator, num, heads, dim = torch.Generator().manual_seed(0), 19, 3, 24
     a, b = (
-        # As cuDNN returns them: rows of padding before and after, and heads apart.
+        # cuDNN returns such tensors: they have rows of padding before and after, and a token's heads are not adjacent.
         Part(
             random(heads, num + 9, dim, generator=generator).to(dtype).transpose(0, 1)[shift : shift + num + 2],
             (20 * random(heads, num + 9, generator=generator))[:, shift : shift + num + 2],
@@ -133,7 +134,7 @@ def test_cudnn_equals_its_twin(heads, kv_heads, dim, v_dim, causal):
 
 @pytest.mark.parametrize(("max_tokens", "max_len"), [(64, 700), (24, 700), (64, 100), (12, 40), (7, 700), (64, 20)])
 def test_the_warm_up_makes_every_plan_that_a_chunk_needs(monkeypatch, max_tokens, max_len):
-    """The plans of all chunks and contexts, as (rows, keys, causal), are those of the chunks that are run as a warm-up."""
+    """Chunks of all lengths behind contexts of all lengths need no plan, (rows, keys, causal), that the warm-up did not make."""
     for name, value in (("MIN_CHUNK", 8), ("MAX_CHUNK", 40), ("MIN_CACHED", 16), ("MIN_PRODUCTS", 0), ("CAUSAL_STEP", 4)):
         monkeypatch.setattr(cached_context, name, value)
     plans: set[tuple[int, int, bool]] = set()
@@ -163,7 +164,7 @@ def test_the_warm_up_makes_every_plan_that_a_chunk_needs(monkeypatch, max_tokens
 
 
 def test_only_long_chunks_behind_a_long_context_are_chosen(monkeypatch):
-    """A chunk needs enough tokens, enough context, and enough products of the two; a very long one is divided."""
+    """cuDNN takes a chunk with enough tokens, enough context, and enough products of the two. A very long chunk is divided."""
     monkeypatch.setattr(cached_context, "MIN_CHUNK", 8)
     monkeypatch.setattr(cached_context, "MAX_CHUNK", 16)
     monkeypatch.setattr(cached_context, "MIN_CACHED", 16)

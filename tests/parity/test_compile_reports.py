@@ -1,4 +1,7 @@
-"""A process that compiles kernels reports each of them. Triton's interpreter compiles nothing, so this runs without it."""
+"""Tests that a process reports each kernel that it compiles.
+
+Triton's interpreter compiles nothing, so the test starts a process without the interpreter.
+"""
 
 import os
 import subprocess

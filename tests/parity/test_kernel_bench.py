@@ -1,4 +1,4 @@
-"""Every kernel in the table of `engine/kernels/bench.py` can be launched, at sizes that Triton's interpreter can run."""
+"""Tests that every kernel in the table of `engine/kernels/bench.py` can be launched, at sizes for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ STRIP = experts.STRIP
 
 @pytest.fixture(autouse=True)
 def _for_the_interpreter(monkeypatch):
-    monkeypatch.setattr(base, "DTYPE", torch.float16)  # the interpreter cannot add in bfloat16
-    monkeypatch.setattr(experts, "STRIP", Strip(32, 32, 1))  # few programs, since each is slow in the interpreter
+    monkeypatch.setattr(base, "DTYPE", torch.float16)  # Triton's interpreter cannot add in bfloat16
+    monkeypatch.setattr(experts, "STRIP", Strip(32, 32, 1))  # gives few programs, which are slow in the interpreter
 
 
 @pytest.mark.parametrize("case", {case.kernel: case for case in bench.CASES}.values(), ids=lambda case: case.kernel)

@@ -1,4 +1,4 @@
-"""Sizes of launches: our integer helpers compared with Triton's, and the number of parts of a decode's sequences."""
+"""Tests the integer helpers of kernel launches against Triton's, and the number of parts into which a decode cuts sequences."""
 
 from __future__ import annotations
 

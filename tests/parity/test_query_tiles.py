@@ -1,4 +1,4 @@
-"""Tiles of queries, cut on the host and on the device: they cover the same tokens, and those with most work come first."""
+"""Tests that queries are cut into the same tiles on the host and on the device, and that tiles with most work come first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from engine.kernels.query_tiles import NO_QUERY, cut_tiles, map_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# (tokens of this step, tokens in the cache after the step)
+# A step is a list of queries, and a query is (tokens of this step, tokens in the KV cache after the step).
 STEPS = [
     [(1, 9), (1, 1), (7, 7)],
     [(8, 8), (8, 30), (3, 100), (16, 16)],
@@ -21,7 +21,7 @@ STEPS = [
 
 
 def covered(tiles, query_lens, tile_tokens):
-    """(query, token) of every token of the tiles."""
+    """List every token that the tiles cover, as (query, token)."""
     return [(query, token) for query, first in tiles for token in range(first, min(first + tile_tokens, query_lens[query]))]
 
 
@@ -32,7 +32,7 @@ def test_tiles_cut_on_the_host_cover_every_token_once_and_longest_work_first(ste
     tiles = cut_tiles(range(len(step)), query_lens, kv_lens, tile_tokens)
     assert len(tiles) % 4 == 0
     used = [tile for tile in tiles if tile[0] != NO_QUERY]
-    assert tiles[len(used) :] == [(NO_QUERY, 0)] * (len(tiles) - len(used))  # only the end is padding
+    assert tiles[len(used) :] == [(NO_QUERY, 0)] * (len(tiles) - len(used))  # padding comes only at the end
     expected = [(query, token) for query, num in enumerate(query_lens) for token in range(num)]
     assert sorted(covered(used, query_lens, tile_tokens)) == expected
     assert all(first % tile_tokens == 0 for _, first in used)
@@ -49,7 +49,7 @@ def test_only_the_given_queries_get_tiles():
 @pytest.mark.parametrize("tile_tokens", [4, 8])
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_tiles_cut_on_the_device_are_those_of_the_host(step, tile_tokens, least):
-    """The device keeps the order of the queries; within a query both put the last tile first."""
+    """The device keeps the order of the queries, unlike the host. Within a query both put the last tile first."""
     query_lens, kv_lens = zip(*step, strict=True)
     starts = torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=DEVICE)
     found = list(zip(*(x.tolist() for x in map_tiles(starts, sum(query_lens), tile_tokens, least=least)), strict=True))

@@ -1,4 +1,4 @@
-"""Grouped-query attention by Triton, compared with its plain twin `attention/torch_gqa.py` over the same pools."""
+"""Tests grouped-query attention by Triton against its plain twin `attention/torch_gqa.py`, over the same KV pools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from engine.layers.ops import write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 16
-# (tokens in the cache after the step, tokens of this step): three decodes, a fresh prompt, two chunks behind cached prefixes
+# Each query is (tokens in the KV cache after the step, tokens of this step): three decodes, a prompt, and two chunks behind
+# cached prefixes.
 MIXED = [(1, 1), (33, 1), (100, 1), (20, 20), (70, 37), (64, 3)]
 DECODES = MIXED[:3]
 CHUNKS = MIXED[3:]
@@ -57,7 +58,7 @@ def num_processors(queries: list[tuple[int, int]], kv_heads: int, splits: int) -
     return processors
 
 
-# With 8 as with 32 splits, a part of a sequence is one block. The interpreter takes its time by the number of splits.
+# With 8 splits a part of a sequence is one KV block, as with 32. The interpreter is faster with fewer splits.
 SPLITS = pytest.mark.parametrize("splits", [1, 8], ids=["whole", "split"])
 
 
@@ -76,7 +77,7 @@ def test_a_step_equals_plain_attention(queries, heads, kv_heads, splits):
     num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
     cached = {name: random(num_blocks, BLOCK, kv_heads, 32, generator=generator) for name in ("k", "v")}
     tokens = sum(num for _, num in queries)
-    # As in a model, q, k and v are views of one tensor.
+    # q, k and v are views of one tensor, as in a model.
     qkv = random(tokens, heads + 2 * kv_heads, 32, generator=generator)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
 
@@ -97,7 +98,10 @@ def test_a_step_equals_plain_attention(queries, heads, kv_heads, splits):
 
 @SPLITS
 def test_only_the_last_tokens_attend(splits):
-    """The last layer of a model computes only tokens that are read: as decodes, over the records that the step has written."""
+    """The last layer of a model computes only the tokens whose hidden states are read.
+
+    Each of these tokens attends as a decode, over the KV that the step has written.
+    """
     processors = num_processors(MIXED, 2, splits)
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
@@ -124,9 +128,9 @@ def test_only_the_last_tokens_attend(splits):
     ],
 )
 def test_a_long_sequence_is_cut_into_several_parts(splits, parts, monkeypatch):
-    """With up to 2 parts, one for each started 512 tokens; with up to 4, one for each 128; otherwise one for each block.
+    """With at most 2 parts, a sequence has a part for each started 512 tokens; with at most 4, one for each started 128.
 
-    No part is empty.
+    With other numbers of parts, it has at most one for each KV block. No part is empty.
     """
     generator, heads, kv_heads = torch.Generator().manual_seed(0), 4, 2
     lens = torch.tensor([640, 513, 512, 129, 128, 33, 16, 1], dtype=torch.int32, device=DEVICE)
@@ -141,7 +145,7 @@ def test_a_long_sequence_is_cut_into_several_parts(splits, parts, monkeypatch):
         )
         paged_decode(q, k, v, tables, lens, 0.2, splits, out)
     if splits > 1:
-        written = (~made[1].isnan()).sum(2)  # log-sum-exps [B, heads]; a single part writes none
+        written = (~made[1].isnan()).sum(2)  # number of log-sum-exps [B, heads]; a sequence with one part writes none
         assert written.tolist() == [[num if num > 1 else 0] * heads for num in parts]
     # The second run fails if the first left its arrival counters changed.
     for found in (out, paged_decode(q, k, v, tables, lens, 0.2, splits)):
@@ -153,7 +157,10 @@ def test_a_long_sequence_is_cut_into_several_parts(splits, parts, monkeypatch):
 
 @pytest.mark.parametrize("spans", [[range(20), range(20, 40)], [range(20)], [range(20, 40)]], ids=["all", "first", "second"])
 def test_long_prompts_go_to_the_library(spans, monkeypatch):
-    """Prompts of one length that are the whole step take one call; otherwise each takes a call, and our kernel does the rest."""
+    """The library takes all prompts in one call if they have one length and are the whole step.
+
+    Otherwise it takes each long prompt in a call of its own, and our kernel computes the rest of the step.
+    """
     generator, queries = torch.Generator().manual_seed(0), [(20, 20), (20, 20)]
     qkv = random(40, 4 + 2 * 2, 32, generator=generator)
     q, k, v = qkv.split([4, 2, 2], 1)
@@ -187,9 +194,9 @@ def test_cudnn_attends_to_several_prompts_in_one_call(heads, kv_heads, dim, v_di
 
 
 def use_any_library(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Let torch choose a library in place of cuDNN for long prompts, and pad them to 16 tokens.
+    """Let torch choose a library in place of cuDNN for long prompts, and pad the prompts to 16 tokens.
 
-    Returns the query shapes of its calls, in order.
+    Returns a list that gets the query shape of each of the library's calls, in order.
     """
     calls: list[tuple[int, ...]] = []
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -1,6 +1,6 @@
-"""The kernels compile for a Hopper GPU at the shapes of real models.
+"""Tests that all kernels compile for a Hopper GPU at the shapes of real models.
 
-Triton's interpreter accepts kernels that the compiler refuses, such as kernels with ranges that are no power of two.
+Triton's interpreter accepts kernels that the compiler refuses, such as kernels with ranges that are not a power of two.
 """
 
 import ast

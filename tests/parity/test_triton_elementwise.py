@@ -1,4 +1,4 @@
-"""The operations between matrix products: `CudaOps`, which are kernels, compared with `PlainOps`."""
+"""Tests the small operations between matrix products: `CudaOps`, which runs kernels, against `PlainOps`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row whose logits are not finite gets NO_TOKEN from the sampling kernels, and the other rows of the batch get their tokens."""
+"""Tests that the sampling kernels give NO_TOKEN to a row whose logits are not finite, and tokens to the batch's other rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine.sampling.cuda_sampler import CudaSampler
 from engine.sampling.rows import RowParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCAB = 4096 + 900  # two tiles of the kernels
-ROWS = 6  # batch rows; the last one is the scratch row
+VOCAB = 4096 + 900  # logits of a row, which the kernels read in two tiles
+ROWS = 6  # batch rows; the scratch row follows, with index 6
 INF, NAN = float("inf"), float("nan")
 
 SETTINGS = [
@@ -34,7 +34,7 @@ def sampler(settings) -> CudaSampler:
 
 
 def spoiled(logits: torch.Tensor) -> torch.Tensor:
-    """Rows 0, 2 and 4 as they were; row 1 with one NaN in its second tile, row 3 with +inf in its first, row 5 all NaN."""
+    """Return a copy of `logits` in which row 1 has a NaN in its second tile, row 3 a +inf in its first, and row 5 only NaN."""
     out = logits.clone()
     out[1, VOCAB - 3] = NAN
     out[3, 17] = INF
@@ -51,7 +51,7 @@ def test_rows_with_nan_or_infinity_get_no_token_and_leave_the_others_alone(setti
     rows = torch.tensor([4, 1, 0, 5, 3, ROWS], dtype=torch.int32, device=DEVICE)
     found = sampler(settings)
     expected = found.sample(logits, rows, torch.zeros(ROWS + 1, dtype=torch.int64, device=DEVICE), uniform).tolist()
-    for _ in range(2):  # a launch leaves the counters of arrived programs at zero, failed rows or not
+    for _ in range(2):  # the second run fails if failed rows left arrival counters changed
         latest = torch.full((ROWS + 1,), 99, dtype=torch.int64, device=DEVICE)
         tokens = found.sample(spoiled(logits), rows, latest, uniform).tolist()
         assert [tokens[i] for i in (0, 2, 4)] == [expected[i] for i in (0, 2, 4)]

@@ -1,4 +1,4 @@
-"""The inputs that kernels gather for a captured step, compared with those that the host builds for the same plan."""
+"""Tests the inputs that kernels gather for a step captured in a CUDA graph, against those that the host builds for the plan."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from engine.plan import AdmittedRow, StepPlan
 from engine.request import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BLOCK = 4  # tokens
-LENS = {4: 7, 0: 1, 2: 1500, 3: 8}  # batch row -> tokens
+BLOCK = 4  # tokens of a KV block
+LENS = {4: 7, 0: 1, 2: 1500, 3: 8}  # maps each batch row to the number of its tokens
 
 
 @pytest.fixture
 def rows():
-    """State of four batch rows with LENS tokens each, and a sampled token after them."""
+    """Make the state of four batch rows. LENS has the number of tokens of each row, after which comes one sampled token."""
     state = Rows(max_rows=5, max_len=2000, block_size=BLOCK, scratch_block=777, device=DEVICE, upload=Uploader(DEVICE))
     rng = np.random.default_rng(0)
     admitted = [

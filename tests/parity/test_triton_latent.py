@@ -1,4 +1,4 @@
-"""Latent attention by Triton, compared with its plain twins: the kernels around attention, and whole steps."""
+"""Tests latent attention by Triton against its plain twins: the kernels around attention, and whole steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def close(out: torch.Tensor, expected: torch.Tensor) -> None:
 def test_latent_prepare_equals_plain_ops(heads, rank, interleaved, dtype):
     generator = torch.Generator().manual_seed(0)
     tokens, q_size = 5, heads * (NOPE + ROPE)
-    # As in a model, q and kv are views of one tensor.
+    # q and kv are views of one tensor, as in a model.
     both = random(tokens, q_size + rank + ROPE, generator=generator).to(dtype)
     norm = (random(rank, generator=generator).to(dtype), 1e-6)
     angles = (random(tokens, 1, ROPE, generator=generator), random(tokens, 1, ROPE, generator=generator))
@@ -47,7 +47,7 @@ def test_latent_prepare_equals_plain_ops(heads, rank, interleaved, dtype):
         q = q.view(tokens, heads, NOPE + ROPE)
         results.append((*ops.latent_prepare(q, kv, norm, angles, slots, pool, interleaved=interleaved), pool))
     for out, expected in zip(results[1], results[0], strict=True):
-        # A fused multiply-add may round the last bit of a bfloat16 the other way.
+        # The kernel's fused multiply-add may round the last bit of a bfloat16 differently than torch.
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -68,7 +68,7 @@ def test_absorb_and_expand_equal_their_twins(num):
 @pytest.mark.parametrize(("heads", "splits"), [(3, 1), (3, 4), (20, 8)])
 def test_both_merges_of_a_split_decode(heads, splits):
     generator = torch.Generator().manual_seed(0)
-    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two leave some splits without a token
+    lens = torch.tensor([1, 33, 100], dtype=torch.int32, device=DEVICE)  # the first two sequences leave some splits empty
     tables = torch.randperm(3 * 7, generator=generator).view(3, 7).to(DEVICE, torch.int32)
     cache = random(3 * 7, BLOCK, RANK + ROPE, generator=generator)
     q, q_rope = random(3, heads, RANK, generator=generator), random(3, heads, ROPE, generator=generator)
@@ -79,7 +79,7 @@ def test_both_merges_of_a_split_decode(heads, splits):
     args = (q, q_rope, cache, tables, lens, 0.2, splits)
     parts = mla_decode(*args)
     if splits > 1:
-        parts.latents[parts.lse == -torch.inf] = torch.nan  # empty splits write nothing
+        parts.latents[parts.lse == -torch.inf] = torch.nan  # the latents of empty splits are not written
     close(merge(parts, torch.float32), expected)
     if splits > 1:
         out = torch.empty(3, heads, V_DIM, device=DEVICE)
@@ -91,7 +91,10 @@ def test_both_merges_of_a_split_decode(heads, splits):
 @pytest.mark.parametrize("tokens", [32, 64])
 @pytest.mark.parametrize(("heads", "sequences"), [(3, 16), (20, 8)])
 def test_a_decode_with_passes_of_64_tokens(heads, sequences, tokens, splits, monkeypatch):
-    """In half precision, many sequences or heads have passes of 64 tokens if the device has the shared memory, else of 32."""
+    """In half precision, a decode of many sequences or heads has passes of 64 tokens if the device has enough shared memory.
+
+    Otherwise it has passes of 32 tokens.
+    """
     if tokens == 32:
         monkeypatch.setattr(mla_decode_module, "shared_memory", lambda device: mla_decode_module.LARGE_PASS_MEMORY - 1)
     elif shared_memory(DEVICE) < mla_decode_module.LARGE_PASS_MEMORY:
@@ -103,7 +106,7 @@ def test_a_decode_with_passes_of_64_tokens(heads, sequences, tokens, splits, mon
     q, q_rope = (random(sequences, heads, size, generator=generator).to(half) for size in (RANK, ROPE))
     assert decode_tile(sequences, heads, q.dtype, 64, q.device).tokens == tokens
     parts = mla_decode(q, q_rope, cache, tables, lens, 0.2, splits)
-    merged = merge(parts, torch.float32).float()  # with one split the result has the queries' type
+    merged = merge(parts, torch.float32).float()  # with one split the result has the type of q
     for i, length in enumerate(lens.tolist()):
         own = cache[tables[i].long()].flatten(0, 1)[:length].float()
         scores = torch.cat((q, q_rope), -1)[i].float() @ own.T * 0.2
@@ -114,7 +117,7 @@ def test_splits_give_each_multiprocessor_a_program():
     half = torch.bfloat16
     assert [decode_splits(num, 16, 132, half) for num in (1, 2, 8, 16, 64, 128, 132, 133)] == [64, 16, 16, 8, 2, 2, 2, 1]
     assert [decode_splits(num, 128, 132, half) for num in (7, 8, 64, 66, 67)] == [2, 8, 1, 1, 1]
-    assert decode_tile(64, 128, half, 32, DEVICE).tokens == 32  # a pass is at most a block
+    assert decode_tile(64, 128, half, 32, DEVICE).tokens == 32  # a pass has at most the tokens of a KV block
 
 
 def test_build_keys_equals_its_twin():
@@ -137,7 +140,7 @@ def test_a_step_equals_plain_attention(queries, heads, processors, monkeypatch):
     q = random(tokens, heads * (NOPE + ROPE) + 8, generator=generator)[:, :-8].view(tokens, heads, NOPE + ROPE)
     records = random(tokens, RANK + ROPE + 8, generator=generator)[:, :-8]
     kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
-    # Small enough that the two chunks behind prefixes are expanded one after the other.
+    # The limit is so small that the two chunks behind cached prefixes are expanded one after the other.
     monkeypatch.setattr(latent_chunks, "EXPANDED_NUMBERS", 100 * heads * (NOPE + V_DIM))
 
     def run(attention: PagedMla, *, by_length: bool = False) -> torch.Tensor:
@@ -155,7 +158,10 @@ def test_a_step_equals_plain_attention(queries, heads, processors, monkeypatch):
 
 @pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])
 def test_only_the_last_tokens_attend(heads, processors):
-    """The last layer of a model computes only tokens that are read: as decodes, over the records that the step has written."""
+    """The last layer of a model computes only the tokens whose hidden states are read.
+
+    Each of these tokens attends as a decode, over the records that the step has written.
+    """
     generator = torch.Generator().manual_seed(0)
     num_blocks = len(MIXED) * max(-(-length // BLOCK) for length, _ in MIXED)
     pools = {"latent": random(num_blocks, BLOCK, RANK + ROPE, generator=generator)}
@@ -172,7 +178,7 @@ def test_only_the_last_tokens_attend(heads, processors):
 
 
 def test_long_prompts_in_a_step_with_others(monkeypatch):
-    """Long prompts go to a library (here torch's choice) and get no tiles; the rest of the step goes to our kernels."""
+    """A library, here one that torch chooses, computes the long prompts of a step. Our kernels compute the rest of the step."""
     queries, heads = [(33, 1), (20, 20), (70, 37), (40, 40), (5, 5)], 2
     generator = torch.Generator().manual_seed(0)
     cached = random(5 * 5, BLOCK, RANK + ROPE, generator=generator)
@@ -191,7 +197,7 @@ def test_long_prompts_in_a_step_with_others(monkeypatch):
 
 
 def test_long_prompts_that_are_the_whole_step(monkeypatch):
-    """Prompts of one length take one call of the library."""
+    """If prompts of one length are the whole step, one call of the library computes all of them."""
     queries, heads = [(20, 20), (20, 20)], 2
     generator = torch.Generator().manual_seed(0)
     pools = {"latent": random(2 * 2, BLOCK, RANK + ROPE, generator=generator)}

@@ -1,6 +1,6 @@
-"""Products with few rows, compared with torch's in float64.
+"""Tests matrix products with few rows against torch's products in float64.
 
-On a CPU they are in float16, since Triton's interpreter cannot multiply bfloat16.
+On a CPU the products are in float16, since Triton's interpreter cannot multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SKINNY = (
     Skinny(rows=64, columns=64, splits=3, warps=4, stages=3),
     Skinny(rows=128, columns=64, splits=2, warps=8, stages=3),
 )
-SHARED_MEMORY = 227 << 10  # bytes that a program may use on Hopper
+SHARED_MEMORY = 227 << 10  # bytes of shared memory that a program may use on Hopper
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -68,7 +68,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
     ],
 )
 def test_products_with_any_tiles(config, rows, gated):
-    """N is a multiple of no tile, K of some, and K takes more than one pass of the loop."""
+    """N is not a multiple of any tile's rows. K is a multiple of some tiles' columns, and takes several passes of the loop."""
     x, weight = random(rows, 1296), weights(78, 1296)
     out = torch.full((rows, 39 if gated else 78), float("nan"), dtype=DTYPE, device=DEVICE)
     linear.launch(x, weight, None, out, config, Extras(gated=gated))
@@ -126,7 +126,7 @@ def test_products_with_the_chosen_tiles(rows):
 
 
 def test_a_split_product_can_follow_another():
-    """Each launch leaves the workspace's counters at zero, and gives the same bits."""
+    """Each launch of a product with a split K leaves the workspace's counters at zero, and gives the same bits."""
     x, weight = random(9, 512), weights(130, 512)
     outs = [torch.empty(9, 130, dtype=DTYPE, device=DEVICE) for _ in range(3)]
     for out in outs:
@@ -148,7 +148,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows_in_a_bucket(rows):
     assert torch.equal(linear.linear(x, weight)[:-1], linear.linear(x[:-1], weight))
 
 
-MODELS = (  # rows of W, K, gated
+MODELS = (  # each product of a model is (rows of W, K, whether it is gated)
     *((4096, 1024, False), (1024, 2048, False), (6144, 1024, True), (1024, 3072, False), (151936, 1024, False)),
     *((6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False)),
     *((3648, 2048, False), (2048, 2048, False), (21888, 2048, True), (2048, 10944, False), (5632, 2048, True)),
@@ -197,7 +197,7 @@ def test_which_shapes_cublas_computes():
 
 @pytest.mark.parametrize("rows", [2, 70])
 def test_gated_of_both_ops(rows):
-    """On a CPU no product fits the kernels, so torch computes it."""
+    """Both Ops compute a gated product correctly. On a CPU the kernels take no product, so torch computes both results."""
     x, weight = random(rows, 48), weights(20, 48)
     expected = exact(x, weight, None, gated=True)
     assert_near(CudaOps().gated(x, weight), expected, 1e-2)  # gate and up are rounded before SwiGLU
@@ -218,7 +218,10 @@ def test_an_mlp():
 
 @pytest.mark.parametrize("rows", [1, 3, 70])
 def test_products_of_the_ops_with_a_norm(rows):
-    """On CUDA the norm and the product are one kernel, two kernels, or a kernel and torch; on a CPU the product is torch's."""
+    """CudaOps computes products with a norm as PlainOps does.
+
+    On CUDA, norm and product are one kernel, two kernels, or a kernel and torch's product. On a CPU the product is torch's.
+    """
     x, norm, weight, bias = random(rows, 48), (random(48), 1e-6), weights(20, 48), random(20)
     for found, expected in zip(
         (CudaOps().norm_linear(x, norm, weight, bias), CudaOps().gated(x, weight, norm)),

@@ -1,4 +1,4 @@
-"""The kernels of a mixture of experts, compared with their plain twins, `route` and `run_experts` of `layers/moe.py`."""
+"""Tests the kernels of a mixture of experts against their plain twins, `route` and `run_experts` of `layers/moe.py`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_router_logits(tokens, exact):
     x, router = random(tokens, 300).to(half), random(20, 300)
     router = router if exact else router.to(half)
     parts = routing.router_logits(x, router)
-    assert parts.shape[0] == 3  # splits of 128 numbers
+    assert parts.shape[0] == 3  # the 300 numbers of a row are cut into splits of 128
     torch.testing.assert_close(parts.sum(0), x.float() @ router.float().T, atol=2e-5, rtol=1e-5)
 
 
@@ -119,7 +119,7 @@ def mixture(shared_size: int, size: int = 24, hidden: int = 40) -> MoeMlp:
 
 
 def plain(moe: MoeMlp, x: torch.Tensor, routed: Routed) -> torch.Tensor:
-    """A residual stream of ones after the plain experts have been added."""
+    """Add the output of the plain experts to a residual stream of ones, and return the stream."""
     out = 1 + run_experts(x, Routed(routed.weights, routed.ids.long()), moe.gate_up, moe.down, PLAIN)
     if moe.shared is not None:
         moe.shared.add_to(out, x, PLAIN)

@@ -1,4 +1,4 @@
-"""The kernels that choose tokens, compared with torch's argmax and with `sampling/choose.py`, their plain twins."""
+"""Tests the kernels that choose tokens against their plain twins, torch's argmax and `sampling/choose.py`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_argmax(vocab, dtype):
 
 
 def sampled(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0):
-    """(tokens of the kernel, tokens of the twin) for logits [N, V] and uniform [N] float64."""
+    """Sample from logits [N, V] with uniform [N] float64. Returns (tokens of the kernels, tokens of the plain twin)."""
     num, vocab = logits.shape
     columns = [
         torch.full((num,), float(x), dtype=torch.float64, device=DEVICE) for x in (temperature, top_k or vocab, top_p, min_p)
@@ -55,7 +55,7 @@ def sampled(logits, uniform, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Small sizes, so that a row has several tiles, and a tile has several groups and more tokens than slots."""
+    """Make the kernels' sizes small, so that a row has several tiles, and a tile several groups and more tokens than slots."""
     for name, size in (("LOGITS_TILE", 64), ("GROUP", 8), ("SLOTS", 16), ("_PACKED", 8), ("MARKS", 8)):
         monkeypatch.setattr(kernel, name, size)
 
@@ -90,7 +90,7 @@ def test_sampled_tokens_equal_those_of_the_twin(settings, dtype):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ties_at_the_last_place_of_top_k(sign):
-    """All tied tokens pass top_k, but for top_p only as many of them count as fill the k places."""
+    """All tokens tied at place k pass top_k. But top_p counts only as many of the tied tokens as fill the k places."""
     logits = torch.full((6, 100), sign * 2.0, device=DEVICE, dtype=torch.bfloat16)
     logits[:, 10] = sign * 2.0 + 1.0
     uniform = torch.tensor(np.linspace(0.0, 0.99, 6), device=DEVICE)

@@ -1,4 +1,4 @@
-"""Launches that `engine/kernels/bench.py` measures: a function for each kernel, from a device and sizes to a `Launch`.
+"""Launches that `engine/kernels/bench.py` measures. A function for each kernel takes a device and sizes, and makes a `Launch`.
 
     attention.py   attention over K/V and over latents, and the small kernels around it
     dense.py       products, norms, rotary embedding

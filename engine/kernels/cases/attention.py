@@ -1,7 +1,7 @@
-"""Launches of attention over K/V and over latents, and of the kernels before and after latent attention.
+"""Benchmark launches of attention over K/V and over latents, and of the kernels before and after latent attention.
 
-As in DeepSeek's models, a head's value is as long as its key without the rotary part, and rope is an eighth of the latent if it
-is not given.
+As in DeepSeek's models, a head's value is as long as its key without the rotary part. The rotary part is an eighth of the latent
+if its size is not given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _lens(device: torch.device, *lens: int) -> torch.Tensor:
 
 
 def _pairs(tokens: int) -> int:
-    """The number of (query, key) pairs of causal attention over a whole prompt."""
+    """Return the number of (query, key) pairs of causal attention over a whole prompt of `tokens` tokens."""
     return tokens * (tokens + 1) // 2
 
 
@@ -41,14 +41,14 @@ def decode(device: torch.device, seqs: int, context: int, heads: int, kv_heads: 
 
 
 def _prompt_tiles(device: torch.device, seqs: int, context: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(query, first token), int32 each, of the tiles of `seqs` whole prompts."""
+    """Cut `seqs` whole prompts into tiles. Returns (query, first token) of the tiles, int32 each."""
     tiles = cut_tiles(range(seqs), [context] * seqs, [context] * seqs, tile)
     query, first = torch.tensor(tiles, dtype=torch.int32, device=device).T.contiguous()
     return query, first
 
 
 def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads: int) -> Launch:
-    """`seqs` whole prompts of `context` tokens."""
+    """Make a launch of `paged_prefill` for `seqs` whole prompts of `context` tokens."""
     tables, lens = block_tables(device, seqs, context), _lens(device, *[context] * seqs)
     k, v = (random(device, tables.numel(), BLOCK, kv_heads, HEAD) for _ in range(2))
     q = random(device, seqs * context, heads, HEAD)
@@ -65,7 +65,7 @@ def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads:
 
 
 def tiles_of_step(device: torch.device, seqs: int, chunk: int, tile: int) -> Launch:
-    """The tiles of `seqs` decodes and one chunk of `chunk` tokens."""
+    """Make a launch of `map_tiles` for `seqs` decodes and one chunk of `chunk` tokens."""
     starts = _mixed_starts(device, seqs, chunk)
     tiles = map_tiles(starts, seqs + chunk, tile, least=1)
     num_bytes = starts.nbytes + sum(t.nbytes for t in tiles)
@@ -106,7 +106,7 @@ def expand(device: torch.device, rows: int, heads: int, nope: int, latent: int) 
 
 
 def latent_alone(device: torch.device, context: int, heads: int, nope: int, rope: int, latent: int) -> Launch:
-    """A decode of one sequence, from absorb to expand."""
+    """Make a launch of all latent attention kernels for a decode of one sequence, from absorb to expand."""
     q, kv_b = random(device, 1, heads, nope + rope), random(device, heads, 2 * nope, latent)
     tables, lens, out = block_tables(device, 1, context), _lens(device, context), random(device, 1, heads, nope)
     cache = random(device, tables.numel(), BLOCK, latent + rope)
@@ -141,7 +141,7 @@ def latent_decode(device: torch.device, seqs: int, context: int, heads: int, lat
 
 
 def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, nope: int, rope: int) -> Launch:
-    """`seqs` whole prompts of `context` tokens, without the expansion of their latents."""
+    """Make a launch of `mla_prefill` for `seqs` whole prompts of `context` tokens, without the expansion of their latents."""
     rows = seqs * context
     q, k_rope = random(device, rows, heads, nope + rope), random(device, rows, rope)
     expanded, out = random(device, rows, heads, 2 * nope), random(device, rows, heads, nope)
@@ -159,7 +159,7 @@ def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, no
 
 
 def latent_mixed(device: torch.device, seqs: int, chunk: int, context: int, heads: int, latent: int) -> Launch:
-    """`seqs` decodes with `context` tokens in the cache, and one whole prompt of `chunk` tokens."""
+    """Make a launch of `mla_mixed` for `seqs` decodes with `context` tokens in the KV cache and one prompt of `chunk` tokens."""
     rope, tokens = latent // 8, seqs + chunk
     tables, lens = block_tables(device, seqs + 1, max(context, chunk)), _lens(device, *[context] * seqs, chunk)
     cache = random(device, tables.numel(), BLOCK, latent + rope)

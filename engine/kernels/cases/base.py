@@ -1,4 +1,4 @@
-"""What all cases share: the Launch, and random tensors."""
+"""Helpers of all kernel benchmark cases: the `Launch` type, random tensors and block tables."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-BLOCK = 64  # tokens in a block of the cache
+BLOCK = 64  # tokens in a block of the KV cache
 DTYPE = torch.bfloat16
 
 
 class Launch(NamedTuple):
-    """One launch, or a chain of launches that counts as one, with tensors of its own."""
+    """A kernel launch to measure, or a chain of launches that counts as one, with its own tensors."""
 
     run: Callable[[], object]
-    num_bytes: int  # the least that must be read and written
+    num_bytes: int  # the fewest bytes that the launch must read and write
     operations: int  # floating-point operations, two for each multiply-add; 0 if memory alone bounds the launch
 
 
@@ -24,6 +24,6 @@ def random(device: torch.device, *shape: int) -> torch.Tensor:
 
 
 def block_tables(device: torch.device, seqs: int, context: int) -> torch.Tensor:
-    """Block tables [seqs, blocks] int32 of sequences of `context` tokens, with all blocks in random order."""
+    """Make block tables [seqs, blocks] int32 for sequences of `context` tokens, with all KV blocks in random order."""
     width = -(-context // BLOCK)
     return torch.randperm(seqs * width, device=device).to(torch.int32).view(seqs, width)

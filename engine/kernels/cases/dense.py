@@ -1,4 +1,4 @@
-"""Launches of matrix products, and of the kernels between them in a dense model."""
+"""Benchmark launches of matrix products, and of the kernels between the matrix products of a dense model."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def product(device: torch.device, rows: int, outputs: int, inputs: int) -> Launc
 
 
 def norm_product(device: torch.device, outputs: int, inputs: int) -> Launch:
-    """The product of one row with a fused norm."""
+    """Make a launch of the product of a single row with a fused norm."""
     x, weight, norm = random(device, 1, inputs), random(device, outputs, inputs), random(device, inputs)
     num_bytes = x.nbytes + weight.nbytes + norm.nbytes + outputs * x.itemsize
     return Launch(lambda: linear.linear(x, weight, norm=(norm, 1e-6)), num_bytes, 2 * outputs * inputs)
 
 
 def add_product(device: torch.device, rows: int, outputs: int, inputs: int) -> Launch:
-    """A product that is added to the residual stream."""
+    """Make a launch of a product that is added to the residual stream."""
     x, weight, out = random(device, rows, inputs), random(device, outputs, inputs), random(device, rows, outputs)
     num_bytes = x.nbytes + weight.nbytes + 2 * out.nbytes
 
@@ -64,7 +64,7 @@ def add_product(device: torch.device, rows: int, outputs: int, inputs: int) -> L
 
 
 def cublas_add(device: torch.device, rows: int, outputs: int, inputs: int) -> Launch:
-    """torch's product of many rows, added to the residual stream."""
+    """Make a launch of torch's product of many rows, added to the residual stream."""
     x, weight, out = random(device, rows, inputs), random(device, outputs, inputs), random(device, rows, outputs)
     num_bytes = x.nbytes + weight.nbytes + 2 * out.nbytes
     return Launch(lambda: out.addmm_(x, weight.t()), num_bytes, 2 * rows * outputs * inputs)
@@ -77,7 +77,7 @@ def gated(device: torch.device, rows: int, size: int, inputs: int) -> Launch:
 
 
 def cublas(device: torch.device, rows: int, outputs: int, inputs: int) -> Launch:
-    """torch's product, for comparison."""
+    """Make a launch of torch's product, with which our kernels are compared."""
     x, weight = random(device, rows, inputs), random(device, outputs, inputs)
     num_bytes = x.nbytes + weight.nbytes + rows * outputs * x.itemsize
     return Launch(lambda: torch.nn.functional.linear(x, weight), num_bytes, 2 * rows * outputs * inputs)

@@ -1,7 +1,7 @@
-"""Launches of routing and experts of DeepSeek-V2-Lite's layer: 6 experts a token, 2 shared experts, a float32 router.
+"""Benchmark launches of routing and experts in DeepSeek-V2-Lite's layer: 6 experts a token, 2 shared experts, a float32 router.
 
-The kernels are launched as `layers.moe_cuda` launches them. Its tiles are repeated here, since kernels may not import layers; a
-test compares both. The bound counts the weights of every expert that some token chose, once.
+The kernels are launched as `layers.moe_cuda` launches them. This file repeats the tiles of that module, since kernels may not
+import layers; a test compares the two. The bound counts the weights of every expert that some token chose, once.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ SORT_BLOCK = 128  # block size of the sort before torch's grouped product, which
 
 
 class Mixture(NamedTuple):
-    """Random experts, tokens and routing."""
+    """Random expert weights, tokens, and routing of the tokens to experts."""
 
-    x: torch.Tensor  # [tokens, hidden]
+    x: torch.Tensor  # [tokens, hidden]: the tokens
     experts: ExpertWeights
     shared: ExpertWeights | None
-    weights: torch.Tensor  # [tokens, TOP_K] float32
-    ids: torch.Tensor  # [tokens, TOP_K] int32
+    weights: torch.Tensor  # [tokens, TOP_K] float32: the weight of each token's experts
+    ids: torch.Tensor  # [tokens, TOP_K] int32: each token's experts
 
     def launch(self, run: Callable[[], object]) -> Launch:
-        """Make a case of the kernel benchmark of `run`. Its bound counts the bytes of weights read, of tokens and of results."""
+        """Make a Launch of `run`. Its bytes are the weights of all chosen experts, the tokens, the routing and the results."""
         gate_up, down = self.experts
         tokens, num_shared = self.x.shape[0], count_shared(self.shared, down.shape[2])
         expert = gate_up[0].numel() + down[0].numel()
@@ -52,7 +52,7 @@ def _mixture(device: torch.device, tokens: int, experts: int, hidden: int, size:
 
 
 def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """Routed and shared experts of a few tokens."""
+    """Make a launch of the routed and shared experts of a few tokens, with the kernels of `experts_few.py`."""
     mixture = _mixture(device, tokens, experts, hidden, size, shared=NUM_SHARED)
     x, pair, shared, weights, ids = mixture
     out = torch.zeros_like(x)
@@ -66,15 +66,18 @@ def few(device: torch.device, tokens: int, experts: int, hidden: int, size: int)
 
 
 def cut(tokens: int, experts: int) -> tuple[int, int]:
-    """(pairs of a block, shared experts that are computed among the routed ones), for up to 32 pairs an expert on average."""
+    """Choose the cut for up to 32 (token, expert) pairs an expert on average.
+
+    Returns (pairs of a block, shared experts that are computed as further routed experts).
+    """
     pairs = tokens * TOP_K / experts
     return (16 if pairs <= 5 else 32), (NUM_SHARED if pairs <= 10 else 0)
 
 
 def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """Experts in blocks of pairs, without the sort.
+    """Make a launch of the experts in blocks of (token, expert) pairs, without the sort.
 
-    Shared experts are included if `cut` says so; otherwise the layer computes them as an MLP of their own.
+    The launch includes shared experts if `cut` says so. Otherwise the layer computes the shared experts as an MLP of their own.
     """
     block, num_shared = cut(tokens, experts)
     mixture = _mixture(device, tokens, experts, hidden, size, shared=num_shared)
@@ -92,7 +95,7 @@ def tiles(device: torch.device, tokens: int, experts: int, hidden: int, size: in
 
 
 def grouped(device: torch.device, tokens: int, experts: int, hidden: int, size: int) -> Launch:
-    """Routed experts by torch's grouped product, without the sort."""
+    """Make a launch of the routed experts by torch's grouped product, without the sort."""
     mixture = _mixture(device, tokens, experts, hidden, size, shared=0)
     x, (gate_up, down), _, weights, ids = mixture
     out = torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""Launches of the kernels at both ends of a captured step: gathering its inputs, and choosing its tokens."""
+"""Benchmark launches of the first and last kernels of a step captured in a CUDA graph: they gather inputs and choose tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def gather_decodes(device: torch.device, seqs: int, context: int) -> Launch:
 
 
 def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> Launch:
-    """`seqs` decodes with `context` tokens in the cache, and the last `chunk` tokens of one prompt of `context` tokens."""
+    """Make a launch of `gather_mixed` for `seqs` decodes and the last `chunk` tokens of one prompt.
+
+    Each decode and the prompt have `context` tokens.
+    """
     tables, latest, rows = _rows(device, seqs + 1, context)
     lens = torch.full((seqs + 1,), context, dtype=torch.int32, device=device)
     chunk_positions = torch.arange(context - chunk, context, dtype=torch.int32, device=device)
@@ -31,7 +34,7 @@ def gather_mixed(device: torch.device, seqs: int, chunk: int, context: int) -> L
 
 
 def _rows(device: torch.device, seqs: int, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(block tables [seqs, width], latest tokens [seqs], the rows of a step [seqs] in random order)."""
+    """Make the state of `seqs` batch rows: (block tables [seqs, width], latest tokens [seqs], rows of a step in random order)."""
     rows = torch.randperm(seqs, device=device).to(torch.int32)
     return block_tables(device, seqs, context), torch.zeros(seqs, dtype=torch.int64, device=device), rows
 
@@ -44,7 +47,7 @@ def argmax(device: torch.device, rows: int, vocab: int) -> Launch:
 
 
 def sample_filtered(device: torch.device, rows: int, vocab: int, top_k: int, top_percent: int) -> Launch:
-    """The argmax, with which sampling begins, and `sample_filtered`.
+    """Make a launch of the argmax, with which sampling begins, and then of `sample_filtered`.
 
     The bound is one pass over the logits. The kernels make two passes, and a third if top_k or top_p filters.
     """
