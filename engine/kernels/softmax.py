@@ -1,4 +1,4 @@
-"""The running (online) softmax of the attention kernels: one pass of their loop over keys.
+"""The running (online) softmax of the attention kernels. `add_pass` is one iteration of a kernel's loop over tiles of keys.
 
 Source: Milakov and Gimelshein, 2018 (arXiv 1805.02867).
 """

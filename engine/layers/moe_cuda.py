@@ -26,7 +26,7 @@ STRIPS = Strip(1, 512, 1), Strip(1, 512, 1)  # the strips of the gate_up product
 class Cut(NamedTuple):
     """The sizes with which the experts' products run in blocks. A block holds (token, expert) pairs of one expert."""
 
-    block: int  # most pairs of a block
+    block: int  # largest number of (token, expert) pairs in a block
     gate_up: Tile
     down: Tile
     with_shared: bool  # true: shared experts run as further blocks of the same kernels; false: they run as an MLP

@@ -100,7 +100,7 @@ class Costs:
 
     @staticmethod
     def of(spec: ModelSpec) -> Costs:
-        """Calculate the costs of the model that `spec` describes."""
+        """Calculate the bytes and operations that each token costs, for the model that `spec` describes."""
         hidden, moe, layers = spec.hidden_size, spec.moe, spec.num_layers
         attention, kv, decode_pair, chunk_pair = _attention(spec) if spec.mla is None else _latent(spec, spec.mla)
         moe_layers = len(moe.layers) if moe else 0

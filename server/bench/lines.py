@@ -39,7 +39,7 @@ class OfflineLine(msgspec.Struct, kw_only=True):
     rounds: list[float]  # seconds of each round; the field `seconds` is the shortest of them
     warm_up_s: float
     startup: dict[str, float]  # phase of the engine's start -> seconds
-    bandwidth: float | None  # measured bytes per second to and from device memory; null if not measured
+    bandwidth: float | None  # bytes read and written per second by a copy within device memory; null if not measured
     rate: float | None  # measured floating-point operations per second; null if not measured
 
 

@@ -59,7 +59,10 @@ PART_PATTERNS = frozenset(
 
 @dataclass(frozen=True)
 class Cuts:
-    """Finds the safe cuts of one tokenizer. `begins_piece` matches the character that begins a piece."""
+    """Finds where a text can be cut so that its pieces, tokenised one by one, give the tokens of the whole text.
+
+    One object serves one tokenizer. `begins_piece` matches a character at which a piece may begin.
+    """
 
     begins_piece: re.Pattern[str]
     drops_space: bool  # a piece omits the space at the cut, since the normalizer puts a space before every text

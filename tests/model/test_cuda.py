@@ -1,5 +1,6 @@
-"""Tests on a GPU that Triton attention, CUDA graphs and overlap give the CPU's tokens, and that bfloat16 graphs give the tokens
-of eager steps."""
+"""Tests on a GPU. Triton attention, CUDA graphs, and overlapped steps (submitted before the last tokens are read) give the CPU's
+tokens in float32, and bfloat16 graphs give the tokens of steps without a graph.
+"""
 
 from __future__ import annotations
 

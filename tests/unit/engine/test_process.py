@@ -218,7 +218,7 @@ def test_one_read_handles_a_bounded_number_of_messages_and_bytes(tmp_path, num_t
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("committed", "told"), [(0, []), (1, [lifeline.SERVED]), (19, [lifeline.SERVED])])
 def test_an_engine_that_crashes_has_reported_its_first_committed_step(tmp_path, monkeypatch, overlap, committed, told):
-    """The crash comes before the first heartbeat that follows a committed step."""
+    """The engine crashes after it has read a step's tokens, and before its next heartbeat."""
     monkeypatch.setattr("engine.process.HEARTBEAT_SECONDS", 3600.0)
     words = []
     monkeypatch.setattr("engine.process.lifeline.tell", words.append)
