@@ -21,6 +21,6 @@ class SchedulerCounts:
     output_tokens: int = 0
 
     def check(self, num_unfinished: int) -> None:
-        """Raise InternalError unless accepted requests = finished + aborted + failed + `num_unfinished`, the running and waiting ones."""
+        """Raise InternalError unless accepted requests = finished + aborted + failed + `num_unfinished` (running and waiting)."""
         if self.num_accepted != self.num_finished + self.num_aborted + self.num_failed + num_unfinished:
             raise InternalError("the numbers of accepted and ended requests do not add up")

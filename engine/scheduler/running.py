@@ -44,8 +44,9 @@ class RunningSet:
         return max(self.decodes[-1:] + self.prompts[-1:], key=rank)
 
     def check(self) -> None:
-        """Raise InternalError if a batch row is lost or assigned twice, or if a request is in the wrong list (prompts, decodes) or out
-        of rank order in it.
+        """Raise InternalError if a batch row is lost or assigned twice, or if a request is in the wrong list or place.
+
+        The lists are those of prompts and of decodes, each in rank order.
         """
         rows = self.free_rows + [row_of(request) for request in self.prompts + self.decodes]
         if sorted(rows) != list(range(self._max_rows)):

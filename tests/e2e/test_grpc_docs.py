@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs/grpc.md").read_text()
 
 @pytest.fixture
 def client(tmp_path):
-    """Run the commands of docs/grpc.md that generate client code. Return a path beside that code for the page's example client."""
+    """Run the commands of docs/grpc.md that generate client code. Return a path beside it for the page's example client."""
     (commands,) = re.findall(r"```sh\n(mkdir.*?)```", PAGE, re.DOTALL)
     folder = tmp_path / "client"
     commands = commands.replace("/tmp/tidegate-client", str(folder)).replace(".venv/bin/python", sys.executable)
