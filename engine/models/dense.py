@@ -23,6 +23,8 @@ from engine.models.spec import ModelSpec
 class GqaAttention(nn.Module):
     def __init__(self, spec: ModelSpec, *, rotary: bool = True, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        if rotary and spec.rope.interleaved:
+            raise ValueError("GqaAttention rotates the halves of a head, but the ModelSpec asks for interleaved pairs")
         self.rotary = rotary
         self.dtype = dtype
         self.head_dim = spec.head_dim

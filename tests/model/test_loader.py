@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import msgspec
 import pytest
 import torch
 from paged import PagedRun, random_sequences
@@ -46,6 +47,13 @@ def refused(folder, *words: str):
         load(folder)
     for word in words:
         assert word in error.value.message, error.value.message
+
+
+def test_heads_with_interleaved_rotary_pairs_are_refused(checkpoint):
+    spec = read_spec(checkpoint)
+    spec = msgspec.structs.replace(spec, rope=msgspec.structs.replace(spec.rope, interleaved=True))
+    with pytest.raises(ValueError, match="interleaved"):
+        registry.build(spec, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_missing_tensor(checkpoint):

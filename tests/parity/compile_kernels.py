@@ -217,7 +217,7 @@ def gathering_and_sampling():
     for dtype in (BF16, torch.float32):
         logits = zeros(2, 151936, dtype=dtype)
         tokens = argmax.argmax_tokens(logits, rows, latest)
-        params = sample_filtered.SampleParams(numbers, numbers, numbers, numbers)
+        params = sample_filtered.SampleParams(*[numbers] * len(sample_filtered.SampleParams._fields))
         sample_filtered.sample_filtered(logits, rows, latest, tokens, numbers, params)
     gather_inputs.gather_decodes(rows, rows, latest, TABLES, 64)
     gather_inputs.gather_mixed(rows, rows, rows, rows, rows, latest, TABLES, 64)

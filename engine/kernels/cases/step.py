@@ -54,7 +54,7 @@ def sample_filtered(device: torch.device, rows: int, vocab: int, top_k: int, top
     logits, latest = random(device, rows, vocab), torch.zeros(rows, dtype=torch.int64, device=device)
     at = torch.arange(rows, dtype=torch.int32, device=device)
     half, one = (torch.full((rows,), x, dtype=torch.float64, device=device) for x in (0.5, 1.0))
-    params = SampleParams(one, one * top_k, one * (top_percent / 100), one * 0.0)
+    params = SampleParams(temperature=one, top_k=one * top_k, top_p=one * (top_percent / 100), min_p=one * 0.0)
 
     def run() -> torch.Tensor:
         tokens = argmax_tokens(logits, at, latest)
