@@ -81,6 +81,8 @@ def find_bound(spec: dict[str, Any], cuts: Cuts | None) -> TokenBound | None:
     if not all(_keeps_text(part, cuts) for part in pre_tokenizers):
         return None
     is_byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
+    if is_byte_level and len(normalizers) != len(parts_of(spec["normalizer"], "normalizers")):
+        return None  # META, in place of a space, would be three bytes that the text does not have
     if not (has_all_bytes(model) or (is_byte_level and BYTE_OF.keys() <= model["vocab"].keys())):
         return None
     strips = [token for token in added if token["lstrip"] or token["rstrip"]]
@@ -106,8 +108,10 @@ def _only_grows(part: dict[str, Any]) -> bool:
 
 def _keeps_text(part: dict[str, Any], cuts: Cuts | None) -> bool:
     """Return whether a pre-tokenizer keeps every character of a text."""
-    if part["type"] in ("ByteLevel", "Digits", "Metaspace"):
+    if part["type"] in ("ByteLevel", "Digits"):
         return True
+    if part["type"] == "Metaspace":
+        return bool(part["replacement"] == META)
     if part["type"] == "Split":  # Removed with invert keeps the matches only; matches of a known word pattern are the whole text
         return part["behavior"] != "Removed" or (part["invert"] and cuts is not None)
     return False

@@ -2,9 +2,10 @@
 
 import sys
 import unicodedata
+from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
@@ -17,9 +18,16 @@ from tests.unit.server.text.tokenizers_for_tests import (
     gemma,
     sentencepiece,
     with_added,
+    with_merge,
 )
 
-EVERY = CUT | ALL | NOT_CUT
+OTHER_SPACES = {
+    "byte level with meta": lambda: by_pattern(normalizer=normalizers.Replace(" ", "▁")),
+    "metaspace of another character": lambda: with_merge(
+        sentencepiece(None, pre_tokenizer=pre_tokenizers.Metaspace(replacement="_", split=False)), "_", "a"
+    ),
+}
+EVERY = CUT | ALL | NOT_CUT | {name: cache(make) for name, make in OTHER_SPACES.items()}
 DENSE = ["a ", "the tide ", "x", " ", "été ", "日本、", "\u2126", "\u1fbe\u0308\u0301", "<mask> ", "<|end|>      ", "🌊"]
 LIMIT = 50
 
@@ -27,6 +35,8 @@ LIMIT = 50
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 @settings(deadline=None, max_examples=25)
 @given(st.lists(TEXTS | st.sampled_from(DENSE), max_size=6), st.integers(1, 40))
+@example([" a"], 200)
+@example([" the"], 200)
 def test_a_text_that_fits_is_never_too_long(make, parts, times):
     tokenizer, text = make(), "".join(parts) * times
     assert not tokenizer.exceeds(text, len(library_ids(tokenizer, text)))
