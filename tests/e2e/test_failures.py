@@ -101,9 +101,9 @@ def test_a_process_that_is_killed_again_and_again_after_serving_does_not_end_the
 
 
 def test_engines_that_never_end_their_first_step_end_the_server():
-    """A step takes an hour, so each engine is killed as stalled. The request may see ten deaths, so the crash limit of three ends
-    the server first."""
-    with ServerChild(crash_limit=3, max_deaths=10, fake_step_ms=3_600_000, stall_timeout_s=1) as server:
+    """A step takes sixteen minutes, so each engine is killed as stalled. The request may see ten deaths, so the crash limit of
+    three ends the server first."""
+    with ServerChild(crash_limit=3, max_deaths=10, fake_step_ms=1_000_000, stall_timeout_s=1) as server:
         answer = httpx.post(server.url + "/v1/generate", json=body(1), timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
         assert server.process.wait(20) == 1

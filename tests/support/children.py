@@ -119,8 +119,11 @@ class ServerChild:
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ServerChild:
-        self.start()
-        self.wait_ready()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.stop)  # a server that does not get ready leaves no process and no folder
+            self.start()
+            self.wait_ready()
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
