@@ -109,6 +109,8 @@ def rope(c: ConfigReader, dim: int, *, interleaved: bool = False, default_theta:
     """Read the rotary embedding over `dim` numbers of a head, with the scaling that the rope section asks for."""
     if dim % 2:
         c.refuse("qk_rope_head_dim" if c.has("qk_rope_head_dim") else "head_dim", "rotary embedding needs an even number")
+    if not interleaved and c.flag("rope_interleave", False):
+        c.refuse("rope_interleave", "interleaved rotary pairs are supported for multi-head latent attention only")
     r = rope_section(c) or ConfigReader({}, c.source, "rope_parameters.")
     if any(isinstance(value, dict) for value in r.data.values()):
         c.refuse(r.path.rstrip("."), "rotary embeddings that differ between layers are not supported")

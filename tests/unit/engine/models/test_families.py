@@ -167,6 +167,8 @@ def test_missing_key_is_named(config, key):
         (LLAMA, "rms_norm_eps", -1.0),
         (LLAMA, "hidden_act", "gelu"),
         (LLAMA, "mlp_bias", True),
+        (LLAMA, "rope_interleave", True),
+        (QWEN3_MOE, "rope_interleave", True),
         (LLAMA, "tie_word_embeddings", "yes"),
         (LLAMA, "dtype", "float64"),
         (LLAMA, "eos_token_id", 256),
