@@ -129,8 +129,8 @@ class Uploader:
         self._device = device
 
     def __call__(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
-        if self._device.type == "cpu":
-            return [torch.from_numpy(a) for a in arrays]
+        if self._device.type != "cuda":
+            return [torch.from_numpy(a).to(self._device) for a in arrays]
         ends = np.cumsum([-(-a.nbytes // _ALIGN) * _ALIGN for a in arrays]).tolist()
         staging = pinned(ends[-1], torch.uint8)
         flat = staging.numpy()

@@ -62,6 +62,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0  # seed of dummy weights
     overlap: bool | None = None  # submit step N+1 before step N's tokens are read; None: on if the device is asynchronous
     cuda_graphs: bool | None = None  # replay captured steps; None: on if the model allows it
+    startup_budget_s: float = 3.0  # seconds to prepare steps before the engine takes requests; offline nothing is prepared
+    kernel_folder: str | None = None  # folder of kernels that `tidegate compile` made; None: compile what Triton's cache lacks
     offline: bool = False  # no client waits for single tokens, so steps may be larger; for use as a library
     debug_checks: bool = False  # run all consistency checks after each step
     cache: CacheConfig = CacheConfig()

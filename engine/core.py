@@ -142,6 +142,7 @@ class Core:
             cached_tokens=counts.cached_tokens,
             output_tokens=counts.output_tokens,
             log_lines_dropped=logs.num_dropped(),
+            kernels_compiled=self._runner.num_compiled,
             step_seconds=self._step_seconds,
             exposed_cpu_seconds=self._exposed_seconds,
         )

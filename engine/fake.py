@@ -75,6 +75,10 @@ class FakeRunner:
     def num_blocks(self) -> int:
         return self._num_blocks
 
+    @property
+    def num_compiled(self) -> int:
+        return 0
+
     def submit(self, plan: StepPlan) -> PendingStep:
         self._update_rows(plan)
         if self._blocks is not None:

@@ -184,6 +184,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache
     output_tokens: int = 0
     log_lines_dropped: int = 0
+    kernels_compiled: int = 0  # kernels that were not in the cache of compiled kernels when they were first needed
     step_seconds: float = 0.0  # duration of all steps together
     exposed_cpu_seconds: float = 0.0  # the part of step_seconds in which the device had nothing to do
     gc_pause_seconds: float = 0.0  # longest pause of the engine process by Python's garbage collector

@@ -101,6 +101,11 @@ class Runner(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
+    @property
+    def num_compiled(self) -> int:
+        """Kernels that were compiled in this process since it started."""
+        ...
+
     def submit(self, plan: StepPlan) -> PendingStep: ...
 
     def prepare(self) -> bool:

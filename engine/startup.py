@@ -14,9 +14,11 @@ from pathlib import Path
 PHASES = {
     "imports": "start the interpreter, import the program and torch",
     "config": "read the settings and config.json",
+    "kernels": "on CUDA: install the kernels of kernel_folder, or compile those that are not in Triton's cache",
     "weights": "create the CUDA context, allocate the model, load its weights",
     "memory": "measure the size for the KV cache (on CUDA by running a step) and allocate it",
     "runner": "build the runner, its sampler and its static buffers",
+    "prepare": "on CUDA: capture graphs and make plans for long prompts, within startup_budget_s",
     "ready": "build the scheduler; then the engine takes requests",
 }
 _STAT = Path("/proc/self/stat")

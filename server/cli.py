@@ -137,10 +137,28 @@ def generate(
     text = _load("server.text.tokenizer").Tokenizer.from_folder(config.model)
     ids = text.encode(words)
     detokenizer = text.detokenizer(ids)
-    with _load("engine.llm").LLM(**msgspec.structs.asdict(config)) as llm:
+    with _load("engine.llm").LLM(**msgspec.structs.asdict(config) | {"offline": True}) as llm:
         for event in llm.stream(ids, params):
             typer.echo(detokenizer.add(event.tokens), nl=False)
     typer.echo(detokenizer.flush())
+
+
+@app.command("compile")
+@with_settings((*ENGINE_FLAGS[:1], "dtype", "block_size", "max_num_seqs", "max_step_tokens"))
+def compile_kernels(
+    settings: Settings,
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the compiled kernels.")],
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GPU to compile for, by default this machine's. A wrong name lists all.")
+    ] = None,
+) -> None:
+    """Compile every kernel that serving a model can launch on a GPU, ahead of time. Needs Triton, and no GPU.
+
+    `tidegate serve --kernel-folder FOLDER` then starts without compiling anything, with the same model shapes and settings,
+    Triton and Tidegate. The folder may be read-only, and may hold kernels for several models, GPUs and settings.
+    """
+    _keep_kernels()
+    _load("server.compile").run(_with_model(settings), output, gpu)
 
 
 @bench.command()

@@ -26,7 +26,7 @@ from server import bundled
 PREFIX = "TIDEGATE_"
 CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the path of the YAML file; `--config` has precedence
 
-_CACHE, _SCHEDULER, _FAKE = CacheConfig(), SchedulerConfig(), FakeConfig()
+_CACHE, _SCHEDULER, _FAKE, _ENGINE = CacheConfig(), SchedulerConfig(), FakeConfig(), EngineConfig(model="")
 _ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings' names
 _GROUPED = {f"{group}.{name}" for group in _ENGINE_PREFIX for name in getattr(EngineConfig(model=""), group).__struct_fields__}
 _ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
@@ -116,6 +116,12 @@ class Settings(BaseSettings):
     seed: int = Field(0, ge=0, description="Seed of dummy weights")
     overlap: bool | None = Field(None, description="Submit a step before the tokens of the previous step are read")
     cuda_graphs: bool | None = Field(None, description="Replay steps that were captured as CUDA graphs")
+    kernel_folder: str | None = Field(
+        None, min_length=1, description="Folder of kernels that `tidegate compile` made; what it lacks is compiled at start"
+    )
+    startup_budget_s: float = Field(
+        _ENGINE.startup_budget_s, ge=0, le=MAX_SECONDS, description="Seconds to prepare steps on a GPU before requests are taken"
+    )
     debug_checks: bool = Field(False, description="Check all invariants after each step; slow")
     block_size: int = Field(_CACHE.block_size, ge=1, le=1 << 16, description="Tokens in one block of the KV cache")
     num_blocks: int | None = Field(_CACHE.num_blocks, ge=1, description="Blocks of the KV cache; overrides memory_fraction")
@@ -169,6 +175,8 @@ class Settings(BaseSettings):
             seed=self.seed,
             overlap=self.overlap,
             cuda_graphs=self.cuda_graphs,
+            kernel_folder=self.kernel_folder,
+            startup_budget_s=self.startup_budget_s,
             debug_checks=self.debug_checks,
             cache=CacheConfig(
                 block_size=self.block_size,

@@ -62,6 +62,13 @@ class PagedAttention(Protocol[StepT_co]):
         """
         ...
 
+    def allow_plans(self, allowed: bool) -> None:
+        """Say whether a step may wait while a library plans a kernel for a new length, up to 0.1 s, as it may at first.
+
+        If not, chunks of lengths without a plan use kernels that need none.
+        """
+        ...
+
     def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
         """List the prefill chunks that are worth a warm-up: one of each kind that is slow the first time.
 

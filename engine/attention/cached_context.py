@@ -22,7 +22,10 @@ import torch
 from torch.nn import functional as F
 
 from engine.attention import cudnn, long_prompts
+from engine.attention.cudnn import Plan, Plans
+from engine.attention.long_prompts import Prompts
 from engine.batch import ForwardBatch, WarmupChunk
+from engine.kernels.hardware import is_gpu
 from engine.kernels.merge_parts import Part, merge_parts
 
 SEGMENTS = (32768, 8192, 2048)  # sizes of a segment, in keys; each size is a multiple of the next
@@ -51,17 +54,17 @@ class CachedChunk(NamedTuple):
 class LongChunks(NamedTuple):
     """The chunks of a step from which cuDNN attends."""
 
-    prompts: list[range]  # the tokens of each whole prompt; `long_prompts.py` attends from these
+    prompts: Prompts  # whole prompts; `long_prompts.py` attends from these
     cached: list[CachedChunk]
 
     @property
     def tokens(self) -> list[range]:
-        return [*self.prompts, *(chunk.tokens for chunk in self.cached)]
+        return [*self.prompts.tokens, *(chunk.tokens for chunk in self.cached)]
 
 
-def find_long(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> LongChunks:
+def find_long(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int, plans: Plans) -> LongChunks:
     """Find the chunks of a step from which cuDNN attends, for query heads [dim] and value heads [v_dim] of this type."""
-    return LongChunks(long_prompts.find_prompts(batch, dtype), find(batch, dtype, dim, v_dim))
+    return LongChunks(long_prompts.find_prompts(batch, dtype, plans), find(batch, dtype, dim, v_dim, plans))
 
 
 def warmup_chunks(max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
@@ -77,7 +80,7 @@ def warmup_chunks(max_tokens: int, max_len: int, dtype: torch.dtype) -> list[War
     rows = [min(num, longest) for num in range(MIN_CHUNK, longest + QUERY_STEP, QUERY_STEP) if longest >= MIN_CHUNK]
     rests = [min(rest, SEGMENTS[-1] - 1) for rest in range(0, SEGMENTS[-1] + CAUSAL_STEP, CAUSAL_STEP)]
     contexts = [whole + rest for whole in (sum(SEGMENTS), *SEGMENTS) for rest in rests]
-    planned: set[tuple[int, int]] = set()
+    planned: set[Plan] = set()
     chunks = []
     for num, cached in itertools.product(rows, contexts):
         plans = _plans(num, cached)
@@ -87,27 +90,35 @@ def warmup_chunks(max_tokens: int, max_len: int, dtype: torch.dtype) -> list[War
     return chunks
 
 
-def _plans(num: int, cached: int) -> set[tuple[int, int]]:
-    """List the cuDNN plans that `attend` needs, as (query rows, keys). The causal call, which has as many keys as rows, has 0."""
+def _plans(num: int, cached: int) -> set[Plan]:
+    """List the cuDNN plans that `attend` needs for a chunk of `num` tokens behind `cached` tokens."""
     whole = cached - cached % SEGMENTS[-1]
     rows, causal = _padded(num, QUERY_STEP), _padded(num + cached - whole, CAUSAL_STEP)
-    return {(causal, 0), *((rows, len(segment)) for segment in cut(whole))}
+    return {Plan(causal, causal, True), *(Plan(rows, len(segment), False) for segment in cut(whole))}
 
 
 def _padded(num: int, step: int) -> int:
     return num + -num % step
 
 
-def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int) -> list[CachedChunk]:
-    """Find the step's long chunks with a long cached context. The list is empty on a CPU and where cuDNN has no kernel."""
+def find(batch: ForwardBatch, dtype: torch.dtype, dim: int, v_dim: int, plans: Plans) -> list[CachedChunk]:
+    """Find the step's long chunks with a long cached context for which cuDNN has plans or may make them.
+
+    The list is empty on a CPU and where cuDNN has no kernel. A chunk that is divided has all its pieces in the list, or none.
+    """
     block_size = next(iter(batch.kv[0].values())).shape[1]
-    if not (batch.slots.is_cuda and cudnn.takes(dtype, dim, v_dim)) or SEGMENTS[-1] % block_size:
+    if not (is_gpu(batch.slots.device) and cudnn.takes(dtype, dim, v_dim)) or SEGMENTS[-1] % block_size:
         return []
     ends = itertools.accumulate(batch.query_lens_host)
     lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
     chunks = [CachedChunk(i, range(end - num, end), length - num) for i, (end, num, length) in enumerate(lens)]
     least = MIN_PRODUCTS if dim == v_dim else MIN_PRODUCTS_MLA
-    return [piece for chunk in chunks if _is_long(chunk, least) for piece in _divide(chunk)]
+    divided = [_divide(chunk) for chunk in chunks if _is_long(chunk, least)]
+    return [piece for pieces in divided if plans.take(_plans_of(pieces)) for piece in pieces]
+
+
+def _plans_of(pieces: list[CachedChunk]) -> set[Plan]:
+    return set().union(*(_plans(len(piece.tokens), piece.cached) for piece in pieces))
 
 
 def _is_long(chunk: CachedChunk, least_products: int) -> bool:
@@ -133,7 +144,7 @@ def attend(q: torch.Tensor, cached: int, gather: Gather, scale: float, out: torc
     """
     whole = cached - cached % SEGMENTS[-1]
     total = _causal(q, cached - whole, gather(whole, cached + q.shape[0]), scale)
-    padded = F.pad(q, (0, 0, 0, 0, 0, _padded(q.shape[0], QUERY_STEP) - q.shape[0]))
+    padded = _pad(q, 0, _padded(q.shape[0], QUERY_STEP) - q.shape[0])
     segments = cut(whole)
     for segment in segments:
         part = cudnn.attend_part(padded, *gather(segment.start, segment.stop), scale, causal=False)
@@ -159,7 +170,12 @@ def _causal(q: torch.Tensor, rest: int, keys_values: tuple[torch.Tensor, torch.T
     """
     num = q.shape[0]
     padding = -(rest + num) % CAUSAL_STEP
-    queries = F.pad(q, (0, 0, 0, 0, rest, padding))
-    keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in keys_values)
+    queries = _pad(q, rest, padding)
+    keys, values = (_pad(x, 0, padding) for x in keys_values)
     part = cudnn.attend_part(queries, keys, values, scale, causal=True)
     return Part(part.out[rest : rest + num], part.lse[:, rest : rest + num])
+
+
+def _pad(x: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """Pad x [T, heads, dim] with zeros at both ends. The result is contiguous, padded or not, since cuDNN plans for strides too."""
+    return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x.contiguous()

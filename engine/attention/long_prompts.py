@@ -1,19 +1,22 @@
 """Attention of long whole prompts by cuDNN, through torch. 8,192 tokens of 32 heads take 936 us, and 1,284 us with our kernel.
 
-cuDNN plans a kernel the first time it sees a length. A plan takes 65 to 70 ms, and the first of a process more than a second. It
-also depends on the number of prompts in a call, and on whether the prompts needed padding, since padding changes the strides of
-q, k and v. Lengths are therefore rounded up to multiples of LENGTH_STEP, and `warmup_lengths` lists the usual plans.
+cuDNN plans a kernel the first time it sees a length (`cudnn.Plans`). The plan also depends on the number of prompts in a call,
+and on whether the prompts needed padding, since padding changes the strides of q, k and v. Lengths are therefore rounded up to
+multiples of LENGTH_STEP, and `warmup_lengths` lists the usual plans.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.attention.cudnn import Plan, Plans
 from engine.batch import ForwardBatch
+from engine.kernels.hardware import is_gpu
 
 MIN_PROMPT = 1024  # tokens; shorter prompts go to our kernel, which attends from all chunks of a step in one launch
 LENGTH_STEP = 512  # tokens; lengths are padded to a multiple of this
@@ -31,21 +34,36 @@ def warmup_lengths(most: int, dtype: torch.dtype) -> list[int]:
     return padded if most < MIN_PROMPT or most % LENGTH_STEP else [*padded, most]
 
 
-def find_prompts(batch: ForwardBatch, dtype: torch.dtype) -> list[range]:
-    """List the tokens of each long prompt of a step: of each chunk without a cached prefix, of MIN_PROMPT tokens or more.
+class Prompts(NamedTuple):
+    """The long prompts of a step from which cuDNN attends."""
 
-    The list is empty on a CPU, and for a dtype that cuDNN does not take.
+    tokens: list[range]  # the tokens of each prompt, as indices among the step's tokens
+    together: bool  # the prompts have one length and are all of the step: one call attends from all of them
+
+
+def find_prompts(batch: ForwardBatch, dtype: torch.dtype, plans: Plans) -> Prompts:
+    """Find the long prompts of a step: the chunks without a cached prefix, of MIN_PROMPT tokens or more, for which cuDNN has a
+    plan or may make one.
+
+    There are none on a CPU, and for a dtype that cuDNN does not take.
     """
-    if not (batch.slots.is_cuda and _takes(dtype)):
-        return []
+    if not (is_gpu(batch.slots.device) and _takes(dtype)):
+        return Prompts([], False)
     ends = itertools.accumulate(batch.query_lens_host)
     lens = zip(ends, batch.query_lens_host, batch.kv_lens_host, strict=True)
-    return [range(end - num, end) for end, num, length in lens if num == length >= MIN_PROMPT]
+    prompts = [range(end - num, end) for end, num, length in lens if num == length >= MIN_PROMPT]
+    if _fill_step(prompts, batch.num_tokens) and plans.take({_plan(len(prompts[0]), len(prompts))}):
+        return Prompts(prompts, True)
+    return Prompts([prompt for prompt in prompts if plans.take({_plan(len(prompt), 1)})], False)
 
 
-def fill_step(prompts: list[range], num_tokens: int) -> bool:
-    """Whether `prompts` have one length and are all the step's `num_tokens` tokens. One call can then attend to all of them."""
+def _fill_step(prompts: list[range], num_tokens: int) -> bool:
     return len({len(prompt) for prompt in prompts}) == 1 and sum(map(len, prompts)) == num_tokens
+
+
+def _plan(length: int, num: int) -> Plan:
+    padding = -length % LENGTH_STEP
+    return Plan(length + padding, length + padding, True, sequences=num, padded=padding > 0, with_lse=False)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, num: int = 1) -> torch.Tensor:

@@ -14,7 +14,7 @@ from engine.attention.torch_gqa import TorchGqa
 from engine.attention.torch_mla import TorchMla
 from engine.batch import PoolSpec
 from engine.errors import ConfigError, InternalError
-from engine.kernels.hardware import processors
+from engine.kernels.hardware import is_gpu, processors
 
 log = logging.getLogger("tidegate.engine")
 
@@ -45,7 +45,7 @@ def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> Page
 
     Raises ConfigError for a block size that the device's kernels do not support.
     """
-    if device.type != "cuda":
+    if not is_gpu(device):
         return plain(pools)
     if block_size < MIN_TRITON_BLOCK or block_size & (block_size - 1):
         raise ConfigError(

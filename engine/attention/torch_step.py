@@ -68,6 +68,9 @@ class TorchPaged:
     graphable = False
     graph_tokens = 0
 
+    def allow_plans(self, allowed: bool) -> None:
+        """Do nothing, since plain torch needs no plans."""
+
     def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
         return []
 

@@ -16,6 +16,7 @@ import torch
 
 from engine.attention import cached_context, long_prompts
 from engine.attention.cached_context import LongChunks
+from engine.attention.cudnn import Plans
 from engine.attention.upload import upload
 from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.paged_decode import choose_splits, paged_decode
@@ -35,9 +36,13 @@ class TritonGqa:
     def __init__(self, num_processors: int) -> None:
         """`num_processors` is the number of multiprocessors. It decides into how many parts a decode's sequence is cut."""
         self._num_processors = num_processors
+        self.plans = Plans()
 
     def prepare(self, batch: ForwardBatch) -> TritonGqaStep:
-        return TritonGqaStep(batch, self._num_processors)
+        return TritonGqaStep(batch, self._num_processors, self.plans)
+
+    def allow_plans(self, allowed: bool) -> None:
+        self.plans.on_demand = allowed
 
     def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
         whole = [WarmupChunk(num) for num in long_prompts.warmup_lengths(max_tokens, dtype)]
@@ -50,8 +55,9 @@ class TritonGqaStep:
     The call of the first layer cuts the tiles and finds the long chunks. The calls of later layers reuse both.
     """
 
-    def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
+    def __init__(self, batch: ForwardBatch, num_processors: int, plans: Plans) -> None:
         self._batch = batch
+        self._plans = plans
         self._num_processors = num_processors
         self._tiles: dict[int, Tiles | None] = {}  # the key is a tile's number of tokens; None if no query needs tiles
         self._long: LongChunks | None = None
@@ -63,10 +69,10 @@ class TritonGqaStep:
         decodes, heads, kv_heads = batch.num_decodes, q.shape[1], k_pool.shape[2]
         long = self._long_chunks(q)
         prompts = long.prompts
-        if long_prompts.fill_step(prompts, q.shape[0]):
-            return long_prompts.attend(q, k, v, scale, len(prompts))
+        if prompts.together:
+            return long_prompts.attend(q, k, v, scale, len(prompts.tokens))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for prompt in prompts:
+        for prompt in prompts.tokens:
             span = slice(prompt.start, prompt.stop)
             out[span] = long_prompts.attend(q[span], k[span], v[span], scale)
         for chunk in long.cached:
@@ -95,7 +101,7 @@ class TritonGqaStep:
 
     def _long_chunks(self, q: torch.Tensor) -> LongChunks:
         if self._long is None:
-            self._long = cached_context.find_long(self._batch, q.dtype, q.shape[2], q.shape[2])
+            self._long = cached_context.find_long(self._batch, q.dtype, q.shape[2], q.shape[2], self._plans)
         return self._long
 
     def _gatherer(self, query: int, k_pool: torch.Tensor, v_pool: torch.Tensor) -> cached_context.Gather:

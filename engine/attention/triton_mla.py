@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from engine.attention import cached_context, long_prompts
 from engine.attention.cached_context import LongChunks
+from engine.attention.cudnn import Plans
 from engine.attention.latent_chunks import LatentGroup, plan_groups
 from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.latent_products import absorb, absorb_few, build_keys, expand, merge_expand
@@ -33,9 +34,13 @@ class TritonMla:
     def __init__(self, num_processors: int) -> None:
         """`num_processors` is the number of multiprocessors. It decides into how many splits a decode's sequence is cut."""
         self._num_processors = num_processors
+        self.plans = Plans()
 
     def prepare(self, batch: ForwardBatch) -> TritonMlaStep:
-        return TritonMlaStep(batch, self._num_processors)
+        return TritonMlaStep(batch, self._num_processors, self.plans)
+
+    def allow_plans(self, allowed: bool) -> None:
+        self.plans.on_demand = allowed
 
     def warmup_chunks(self, max_tokens: int, max_len: int, dtype: torch.dtype) -> list[WarmupChunk]:
         whole = [WarmupChunk(num) for num in long_prompts.warmup_lengths(max_tokens, dtype)]
@@ -48,8 +53,9 @@ class TritonMlaStep:
     The call of the first layer plans tiles, groups of latents and long chunks. The calls of later layers reuse all of these.
     """
 
-    def __init__(self, batch: ForwardBatch, num_processors: int) -> None:
+    def __init__(self, batch: ForwardBatch, num_processors: int, plans: Plans) -> None:
         self._batch = batch
+        self._plans = plans
         self._num_processors = num_processors
         self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a captured step; the key is a tile's tokens
         self._groups: list[LatentGroup] | None = None
@@ -61,8 +67,8 @@ class TritonMlaStep:
         batch, pool = self._batch, pools["latent"]
         decodes, rank = batch.num_decodes, kv_b.shape[2]
         nope = q.shape[2] - (latent.shape[1] - rank)
-        if not batch.by_length and long_prompts.fill_step(prompts := self._long_chunks(q, kv_b, nope).prompts, q.shape[0]):
-            return attend_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts))
+        if not batch.by_length and (prompts := self._long_chunks(q, kv_b, nope).prompts).together:
+            return attend_prompts(q, latent, expand_all(latent, kv_b), rank, scale, len(prompts.tokens))
         out = torch.empty(*q.shape[:2], kv_b.shape[1] - nope, dtype=q.dtype, device=q.device)
         if batch.by_length:
             self._captured(q, kv_b, nope, pool, scale, out)
@@ -114,7 +120,7 @@ class TritonMlaStep:
             if group.tiles is not None:
                 k_rope = cached[:, rank:]
                 mla_prefill(out, q, expanded, k_rope, batch.query_starts, batch.kv_lens, group.tiles, scale, tile)
-            for prompt in long.prompts if group.slots is None else []:
+            for prompt in long.prompts.tokens if group.slots is None else []:
                 tokens, own = slice(prompt.start, prompt.stop), slice(prompt.start - rows.start, prompt.stop - rows.start)
                 out[tokens] = attend_prompts(q[tokens], cached[own], expanded[own], rank, scale)
         for chunk in long.cached:
@@ -135,7 +141,7 @@ class TritonMlaStep:
 
     def _long_chunks(self, q: torch.Tensor, kv_b: torch.Tensor, nope: int) -> LongChunks:
         if self._long is None:
-            self._long = cached_context.find_long(self._batch, q.dtype, q.shape[2], kv_b.shape[1] - nope)
+            self._long = cached_context.find_long(self._batch, q.dtype, q.shape[2], kv_b.shape[1] - nope, self._plans)
         return self._long
 
 

@@ -7,4 +7,4 @@ import torch
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy the tensor `host` to `device`. On CUDA the copy goes through pinned memory, so that the host does not wait for it."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

@@ -41,6 +41,14 @@ class Backend(Protocol):
         """
         ...
 
+    def rehearse(self, batch: ForwardBatch) -> torch.Tensor:
+        """Run one layer of each kind, as `forward` runs all. It loads and plans what `forward` needs, in much less time."""
+        ...
+
+    def allow_plans(self, allowed: bool) -> None:
+        """Say whether `forward` may wait while a library plans a kernel (`PagedAttention.allow_plans`). `rehearse` always may."""
+        ...
+
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits [N, V], in the model's own dtype, from hidden [N, H]. The caller may overwrite the logits.
 

@@ -16,6 +16,7 @@ from engine.weights import capacity, dummy, loader
 class TorchBackend:
     def __init__(self, model: registry.Model) -> None:
         self._model = model
+        self._plans_allowed = True
 
     @property
     def graphable(self) -> bool:
@@ -34,11 +35,30 @@ class TorchBackend:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         return self._model.forward(batch)
 
+    def rehearse(self, batch: ForwardBatch) -> torch.Tensor:
+        self._model.attention.allow_plans(True)
+        try:
+            return self._model.forward(batch, self._model.distinct_layers())
+        finally:
+            self._model.attention.allow_plans(self._plans_allowed)
+
+    def allow_plans(self, allowed: bool) -> None:
+        self._plans_allowed = allowed
+        self._model.attention.allow_plans(allowed)
+
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._model.logits(hidden, out)
 
     def close(self) -> None:
         """Do nothing, since the garbage collector frees the model."""
+
+
+def plan(spec: ModelSpec, config: EngineConfig) -> TorchBackend:
+    """Build the model of `spec` on the device "meta", where its steps compute nothing and launch the kernels of a GPU."""
+    device = torch.device("meta")
+    model = registry.build(spec, dtype=getattr(torch, config.dtype), device=device)
+    model.attention = select.choose(device, model.kv_pools()[0], config.cache.block_size)
+    return TorchBackend(model)
 
 
 def load(spec: ModelSpec, config: EngineConfig, device: torch.device, progress: Progress = no_report) -> TorchBackend:

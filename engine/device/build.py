@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import msgspec
 import torch
 
 from engine.backends.base import Backend
+from engine.backends.rehearsal import Rehearsal
 from engine.backends.torch import load
 from engine.batch import block_bytes
 from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
@@ -21,6 +23,7 @@ from engine.device.memory import CudaMemory, MemoryProbe, Trials, measure
 from engine.device.runner import TorchRunner
 from engine.device.trial_steps import TrialLimits, graph_keys
 from engine.errors import ConfigError
+from engine.kernels import hardware
 from engine.kvcache.storage import KVStorage
 from engine.models.families import read_spec
 from engine.plan import BuiltRunner, StepPlan
@@ -46,8 +49,12 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     if device.type == "cpu":
         torch.set_num_threads(_num_threads())
     clock.end("config")
-    if device.type == "cuda":
-        importlib.import_module("engine.kernels.compiles").report(clock.progress)  # by name: not every machine has Triton
+    compiles = None
+    if device.type == "cuda":  # by name, since not every machine has Triton
+        compiles = importlib.import_module("engine.kernels.compiles").count(clock.progress)
+        gpu = hardware.properties(device)
+        importlib.import_module("engine.device.kernel_set").make_ready(spec, config, gpu, clock.progress)
+    clock.end("kernels")
     backend = load(spec, config, device, clock.progress)
     clock.end("weights")
     num_blocks = config.cache.num_blocks
@@ -60,9 +67,20 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         )
     storage = _allocate(backend, fitted, param="cache.num_blocks" if num_blocks else _memory_param(fitted))
     clock.end("memory")
-    runner = TorchRunner(backend, storage, fitted, limits)
+    runner = TorchRunner(backend, storage, fitted, limits, compiles=compiles)
     clock.end("runner")
+    if not config.offline:
+        _prepare(runner, config.startup_budget_s, clock)
+        backend.allow_plans(False)
+    clock.end("prepare")
     return BuiltRunner(runner, fitted, limits, _describe(device))
+
+
+def _prepare(runner: TorchRunner, seconds: float, clock: StartupClock) -> None:
+    """Prepare steps for `seconds`, or until nothing is left. What is left then is done while the engine is idle."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and runner.prepare():
+        clock.progress()
 
 
 def _allocate(backend: Backend, config: EngineConfig, *, param: str) -> KVStorage:
@@ -121,7 +139,7 @@ def free_beside_steps(backend: Backend, config: EngineConfig, limits: ModelLimit
     """Measure the bytes of device memory that no step uses, by running the largest steps and capturing CUDA graphs."""
     block_size, device = config.cache.block_size, torch.device(config.device)
     storage = KVStorage(backend.kv_pools(), num_blocks=1, block_size=block_size, device=device)
-    eager = TorchRunner(backend, storage, msgspec.structs.replace(config, cuda_graphs=False), limits)
+    eager = TorchRunner(Rehearsal(backend), storage, msgspec.structs.replace(config, cuda_graphs=False), limits)
     graphs = TorchRunner(backend, storage, config, limits).graphs
     # No request can have more tokens than a KV cache in all free memory would hold.
     held = max(1, probe.free() // block_bytes(backend.kv_pools(), block_size)) * block_size

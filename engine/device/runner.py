@@ -14,14 +14,17 @@ later work.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from engine.backends.base import Backend
 from engine.batch import Uploader
 from engine.config import EngineConfig, ModelLimits
 from engine.device.device_step import DeviceStep, ReportedLogprobs, to_host
-from engine.device.graphs import GraphOutput, StepGraphs
+from engine.device.graphs import StepGraphs
 from engine.device.inputs import Rows, Slices
+from engine.device.step_programs import StepOutput, StepPrograms
 from engine.device.warmup import PromptWarmup
 from engine.errors import ConfigError
 from engine.kvcache.storage import KVStorage
@@ -31,12 +34,26 @@ from engine.sampling.prompt_logprobs import PromptSlices
 from engine.sampling.sampler import Sampler
 
 
+class Compiles(Protocol):
+    count: int  # kernels that this process has compiled
+
+
 class TorchRunner:
     """Executes plans with a Backend, and owns the state of all batch rows. Implements Runner."""
 
-    def __init__(self, backend: Backend, storage: KVStorage, config: EngineConfig, limits: ModelLimits) -> None:
-        """`config` must be the result of `resolve`."""
-        device = torch.device(config.device)
+    def __init__(
+        self,
+        backend: Backend,
+        storage: KVStorage,
+        config: EngineConfig,
+        limits: ModelLimits,
+        *,
+        device: torch.device | None = None,
+        compiles: Compiles | None = None,
+    ) -> None:
+        """`config` must be the result of `resolve`. `device` is by default that of `config`. `compiles` counts compilations."""
+        self._compiles = compiles
+        device = device or torch.device(config.device)
         self._on_cuda = device.type == "cuda"
         self._last_done: torch.cuda.Event | None = None  # event at the end of the last submitted step
         self._backend = backend
@@ -60,9 +77,10 @@ class TorchRunner:
             device=device,
             upload=self._upload,
         )
+        self._block_size = block_size
         self.graphs: StepGraphs | None = None
         if _use_graphs(backend, config):
-            self.graphs = StepGraphs(backend, storage.layers, self._rows, self._sampler.cuda.sample, block_size=block_size)
+            self.graphs = StepGraphs(self.programs(), self._rows, on_demand=config.offline)
         self._warmup = PromptWarmup(
             backend,
             storage.layers,
@@ -76,6 +94,15 @@ class TorchRunner:
     @property
     def num_blocks(self) -> int:
         return self._storage.num_blocks
+
+    @property
+    def num_compiled(self) -> int:
+        return 0 if self._compiles is None else self._compiles.count
+
+    def programs(self) -> StepPrograms:
+        """Make the programs of this runner's steps, which CUDA graphs can hold."""
+        sample = self._sampler.cuda.sample
+        return StepPrograms(self._backend, self._storage.layers, self._rows, sample, block_size=self._block_size)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> PendingStep:
@@ -108,7 +135,7 @@ class TorchRunner:
     def close(self) -> None:
         self._backend.close()
 
-    def _finish_graph(self, output: GraphOutput, slices: Slices, step: DeviceStep) -> None:
+    def _finish_graph(self, output: StepOutput, slices: Slices, step: DeviceStep) -> None:
         """Take the tokens from a graph's output, or sample again if some row's logits must be adjusted first.
 
         The output has a token for every slice, not only for those that sample.

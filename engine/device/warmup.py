@@ -37,13 +37,15 @@ class PromptWarmup:
         self._chunks = backend.warmup_chunks(max_tokens, max_len)
 
     def run_next(self) -> bool:
-        """Run the next warm-up chunk and wait until it is done. Returns False, and runs nothing, if no chunk is left.
+        """Run the next warm-up chunk, in one layer of each kind, and wait until it is done.
+
+        Returns False, and runs nothing, if no chunk is left.
 
         A request that arrives meanwhile waits for one chunk at most.
         """
         if not self._chunks:
             return False
-        self._backend.forward(self._batch(self._chunks.pop(0)))
+        self._backend.rehearse(self._batch(self._chunks.pop(0)))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return True

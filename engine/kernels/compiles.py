@@ -1,4 +1,5 @@
-"""Reports each kernel that Triton compiles, so that a process which compiles for minutes is not taken for a hung one."""
+"""Reports and counts the kernels that Triton compiles, so that a process which compiles for minutes is not taken for a hung one,
+and operators see when requests wait for a compiler."""
 
 from __future__ import annotations
 
@@ -9,10 +10,19 @@ from triton import knobs
 from engine.startup import Progress
 
 
-def report(progress: Progress) -> None:
-    """Call `progress` each time that Triton compiles a kernel in this process, or finds the compiled kernel in its cache."""
+class CompileCounter:
+    """Counts the kernels that this process compiled. `progress` is called for each, and for each that Triton's cache had."""
 
-    def compiled(**_: Any) -> None:
-        progress()
+    def __init__(self, progress: Progress) -> None:
+        self.count = 0
+        self._progress = progress
 
-    knobs.compilation.listener = compiled
+    def __call__(self, *, cache_hit: bool, **_: Any) -> None:
+        self.count += not cache_hit
+        self._progress()
+
+
+def count(progress: Progress) -> CompileCounter:
+    """Count every kernel that Triton compiles in this process from now on."""
+    knobs.compilation.listener = counter = CompileCounter(progress)
+    return counter

@@ -16,6 +16,8 @@ from typing import NotRequired, TypedDict
 
 import torch
 
+from engine.kernels.hardware import properties
+
 MAX_GROUPS = 1 << 16  # one launch may have this many groups of programs that combine partial results
 _HOPPER = 9  # devices have PDL from this major version of the compute capability on
 
@@ -30,12 +32,7 @@ def pdl(device: torch.device) -> PdlOptions:
 
     The kernel must have a `PDL: tl.constexpr` and call `gdc_wait`.
     """
-    return {"PDL": True, "launch_pdl": True} if _has_pdl(device) else {"PDL": False}
-
-
-@cache
-def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _HOPPER
+    return {"PDL": True, "launch_pdl": True} if properties(device).capability[0] >= _HOPPER else {"PDL": False}
 
 
 @cache

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.gemv import launch_gemv
+from engine.kernels.hardware import is_gpu
 from engine.kernels.linear_tiles import GEMV_ROWS, MAX_ROWS, MOST_NORMED, Gemv, Skinny, choose, is_ours
 from engine.kernels.product import Extras, Norm
 from engine.kernels.skinny import launch_skinny
@@ -30,7 +31,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     size = x.shape[-1]
     return (
         0 < x.numel() <= MAX_ROWS * size
-        and x.is_cuda
+        and is_gpu(x.device)
         and x.dtype == weight.dtype == torch.bfloat16
         and size % K_MULTIPLE == 0
         and weight.is_contiguous()

@@ -25,7 +25,10 @@ class Part(NamedTuple):
     lse: torch.Tensor  # [heads, T] float32: log-sum-exp of the token's scores, with the natural logarithm
 
 
-@triton.jit(do_not_specialize=["num", "b_lse_stride", "a_lse_stride"])
+@triton.jit(
+    do_not_specialize=["num", "b_lse_stride", "a_lse_stride"],
+    do_not_specialize_on_alignment=["a_lse_ptr", "b_lse_ptr"],  # a chunk's rows begin anywhere in their part
+)
 def _merge(
     a_ptr, a_lse_ptr, b_ptr, b_lse_ptr, out_ptr, lse_ptr, num, a_lse_stride, b_lse_stride,
     A_TOKEN: tl.constexpr, A_HEAD: tl.constexpr, B_TOKEN: tl.constexpr, B_HEAD: tl.constexpr,

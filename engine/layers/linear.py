@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.kernels.hardware import is_gpu
+
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 ONEDNN_FROM = 1 << 19  # smallest weight, in numbers, that `linear` gives to oneDNN
@@ -58,7 +60,7 @@ def linear(
     torch's default there (MKL) runs one-row products on one core and was half as fast on AMD with 1, 16 and 64 rows. A call
     of oneDNN costs 20 us, so small weights stay with MKL.
     """
-    if x.is_cuda and _kernels().fits(x, weight):
+    if is_gpu(x.device) and _kernels().fits(x, weight):
         return _kernels().linear(x, weight, bias, out)
     if out is not None:
         return torch.mm(x, weight.t(), out=out)
@@ -73,9 +75,9 @@ def add_linear(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias
 
     On CUDA the kernel adds its float32 sums as it writes them, except for many rows with a bias, which take a second pass.
     """
-    if x.is_cuda and _kernels().fits(x, weight):
+    if is_gpu(x.device) and _kernels().fits(x, weight):
         _kernels().add_linear(hidden, x, weight, bias)
-    elif x.is_cuda and bias is None:
+    elif is_gpu(x.device) and bias is None:
         hidden.addmm_(x, weight.t())
     else:
         hidden += linear(x, weight, bias)

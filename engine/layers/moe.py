@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from engine.kernels.hardware import is_gpu
 from engine.layers.kinds import RoutingSpec
 from engine.layers.linear import Norm, Weights, linear, parameter
 from engine.layers.mlp import GatedMlp
@@ -79,7 +80,7 @@ def _weighted_sum(sorted_out: torch.Tensor, order: torch.Tensor, weights: torch.
 
 def can_group(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `moe_cuda.py` can run a whole expert layer. That module never waits for the device."""
-    return dtype == torch.bfloat16 and device.type == "cuda"
+    return dtype == torch.bfloat16 and is_gpu(device)
 
 
 class _OnCuda(Protocol):

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.batch import LayerPools
+from engine.kernels.hardware import is_gpu
 from engine.layers.linear import Norm, linear
 from engine.layers.rotary import deinterleave, rotate
 
@@ -149,7 +150,7 @@ def ops_for(device: torch.device, rotary_dim: int) -> Ops:
 
     The CUDA kernels need `rotary_dim` to be a power of two.
     """
-    if device.type != "cuda" or rotary_dim & (rotary_dim - 1):
+    if not is_gpu(device) or rotary_dim & (rotary_dim - 1):
         return PlainOps()
     # Imported by name, since this module must also import on machines without Triton.
     make: Callable[[], Ops] = importlib.import_module("engine.layers.ops_cuda").make

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from engine.kernels.hardware import is_gpu
 from engine.layers.kinds import RopeSpec
 
 
@@ -27,7 +28,7 @@ class Rotary(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and signed sin of positions [T], each [T, 1, dim] float32, as `rotate` takes them."""
-        if positions.is_cuda:
+        if is_gpu(positions.device):
             kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]
             kernel = importlib.import_module("engine.kernels.elementwise").angles
             return kernel(positions, self.inv_freq, self.magnitude)

@@ -152,15 +152,16 @@ class DecoderModel(nn.Module, Generic[StepT]):
     def make_mlp(self, index: int) -> Mlp:
         raise NotImplementedError
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, only: Sequence[int] | None = None) -> torch.Tensor:
         """Run the layers and the final norm -> hidden [T, H], or [S, H] if the batch reads only S tokens.
 
-        The KV of all T tokens is written to the KV pools of `batch`.
+        The KV of all T tokens is written to the KV pools of `batch`. `only` lists the layers to run, by default all of them.
         """
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
         step = Step(self.attention.prepare(batch), cos, sin, batch.slots, self.ops)
-        *others, last = zip(self.layers, batch.kv, strict=True)
+        layers = list(zip(self.layers, batch.kv, strict=True))
+        *others, last = layers if only is None else [layers[i] for i in only]
         for layer, pools in others:
             hidden = layer(hidden, step, pools)
         if batch.read is not None:
@@ -191,5 +192,26 @@ class DecoderModel(nn.Module, Generic[StepT]):
     def kv_pools(self) -> list[list[PoolSpec]]:
         return [layer.attention.pools() for layer in self.decoder_layers()]
 
+    def distinct_layers(self) -> list[int]:
+        """List the index of one layer of each kind, and the last layer, which computes only the tokens that are read.
+
+        Layers of one kind have the same modules with the same shapes and values, and so launch the same kernels.
+        """
+        *others, last = range(len(self.layers))
+        kinds = {_kind(self.layers[i]): i for i in reversed(others)}
+        return [*sorted(kinds.values()), last]
+
     def decoder_layers(self) -> list[DecoderLayer[StepT]]:
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what two layers of one kind have in common: the shapes of their parameters, and their modules' own settings."""
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+    settings = tuple(
+        (name, key, value)
+        for name, module in layer.named_modules()
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, (bool, int, float, str, tuple)) and key != "training"
+    )
+    return shapes, settings

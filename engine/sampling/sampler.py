@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from engine.batch import Upload
+from engine.kernels.hardware import is_gpu
 from engine.plan import AdmittedRow
 from engine.sampling.choose import COLUMNS, Choice, argmax, choose
 from engine.sampling.cuda_sampler import CudaSampler
@@ -47,7 +48,7 @@ class Sampler:
         self._counts = TokenCounts(max_rows, vocab_size, device, upload)
         self._vocab_size = vocab_size
         self._upload = upload
-        self._cuda = CudaSampler(max_rows, device, upload) if device.type == "cuda" else None
+        self._cuda = CudaSampler(max_rows, device, upload) if is_gpu(device) else None
 
     @property
     def cuda(self) -> CudaSampler:

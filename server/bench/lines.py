@@ -59,7 +59,22 @@ class KernelLine(msgspec.Struct, kw_only=True):
     command: str
 
 
-Line = OfflineLine | KernelLine
+class CompileLine(msgspec.Struct, kw_only=True):
+    """The result of `tidegate compile`: how many kernels of one model, their bytes, and the seconds that it took."""
+
+    date: str
+    commit: str
+    device: str  # the GPU that the kernels are for
+    engine: str = "tidegate"
+    model: str
+    precision: str
+    kernels: int
+    bytes: int
+    seconds: float
+    command: str
+
+
+Line = OfflineLine | KernelLine | CompileLine
 
 
 def check_record(record: Path | None) -> None:

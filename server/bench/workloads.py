@@ -46,6 +46,8 @@ WORKLOADS: dict[str, Callable[[int], list[Work]]] = {  # the argument is the hig
     "mixed256": lambda vocab: mixed(256, vocab=vocab),
     "mixed1024": lambda vocab: mixed(1024, vocab=vocab),
     "prefill": lambda vocab: fixed(32, 8192, 1, vocab=vocab),
+    "long32k": lambda vocab: fixed(16, 32000, 256, vocab=vocab),
+    "long120k": lambda vocab: fixed(1, 120000, 128, vocab=vocab),
 }
 
 

@@ -87,12 +87,14 @@ def _gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
 def _counters(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
     idle = "Seconds in which the device was idle between two steps, because the CPU had not submitted the next one."
     failed = "Requests that ended with an error because their logits were not finite (NaN or infinity)."
+    compiled = "GPU kernels that the engine compiled since it started, which requests wait for once it is ready."
     return (
         ("tidegate_engine_steps", "Steps that the engine has run.", stats.step),
         ("tidegate_engine_step_seconds", "Seconds that the engine has spent in steps.", stats.step_seconds),
         ("tidegate_engine_exposed_cpu_seconds", idle, stats.exposed_cpu_seconds),
         ("tidegate_engine_requests_failed", failed, stats.num_failed),
         ("tidegate_engine_log_lines_dropped", "Log lines of the engine that were dropped.", stats.log_lines_dropped),
+        ("tidegate_engine_kernels_compiled", compiled, stats.kernels_compiled),
         ("tidegate_preemptions", "Preemptions: a running request gave up its KV-cache blocks.", stats.num_preemptions),
         ("tidegate_prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens),
         ("tidegate_prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache.", stats.cached_tokens),

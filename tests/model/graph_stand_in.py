@@ -31,11 +31,17 @@ class Replay:
 
 
 class StandInGraphs(graphs.StepGraphs):
+    at_start = 0  # graphs that are captured before the first step
     kinds: set[bool] = set()  # has True after a step of decodes alone ran in a graph, False after a mixed step
 
-    def _record(self, inputs, run):
-        outputs = run()
-        return graphs._Captured(Replay(run, outputs), inputs, outputs)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for _ in range(self.at_start):
+            self._capture(next(key for key in self._order if key not in self._captured))
+
+    def _record(self, program):
+        outputs = program.run()
+        return graphs._Captured(Replay(program.run, outputs), program.inputs, outputs)
 
     def run(self, slices, *rest):
         output = super().run(slices, *rest)

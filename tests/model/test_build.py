@@ -11,7 +11,7 @@ import torch
 from engine.backends.torch import load
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig, resolve
 from engine.device.build import build, free_beside_steps
-from engine.device.graphs import StepGraphs
+from engine.device.step_programs import StepPrograms
 from engine.errors import ConfigError
 from engine.models.families import read_spec
 
@@ -113,8 +113,8 @@ def test_a_context_that_free_memory_cannot_hold_is_not_tried(tmp_path):
 def test_the_largest_graph_is_captured_before_the_cache_is_sized_and_first_of_all(tmp_path, monkeypatch):
     graph_stand_in.install(monkeypatch)
     captured = []
-    capture = StepGraphs._capture_key
-    monkeypatch.setattr(StepGraphs, "_capture_key", lambda self, key: captured.append(key) or capture(self, key))
+    make = StepPrograms.make
+    monkeypatch.setattr(StepPrograms, "make", lambda self, key: captured.append(key) or make(self, key))
     scheduler = SchedulerConfig(max_num_seqs=3, max_step_tokens=64)
     folder = tiny.write(tmp_path, tiny.LLAMA | {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 1})
     config = EngineConfig(

@@ -65,6 +65,21 @@ def test_steps_in_graphs_give_the_results_of_plain_steps(name, overlap, tmp_path
     kinds = request.getfixturevalue("with_graphs").kinds
     found = run(folder, overlap=overlap)
     assert kinds == {True, False}
+    assert_equal(found, plain)
+
+
+@pytest.mark.parametrize(("captured", "used"), [(0, set()), (2, {True, False})])
+def test_a_server_whose_graphs_do_not_exist_yet_runs_the_steps_in_others_or_without(captured, used, tmp_path, request):
+    """With two graphs, the smallest and the largest, steps of decodes fit the first or run without a graph."""
+    folder = tiny.write(tmp_path, CONFIGS["llama"], std=0.2)
+    plain = run(folder)
+    graphs = request.getfixturevalue("with_graphs")
+    request.getfixturevalue("monkeypatch").setattr(graphs, "at_start", captured)
+    assert_equal(run(folder, offline=False, startup_budget_s=0), plain)
+    assert graphs.kinds == used
+
+
+def assert_equal(found, plain):
     for a, b in zip(found, plain, strict=True):
         assert a.token_ids == b.token_ids
         assert a.prompt_logprobs is None or len(a.prompt_logprobs) == len(a.prompt_token_ids)

@@ -1,5 +1,5 @@
-"""Compiles one kernel for Hopper twice, and prints the number of reports after each compile. test_compile_reports.py runs
-this."""
+"""Compiles one kernel for Hopper twice, and prints the number of reports and of compilations after each time.
+test_compile_reports.py runs this."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def double(x):
 
 if __name__ == "__main__":
     reports = []
-    compiles.report(lambda: reports.append(None))
+    counter = compiles.count(lambda: reports.append(None))
     for _ in range(2):  # the second compile finds the kernel in Triton's cache
         triton.compile(ASTSource(double, {"x": "*fp32"}, {}), target=GPUTarget("cuda", 90, 32))
-        print(len(reports))
+        print(len(reports), counter.count)

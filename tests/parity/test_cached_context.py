@@ -14,6 +14,7 @@ import torch
 from engine.attention import cached_context, cudnn
 from engine.attention.base import PagedGqa, PagedMla
 from engine.attention.cached_context import LongChunks
+from engine.attention.long_prompts import Prompts
 from engine.attention.torch_gqa import TorchGqa
 from engine.attention.torch_mla import TorchMla
 from engine.attention.triton_gqa import TritonGqa
@@ -45,7 +46,7 @@ def all_behind_a_context(queries: list[tuple[int, int]]) -> LongChunks:
         if num > 1 and length - num >= 16
     ]
     assert len(chunks) == 5
-    return LongChunks([], chunks)
+    return LongChunks(Prompts([], together=False), chunks)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (6, 1)])

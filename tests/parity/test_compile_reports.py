@@ -21,4 +21,4 @@ def test_every_compile_is_reported(tmp_path):
         text=True,
         check=False,
     )
-    assert run.stdout.split() == ["1", "2"], run.stderr[-3000:]
+    assert run.stdout.splitlines() == ["1 1", "2 1"], run.stderr[-3000:]

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LADDER: list[list[set[str]]] = [
     [{"server.__main__"}, {"train"}],
     [{"server.cli"}],
-    [{"server.bench"}, {"server.doctor"}, {"server.supervise"}],
+    [{"server.compile"}, {"server.doctor"}, {"server.supervise"}],
+    [{"server.bench"}],
     [{"server.http"}, {"server.rpc"}],
     [{"server.http.schemas"}],
     [{"server.service"}],
@@ -142,7 +143,7 @@ FLAT = {
         "lifeline",
         "batch",
     ],
-    "server": ["__main__", "cli", "settings", "bundled", "doctor", "errors"],
+    "server": ["__main__", "cli", "compile", "settings", "bundled", "doctor", "errors"],
 }
 
 

@@ -56,7 +56,7 @@ def test_with_overlap_the_next_step_is_submitted_before_a_result_is_read():
 
     class Logged:
         def __init__(self, runner):
-            self.runner, self.num_blocks = runner, runner.num_blocks
+            self.runner, self.num_blocks, self.num_compiled = runner, runner.num_blocks, 0
 
         def submit(self, plan):
             log.append(f"submit {plan.step}")
@@ -177,7 +177,7 @@ def test_overlap_hides_the_cpu_time_of_all_steps_but_the_first(monkeypatch, over
 
     class Timed:
         def __init__(self, runner):
-            self.runner, self.num_blocks = runner, runner.num_blocks
+            self.runner, self.num_blocks, self.num_compiled = runner, runner.num_blocks, 0
 
         def submit(self, plan):
             now[0] += 1

@@ -1,6 +1,4 @@
-"""Which attention implementation is chosen for a model's pools, on a CPU and on CUDA."""
-
-from types import SimpleNamespace
+"""Which attention implementation is chosen for a model's pools, on a CPU and on GPU."""
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from engine.attention.triton_gqa import TritonGqa
 from engine.attention.triton_mla import TritonMla
 from engine.batch import PoolSpec
 from engine.errors import ConfigError, InternalError
+from engine.kernels.hardware import GPUS, planned_for
 
 
 def gqa(head: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[PoolSpec]:
@@ -22,27 +21,25 @@ def mla(rank: int = 512, rope: int = 64) -> list[PoolSpec]:
     return [PoolSpec(name="latent", shape=(rank + rope,), dtype=torch.bfloat16, parts=(rank, rope))]
 
 
-@pytest.fixture
-def _a_gpu(monkeypatch):
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+@pytest.fixture(autouse=True)
+def _a_gpu():
+    with planned_for(GPUS["h200"]):
+        yield
 
 
-CUDA = torch.device("cuda", 99)  # an index that no other test asks about: the number of multiprocessors is cached by device
+GPU = torch.device("meta")  # stands for the GPU
 
 
 @pytest.mark.parametrize(("pools", "plain", "fast"), [(gqa(), TorchGqa, TritonGqa), (mla(), TorchMla, TritonMla)])
-@pytest.mark.usefixtures("_a_gpu")
 def test_the_pools_decide_the_kind_and_the_device_the_implementation(pools, plain, fast):
     assert type(select.plain(pools)) is plain
     assert type(select.choose(torch.device("cpu"), pools, 16)) is plain
-    assert type(select.choose(CUDA, pools, 64)) is fast
+    assert type(select.choose(GPU, pools, 64)) is fast
 
 
-@pytest.mark.usefixtures("_a_gpu")
 def test_captured_mixed_steps_are_smaller_with_latents():
-    assert select.choose(CUDA, gqa(), 64).graph_tokens == 2048
-    assert select.choose(CUDA, mla(), 64).graph_tokens == 1024
+    assert select.choose(GPU, gqa(), 64).graph_tokens == 2048
+    assert select.choose(GPU, mla(), 64).graph_tokens == 1024
     for pools in (gqa(), mla()):
         assert (select.plain(pools).graphable, select.plain(pools).graph_tokens) == (False, 0)
 
@@ -57,12 +54,12 @@ def test_pools_of_no_known_kind_are_refused_by_name(names):
 @pytest.mark.parametrize("block_size", [8, 48])
 def test_a_block_size_without_a_kernel_is_refused_on_cuda(block_size):
     with pytest.raises(ConfigError, match=f"cache.block_size is {block_size}"):
-        select.choose(CUDA, gqa(), block_size)
+        select.choose(GPU, gqa(), block_size)
 
 
 @pytest.mark.parametrize(("pools", "plain"), [(gqa(head=96), TorchGqa), (mla(rank=384), TorchMla)])
 def test_vectors_without_a_kernel_fall_to_plain_torch_with_a_warning(pools, plain, caplog):
-    assert type(select.choose(CUDA, pools, 64)) is plain
+    assert type(select.choose(GPU, pools, 64)) is plain
     assert "no attention kernel for heads or latents of" in caplog.text
 
 

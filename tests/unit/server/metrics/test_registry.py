@@ -21,6 +21,7 @@ STATS = EngineStats(
     cached_tokens=30,
     num_failed=4,
     log_lines_dropped=6,
+    kernels_compiled=8,
 )
 HEALTH = EngineHealth(ready=True, restarts=2, stats=STATS)
 
@@ -170,7 +171,8 @@ def test_refusals_and_dropped_log_lines_are_counted():
     assert found["tidegate_log_lines_dropped_total", (("process", "api"),)] == 6
 
 
-def test_the_engines_failed_requests_and_dropped_log_lines_are_shown():
+def test_the_engines_failed_requests_dropped_log_lines_and_compiled_kernels_are_shown():
     found = samples(Metrics("m", lambda: HEALTH))
     assert found["tidegate_engine_requests_failed_total", ()] == 4
     assert found["tidegate_engine_log_lines_dropped_total", ()] == 6
+    assert found["tidegate_engine_kernels_compiled_total", ()] == 8
