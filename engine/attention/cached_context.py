@@ -177,5 +177,5 @@ def _causal(q: torch.Tensor, rest: int, keys_values: tuple[torch.Tensor, torch.T
 
 
 def _pad(x: torch.Tensor, before: int, after: int) -> torch.Tensor:
-    """Pad x [T, heads, dim] with zeros at both ends. The result is contiguous, padded or not, since cuDNN plans for strides too."""
+    """Pad x [T, heads, dim] with zeros at both ends. The result is contiguous in any case, since cuDNN plans for strides too."""
     return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x.contiguous()

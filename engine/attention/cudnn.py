@@ -47,6 +47,13 @@ class Plans:
         return True
 
 
+def load_library(device: torch.device, dtype: torch.dtype) -> None:
+    """Make cuDNN load its code for attention, which takes about a second, by a call for a few numbers."""
+    q = torch.zeros(64, 1, 64, dtype=dtype, device=device)
+    attend_part(q, q, q, 1.0, causal=True)
+    torch.cuda.synchronize(device)
+
+
 def takes(dtype: torch.dtype, dim: int, v_dim: int) -> bool:
     """Whether cuDNN has a kernel for query heads [dim] and value heads [v_dim] of this type."""
     if dtype not in DTYPES:

@@ -8,12 +8,14 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import torch
 
+from engine.attention import cudnn
 from engine.backends.base import Backend
 from engine.backends.rehearsal import Rehearsal
 from engine.backends.torch import load
@@ -26,6 +28,7 @@ from engine.errors import ConfigError
 from engine.kernels import hardware
 from engine.kvcache.storage import KVStorage
 from engine.models.families import read_spec
+from engine.models.spec import ModelSpec
 from engine.plan import BuiltRunner, StepPlan
 from engine.startup import StartupClock
 
@@ -55,7 +58,7 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         gpu = hardware.properties(device)
         importlib.import_module("engine.device.kernel_set").make_ready(spec, config, gpu, clock.progress)
     clock.end("kernels")
-    backend = load(spec, config, device, clock.progress)
+    backend = _load(spec, config, device, clock)
     clock.end("weights")
     num_blocks = config.cache.num_blocks
     fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=requested)
@@ -74,6 +77,17 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         backend.allow_plans(False)
     clock.end("prepare")
     return BuiltRunner(runner, fitted, limits, _describe(device))
+
+
+def _load(spec: ModelSpec, config: EngineConfig, device: torch.device, clock: StartupClock) -> Backend:
+    """Load the model. Meanwhile another thread lets cuDNN load its code, if the model's steps will use it."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    with ThreadPoolExecutor(1) as others:
+        loading = others.submit(cudnn.load_library, device, dtype) if device.type == "cuda" and dtype in cudnn.DTYPES else None
+        backend = load(spec, config, device, clock.progress)
+        if loading is not None:
+            loading.result()
+    return backend
 
 
 def _prepare(runner: TorchRunner, seconds: float, clock: StartupClock) -> None:
