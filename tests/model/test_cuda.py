@@ -75,6 +75,7 @@ def test_bfloat16_graphs_give_what_eager_steps_give(folder):
     assert same >= 0.8 * sum(map(len, graphs))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_decode_step_never_waits_for_the_device(folder):
     with LLM(folder, device="cuda", dtype="bfloat16", cache={"block_size": 16, "num_blocks": 200}) as llm:
         stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
