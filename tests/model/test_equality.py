@@ -19,10 +19,12 @@ from engine import LLM, SamplingParams
 from engine.batch import ForwardBatch
 from engine.config import CacheConfig, EngineConfig
 from engine.core import build_core
+from engine.device.build import build
 from engine.kvcache.storage import KVStorage
 from engine.messages import Submit, pack_tokens
 from engine.models import registry
 from engine.models.families import read_spec
+from engine.plan import AdmittedRow, StepPlan
 from engine.sampling import reference
 from engine.weights import loader
 
@@ -167,6 +169,21 @@ def test_greedy_tokens_do_not_depend_on_how_they_were_scheduled(folder, greedy, 
                 assert sum(c.num_cached for c in got) > 200
         if "blocks" in options and options["blocks"] < 100:
             assert engine.stats().num_preemptions > 10
+
+
+def test_greedy_tokens_do_not_depend_on_where_a_prompt_is_split(folder, greedy):
+    """Each split of a prompt runs in two steps, and two decodes follow."""
+    many, expected = greedy
+    prompt, tokens = max(zip(many, expected, strict=True), key=lambda pair: len(pair[0]))
+    num, runner = len(prompt), build(config(folder)).runner
+    blocks = list(range(-(-(num + 3) // BLOCK)))
+    admitted = [AdmittedRow(0, prompt, num, blocks, GREEDY, 0)]
+    assert num > 30
+    for first in range(1, num):
+        runner.submit(StepPlan(0, rows=[0], starts=[0], nums=[first], admitted=admitted)).result()
+        rest = [StepPlan(1, rows=[0], starts=[first], nums=[num - first], samples=[0])]
+        rest += [StepPlan(2 + i, rows=[0], starts=[num + i], nums=[1], num_decodes=1, samples=[0]) for i in range(2)]
+        assert [token for plan in rest for token in runner.submit(plan).result().tokens] == tokens[:3], first
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain loop", "overlapped"])
