@@ -78,6 +78,7 @@ class ModelLimits(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     dtype: Literal["float32", "bfloat16", "float16"]
+    sliding_window: int | None = None  # longest context in which the model's sliding windows change nothing; None: no windows
 
 
 def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> EngineConfig:
@@ -142,6 +143,13 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
     if config.max_model_len is not None and config.max_model_len > limits.max_model_len:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, but the model was made for {limits.max_model_len} tokens at most",
+            param="max_model_len",
+        )
+    length, window = config.max_model_len or limits.max_model_len, limits.sliding_window
+    if window is not None and length > window:
+        raise ConfigError(
+            f"max_model_len is {length}, but layers of the model attend only to the latest {window} tokens (sliding_window in "
+            f"config.json), which is supported only for contexts that fit into them: set max_model_len to at most {window}",
             param="max_model_len",
         )
     if config.device == "cuda" and not has_cuda:

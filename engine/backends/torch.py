@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from engine.attention import select
@@ -11,6 +13,8 @@ from engine.models import registry
 from engine.models.spec import ModelSpec
 from engine.startup import Progress, no_report
 from engine.weights import capacity, dummy, loader
+
+log = logging.getLogger("tidegate.engine")
 
 
 class TorchBackend:
@@ -66,6 +70,8 @@ def load(spec: ModelSpec, config: EngineConfig, device: torch.device, progress: 
 
     If `load_format` is "dummy", the weights are random. Raises CheckpointError if the weights do not fit or cannot be read.
     """
+    for note in spec.notes:
+        log.warning(note)
     dtype: torch.dtype = getattr(torch, config.dtype)
     capacity.check(spec, dtype=dtype, device=device)
     with torch.inference_mode():

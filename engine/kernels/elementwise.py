@@ -71,49 +71,59 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _norm_rotate(
     x_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, slots_ptr, k_pool_ptr, v_pool_ptr, eps, stride,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
-    ROTATE: tl.constexpr, PDL: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, ROTARY: tl.constexpr, TILE: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, tile) norms, rotates and writes TILE heads of one token. A token's heads are q, then k, then v heads."""
+    """Program (token, tile) norms, rotates and writes TILE heads of one token. A token's heads are q, then k, then v heads.
+
+    A program handles a head as pairs of numbers at `first` and `second`. The first ROTARY / 2 pairs are those that are rotated.
+    The other pairs are halves of the rest of the head.
+    """
     token = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD // 2
+    TURNED: tl.constexpr = ROTARY // 2
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     low = tl.arange(0, HALF)[None, :]
+    first, second = low, HALF + low
+    if ROTARY < HEAD:
+        first = tl.where(low < TURNED, low, TURNED + low)
+        second = tl.where(low < TURNED, TURNED + low, HALF + low)
     is_q = head < Q_HEADS
     is_v = head >= Q_HEADS + KV_HEADS
     live = (head < Q_HEADS + 2 * KV_HEADS) & (low >= 0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    at = x_ptr + token * stride + head * HEAD + low
-    raw_a, raw_b = tl.load(at, mask=live, other=0.0), tl.load(at + HALF, mask=live, other=0.0)
+    at = x_ptr + token * stride + head * HEAD
+    raw_a, raw_b = tl.load(at + first, mask=live, other=0.0), tl.load(at + second, mask=live, other=0.0)
     a, b = raw_a.to(tl.float32), raw_b.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD + eps)[:, None]
-        weight_a = tl.where(is_q, tl.load(q_weight_ptr + low), tl.load(k_weight_ptr + low))
-        weight_b = tl.where(is_q, tl.load(q_weight_ptr + HALF + low), tl.load(k_weight_ptr + HALF + low))
+        weight_a = tl.where(is_q, tl.load(q_weight_ptr + first), tl.load(k_weight_ptr + first))
+        weight_b = tl.where(is_q, tl.load(q_weight_ptr + second), tl.load(k_weight_ptr + second))
         a *= scale * weight_a.to(tl.float32)
         b *= scale * weight_b.to(tl.float32)
         a, b = a.to(x_ptr.dtype.element_ty).to(tl.float32), b.to(x_ptr.dtype.element_ty).to(tl.float32)
     if ROTATE:
-        at_angle = token * HEAD + low
-        cos = tl.load(cos_ptr + at_angle)
-        sin = tl.load(sin_ptr + at_angle + HALF)  # signed sin: its first half is negated, this second half is not
+        at_angle, turned = token * ROTARY + low, low < TURNED
+        cos = tl.load(cos_ptr + at_angle, mask=turned, other=1.0)
+        # The signed sin's first half is negated, and its second half, which is read here, is not.
+        sin = tl.load(sin_ptr + at_angle + TURNED, mask=turned, other=0.0)
         a, b = a * cos - b * sin, b * cos + a * sin
     new_a = tl.where(is_v, raw_a, a.to(x_ptr.dtype.element_ty))
     new_b = tl.where(is_v, raw_b, b.to(x_ptr.dtype.element_ty))
     if NORM or ROTATE:
         changed = live & (head < Q_HEADS + KV_HEADS)
-        tl.store(at, new_a, mask=changed)
-        tl.store(at + HALF, new_b, mask=changed)
+        tl.store(at + first, new_a, mask=changed)
+        tl.store(at + second, new_b, mask=changed)
     slot = tl.load(slots_ptr + token)
-    k_at = k_pool_ptr + (slot * KV_HEADS + head - Q_HEADS) * HEAD + low
-    v_at = v_pool_ptr + (slot * KV_HEADS + head - Q_HEADS - KV_HEADS) * HEAD + low
+    k_at = k_pool_ptr + (slot * KV_HEADS + head - Q_HEADS) * HEAD
+    v_at = v_pool_ptr + (slot * KV_HEADS + head - Q_HEADS - KV_HEADS) * HEAD
     is_k = live & (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
-    tl.store(k_at, new_a, mask=is_k)
-    tl.store(k_at + HALF, new_b, mask=is_k)
-    tl.store(v_at, new_a, mask=live & is_v)
-    tl.store(v_at + HALF, new_b, mask=live & is_v)
+    tl.store(k_at + first, new_a, mask=is_k)
+    tl.store(k_at + second, new_b, mask=is_k)
+    tl.store(v_at + first, new_a, mask=live & is_v)
+    tl.store(v_at + second, new_b, mask=live & is_v)
 
 
 def norm_rotate(
@@ -126,8 +136,9 @@ def norm_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Norm and rotate q and k, and write k and v to the KV pools, in one pass. `Ops.norm_rotate` defines the result.
 
-    heads [T, q + k + v heads, dim] holds each token's q, k and v heads, adjacent in memory; dim is a power of two. q and k are
-    overwritten, and the results are views of `heads`. grid: (T, ceil(heads / HEADS_A_PROGRAM)).
+    heads [T, q + k + v heads, dim] holds each token's q, k and v heads, adjacent in memory; dim is a power of two. The angles
+    have dim numbers, or fewer if only the first numbers of a head are rotated. q and k are overwritten, and the results are views
+    of `heads`. grid: (T, ceil(heads / HEADS_A_PROGRAM)).
     """
     tokens, num_heads, head_dim = heads.shape
     kv_heads = pools["k"].shape[2]
@@ -136,8 +147,8 @@ def norm_rotate(
     q_weight, k_weight = weights or (heads, heads)
     _norm_rotate[(tokens, cdiv(num_heads, HEADS_A_PROGRAM))](
         heads, cos, sin, q_weight, k_weight, slots, pools["k"], pools["v"], eps, heads.stride(0),
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD=head_dim, TILE=HEADS_A_PROGRAM,
-        NORM=weights is not None, ROTATE=angles is not None, num_warps=4, **pdl(heads.device),
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, HEAD=head_dim, ROTARY=head_dim if angles is None else cos.shape[-1],
+        TILE=HEADS_A_PROGRAM, NORM=weights is not None, ROTATE=angles is not None, num_warps=4, **pdl(heads.device),
     )  # fmt: skip
     return heads[:, :q_heads], heads[:, q_heads : q_heads + kv_heads], heads[:, q_heads + kv_heads :]
 

@@ -11,7 +11,10 @@ TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the rotary embedding over the last `dim` numbers of a head. Comments name the scalings that read a field."""
+    """Settings of the rotary embedding over `dim` numbers of a head. Comments name the scalings that read a field.
+
+    Grouped-query attention rotates the first `dim` numbers of a head, and latent attention the last.
+    """
 
     theta: float
     dim: int
@@ -25,6 +28,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     beta_slow: float = 1.0  # read by yarn scaling
     truncate: bool = True  # yarn: round both ends of the ramp to whole dimensions
     magnitude: float = 1.0  # yarn: cos and sin are multiplied by this factor
+    query_beta: float = 0.0  # queries grow with log(1 + position // original_max_len) by this factor; 0: they do not
 
 
 class RoutingSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from engine.layers.linear import Norm, linear
 from engine.layers.rotary import deinterleave, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
-"""cos and signed sin of each token's position, each [T, 1, dim] float32, as computed by `Rotary`."""
+"""cos and signed sin of each token's position, each [T, 1, rotary dim] float32, as computed by `Rotary`."""
 
 
 class Ops(Protocol):
@@ -55,8 +55,8 @@ class Ops(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Split heads [T, q + k + v heads, dim], which may be overwritten, into q, k and v. Norm and rotate q and k.
 
-        q and k are normed only if `weights` has their two weights, and rotated only if `angles` are given. k and v are written to
-        `slots` [T] of the KV pools.
+        q and k are normed only if `weights` has their two weights, and rotated only if `angles` are given. If the angles have
+        fewer numbers than a head, only its first numbers are rotated. k and v are written to `slots` [T] of the KV pools.
         """
         ...
 
@@ -145,12 +145,12 @@ def write(pool: torch.Tensor, records: torch.Tensor, slots: torch.Tensor) -> Non
     pool.flatten(0, 1).index_copy_(0, slots, records)
 
 
-def ops_for(device: torch.device, rotary_dim: int) -> Ops:
-    """Choose the `Ops` for a model on `device` that rotates `rotary_dim` numbers of each head.
+def ops_for(device: torch.device, head_dim: int) -> Ops:
+    """Choose the `Ops` for a model on `device`. `head_dim` is the size of a head or, in latent attention, of its rotated part.
 
-    The CUDA kernels need `rotary_dim` to be a power of two.
+    The CUDA kernels need `head_dim` to be a power of two.
     """
-    if not is_gpu(device) or rotary_dim & (rotary_dim - 1):
+    if not is_gpu(device) or head_dim & (head_dim - 1):
         return PlainOps()
     # Imported by name, since this module must also import on machines without Triton.
     make: Callable[[], Ops] = importlib.import_module("engine.layers.ops_cuda").make

@@ -1,7 +1,8 @@
 """Rotary position embedding. The angles are computed once per step, in float32, and passed to every layer.
 
 A pair (a, b) of a head's numbers is rotated by the angle position * inv_freq: (a cos - b sin, b cos + a sin). `roll` swaps
-the two halves of a head, so rotating all heads is x * cos + roll(x) * (-sin | sin): three operations.
+the two halves of a head, so rotating all heads is x * cos + roll(x) * (-sin | sin): three operations. If only the first `dim`
+numbers of a head are rotated, cos and sin have `dim` numbers, and the rest of the head passes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.magnitude = spec.magnitude
         self.interleaved = spec.interleaved
+        self.query_beta, self.original_max_len = spec.query_beta, spec.original_max_len
         self.register_buffer("inv_freq", inverse_frequencies(spec).to(device), persistent=False)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +44,22 @@ class Rotary(nn.Module):
             cos, sin = cos.mul_(self.magnitude), sin.mul_(self.magnitude)
         return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
+    def query_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Return the factor [T, 1, 1] of the queries at positions [T], or None if the model has none.
+
+        It is 1 within the original context, and grows with the logarithm of the position beyond it.
+        """
+        if not self.query_beta:
+            return None
+        spans = torch.floor(positions / self.original_max_len)
+        return (1 + self.query_beta * torch.log(1 + spans)).view(-1, 1, 1)
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, heads, dim], in which numbers i and i + dim / 2 form a pair."""
+    """Rotate the first dim numbers of each head of x [T, heads, size]; cos has dim numbers. i and i + dim / 2 form a pair."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 

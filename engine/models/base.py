@@ -42,6 +42,7 @@ class Step(Generic[StepT]):
     sin: torch.Tensor  # [T, 1, rotary dim]: sines of the rotary angles, the first half negated
     slots: torch.Tensor  # [T] int64: where each token's KV is written in a layer's KV pools
     ops: Ops
+    query_scale: torch.Tensor | None = None  # [T, 1, 1]: factor of each token's queries; None: there is none
     read: torch.Tensor | None = None  # [S] int64: tokens that this layer continues with after `project`; None: all
 
 
@@ -50,13 +51,25 @@ class WeightMap:
     """The tensors that a model's checkpoint must or may hold.
 
     targets: every tensor that the checkpoint must hold, with the parameter to fill.
-    skip: a pattern of tensors that the checkpoint may hold and that are not needed.
+    skip: patterns of tensors that the checkpoint may hold and that are not used, each with the reason for the log, or "".
     copies: tensors that the checkpoint may hold a second time, with the parameter that each must equal.
     """
 
     targets: Weights
-    skip: re.Pattern[str]
+    skip: dict[str, str]
     copies: Weights = field(default_factory=dict)
+
+
+# Patterns of tensors that any checkpoint may hold and that are not used, and why.
+UNUSED = {
+    r"(model\.layers\.\d+\.self_attn\.|model\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)": "config.json has "
+    "the rotary embedding",
+    r".*\.self_attn\.([a-z]+_proj\.|attn\.)?(k|v|kv|q|prob)_scale": "scales of an FP8 KV cache; the KV cache has the type of the "
+    "computation",
+    r"(model\.)?(visual|vision_tower|vision_model|vision_encoder|vision_projection|multi_modal_projector|audio_tower|image_newline"
+    r"|vision_language_adapter|pre_mm_projector_norm|patch_merger)\b.*": "parts other than text",
+}
+HEAD = "lm_head.weight"
 
 
 class Attention(Protocol[StepT_contra]):
@@ -159,7 +172,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
         """
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
-        step = Step(self.attention.prepare(batch), cos, sin, batch.slots, self.ops)
+        step = Step(self.attention.prepare(batch), cos, sin, batch.slots, self.ops, self.rotary.query_scale(batch.positions))
         layers = list(zip(self.layers, batch.kv, strict=True))
         *others, last = layers if only is None else [layers[i] for i in only]
         for layer, pools in others:
@@ -174,20 +187,29 @@ class DecoderModel(nn.Module, Generic[StepT]):
         """Apply the head to hidden [N, H] -> logits [N, V]. The logits are written to `out` if that is given."""
         return linear(hidden, self.lm_head.weight, out=out)
 
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.lm_head.weight is self.embedding
+
+    def untie_head(self) -> None:
+        """Give the head a weight of its own, which the loader then fills."""
+        shape = self.embedding.shape
+        self.lm_head.weight = parameter(*shape, dtype=self.embedding.dtype, device=self.embedding.device)
+
     def weights(self) -> WeightMap:
         targets: Weights = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
-        skip = [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
-        if self.spec.tie_embeddings:
-            skip.append(r"lm_head\.weight")
+        skip = dict(UNUSED)
+        if self.head_is_tied:
+            skip[re.escape(HEAD)] = ""  # equal to the embedding: the loader has compared the two
         else:
-            targets["lm_head.weight"] = self.lm_head.weight
+            targets[HEAD] = self.lm_head.weight
         for i, layer in enumerate(self.decoder_layers()):
             targets |= layer.weights(f"model.layers.{i}.")
-        return WeightMap(targets, re.compile("|".join([*skip, *self.skipped()])))
-
-    def skipped(self) -> list[str]:
-        """List patterns of the names of further tensors that a checkpoint of this family may hold and that are not used."""
-        return []
+        if self.spec.num_mtp_layers:
+            extra = "|".join(str(self.spec.num_layers + i) for i in range(self.spec.num_mtp_layers))
+            skip[rf"model\.layers\.({extra})\..*"] = "multi-token prediction layers"
+        return WeightMap(targets, skip)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
         return [layer.attention.pools() for layer in self.decoder_layers()]

@@ -1,4 +1,7 @@
-"""Typed, checked look-ups in a checkpoint's JSON. Each failure is a CheckpointError that names file, key, value and remedy."""
+"""Typed, checked look-ups in a checkpoint's JSON. Each failure is a CheckpointError that names file, key, value and remedy.
+
+A reader remembers which keys were looked up, so that `config_keys.py` can judge the keys that no code has read.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,69 @@ _REQUIRED: Any = object()
 class ConfigReader:
     """Reads typed values from one JSON object of the file `source`. `path` is the object's place in the file ("" at the top).
 
-    Each method raises CheckpointError, naming the key, its value and what would be right.
+    A key that is absent has its value in `defaults`, the family's own. `spelling` maps a key to another name that the file uses
+    for it. Each method raises CheckpointError, naming the key, its value and what would be right.
     """
 
-    def __init__(self, data: dict[str, Any], source: str, path: str = "") -> None:
-        self.data = data
+    def __init__(
+        self,
+        data: dict[str, Any],
+        source: str,
+        path: str = "",
+        *,
+        defaults: dict[str, Any] | None = None,
+        spelling: dict[str, str] | None = None,
+    ) -> None:
+        self.given = data
         self.source = source
         self.path = path
+        self.sections: dict[str, ConfigReader] = {}  # the objects inside this one that were looked up
+        self.notes: list[str] = []  # what the log has to say about this object
+        self._defaults = defaults or {}
+        self._spelling = spelling or {}
+        self._read: set[str] = set()
 
     def refuse(self, key: str, why: str) -> NoReturn:
         """Raise CheckpointError for `key`. `why` completes the sentence "key is value: ..."."""
-        name = self.path + key
-        state = f"{name} is {_shown(self.data[key])}" if key in self.data else f"{name} is missing"
-        raise CheckpointError(f"{self.source}: {state}: {why}", param=name)
+        name = self.path + self._spelling.get(key, key)
+        raise CheckpointError(f"{self.source}: {name} {self._state(key)}: {why}", param=name)
+
+    def _state(self, key: str) -> str:
+        name = self._spelling.get(key, key)
+        if name in self.given:
+            return f"is {shown(self.given[name])}"
+        return f"is {shown(self._defaults[key])} by default" if self._defaults.get(key) is not None else "is missing"
+
+    def note(self, text: str) -> None:
+        """Say `text` in the log when the engine starts."""
+        self.notes.append(f"{self.source}: {text}")
+
+    def get(self, key: str) -> Any:
+        """Return the value of `key` as it is in the file, its default if it is absent, or None."""
+        name = self._spelling.get(key, key)
+        self._read |= {key, name}
+        return self.given[name] if name in self.given else self._defaults.get(key)
 
     def has(self, key: str) -> bool:
-        return self.data.get(key) is not None
+        """Whether `key` has a value that is not null, in the file or by default."""
+        return self.get(key) is not None
+
+    def has_default(self, key: str) -> bool:
+        """Whether the family itself has the key, whatever the file says."""
+        return key in self._defaults
+
+    def is_given(self, key: str) -> bool:
+        """Whether the file itself has a value for `key` that is not null."""
+        return self.given.get(self._spelling.get(key, key)) is not None
+
+    def unread(self) -> list[str]:
+        """List the keys of the file that have a value and that nothing has looked up."""
+        return [key for key, value in self.given.items() if value is not None and key not in self._read]
 
     def _get(self, key: str, default: Any, right: str) -> Any:
-        if self.has(key):
-            return self.data[key]
+        value = self.get(key)
+        if value is not None:
+            return value
         if default is _REQUIRED:
             self.refuse(key, f"it must be {right}")
         return default
@@ -78,23 +124,39 @@ class ConfigReader:
             self.refuse(key, "it must be a list of integers")
         return value
 
+    def words(self, key: str, allowed: tuple[str, ...]) -> list[str]:
+        """Return a list of words, each one of `allowed`; empty if the key is missing or null."""
+        value = self._get(key, [], "")
+        if not isinstance(value, list) or any(word not in allowed for word in value):
+            self.refuse(key, f"it must be a list, and supported in it are: {', '.join(allowed)}")
+        return value
+
+    def must_be(self, key: str, value: Any, why: str) -> None:
+        """Refuse `key` if the file gives it another value than `value` (null excepted)."""
+        if self.has(key) and (self.get(key) != value or isinstance(self.get(key), bool) != isinstance(value, bool)):
+            self.refuse(key, f"{why}; it must be {shown(value)}")
+
     def section(self, key: str) -> ConfigReader | None:
         if not self.has(key):
             return None
-        if not isinstance(self.data[key], dict):
+        value = self.get(key)
+        if not isinstance(value, dict):
             self.refuse(key, "it must be an object")
-        return ConfigReader(self.data[key], self.source, f"{self.path}{key}.")
+        if key not in self.sections:
+            self.sections[key] = ConfigReader(value, self.source, f"{self.path}{key}.")
+        return self.sections[key]
 
     def token_ids(self, key: str, vocab_size: int) -> list[int]:
         """Return the token ids of `key`, which may hold one id, a list of ids, or null."""
-        value = self.data.get(key)
+        value = self.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
             self.refuse(key, f"it must be a token id below vocab_size ({vocab_size}), or a list of them")
         return ids
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return `value` as JSON, cut at MAX_SHOWN characters."""
     try:
         text = json.dumps(value, default=str)
     except RecursionError:

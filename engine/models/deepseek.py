@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3: multi-head latent attention (MLA). All layers but the first few have routed and shared experts.
+"""DeepSeek-V2 and V3, and GLM-4-MoE-Lite: multi-head latent attention (MLA). Most layers have routed and shared experts.
 
     x --q_a, norm, q_b (or q)--> q [heads, nope | rope], the rope part rotated
     x --kv_a--> latent [rank] --norm----+--> cached: [rank | rope], one record per token for all heads
@@ -18,10 +18,9 @@ from torch import nn
 from engine.attention.base import MlaStep
 from engine.batch import LayerPools, PoolSpec
 from engine.layers.linear import Linear, Norm, Weights, parameter
-from engine.layers.mlp import GatedMlp
-from engine.layers.moe import MoeMlp
 from engine.layers.norm import RMSNorm
 from engine.models.base import Attention, DecoderModel, Mlp, Projected, Step
+from engine.models.experts import make_mlp
 from engine.models.spec import MlaSpec, ModelSpec
 
 LATENT_EPS = 1e-6  # epsilon of the norms inside attention, which config.json does not have
@@ -82,20 +81,4 @@ class DeepseekModel(DecoderModel[MlaStep]):
         return MlaAttention(self.spec, self.spec.mla, dtype=self.dtype, device=self.device)
 
     def make_mlp(self, index: int) -> Mlp:
-        """Make the MLP of layer `index`. Multi-token prediction layers (from num_layers on) have experts if the model has any."""
-        spec, moe = self.spec, self.spec.moe
-        if moe is None or (index < spec.num_layers and index not in moe.layers):
-            return GatedMlp(spec.hidden_size, spec.intermediate_size, dtype=self.dtype, device=self.device)
-        return MoeMlp(
-            moe.routing,
-            spec.hidden_size,
-            moe.intermediate_size,
-            shared_size=moe.shared_size,
-            router_dtype=torch.float32,  # as in DeepSeek's own code: the scores of two experts may differ by little
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-    def skipped(self) -> list[str]:
-        extra = "|".join(str(self.spec.num_layers + i) for i in range(self.spec.num_mtp_layers))
-        return [rf"model\.layers\.(?:{extra})\..*"] if extra else []
+        return make_mlp(self.spec, index, dtype=self.dtype, device=self.device)

@@ -93,7 +93,7 @@ class DeepseekMtp(nn.Module):
             f"{prefix}shared_head.head.weight": self._shared.lm_head.weight,
         }
         mine = re.escape(prefix)
-        return WeightMap(targets, re.compile(rf"(?!{mine}).*|{mine}self_attn\.rotary_emb\.inv_freq"), copies)
+        return WeightMap(targets, {rf"(?!{mine}).*|{mine}self_attn\.rotary_emb\.inv_freq": ""}, copies)
 
     def kv_pools(self) -> list[list[PoolSpec]]:
         """Describe the KV pools of the MTP module's one layer, in the form of `DecoderModel.kv_pools`."""

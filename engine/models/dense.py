@@ -1,7 +1,8 @@
-"""Llama, Mistral, Qwen2, Qwen3 and SmolLM3: grouped-query attention and a gated MLP.
+"""Llama, Mistral, Ministral 3, Qwen2, Qwen3, SmolLM3 and Seed-OSS: grouped-query attention and a gated MLP.
 
-These architectures differ in four fields of the spec: biases on q, k and v (Qwen2), a bias on o, norms on q and k (Qwen3),
-and layers without rotary embedding (SmolLM3).
+These architectures differ in fields of the spec: biases on q, k and v (Qwen2, Seed-OSS), a bias on o, norms on q and k (Qwen3),
+layers without rotary embedding (SmolLM3), and queries that grow far into a long context (Ministral 3). `GqaAttention` also serves
+families with experts, of which some rotate a part of each head, or norm q and k over all heads together.
 """
 
 from __future__ import annotations
@@ -33,15 +34,24 @@ class GqaAttention(nn.Module):
         self.q_size, self.kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv_proj = Linear(spec.hidden_size, self.q_size + 2 * self.kv_size, bias=spec.qkv_bias, dtype=dtype, device=device)
         self.o_proj = Linear(self.q_size, spec.hidden_size, bias=spec.o_bias, dtype=dtype, device=device)
-        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype=dtype, device=device) if spec.qk_norm else None
+        self.norm_all = spec.qk_norm_all
+        self.q_norm = _head_norm(spec, self.q_size, dtype=dtype, device=device)
+        self.k_norm = _head_norm(spec, self.kv_size, dtype=dtype, device=device)
 
     def project(self, hidden: torch.Tensor, norm: Norm, step: Step[Any], pools: LayerPools) -> Projected:
         qkv = self.qkv_proj.of_norm(hidden, norm, step.ops)
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+        if norms is not None and self.norm_all:
+            q, k, _ = torch.split(qkv, [self.q_size, self.kv_size, self.kv_size], -1)
+            for part, part_norm in zip((q, k), norms, strict=True):
+                part.copy_(step.ops.norm(part, *part_norm.params))
         heads = qkv.view(hidden.shape[0], -1, self.head_dim)  # [T, q, k and v heads, dim]
         angles = (step.cos, step.sin) if self.rotary else None
-        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        return step.ops.norm_rotate(heads, angles, norms, self.norm_eps, step.slots, pools)
+        of_heads = None if norms is None or self.norm_all else (norms[0].weight, norms[1].weight)
+        q, k, v = step.ops.norm_rotate(heads, angles, of_heads, self.norm_eps, step.slots, pools)
+        if step.query_scale is not None:
+            q = q.mul_(step.query_scale.to(q.dtype))
+        return q, k, v
 
     def attend(self, hidden: torch.Tensor, projected: Projected, attention: GqaStep, pools: LayerPools) -> None:
         q, k, v = projected
@@ -60,6 +70,13 @@ class GqaAttention(nn.Module):
     def pools(self) -> list[PoolSpec]:
         shape = (self.kv_size // self.head_dim, self.head_dim)
         return [PoolSpec(name=name, shape=shape, dtype=self.dtype) for name in ("k", "v")]
+
+
+def _head_norm(spec: ModelSpec, size: int, *, dtype: torch.dtype, device: torch.device) -> RMSNorm | None:
+    """Make the norm of the queries or of the keys, which have `size` numbers over all heads, if the architecture has one."""
+    if not (spec.qk_norm or spec.qk_norm_all):
+        return None
+    return RMSNorm(size if spec.qk_norm_all else spec.head_dim, spec.norm_eps, dtype=dtype, device=device)
 
 
 class DenseModel(DecoderModel[GqaStep]):

@@ -10,23 +10,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from engine.errors import CheckpointError
-from engine.models import deepseek_config, dense_config, qwen3_moe_config
+from engine.models import deepseek_config, dense_config, glm4_moe_config, minimax_m2_config, qwen3_moe_config
+from engine.models.config_defaults import DEFAULTS, SPELLINGS
+from engine.models.config_keys import judge
 from engine.models.config_reader import ConfigReader, read_json
+from engine.models.config_text import TEXT_DEFAULTS, WRAPPERS, text_part
+from engine.models.formats import check_folder, other_format
 from engine.models.spec import ModelSpec
 
-Family = Literal["dense", "qwen3_moe", "deepseek"]
+Family = Literal["dense", "qwen3_moe", "glm4_moe", "minimax_m2", "deepseek"]
 Parse = Callable[[ConfigReader, ConfigReader | None], ModelSpec]
 
 PARSERS: dict[Family, Parse] = {
     "dense": dense_config.parse,
     "qwen3_moe": qwen3_moe_config.parse,
+    "glm4_moe": glm4_moe_config.parse,
+    "minimax_m2": minimax_m2_config.parse,
     "deepseek": deepseek_config.parse,
 }
 ARCHITECTURES: dict[str, Family] = {
     **dict.fromkeys(dense_config.ARCHITECTURES, "dense"),
     **dict.fromkeys(qwen3_moe_config.ARCHITECTURES, "qwen3_moe"),
+    **dict.fromkeys(glm4_moe_config.ARCHITECTURES, "glm4_moe"),
+    **dict.fromkeys(minimax_m2_config.ARCHITECTURES, "minimax_m2"),
     **dict.fromkeys(deepseek_config.ARCHITECTURES, "deepseek"),
+}
+MODEL_TYPES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
 
 
@@ -39,8 +64,13 @@ def read_spec(folder: str | Path) -> ModelSpec:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that holds the model's config.json", param="model")
+    if not (folder / "config.json").exists() and (other := other_format(folder)):
+        raise CheckpointError(f"{folder}: no config.json{other}", param="model")
+    config = read_json(folder / "config.json")
+    notes = check_folder(folder, config)
     generation = folder / "generation_config.json"
-    return _parse(read_json(folder / "config.json"), read_json(generation) if generation.exists() else None)
+    spec = _parse(config, read_json(generation) if generation.exists() else None)
+    return msgspec.structs.replace(spec, notes=(*notes, *spec.notes))
 
 
 def parse_spec(config: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
@@ -50,7 +80,43 @@ def parse_spec(config: dict[str, Any], generation: dict[str, Any] | None = None)
 
 
 def _parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
-    names = c.data.get("architectures")
-    if names not in [[name] for name in ARCHITECTURES]:
-        c.refuse("architectures", f"it must be a list of one of: {', '.join(ARCHITECTURES)}")
-    return PARSERS[ARCHITECTURES[str(names[0])]](c, generation)
+    outer, architecture = None, _architecture(c)
+    own: dict[str, Any] = {}
+    if architecture in WRAPPERS:
+        wrapper = architecture
+        c, text_type, outer = text_part(c)
+        own, architecture = TEXT_DEFAULTS.get(text_type, {}), _architecture(c)
+    c = _with_defaults(c, architecture, own)
+    spec = PARSERS[ARCHITECTURES[architecture]](c, generation)
+    notes = judge(c, architecture) + ([] if outer is None else judge(outer, wrapper))
+    return msgspec.structs.replace(spec, notes=tuple(notes))
+
+
+def _architecture(c: ConfigReader) -> str:
+    """Return the architecture that the file names. A file without `architectures` is judged by its model_type."""
+    names, model_type = c.get("architectures"), c.get("model_type")
+    if names is None and isinstance(model_type, str) and model_type in MODEL_TYPES:
+        names = [MODEL_TYPES[model_type]]
+    if names not in [[name] for name in (*ARCHITECTURES, *WRAPPERS)]:
+        c.refuse("architectures", f"it must be a list of one of: {', '.join((*ARCHITECTURES, *WRAPPERS))}")
+    name = str(names[0])
+    if name not in WRAPPERS and not c.path and isinstance(model_type, str) and MODEL_TYPES.get(model_type, name) != name:
+        c.refuse("model_type", f"architectures says {name}, and the two must agree")
+    return name
+
+
+def _with_defaults(c: ConfigReader, architecture: str, own: dict[str, Any]) -> ConfigReader:
+    """Return a reader of the same object that knows the family's defaults, `own` before them, and other spellings of keys."""
+    spelling = {}
+    for name, key in SPELLINGS.get(architecture, {}).items():
+        if not c.is_given(name):
+            continue
+        if not c.is_given(key):
+            spelling[key] = name
+        elif c.given[key] != c.given[name]:
+            c.refuse(name, f"{key} is {c.given[key]}, and the two must be equal")
+    known = {name for name in SPELLINGS.get(architecture, {}) if name not in spelling.values()}
+    given = {k: v for k, v in c.given.items() if k not in known} | {"architectures": [architecture]}
+    reader = ConfigReader(given, c.source, c.path, defaults=DEFAULTS[architecture] | own, spelling=spelling)
+    reader.notes.extend(c.notes)
+    return reader

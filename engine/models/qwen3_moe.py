@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from engine.layers.moe import MoeMlp
 from engine.models.base import Mlp
 from engine.models.dense import DenseModel
+from engine.models.experts import make_mlp
 
 
 class Qwen3MoeModel(DenseModel):
     def make_mlp(self, index: int) -> Mlp:
-        moe = self.spec.moe
-        if moe is None or index not in moe.layers:
-            return super().make_mlp(index)
-        return MoeMlp(
-            moe.routing,
-            self.spec.hidden_size,
-            moe.intermediate_size,
-            router_dtype=self.dtype,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return make_mlp(self.spec, index, dtype=self.dtype, device=self.device)

@@ -12,6 +12,8 @@ from engine.models.deepseek import DeepseekModel
 from engine.models.deepseek_mtp import DeepseekMtp
 from engine.models.dense import DenseModel
 from engine.models.families import ARCHITECTURES, Family
+from engine.models.glm4_moe import Glm4MoeModel
+from engine.models.minimax_m2 import MiniMaxM2Model
 from engine.models.qwen3_moe import Qwen3MoeModel
 from engine.models.spec import ModelSpec
 
@@ -22,6 +24,8 @@ Model = DecoderModel[Any]
 MODELS: dict[Family, type[Model]] = {
     "dense": DenseModel,
     "qwen3_moe": Qwen3MoeModel,
+    "glm4_moe": Glm4MoeModel,
+    "minimax_m2": MiniMaxM2Model,
     "deepseek": DeepseekModel,
 }
 
@@ -42,7 +46,8 @@ def build_mtp(model: Model) -> DeepseekMtp:
 
     It shares the embedding, head and attention of `model`. Raises CheckpointError if the architecture has no such module.
     """
-    if not isinstance(model, DeepseekModel) or not model.spec.num_mtp_layers:
+    is_v3 = model.spec.architecture == "DeepseekV3ForCausalLM"
+    if not isinstance(model, DeepseekModel) or not is_v3 or not model.spec.num_mtp_layers:
         raise CheckpointError(
             f"{model.spec.architecture} has no multi-token prediction module; only DeepseekV3ForCausalLM has one, if "
             "num_nextn_predict_layers in config.json is at least 1",

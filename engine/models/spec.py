@@ -33,6 +33,7 @@ class MoeSpec(msgspec.Struct, frozen=True, kw_only=True):
     intermediate_size: int  # intermediate size of one routed expert
     shared_size: int  # intermediate size of all shared experts together; 0 if there are none
     layers: tuple[int, ...]
+    float32_router: bool = False  # the router's weight and product are float32 whatever the model's type
 
 
 class Fp8Spec(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,12 +59,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # queries and keys are normed, each head by itself
+    qk_norm_all: bool = False  # queries are normed over all their heads together, and so are keys
+    sliding_window: int | None = None  # tokens that some layer attends to; only contexts that fit into it are supported
     nope_layers: tuple[int, ...] = ()  # layers without rotary embedding
     mla: MlaSpec | None = None
     moe: MoeSpec | None = None
     fp8: Fp8Spec | None = None
     num_mtp_layers: int = 0  # multi-token prediction layers that the checkpoint may hold after its num_layers layers
+    notes: tuple[str, ...] = ()  # what the log has to say about the checkpoint's config when the engine starts
 
     def limits(self) -> ModelLimits:
         """Return the few values of the spec that the scheduler and the service need."""
@@ -72,4 +76,5 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
             dtype=self.dtype,
+            sliding_window=self.sliding_window,
         )

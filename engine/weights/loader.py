@@ -2,55 +2,40 @@
 
 Names, shapes and types of all tensors are validated against the model before the first byte is copied. A fused parameter is
 filled slice by slice. FP8 block weights are converted to the parameter's type on its device. For a CUDA device the bytes are
-streamed (`stream.py`); for other devices tensors are read one at a time.
+streamed (`stream.py`); for other devices tensors are read one at a time. `files.py` finds and opens the files.
+
+What the file holds decides where it and config.json disagree about the head: a head that differs from the embedding is used.
 """
 
 from __future__ import annotations
 
+import logging
+import re
+from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
 from engine.models import registry
-from engine.models.base import WeightMap
-from engine.models.config_reader import read_json
+from engine.models.base import HEAD, DecoderModel, WeightMap
 from engine.models.deepseek_mtp import DeepseekMtp, mtp_prefix
 from engine.models.spec import Fp8Spec, ModelSpec
 from engine.quant import fp8
 from engine.startup import Progress, no_report
 from engine.weights import stream
+from engine.weights.files import Stored, open_folder
 
-INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8: torch.float8_e4m3fn}
+EMBEDDING = "model.embed_tokens.weight"
+ROWS = 4096  # rows of the embedding and the head that are compared at a time
 
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in a safetensors file whose data has not been read."""
-
-    name: str
-    file: Path
-    handle: Any
-    shape: tuple[int, ...]
-    dtype: str
-
-    def refuse(self, why: str) -> NoReturn:
-        raise CheckpointError(f"{self.file}: tensor {self.name} {why}", param="model")
-
-    def read(self) -> torch.Tensor:
-        try:
-            tensor: torch.Tensor = self.handle.get_tensor(self.name)
-        except SafetensorError as error:
-            self.refuse(f"cannot be read: {error}")
-        return tensor
+log = logging.getLogger("tidegate.engine")
 
 
 class Loadable(Protocol):
@@ -66,14 +51,19 @@ def load(model: Loadable, folder: str | Path, progress: Progress = no_report) ->
 
     Raises CheckpointError, naming tensor and file.
     """
-    weights, block = model.weights(), model.spec.fp8
+    block = model.spec.fp8
     with ExitStack() as stack:
-        stored, scales = _open_checked(Path(folder), weights, block, stack)
+        stored = open_folder(Path(folder), stack)
+        _untie_head(model, stored, compare=True)
+        weights = model.weights()
+        scales = _check_all(Path(folder), stored, weights, block)
+        _report_unused(Path(folder), stored, weights)
         with torch.no_grad():
             _fill(stored, scales, weights, block, progress)
             for name, original in weights.copies.items():
                 if name in stored and not torch.equal(stored[name].read().to(original), original):
                     stored[name].refuse("differs from the main model's, which is used in its place: the two must be equal")
+            _refuse_nan(stored, weights)
 
 
 def verify(model: Loadable, folder: str | Path) -> None:
@@ -82,13 +72,15 @@ def verify(model: Loadable, folder: str | Path) -> None:
     Raises the CheckpointError that `load` would raise for wrong names, shapes and types, and for truncated files.
     """
     with ExitStack() as stack:
-        _open_checked(Path(folder), model.weights(), model.spec.fp8, stack)
+        stored = open_folder(Path(folder), stack)
+        _untie_head(model, stored, compare=False)
+        _check_all(Path(folder), stored, model.weights(), model.spec.fp8)
 
 
 def has_mtp(spec: ModelSpec, folder: str | Path) -> bool:
     """Whether the checkpoint's files hold a multi-token prediction module. config.json may promise one that is missing."""
     with ExitStack() as stack:
-        names = _open(Path(folder), stack)
+        names = open_folder(Path(folder), stack)
     return spec.num_mtp_layers > 0 and any(name.startswith(mtp_prefix(spec)) for name in names)
 
 
@@ -108,66 +100,74 @@ def load_mtp(model: registry.Model, folder: str | Path) -> DeepseekMtp:
     return mtp
 
 
-def _open_checked(
-    folder: Path, weights: WeightMap, block: Fp8Spec | None, stack: ExitStack
-) -> tuple[dict[str, _Stored], dict[str, _Stored]]:
-    """Open and validate the checkpoint; return its tensors by name, and its FP8 scales by the name of their weight."""
-    stored = _open(folder, stack)
+def _untie_head(model: Loadable, stored: dict[str, Stored], *, compare: bool) -> None:
+    """Give a tied model a head of its own if the checkpoint holds one that differs from the embedding.
+
+    Without `compare`, no data is read, and a head that is there counts as different.
+    """
+    if not isinstance(model, DecoderModel) or not model.head_is_tied or HEAD not in stored:
+        return
+    if not compare:
+        model.untie_head()
+    elif _differ(stored[HEAD], stored.get(EMBEDDING)):
+        model.untie_head()
+        log.warning(
+            "%s: config.json ties the head to the embedding (tie_word_embeddings), but %s differs from it and is used",
+            stored[HEAD].file,
+            HEAD,
+        )
+
+
+def _differ(head: Stored, embedding: Stored | None) -> bool:
+    """Whether two stored matrices differ in shape, type or any number. They are compared a few rows at a time."""
+    if embedding is None or (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or len(head.shape) != 2:
+        return True
+    starts = range(0, head.shape[0], ROWS)
+    return any(not torch.equal(head.rows(i, i + ROWS), embedding.rows(i, i + ROWS)) for i in starts)
+
+
+def _check_all(folder: Path, stored: dict[str, Stored], weights: WeightMap, block: Fp8Spec | None) -> dict[str, Stored]:
+    """Validate the tensors of the checkpoint. Takes the FP8 scales out of `stored`; returns them by the name of their weight."""
     scales = _take_scales(stored, weights, block)
     _check(folder, stored, weights, scales)
-    return stored, scales
+    return scales
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
-    """Return every tensor of the checkpoint by name, from the one file or from the shards that the index lists."""
-    index = _read_index(folder)
-    files = sorted({folder / shard for shard in index.values()}) if index else [_single_file(folder)]
-    stored: dict[str, _Stored] = {}
-    for file in files:
-        for tensor in _open_file(file, stack):
-            if tensor.name in stored:
-                tensor.refuse(f"is also in {stored[tensor.name].file}")
-            stored[tensor.name] = tensor
-    for name, shard in index.items():
-        if name not in stored or stored[name].file.name != shard:
-            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, although {INDEX} lists it", param="model")
-    return stored
+def _report_unused(folder: Path, stored: dict[str, Stored], weights: WeightMap) -> None:
+    """Say in the log which tensors are left out, by the reasons and the beginnings of their names."""
+    reasons = ((stored[name].name, _reason(name, weights)) for name in stored if name not in weights.targets)
+    groups = Counter((_kind(name), reason) for name, reason in reasons if reason)
+    for (kind, reason), count in sorted(groups.items()):
+        log.info("%s: %d tensors %s are not used: %s", folder, count, kind, reason)
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    if not path.exists():
-        return {}
-    shards = read_json(path).data.get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names", param="model")
-    for name, shard in shards.items():
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{path}: tensor {name} is in {shard!r}: it must be a file of this folder", param="model")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / shard}: no such file, although {INDEX} lists it for tensor {name}", param="model")
-    return shards
+def _kind(name: str) -> str:
+    """Return a tensor's name with its numbers, or all after the part that it belongs to, replaced by *."""
+    parts = name.split(".")
+    if "layers" not in parts or any(part.startswith(("vis", "audio", "multi_modal")) for part in parts):
+        return ".".join(parts[:2]) + ".*" if parts[0] == "model" and len(parts) > 2 else f"{parts[0]}.*"
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def _single_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
-    standard = folder / "model.safetensors"
-    if standard in files or len(files) == 1:
-        return standard if standard in files else files[0]
-    found = f"{len(files)} .safetensors files but no {INDEX}" if files else "no .safetensors file, and no other format is read"
-    raise CheckpointError(f"{folder}: {found}", param="model")
+def _reason(name: str, weights: WeightMap) -> str | None:
+    """Return why the tensor `name` is not used ("" if the log need not say it), or None if it is not one to be left out."""
+    return next((reason for pattern, reason in weights.skip.items() if re.fullmatch(pattern, name)), None)
 
 
-def _open_file(file: Path, stack: ExitStack) -> list[_Stored]:
-    try:
-        handle = stack.enter_context(safe_open(str(file), framework="pt"))
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        return [_Stored(n, file, handle, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a complete safetensors file: {error}", param="model") from None
+def _refuse_nan(stored: dict[str, Stored], weights: WeightMap) -> None:
+    """Refuse norms, biases and other vectors with numbers that are not finite. Every token would be computed with them.
+
+    Matrices are not read again: a row of NaN in them fails the requests that meet it.
+    """
+    vectors = {name: target for name, target in weights.targets.items() if target.dim() == 1}
+    if vectors:
+        finite = torch.stack([target.isfinite().all() for target in vectors.values()]).tolist()
+        for name, good in zip(vectors, finite, strict=True):
+            if not good:
+                stored[name].refuse("holds NaN or infinity, so that no token could be computed")
 
 
-def _take_scales(stored: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None) -> dict[str, _Stored]:
+def _take_scales(stored: dict[str, Stored], weights: WeightMap, block: Fp8Spec | None) -> dict[str, Stored]:
     """Remove the FP8 scales from `stored` and return them, keyed by the name of the weight that each one scales."""
     if block is None:
         return {}
@@ -175,19 +175,20 @@ def _take_scales(stored: dict[str, _Stored], weights: WeightMap, block: Fp8Spec 
     return {name: stored.pop(name + fp8.SCALE_SUFFIX) for name in owners}
 
 
-def _check(folder: Path, stored: dict[str, _Stored], weights: WeightMap, scales: dict[str, _Stored]) -> None:
+def _check(folder: Path, stored: dict[str, Stored], weights: WeightMap, scales: dict[str, Stored]) -> None:
     missing = sorted(weights.targets.keys() - stored.keys())
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}", param="model")
+        hint = "; if the head is the embedding, set tie_word_embeddings to true in config.json" if missing == [HEAD] else ""
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}{hint}", param="model")
     for name, tensor in stored.items():
         wanted = weights.targets.get(name, weights.copies.get(name))
         if wanted is not None:
             _check_tensor(tensor, tuple(wanted.shape), scales.get(name))
-        elif not weights.skip.fullmatch(name):
+        elif _reason(name, weights) is None:
             tensor.refuse("is unexpected: this architecture has no tensor of that name")
 
 
-def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None) -> None:
+def _check_tensor(tensor: Stored, shape: tuple[int, ...], scale: Stored | None) -> None:
     if tensor.shape != shape:
         tensor.refuse(f"has shape {list(tensor.shape)}, but config.json calls for {list(shape)}")
     if tensor.dtype == FP8:
@@ -200,7 +201,7 @@ def _check_tensor(tensor: _Stored, shape: tuple[int, ...], scale: _Stored | None
 
 
 def _fill(
-    stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None, progress: Progress
+    stored: dict[str, Stored], scales: dict[str, Stored], weights: WeightMap, block: Fp8Spec | None, progress: Progress
 ) -> None:
     for name, scale in scales.items():
         _check_scale(scale, stored[name], block)
@@ -213,7 +214,7 @@ def _fill(
         progress()
 
 
-def _check_scale(scale: _Stored, tensor: _Stored, block: Fp8Spec | None) -> None:
+def _check_scale(scale: Stored, tensor: Stored, block: Fp8Spec | None) -> None:
     if block is None:
         return
     expected = fp8.scale_shape(tensor.shape, block.block)
@@ -223,7 +224,7 @@ def _check_scale(scale: _Stored, tensor: _Stored, block: Fp8Spec | None) -> None
         )
 
 
-def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: Fp8Spec | None) -> None:
+def _copy(tensor: Stored, scale: Stored | None, target: torch.Tensor, block: Fp8Spec | None) -> None:
     if scale is None or block is None:
         target.copy_(tensor.read())
         return
@@ -231,7 +232,7 @@ def _copy(tensor: _Stored, scale: _Stored | None, target: torch.Tensor, block: F
 
 
 def transfers(
-    stored: dict[str, _Stored], scales: dict[str, _Stored], weights: WeightMap, block: Fp8Spec | None
+    stored: dict[str, Stored], scales: dict[str, Stored], weights: WeightMap, block: Fp8Spec | None
 ) -> list[stream.Transfer]:
     """Describe all copies from the checkpoint to parameters as transfers for `stream.fill`.
 
@@ -239,7 +240,7 @@ def transfers(
     """
     offsets = {file: stream.offsets(file) for file in {tensor.file for tensor in stored.values()}}
 
-    def source(tensor: _Stored) -> stream.Source:
+    def source(tensor: Stored) -> stream.Source:
         return stream.Source(tensor.name, tensor.file, offsets[tensor.file][tensor.name], tensor.shape, DTYPES[tensor.dtype])
 
     out = []

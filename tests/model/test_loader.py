@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.errors import CheckpointError
 from engine.models import registry
 from engine.models.families import read_spec
-from engine.weights import dummy, loader
+from engine.weights import dummy, files, loader
 
 FILE = "model.safetensors"
 
@@ -107,14 +107,14 @@ def shards(checkpoint):
     index = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(names)}
     for shard in set(index.values()):
         save_file({n: tensors[n] for n in names if index[n] == shard}, checkpoint / shard)
-    (checkpoint / loader.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (checkpoint / files.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return checkpoint
 
 
 def edit_index(folder, change):
-    data = json.loads((folder / loader.INDEX).read_text())
+    data = json.loads((folder / files.INDEX).read_text())
     change(data["weight_map"])
-    (folder / loader.INDEX).write_text(json.dumps(data))
+    (folder / files.INDEX).write_text(json.dumps(data))
 
 
 def test_shards_load_as_one_file_does(shards, tmp_path_factory):

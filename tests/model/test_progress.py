@@ -15,6 +15,7 @@ from engine.models import registry
 from engine.models.families import read_spec
 from engine.startup import StartupClock
 from engine.weights import dummy, loader, stream
+from engine.weights.files import open_folder
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,8 @@ def test_the_streamed_loader_reports_each_piece(model, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "PIECE", 1000)
     reports, weights = [], model.weights()
     with ExitStack() as stack:
-        stored, scales = loader._open_checked(tmp_path, weights, None, stack)
+        stored = open_folder(tmp_path, stack)
+        scales = loader._check_all(tmp_path, stored, weights, None)
         stream.fill(loader.transfers(stored, scales, weights, None), CPU, lambda: reports.append(None))
     assert len(reports) == sum(-(-target.nbytes // 1000) for target in weights.targets.values()) > len(weights.targets)
 

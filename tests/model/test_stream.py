@@ -16,6 +16,7 @@ from engine.errors import CheckpointError
 from engine.models import registry
 from engine.models.families import read_spec
 from engine.weights import loader, stream
+from engine.weights.files import open_folder
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,7 +27,8 @@ def streamed(folder, dtype) -> registry.Model:
     model = registry.build(read_spec(folder), dtype=dtype, device=DEVICE)
     weights, block = model.weights(), model.spec.fp8
     with ExitStack() as stack:
-        stored, scales = loader._open_checked(folder, weights, block, stack)
+        stored = open_folder(folder, stack)
+        scales = loader._check_all(folder, stored, weights, block)
         stream.fill(loader.transfers(stored, scales, weights, block), DEVICE)
     return model
 
