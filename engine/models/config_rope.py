@@ -86,21 +86,21 @@ def _theta(c: ConfigReader, r: ConfigReader) -> float:
 
 
 def _rotary_dim(c: ConfigReader, r: ConfigReader, dim: int, *, partial: bool) -> int:
-    """Return how many numbers of a head are rotated: `dim` times partial_rotary_factor."""
-    owner, key = (r, "partial_rotary_factor") if r.has("partial_rotary_factor") else (c, "partial_rotary_factor")
-    if owner is c and c.has("rotary_dim"):
-        if not c.is_given(key):
-            key = "rotary_dim"
-        elif c.number(key) * dim != c.integer("rotary_dim"):
-            c.refuse("rotary_dim", f"partial_rotary_factor is {c.get(key)}, and of a head of {dim} that is another number")
-    rotated = c.integer(key) if key == "rotary_dim" else int(dim * owner.number(key, 1.0))
+    """Return how many numbers of a head are rotated: `dim` times partial_rotary_factor, or rotary_dim."""
+    key = "partial_rotary_factor"
+    owner = r if r.has(key) else c
+    rotated = int(dim * owner.number(key, 1.0))
+    if c.has("rotary_dim"):
+        stated = c.integer("rotary_dim")
+        if owner.has(key) and stated != rotated:
+            c.refuse("rotary_dim", f"{owner.path}{key} is {owner.get(key)}, which is {rotated} of the {dim} numbers of a head")
+        owner, key, rotated = c, "rotary_dim", stated
     if rotated != dim and not partial:
         owner.refuse(key, "rotary embedding over a part of each head is not supported for this architecture")
+    if rotated == dim and dim % 2:
+        c.refuse("qk_rope_head_dim" if c.has("qk_rope_head_dim") else "head_dim", "rotary embedding needs an even number")
     if rotated % 2 or not 0 < rotated <= dim:
-        odd = "qk_rope_head_dim" if c.has("qk_rope_head_dim") else "head_dim"
-        (c if rotated == dim else owner).refuse(
-            odd if rotated == dim else key, f"rotary embedding needs an even number of at most {dim} numbers"
-        )
+        owner.refuse(key, f"it gives {rotated} rotated numbers; it must give an even number from 2 to {dim}")
     return rotated
 
 

@@ -49,6 +49,14 @@ MLA = DENSE | {
 }
 V3 = MLA | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 1}
 QWEN3 = DENSE | {"head_dim": 24}
+SEED = DENSE | {"head_dim": 24, "pad_token_id": None, "attention_out_bias": True}
+LONG = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 1.0}
+LONG |= {"mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
+MINISTRAL3 = DENSE | {"head_dim": 16, "pad_token_id": None, "rope_parameters": LONG}
+GLM_EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "routed_scaling_factor": 1.5}
+GLM = DENSE | GLM_EXPERTS | {"n_group": 2, "topk_group": 1, "head_dim": 16}
+GLM_LITE = V3 | {"routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1}
+MINIMAX = DENSE | {"head_dim": 16, "rotary_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 3, "bos_token_id": None}
 MOE = QWEN3 | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 
 # Name of a test case -> (transformers model type, config).
@@ -71,6 +79,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-normalized": ("qwen3_moe", MOE | {"norm_topk_prob": True}),
     "qwen3-moe-some-dense": ("qwen3_moe", MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
     "smollm3": ("smollm3", DENSE | {"no_rope_layers": [1, 0, 1], "pad_token_id": None, "bos_token_id": None}),
+    "seed-oss": ("seed_oss", SEED),
+    "seed-oss-no-bias": ("seed_oss", SEED | {"attention_bias": False, "attention_out_bias": False}),
+    "ministral3": ("ministral3", MINISTRAL3),
+    "ministral3-default-rope": (
+        "ministral3",
+        MINISTRAL3
+        | {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+    ),
+    "glm4-moe": ("glm4_moe", GLM),
+    "glm4-moe-normed-yarn": (
+        "glm4_moe",
+        GLM | {"use_qk_norm": True, "attention_bias": True, "rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
+    ),
+    "glm4-moe-lite": ("glm4_moe_lite", GLM_LITE),
+    "glm4-moe-lite-types": (
+        "glm4_moe_lite",
+        {k: v for k, v in GLM_LITE.items() if k != "first_k_dense_replace"} | {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "minimax-m2": ("minimax_m2", MINIMAX),
+    "minimax-m2-whole-heads": ("minimax_m2", {k: v for k, v in MINIMAX.items() if k != "rotary_dim"}),
     "deepseek-v2-greedy": ("deepseek_v2", MLA),
     "deepseek-v2-grouped": (
         "deepseek_v2",
