@@ -104,7 +104,10 @@ def _sliding_window(c: ConfigReader) -> int | None:
 
     A window in a family that has none is treated as one, so that it is accepted only where it changes nothing.
     """
-    slides = "sliding_attention" in c.words("layer_types", ("full_attention", "sliding_attention"))
+    kinds = c.words("layer_types", ("full_attention", "sliding_attention"))
+    if kinds and len(kinds) != num_layers(c):
+        c.refuse("layer_types", f"it must have a word for each of the {num_layers(c)} layers")
+    slides = "sliding_attention" in kinds
     if c.has("use_sliding_window") and not c.flag("use_sliding_window"):
         if slides:
             c.refuse("layer_types", "use_sliding_window is false, so it must not name sliding_attention")
@@ -120,14 +123,19 @@ def _sliding_window(c: ConfigReader) -> int | None:
 
 
 def _max_model_len(c: ConfigReader, rope: RopeSpec) -> int:
+    """Return the longest context. YaRN may stretch it beyond max_position_embeddings, which some files leave as it was."""
     length = positions(c)
-    # Some checkpoints turn YaRN on and leave max_position_embeddings at the length they were trained for.
-    return max(length, int(rope.original_max_len * rope.factor)) if rope.scaling == "yarn" else length
+    stretched = int(rope.original_max_len * rope.factor) if rope.scaling == "yarn" else 0
+    if stretched > length:
+        c.note(f"the context has {stretched} tokens, to which YaRN stretches it, and not max_position_embeddings ({length})")
+    return max(length, stretched)
 
 
 def _dtype(c: ConfigReader) -> DTypeName:
-    c.get("torch_dtype")
-    key = "dtype" if c.has("dtype") else "torch_dtype"
+    old, new = c.get("torch_dtype"), c.get("dtype")
+    if old is not None and new not in (None, old):
+        c.note(f"torch_dtype {old} has no effect: dtype is {new}")
+    key = "dtype" if new is not None else "torch_dtype"
     names: dict[str, DTypeName] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
     return names[c.choice(key, tuple(names), "float32")]
 

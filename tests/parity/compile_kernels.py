@@ -131,6 +131,9 @@ def small_operations():
     qkv, angle, slots = zeros(2, 32, 128), zeros(2, 1, 128, dtype=torch.float32), zeros(2, dtype=torch.int64)
     pools = {name: zeros(4, 64, 8, 128) for name in ("k", "v")}
     elementwise.norm_rotate(qkv, (angle, angle), (weight, weight), 1e-6, slots, pools)
+    half = angle[..., :64].contiguous()  # GLM-4-MoE and MiniMax-M2 rotate half of each head
+    elementwise.norm_rotate(qkv, (half, half), (weight, weight), 1e-6, slots, pools)
+    elementwise.norm_rotate(qkv, (half, half), None, 1e-6, slots, pools)
     elementwise.angles(slots, zeros(64, dtype=torch.float32), 1.0)
 
 

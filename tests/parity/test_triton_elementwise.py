@@ -39,11 +39,12 @@ def test_silu_mul(size):
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (3, 3), (14, 1)])
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("rotated", [16, 8, 4, 12, 0])
 def test_norm_rotate(q_heads, kv_heads, normed, rotated):
+    """`rotated` of the 16 numbers of a head are rotated."""
     heads = random(6, q_heads + 2 * kv_heads, 16)
     weights = (random(16), random(16) + 1) if normed else None
-    angles = Rotary(RopeSpec(dim=16, theta=100.0), device=DEVICE).plain(POSITIONS) if rotated else None
+    angles = Rotary(RopeSpec(dim=rotated, theta=100.0), device=DEVICE).plain(POSITIONS) if rotated else None
     slots = torch.tensor([7, 0, 3, 11, 5, 2], device=DEVICE)
     plain = {name: torch.zeros(3, 4, kv_heads, 16, device=DEVICE) for name in ("k", "v")}
     pools = {name: pool.clone() for name, pool in plain.items()}
