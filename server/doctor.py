@@ -200,6 +200,7 @@ def _model(settings: Settings) -> Checkpoint:
     else:
         what = f"{spec.architecture}, {spec.num_layers} layers, context {spec.max_model_len}, at {folder}"
         found = [Finding("model", "ok", what)]
+    found += [Finding("config.json", "note", note) for note in spec.notes]
     if text.chat is None:
         found.append(Finding("chat template", "note", "the model has none: /v1/chat/completions will refuse every request"))
     return Checkpoint(found, settings, spec.limits())

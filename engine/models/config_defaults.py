@@ -246,6 +246,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Glm4MoeLiteForCausalLM": _GLM4_MOE_LITE,
 }
 
+# model_type of config.json, which chooses the config class in transformers.
+MODEL_TYPES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+}
+
 # Other names of a key, which transformers reads as the key itself.
 SPELLINGS: dict[str, dict[str, str]] = {
     "Qwen3MoeForCausalLM": {"num_local_experts": "num_experts"},

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.errors import CheckpointError
 from engine.models import deepseek_config, dense_config, glm4_moe_config, minimax_m2_config, qwen3_moe_config
-from engine.models.config_defaults import DEFAULTS, SPELLINGS
+from engine.models.config_defaults import DEFAULTS, MODEL_TYPES, SPELLINGS
 from engine.models.config_keys import judge
 from engine.models.config_reader import ConfigReader, read_json
 from engine.models.config_text import TEXT_DEFAULTS, WRAPPERS, text_part
@@ -37,21 +37,6 @@ ARCHITECTURES: dict[str, Family] = {
     **dict.fromkeys(glm4_moe_config.ARCHITECTURES, "glm4_moe"),
     **dict.fromkeys(minimax_m2_config.ARCHITECTURES, "minimax_m2"),
     **dict.fromkeys(deepseek_config.ARCHITECTURES, "deepseek"),
-}
-MODEL_TYPES: dict[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "minimax_m2": "MiniMaxM2ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
 
 

@@ -9,10 +9,10 @@ import pytest
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from engine.models.config_defaults import DEFAULTS, SPELLINGS
+from engine.models.config_defaults import DEFAULTS, MODEL_TYPES, SPELLINGS
 from engine.models.config_keys import HARMLESS
 from engine.models.config_text import TEXT_DEFAULTS, TEXT_TYPES, WRAPPERS
-from engine.models.families import ARCHITECTURES, MODEL_TYPES
+from engine.models.families import ARCHITECTURES
 
 COMMON = {field.name for field in dataclasses.fields(PretrainedConfig)}
 TYPES = {architecture: model_type for model_type, architecture in MODEL_TYPES.items()}

@@ -23,9 +23,15 @@ CASES = {
     "qwen2": SIZES | {"num_key_value_heads": 2},
     "qwen3": DENSE,
     "smollm3": SIZES | {"num_key_value_heads": 2},
+    "seed-oss": DENSE,
+    "ministral3": DENSE | {"rope_parameters": reference.LONG | {"original_max_position_embeddings": 1024}},
+    "glm4-moe": DENSE | {"moe_intermediate_size": 256, "n_routed_experts": 16},
+    "glm4-moe-normed-yarn": DENSE | {"moe_intermediate_size": 256, "n_routed_experts": 16},
+    "minimax-m2": DENSE | {"num_local_experts": 16, "rotary_dim": 32},
     "qwen3-moe-normalized": DENSE | {"moe_intermediate_size": 256, "num_experts": 16},
     "deepseek-v2-greedy": MLA | {"moe_intermediate_size": 256, "n_routed_experts": 16},
     "deepseek-v2-grouped": MLA | {"moe_intermediate_size": 256, "n_routed_experts": 16, "q_lora_rank": 128},
+    "glm4-moe-lite": MLA | {"moe_intermediate_size": 256, "n_routed_experts": 16, "q_lora_rank": 128},
     "deepseek-v3": MLA | {"moe_intermediate_size": 256, "n_routed_experts": 16, "q_lora_rank": 128},
 }
 

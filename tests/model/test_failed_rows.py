@@ -167,7 +167,7 @@ def test_an_engine_ends_the_failed_requests_and_no_others(name, overlap, tmp_pat
 def test_a_model_whose_every_logit_is_nan_fails_every_request(tmp_path):
     folder = tiny.write(tmp_path, tiny.LLAMA)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][:] = math.nan
+    tensors["lm_head.weight"][:] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     core = core_of(folder, overlap=True)
     tokens, ends = run_to_the_end(core, requests({"temperature": 1.0, "logprobs": 3}))
