@@ -330,11 +330,6 @@ def test_any_value_of_any_key_gives_a_spec_or_a_checkpoint_error(name):
     latent = name in (V2["architectures"][0], V3["architectures"][0], GLM_LITE["architectures"][0])
     config = BY_NAME.get(name, LLAMA | {"architectures": [name]})
     config = config | {"sliding_window": 4096, "layer_types": [], "rope_theta": 1e4, "eos_token_id": 2}
-        "sliding_window": 4096,
-        "layer_types": [],
-        "rope_theta": 1e4,
-        "eos_token_id": 2,
-    }
     config |= {"quantization_config": FP8} | ({} if latent else {"head_dim": 16})
     config |= {"mlp_only_layers": [0], "decoder_sparse_step": 1} if name == QWEN3_MOE["architectures"][0] else {}
     config |= {"no_rope_layers": [1] * 9} if name == SMOLLM3["architectures"][0] else {}
