@@ -105,10 +105,13 @@ def _norm_rotate(
         b *= scale * weight_b.to(tl.float32)
         a, b = a.to(x_ptr.dtype.element_ty).to(tl.float32), b.to(x_ptr.dtype.element_ty).to(tl.float32)
     if ROTATE:
-        at_angle, turned = token * ROTARY + low, low < TURNED
-        cos = tl.load(cos_ptr + at_angle, mask=turned, other=1.0)
+        at_angle = token * ROTARY + low
         # The signed sin's first half is negated, and its second half, which is read here, is not.
-        sin = tl.load(sin_ptr + at_angle + TURNED, mask=turned, other=0.0)
+        if ROTARY < HEAD:
+            cos = tl.load(cos_ptr + at_angle, mask=low < TURNED, other=1.0)
+            sin = tl.load(sin_ptr + at_angle + TURNED, mask=low < TURNED, other=0.0)
+        else:
+            cos, sin = tl.load(cos_ptr + at_angle), tl.load(sin_ptr + at_angle + TURNED)
         a, b = a * cos - b * sin, b * cos + a * sin
     new_a = tl.where(is_v, raw_a, a.to(x_ptr.dtype.element_ty))
     new_b = tl.where(is_v, raw_b, b.to(x_ptr.dtype.element_ty))

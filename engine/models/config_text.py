@@ -65,13 +65,16 @@ def text_part(c: ConfigReader) -> TextPart:
     c.sections.clear()
     outer = {key: value for key, value in c.given.items() if key != "text_config" and not _OTHER_PARTS.fullmatch(key)}
     if inner is None:
-        text, path = outer, c.path
+        text, path = dict(outer), c.path
     else:
         text, path = {key: outer[key] for key in _INHERITED if outer.get(key) is not None} | inner.given, inner.path
     text_type = text.get("model_type")
     if text_type not in TEXT_TYPES:
         (inner or c).refuse("model_type", f"the text model must be one of: {', '.join(TEXT_TYPES)}")
-    text = {"tie_word_embeddings": WRAPPERS[wrapper]} | text | {"architectures": [TEXT_TYPES[text_type]]}
+    # Which of the two objects counts differs between versions of transformers. A head in the file is used in any case.
+    stated = outer.get("tie_word_embeddings")
+    tied = text.get("tie_word_embeddings") is True or (WRAPPERS[wrapper] if stated is None else stated)
+    text |= {"tie_word_embeddings": tied, "architectures": [TEXT_TYPES[text_type]]}
     reader = ConfigReader(text, c.source, path)
     reader.note(f"only the text model of {wrapper} is served; images are not")
     around = {key: value for key, value in outer.items() if key not in _INHERITED}

@@ -34,7 +34,7 @@ def read_quantization(c: ConfigReader) -> Fp8Spec | None:
         if c.section(key) is not None:
             _refuse(c, key, format_name)
     q = c.section("quantization_config")
-    if q is None:
+    if q is None or not q.given:
         return None
     method = _method(q)
     if method != "fp8":
