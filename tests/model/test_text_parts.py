@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import oddities
@@ -43,9 +44,9 @@ WRAPPED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=WRAPPED)
-def wrapped(request, tmp_path):
-    """Return a folder and transformers' model of it."""
+@pytest.fixture(scope="module", params=WRAPPED)
+def saved(request, tmp_path_factory):
+    """Return a folder and transformers' log-probabilities."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(request.param.split("-")[0], tie_word_embeddings=False, **WRAPPED[request.param])
     config.text_config.tie_word_embeddings = False
@@ -53,9 +54,16 @@ def wrapped(request, tmp_path):
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor.copy_(torch.rand_like(tensor) + 0.5 if "norm" in name else 0.3 * torch.randn_like(tensor))
-    model.save_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
     with torch.inference_mode():
-        return tmp_path, scores(model(input_ids=torch.tensor([TOKENS])).logits[0])
+        return folder, scores(model(input_ids=torch.tensor([TOKENS])).logits[0])
+
+
+@pytest.fixture
+def wrapped(saved, tmp_path):
+    """Return a copy of the folder that a test may change, and transformers' log-probabilities."""
+    return shutil.copytree(saved[0], tmp_path / "copy"), saved[1]
 
 
 def rename(folder, pairs: dict[str, str]) -> None:
