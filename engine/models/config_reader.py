@@ -24,7 +24,9 @@ class ConfigReader:
     """Reads typed values from one JSON object of the file `source`. `path` is the object's place in the file ("" at the top).
 
     A key that is absent has its value in `defaults`, the family's own. `spelling` maps a key to another name that the file uses
-    for it. Each method raises CheckpointError, naming the key, its value and what would be right.
+    for it. `inherited` are keys that stand in the object around this one, at the top.
+
+    Each method raises CheckpointError, naming the key, its value and what would be right.
     """
 
     def __init__(
@@ -35,20 +37,25 @@ class ConfigReader:
         *,
         defaults: dict[str, Any] | None = None,
         spelling: dict[str, str] | None = None,
+        inherited: frozenset[str] = frozenset(),
     ) -> None:
         self.given = data
         self.source = source
         self.path = path
         self.sections: dict[str, ConfigReader] = {}  # the objects inside this one that were looked up
         self.notes: list[str] = []  # what the log has to say about this object
+        self.inherited = inherited
         self._defaults = defaults or {}
         self._spelling = spelling or {}
         self._read: set[str] = set()
 
     def refuse(self, key: str, why: str) -> NoReturn:
         """Raise CheckpointError for `key`. `why` completes the sentence "key is value: ..."."""
-        name = self.path + self._spelling.get(key, key)
+        name = self._place(key) + self._spelling.get(key, key)
         raise CheckpointError(f"{self.source}: {name} {self._state(key)}: {why}", param=name)
+
+    def _place(self, key: str) -> str:
+        return "" if key in self.inherited else self.path
 
     def _state(self, key: str) -> str:
         name = self._spelling.get(key, key)
@@ -143,7 +150,7 @@ class ConfigReader:
         if not isinstance(value, dict):
             self.refuse(key, "it must be an object")
         if key not in self.sections:
-            self.sections[key] = ConfigReader(value, self.source, f"{self.path}{key}.")
+            self.sections[key] = ConfigReader(value, self.source, f"{self._place(key)}{key}.")
         return self.sections[key]
 
     def token_ids(self, key: str, vocab_size: int) -> list[int]:

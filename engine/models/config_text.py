@@ -65,9 +65,10 @@ def text_part(c: ConfigReader) -> TextPart:
     c.sections.clear()
     outer = {key: value for key, value in c.given.items() if key != "text_config" and not _OTHER_PARTS.fullmatch(key)}
     if inner is None:
-        text, path = dict(outer), c.path
+        text, path, inherited = dict(outer), c.path, frozenset[str]()
     else:
         text, path = {key: outer[key] for key in _INHERITED if outer.get(key) is not None} | inner.given, inner.path
+        inherited = frozenset(_INHERITED) - inner.given.keys()
     text_type = text.get("model_type")
     if text_type not in TEXT_TYPES:
         (inner or c).refuse("model_type", f"the text model must be one of: {', '.join(TEXT_TYPES)}")
@@ -75,7 +76,7 @@ def text_part(c: ConfigReader) -> TextPart:
     stated = outer.get("tie_word_embeddings")
     tied = text.get("tie_word_embeddings") is True or (WRAPPERS[wrapper] if stated is None else stated)
     text |= {"tie_word_embeddings": tied, "architectures": [TEXT_TYPES[text_type]]}
-    reader = ConfigReader(text, c.source, path)
+    reader = ConfigReader(text, c.source, path, inherited=inherited)
     reader.note(f"only the text model of {wrapper} is served; images are not")
     around = {key: value for key, value in outer.items() if key not in _INHERITED}
     return TextPart(reader, str(text_type), None if inner is None else ConfigReader(around, c.source, c.path))

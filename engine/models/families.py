@@ -102,6 +102,8 @@ def _with_defaults(c: ConfigReader, architecture: str, own: dict[str, Any]) -> C
             c.refuse(name, f"{key} is {c.given[key]}, and the two must be equal")
     known = {name for name in SPELLINGS.get(architecture, {}) if name not in spelling.values()}
     given = {k: v for k, v in c.given.items() if k not in known} | {"architectures": [architecture]}
-    reader = ConfigReader(given, c.source, c.path, defaults=DEFAULTS[architecture] | own, spelling=spelling)
+    reader = ConfigReader(
+        given, c.source, c.path, defaults=DEFAULTS[architecture] | own, spelling=spelling, inherited=c.inherited
+    )
     reader.notes.extend(c.notes)
     return reader

@@ -68,10 +68,11 @@ def check_folder(folder: Path, config: ConfigReader) -> list[str]:
     """Refuse a folder whose format is named in a file of its own. Returns what the log has to say."""
     modelopt = folder / "hf_quant_config.json"
     if modelopt.exists():
-        q = read_json(modelopt).section("quantization")
-        if q is not None and q.has("quant_algo"):
+        file = read_json(modelopt)
+        q = file.section("quantization") or file
+        if q.has("quant_algo"):
             _refuse(q, "quant_algo", f"ModelOpt {q.get('quant_algo')}")
-        if q is not None and q.has("kv_cache_quant_algo"):
+        if q.has("kv_cache_quant_algo"):
             algo = q.get("kv_cache_quant_algo")
             return [f"{modelopt}: kv_cache_quant_algo {algo} has no effect: the KV cache has the type of the computation"]
     for name, tool in TOOL_FILES.items():

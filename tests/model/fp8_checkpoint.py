@@ -15,7 +15,13 @@ from engine.quant import fp8
 
 BLOCK = (128, 128)
 E4M3_MAX = 448.0
-STORED_AS_FP8 = ("_proj.weight", "_proj_with_mqa.weight")  # the names of FP8 tensors end so
+STORED_AS_FP8 = (
+    "_proj.weight",
+    "_proj_with_mqa.weight",
+    ".w1.weight",
+    ".w2.weight",
+    ".w3.weight",
+)  # the names of FP8 tensors end so
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

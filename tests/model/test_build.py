@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import graph_stand_in
+import msgspec
 import pytest
 import tiny
 import torch
@@ -34,6 +35,21 @@ def config(tmp_path):
         return EngineConfig(model=str(folder), device="cpu", cache=CacheConfig(block_size=BLOCK, **cache))
 
     return make
+
+
+def test_keys_of_the_config_that_have_no_effect_are_in_the_log(tmp_path, caplog):
+    folder = tiny.write(tmp_path, {**tiny.LLAMA, "my_dataset": "x"})
+    with caplog.at_level("WARNING", logger="tidegate.engine"):
+        build(EngineConfig(model=str(folder), device="cpu", cache=CacheConfig(block_size=BLOCK, num_blocks=9)))
+    assert "these keys have no effect here: my_dataset" in caplog.text
+
+
+def test_a_context_longer_than_the_sliding_window_is_refused_with_the_remedy(tmp_path):
+    folder = tiny.write(tmp_path, {**tiny.LLAMA, "sliding_window": 20})
+    config = EngineConfig(model=str(folder), device="cpu", cache=CacheConfig(block_size=BLOCK, num_blocks=9))
+    with pytest.raises(ConfigError, match="set max_model_len to at most 20"):
+        build(config)
+    assert build(msgspec.structs.replace(config, max_model_len=20)).config.max_model_len == 20
 
 
 @pytest.mark.parametrize("num_blocks", [10**12, 10**14, 10**15, 10**19, 10**30])

@@ -25,9 +25,9 @@ def load(folder) -> registry.Model:
     return model
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3", "minimax-m2", "glm4-moe"])
 def test_logits_equal_transformers_on_the_dequantised_weights(name, tmp_path):
-    sizes = WIDE if name == "deepseek-v3" else {"hidden_size": 136, "intermediate_size": 200, "head_dim": 40}
+    sizes = WIDE if name in ("deepseek-v3", "glm4-moe") else {"hidden_size": 136, "intermediate_size": 200, "head_dim": 40}
     reference = make(name, tmp_path, initializer_range=0.05, **sizes)
     assert to_fp8(tmp_path, reference) > 10
     sequences = random_sequences(VOCAB, (9, 30))

@@ -163,7 +163,7 @@ def test_mtp_layers_are_left_out(tmp_path):
     refused(tmp_path, "model.layers.4.enorm.weight", "unexpected")
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3-moe", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "qwen3-moe", "deepseek-v3", "glm4-moe", "glm4-moe-lite", "minimax-m2"])
 def test_every_parameter_is_a_target(name, tmp_path):
     """The load targets of a model must cover each number of the model's parameters exactly once."""
     make(name, tmp_path)

@@ -37,7 +37,7 @@ def test_logits_equal_transformers(name, tmp_path, sequences):
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0.0)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek-v2-yarn", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["llama", "deepseek-v2-yarn", "deepseek-v3", "ministral3", "minimax-m2"])
 def test_decode_path_equals_chunk_path(name, tmp_path, sequences):
     """A slice of one token has equal logits whether it runs as a decode (batched; MLA in latent space) or as a prompt chunk (one
     sequence at a time; MLA expanded)."""
@@ -72,7 +72,7 @@ def test_a_sequence_does_not_depend_on_its_batch(name, tmp_path, sequences):
 
 
 @pytest.mark.parametrize("read", [[0, 2], [1], []], ids=["decode and chunk", "chunk", "none"])
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "deepseek-v2-yarn", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "deepseek-v2-yarn", "deepseek-v3", "ministral3", "minimax-m2"])
 def test_the_last_layer_computes_only_the_tokens_that_are_read(name, read, tmp_path, sequences):
     """A batch whose field `read` names some tokens gives the same hidden states for these tokens, and the same KV for all tokens,
     as a batch without `read`."""

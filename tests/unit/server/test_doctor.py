@@ -57,6 +57,14 @@ def test_an_unknown_architecture_is_reported(torch, model):
     assert "architectures" in missing(model=str(model))["model"]
 
 
+def test_keys_of_the_config_that_have_no_effect_are_a_note(torch, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "my_dataset": "x"}))
+    state, text = findings(model=str(model))["config.json"]
+    assert state == "note"
+    assert text.endswith("these keys have no effect here: my_dataset")
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_a_tokenizer_that_cannot_be_read_is_reported(torch, model, text):
     (model / "tokenizer.json").unlink()

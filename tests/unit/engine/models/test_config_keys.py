@@ -274,7 +274,7 @@ def test_the_text_model_inside_another_is_read():
         ({"text_config": TEXT | {"num_key_value_heads": 3}}, "text_config.num_key_value_heads"),
         ({"text_config": TEXT | {"model_type": "gemma3_text"}}, "text_config.model_type"),
         ({"logit_scale": 2.0}, "logit_scale"),
-        ({"quantization_config": {"quant_method": "awq"}}, "text_config.quantization_config.quant_method"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "architectures"),
     ],
 )
