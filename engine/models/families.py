@@ -16,7 +16,7 @@ from engine.errors import CheckpointError
 from engine.models import deepseek_config, dense_config, glm4_moe_config, minimax_m2_config, qwen3_moe_config
 from engine.models.config_defaults import DEFAULTS, MODEL_TYPES, SPELLINGS
 from engine.models.config_keys import judge
-from engine.models.config_reader import ConfigReader, read_json
+from engine.models.config_reader import ConfigReader, read_json, shown
 from engine.models.config_text import TEXT_DEFAULTS, WRAPPERS, text_part
 from engine.models.formats import check_folder, other_format
 from engine.models.spec import ModelSpec
@@ -71,6 +71,8 @@ def _parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
         wrapper = architecture
         c, text_type, outer = text_part(c)
         own, architecture = TEXT_DEFAULTS.get(text_type, {}), _architecture(c)
+    else:
+        _check_model_type(c, architecture)
     c = _with_defaults(c, architecture, own)
     spec = PARSERS[ARCHITECTURES[architecture]](c, generation)
     notes = judge(c, architecture) + ([] if outer is None else judge(outer, wrapper))
@@ -84,10 +86,17 @@ def _architecture(c: ConfigReader) -> str:
         names = [MODEL_TYPES[model_type]]
     if names not in [[name] for name in (*ARCHITECTURES, *WRAPPERS)]:
         c.refuse("architectures", f"it must be a list of one of: {', '.join((*ARCHITECTURES, *WRAPPERS))}")
-    name = str(names[0])
-    if name not in WRAPPERS and not c.path and isinstance(model_type, str) and MODEL_TYPES.get(model_type, name) != name:
-        c.refuse("model_type", f"architectures says {name}, and the two must agree")
-    return name
+    return str(names[0])
+
+
+def _check_model_type(c: ConfigReader, architecture: str) -> None:
+    """Refuse a model_type of another architecture that is served here. Any other that is not the architecture's is reported."""
+    model_type = c.get("model_type")
+    if model_type is None or MODEL_TYPES.get(str(model_type)) == architecture:
+        return
+    if str(model_type) in MODEL_TYPES:
+        c.refuse("model_type", f"architectures says {architecture}, and the two must agree")
+    c.note(f"model_type {shown(model_type)} is not known; the model is served as {architecture}")
 
 
 def _with_defaults(c: ConfigReader, architecture: str, own: dict[str, Any]) -> ConfigReader:

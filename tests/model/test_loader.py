@@ -61,6 +61,16 @@ def test_missing_tensor(checkpoint):
     refused(checkpoint, "model.layers.1.self_attn.k_proj.weight", "missing", str(checkpoint))
 
 
+def test_a_head_that_only_the_embedding_could_be(checkpoint):
+    rewrite(checkpoint, lambda t: t.pop("lm_head.weight"))
+    refused(checkpoint, "lm_head.weight", "missing", "set tie_word_embeddings to true")
+
+
+def test_a_folder_of_pickled_files_alone(checkpoint):
+    (checkpoint / FILE).rename(checkpoint / "pytorch_model.bin")
+    refused(checkpoint, "no .safetensors file, but pytorch_model.bin", "never read", "save_pretrained")
+
+
 def test_unexpected_tensor(checkpoint):
     rewrite(checkpoint, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
     refused(checkpoint, "model.layers.0.self_attn.q_norm.weight", "unexpected", FILE)
