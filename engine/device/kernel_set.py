@@ -89,7 +89,8 @@ def purpose_of(spec: ModelSpec, config: EngineConfig, gpu: Gpu) -> Purpose:
     """Describe what the kernels of the resolved `config` on `gpu` are compiled for."""
     model = msgspec.to_builtins(spec)
     rope = model.pop("rope")
-    for numbers in ("eos_token_ids", "norm_eps", "max_model_len", "dtype"):  # no kernel is compiled for a value of these
+    # No kernel is compiled for a value of these.
+    for numbers in ("eos_token_ids", "norm_eps", "max_model_len", "dtype", "sliding_window", "notes"):
         del model[numbers]
     return Purpose.of(
         gpu,
