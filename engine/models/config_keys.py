@@ -45,6 +45,7 @@ _REASONS: dict[str, str] = {
         bos_token_id pad_token_id sep_token_id unk_token_id mask_token_id decoder_start_token_id""",
     "it belongs to a classifier's head": "id2label label2id num_labels problem_type",
     "the epsilon of the norms is rms_norm_eps": "layer_norm_eps",
+    "it is read only with the scalings that need it, llama3 and yarn": "original_max_position_embeddings",
     "the context is max_position_embeddings": "max_sequence_length model_max_length seq_length",
 }
 HARMLESS: dict[str, str] = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}

@@ -33,6 +33,7 @@ FLOATS = ("F32", "BF16", "F16")
 FP8 = "F8_E4M3"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8: torch.float8_e4m3fn}
 EMBEDDING = "model.embed_tokens.weight"
+SHOWN = 5  # kinds of names of unused tensors that a line of the log shows
 ROWS = 4096  # rows of the embedding and the head that are compared at a time
 
 log = logging.getLogger("tidegate.engine")
@@ -134,15 +135,18 @@ def _check_all(folder: Path, stored: dict[str, Stored], weights: WeightMap, bloc
 
 
 def _report_unused(folder: Path, stored: dict[str, Stored], weights: WeightMap) -> None:
-    """Say in the log which tensors are left out, by the reasons and the beginnings of their names."""
-    reasons = ((stored[name].name, _reason(name, weights)) for name in stored if name not in weights.targets)
-    groups = Counter((_kind(name), reason) for name, reason in reasons if reason)
-    for (kind, reason), count in sorted(groups.items()):
-        log.info("%s: %d tensors %s are not used: %s", folder, count, kind, reason)
+    """Say in the log which tensors are left out and why: a line for each reason."""
+    groups: dict[str, Counter[str]] = {}
+    for name in stored.keys() - weights.targets.keys():
+        if reason := _reason(name, weights):
+            groups.setdefault(reason, Counter())[_kind(stored[name].name)] += 1
+    for reason, kinds in groups.items():
+        names = ", ".join(sorted(kinds)[:SHOWN]) + (" and others" if len(kinds) > SHOWN else "")
+        log.info("%s: %d tensors are not used: %s (%s)", folder, kinds.total(), names, reason)
 
 
 def _kind(name: str) -> str:
-    """Return a tensor's name with its numbers, or all after the part that it belongs to, replaced by *."""
+    """Return a tensor's name with * for its numbers, or for all after the name of a part that is not the text model."""
     parts = name.split(".")
     if "layers" not in parts or any(part.startswith(("vis", "audio", "multi_modal")) for part in parts):
         return ".".join(parts[:2]) + ".*" if parts[0] == "model" and len(parts) > 2 else f"{parts[0]}.*"
