@@ -131,7 +131,8 @@ def judge(c: ConfigReader, architecture: str) -> list[str]:
 def _judge_section(section: ConfigReader, name: str) -> None:
     for key in section.unread():
         if key not in HARMLESS_INSIDE.get(name, {}) and section.given[key] is not False:
-            section.refuse(key, f"it is not a setting of {section.path.rstrip('.')} as it is given here; remove it")
+            where = section.path.rstrip(".")
+            section.refuse(key, f"it is no setting of this {where}; remove it if the model was trained without it")
 
 
 def _asks_for_nothing(key: str, value: Any) -> bool:
