@@ -11,6 +11,7 @@
     │   ├── Unauthenticated        missing or unknown key
     │   ├── UnknownModel           this server does not serve the named model
     │   ├── PayloadTooLarge        body or headers over the limit
+    │   ├── UnsupportedMediaType   the body's content type is not JSON
     │   ├── RequestTimeout         the client was too slow, or the request passed its deadline
     │   ├── Overloaded             the queue is full: try again after `retry_after` seconds
     │   └── Aborted                the client disconnected or called Abort
@@ -78,6 +79,10 @@ class UnknownModel(RequestError):
 
 class PayloadTooLarge(RequestError):
     code = "payload_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    code = "unsupported_media_type"
 
 
 class RequestTimeout(RequestError):

@@ -94,22 +94,39 @@ def check_submit(submit: Submit, limits: ModelLimits) -> None:
     check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
     check_ids(params.logit_bias or (), limits.vocab_size, "logit_bias")
     if num_prompt >= limits.max_model_len:
-        raise ContextTooLong(
-            f"the prompt has {num_prompt} tokens; with the model's context of {limits.max_model_len} "
-            f"it can have {limits.max_model_len - 1} at most",
-            param="prompt",
-        )
+        raise prompt_too_long(num_prompt, limits.max_model_len)
     if num_prompt + params.max_tokens > limits.max_model_len:
-        raise ContextTooLong(
-            f"the prompt's {num_prompt} tokens and max_tokens {params.max_tokens} come to more than the model's "
-            f"context of {limits.max_model_len}: send a shorter prompt or max_tokens {limits.max_model_len - num_prompt}",
-            param="max_tokens",
-        )
+        raise _both_too_long(num_prompt, params.max_tokens, limits.max_model_len)
     if submit.num_outputs >= params.max_tokens:
         raise InvalidRequest(
             f"outputs has {submit.num_outputs} tokens, and max_tokens is {params.max_tokens}: nothing is left to generate",
             param="outputs",
         )
+
+
+# Programs read the numbers out of the words "maximum context length is N tokens. However, you requested M tokens", as OpenAI has
+# them, so that they can shorten a conversation, lower max_tokens or choose another model.
+
+
+def prompt_too_long(num_tokens: int | None, max_model_len: int, name: str = "prompt") -> ContextTooLong:
+    """Return the error for a prompt that leaves no room for an answer. `num_tokens` is None if it was not tokenised to its end.
+    `name` is the name of the prompt's field in the request."""
+    num = f"more than {max_model_len - 1}" if num_tokens is None else num_tokens
+    return ContextTooLong(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{(num_tokens or max_model_len) + 1} tokens or more: the prompt has {num} tokens, and it may have "
+        f"{max_model_len - 1} at most.",
+        param=name,
+    )
+
+
+def _both_too_long(num_prompt: int, max_tokens: int, max_model_len: int) -> ContextTooLong:
+    return ContextTooLong(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {num_prompt + max_tokens} tokens "
+        f"({num_prompt} in the prompt, {max_tokens} in the completion): the prompt's {num_prompt} tokens and max_tokens "
+        f"{max_tokens} may come to {max_model_len} at most.",
+        param="max_tokens",
+    )
 
 
 def check_ids(ids: Collection[int] | npt.NDArray[np.int32], vocab_size: int, name: str) -> None:

@@ -73,7 +73,8 @@ def _option(name: str) -> Any:
     kind: Any = bool if is_switch else str  # Settings parses the text, so flags, variables and files give equal errors
     words = [f"{flag(name)}/{flag('no_' + name)}"] if is_switch else [flag(name), *ALIASES.get(name, [])]
     says = field.description if is_switch or is_text else f"{field.description} ({right})"
-    default = "" if field.default is None else f" [default: {str(field.default).lower() if is_switch else field.default}]"
+    value = "none" if field.default == () else str(field.default).lower() if is_switch else field.default
+    default = "" if field.default is None else f" [default: {value}]"
     option = typer.Option(
         *words, help=escape(f"{says}.{default}"), show_default=False, metavar=None if is_switch else "TEXT" if is_text else ""
     )

@@ -6,10 +6,12 @@ fault by its path, and does not repeat what the client sent. For a bug it says o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_args
 
 import orjson
 from pydantic import ValidationError
+from pydantic_core import core_schema
 
 from engine.errors import (
     Aborted,
@@ -29,6 +31,7 @@ from engine.errors import (
     Unauthenticated,
     UnknownModel,
     UnsupportedField,
+    UnsupportedMediaType,
 )
 
 
@@ -48,11 +51,12 @@ STATUS: dict[type[TidegateError], ErrorStatus] = {
     RequestError: _INVALID,
     InvalidRequest: _INVALID,
     MalformedRequest: _INVALID,
-    UnsupportedField: ErrorStatus(422, "invalid_request_error", "UNIMPLEMENTED"),
+    UnsupportedField: ErrorStatus(400, "invalid_request_error", "UNIMPLEMENTED"),
     ContextTooLong: _INVALID,
     Unauthenticated: ErrorStatus(401, "authentication_error", "UNAUTHENTICATED"),
     UnknownModel: ErrorStatus(404, "not_found_error", "NOT_FOUND"),
     PayloadTooLarge: ErrorStatus(413, "invalid_request_error", "RESOURCE_EXHAUSTED"),
+    UnsupportedMediaType: ErrorStatus(415, "invalid_request_error", "INVALID_ARGUMENT"),
     RequestTimeout: ErrorStatus(408, "timeout_error", "DEADLINE_EXCEEDED"),
     Overloaded: ErrorStatus(429, "rate_limit_error", "RESOURCE_EXHAUSTED"),
     Aborted: ErrorStatus(499, "aborted", "CANCELLED"),
@@ -73,6 +77,11 @@ def status_of(error: BaseException) -> ErrorStatus:
         if cls in STATUS:
             return STATUS[cls]
     return _BUG
+
+
+def code_of(error: BaseException) -> str:
+    """Return the code that clients get for `error`. All bugs have one code."""
+    return InternalError.code if status_of(error) is _BUG or not isinstance(error, TidegateError) else error.code
 
 
 def error_object(type_: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -126,26 +135,61 @@ def field_path(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-_SENTENCES = {
-    "missing": "{path} is required",
-    "extra_forbidden": "{path} is not a field of this request",
-    "finite_number": "{path} must be a finite number",
+# What each kind of fault says behind the field's name. Pydantic's own words would speak of Python types and patterns.
+_FAULTS = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "has too many digits",
+    "int_type": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "missing": "is required",
+    "model_attributes_type": "must be an object",
+    "model_type": "must be an object",
+    "string_pattern_mismatch": "has characters that are not allowed here",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must not be empty",
+    "unknown_field": "is not a field of this request{hint}",
 }
+_OTHER_FAULT = "has a value that this server does not understand"
+TOKEN_ID = r"^(0|[1-9][0-9]{0,9})$"  # one spelling of each token id, so that no object has the same token twice
+CLIENT_ID = r"^[A-Za-z0-9._:@/=+-]+$"
+_PATTERNS = {
+    TOKEN_ID: "is not a token id: write it in decimal digits",
+    CLIENT_ID: "may only have letters, digits and . _ : @ / = + -",
+}
+_KINDS_OF_PYDANTIC = frozenset(get_args(core_schema.ErrorType))
 
 
 def from_validation(error: ValidationError) -> InvalidRequest:
     """Return an InvalidRequest for the first fault that pydantic found. Its message names the field but not the field's value."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    path = clip(field_path(first["loc"]), MAX_PARAM)
-    fault = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").removeprefix("Input ")
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, context = first["type"], first.get("ctx", {})
+    is_unknown = kind == "unknown_field"
+    path = clip(field_path((*first["loc"], context["name"]) if is_unknown else first["loc"]), MAX_PARAM)
+    fault = _fault(kind, context, first["msg"])
     more = error.error_count() - 1
-    template = _SENTENCES.get(first["type"])
-    if template is not None:
-        message = template.format(path=path or "the body")
-    elif path:
-        message = f"{path}{' ' if fault.startswith(('should', 'must')) else ': '}{fault[:1].lower() + fault[1:]}"
-    else:
-        message = fault
-    if more:
-        message += f" (and {more} more fault{'s' if more > 1 else ''})"
-    return InvalidRequest(message, param=path or None)
+    rest = f" (and {more} more fault{'s' if more > 1 else ''})" if more else ""
+    message = f"{path or 'the body'} {fault}{rest}"
+    return UnsupportedField(message, param=path or None) if is_unknown else InvalidRequest(message, param=path or None)
+
+
+def _fault(kind: str, context: Mapping[str, Any], message: str) -> str:
+    """Return in our words what is wrong with a field. A fault that a schema of ours raises has words of its own in `message`."""
+    if kind == "string_pattern_mismatch" and context["pattern"] in _PATTERNS:
+        return _PATTERNS[context["pattern"]]
+    if kind in _FAULTS:
+        return _FAULTS[kind].format(**context)
+    if kind in ("value_error", "assertion_error"):
+        return str(context["error"])
+    return _OTHER_FAULT if kind in _KINDS_OF_PYDANTIC else message

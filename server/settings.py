@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from engine.config import CacheConfig, Device, DType, EngineConfig, FakeConfig, LoadFormat, RunnerKind, SchedulerConfig
 from engine.errors import ConfigError
@@ -32,6 +32,24 @@ _GROUPED = {f"{group}.{name}" for group in _ENGINE_PREFIX for name in getattr(En
 _ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
 
 MAX_SECONDS = 1_000_000  # upper limit of all durations: gRPC takes 2^31 milliseconds at most
+
+
+def _split(value: object) -> object:
+    """Split a text at its commas, since flags and environment variables are texts. A YAML file may also have a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+_Listed = (BeforeValidator(_split), NoDecode)
+Origin = Annotated[
+    str,
+    StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/*,\s]+)$"),
+    Field(description="an origin such as https://chat.example (no path), or * for all; separate several by commas"),
+]
+HostName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9._-]+$"),
+    Field(description="a host name such as chat.example (no port); separate several by commas"),
+]
 
 
 class Settings(BaseSettings):
@@ -52,6 +70,15 @@ class Settings(BaseSettings):
     # The admin port is open by default, since it can be reached from this machine only and has only routes of the HTTP port.
     admin_host: str = Field("127.0.0.1", min_length=1, description="Address of the admin port")
     admin_port: int = Field(9001, ge=0, le=65535, description="Port for health and metrics; 0 means any free port")
+    # A foreign web page must not use a server that listens on the loopback address: see `server.http.front`.
+    cors_origins: Annotated[tuple[Origin, ...], *_Listed] = Field((), description="Origins whose web pages may use the API")
+    allowed_hosts: Annotated[tuple[HostName, ...], *_Listed] = Field(
+        (),
+        description="Host names by which web pages may reach the server, beside localhost and addresses. Checked if the server "
+        "listens on a loopback address or this list is not empty",
+    )
+    strict_fields: bool = Field(True, description="Refuse unknown fields of requests; if off, ignore and report them")
+    log_requests: bool = Field(True, description="Log one line for each request: id, route, status, tokens and times")
     api_workers: int = Field(1, ge=1, le=256, description="Number of processes that serve HTTP and gRPC")
 
     # Limits on the size, number and slowness of a client's requests.
@@ -282,6 +309,8 @@ def _in_words(kind: dict[str, Any]) -> str:
         return "one of " + ", ".join(kind["enum"])
     if kind["type"] == "boolean":
         return "true or false"
+    if kind["type"] == "array":
+        return str(kind["items"]["description"])
     if kind["type"] == "string":
         return "a text that is not empty"
     low, high = kind.get("minimum"), kind.get("maximum")

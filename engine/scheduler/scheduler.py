@@ -81,9 +81,10 @@ class Scheduler:
         # The last token is never fed back to the model, so it needs no slot in the cache.
         needed = self.cache.blocks_for(request.end_len - 1)
         if needed > self.cache.num_blocks:
+            capacity = self.cache.num_blocks * self.cache.block_size
             raise ContextTooLong(
-                f"prompt and max_tokens come to {request.end_len} tokens, more than this server's KV cache can hold "
-                f"({self.cache.num_blocks * self.cache.block_size}): send a shorter prompt or a smaller max_tokens",
+                f"This model's maximum context length is {capacity} tokens, which this server's KV cache can hold. However, you "
+                f"requested {request.end_len} tokens: send a shorter prompt or a smaller max_tokens.",
                 param="max_tokens",
             )
         if len(self._queue) >= self._max_queue:

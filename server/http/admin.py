@@ -8,9 +8,12 @@ open while the server drains, when the HTTP port is closed already.
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 
 from server.http.app import SERVICE_ROUTERS, application
+from server.http.front import Front
 from server.http.routes.api import Api
 from server.metrics.registry import Metrics
 from server.service.service import GenerateService
@@ -20,5 +23,6 @@ ADMIN_ROUTERS = SERVICE_ROUTERS
 
 
 def build_admin_app(settings: Settings, service: GenerateService, metrics: Metrics) -> FastAPI:
-    api = Api(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes)
-    return application("Tidegate admin", "Health, metrics and administration of one server.", ADMIN_ROUTERS, api)
+    front = partial(Front, settings=settings, host=settings.admin_host)
+    api = Api.from_settings(settings, service, metrics)
+    return application("Tidegate admin", "Health, metrics and administration of one server.", ADMIN_ROUTERS, api, front)

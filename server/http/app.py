@@ -1,4 +1,4 @@
-"""Builds the application of the HTTP port: its routes, the answer to each error, and the OpenAPI document. It has no middleware.
+"""Builds the application of the HTTP port: its routes, the answer to each error, and the OpenAPI document.
 
 There is no /docs page, because FastAPI's page loads scripts from other hosts. Any viewer can read /openapi.json.
 """
@@ -6,7 +6,8 @@ There is no /docs page, because FastAPI's page loads scripts from other hosts. A
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -14,9 +15,11 @@ from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from engine.errors import TidegateError
-from server.errors import error_body, error_headers, error_object, status_of
+from server.errors import code_of, error_body, error_headers, error_object, status_of
+from server.http.front import Front, call_of
 from server.http.openapi import openapi_document
 from server.http.routes import chat, completions, generate, health, models, tokenize, version
 from server.http.routes import metrics as metrics_route
@@ -32,13 +35,29 @@ ROUTERS = (generate.router, completions.router, chat.router, models.router, toke
 
 
 def build_app(settings: Settings, service: GenerateService, metrics: Metrics) -> FastAPI:
-    api = Api(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes)
-    return application("Tidegate", "An inference server for large language models.", ROUTERS, api)
+    front = partial(Front, settings=settings, host=settings.host)
+    api = Api.from_settings(settings, service, metrics)
+    return application("Tidegate", "An inference server for large language models.", ROUTERS, api, front)
 
 
-def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api) -> FastAPI:
-    """Build a FastAPI application with the routes of `routers`. It answers errors with the JSON bodies of `server.errors`."""
-    app = FastAPI(title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+class _Application(FastAPI):
+    """A FastAPI application inside a Front. Middleware that is added in FastAPI's way would not see the answers to bugs."""
+
+    front: Callable[[ASGIApp], ASGIApp]
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return self.front(super().build_middleware_stack())
+
+
+def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api, front: Callable[[ASGIApp], ASGIApp]) -> FastAPI:
+    """Build a FastAPI application with the routes of `routers`. It answers errors with the JSON bodies of `server.errors`.
+
+    `front` makes the outermost layer.
+    """
+    app = _Application(
+        title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.front = front
     app.state.api = api
     for router in routers:
         app.include_router(router)
@@ -52,6 +71,7 @@ def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api
 
 async def _on_tidegate_error(request: Request, error: Exception) -> Response:
     status = status_of(error).http
+    call_of(request.scope).code = code_of(error)
     if status == 500:
         log.error("%s %s failed: %r", request.method, request.scope["path"], error, exc_info=error)
     return Response(error_body(error), status, error_headers(error), "application/json")
@@ -59,6 +79,7 @@ async def _on_tidegate_error(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """Answers an exception that is not a TidegateError with 500. Starlette raises it again afterwards, and uvicorn logs it."""
+    call_of(request.scope).code = code_of(error)
     return Response(error_body(error), 500, media_type="application/json")
 
 

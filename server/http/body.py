@@ -1,4 +1,9 @@
-"""Reads the body of an HTTP request as JSON and validates it, whatever content type the request names.
+"""Reads the body of an HTTP request as JSON and validates it.
+
+Content types of JSON are read, and a charset with them is ignored, since JSON is UTF-8. A web page may send text/plain, a form,
+or no type at all to any server without asking it, and could so make a local server generate. These are refused, with one
+exception: `curl -d '{...}'` names the type of a form, and many clients name none. Both are read from clients that send neither
+Origin nor Sec-Fetch-Site, which a browser adds to every such request and a page cannot remove.
 
 The bytes are counted while they arrive, so the limit also holds for a wrong or missing content-length. A thread parses large
 bodies, so that the event loop can go on sending other clients' tokens.
@@ -13,9 +18,12 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from engine.errors import Aborted, MalformedRequest, PayloadTooLarge
+from engine.errors import Aborted, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 from server.errors import from_validation
 from server.http import strict_json
+from server.http.front import call_of
+from server.http.routes.api import Api
+from server.http.schemas.fields import Ignored
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -25,16 +33,35 @@ THREAD_BYTES = 64 << 10  # a thread parses bodies of at least this size; parsing
 _PARSER = ThreadPoolExecutor(1, "tidegate-body")
 
 
-async def read_json(request: Request, model: type[M], max_bytes: int) -> M:
+async def read_json(request: Request, model: type[M], api: Api) -> M:
     """Read and validate the body of `request`. Returns an instance of `model`.
 
-    Raises MalformedRequest (not a JSON object), InvalidRequest (a field is wrong), PayloadTooLarge, or Aborted (the client left).
+    Raises UnsupportedMediaType, MalformedRequest (not a JSON object), InvalidRequest (a field is wrong), PayloadTooLarge, or
+    Aborted (the client left). Without `api.strict_fields`, unknown fields are noted in the request's record.
     """
+    _check_type(request)
     _check_encoding(request)
-    body = await read_body(request, max_bytes)
+    body = await read_body(request, api.max_body_bytes)
+    ignored = None if api.strict_fields else Ignored()
     if len(body) < THREAD_BYTES:
-        return _parse(body, model)
-    return await asyncio.get_running_loop().run_in_executor(_PARSER, _parse, body, model)
+        parsed = _parse(body, model, ignored)
+    else:
+        parsed = await asyncio.get_running_loop().run_in_executor(_PARSER, _parse, body, model, ignored)
+    if ignored is not None:
+        call_of(request.scope).ignored = ignored.names
+    return parsed
+
+
+def _check_type(request: Request) -> None:
+    given = request.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return
+    from_browser = "origin" in request.headers or "sec-fetch-site" in request.headers
+    if kind in ("", "application/x-www-form-urlencoded") and not from_browser:
+        return
+    what = f"content-type is {given[:64]!r}" if kind else "there is no content-type"
+    raise UnsupportedMediaType(f"{what}: send the body as application/json", param="content-type")
 
 
 def _check_encoding(request: Request) -> None:
@@ -46,14 +73,14 @@ def _check_encoding(request: Request) -> None:
         )
 
 
-def _parse(body: bytes, model: type[M]) -> M:
+def _parse(body: bytes, model: type[M], ignored: Ignored | None) -> M:
     if not body:
         raise MalformedRequest("the body is empty: it must be a JSON object")
     value = strict_json.loads(body)
     if not isinstance(value, dict):
         raise MalformedRequest("the body must be a JSON object")
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=ignored)
     except ValidationError as error:
         raise from_validation(error) from None
 

@@ -19,16 +19,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import msgspec
 import orjson
-from httptools import HttpParserError, HttpParserUpgrade
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from engine.errors import MalformedRequest, Overloaded, PayloadTooLarge, RequestTimeout
 from engine.logs import ThrottledWarning
 from server.errors import error_object
+from server.http.framing import NO_VERSION, Refusal, fault_of, has_no_version, head_without_upgrade, until_close
+from server.http.half_close import AT_ONCE_SECONDS, COMMENT, CONTINUE, PROBE_SECONDS, HalfClosed
+from server.service.call_log import REQUEST_ID, request_id
 from server.service.connections import connection_limits
 from server.settings import Settings
 
@@ -101,7 +104,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self.running: RequestResponseCycle | None = None  # the request being answered. uvicorn's `cycle` is the newest one
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
-        self.refusal: tuple[int, str, str] | None = None
+        self.refusal: Refusal | None = None
+        self.ended_at = 0.0  # when the last byte of the newest complete request arrived
+        self.half_closed: HalfClosed | None = None  # set if the client has closed its sending side
+        self.head_again: bytes | None = None  # the head of a request with an Upgrade header, to be parsed again without it
 
     # -- asyncio calls these methods for events of the connection --------------------------------------------------
 
@@ -117,6 +123,8 @@ class GuardedProtocol(HttpToolsProtocol):
         for timer in (self.phase_timer, self.write_timer, self.timeout_keep_alive_task):
             if timer is not None:
                 timer.cancel()
+        if self.half_closed is not None:
+            self.half_closed.cancel()
         if self.running is not None and self.running is not self.cycle and not self.running.response_complete:
             self.running.disconnected = True
             self.running.message_event.set()
@@ -133,21 +141,66 @@ class GuardedProtocol(HttpToolsProtocol):
             self.head_bytes += len(data)
             if self.phase == "idle":
                 self._enter("head", self.limits.head_seconds)
+                if has_no_version(data[: URL_BYTES + 32]):
+                    self._refuse(*NO_VERSION)
         if self.refusal is None:
             self._parse(data)
         if self.refusal is None and self.phase == "head" and self.head_bytes > self.limits.head_bytes:
             self._refuse(431, PayloadTooLarge.code, "the request's headers are too large")
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client has closed its sending side. Returns True if the connection stays open, since a client waits for its answer.
+
+        An HTTP/1.0 client has left if it closes later than with its request, since it cannot be asked before its answer begins.
+        """
+        running, at_once = self._answering, self.loop.time() - self.ended_at <= AT_ONCE_SECONDS
+        if self.phase != "idle" or running is None or self.transport.is_closing():
+            return False
+        if not (at_once or running.response_started or running.scope["http_version"] == "1.1"):
+            return False
+        self.cycle.keep_alive = False
+        if self.half_closed is None:
+            seconds = PROBE_SECONDS if at_once and not running.response_started else 0.0
+            self.half_closed = HalfClosed(self.loop, self.transport, self._probe_client, seconds=seconds)
+        return True
+
+    def _probe_client(self) -> bool:
+        """Write what a waiting client skips, if it may be written now. Returns whether it was written."""
+        running = self._answering
+        if running is None:
+            return False
+        if not running.response_started:
+            probe = CONTINUE if running.scope["http_version"] == "1.1" else b""
+        else:
+            probe = cast(dict[str, Any], running.scope).get(COMMENT, bytes)()
+            probe = b"%x\r\n%b\r\n" % (len(probe), probe) if probe and running.chunked_encoding else probe
+        self.transport.write(probe)
+        return bool(probe)
+
     def _parse(self, data: bytes) -> None:
         """Feed `data` to the parser, as uvicorn's data_received does. Unlike uvicorn, this does not log a malformed request,
         since any client could fill the log."""
         self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        while rest and self.refusal is None:
+            rest = self._feed(rest)
+
+    def _feed(self, data: memoryview) -> memoryview:
+        """Feed `data` to the parser. If the data has a head with an Upgrade header, that head is parsed again without the header:
+        the client gets its answer by HTTP/1.1. Returns the data behind that head."""
+        nothing = data[:0]
         try:
             self.parser.feed_data(data)
         except HttpParserError:
             self.send_400_response("")
-        except HttpParserUpgrade:
-            pass  # an Upgrade header is ignored: the client gets its answer by HTTP/1.1
+        except HttpParserUpgrade as stop:
+            if self.head_again is not None:
+                self.parser = HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's protocol does
+                head, self.head_again = self.head_again, None
+                self._feed(memoryview(head))
+                return data[stop.args[0] :]
+        return nothing
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -184,23 +237,27 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         if len(self.url) > URL_BYTES:
-            self._stop(414, PayloadTooLarge.code, "the request's URL is too long")
+            self._stop(Refusal(414, PayloadTooLarge.code, "the request's URL is too long"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """The parser calls this method for each header, and for each trailer after the body. Trailers are counted and dropped."""
         self.num_headers += 1
         self.header_bytes += len(name) + len(value) + 4
         if self.num_headers > NUM_HEADERS:
-            self._stop(431, PayloadTooLarge.code, f"the request has more than {NUM_HEADERS} headers")
+            self._stop(Refusal(431, PayloadTooLarge.code, f"the request has more than {NUM_HEADERS} headers"))
         if self.header_bytes + len(self.url) > self.limits.head_bytes:
-            self._stop(431, PayloadTooLarge.code, "the request's headers are too large")
+            self._stop(Refusal(431, PayloadTooLarge.code, "the request's headers are too large"))
         if self.phase == "head":
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        num_hosts = sum(1 for name, _ in self.headers if name == b"host")
-        if num_hosts > 1 or (num_hosts == 0 and self.parser.get_http_version() == "1.1"):
-            self._stop(400, MalformedRequest.code, "the request must have one Host header")
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        fault = fault_of(version, self.headers)
+        if fault is not None:
+            self._stop(fault)
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            self.head_again = head_without_upgrade(method, self.url, version, self.headers)
+            return
         self.head_bytes = self.body_wire_bytes = self.body_bytes = self.num_chunks = 0
         self._enter("body", self.limits.body_seconds)
         super().on_headers_complete()
@@ -212,10 +269,13 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         self.num_chunks += 1
         if self.num_chunks > _FREE_CHUNKS + self.body_bytes // _SMALLEST_MEAN_CHUNK:
-            self._stop(400, MalformedRequest.code, "the body comes in too many small chunks")
+            self._stop(Refusal(400, MalformedRequest.code, "the body comes in too many small chunks"))
 
     def on_message_complete(self) -> None:
+        if self.head_again is not None:
+            return
         self.phase = "idle"
+        self.ended_at = self.loop.time()
         self._cancel_phase_timer()
         super().on_message_complete()
 
@@ -223,24 +283,24 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, until_close(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
     def _should_upgrade_to_ws(self) -> bool:
         return False
 
     def send_400_response(self, msg: str) -> None:
         """Refuse the request after the parser has stopped, either by its own error (status 400) or by `_Refused`."""
-        self._refuse(*(self.refusal or (400, MalformedRequest.code, "this is not a valid HTTP/1.1 request")))
+        self._refuse(*(self.refusal or Refusal(400, MalformedRequest.code, "this is not a valid HTTP/1.1 request")))
 
     # -- these methods refuse a request ----------------------------------------------------------------------------
 
-    def _stop(self, status: int, code: str, message: str) -> NoReturn:
-        self.refusal = (status, code, message)
+    def _stop(self, refusal: Refusal) -> NoReturn:
+        self.refusal = refusal
         raise _Refused
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Close the connection. The client gets an error answer, unless another answer has been started on the connection."""
-        self.refusal = (status, code, message)
+        self.refusal = Refusal(status, code, message)
         self._cancel_phase_timer()
         if self.transport.is_closing():
             return
@@ -252,7 +312,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
             running.disconnected = True
             running.message_event.set()
-        self.transport.write(_answer(status, code, message))
+        id = request_id(next((value for name, value in self.headers or () if name == REQUEST_ID), None))
+        self.transport.write(_answer(status, code, message, id))
         self.transport.close()
         self._set_write_timer()
 
@@ -300,11 +361,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.write_timer = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
 
 
-def _answer(status: int, code: str, message: str) -> bytes:
+def _answer(status: int, code: str, message: str, id: str) -> bytes:
     body = orjson.dumps(error_object(_ERROR_TYPES.get(status, "invalid_request_error"), code, message))
-    retry = b"retry-after: 1\r\n" if status == 503 else b""
-    head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%s\r\n" % (len(body), retry)
-    return STATUS_LINE[status] + head + body
+    headers = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+    headers += b"%b: %b\r\n" % (REQUEST_ID, id.encode()) + (b"retry-after: 1\r\n" if status == 503 else b"")
+    return STATUS_LINE[status] + headers + b"\r\n" + body
 
 
 def guarded(limits: HttpLimits, count: Callable[[int], None] = lambda status: None) -> type[GuardedProtocol]:

@@ -1,8 +1,9 @@
 """Sends server-sent events as one pure ASGI response.
 
 Nothing is sent before the first event exists, so an error until then still gets its HTTP status. A later error becomes a
-last `data: {"error": ...}` event, and the stream ends without [DONE]. `send` waits while the client's buffer is full. A
-client that leaves, or that `server.http.guard` disconnects because it reads nothing, cancels the source of the events at once.
+last `data: {"error": ...}` event, and the stream ends without [DONE], which stands for a complete answer. `send` waits while the
+client's buffer is full. A client that leaves, or that `server.http.guard` disconnects because it reads nothing, cancels the
+source of the events at once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import Aborted
-from server.errors import error_body, status_of
+from server.errors import code_of, error_body, status_of
 from server.http.disconnect import while_connected
+from server.http.front import call_of
+from server.http.half_close import COMMENT
 from server.http.json_parts import Parts, joined
 from server.service.pacing import Backlog
 
@@ -57,24 +60,28 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._run(send))
+            await while_connected(receive, self._run(scope, send))
         except Aborted:
             if not self.started:
                 raise
+            call_of(scope).code = Aborted.code
 
-    async def _run(self, send: Send) -> None:
+    async def _run(self, scope: Scope, send: Send) -> None:
         backlog = Backlog(_BACKLOG_BYTES)
+        piece = b""
+        scope[COMMENT] = lambda: b":\n\n" if piece.endswith(b"\n\n") else b""
         async with aclosing(self.events) as events:
-            first = await anext(events)
+            piece = await anext(events)
             self.started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
             try:
                 async for piece in events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
                     if backlog.is_due(len(piece) + _EVENT_BYTES):
                         await asyncio.sleep(0)
             except Exception as error:  # noqa: BLE001 - the status line is sent, so any error must be reported in the stream
+                call_of(scope).code = code_of(error)
                 await send({"type": "http.response.body", "body": _last_event(error), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

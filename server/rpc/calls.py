@@ -12,10 +12,14 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import grpc
+
 from engine.errors import MalformedRequest, Overloaded, RequestTimeout, TidegateError
 from engine.logs import ThrottledWarning
 from server.metrics.registry import Metrics
+from server.rpc.current_call import CURRENT_CALL, REQUEST_ID
 from server.rpc.errors import Context, abort
+from server.service.call_log import CallRecord
 from server.settings import Settings
 
 log = logging.getLogger("tidegate.grpc")
@@ -31,6 +35,7 @@ class CallGate:
         self._max_calls = settings.max_grpc_calls
         self._first_s = settings.body_timeout_s
         self._next_s = settings.idle_timeout_s
+        self._writes_log = settings.log_requests
         self._metrics = metrics
         self._num_open = 0
         self._warnings = {
@@ -38,11 +43,11 @@ class CallGate:
             "no_message": ThrottledWarning(log, "gRPC calls sent no message within body_timeout_s and were ended"),
         }
 
-    def one_message(self, method: Callable[[bytes, Context], Awaitable[Any]]) -> Handler:
-        """Return a gRPC handler that waits for one message and then calls `method` with it."""
+    def one_message(self, route: str, method: Callable[[bytes, Context], Awaitable[Any]]) -> Handler:
+        """Return a gRPC handler that waits for one message and then calls `method` with it. `route` is the method's full name."""
 
         async def handler(messages: Messages, context: Context) -> Any:
-            async with self._open_call(context):
+            async with self._open_call(route, context):
                 self._check_number()
                 message = await self._next(messages, self._first_s)
                 if message is None:
@@ -51,26 +56,36 @@ class CallGate:
 
         return handler
 
-    def many_messages(self, method: Callable[[Messages, Context], Awaitable[Any]]) -> Handler:
+    def many_messages(self, route: str, method: Callable[[Messages, Context], Awaitable[Any]]) -> Handler:
         """Return a gRPC handler that calls `method` with a stream of messages. Each message must arrive in time."""
 
         async def handler(messages: Messages, context: Context) -> Any:
-            async with self._open_call(context):
+            async with self._open_call(route, context):
                 self._check_number()
                 return await method(self._timed(messages), context)
 
         return handler
 
     @contextlib.asynccontextmanager
-    async def _open_call(self, context: Context) -> AsyncIterator[None]:
-        """Count a call as open while the `with` block runs. A TidegateError in the block ends the call with that error."""
+    async def _open_call(self, route: str, context: Context) -> AsyncIterator[None]:
+        """Count a call as open while the `with` block runs, and then log it. A TidegateError in the block ends the call with that
+        error."""
+        given = next((value for key, value in context.invocation_metadata() or () if key == REQUEST_ID), None)
+        call = CallRecord(given.encode() if isinstance(given, str) else given, route)
+        call.status = grpc.StatusCode.OK.name
+        CURRENT_CALL.set(call)
         self._num_open += 1
         try:
             yield
         except TidegateError as error:
             await abort(context, error)
+        except asyncio.CancelledError:
+            call.status = grpc.StatusCode.CANCELLED.name
+            raise
         finally:
             self._num_open -= 1
+            if self._writes_log:
+                call.write()
 
     def _check_number(self) -> None:
         if self._num_open > self._max_calls:

@@ -16,7 +16,9 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from engine.errors import MalformedRequest, UnsupportedField
-from server.errors import error_body, error_headers, status_of
+from server.errors import code_of, error_body, error_headers, status_of
+from server.http.schemas.fields import MAX_REPORTED
+from server.rpc.current_call import CURRENT_CALL, metadata_of
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 
 DETAIL_KEY = "tidegate-error-bin"
@@ -34,15 +36,19 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
     """Return a decorator for a servicer's method. It decodes the call's message as a `kind`, calls the method, and ends the call
     with the matching status if the method raises an exception.
 
-    grpc itself would answer a message that cannot be decoded with UNKNOWN, and log a traceback. If `closed` is true, a message
-    with fields that this server does not know is refused.
+    grpc itself would answer a message that cannot be decoded with UNKNOWN, and log a traceback. If `closed` is true, fields that
+    this server does not know are refused, or reported if the servicer's `strict_fields` is false.
     """
 
     def decorate(method: Method[S, Q]) -> Method[S, bytes]:
         @functools.wraps(method)
         async def answering(self: S, message: bytes, context: Context) -> Any:
             try:
-                return await method(self, read(kind, message, closed=closed), context)
+                request = read(kind, message, closed=closed and getattr(self, "strict_fields", True))
+                answer = await method(self, request, context)
+                if answer is not None:  # a method that streams sends its metadata itself
+                    await context.send_initial_metadata(metadata_of(CURRENT_CALL.get()))
+                return answer
             except grpc.aio.AbortError:  # grpc raised it because the method has already ended the call
                 raise
             except Exception as error:
@@ -57,14 +63,19 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
 
 
 def read(kind: type[Q], message: bytes, *, closed: bool) -> Q:
-    """Decode `message` as a `kind`. Raises MalformedRequest. If `closed` is true, an unknown field raises UnsupportedField."""
+    """Decode `message` as a `kind`. Raises MalformedRequest. If `closed` is true, an unknown field raises UnsupportedField;
+    otherwise the call's record gets the numbers of unknown fields."""
     try:
         request = kind.FromString(message)
     except DecodeError:
         why = "it is cut short, is not protobuf, or has text that is not UTF-8"
         raise MalformedRequest(f"the message cannot be read as a {kind.DESCRIPTOR.full_name}: {why}") from None
-    if closed:
-        refuse_unknown_fields(request)
+    unknown = UnknownFieldSet(request)
+    if len(unknown):
+        numbers = [unknown[i].field_number for i in range(min(len(unknown), MAX_REPORTED))]
+        if closed:
+            raise UnsupportedField(f"{request.DESCRIPTOR.name} has field number {numbers[0]}, which this server does not know")
+        CURRENT_CALL.get().ignored = tuple(f"field {number}" for number in dict.fromkeys(numbers))
     return request
 
 
@@ -76,18 +87,10 @@ async def abort(context: Context, error: Exception) -> None:
     if wait is not None:
         detail.retry_after = int(wait)
     details = body["message"].encode()[:MAX_DETAILS_BYTES].decode(errors="ignore")
-    trailers = ((DETAIL_KEY, detail.SerializeToString()),)
+    call = CURRENT_CALL.get()
+    call.status, call.code = status_of(error).grpc, code_of(error)
+    trailers: tuple[tuple[str, str | bytes], ...] = ((DETAIL_KEY, detail.SerializeToString()), *metadata_of(call))
     try:
         await context.abort(grpc.StatusCode[status_of(error).grpc], details, trailers)
     except grpc.aio.InternalError:
         log.debug("a client left before its error could be sent: %s", details)
-
-
-def refuse_unknown_fields(request: Message) -> None:
-    """Raise UnsupportedField if `request` has a field that this server does not know, as a newer client may send. protobuf would
-    ignore the field, which would silently change the request."""
-    unknown = UnknownFieldSet(request)
-    if len(unknown):
-        raise UnsupportedField(
-            f"{request.DESCRIPTOR.name} has field number {unknown[0].field_number}, which this server does not know"
-        )

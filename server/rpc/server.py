@@ -60,7 +60,7 @@ def build_rpc_server(service: GenerateService, settings: Settings, metrics: Metr
     server = grpc.aio.server(options=_options(settings))
     gate = CallGate(settings, metrics)
     health = HealthServicer(lambda: service.health().ready, (INFERENCE,))
-    _add(server, gate, pb.DESCRIPTOR.services_by_name["Inference"], InferenceServicer(service, settings.send_timeout_s))
+    _add(server, gate, pb.DESCRIPTOR.services_by_name["Inference"], InferenceServicer(service, settings))
     _add(server, gate, health_pb2.DESCRIPTOR.services_by_name["Health"], health)
     _add(server, gate, REFLECTION, ReflectionServicer((INFERENCE, HEALTH, REFLECTION.full_name)))
     return RpcServer(server, health, _bind(server, settings))
@@ -78,7 +78,8 @@ def _add(server: grpc.aio.Server, gate: CallGate, service: ServiceDescriptor, se
 def _handler(gate: CallGate, method: MethodDescriptor, answer: Callable[..., Any]) -> grpc.RpcMethodHandler[bytes, Message]:
     streams = method.client_streaming or method.server_streaming
     make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-    handler = gate.many_messages(answer) if method.client_streaming else gate.one_message(answer)
+    route = f"/{method.containing_service.full_name}/{method.name}"
+    handler = gate.many_messages(route, answer) if method.client_streaming else gate.one_message(route, answer)
     return make(handler, response_serializer=GetMessageClass(method.output_type).SerializeToString)
 
 

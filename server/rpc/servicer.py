@@ -7,24 +7,29 @@ import asyncio
 import uuid
 from contextlib import aclosing
 
+import msgspec
+
 from engine.errors import RequestTimeout
 from server.http.schemas.generate import GenerateBody
 from server.http.schemas.service import DetokenizeBody, TokenizeBody
 from server.rpc import translate
+from server.rpc.current_call import CURRENT_CALL, metadata_of
 from server.rpc.errors import Context, answers_errors
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from server.service.pacing import Pacer
 from server.service.service import GenerateService
 from server.service.types import ANONYMOUS, Chunk
+from server.settings import Settings
 
 
 class InferenceServicer(pb_grpc.InferenceServicer):
     """Answers the calls of tidegate.v1.Inference. It ends a stream whose client reads nothing for `send_timeout_s` seconds."""
 
-    def __init__(self, service: GenerateService, send_timeout_s: float) -> None:
+    def __init__(self, service: GenerateService, settings: Settings) -> None:
         self._service = service
-        self._send_timeout_s = send_timeout_s
+        self._send_timeout_s = settings.send_timeout_s
+        self.strict_fields = settings.strict_fields
         self._pacer = Pacer()
 
     @answers_errors(pb.GenerateRequest)
@@ -33,10 +38,13 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         would stay suspended at its `yield` when the client cancels."""
         asked = translate.checked(request, GenerateBody)
         id = f"gen-{uuid.uuid4().hex}"
-        call = translate.generation_request(asked, id, context.time_remaining())
-        await context.send_initial_metadata((("x-request-id", id),))
+        call = CURRENT_CALL.get()
+        call.answered_by(id)
+        generation = translate.generation_request(asked, id, context.time_remaining())
+        generation = msgspec.structs.replace(generation, progress=call.new_progress())
+        await context.send_initial_metadata(metadata_of(call))
         model = self._service.model_name
-        async with aclosing(self._service.generate(call, ANONYMOUS, transport="grpc")) as stream:
+        async with aclosing(self._service.generate(generation, ANONYMOUS, transport="grpc")) as stream:
             async for item in stream:
                 response = pb.GenerateResponse(id=id, request_id=asked.request_id)
                 if isinstance(item, Chunk):

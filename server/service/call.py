@@ -134,7 +134,7 @@ class Call:
             usage=Usage(
                 prompt_tokens=self._num_prompt,
                 cached_tokens=self._num_cached,
-                completion_tokens=sum(output.num_tokens for output in self._outputs.values()),
+                completion_tokens=self._num_completion,
             ),
             timing=Timing(
                 queue_ms=self._queue_s * 1e3,
@@ -142,6 +142,10 @@ class Call:
                 total_ms=(time.monotonic() - self._began) * 1e3,
             ),
         )
+
+    @property
+    def _num_completion(self) -> int:
+        return sum(output.num_tokens for output in self._outputs.values())
 
     @property
     def finish_reason(self) -> str:
@@ -158,6 +162,9 @@ class Call:
 
     def close(self) -> None:
         """Stop all timers and tasks, and abort the outputs that have not ended."""
+        if self.request.progress is not None:
+            self.request.progress.prompt_tokens = self._num_prompt
+            self.request.progress.completion_tokens = self._num_completion
         for timer in (self._deadline, self._watch):
             if timer is not None:
                 timer.cancel()
@@ -214,6 +221,10 @@ class Call:
         self._ttft = now - self._began
         self._num_cached = event.num_cached or 0
         self._queue_s = event.queue_s or 0.0
+        progress = self.request.progress
+        if progress is not None:
+            progress.prompt_tokens, progress.cached_tokens = self._num_prompt, self._num_cached
+            progress.queue_s, progress.ttft_s = self._queue_s, self._ttft
         self.meter.first_token(now, prompt_tokens=self._num_prompt, cached_tokens=self._num_cached, queue_seconds=self._queue_s)
 
     async def _pump(self, id: str, stream: TokenStream) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from engine.errors import ContextTooLong, InvalidRequest, UnknownModel
+from engine.errors import InvalidRequest, UnknownModel
 from engine.request import BOUNDS, SamplingParams
 from server.service.types import GenerationRequest
 
@@ -49,7 +49,7 @@ def check_request(request: GenerationRequest, settings: ServiceSettings) -> None
 
 
 def check_model(model: str | None, served: str) -> None:
-    if model is not None and model != served:
+    if model and model != served:  # an empty name counts as left out, as at other servers
         raise UnknownModel(f"there is no model {model[:256]!r} here: this server has {served!r}", param="model")
 
 
@@ -63,16 +63,6 @@ def check_text(text: str, name: str) -> None:
         raise InvalidRequest(
             f"{name} has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}", param=name
         ) from error
-
-
-def context_too_long(num_tokens: int | None, max_model_len: int, name: str) -> ContextTooLong:
-    """Return the error for a prompt longer than the model's context. `num_tokens` is None if it was not tokenised to its end."""
-    num = f"more than {max_model_len - 1}" if num_tokens is None else num_tokens
-    return ContextTooLong(
-        f"the prompt has {num} tokens, and this model's maximum context length is {max_model_len} tokens: send a prompt of at "
-        f"most {max_model_len - 1} tokens",
-        param=name,
-    )
 
 
 def check_logprobs(params: SamplingParams, settings: ServiceSettings, *, prompt_tokens: int, outputs: int) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 import msgspec
 
 from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError
-from engine.messages import check_ids
+from engine.messages import check_ids, prompt_too_long
 from engine.request import SamplingParams
 from server.engines.base import EngineClientProtocol, EngineHealth
 from server.metrics.registry import Metrics
@@ -27,7 +27,6 @@ from server.service.checks import (
     check_model,
     check_request,
     check_text,
-    context_too_long,
 )
 from server.service.text_work import TextWork, TooManyTokens
 from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest, Identity
@@ -217,22 +216,24 @@ class GenerateService:
         try:
             return await self._text_work.encode(text, add_special_tokens=add_special_tokens, limit=limit)
         except TooManyTokens:
-            raise context_too_long(None, self.max_model_len, name) from None
+            raise prompt_too_long(None, self.max_model_len, name) from None
 
     def _check_length(self, ids: Sequence[int], name: str) -> None:
         if len(ids) >= self.max_model_len:
-            raise context_too_long(len(ids), self.max_model_len, name)
+            raise prompt_too_long(len(ids), self.max_model_len, name)
 
 
 def _use_client_names(error: TidegateError, names: dict[str, str]) -> None:
-    """Rename the field in `error` to the client's own name for it, if the client's API has another name."""
-    ours = error.param
-    if ours is None or ours not in names:
-        return
-    error.param = names[ours]
-    if error.message.startswith(f"{ours} "):
-        error.message = names[ours] + error.message[len(ours) :]
-        error.args = (error.message,)
+    """Use the client's own names of fields in `error`, if the client's API has other names for them than the service."""
+    message = error.message
+    for ours, theirs in names.items():
+        if message.startswith(f"{ours} "):
+            message = theirs + message[len(ours) :]
+        # A name with an underscore is no English word, so each place with it means the field.
+        message = message.replace(ours if "_" in ours else f" in the {ours},", theirs if "_" in ours else f" in the {theirs},")
+    error.message = message
+    error.args = (message,)
+    error.param = names.get(error.param, error.param) if error.param is not None else None
 
 
 def _texts(message: Message) -> list[str]:

@@ -27,6 +27,16 @@ ANONYMOUS = Identity()
 """The identity of every request while there are no keys: any priority, one prefix cache for all."""
 
 
+class Progress(msgspec.Struct, kw_only=True):
+    """What one generation has used so far. The service sets `completion_tokens` at the end, and the others at the first token."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float | None = None  # None until the first token
+    completion_tokens: int = 0
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and the `n` outputs wanted for it. `prompt` is text, or token ids that are used unchanged."""
 
@@ -41,6 +51,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool = True  # False if a chat template has written the special tokens already
     client_names: dict[str, str] = {}  # our field name -> the name in the client's request, where they differ: for errors
     num_prompts: int = 1  # prompts in the client's call; together they share one limit on unread events
+    progress: Progress | None = None  # updated by the service, for the log and for the usage in the events of a stream
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

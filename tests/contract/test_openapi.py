@@ -13,6 +13,15 @@ from server.metrics.registry import Metrics
 from server.settings import Settings
 from tests.unit.server.http.routes.scripted import ScriptedService
 
+ON_BOTH_PORTS = {
+    "GET /health",
+    "GET /health/live",
+    "GET /health/ready",
+    "GET /health/startup",
+    "GET /ping",
+    "GET /metrics",
+    "GET /version",
+}
 OPERATIONS = {
     "POST /v1/generate",
     "POST /v1/completions",
@@ -21,14 +30,9 @@ OPERATIONS = {
     "GET /v1/models/{model}",
     "POST /tokenize",
     "POST /detokenize",
-    "GET /health/live",
-    "GET /health/ready",
-    "GET /health/startup",
-    "GET /metrics",
-    "GET /version",
+    *ON_BOTH_PORTS,
 }
-ADMIN_OPERATIONS = {"GET /health/live", "GET /health/ready", "GET /health/startup", "GET /metrics", "GET /version"}
-ON_BOTH_PORTS = {"GET /health/live", "GET /health/ready", "GET /health/startup", "GET /metrics", "GET /version"}
+ADMIN_OPERATIONS = ON_BOTH_PORTS
 ROUTERS_OF = {build_app: ROUTERS, build_admin_app: ADMIN_ROUTERS}
 GENERATING = ("/v1/generate", "/v1/completions", "/v1/chat/completions")
 
@@ -111,7 +115,7 @@ def test_request_bodies_refuse_unknown_fields_and_describe_every_field(document)
 @pytest.mark.parametrize("path", GENERATING)
 def test_generating_routes_document_every_error(document, path):
     responses = document["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "408", "413", "422", "429", "499", "500", "503"}
+    assert set(responses) == {"200", "400", "403", "404", "408", "413", "415", "429", "499", "500", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     for status in ("429", "503"):
         assert "Retry-After" in responses[status]["headers"]

@@ -33,7 +33,7 @@ def whole_app(text):
         async with LocalEngine() as engine:
             health[:] = [engine.health]
             service = GenerateService(engine, text, settings, metrics)
-            app.state.api = Api(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+            app.state.api = Api.from_settings(settings, service, metrics)
             await app(scope, receive, send)
 
     return with_engine
@@ -51,7 +51,7 @@ def test_generated_requests_get_answers_as_documented(tmp_path):
                 # The server may refuse a request that fits the schema, for example because the context is too short for the
                 # prompt.
                 "positive_data_acceptance": {"enabled": False},
-                "negative_data_rejection": {"expected-statuses": [400, 404, 405, 413, 422]},
+                "negative_data_rejection": {"expected-statuses": [400, 404, 405, 413, 415]},
             },
         }
     )

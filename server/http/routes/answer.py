@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from typing import Protocol
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.disconnect import while_connected
+from server.http.front import call_of
 from server.http.routes.api import api_of
 from server.http.routes.collect import CollectedOutput, Collector, merge
 from server.http.routes.logprobs import Written
@@ -37,7 +39,9 @@ async def respond(request: Request, answer: Answer, generations: list[Generation
     """
     api = api_of(request)
     n = generations[0].n
-    streams = [api.service.generate(generation, ANONYMOUS) for generation in generations]
+    call = call_of(request.scope)
+    measured = [msgspec.structs.replace(generation, progress=call.new_progress()) for generation in generations]
+    streams = [api.service.generate(generation, ANONYMOUS) for generation in measured]
     if stream:
         return EventStream(answer.events(merge(streams, n)))
     collector = Collector(n, answer.write_logprobs, api.pacer)

@@ -17,6 +17,7 @@ from server.metrics.registry import Metrics
 from server.service.pacing import Pacer
 from server.service.service import GenerateService
 from server.service.types import Usage
+from server.settings import Settings
 
 
 class Api(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +26,12 @@ class Api(msgspec.Struct, frozen=True, kw_only=True):
     service: GenerateService
     metrics: Metrics
     max_body_bytes: int
+    strict_fields: bool = True
     pacer: Pacer = msgspec.field(default_factory=Pacer)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, service: GenerateService, metrics: Metrics) -> Api:
+        return cls(service=service, metrics=metrics, max_body_bytes=settings.max_body_bytes, strict_fields=settings.strict_fields)
 
 
 def api_of(request: Request) -> Api:
@@ -57,11 +63,12 @@ def openai_usage(usage: Usage) -> dict[str, Any]:
 
 
 _ERRORS: dict[int | str, str] = {
-    400: "The request is malformed, or a field is missing, unknown, out of range or in conflict with another field.",
+    400: "The request is malformed, or a field is missing, unknown, unsupported, out of range or in conflict with another field.",
+    403: "A browser sent the request for a host name that is not this server's.",
     404: "This server does not have the model.",
     408: "The request passed its deadline, or its body arrived too slowly.",
     413: "The body is larger than this server's limit.",
-    422: "This server does not support the field that `param` names.",
+    415: "The body's content type is not JSON.",
     429: "The queue is full. Retry-After says after how many seconds to try again.",
     499: "The request was aborted.",
     500: "The server has a bug. Its log has the details.",
@@ -79,7 +86,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
-GENERATION_ERRORS = errors(400, 404, 408, 413, 422, 429, 499, 500, 503)
+GENERATION_ERRORS = errors(400, 403, 404, 408, 413, 415, 429, 499, 500, 503)
 EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 

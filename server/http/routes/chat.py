@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
+from server.http.front import call_of
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
 from server.http.routes.answer import respond
 from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id, now, openai_usage
 from server.http.routes.collect import CollectedOutput
+from server.http.routes.extras import EventExtras
 from server.http.routes.logprobs import (
     ChatLogprobsJson,
     ItemList,
@@ -28,6 +30,7 @@ from server.http.routes.logprobs import (
 )
 from server.http.schemas.openai import ChatBody, ChatResponse
 from server.http.sse import DONE, event, event_pieces
+from server.service.call_log import CallRecord
 from server.service.types import Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
@@ -41,9 +44,11 @@ router = APIRouter(tags=["openai"])
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     api = api_of(request)
-    body = await read_json(request, ChatBody, api.max_body_bytes)
-    generation = await _generation_request(api, body, new_id("chatcmpl"))
-    return await respond(request, _Answer(api, body, generation.request_id), [generation], stream=bool(body.stream))
+    body = await read_json(request, ChatBody, api)
+    call, id = call_of(request.scope), new_id("chatcmpl")
+    call.answered_by(id)
+    generation = await _generation_request(api, body, id)
+    return await respond(request, _Answer(api, body, id, call), [generation], stream=bool(body.stream))
 
 
 async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRequest:
@@ -59,9 +64,9 @@ async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRe
 class _Answer:
     """Writes the answer to one request of POST /v1/chat/completions."""
 
-    def __init__(self, api: Api, body: ChatBody, id: str) -> None:
+    def __init__(self, api: Api, body: ChatBody, id: str, call: CallRecord) -> None:
         self._head = {"id": id, "created": now(), "model": api.service.model_name}
-        self._wants_usage = body.wants_usage
+        self._extras = EventExtras(body.event_options, call)
         self._pacer = api.pacer
         text = api.service.token_text
         chosen, prompt = chat_item(text, api.service.token_bytes), prompt_item(text)
@@ -74,7 +79,8 @@ class _Answer:
 
     async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
         dumps = orjson.dumps
-        head = {**self._head, "object": "chat.completion.chunk"} | ({"usage": None} if self._wants_usage else {})
+        extras = self._extras
+        head = {**self._head, "object": "chat.completion.chunk", **extras.head}
         prefix = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
         suffix = b'},"logprobs":null,"finish_reason":null}]}\n\n'
         begun: set[int] = set()
@@ -82,7 +88,7 @@ class _Answer:
         async with aclosing(stream):
             async for item in stream:
                 if isinstance(item, Ending):
-                    usage = openai_usage(item.usage)
+                    usage = item.usage
                     continue
                 written: Written = {}
                 if item.logprobs is not None or item.prompt_logprobs is not None:
@@ -90,15 +96,19 @@ class _Answer:
                 if item.index not in begun:
                     begun.add(item.index)
                     prompt = written_parts(written, "prompt_logprobs")
-                    for piece in event_pieces(object_parts(head, {"choices": [dumps([_role(item.index)])], **prompt})):
+                    for piece in event_pieces(
+                        object_parts({**head, **extras.fields(None)}, {"choices": [dumps([_role(item.index)])], **prompt})
+                    ):
                         yield piece
-                if item.finish_reason is None and item.logprobs is None:
+                if item.finish_reason is None and item.logprobs is None and not extras.any:
                     yield b'%b%d,"delta":{"content":%b%b' % (prefix, item.index, dumps(item.text), suffix)
                 else:
-                    for piece in event_pieces(object_parts(head, {"choices": list_parts([_delta(item, written)])})):
+                    choices = list_parts([_delta(item, written)])
+                    for piece in event_pieces(object_parts({**head, **extras.fields(item)}, {"choices": choices})):
                         yield piece
-        if self._wants_usage:
-            yield event(dumps({**head, "choices": [], "usage": usage}))
+        last = extras.last(usage)
+        if last is not None:
+            yield event(dumps({**head, **last}))
         yield DONE
 
 

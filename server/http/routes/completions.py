@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
+from server.http.front import call_of
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
 from server.http.routes.answer import respond
 from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id, now, openai_usage
 from server.http.routes.collect import CollectedOutput, total_usage
+from server.http.routes.extras import EventExtras
 from server.http.routes.logprobs import (
     CompletionLogprobsJson,
     ItemList,
@@ -28,6 +30,7 @@ from server.http.routes.logprobs import (
 )
 from server.http.schemas.openai import CompletionBody, CompletionResponse
 from server.http.sse import DONE, event, event_pieces
+from server.service.call_log import CallRecord
 from server.service.types import Chunk, Ending, GenerationRequest
 
 router = APIRouter(tags=["openai"])
@@ -49,13 +52,14 @@ class Prompt(msgspec.Struct, frozen=True):
 async def completions(request: Request) -> Response:
     """Continue one prompt or several."""
     api = api_of(request)
-    body = await read_json(request, CompletionBody, api.max_body_bytes)
+    body = await read_json(request, CompletionBody, api)
+    call, id = call_of(request.scope), new_id("cmpl")
+    call.answered_by(id)
     prompts = [await _prompt(api, body, content) for content in body.prompts]
-    id = new_id("cmpl")
     requests = _requests(body, prompts, id)
     if len(requests) > 1:
         _check_together(api, requests)
-    return await respond(request, _Answer(api, body, prompts, id), requests, stream=bool(body.stream))
+    return await respond(request, _Answer(api, body, prompts, id, call), requests, stream=bool(body.stream))
 
 
 async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> Prompt:
@@ -96,9 +100,10 @@ def _check_together(api: Api, requests: list[GenerationRequest]) -> None:
 class _Answer:
     """Writes the answer to one request of POST /v1/completions."""
 
-    def __init__(self, api: Api, body: CompletionBody, prompts: list[Prompt], id: str) -> None:
+    def __init__(self, api: Api, body: CompletionBody, prompts: list[Prompt], id: str, call: CallRecord) -> None:
         self._body = body
         self._prompts = prompts
+        self._extras = EventExtras(body.event_options, call)
         self._pacer = api.pacer
         self._text = api.service.token_text
         self._prompt_item = prompt_item(self._text)
@@ -115,10 +120,12 @@ class _Answer:
 
     async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
         dumps = orjson.dumps
-        head = self._head | ({"usage": None} if self._body.wants_usage else {})
+        extras = self._extras
+        head = {**self._head, **extras.head}
         prefix = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
         suffix = b',"logprobs":null,"finish_reason":null}]}\n\n'
-        simple = not self._body.echo and self._body.logprobs is None and self._body.prompt_logprobs is None
+        body = self._body
+        simple = not (body.echo or extras.any) and body.logprobs is None and body.prompt_logprobs is None
         endings: list[Ending] = []
         async with aclosing(stream):
             async for item in stream:
@@ -127,10 +134,12 @@ class _Answer:
                 elif simple and item.finish_reason is None:
                     yield b'%b%d,"text":%b%b' % (prefix, item.index, dumps(item.text), suffix)
                 else:
-                    for piece in event_pieces(object_parts(head, {"choices": list_parts([await self._delta(item)])})):
+                    choices = list_parts([await self._delta(item)])
+                    for piece in event_pieces(object_parts({**head, **extras.fields(item)}, {"choices": choices})):
                         yield piece
-        if self._body.wants_usage:
-            yield event(dumps({**head, "choices": [], "usage": openai_usage(total_usage(endings))}))
+        last = extras.last(total_usage(endings))
+        if last is not None:
+            yield event(dumps({**head, **last}))
         yield DONE
 
     async def _delta(self, chunk: Chunk) -> Parts:

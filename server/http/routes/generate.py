@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.http.body import read_json
+from server.http.front import call_of
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
 from server.http.routes.answer import respond
 from server.http.routes.api import EVENT_STREAM, GENERATION_ERRORS, Api, JsonBody, api_of, new_id
@@ -34,9 +35,11 @@ _CACHE = "off"  # the answer's field `cache`: the server has no response cache y
 async def generate(request: Request) -> Response:
     """Continue a prompt. The answer has text and tokens, whole or as server-sent events."""
     api = api_of(request)
-    body = await read_json(request, GenerateBody, api.max_body_bytes)
-    generation = body.generation_request(new_id("gen"))
-    return await respond(request, _Answer(api, body, generation.request_id), [generation], stream=bool(body.stream))
+    body = await read_json(request, GenerateBody, api)
+    id = new_id("gen")
+    call_of(request.scope).answered_by(id)
+    generation = body.generation_request(id)
+    return await respond(request, _Answer(api, body, id), [generation], stream=bool(body.stream))
 
 
 class _Answer:

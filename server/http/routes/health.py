@@ -1,7 +1,8 @@
-"""Serves GET /health/live, /health/ready and /health/startup for health probes.
+"""Serves GET /health/live, /health/ready and /health/startup for health probes, and /health and /ping for tools of other servers.
 
 `live` is true while this process runs its event loop. `ready` is true while every API worker has reached an engine since the
-server started and this worker's engine makes progress. `startup` is true once `ready` has been true. HEAD gets the same answer
+server started and this worker's engine makes progress. `startup` is true once `ready` has been true. `/health` and `/ping` answer
+as `ready`. HEAD gets the same answer
 without the body, because some load balancers probe with HEAD.
 """
 
@@ -28,7 +29,11 @@ async def live() -> Response:
     return json_response({"status": "ok", "reason": None})
 
 
+@router.head("/ping", include_in_schema=False)
+@router.head("/health", include_in_schema=False)
 @router.head("/health/ready", include_in_schema=False)
+@router.get("/ping", responses=_PROBE)  # type: ignore[arg-type]
+@router.get("/health", responses=_PROBE)  # type: ignore[arg-type]
 @router.get("/health/ready", responses=_PROBE)  # type: ignore[arg-type]
 async def ready(request: Request) -> Response:
     """Whether the server can generate tokens now: the engine is connected, its heartbeat is recent and its steps go on."""

@@ -35,6 +35,8 @@ def _cards(request: Request) -> list[dict[str, object]]:
             "object": "model",
             "created": model.created,
             "owned_by": model.owned_by,
+            "root": model.id,
+            "parent": None,
             "max_model_len": model.max_model_len,
         }
         for model in api_of(request).service.models()

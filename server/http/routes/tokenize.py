@@ -11,14 +11,14 @@ from server.http.routes.api import JsonBody, api_of, errors, json_response
 from server.http.schemas.service import DetokenizeBody, DetokenizeResponse, TokenizeBody, TokenizeResponse
 
 router = APIRouter(tags=["tokens"])
-_ERRORS = errors(400, 404, 408, 413, 422, 429, 499, 500, 503)
+_ERRORS = errors(400, 403, 404, 408, 413, 415, 429, 499, 500, 503)
 
 
 @router.post("/tokenize", responses={200: {"model": TokenizeResponse}, **_ERRORS}, openapi_extra=JsonBody(TokenizeBody))
 async def tokenize(request: Request) -> Response:
     """Turn text into token ids."""
     api = api_of(request)
-    body = await read_json(request, TokenizeBody, api.max_body_bytes)
+    body = await read_json(request, TokenizeBody, api)
     tokens = await api.service.tokenize(body.prompt, model=body.model, add_special_tokens=body.add_special_tokens is not False)
     return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": api.service.max_model_len})
 
@@ -27,5 +27,5 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """Turn token ids into text."""
     api = api_of(request)
-    body = await read_json(request, DetokenizeBody, api.max_body_bytes)
+    body = await read_json(request, DetokenizeBody, api)
     return json_response({"prompt": await api.service.detokenize(body.tokens, model=body.model)})

@@ -4,7 +4,7 @@ HTTP and gRPC validate requests with the same schemas. Strict means: "3" is not 
 field is an error. Every optional field may also be null, with the same meaning, because OpenAI clients send it so.
 
 A body within the size limit can hold a million faults, and pydantic would spend seconds collecting all of them. So long lists
-stop at the first fault (`fail_fast`), and objects with too many keys are cut or refused before pydantic reads their keys.
+stop at the first fault (`fail_fast`), and unknown keys are removed or refused before pydantic reads the others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidationInfo,
     create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from engine.errors import UnsupportedField
 from engine.request import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
+from server.errors import TOKEN_ID
+from server.http.schemas.fields import KNOWN, without_unknown, without_unsupported
 from server.service.types import GenerationRequest
 
 # Upper bounds of the limits that an operator can set in `Settings`. The service checks a request against the limits that are set.
@@ -56,8 +58,7 @@ Stop = Annotated[
     Annotated[StopText, Tag("#text")] | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP), Tag("#texts")],
     Discriminator(_stop_kind, custom_error_type="stop_kind", custom_error_message="must be a string or a list of strings"),
 ]
-# The pattern allows one spelling of each token id, so that no object has the same token twice.
-TokenKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+TokenKey = Annotated[str, StringConstraints(pattern=TOKEN_ID)]
 Bias = Annotated[float, bounded("logit_bias", "Number that is added to the token's logit.")]
 
 
@@ -67,23 +68,10 @@ def at_most(num_keys: int) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > num_keys:
-            raise PydanticCustomError("too_many_keys", "should have at most {most} entries", {"most": num_keys})
+            raise PydanticCustomError("too_many_keys", "must have at most {most} entries", {"most": num_keys})
         return value
 
     return BeforeValidator(check)
-
-
-def without_unsupported(value: dict[Any, Any], table: dict[str, tuple[Any, ...]], *, path: str = "") -> dict[Any, Any]:
-    """Return `value` without the fields that `table` names. Raises UnsupportedField if such a field has a value other than null
-    or one of the values that the table lists for it, which have no effect."""
-    found = value.keys() & table.keys()
-    if not found:
-        return value
-    for name in sorted(found):
-        given = value[name]
-        if given is not None and not any(type(given) is type(v) and given == v for v in table[name]):
-            raise UnsupportedField(f"this server does not support {path}{name}: leave it out", param=f"{path}{name}")
-    return {name: given for name, given in value.items() if name not in found}
 
 
 class Schema(BaseModel):
@@ -91,22 +79,16 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # unsupported field -> values that have no effect and are accepted
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field that the server knows and lacks -> values without effect
+    WHERE: ClassVar[str] = ""  # path of the object in the body, before the names of its fields
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, value: Any) -> Any:
-        return cls._with_one_unknown(without_unsupported(value, cls.UNSUPPORTED)) if isinstance(value, dict) else value
-
-    @classmethod
-    def _with_one_unknown(cls, value: dict[Any, Any]) -> dict[Any, Any]:
-        """Remove all but one of the unknown keys of `value`, if `value` has more keys than the schema has fields. One unknown key
-        is enough for pydantic to refuse the object, and reporting one takes less time than reporting all."""
-        fields = cls.model_fields
-        if len(value) <= len(fields):
+    def _refuse_other_fields(cls, value: Any, info: ValidationInfo) -> Any:
+        """Handle fields that the schema does not have, as `schemas.fields` describes. `info.context` is an Ignored or None."""
+        if not isinstance(value, dict):
             return value
-        unknown = next(name for name in value if name not in fields)
-        return {name: given for name, given in value.items() if name in fields or name is unknown}
+        return without_unknown(without_unsupported(value, cls.UNSUPPORTED), cls.model_fields, cls.WHERE, info.context)
 
 
 _OWN = ("max_tokens", "logprobs", "logit_bias")  # fields that each route declares itself, or that are not a single number
@@ -119,6 +101,11 @@ _Numbers: Any = create_model("_Numbers", __base__=Schema, **_fields)
 
 class SamplingFields(_Numbers):  # type: ignore[misc]
     """How to sample tokens and when to stop. All generating routes have these fields."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.UNSUPPORTED = {name: values for name, values in KNOWN.items() if name not in cls.model_fields}
 
     n: Annotated[int | None, Field(ge=1, le=MAX_N, description="Number of outputs for each prompt.")] = None
     stop: Annotated[

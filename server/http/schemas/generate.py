@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from engine.errors import InvalidRequest
+from server.errors import CLIENT_ID
 from server.http.schemas.common import SamplingFields, TokenIds, bounded
 from server.service.types import GenerationRequest
 
 MAX_DEADLINE_MS = 24 * 3600 * 1000
-ClientId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:@/=+-]+$")]
+ClientId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=CLIENT_ID)]
 
 
 class GenerateBody(SamplingFields):

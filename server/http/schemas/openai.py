@@ -5,44 +5,64 @@ Besides OpenAI's fields there are those of `SamplingFields`, which the openai cl
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from engine.errors import InvalidRequest, UnsupportedField
-from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded, without_unsupported
+from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded
+from server.http.schemas.fields import without_unsupported
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(max_length=512)]
-ModelName = Annotated[str, Field(max_length=256, description="Name of a model in /v1/models.")]
-_REFUSED_BY_BOTH: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "prompt_embeds": (),
-    "cache_salt": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-}
+ModelName = Annotated[str | None, Field(max_length=256, description="Name of a model in /v1/models. May be left out.")]
+_METADATA = 16  # OpenAI's limit on the number of labels
+
+
+class EventOptions(NamedTuple):
+    """What the events of a stream have beside the text."""
+
+    usage: bool = False  # the last event has the usage
+    usage_so_far: bool = False  # each event has the usage so far
+    obfuscation: bool = False
 
 
 class StreamOptions(Schema):
+    WHERE: ClassVar[str] = "stream_options."
+
     include_usage: Annotated[bool | None, Field(description="Send a last event with the usage.")] = None
+    continuous_usage_stats: Annotated[bool | None, Field(description="Send the usage so far in each event.")] = None
+    include_obfuscation: Annotated[
+        bool | None, Field(description="Add a field `obfuscation` to each event, which hides the length of its text.")
+    ] = None
 
 
 class OpenAIFields(SamplingFields):
     """Fields that completions and chat completions have in common."""
 
-    model: ModelName
+    model: ModelName = None
     stream_options: StreamOptions | None = None
     user: Annotated[Label | None, Field(description="A label of your own. It has no effect.")] = None
+    safety_identifier: Annotated[Label | None, Field(description="A label of your own. It has no effect.")] = None
+    prompt_cache_key: Annotated[
+        Label | None, Field(description="A label of requests with a common prefix. It has no effect: prefixes are always shared.")
+    ] = None
+    prompt_cache_options: Annotated[
+        dict[str, Any] | None, Field(description="OpenAI's options of its prompt cache. They have no effect.")
+    ] = None
+    metadata: Annotated[
+        Annotated[dict[Label, Label], at_most(_METADATA), Field(max_length=_METADATA)] | None,
+        Field(description="Labels of your own. They have no effect."),
+    ] = None
 
     @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def event_options(self) -> EventOptions:
+        options = self.stream_options or StreamOptions()
+        return EventOptions(
+            usage=bool(options.include_usage),
+            usage_so_far=bool(options.continuous_usage_stats),
+            obfuscation=bool(options.include_obfuscation),
+        )
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> OpenAIFields:
@@ -77,8 +97,6 @@ Prompt = Annotated[
 
 class CompletionBody(OpenAIFields):
     """The body of POST /v1/completions."""
-
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {**_REFUSED_BY_BOTH, "suffix": ("",)}
 
     prompt: Annotated[Prompt, Field(description="One prompt or several, as text or as token ids.", examples=["Once upon a time"])]
     max_tokens: Annotated[
@@ -136,7 +154,6 @@ class Message(Schema):
 
 
 MAX_MESSAGES = 4096
-_METADATA = 16  # OpenAI's limit on the number of labels
 _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
@@ -172,27 +189,6 @@ def _without_unsupported_parts(message: Any, path: str) -> Any:
 class ChatBody(OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **_REFUSED_BY_BOTH,
-        "audio": (),
-        "function_call": ("none",),
-        "functions": ([],),
-        "modalities": (["text"],),
-        "moderation": (),
-        "parallel_tool_calls": (True, False),
-        "prediction": (),
-        "prompt_cache_key": (),
-        "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "tool_choice": ("none",),
-        "tools": ([],),
-        "verbosity": (),
-        "web_search_options": (),
-    }
-
     messages: Annotated[
         list[Message],
         Field(
@@ -212,10 +208,6 @@ class ChatBody(OpenAIFields):
     logprobs: Annotated[bool | None, Field(description="Report the log-probability of each token.")] = None
     top_logprobs: Annotated[
         int | None, bounded("logprobs", "Number of alternatives to report for each token. Requires logprobs true.")
-    ] = None
-    metadata: Annotated[
-        Annotated[dict[Label, Label], at_most(_METADATA), Field(max_length=_METADATA)] | None,
-        Field(description="Labels of your own. They have no effect."),
     ] = None
 
     @model_validator(mode="before")

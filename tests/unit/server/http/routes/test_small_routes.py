@@ -12,7 +12,8 @@ class WithModels(ScriptedService):
         return [ModelInfo(id="org/tiny", created=5, owned_by="tidegate", max_model_len=100)]
 
 
-CARD = {"id": "org/tiny", "object": "model", "created": 5, "owned_by": "tidegate", "max_model_len": 100}
+CARD = {"id": "org/tiny", "object": "model", "created": 5, "owned_by": "tidegate", "root": "org/tiny", "parent": None}
+CARD |= {"max_model_len": 100}
 
 
 async def test_models_are_listed_and_described():
@@ -76,7 +77,7 @@ async def test_version_and_metrics():
     assert "tidegate_engine_up 1.0" in metrics.text
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1", "/v1/generate/", "//v1/generate"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1", "/v1/generates/", "//v1/generate", "/v1/generate//"])
 async def test_a_path_without_a_route_is_404(path):
     async with client_of(ScriptedService()) as client:
         response = await client.get(path)
