@@ -112,8 +112,9 @@ def _is_local(host: str) -> bool:
 
 
 def _is_own_name(host: str) -> bool:
-    """Return whether a foreign site can surely not have the name `host`: localhost, names below it, and addresses."""
-    if host == "localhost" or host.endswith(".localhost"):
+    """Return whether a foreign site can surely not have the name `host`: an address, a name below localhost, or a name without a
+    dot, such as localhost itself, which nobody can register."""
+    if host.endswith(".localhost") or (host and not {".", ":"} & set(host)):
         return True
     try:
         ipaddress.ip_address(host)

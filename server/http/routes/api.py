@@ -87,7 +87,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 GENERATION_ERRORS = errors(400, 403, 404, 408, 413, 415, 429, 499, 500, 503)
-EVENT_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+# `itemSchema` is OpenAPI 3.2's key for the schema of each event, which FastAPI's own streams have too.
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+EVENT_STREAM = {"text/event-stream": {"itemSchema": _EVENT}}
 
 
 class JsonBody(dict[str, Any]):
