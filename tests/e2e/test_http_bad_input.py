@@ -2,6 +2,7 @@
 other requests."""
 
 import asyncio
+import re
 import threading
 
 import pytest
@@ -257,6 +258,38 @@ async def test_an_error_names_the_field_as_the_client_knows_it(api):
         (CHAT, {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 512}, "max_completion_tokens"),
     ):
         checked(await api.http.post(path, json=body), 400, param)
+
+
+CONTEXT = re.compile(r"This model's maximum context length is (\d+) tokens\. However, you requested (\d+) tokens")
+
+
+async def test_context_errors_have_the_words_that_gateways_look_for(api):
+    """litellm, LangChain and others find the error by its code or by these words, and read the two numbers."""
+    text, long_ = "x y z " * 500, [5] * 600
+    chat = {"messages": [{"role": "user", "content": text}]}
+    for path, body, requested, more in (
+        (GENERATE, {"prompt": text}, 513, "the prompt has more than 511 tokens"),
+        (GENERATE, {"prompt_token_ids": long_}, 601, "the prompt has 600 tokens"),
+        (
+            GENERATE,
+            {"prompt_token_ids": [5] * 100, "max_tokens": 500},
+            600,
+            "(100 in the prompt_token_ids, 500 in the completion)",
+        ),
+        (COMPLETIONS, {"prompt": long_, "stream": True}, 601, "it may have 511 at most"),
+        (COMPLETIONS, {"prompt": [[5], [5] * 500], "max_tokens": 13}, 513, "max_tokens 13"),
+        (CHAT, chat, 513, "the prompt has more than 511 tokens"),
+        (CHAT, {"messages": MESSAGES, "max_tokens": 512}, None, " in the messages, 512 in the completion)"),
+        (CHAT, {"messages": MESSAGES, "max_completion_tokens": 512}, None, "max_completion_tokens 512"),
+    ):
+        response = await api.http.post(path, json=body)
+        checked(response, 400, code="context_length_exceeded")
+        message = response.json()["error"]["message"]
+        limit, num = map(int, CONTEXT.match(message).groups())
+        assert limit == 512
+        assert num > 512
+        assert num == requested or requested is None
+        assert more in message, message
 
 
 async def test_only_large_bodies_are_parsed_in_the_thread(api, monkeypatch):

@@ -35,6 +35,33 @@ async def test_models_are_listed_and_retrieved(api):
     assert caught.value.code == "model_not_found"
 
 
+@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": ""}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_model_may_be_left_out_and_the_answer_names_the_one_that_is_served(api, model, stream):
+    for path, body in (("/v1/completions", {"prompt": "x", "echo": True}), ("/v1/chat/completions", {"messages": HELLO})):
+        answer = await api.http.post(path, json={**body, **model, "max_tokens": 2, "stream": stream})
+        assert answer.status_code == 200, answer.text
+        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]] if stream else [answer.json()]
+        assert {event["model"] for event in events} == {MODEL}
+
+
+async def test_the_usage_so_far_ends_with_the_usage_of_the_whole_answer(api):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 9, "stream": True, "extra_body": {"ignore_eos": True}}
+    usages = [chunk.usage async for chunk in await api.openai.chat.completions.create(**body, stream_options=options)]
+    assert usages[0].prompt_tokens > 0
+    assert usages[0].completion_tokens == 0
+    assert usages[-2] == usages[-1]
+    assert usages[-1].completion_tokens == 9
+
+
+async def test_an_answer_can_be_sent_back_as_it_came(api):
+    answer = await api.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4)
+    for said in (answer.choices[0].message, answer.choices[0].message.model_dump()):
+        again = await api.openai.chat.completions.create(model=MODEL, messages=[*HELLO, said, *HELLO], max_tokens=4)
+        assert again.choices[0].message.role == "assistant"
+
+
 async def test_a_completion(api):
     answer = await api.openai.completions.create(model=MODEL, prompt="Once", max_tokens=8, temperature=0)
     assert answer.object == "text_completion"

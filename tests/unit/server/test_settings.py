@@ -1,6 +1,7 @@
 """Tests the settings: which source of a value has precedence, and which values are refused."""
 
 import os
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -175,6 +176,35 @@ def test_names_of_engine_fields_are_replaced_by_names_of_settings():
     assert in_settings_names(message) == (
         "host_bytes leaves 5 bytes, fake_num_blocks too: max_queue is 1, and so is cache.json or prefix_caching"
     )
+
+
+def test_a_list_is_a_text_with_commas_or_a_list_of_yaml(monkeypatch, yaml_file):
+    wanted = ("https://chat.example", "http://localhost:3000")
+    assert load_settings({"cors_origins": "https://chat.example, http://localhost:3000"}).cors_origins == wanted
+    monkeypatch.setenv("TIDEGATE_CORS_ORIGINS", ",".join(wanted))
+    assert load_settings().cors_origins == wanted
+    monkeypatch.delenv("TIDEGATE_CORS_ORIGINS")
+    settings = load_settings(
+        config=yaml_file("cors_origins: [https://chat.example, http://localhost:3000]\nallowed_hosts: a.example")
+    )
+    assert (settings.cors_origins, settings.allowed_hosts) == (wanted, ("a.example",))
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings
+    assert load_settings().cors_origins == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("cors_origins", "https://chat.example/", "an origin such as https://chat.example"),
+        ("cors_origins", "chat.example", "an origin such as https://chat.example"),
+        ("cors_origins", "https://*.example", "an origin such as https://chat.example"),
+        ("allowed_hosts", "https://chat.example", "a host name such as chat.example"),
+        ("allowed_hosts", "chat.example:80", "a host name such as chat.example"),
+    ],
+)
+def test_an_entry_of_a_list_that_could_never_match_is_refused(name, value, right):
+    with pytest.raises(ConfigError, match=f"^{name} is '{re.escape(value)}' .*: it must be {right}"):
+        load_settings({name: f"*,{value}" if name == "cors_origins" else value})
 
 
 @pytest.mark.parametrize("name", ["start_timeout_s", "stall_timeout_s", "worker_stall_timeout_s"])

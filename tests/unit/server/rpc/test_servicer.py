@@ -1,6 +1,7 @@
 """Tests the Inference servicer over real connections, with a scripted service behind it."""
 
 import inspect
+import logging
 import random
 
 import grpc
@@ -31,6 +32,74 @@ async def test_a_stream_has_its_chunks_its_ending_and_its_ids():
     assert {r.request_id for r in responses} == {"mine"}
     assert (responses[-1].ending.model, responses[-1].ending.usage.completion_tokens) == ("tiny", 3)
     assert service.closed == [id]
+
+
+def logged(caplog):
+    return [record for record in caplog.records if record.name == "tidegate.requests"]
+
+
+@pytest.mark.parametrize("method", ["Generate", "Tokenize", "ListModels"])
+async def test_the_calls_request_id_is_repeated_in_the_initial_metadata(method):
+    requests = {"Generate": ASKED, "Tokenize": pb.TokenizeRequest(prompt="a"), "ListModels": pb.ListModelsRequest()}
+    async with serving(ScriptedService(*letters("a"))) as rpc:
+        for given, begins in (
+            ((), ("req-", "gen-")),
+            ((("x-request-id", "mine"),), "mine"),
+            ((("x-request-id", "a b"),), ("req", "gen")),
+        ):
+            call = getattr(rpc.stub, method)(requests[method], metadata=given)
+            assert dict(await call.initial_metadata())["x-request-id"].startswith(begins)
+
+
+async def test_a_call_that_fails_has_its_request_id_in_the_trailers():
+    async with serving(ScriptedService(errors.Overloaded("full"))) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            [r async for r in rpc.stub.Generate(ASKED, metadata=(("x-request-id", "mine"),))]
+        assert dict(caught.value.trailing_metadata())["x-request-id"] == "mine"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rpc.stub.Tokenize(pb.TokenizeRequest(), metadata=(("x-request-id", "mine"),))
+        assert dict(caught.value.trailing_metadata())["x-request-id"] == "mine"
+
+
+async def test_a_call_is_one_log_line_without_its_text(caplog):
+    caplog.set_level(logging.INFO, "tidegate")
+    async with serving(ScriptedService(*letters("tide"))) as rpc:
+        asked = pb.GenerateRequest(prompt="secret")
+        [r async for r in rpc.stub.Generate(asked, metadata=(("x-request-id", "mine"),))]
+        await until(lambda: logged(caplog))
+    (line,) = logged(caplog)
+    assert (line.id, line.route, line.status) == ("mine", "/tidegate.v1.Inference/Generate", "OK")
+    assert line.answer.startswith("gen-")
+    assert (line.prompt_tokens, line.completion_tokens) == (0, 0)  # the scripted service does not count
+    assert line.total_ms >= 0
+    assert "secret" not in str(vars(line))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [(errors.UnknownModel("x"), "NOT_FOUND", "model_not_found"), (KeyError("x"), "INTERNAL", "internal_error")],
+)
+async def test_the_log_line_of_a_failed_call_has_its_status_and_code(caplog, error, status, code):
+    caplog.set_level(logging.INFO, "tidegate.requests")
+    async with serving(ScriptedService(error)) as rpc:
+        with pytest.raises(grpc.aio.AioRpcError):
+            [r async for r in rpc.stub.Generate(ASKED)]
+        await until(lambda: logged(caplog))
+    (line,) = logged(caplog)
+    assert (line.status, line.code) == (status, code)
+
+
+async def test_a_cancelled_call_is_logged_as_cancelled_and_the_setting_switches_lines_off(caplog):
+    caplog.set_level(logging.INFO, "tidegate.requests")
+    for on in (False, True):
+        service = ScriptedService(Chunk(index=0, text="a", token_ids=[97]), 3600)
+        async with serving(service, log_requests=on) as rpc:
+            call = rpc.stub.Generate(ASKED)
+            await call.read()
+            call.cancel()
+            await until(lambda: service.closed)  # noqa: B023 - called before the loop goes on
+            await until(lambda: len(logged(caplog)) == on)  # noqa: B023
+    assert logged(caplog)[0].status == "CANCELLED"
 
 
 async def test_a_request_without_an_id_gets_none_back():
@@ -112,6 +181,14 @@ async def test_an_unknown_field_is_refused():
     assert detail_of(caught.value).code == "unsupported_field"
 
 
+async def test_without_strict_fields_an_unknown_field_is_ignored_and_reported():
+    newer = pb.GenerateRequest.FromString(ASKED.SerializeToString() + b"\xf8\x3f\x01" * 3)
+    async with serving(ScriptedService(*letters("a")), strict_fields=False) as rpc:
+        call = rpc.stub.Generate(newer)
+        assert dict(await call.initial_metadata())["x-tidegate-ignored-fields"] == "field 1023"
+        assert len([r async for r in call]) == 2
+
+
 BROKEN = {
     "not UTF-8": b"\x0a\x02\xff\xfe",
     "cut short": b"\x0a\x7fabc",
@@ -121,7 +198,7 @@ BROKEN = {
 }
 
 
-def logged(caplog):
+def warnings_of(caplog):
     """Return the log messages of the server and of grpc. Messages of the logger `asyncio` are left out, since grpc's poller may
     log there about the event loop of an earlier test."""
     return [record.getMessage() for record in caplog.records if record.name.startswith(("server", "grpc"))]
@@ -138,7 +215,7 @@ async def test_a_message_that_cannot_be_decoded_is_the_clients_error(caplog, met
         assert "cannot be read as a " in await call.details()
         detail = dict(await call.trailing_metadata())[DETAIL_KEY]
     assert pb.ErrorDetail.FromString(detail).code == "malformed_request"
-    assert logged(caplog) == []
+    assert warnings_of(caplog) == []
 
 
 async def test_a_reflection_message_that_cannot_be_decoded_ends_the_call(caplog):
@@ -147,7 +224,7 @@ async def test_a_reflection_message_that_cannot_be_decoded_ends_the_call(caplog)
         call = info(iter([BROKEN["cut short"]]))
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "cannot be read as a " in await call.details()
-    assert logged(caplog) == []
+    assert warnings_of(caplog) == []
 
 
 async def test_random_messages_are_never_answered_as_bugs(caplog):
@@ -159,7 +236,7 @@ async def test_random_messages_are_never_answered_as_bugs(caplog):
             call = generate(rng.randbytes(rng.randrange(40)))
             codes.add(await call.code())
     assert codes <= {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED}
-    assert logged(caplog) == []
+    assert warnings_of(caplog) == []
 
 
 async def test_cancelling_closes_the_service_stream_at_once():
