@@ -27,9 +27,10 @@ from server.http.schemas.fields import Ignored
 
 M = TypeVar("M", bound=BaseModel)
 
-THREAD_BYTES = 64 << 10  # a thread parses bodies of at least this size; parsing this much takes about a millisecond
-# All large bodies share one thread. A thread that parses holds the interpreter lock for as long as one C call takes, and the
-# event loop should have to wait for one such call at most, however many bodies arrive together.
+# A thread parses bodies of at least this size; parsing this much takes about a millisecond. From this size on `strict_json` decodes
+# in slices, since a thread holds the interpreter lock for as long as one C call takes.
+THREAD_BYTES = strict_json.SLICED_BYTES
+# All large bodies share one thread, so that the event loop competes with one at most, however many bodies arrive together.
 _PARSER = ThreadPoolExecutor(1, "tidegate-body")
 
 

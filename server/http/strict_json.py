@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import orjson
-
 from engine.errors import MalformedRequest
+from server.http.sliced_json import sliced
+
+SLICED_BYTES = 64 << 10  # texts of at least this size are decoded in slices, so that other threads can run
+MAX_KEYS = 1 << 16  # largest number of keys of one object. No field needs more than a thousand, and each costs time
+# Each escape of a JSON text. The first group is half of a surrogate pair without its other half.
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 
 
 def loads(body: bytes) -> Any:
     """Parse the JSON text `body` and return its value. Raises MalformedRequest, whose message says what is wrong."""
     try:
         text = body.decode("utf-8")
-        value = _decode(text)
-        if b"\\u" in body:
-            orjson.loads(body)  # refuses lone surrogates, which the standard parser accepts
+        value = _decode(text) if len(body) < SLICED_BYTES else _decode_sliced(text)
+        _check_surrogates(text)
     except UnicodeDecodeError as error:
         raise MalformedRequest(f"the body is not UTF-8: byte {error.start} is not valid") from None
     except RecursionError:
         raise MalformedRequest("the body is nested too deeply") from None
-    except orjson.JSONDecodeError as error:
-        raise MalformedRequest(f"the body is not JSON: {error.msg} at character {error.pos}") from None
     except json.JSONDecodeError as error:
         what = error.msg[:1].lower() + error.msg[1:]
         raise MalformedRequest(f"the body is not JSON: {what} at character {error.pos}") from None
@@ -38,7 +42,18 @@ def loads(body: bytes) -> Any:
     return value
 
 
+def _check_surrogates(text: str) -> None:
+    """Refuse lone surrogates, which the json module accepts."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return
+    for escape in _ESCAPE.finditer(text):
+        if escape[1] is not None:
+            raise MalformedRequest(f"the body is not JSON: there is half a surrogate pair at character {escape.start()}")
+
+
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise MalformedRequest(f"an object in the body has more than {MAX_KEYS} keys")
     value = dict(pairs)
     if len(value) != len(pairs):
         seen: set[str] = set()
@@ -58,4 +73,9 @@ def _constant(name: str) -> NoReturn:
     raise MalformedRequest(f"the body is not JSON: {name} is not a number in JSON")
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_constant).decode
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_constant)
+
+
+_decode = _decoder().decode
+_decode_sliced = sliced(_decoder()).decode

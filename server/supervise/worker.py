@@ -45,6 +45,7 @@ BACKLOG = 2048
 REPORT_SHARE = 0.1  # time between two progress reports, as a share of the time after which a silent worker is killed
 # Python's default, (700, 10, 10), walks the heap several times while a body of a million small lists is parsed.
 GC_THRESHOLD = (50_000, 20, 100)
+SWITCH_SECONDS = 0.001  # longest wait of the event loop for a thread that runs Python code, such as one that parses a large body
 
 
 class HttpServer(uvicorn.Server):
@@ -198,6 +199,7 @@ def main() -> None:
         logs.set_up(settings.log_level, settings.log_format, name)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         gc.set_threshold(*GC_THRESHOLD)
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             runner.run(_run(start, settings, all_ready))
         except (ConfigError, CheckpointError) as error:

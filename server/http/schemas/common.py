@@ -20,6 +20,8 @@ from pydantic import (
     StringConstraints,
     Tag,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     create_model,
     model_validator,
 )
@@ -46,7 +48,22 @@ def bounded(name: str, description: str = "", **more: Any) -> Any:
 
 
 TokenId = Annotated[int, Field(ge=0, le=TOKEN_ID_MAX)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
+_SLICE = 1 << 14  # token ids that are validated without a pause: less than a millisecond
+
+
+def _in_slices(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Validate a long list of token ids slice by slice. Pydantic would hold the interpreter lock for the whole list. It is needed
+    only to name a fault."""
+    if not isinstance(value, list) or not _SLICE < len(value) <= MAX_PROMPT_TOKENS:
+        return validate(value)
+    for start in range(0, len(value), _SLICE):
+        piece = value[start : start + _SLICE]
+        if set(map(type, piece)) != {int} or min(piece) < 0 or max(piece) > TOKEN_ID_MAX:
+            return validate(value)
+    return value
+
+
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS), WrapValidator(_in_slices)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import MalformedRequest
-from server.http import strict_json
+from server.http import sliced_json, strict_json
 
 BAD = {
     "not JSON": (b"{'a': 1}", "not JSON"),
@@ -21,6 +21,9 @@ BAD = {
     "surrogate in UTF-8": (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
     "lone surrogate": (b'{"a": "\\ud800"}', "surrogate"),
     "lone surrogate, upper case": (b'{"a": "\\uDC00"}', "not JSON"),
+    "two high surrogates": (b'{"a": "\\ud83c\\ud83c\\udf0a"}', "surrogate"),
+    "a low surrogate behind a pair": (b'{"a": "\\ud83c\\udf0a\\udf0a"}', "surrogate"),
+    "a surrogate behind a backslash": (b'{"a": "\\\\\\ud800"}', "surrogate"),
     "lone surrogate as a key": (b'{"\\ud800": 1}', "surrogate"),
     "raw control character": (b'{"a": "\x00"}', "not JSON"),
     "NaN": (b'{"a": NaN}', "NaN is not a number"),
@@ -37,8 +40,13 @@ BAD = {
 }
 
 
+LARGE = b" " * strict_json.SLICED_BYTES  # behind this much white space a text is decoded in slices
+
+
+@pytest.mark.parametrize("before", [b"", LARGE], ids=["at once", "in slices"])
 @pytest.mark.parametrize(("body", "says"), BAD.values(), ids=BAD.keys())
-def test_a_faulty_text_is_refused_with_a_short_message(body, says):
+def test_a_faulty_text_is_refused_with_a_short_message(body, says, before):
+    body = before + body if not body.startswith(b"\xef") else body + before
     with pytest.raises(MalformedRequest) as caught:
         strict_json.loads(body)
     assert says in caught.value.message
@@ -60,12 +68,56 @@ def test_every_JSON_value_is_read_as_it_was_written(value):
         return  # the value has a lone surrogate, which UTF-8 cannot encode
     assert strict_json.loads(body) == value
     assert strict_json.loads(json.dumps(value).encode()) == value
+    assert strict_json.loads(LARGE + body) == value
+    assert strict_json.loads(LARGE + json.dumps(value, indent=1).encode()) == value
 
 
 @given(st.binary(max_size=64) | st.text(alphabet='{}[]",:0123456789eE+-.\\ud8ntfalsr ', max_size=64).map(str.encode))
 def test_any_bytes_are_either_read_or_refused_as_malformed(body):
     with contextlib.suppress(MalformedRequest):
         strict_json.loads(body)
+
+
+lists = st.recursive(
+    st.text(alphabet="0123456789-, \n", max_size=12)
+    | st.sampled_from(['"a"', "1.5", "1e3", "true", "{}", "[", "]", "01", "--1"]),
+    lambda inner: st.lists(inner, max_size=4).map(lambda parts: "[" + ",".join(parts) + "]"),
+    max_leaves=12,
+)
+
+
+@given(lists)
+def test_lists_of_numbers_are_read_or_refused_alike_in_slices_and_at_once(text):
+    results = []
+    for before in (b"", LARGE):
+        try:
+            results.append(json.dumps(strict_json.loads(before + text.encode())))
+        except MalformedRequest as error:
+            results.append(error.message.rpartition(" at character ")[0] or error.message)
+    at_once, in_slices = results
+    assert (at_once == in_slices) or ("not JSON" in at_once and "not JSON" in in_slices)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 16])
+def test_lists_are_the_same_whatever_the_size_of_a_slice(monkeypatch, piece):
+    monkeypatch.setattr(sliced_json, "PIECE", piece)
+    value = [[], [1], [1, -22, 333], [4, [5, 6, [7]], "a", 8, 9.5, {"b": [10, 11]}], list(range(1000)), [None, 1, 2]]
+    for separators in ((",", ":"), (", ", ": "), (" ,\n ", " : ")):
+        body = LARGE + json.dumps(value, separators=separators).encode()
+        assert strict_json.loads(body) == value
+    for bad in (b"[1,2,]", b"[1,,2]", b"[,1]", b"[1 2]", b"[1,2", b"[1,-]", b"[01]", b"[1,2}", b"[1,\n]", b"[ , ]"):
+        with pytest.raises(MalformedRequest, match="not JSON"):
+            strict_json.loads(LARGE + bad)
+
+
+def test_an_object_with_more_keys_than_any_field_needs_is_refused():
+    with pytest.raises(MalformedRequest, match="more than 65536 keys"):
+        strict_json.loads(json.dumps({str(i): 1 for i in range(70_000)}).encode())
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "\\\\ud800", "\\n\\\\uDC00 \\u"])
+def test_a_backslash_that_is_text_itself_begins_no_escape(text):
+    assert strict_json.loads(json.dumps({"a": text}).encode()) == {"a": text}
 
 
 def test_large_texts_are_read_or_refused():

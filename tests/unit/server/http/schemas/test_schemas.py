@@ -142,3 +142,14 @@ def test_a_token_id_in_logit_bias_has_a_single_spelling(key):
         read(GenerateBody, {"prompt": "x", "logit_bias": {key: 1, "1": 2}})
     assert caught.value.param.startswith("logit_bias")
     assert read(GenerateBody, {"prompt": "x", "logit_bias": {"0": 1, "10": 2}}).logit_bias == {"0": 1, "10": 2}
+
+
+@pytest.mark.parametrize("at", [0, 16_383, 16_384, 40_000, 49_999])
+@pytest.mark.parametrize("wrong", [-1, 2**31, True, 1.0, "1", None])
+def test_a_fault_in_a_long_list_of_token_ids_is_found_at_its_place(at, wrong):
+    ids = [5] * 50_000
+    assert read(DetokenizeBody, {"tokens": ids}).tokens == ids
+    ids[at] = wrong
+    with pytest.raises(InvalidRequest) as caught:
+        read(DetokenizeBody, {"tokens": ids})
+    assert caught.value.param == f"tokens[{at}]"
