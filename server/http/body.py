@@ -27,8 +27,8 @@ from server.http.schemas.fields import Ignored
 
 M = TypeVar("M", bound=BaseModel)
 
-# A thread parses bodies of at least this size; parsing this much takes about a millisecond. From this size on `strict_json` decodes
-# in slices, since a thread holds the interpreter lock for as long as one C call takes.
+# A thread parses bodies of at least this size; parsing this much takes about a millisecond. From this size on, `strict_json`
+# decodes in slices, since a thread holds the interpreter lock for as long as one C call takes.
 THREAD_BYTES = strict_json.SLICED_BYTES
 # All large bodies share one thread, so that the event loop competes with one at most, however many bodies arrive together.
 _PARSER = ThreadPoolExecutor(1, "tidegate-body")

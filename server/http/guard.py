@@ -19,57 +19,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal
 
-import msgspec
 import orjson
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from engine.errors import MalformedRequest, Overloaded, PayloadTooLarge, RequestTimeout
 from engine.logs import ThrottledWarning
 from server.errors import error_object
-from server.http.framing import NO_VERSION, Refusal, fault_of, has_no_version, head_without_upgrade, until_close
-from server.http.half_close import AT_ONCE_SECONDS, COMMENT, CONTINUE, PROBE_SECONDS, HalfClosed
+from server.http.framing import NO_VERSION, Refusal, has_no_version
+from server.http.limits import HttpLimits
+from server.http.tolerant import TolerantProtocol
 from server.service.call_log import REQUEST_ID, request_id
-from server.service.connections import connection_limits
-from server.settings import Settings
 
 log = logging.getLogger("tidegate.http")
 
 URL_BYTES = 8192  # largest length of a request's URL
 NUM_HEADERS = 100  # largest number of headers of a request
-
-
-class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, seconds and connections that the HTTP clients of one worker may take."""
-
-    head_bytes: int  # largest size of the request line and all headers together
-    body_bytes: int  # largest body that the app accepts
-    head_seconds: float  # longest time from the first byte of a request to the blank line after its headers
-    body_seconds: float  # longest time from the blank line after the headers to the body's last byte
-    idle_seconds: float  # how long a connection may stay open without a request
-    write_seconds: float  # how long the client may leave a full write buffer unread
-    max_connections: int  # largest number of connections that are open at once
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> HttpLimits:
-        """Take the limits from `settings`. Raises ConfigError if this process may not open max_connections sockets."""
-        return cls(
-            head_bytes=settings.max_header_bytes,
-            body_bytes=settings.max_body_bytes,
-            head_seconds=settings.header_timeout_s,
-            body_seconds=settings.body_timeout_s,
-            idle_seconds=settings.idle_timeout_s,
-            write_seconds=settings.send_timeout_s,
-            max_connections=connection_limits(settings).http,
-        )
-
-    @property
-    def wire_bytes(self) -> int:
-        """Return the bytes that a body may take on the wire, chunk headers included. A longer body is refused, and its connection
-        closed."""
-        return 2 * self.body_bytes + 65536
 
 
 Phase = Literal["idle", "head", "body"]
@@ -79,11 +45,7 @@ _DISCARDED_BYTES = 64 << 20  # bytes read of a body after its answer: many clien
 _ERROR_TYPES = {408: "timeout_error", 503: "service_unavailable_error"}  # other statuses: invalid_request_error
 
 
-class _Refused(Exception):
-    """A parser callback raises this exception to stop the parser when it refuses a request."""
-
-
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(TolerantProtocol):
     """Handles one HTTP connection, and limits the size and time of everything that the client sends. The function `guarded` makes
     a subclass that holds the limits, since uvicorn takes a class and not an object."""
 
@@ -101,13 +63,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.body_wire_bytes = 0
         self.body_bytes = 0  # bytes of the body so far, without the headers of chunks
         self.num_chunks = 0
-        self.running: RequestResponseCycle | None = None  # the request being answered. uvicorn's `cycle` is the newest one
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
-        self.refusal: Refusal | None = None
-        self.ended_at = 0.0  # when the last byte of the newest complete request arrived
-        self.half_closed: HalfClosed | None = None  # set if the client has closed its sending side
-        self.head_again: bytes | None = None  # the head of a request with an Upgrade header, to be parsed again without it
 
     # -- asyncio calls these methods for events of the connection --------------------------------------------------
 
@@ -123,8 +80,6 @@ class GuardedProtocol(HttpToolsProtocol):
         for timer in (self.phase_timer, self.write_timer, self.timeout_keep_alive_task):
             if timer is not None:
                 timer.cancel()
-        if self.half_closed is not None:
-            self.half_closed.cancel()
         if self.running is not None and self.running is not self.cycle and not self.running.response_complete:
             self.running.disconnected = True
             self.running.message_event.set()
@@ -144,63 +99,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 if has_no_version(data[: URL_BYTES + 32]):
                     self._refuse(*NO_VERSION)
         if self.refusal is None:
-            self._parse(data)
+            self.parse(data)
         if self.refusal is None and self.phase == "head" and self.head_bytes > self.limits.head_bytes:
             self._refuse(431, PayloadTooLarge.code, "the request's headers are too large")
-
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """The client has closed its sending side. Returns True if the connection stays open, since a client waits for its answer.
-
-        An HTTP/1.0 client has left if it closes later than with its request, since it cannot be asked before its answer begins.
-        """
-        running, at_once = self._answering, self.loop.time() - self.ended_at <= AT_ONCE_SECONDS
-        if self.phase != "idle" or running is None or self.transport.is_closing():
-            return False
-        if not (at_once or running.response_started or running.scope["http_version"] == "1.1"):
-            return False
-        self.cycle.keep_alive = False
-        if self.half_closed is None:
-            seconds = PROBE_SECONDS if at_once and not running.response_started else 0.0
-            self.half_closed = HalfClosed(self.loop, self.transport, self._probe_client, seconds=seconds)
-        return True
-
-    def _probe_client(self) -> bool:
-        """Write what a waiting client skips, if it may be written now. Returns whether it was written."""
-        running = self._answering
-        if running is None:
-            return False
-        if not running.response_started:
-            probe = CONTINUE if running.scope["http_version"] == "1.1" else b""
-        else:
-            probe = cast(dict[str, Any], running.scope).get(COMMENT, bytes)()
-            probe = b"%x\r\n%b\r\n" % (len(probe), probe) if probe and running.chunked_encoding else probe
-        self.transport.write(probe)
-        return bool(probe)
-
-    def _parse(self, data: bytes) -> None:
-        """Feed `data` to the parser, as uvicorn's data_received does. Unlike uvicorn, this does not log a malformed request,
-        since any client could fill the log."""
-        self._unset_keepalive_if_required()
-        rest = memoryview(data)
-        while rest and self.refusal is None:
-            rest = self._feed(rest)
-
-    def _feed(self, data: memoryview) -> memoryview:
-        """Feed `data` to the parser. If the data has a head with an Upgrade header, that head is parsed again without the header:
-        the client gets its answer by HTTP/1.1. Returns the data behind that head."""
-        nothing = data[:0]
-        try:
-            self.parser.feed_data(data)
-        except HttpParserError:
-            self.send_400_response("")
-        except HttpParserUpgrade as stop:
-            if self.head_again is not None:
-                self.parser = HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's protocol does
-                head, self.head_again = self.head_again, None
-                self._feed(memoryview(head))
-                return data[stop.args[0] :]
-        return nothing
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -237,30 +138,25 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         if len(self.url) > URL_BYTES:
-            self._stop(Refusal(414, PayloadTooLarge.code, "the request's URL is too long"))
+            self.stop(Refusal(414, PayloadTooLarge.code, "the request's URL is too long"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """The parser calls this method for each header, and for each trailer after the body. Trailers are counted and dropped."""
         self.num_headers += 1
         self.header_bytes += len(name) + len(value) + 4
         if self.num_headers > NUM_HEADERS:
-            self._stop(Refusal(431, PayloadTooLarge.code, f"the request has more than {NUM_HEADERS} headers"))
+            self.stop(Refusal(431, PayloadTooLarge.code, f"the request has more than {NUM_HEADERS} headers"))
         if self.header_bytes + len(self.url) > self.limits.head_bytes:
-            self._stop(Refusal(431, PayloadTooLarge.code, "the request's headers are too large"))
+            self.stop(Refusal(431, PayloadTooLarge.code, "the request's headers are too large"))
         if self.phase == "head":
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        version, method = self.parser.get_http_version(), self.parser.get_method()
-        fault = fault_of(version, self.headers)
-        if fault is not None:
-            self._stop(fault)
-        if self.parser.should_upgrade() and method != b"CONNECT":
-            self.head_again = head_without_upgrade(method, self.url, version, self.headers)
+        super().on_headers_complete()
+        if self.head_again is not None:
             return
         self.head_bytes = self.body_wire_bytes = self.body_bytes = self.num_chunks = 0
         self._enter("body", self.limits.body_seconds)
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
@@ -269,34 +165,21 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_chunk_header(self) -> None:
         self.num_chunks += 1
         if self.num_chunks > _FREE_CHUNKS + self.body_bytes // _SMALLEST_MEAN_CHUNK:
-            self._stop(Refusal(400, MalformedRequest.code, "the body comes in too many small chunks"))
+            self.stop(Refusal(400, MalformedRequest.code, "the body comes in too many small chunks"))
 
     def on_message_complete(self) -> None:
-        if self.head_again is not None:
-            return
-        self.phase = "idle"
-        self.ended_at = self.loop.time()
-        self._cancel_phase_timer()
         super().on_message_complete()
+        if self.head_again is None:
+            self.phase = "idle"
+            self._cancel_phase_timer()
 
     # -- these methods override those of uvicorn's protocol --------------------------------------------------------
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self.running = cycle
-        super()._start_asgi_task(cycle, until_close(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
-
-    def _should_upgrade_to_ws(self) -> bool:
-        return False
 
     def send_400_response(self, msg: str) -> None:
         """Refuse the request after the parser has stopped, either by its own error (status 400) or by `_Refused`."""
         self._refuse(*(self.refusal or Refusal(400, MalformedRequest.code, "this is not a valid HTTP/1.1 request")))
 
     # -- these methods refuse a request ----------------------------------------------------------------------------
-
-    def _stop(self, refusal: Refusal) -> NoReturn:
-        self.refusal = refusal
-        raise _Refused
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Close the connection. The client gets an error answer, unless another answer has been started on the connection."""
@@ -305,7 +188,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.count(status)
-        running = self._answering
+        running = self.answering
         if running is not None:
             if running is not self.cycle or running.response_started:
                 self.transport.abort()
@@ -316,11 +199,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(_answer(status, code, message, id))
         self.transport.close()
         self._set_write_timer()
-
-    @property
-    def _answering(self) -> RequestResponseCycle | None:
-        """Return the request whose answer is not complete yet, or None."""
-        return self.running if self.running is not None and not self.running.response_complete else None
 
     def _check_body(self) -> None:
         discarding = self.cycle is None or self.cycle.response_complete
@@ -346,7 +224,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.phase_timer = None
         if self.transport.is_closing():
             return
-        answering = self._answering is not None
+        answering = self.answering is not None
         if self.flow.read_paused or (self.phase == "head" and answering):
             self._set_phase_timer(seconds)  # the client waits for the server: it pipelined a request, or the app reads slowly
         elif self.phase == "idle":

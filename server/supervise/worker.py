@@ -28,7 +28,8 @@ from engine.errors import EXIT_BAD_SETTINGS, CheckpointError, ConfigError
 from server.engines.client import EngineClient
 from server.http.admin import build_admin_app
 from server.http.app import build_app
-from server.http.guard import HttpLimits, guarded
+from server.http.guard import guarded
+from server.http.limits import HttpLimits
 from server.metrics.registry import Metrics
 from server.rpc.server import RpcServer, build_rpc_server
 from server.service.connections import ADMIN_CONNECTIONS

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from server.http.app import build_app
-from server.http.guard import HttpLimits
+from server.http.limits import HttpLimits
 from server.metrics.registry import Metrics
 from server.settings import Settings
 from tests.support.children import wait_until

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from server.http.guard import HttpLimits
+from server.http.limits import HttpLimits
 from server.settings import Settings
 from tests.support.children import ServerChild, wait_until
 from tests.support.http_server import serving

@@ -12,7 +12,8 @@ import openai
 import uvicorn
 
 from server.http.app import build_app
-from server.http.guard import HttpLimits, guarded
+from server.http.guard import guarded
+from server.http.limits import HttpLimits
 from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings

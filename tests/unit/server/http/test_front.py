@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import ContextTooLong, EngineUnavailable
 from server.http.app import build_app
-from server.http.guard import HttpLimits
+from server.http.limits import HttpLimits
 from server.metrics.registry import Metrics
 from server.service.types import Chunk
 from server.settings import Settings
