@@ -67,8 +67,8 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Generates `n` outputs for one prompt. The chunks of one output arrive in order; those of different outputs are mixed. One
         Ending follows all chunks. A stream without an Ending has failed, and its status says why. The call's deadline has the same
-        effect as `deadline_ms`. Cancelling the call ends the request at once. The initial metadata has the request's id as
-        `x-request-id`.
+        effect as `deadline_ms`. Cancelling the call ends the request at once. The initial metadata has `x-request-id`: that of the
+        call's own metadata, or else the `id` of the responses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
