@@ -71,9 +71,10 @@ def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api
 
 async def _on_tidegate_error(request: Request, error: Exception) -> Response:
     status = status_of(error).http
-    call_of(request.scope).code = code_of(error)
+    call = call_of(request.scope)
+    call.code = code_of(error)
     if status == 500:
-        log.error("%s %s failed: %r", request.method, request.scope["path"], error, exc_info=error)
+        log.error("%s %s failed: %r", request.method, request.scope["path"], error, exc_info=error, extra={"id": call.id})
     return Response(error_body(error), status, error_headers(error), "application/json")
 
 

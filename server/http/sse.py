@@ -81,16 +81,17 @@ class EventStream(Response):
                     if backlog.is_due(len(piece) + _EVENT_BYTES):
                         await asyncio.sleep(0)
             except Exception as error:  # noqa: BLE001 - the status line is sent, so any error must be reported in the stream
-                call_of(scope).code = code_of(error)
-                await send({"type": "http.response.body", "body": _last_event(error), "more_body": True})
+                call = call_of(scope)
+                call.code = code_of(error)
+                await send({"type": "http.response.body", "body": _last_event(error, call.id), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _last_event(error: Exception) -> bytes:
-    """Return the event that reports `error` at the end of a stream. Errors that are the server's fault are logged too."""
+def _last_event(error: Exception, id: str) -> bytes:
+    """Return the event that reports `error` at the end of a stream. Errors that are the server's fault are logged, with `id`."""
     status = status_of(error).http
     if status == 500:
-        log.error("a stream ended with an error: %r", error, exc_info=error)
+        log.error("a stream ended with an error: %r", error, exc_info=error, extra={"id": id})
     elif status > 500:
-        log.warning("a stream ended with an error: %s", error)
+        log.warning("a stream ended with an error: %s", error, extra={"id": id})
     return event(error_body(error))

@@ -79,6 +79,9 @@ class CallGate:
             yield
         except TidegateError as error:
             await abort(context, error)
+        except grpc.aio.AbortError:  # the method has ended the call itself
+            call.status = getattr(context.code(), "name", call.status)
+            raise
         except asyncio.CancelledError:
             call.status = grpc.StatusCode.CANCELLED.name
             raise

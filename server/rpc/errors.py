@@ -54,7 +54,7 @@ def answers_errors(kind: type[Q], *, closed: bool = True) -> Callable[[Method[S,
             except Exception as error:
                 is_bug = status_of(error).grpc == grpc.StatusCode.INTERNAL.name
                 if is_bug and not isinstance(error, grpc.aio.InternalError):  # grpc raises InternalError if the client has left
-                    log.exception("a %s call failed", method.__name__)
+                    log.exception("a %s call failed", method.__name__, extra={"id": CURRENT_CALL.get().id})
                 await abort(context, error)
 
         return answering
