@@ -87,9 +87,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 GENERATION_ERRORS = errors(400, 403, 404, 408, 413, 415, 429, 499, 500, 503)
-# `itemSchema` is OpenAPI 3.2's key for the schema of each event, which FastAPI's own streams have too.
-_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-EVENT_STREAM = {"text/event-stream": {"itemSchema": _EVENT}}
+# OpenAPI 3.1 has no field for the events of a stream: tools read `schema` as that of each event.
+_EVENT = {"type": "object", "description": "One event: JSON, and at the end [DONE].", "properties": {"data": {"type": "string"}}}
+EVENT_STREAM = {"text/event-stream": {"schema": {**_EVENT, "required": ["data"]}}}
 
 
 class JsonBody(dict[str, Any]):
