@@ -17,6 +17,19 @@ from engine.errors import MalformedRequest
 from server.http.sliced_json import sliced
 
 SLICED_BYTES = 64 << 10  # texts of at least this size are decoded in slices, so that other threads can run
+# How the messages of the json module begin -> what the client is told.
+_FAULTS = {
+    "Expecting value": "there is no value",
+    "Expecting property name": "there is no key in double quotes",
+    "Expecting ':'": "there is no colon",
+    "Expecting ','": "there is no comma",
+    "Illegal trailing comma": "a comma is followed by nothing",
+    "Extra data": "the value is followed by more text,",
+    "Unterminated string": "the string has no end that begins",
+    "Invalid control character": "a string has an unescaped control character",
+    "Invalid \\": "a backslash begins no escape that JSON has",
+    "Unexpected UTF-8 BOM": "it begins with a byte-order mark,",
+}
 MAX_KEYS = 1 << 16  # largest number of keys of one object. No field needs more than a thousand, and each costs time
 # Each escape of a JSON text. The first group is half of a surrogate pair without its other half.
 _ESCAPE = re.compile(
@@ -35,7 +48,7 @@ def loads(body: bytes) -> Any:
     except RecursionError:
         raise MalformedRequest("the body is nested too deeply") from None
     except json.JSONDecodeError as error:
-        what = error.msg[:1].lower() + error.msg[1:]
+        what = next((ours for theirs, ours in _FAULTS.items() if error.msg.startswith(theirs)), "something is wrong")
         raise MalformedRequest(f"the body is not JSON: {what} at character {error.pos}") from None
     except ValueError:  # raised by int() for thousands of digits
         raise MalformedRequest("a number in the body has too many digits") from None

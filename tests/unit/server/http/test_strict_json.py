@@ -54,6 +54,29 @@ def test_a_faulty_text_is_refused_with_a_short_message(body, says, before):
     caught.value.message.encode()  # a message that cannot be encoded would turn the answer into a 500
 
 
+@pytest.mark.parametrize("before", [b"", LARGE], ids=["at once", "in slices"])
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"a": }', "there is no value at character 6"),
+        (b"{'a': 1}", "there is no key in double quotes at character 1"),
+        (b'{"a" 1}', "there is no colon at character 5"),
+        (b'{"a": 1 "b": 2}', "there is no comma at character 8"),
+        (b'{"a": [1 2]}', "there is no comma at character 9"),
+        (b'{"a": 1} x', "the value is followed by more text, at character 9"),
+        (b'{"a": "x', "the string has no end that begins at character 6"),
+        (b'{"a": "\n"}', "a string has an unescaped control character at character 7"),
+        (b'{"a": "\\x"}', "a backslash begins no escape that JSON has at character 7"),
+        (b'{"a": "\\u12"}', "a backslash begins no escape that JSON has at character "),
+    ],
+)
+def test_a_fault_is_described_in_our_words_with_its_place(body, says, before):
+    if before:
+        says = says.rpartition(" ")[0]  # the white space moves the place
+    with pytest.raises(MalformedRequest, match=says):
+        strict_json.loads(before + body)
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
