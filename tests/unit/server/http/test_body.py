@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.server.http.routes.scripted import ScriptedService, letters
-from tests.unit.server.http.routes.serve import client_of
+from tests.unit.server.http.routes.serve import app_of, client_for
 
 ROUTES = {
     "/v1/generate": b'{"prompt": "\xc3\xa9"}',
@@ -29,12 +29,16 @@ BROWSER = [{"origin": "https://evil.example"}, {"origin": "null"}, {"origin": "h
 BROWSER += [{"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}]
 
 
+SERVICE = ScriptedService(*letters("x"))
+APP = app_of(SERVICE)  # building an application takes longer than all these requests
+
+
 async def send(path, type_, **headers):
-    service = ScriptedService(*letters("x"))
-    async with client_of(service) as client:
+    SERVICE.requests.clear()
+    async with client_for(APP) as client:
         headers |= {} if type_ is None else {"content-type": type_}
         answer = await client.post(path, content=ROUTES[path], headers={"host": "localhost", **headers})
-    return answer, service
+    return answer, SERVICE
 
 
 @pytest.mark.parametrize("path", ROUTES)

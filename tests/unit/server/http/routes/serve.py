@@ -16,8 +16,11 @@ def app_of(service, **settings):
 
 
 def client_of(service, **settings):
-    transport = httpx.ASGITransport(app_of(service, **settings), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
+    return client_for(app_of(service, **settings))
+
+
+def client_for(app):
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
 
 
 async def post(service, path, body):
