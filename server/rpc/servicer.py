@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from engine.errors import RequestTimeout
 from server.http.schemas.generate import GenerateBody
-from server.http.schemas.service import DetokenizeBody, TokenizeBody
+from server.http.schemas.service import DetokenizeBody, TokenizeTextBody
 from server.rpc import translate
 from server.rpc.errors import Context, answers_errors
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
@@ -55,7 +55,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.TokenizeRequest)
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        asked = translate.checked(request, TokenizeBody)
+        asked = translate.checked(request, TokenizeTextBody)
         tokens = await self._service.tokenize(
             asked.prompt, model=asked.model, add_special_tokens=asked.add_special_tokens is not False
         )

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from engine.errors import InvalidRequest, UnsupportedField
-from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded, without_unsupported
+from engine.errors import InvalidRequest
+from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded
+from server.http.schemas.messages import ChatFields, Messages
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(max_length=512)]
@@ -105,104 +106,33 @@ class CompletionBody(OpenAIFields):
         return list(self.prompt)
 
 
-class TextPart(Schema):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _content_kind(value: Any) -> str | None:
-    return "#text" if isinstance(value, str) else "#parts" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[list[TextPart], Field(fail_fast=True, min_length=1), Tag("#parts")],
-    Discriminator(
-        _content_kind, custom_error_type="content_kind", custom_error_message="must be a string or a list of text parts"
-    ),
-]
-
-
-class Message(Schema):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-MAX_MESSAGES = 4096
 _METADATA = 16  # OpenAI's limit on the number of labels
-_REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "reasoning": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-_OTHER_PARTS = frozenset({"image_url", "input_audio", "file", "video_url", "audio_url", "refusal"})
 
 
-def _without_unsupported_parts(message: Any, path: str) -> Any:
-    """Return `message` without unsupported fields whose values have no effect.
-
-    Raises UnsupportedField for roles, fields and content parts that OpenAI defines and this server does not support.
-    """
-    if not isinstance(message, dict):
-        return message
-    if message.get("role") in ("tool", "function"):
-        raise UnsupportedField(
-            "this server does not support messages of tools: use the roles system, developer, user and assistant",
-            param=f"{path}.role",
-        )
-    content = message.get("content")
-    for j, part in enumerate(content if isinstance(content, list) else ()):
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in _OTHER_PARTS:
-            raise UnsupportedField("this server supports content of type text only", param=f"{path}.content[{j}].type")
-    return without_unsupported(message, _REFUSED_IN_MESSAGE, path=f"{path}.")
-
-
-class ChatBody(OpenAIFields):
+class ChatBody(ChatFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "functions": ([],),
+        "function_call": ("none",),
         **_REFUSED_BY_BOTH,
         "audio": (),
-        "function_call": ("none",),
-        "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
         "parallel_tool_calls": (True, False),
         "prediction": (),
         "prompt_cache_key": (),
         "prompt_cache_retention": (),
-        "reasoning_effort": (),
         "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none",),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }
 
-    messages: Annotated[
-        list[Message],
-        Field(
-            fail_fast=True,
-            min_length=1,
-            max_length=MAX_MESSAGES,
-            description="The conversation so far.",
-            examples=[[{"role": "user", "content": "Hello"}]],
-        ),
-    ]
+    messages: Messages
     max_tokens: Annotated[
         int | None, bounded("max_tokens", "Largest number of tokens to generate; what is left of the context if left out.")
     ] = None
@@ -217,17 +147,6 @@ class ChatBody(OpenAIFields):
         Annotated[dict[Label, Label], at_most(_METADATA), Field(max_length=_METADATA)] | None,
         Field(description="Labels of your own. They have no effect."),
     ] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_other_messages(cls, value: Any) -> Any:
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
-            return value
-        return {
-            **value,
-            "messages": [_without_unsupported_parts(message, f"messages[{i}]") for i, message in enumerate(messages)],
-        }
 
     @model_validator(mode="after")
     def _agree(self) -> ChatBody:

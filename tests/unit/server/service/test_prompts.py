@@ -18,6 +18,7 @@ from server.metrics.registry import Metrics
 from server.service import text_work
 from server.service.service import GenerateService
 from server.service.types import Identity
+from server.text.conversation import Conversation
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import until
 from tests.support.tiny_checkpoint import tiny_tokenizer
@@ -94,7 +95,7 @@ async def test_a_prompt_that_cannot_fit_is_refused(service, engine, prompt):
 
 async def test_a_chat_that_cannot_fit_is_refused(service):
     with pytest.raises(ContextTooLong) as caught:
-        await service.chat_tokens([{"role": "user", "content": "tide " * 100_000}])
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "tide " * 100_000}]))
     assert caught.value.param == "messages"
 
 
@@ -141,19 +142,19 @@ async def test_identities_with_different_salts_do_not_share_a_prefix(service, en
 
 async def test_chat_messages_become_the_prompt_of_the_template(service, monkeypatch):
     monkeypatch.setattr(text_work, "INLINE_CHARS", 100)
-    tokens = await service.chat_tokens([{"role": "user", "content": "Hi"}])
+    tokens = await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "Hi"}]))
     assert tokens[:1] == [0]
     assert TEXT.decode(tokens) == "Hi"
-    long = await service.chat_tokens([{"role": "user", "content": "Hi " * 150}])
+    long = await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "Hi " * 150}]))
     assert TEXT.decode(long) == "Hi " * 150
     with pytest.raises(InvalidRequest, match="roles"):
-        await service.chat_tokens([{"role": "tool", "content": "Hi"}])
+        await service.chat_tokens(Conversation(messages=[{"role": "tool", "content": "Hi"}]))
     with pytest.raises(InvalidRequest) as caught:
-        await service.chat_tokens([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}])
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]))
     assert caught.value.param == "messages[0]"
 
 
 async def test_a_model_without_a_chat_template_says_so(engine):
     service = GenerateService(engine, Tokenizer(tiny_tokenizer()), SETTINGS, Metrics("tiny", lambda: engine.health))
     with pytest.raises(InvalidRequest, match="no chat template"):
-        await service.chat_tokens([{"role": "user", "content": "Hi"}])
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "Hi"}]))
