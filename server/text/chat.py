@@ -10,6 +10,7 @@ What a template gets differs from transformers in three ways, each of which only
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -50,6 +51,7 @@ class ChatTemplate:
             self.variables = frozenset(find_undeclared_variables(tree))
         except (TemplateError, SyntaxError, RecursionError, ValueError, MemoryError) as error:
             raise CheckpointError(f"{origin}: the chat template does not parse: {_parse_fault(error)}") from error
+        self._names_content = "content" in source
         self._knows_developer = _has_constant(tree, "developer")
         self._fixed = {**tokens, "tools": None, "documents": None}
         self._forms = {role: find_form(self._run, role, self._fixed) for role in ROLES}
@@ -121,17 +123,20 @@ class ChatTemplate:
     def _finish(self, messages: list[dict[str, Any]], context: dict[str, Any], conversation: Conversation) -> str:
         if not conversation.continue_final_message:
             return self._run(messages, context)
-        mark = f"CONTINUE{secrets.token_hex(8)}"  # unknown to the client, so that no message can contain it
+        # No client knows the number, so no message contains it, and no filter for letters changes it.
+        mark = str(secrets.randbelow(9 * 10**25) + 10**25)
         text, marked = _with_mark(messages, f"{mark} ")
         prompt = self._run(marked, context)
         at = prompt.rfind(mark)
-        if at < 0 or text.strip() not in prompt:
+        if at < 0 or text.strip() not in prompt or not self._names_content:
             raise InvalidRequest(
                 "the model's chat template does not show the text of the last message as it is, so it cannot be continued",
                 param="continue_final_message",
             )
         # If the template has removed the space after the mark, it would also have removed white space at the end of the text.
-        return prompt[:at] if prompt.startswith(f"{mark} ", at) else prompt[:at].rstrip()
+        keeps_space = prompt.startswith(f"{mark} ", at)
+        prompt = re.sub(f"{mark} ?" if keeps_space else mark, "", prompt[:at])  # the template may show the text several times
+        return prompt if keeps_space else prompt.rstrip()
 
     def _run(self, messages: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
         parts: list[str] = []
