@@ -138,19 +138,19 @@ class GenerateService:
         return True
 
     async def chat_tokens(
-        self, conversation: Conversation, *, model: str | None = None, add_special_tokens: bool = False
+        self, conversation: Conversation, *, model: str | None = None, add_special_tokens: bool = False, as_prompt: bool = False
     ) -> list[int]:
         """Render `conversation` with the model's chat template, and return the token ids.
 
-        The rendered text already contains special tokens; `add_special_tokens` adds those of a prompt. Raises InvalidRequest,
-        UnsupportedField or ContextTooLong.
+        The rendered text already contains special tokens; `add_special_tokens` adds those of a prompt too. Raises InvalidRequest
+        or UnsupportedField, and with `as_prompt` ContextTooLong if the text is too long for a prompt.
         """
         check_model(model, self.model_name)
         template = self._text.chat.find(conversation.template, self.model_name)
         prompt = await self._text_work.render(partial(_render, template, conversation), conversation.weight(PIECE_CHARS))
-        if not prompt:
-            raise InvalidRequest("the model's chat template renders these messages to an empty prompt", param="messages")
-        return await self._prompt_ids(prompt, add_special_tokens=add_special_tokens, name="messages")
+        if as_prompt:
+            return await self._prompt_ids(prompt, add_special_tokens=add_special_tokens, name="messages")
+        return await self._text_work.encode(prompt, add_special_tokens=add_special_tokens)
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_special_tokens: bool = True, as_prompt: bool = False

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.meta import find_undeclared_variables
 
 from engine.errors import CheckpointError, InvalidRequest, UnsupportedField
@@ -83,7 +84,8 @@ class ChatTemplate:
             ) from error
         except FAILURES as error:
             # A template expects messages of a certain shape. On other messages it may fail with any of these errors.
-            raise InvalidRequest(f"the model's chat template fails on these messages{_place(error)}", param="messages") from error
+            message = f"the model's chat template fails on these messages{_place(error)}{_reason(error)}"
+            raise InvalidRequest(message, param="messages") from error
 
     def _context(self, conversation: Conversation) -> dict[str, Any]:
         """Return the names that the template gets, apart from `messages`."""
@@ -180,6 +182,15 @@ def _parse_fault(error: Exception) -> str:
     if isinstance(error, SyntaxError):  # Jinja makes Python of a template, and Python refuses it
         return str(error.msg)
     return "it is nested too deeply" if isinstance(error, RecursionError | MemoryError) else str(error)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what a template did wrong, in our words: those of the libraries speak of their own types."""
+    if isinstance(error, SecurityError):
+        return ": it does what the sandbox forbids"
+    if isinstance(error, UndefinedError):
+        return ": it needs a value that is missing"
+    return ": a value is not of the type that it needs" if isinstance(error, TypeError) else ""
 
 
 def _place(error: BaseException) -> str:

@@ -165,7 +165,7 @@ OWN = [
     (CHAT, {"model": MODEL, "messages": MESSAGES, "tools": [{}]}, 422, "tools"),
     (CHAT, {"model": MODEL, "messages": MESSAGES, "tool_choice": "auto"}, 422, "tool_choice"),
     (CHAT, {"model": MODEL, "messages": MESSAGES, "response_format": {"type": "json_schema"}}, 422, "response_format"),
-    (CHAT, {"model": MODEL, "messages": MESSAGES, "chat_template": "{{ 7 * 7 }}"}, 400, "chat_template"),
+    (CHAT, {"model": MODEL, "messages": MESSAGES, "chat_template": "{{ 7 * 7 }}"}, 422, "chat_template"),
     (CHAT, {"model": MODEL, "messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs"),
     (CHAT, {"model": MODEL, "messages": MESSAGES, "logprobs": 2}, 400, "logprobs"),
     (CHAT, {"model": MODEL, "messages": MESSAGES, "max_tokens": 1, "max_completion_tokens": 2}, 400, "max_tokens"),

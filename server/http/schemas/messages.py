@@ -7,9 +7,17 @@ only describes the answer; it is refused by name if it is something that the mod
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Discriminator, Field, ModelWrapValidatorHandler, PrivateAttr, StringConstraints, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from engine.errors import InvalidRequest, UnsupportedField
 from server.http.schemas.common import Schema, at_most, without_unsupported
@@ -33,11 +41,10 @@ _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "prefix": (False,),
     "partial": (False,),
 }
-# Names of chat_template_kwargs that the server itself gives to a template, or that are fields of their own.
+# Names that the server itself gives to a template, or that are fields of their own.
 RESERVED = frozenset(
     {
         "messages",
-        "conversation",
         "tools",
         "documents",
         "add_generation_prompt",
@@ -97,34 +104,27 @@ class Message(Schema):
     annotations: Metadata = None
     provider_specific_fields: Metadata = None
 
-    _fields: dict[str, Any] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _keep_fields(cls, value: Any, handler: ModelWrapValidatorHandler[Message]) -> Message:
-        """Validate, and keep what a template gets, in the client's order of keys: a template can print a whole message. A large
-        body is validated in a thread, so this costs the event loop nothing."""
-        message = handler(value)
-        content: Any = message.content
-        if isinstance(content, list):
-            content = [{"type": part.type, "text": part.text} for part in content]
-        known = {
-            "role": message.role,
-            "content": content,
-            "name": message.name,
-            "reasoning_content": message.reasoning_content,
-            "reasoning": message.reasoning,
-        }
-        message._fields.update({key: known[key] for key in value if known.get(key) is not None})
-        return message
+def _is_plain(message: Any) -> bool:
+    """Return whether `message` has a known role, a text and nothing else. Such messages need no schema, and are the most."""
+    return type(message) is dict and len(message) == 2 and message.get("role") in _ROLES and type(message.get("content")) is str
 
-    @property
-    def for_template(self) -> dict[str, Any]:
-        return self._fields
+
+def _for_template(value: Any, handler: ValidatorFunctionWrapHandler) -> dict[str, Any]:
+    """Validate a message, and return what a template gets of it, in the client's order of keys: a template can print it whole."""
+    if _is_plain(value):
+        return cast("dict[str, Any]", value)
+    message: Message = handler(value)
+    content: Any = message.content
+    if isinstance(content, list):
+        content = [{"type": part.type, "text": part.text} for part in content]
+    fields = {"role": message.role, "content": content, "name": message.name}
+    fields |= {"reasoning_content": message.reasoning_content, "reasoning": message.reasoning}
+    return {key: fields[key] for key in value if fields.get(key) is not None}
 
 
 Messages = Annotated[
-    list[Message],
+    list[Annotated[Message, WrapValidator(_for_template)]],  # validated to a list of dictionaries
     Field(
         fail_fast=True,
         min_length=1,
@@ -185,7 +185,7 @@ class ChatFields(Schema):
         for name in variables:
             if name in RESERVED:
                 raise InvalidRequest(
-                    f"chat_template_kwargs may not have {name}: the server gives it to the template itself",
+                    f"chat_template_kwargs may not have {name}: the server sets it",
                     param=f"chat_template_kwargs.{name}",
                 )
         effort = self.reasoning_effort
@@ -197,10 +197,10 @@ class ChatFields(Schema):
 
     @property
     def conversation(self) -> Conversation:
-        """Return what to render."""
+        """What to render."""
         continues = bool(self.continue_final_message)
         return Conversation(
-            messages=[message.for_template for message in self.messages or ()],
+            messages=cast("list[dict[str, Any]]", self.messages or []),
             template=self.chat_template,
             variables=self.chat_template_kwargs or {},
             documents=self.documents,
@@ -216,7 +216,7 @@ def _supported(message: Any, path: str) -> Any:
     Raises UnsupportedField for roles, fields and content parts that OpenAI defines and this server does not support, and
     InvalidRequest for a message that must have content and has none.
     """
-    if not isinstance(message, dict):
+    if _is_plain(message) or not isinstance(message, dict):
         return message
     role, content = message.get("role"), message.get("content")
     if role in ("tool", "function"):

@@ -95,7 +95,7 @@ async def test_a_prompt_that_cannot_fit_is_refused(service, engine, prompt):
 
 async def test_a_chat_that_cannot_fit_is_refused(service):
     with pytest.raises(ContextTooLong) as caught:
-        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "tide " * 100_000}]))
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "tide " * 100_000}]), as_prompt=True)
     assert caught.value.param == "messages"
 
 

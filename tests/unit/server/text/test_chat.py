@@ -215,7 +215,8 @@ def test_a_refusal_by_the_template_is_an_invalid_request_with_its_message():
 def test_a_template_that_fails_is_reported_with_the_line_and_in_our_words(source):
     with pytest.raises(InvalidRequest) as caught:
         render(source)
-    assert caught.value.message == "the model's chat template fails on these messages, in line 2 of the template"
+    assert caught.value.message.startswith("the model's chat template fails on these messages, in line 2 of the template")
+    assert "object" not in caught.value.message
     assert caught.value.param == "messages"
 
 

@@ -47,7 +47,7 @@ class ScriptedService:
     def check_logprobs(self, params, *, prompt_tokens, outputs):
         self.checked = (params.prompt_logprobs, prompt_tokens, outputs)
 
-    async def chat_tokens(self, conversation, *, model=None, add_special_tokens=False):
+    async def chat_tokens(self, conversation, *, model=None, add_special_tokens=False, as_prompt=False):
         self.conversations.append(conversation)
         return [*([0] if add_special_tokens else []), *range(10 + len(conversation.messages))]
 
