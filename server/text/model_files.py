@@ -39,6 +39,7 @@ def named_tokens(folder: Path, config: dict[str, Any], *, padding: str | None = 
     As in transformers, special_tokens_map.json has precedence, unless the config lists the added tokens: then the config has it.
     """
     own = {name: value for name, value in config.items() if name.endswith("_token")}
+    own |= config.get("model_specific_special_tokens") or {}
     further = config.get("extra_special_tokens") or config.get("additional_special_tokens")  # two names of one key
     own |= further if isinstance(further, dict) else {}
     mapped = dict(read_config(folder / "special_tokens_map.json"))

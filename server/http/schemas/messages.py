@@ -184,8 +184,9 @@ class ChatFields(Schema):
         variables = self.chat_template_kwargs or {}
         for name in variables:
             if name in RESERVED:
+                why = f"give {name} itself" if name in type(self).model_fields else "the server sets it"
                 raise InvalidRequest(
-                    f"chat_template_kwargs may not have {name}: the server sets it",
+                    f"chat_template_kwargs may not have {name}: {why}",
                     param=f"chat_template_kwargs.{name}",
                 )
         effort = self.reasoning_effort

@@ -181,8 +181,8 @@ async def test_a_chat_of_another_model_is_refused_before_it_is_rendered(service)
     [
         (1, "x", "MainThread"),
         (40, "x", "tidegate-text-short"),
-        (4000, "x", "tidegate-text-long"),
-        (1, "x" * 20_000, "tidegate-text-long"),
+        (4000, "x", "tidegate-text-chat"),
+        (1, "x" * 20_000, "tidegate-text-chat"),
     ],
 )
 async def test_the_work_of_a_chat_decides_where_it_is_rendered(service, monkeypatch, num_messages, text, lane):

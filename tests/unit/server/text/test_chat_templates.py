@@ -176,6 +176,7 @@ TOKENS = {
     "a token of the model's own": {"tokenizer_config.json": {"image_token": "<|user|>"}},
     "named extra tokens": {"tokenizer_config.json": {"extra_special_tokens": {"eoi": "<|user|>", "image_token": "<|end|>"}}},
     "named additional tokens": {"tokenizer_config.json": {"additional_special_tokens": {"eoi": "<|user|>"}}},
+    "tokens of the model's own in an object": {"tokenizer_config.json": {"model_specific_special_tokens": {"eoi": "<|user|>"}}},
     "unnamed extra tokens": {"tokenizer_config.json": {"extra_special_tokens": ["<|user|>"]}},
     "the map alone": {"tokenizer_config.json": {"bos_token": None}, MAP: {"bos_token": "<|user|>", "pad_token": "<|end|>"}},
     "objects in the map": {MAP: {"bos_token": {k: ADDED[k] for k in ADDED if k != "__type"}, "sep_token": "<|end|>"}},
