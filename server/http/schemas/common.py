@@ -75,11 +75,11 @@ def at_most(num_keys: int) -> BeforeValidator:
 
 def without_unsupported(value: dict[Any, Any], table: dict[str, tuple[Any, ...]], *, path: str = "") -> dict[Any, Any]:
     """Return `value` without the fields that `table` names. Raises UnsupportedField if such a field has a value other than null
-    or one of the values that the table lists for it, which have no effect. The first such field of the table is named."""
+    or one of the values that the table lists for it, which have no effect."""
     found = value.keys() & table.keys()
     if not found:
         return value
-    for name in filter(found.__contains__, table):
+    for name in sorted(found):
         given = value[name]
         if given is not None and not any(type(given) is type(v) and given == v for v in table[name]):
             raise UnsupportedField(f"this server does not support {path}{name}: leave it out", param=f"{path}{name}")

@@ -113,12 +113,10 @@ class ChatBody(ChatFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none",),
-        "functions": ([],),
-        "function_call": ("none",),
         **_REFUSED_BY_BOTH,
         "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
         "parallel_tool_calls": (True, False),
@@ -128,6 +126,8 @@ class ChatBody(ChatFields, OpenAIFields):
         "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
+        "tool_choice": ("none",),
+        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }

@@ -112,15 +112,6 @@ def test_a_faulty_message_is_refused_in_the_clients_terms(message, param, senten
     assert caught.value.message.startswith(sentence)
 
 
-def test_tools_are_blamed_before_the_choice_of_a_tool():
-    with pytest.raises(UnsupportedField) as caught:
-        read(tools=[{}], tool_choice="auto", parallel_tool_calls=True)
-    assert caught.value.param == "tools"
-    with pytest.raises(UnsupportedField) as caught:
-        read(functions=[{}], function_call="auto")
-    assert caught.value.param == "functions"
-
-
 @pytest.mark.parametrize("model", [ChatBody, TokenizeBody])
 def test_a_prompt_cannot_both_begin_an_answer_and_continue_one(model):
     with pytest.raises(InvalidRequest, match="exclude each other") as caught:
