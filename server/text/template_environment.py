@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +24,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 TEMPLATE_FILE = "<template>"  # the file name that Jinja gives to the code of a template
-MAX_LOOKUPS = 1 << 21  # attributes and items that one rendering may look up: some seconds. A usual message costs about 20
+MAX_LOOKUPS = 1 << 19  # attributes and items that one rendering may look up: some seconds. A usual message costs 5 to 30
+
+SHARE_LOOKUPS = 256  # lookups between two pauses of a rendering beside the event loop: about 1 ms
+SHARE_SECONDS = 0.0001  # a pause: enough for a waiting thread to wake up and take the interpreter lock
 
 
 class TemplateRefusal(Exception):
@@ -38,17 +43,31 @@ FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, 
 RENDER_ERRORS = (*FAILURES, TemplateRefusal, TooMuchWork)
 
 
-_lookups_left: ContextVar[list[int] | None] = ContextVar("lookups_left", default=None)
+class _Budget:
+    """What one rendering may still do. `shares` says that other threads should run in between."""
+
+    __slots__ = ("left", "shares")
+
+    def __init__(self) -> None:
+        self.left = MAX_LOOKUPS
+        self.shares = threading.current_thread() is not threading.main_thread()
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 
 @contextmanager
 def bounded_work() -> Iterator[None]:
-    """Bound the lookups of one rendering, which runs inside the `with` block, to MAX_LOOKUPS."""
-    token = _lookups_left.set([MAX_LOOKUPS])
+    """Bound the lookups of one rendering, which runs inside the `with` block, to MAX_LOOKUPS.
+
+    Outside the main thread, a rendering gives up the interpreter lock every few hundred lookups. Otherwise the event loop, which
+    runs in the main thread, would wait for it for 5 ms each time.
+    """
+    token = _budget.set(_Budget())
     try:
         yield
     finally:
-        _lookups_left.reset(token)
+        _budget.reset(token)
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -71,11 +90,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _count_lookup() -> None:
-    left = _lookups_left.get()
-    if left is not None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise TooMuchWork
+    budget = _budget.get()
+    if budget is None:  # a constant expression, which Jinja computes while it compiles a template
+        return
+    budget.left -= 1
+    if budget.left < 0:
+        raise TooMuchWork
+    if budget.shares and not budget.left % SHARE_LOOKUPS:
+        time.sleep(SHARE_SECONDS)
 
 
 class _GenerationTag(Extension):

@@ -1,5 +1,7 @@
 """Tests what a chat template gets and may do, and how its failures are reported."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from engine.errors import CheckpointError, InvalidRequest, UnsupportedField
@@ -277,3 +279,15 @@ def test_a_rendering_that_looks_up_too_much_is_refused(monkeypatch):
     assert template.render(Conversation(messages=[{"role": "user", "x": {}}] * 60)) == ""
     with pytest.raises(InvalidRequest, match="send fewer"):
         template.render(Conversation(messages=[{"role": "user", "x": {}}] * 110))
+
+
+def test_a_long_rendering_in_a_thread_lets_the_event_loop_run(monkeypatch):
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    conversation = Conversation(messages=USER * 2000)
+    pauses = []
+    monkeypatch.setattr(template_environment.time, "sleep", pauses.append)
+    template.render(conversation)
+    assert not pauses  # this is the event loop's thread
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(template.render, conversation).result() == "Hi" * 2000
+    assert len(pauses) >= 2000 // template_environment.SHARE_LOOKUPS
