@@ -82,9 +82,6 @@ class ChatTemplate:
                 f"the model's chat template needs more than {MAX_LOOKUPS} lookups for these messages: send fewer",
                 param="messages",
             ) from error
-        except UnicodeEncodeError as error:
-            message = f"the model's chat template writes half a character, at character {error.start} of the prompt"
-            raise InvalidRequest(message, param="messages") from error
         except FAILURES as error:
             # A template expects messages of a certain shape. On other messages it may fail with any of these errors.
             message = f"the model's chat template fails on these messages{_place(error)}{_reason(error)}"
@@ -153,7 +150,10 @@ class ChatTemplate:
                 if size > MAX_PROMPT_CHARS:
                     raise TemplateRefusal(f"the prompt has more than {MAX_PROMPT_CHARS} characters")
         prompt = "".join(parts)
-        prompt.encode()  # raises UnicodeEncodeError for a lone surrogate, which an escape in a template can write
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # an escape in a template's string can write half a surrogate pair
+            raise TemplateRefusal(f"the prompt has half a character, at character {error.start}") from error
         return prompt
 
 

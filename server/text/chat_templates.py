@@ -74,6 +74,10 @@ class ChatTemplates:
         """The names of all templates of the folder, those that cannot be used included."""
         return sorted({*self._templates, *self._faults} - {""})
 
+    @property
+    def default(self) -> ChatTemplate | None:
+        return self._templates.get(DEFAULT)
+
     def find(self, name: str | None, model: str) -> ChatTemplate:
         """Return the template `name`, or the default if it is None. Raises InvalidRequest or UnsupportedField, which says why
         `model` has no such template."""

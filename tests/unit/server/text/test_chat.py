@@ -223,7 +223,7 @@ def test_a_template_that_fails_is_reported_with_the_line_and_in_our_words(source
 
 
 def test_a_template_that_writes_half_a_character_is_reported():
-    with pytest.raises(InvalidRequest, match="half a character, at character 2 of the prompt"):
+    with pytest.raises(InvalidRequest, match="the prompt has half a character, at character 2"):
         render("{{ messages[0].content }}{{ '\\ud83c' }}")
 
 

@@ -66,7 +66,9 @@ FORMS = {
 def test_the_default_template_is_the_one_that_transformers_takes(folder, files):
     write(folder, files)
     assert ours(folder) == theirs(folder)
-    assert Tokenizer.from_folder(folder).chat.problems == []
+    chat = Tokenizer.from_folder(folder).chat
+    assert chat.problems == []
+    assert chat.default is chat.find(None, "tiny") is chat.find("default", "tiny")
 
 
 @pytest.mark.parametrize("form", ["a list", "an object", "several files"])
@@ -99,7 +101,9 @@ def test_named_templates_without_a_default_are_reported(folder, files):
         ours(folder)
     assert caught.value.param == "chat_template"
     assert ours(folder, "rag") == theirs(folder, "rag")
-    assert Tokenizer.from_folder(folder).chat.problems == ["none of the named chat templates (rag) is called 'default'"]
+    chat = Tokenizer.from_folder(folder).chat
+    assert chat.default is None
+    assert chat.problems == ["none of the named chat templates (rag) is called 'default'"]
 
 
 FAULTY = {

@@ -24,7 +24,8 @@ from server.text import template_environment
 from server.text.chat import ChatTemplate
 from server.text.conversation import Conversation
 
-TEMPLATES = {path.stem: path.read_text() for path in sorted(Path("tests/support/chat_templates").glob("*.jinja"))}
+FILES = Path(__file__).resolve().parents[3] / "support" / "chat_templates"
+TEMPLATES = {path.stem: path.read_text() for path in sorted(FILES.glob("*.jinja"))}
 TOKENS = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "sep_token": "<|user|>", "pad_token": "<|end|>"}
 
 # Forms of content that a template takes, for all roles or by role: "text" (if a template is not listed), "parts", "both", or for
