@@ -201,8 +201,10 @@ def _model(settings: Settings) -> Checkpoint:
         what = f"{spec.architecture}, {spec.num_layers} layers, context {spec.max_model_len}, at {folder}"
         found = [Finding("model", "ok", what)]
     found += [Finding("config.json", "note", note) for note in spec.notes]
-    if text.chat is None:
-        found.append(Finding("chat template", "note", "the model has none: /v1/chat/completions will refuse every request"))
+    found += [
+        Finding("chat template", "note", f"{problem}: /v1/chat/completions refuses what needs it")
+        for problem in text.chat.problems
+    ]
     return Checkpoint(found, settings, spec.limits())
 
 

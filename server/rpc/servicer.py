@@ -11,7 +11,7 @@ import msgspec
 
 from engine.errors import RequestTimeout
 from server.http.schemas.generate import GenerateBody
-from server.http.schemas.service import DetokenizeBody, TokenizeBody
+from server.http.schemas.service import DetokenizeBody, TokenizeTextBody
 from server.rpc import translate
 from server.rpc.current_call import CURRENT_CALL, metadata_of
 from server.rpc.errors import Context, answers_errors
@@ -63,7 +63,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
 
     @answers_errors(pb.TokenizeRequest)
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        asked = translate.checked(request, TokenizeBody)
+        asked = translate.checked(request, TokenizeTextBody)
         tokens = await self._service.tokenize(
             asked.prompt, model=asked.model, add_special_tokens=asked.add_special_tokens is not False
         )

@@ -30,8 +30,9 @@ from server.service.checks import (
 )
 from server.service.text_work import TextWork, TooManyTokens
 from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest, Identity
-from server.text.chat import Message
-from server.text.tokenizer import Tokenizer
+from server.text.chat import ChatTemplate
+from server.text.conversation import Conversation, strings_in
+from server.text.tokenizer import PIECE_CHARS, Tokenizer
 
 _CHECKED_IDS = 1 << 16  # token ids validated in one go: about 2 ms of the event loop
 
@@ -135,21 +136,20 @@ class GenerateService:
         call.end(Aborted("the request was aborted"))
         return True
 
-    async def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Render `messages` with the model's chat template, and return the token ids. Raises InvalidRequest or ContextTooLong."""
-        template = self._text.chat
-        if template is None:
-            raise InvalidRequest(
-                f"{self.model_name} has no chat template, so it cannot answer messages: use /v1/completions",
-                param="messages",
-            )
-        for i, message in enumerate(messages):
-            for value in _texts(message):
-                check_text(value, f"messages[{i}]")
-        num_chars = sum(len(value) for message in messages for value in _texts(message))
-        prompt = await self._text_work.render(partial(template.render, messages), num_chars)
-        # The rendered text already contains the special tokens.
-        return await self._prompt_ids(prompt, add_special_tokens=False, name="messages")
+    async def chat_tokens(
+        self, conversation: Conversation, *, model: str | None = None, add_special_tokens: bool = False, as_prompt: bool = False
+    ) -> list[int]:
+        """Render `conversation` with the model's chat template, and return the token ids.
+
+        The rendered text already contains special tokens; `add_special_tokens` adds those of a prompt too. Raises InvalidRequest
+        or UnsupportedField, and with `as_prompt` ContextTooLong if the text is too long for a prompt.
+        """
+        check_model(model, self.model_name)
+        template = self._text.chat.find(conversation.template, self.model_name)
+        prompt = await self._text_work.render(partial(_render, template, conversation), conversation.weight(PIECE_CHARS))
+        if as_prompt:
+            return await self._prompt_ids(prompt, add_special_tokens=add_special_tokens, name="messages")
+        return await self._text_work.encode(prompt, add_special_tokens=add_special_tokens)
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_special_tokens: bool = True, as_prompt: bool = False
@@ -236,8 +236,8 @@ def _use_client_names(error: TidegateError, names: dict[str, str]) -> None:
     error.param = names.get(error.param, error.param) if error.param is not None else None
 
 
-def _texts(message: Message) -> list[str]:
-    """Return all texts of a message: its role and the texts of its content."""
-    content = message.get("content")
-    parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
-    return [value for value in [message.get("role"), *parts] if isinstance(value, str)]
+def _render(template: ChatTemplate, conversation: Conversation) -> str:
+    for name, value in conversation.inputs():
+        for text in strings_in(value):
+            check_text(text, name)
+    return template.render(conversation)

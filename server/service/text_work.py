@@ -6,6 +6,7 @@ A lane is a pool of threads with a queue. The length of a text decides where it 
     up to one piece            in the short lane, where no work is longer than one piece takes
     longer                     in the long lane, piece by piece, alternating with the other long texts
     pieces longer than HUGE    in the huge lane, one at a time: a piece may take seconds, and some 200 bytes a character
+    long chats, to render      in the chat lane, one at a time: rendering cannot be cut, and may take seconds
 
 A job has at most one piece in a lane's queue. So jobs share a lane fairly, a cancelled job frees the lane at once, and the
 tokenizer's memory does not grow with the number of jobs. The texts longer than a piece are bounded by their bytes in total.
@@ -50,6 +51,7 @@ class TextWork:
         self._short = ThreadPoolExecutor(_SHORT_THREADS, "tidegate-text-short")
         self._long = ThreadPoolExecutor(1, "tidegate-text-long")
         self._huge = ThreadPoolExecutor(1, "tidegate-text-huge")
+        self._chat = ThreadPoolExecutor(1, "tidegate-text-chat")
 
     async def encode(self, text: str, *, add_special_tokens: bool, limit: int | None = None) -> list[int]:
         """Tokenise `text` and return its token ids.
@@ -84,12 +86,11 @@ class TextWork:
                 await self._step(job, lane)
             return await self._in_lane(lane, job.result)
 
-    async def render(self, template: Callable[[], str], num_chars: int) -> str:
-        """Call `template`, which renders messages of `num_chars` characters, and return the prompt."""
-        if num_chars <= INLINE_CHARS:
+    async def render(self, template: Callable[[], str], weight: int) -> str:
+        """Call `template`, which renders a conversation of `weight`, in characters of text, and return the prompt."""
+        if weight <= INLINE_CHARS:
             return template()
-        lane = self._short if num_chars <= PIECE_CHARS else self._long
-        return await self._in_lane(lane, template)
+        return await self._in_lane(self._short if weight <= PIECE_CHARS else self._chat, template)
 
     async def _exceeds(self, text: str, limit: int) -> bool:
         exceeds = self._tokenizer.exceeds

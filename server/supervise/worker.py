@@ -62,6 +62,7 @@ class Worker:
 
     def __init__(self, start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
         self._settings = settings
+        self._index = start.index
         self._listen_at_once = start.listen_at_once
         self._all_ready = all_ready
         self._client = EngineClient(
@@ -82,6 +83,8 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         text = Tokenizer.from_folder(self._settings.model or "")
+        for problem in text.chat.problems if self._index == 0 else ():  # one worker says it for all
+            log.warning("chat is not available, or not with every template", extra={"reason": problem})
         metrics = Metrics(self._settings.model_name, lambda: self._client.health)
         logs.on_dropped(metrics.log_lines_dropped)
         service = GenerateService(self._client, text, self._settings, metrics, server_ready=self._all_ready.is_set)

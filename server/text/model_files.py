@@ -1,4 +1,4 @@
-"""Reads the files of a model folder that describe its tokenizer beside tokenizer.json: tokenizer_config.json, chat template."""
+"""Reads the files of a model folder that describe its tokenizer beside tokenizer.json: its config and its named tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from server.text.chat import ChatTemplate
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -33,21 +32,19 @@ def token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def chat_template(folder: Path, config: dict[str, Any], named: dict[str, str]) -> ChatTemplate | None:
-    """Read the model's chat template from chat_template.jinja or, if that file is missing, from the config's `chat_template`.
+def named_tokens(folder: Path, config: dict[str, Any], *, padding: str | None = None) -> dict[str, str]:
+    """Return the special tokens that a model folder names, such as `bos_token`, wherever it names them. Templates use the names.
 
-    The config has a string or a list of named templates, of which "default" is used. Returns None if there is no template.
-    `named` are the special tokens that a template may use by name.
+    `config` is tokenizer_config.json. `padding` is the token of tokenizer.json's padding, the pad token if no file names another.
+    As in transformers, special_tokens_map.json has precedence, unless the config lists the added tokens: then the config has it.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), named, origin=str(path))
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        defaults = (entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default")
-        source = next(defaults, {}).get("template")
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string")
-    return ChatTemplate(source, named, origin=str(folder / "tokenizer_config.json"))
+    own = {name: value for name, value in config.items() if name.endswith("_token")}
+    own |= config.get("model_specific_special_tokens") or {}
+    further = config.get("extra_special_tokens") or config.get("additional_special_tokens")  # two names of one key
+    own |= further if isinstance(further, dict) else {}
+    mapped = dict(read_config(folder / "special_tokens_map.json"))
+    further = mapped.pop("extra_special_tokens", None)
+    mapped = {name: value for name, value in mapped.items() if name.endswith("_token")}
+    mapped |= further if isinstance(further, dict) else {}
+    named = {"pad_token": padding} | (mapped | own if "added_tokens_decoder" in config else own | mapped)
+    return {name: text for name, value in named.items() if (text := token_text(value)) is not None}

@@ -18,18 +18,17 @@ import tokenizers
 
 from engine.errors import CheckpointError
 from server.text.bound import find_bound
-from server.text.chat import ChatTemplate
+from server.text.chat_templates import ChatTemplates
 from server.text.cuts import find_cuts, parts_of, pieces_of
 from server.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from server.text.jobs import DecodeJob, EncodeJob, finish
-from server.text.model_files import chat_template, read_config, token_text
+from server.text.model_files import named_tokens, read_config
 from server.text.token_bytes import byte_level_bytes, fallback_byte
 
 PIECE_CHARS = 1 << 14  # characters that one step tokenises: some 5 ms, some 3 MB
 PIECE_TOKENS = 1 << 10  # tokens that one step decodes: some 2 ms
 _CONTEXT_TOKENS = 8  # last tokens of the prompt given to a detokenizer: enough for two characters of byte tokens
 _LIST_IDS = 1 << 16  # ids that are copied to a list at once; other Python threads can run between two copies
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _LOCAL_DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece"})
 T = TypeVar("T")
 
@@ -44,13 +43,13 @@ class Tokenizer:
         self,
         tokenizer: tokenizers.Tokenizer,
         *,
-        chat: ChatTemplate | None = None,
+        chat: ChatTemplates | None = None,
         add_bos: bool | None = None,
         bos_token: str | None = None,
     ) -> None:
+        self.chat = chat or ChatTemplates({})
         tokenizer.no_truncation()  # some tokenizer.json files still have the truncation and padding of training
         tokenizer.no_padding()
-        self.chat = chat
         self._tokenizer = tokenizer
         self._add_bos = add_bos
         self._bos = None if bos_token is None else tokenizer.token_to_id(bos_token)
@@ -82,10 +81,10 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         config = read_config(Path(folder) / "tokenizer_config.json")
-        named = {name: text for name in _TEMPLATE_TOKENS if (text := token_text(config.get(name))) is not None}
+        named = named_tokens(Path(folder), config, padding=(tokenizer.padding or {}).get("pad_token"))
         return cls(
             tokenizer,
-            chat=chat_template(Path(folder), config, named),
+            chat=ChatTemplates.from_folder(Path(folder), config, named),
             add_bos=config.get("add_bos_token"),
             bos_token=named.get("bos_token"),
         )

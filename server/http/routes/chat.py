@@ -52,7 +52,9 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRequest:
-    tokens = await api.service.chat_tokens([{"role": message.role, "content": message.text} for message in body.messages])
+    tokens = await api.service.chat_tokens(
+        body.conversation, model=body.model, add_special_tokens=bool(body.add_special_tokens), as_prompt=True
+    )
     limit = body.output_limit
     params = body.sampling(
         max_tokens=max(1, api.service.max_model_len - len(tokens)) if limit is None else limit,

@@ -16,10 +16,15 @@ _ERRORS = errors(400, 403, 404, 408, 413, 415, 429, 499, 500, 503)
 
 @router.post("/tokenize", responses={200: {"model": TokenizeResponse}, **_ERRORS}, openapi_extra=JsonBody(TokenizeBody))
 async def tokenize(request: Request) -> Response:
-    """Turn text into token ids."""
+    """Turn text, or messages rendered by the model's chat template, into token ids."""
     api = api_of(request)
     body = await read_json(request, TokenizeBody, api)
-    tokens = await api.service.tokenize(body.prompt, model=body.model, add_special_tokens=body.add_special_tokens is not False)
+    if body.prompt is None:
+        add_special_tokens = bool(body.add_special_tokens)
+        tokens = await api.service.chat_tokens(body.conversation, model=body.model, add_special_tokens=add_special_tokens)
+    else:
+        add_special_tokens = body.add_special_tokens is not False
+        tokens = await api.service.tokenize(body.prompt, model=body.model, add_special_tokens=add_special_tokens)
     return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": api.service.max_model_len})
 
 

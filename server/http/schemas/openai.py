@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
-from engine.errors import InvalidRequest, UnsupportedField
+from engine.errors import InvalidRequest
 from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded
-from server.http.schemas.fields import without_unsupported
+from server.http.schemas.messages import ChatFields, Messages
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(max_length=512)]
@@ -123,82 +123,10 @@ class CompletionBody(OpenAIFields):
         return list(self.prompt)
 
 
-class TextPart(Schema):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _content_kind(value: Any) -> str | None:
-    return "#text" if isinstance(value, str) else "#parts" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[str, Tag("#text")] | Annotated[list[TextPart], Field(fail_fast=True, min_length=1), Tag("#parts")],
-    Discriminator(
-        _content_kind, custom_error_type="content_kind", custom_error_message="must be a string or a list of text parts"
-    ),
-]
-
-
-class Message(Schema):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-MAX_MESSAGES = 4096
-_REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "reasoning": (),
-    "reasoning_content": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-_OTHER_PARTS = frozenset({"image_url", "input_audio", "file", "video_url", "audio_url", "refusal"})
-
-
-def _without_unsupported_parts(message: Any, path: str) -> Any:
-    """Return `message` without unsupported fields whose values have no effect.
-
-    Raises UnsupportedField for roles, fields and content parts that OpenAI defines and this server does not support.
-    """
-    if not isinstance(message, dict):
-        return message
-    if message.get("role") in ("tool", "function"):
-        raise UnsupportedField(
-            "this server does not support messages of tools: use the roles system, developer, user and assistant",
-            param=f"{path}.role",
-        )
-    content = message.get("content")
-    for j, part in enumerate(content if isinstance(content, list) else ()):
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in _OTHER_PARTS:
-            raise UnsupportedField("this server supports content of type text only", param=f"{path}.content[{j}].type")
-    return without_unsupported(message, _REFUSED_IN_MESSAGE, path=f"{path}.")
-
-
-class ChatBody(OpenAIFields):
+class ChatBody(ChatFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[
-        list[Message],
-        Field(
-            fail_fast=True,
-            min_length=1,
-            max_length=MAX_MESSAGES,
-            description="The conversation so far.",
-            examples=[[{"role": "user", "content": "Hello"}]],
-        ),
-    ]
+    messages: Messages
     max_tokens: Annotated[
         int | None, bounded("max_tokens", "Largest number of tokens to generate; what is left of the context if left out.")
     ] = None
@@ -209,17 +137,6 @@ class ChatBody(OpenAIFields):
     top_logprobs: Annotated[
         int | None, bounded("logprobs", "Number of alternatives to report for each token. Requires logprobs true.")
     ] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_other_messages(cls, value: Any) -> Any:
-        messages = value.get("messages") if isinstance(value, dict) else None
-        if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
-            return value
-        return {
-            **value,
-            "messages": [_without_unsupported_parts(message, f"messages[{i}]") for i, message in enumerate(messages)],
-        }
 
     @model_validator(mode="after")
     def _agree(self) -> ChatBody:

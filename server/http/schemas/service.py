@@ -3,23 +3,53 @@ answer."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from engine.errors import InvalidRequest
 from server.http.schemas.common import Schema, TokenIds
+from server.http.schemas.messages import ChatFields
 
+_ONLY_WITH_MESSAGES = ("continue_final_message", "chat_template", "chat_template_kwargs", "documents", "reasoning_effort")
 ModelChoice = Annotated[str | None, Field(max_length=256, description="Name of a model in /v1/models. May be left out.")]
 
 
-class TokenizeBody(Schema):
-    """The body of POST /tokenize."""
+_SPECIAL = "Add the special tokens that a prompt gets, such as its first token; true if left out"
+
+
+class TokenizeTextBody(Schema):
+    """The request of gRPC's Tokenize."""
 
     model: ModelChoice = None
-    prompt: Annotated[str, Field(description="Text to turn into token ids.", examples=["Hello"])]
-    add_special_tokens: Annotated[
-        bool | None, Field(description="Add the special tokens that a prompt gets, such as its first token; true if left out.")
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class TokenizeBody(ChatFields):
+    """The body of POST /tokenize: a prompt, or messages that the model's chat template renders to a prompt."""
+
+    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tools": ([],),
+        "mm_processor_kwargs": ({},),
+        "return_token_strs": (False,),
+    }
+
+    model: ModelChoice = None
+    prompt: Annotated[
+        str | None, Field(description="Text to turn into token ids. Give either prompt or messages.", examples=["Hello"])
     ] = None
+    add_special_tokens: Annotated[bool | None, Field(description=f"{_SPECIAL}; with messages, false if left out.")] = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> TokenizeBody:
+        if self.prompt is None and self.messages is None:
+            raise InvalidRequest("prompt is required, or messages", param="prompt")
+        if self.prompt is not None:
+            for name in ("messages", *_ONLY_WITH_MESSAGES):
+                if getattr(self, name):
+                    raise InvalidRequest(f"{name} may not be given with prompt", param=name)
+        return self
 
 
 class TokenizeResponse(BaseModel):

@@ -77,7 +77,17 @@ def test_a_missing_chat_template_is_a_note(torch, model):
     config = json.loads((model / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    assert findings(model=str(model))["chat template"][0] == "note"
+    assert findings(model=str(model))["chat template"] == (
+        "note",
+        "the model has no chat template: /v1/chat/completions refuses what needs it",
+    )
+
+
+def test_a_chat_template_that_does_not_parse_is_a_note(torch, model):
+    (model / "chat_template.jinja").write_text("{% nonsense %}")
+    level, what = findings(model=str(model))["chat template"]
+    assert level == "note"
+    assert what.startswith("chat_template.jinja: the chat template does not parse: line 1")
 
 
 def test_settings_that_the_engine_refuses_are_reported_by_their_own_names(torch, model):

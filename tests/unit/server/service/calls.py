@@ -7,12 +7,14 @@ from server.service.service import GenerateService
 from server.service.types import ANONYMOUS, Ending, GenerationRequest
 from server.settings import Settings
 from server.text.chat import ChatTemplate
+from server.text.chat_templates import ChatTemplates
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import LIMITS
 from tests.support.tiny_checkpoint import CHAT_TEMPLATE, tiny_tokenizer
 from tests.unit.server.metrics.test_registry import conserved, samples, total
 
-TEXT = Tokenizer(tiny_tokenizer(), chat=ChatTemplate(CHAT_TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|end|>"}))
+TEMPLATE = ChatTemplate(CHAT_TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|end|>"})
+TEXT = Tokenizer(tiny_tokenizer(), chat=ChatTemplates.of(TEMPLATE))
 SETTINGS = Settings(served_model_name="tiny", max_n=4)
 PROMPT = [7, 8, 9]
 

@@ -12,12 +12,15 @@ from engine.errors import (
     ContextTooLong,
     InvalidRequest,
     RequestTimeout,
+    UnknownModel,
 )
 from engine.messages import unpack_tokens
 from server.metrics.registry import Metrics
 from server.service import text_work
 from server.service.service import GenerateService
 from server.service.types import Identity
+from server.text.chat import ChatTemplate
+from server.text.conversation import Conversation
 from server.text.tokenizer import Tokenizer
 from tests.support.local_engine import until
 from tests.support.tiny_checkpoint import tiny_tokenizer
@@ -94,7 +97,7 @@ async def test_a_prompt_that_cannot_fit_is_refused(service, engine, prompt):
 
 async def test_a_chat_that_cannot_fit_is_refused(service):
     with pytest.raises(ContextTooLong) as caught:
-        await service.chat_tokens([{"role": "user", "content": "tide " * 100_000}])
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "tide " * 100_000}]), as_prompt=True)
     assert caught.value.param == "messages"
 
 
@@ -141,19 +144,65 @@ async def test_identities_with_different_salts_do_not_share_a_prefix(service, en
 
 async def test_chat_messages_become_the_prompt_of_the_template(service, monkeypatch):
     monkeypatch.setattr(text_work, "INLINE_CHARS", 100)
-    tokens = await service.chat_tokens([{"role": "user", "content": "Hi"}])
+    tokens = await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "Hi"}]))
     assert tokens[:1] == [0]
     assert TEXT.decode(tokens) == "Hi"
-    long = await service.chat_tokens([{"role": "user", "content": "Hi " * 150}])
+    long = await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "Hi " * 150}]))
     assert TEXT.decode(long) == "Hi " * 150
     with pytest.raises(InvalidRequest, match="roles"):
-        await service.chat_tokens([{"role": "tool", "content": "Hi"}])
+        await service.chat_tokens(Conversation(messages=[{"role": "tool", "content": "Hi"}]))
     with pytest.raises(InvalidRequest) as caught:
-        await service.chat_tokens([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}])
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]))
     assert caught.value.param == "messages[0]"
+
+
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [
+        ("messages[0]", {"messages": [{"role": "user", "content": "x", "name": "\ud800"}]}),
+        ("chat_template_kwargs", {"variables": {"x": [{"\udfff": 1}]}}),
+        ("documents", {"documents": [{"text": "\ud800"}]}),
+    ],
+)
+async def test_half_a_character_is_refused_wherever_it_is(service, field, more):
+    conversation = Conversation(**{"messages": [{"role": "user", "content": "Hi"}], **more})
+    with pytest.raises(InvalidRequest, match="lone surrogate") as caught:
+        await service.chat_tokens(conversation)
+    assert caught.value.param == field
+
+
+async def test_a_chat_of_another_model_is_refused_before_it_is_rendered(service):
+    with pytest.raises(UnknownModel):
+        await service.chat_tokens(Conversation(messages=[{"role": "tool", "content": "Hi"}]), model="other")
+
+
+@pytest.mark.parametrize(
+    ("num_messages", "text", "lane"),
+    [
+        (1, "x", "MainThread"),
+        (40, "x", "tidegate-text-short"),
+        (4000, "x", "tidegate-text-chat"),
+        (1, "x" * 20_000, "tidegate-text-chat"),
+    ],
+)
+async def test_the_work_of_a_chat_decides_where_it_is_rendered(service, monkeypatch, num_messages, text, lane):
+    threads = []
+
+    def render(self, conversation):
+        threads.append(threading.current_thread().name)
+        return "x"
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    await service.chat_tokens(Conversation(messages=[{"role": "user", "content": text}] * num_messages))
+    assert threads[0].startswith(lane)
+
+
+async def test_a_chat_to_tokenise_may_be_longer_than_a_prompt(service):
+    tokens = await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "tide " * 1000}]))
+    assert len(tokens) > service.max_model_len
 
 
 async def test_a_model_without_a_chat_template_says_so(engine):
     service = GenerateService(engine, Tokenizer(tiny_tokenizer()), SETTINGS, Metrics("tiny", lambda: engine.health))
     with pytest.raises(InvalidRequest, match="no chat template"):
-        await service.chat_tokens([{"role": "user", "content": "Hi"}])
+        await service.chat_tokens(Conversation(messages=[{"role": "user", "content": "Hi"}]))

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointError
+from server.text.conversation import Conversation
 from server.text.tokenizer import Tokenizer
 from tests.support.tiny_checkpoint import BOS, write_tiny_checkpoint
 from tests.unit.server.text.tokenizers_for_tests import byte_level, llama2
@@ -33,8 +34,8 @@ def test_a_folder_gives_the_tokenizer_and_its_chat_template(folder):
     assert tokenizer.vocab_size == 512
     assert tokenizer.encode("Hello")[0] == BOS
     assert tokenizer.encode("Hello", add_special_tokens=False)[0] != BOS
-    assert tokenizer.chat is not None
-    assert tokenizer.chat.render([{"role": "user", "content": "x"}]).startswith("<|begin|><|user|>x")
+    template = tokenizer.chat.find(None, "tiny")
+    assert template.render(Conversation(messages=[{"role": "user", "content": "x"}])).startswith("<|begin|><|user|>x")
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
@@ -68,16 +69,6 @@ def test_the_config_decides_whether_a_begin_token_is_added(copy):
     (copy / "tokenizer.json").write_text(json.dumps(parts))
     change(copy, add_bos_token=True, bos_token={"content": "<|begin|>"})
     assert Tokenizer.from_folder(copy).encode("Hello").count(BOS) == 1
-
-
-def test_a_chat_template_is_found_in_its_own_file_or_in_the_config(copy):
-    change(copy, chat_template=[{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}])
-    assert Tokenizer.from_folder(copy).chat.render([]) == "d"
-    (copy / "chat_template.jinja").write_text("file")
-    assert Tokenizer.from_folder(copy).chat.render([]) == "file"
-    (copy / "chat_template.jinja").unlink()
-    change(copy, chat_template=None)
-    assert Tokenizer.from_folder(copy).chat is None
 
 
 def test_truncation_in_the_file_is_ignored(copy):

@@ -19,6 +19,7 @@ class ScriptedService:
     def __init__(self, *script, ready=True):
         self.script = script
         self.requests = []
+        self.conversations = []
         self.closed = []  # ids of the requests whose generate() has ended or was closed
         self.engine_health = EngineHealth(ready=ready, started=ready, reason=None if ready else "the engine is loading")
 
@@ -46,8 +47,9 @@ class ScriptedService:
     def check_logprobs(self, params, *, prompt_tokens, outputs):
         self.checked = (params.prompt_logprobs, prompt_tokens, outputs)
 
-    async def chat_tokens(self, messages):
-        return list(range(10 + len(messages)))
+    async def chat_tokens(self, conversation, *, model=None, add_special_tokens=False, as_prompt=False):
+        self.conversations.append(conversation)
+        return [*([0] if add_special_tokens else []), *range(10 + len(conversation.messages))]
 
     async def tokenize(self, text, *, model=None, add_special_tokens=True, as_prompt=False):
         return [*([0] if add_special_tokens else []), *(ord(c) for c in text)]

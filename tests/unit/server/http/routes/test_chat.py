@@ -32,24 +32,38 @@ async def test_the_limit_of_tokens_is_the_rest_of_the_context_by_default():
     assert [call.params.max_tokens for call in service.requests] == [100 - 11, 5, 6, 7]
 
 
-async def test_text_parts_are_joined_and_null_fields_of_an_earlier_answer_are_accepted():
-    seen = []
-
-    class Listening(ScriptedService):
-        async def chat_tokens(self, messages):
-            seen.extend(messages)
-            return [1]
-
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    back = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "audio": None}
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": parts}, back]
-    status, _ = await post(Listening(*letters("x")), PATH, {**ASK, "messages": messages})
+async def test_messages_reach_the_template_in_the_clients_order_of_keys():
+    service = ScriptedService(*letters("x"))
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"text": "b", "type": "text"}]
+    messages = [{"role": "system", "content": "s"}, {"name": "ann", "content": parts, "role": "user"}]
+    status, _ = await post(service, PATH, {**ASK, "messages": messages})
     assert status == 200
-    assert seen == [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": "c"},
+    [conversation] = service.conversations
+    assert [list(message.items()) for message in conversation.messages] == [
+        [("role", "system"), ("content", "s")],
+        [("name", "ann"), ("content", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), ("role", "user")],
     ]
+
+
+async def test_template_fields_reach_the_template():
+    service = ScriptedService(*letters("x"))
+    given = {"chat_template_kwargs": {"enable_thinking": False}, "documents": [{"text": "x"}], "reasoning_effort": "low"}
+    for more in (
+        {},
+        {"add_generation_prompt": False, "chat_template": "rag"},
+        {"continue_final_message": True, "add_special_tokens": True},
+        {"continue_final_message": True, "add_generation_prompt": False},
+        given,
+    ):
+        status, answer = await post(service, PATH, {**ASK, **more})
+        assert status == 200, answer
+    plain, named, continued, continued_too, full = service.conversations
+    assert (plain.add_generation_prompt, plain.continue_final_message, plain.template) == (True, False, None)
+    assert (named.add_generation_prompt, named.template) == (False, "rag")
+    assert (continued.add_generation_prompt, continued.continue_final_message) == (False, True)
+    assert continued_too == continued
+    assert (full.variables, full.documents, full.reasoning_effort) == tuple(given.values())
+    assert [len(request.prompt) for request in service.requests] == [11, 11, 12, 11, 11]
 
 
 async def test_a_streamed_answer():

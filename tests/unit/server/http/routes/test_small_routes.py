@@ -32,6 +32,17 @@ async def test_tokenize_adds_special_tokens_unless_they_are_declined(special, to
     assert answer == {"tokens": tokens, "count": len(tokens), "max_model_len": 100}
 
 
+async def test_tokenize_takes_messages_as_chat_completions_does():
+    service = ScriptedService()
+    messages = [{"role": "user", "content": "h"}]
+    body = {"messages": messages, "add_generation_prompt": False, "chat_template_kwargs": {"x": 1}}
+    assert (await post(service, "/tokenize", body))[1]["tokens"] == list(range(11))
+    assert (await post(service, "/tokenize", {**body, "add_special_tokens": True}))[1]["tokens"] == [0, *range(11)]
+    assert service.conversations[0] == service.conversations[1]
+    await post(service, "/v1/chat/completions", {"model": "tiny", **body})
+    assert service.conversations[2] == service.conversations[0]
+
+
 async def test_detokenize():
     assert await post(ScriptedService(), "/detokenize", {"tokens": [104, 105]}) == (200, {"prompt": "hi"})
 
