@@ -11,6 +11,7 @@ writes to shared blocks and wrong positions.
 
 from __future__ import annotations
 
+import itertools
 import time
 from array import array
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import xxhash
 from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
 from engine.errors import ConfigError, InternalError
 from engine.models.families import read_spec
-from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
+from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
 from engine.startup import StartupClock
 
@@ -32,7 +33,7 @@ MAX_BLOCKS = 1 << 24  # the lists of more blocks would fill the memory of a smal
 class _Row:
     """Holds the state that a device would keep for a batch row. `chain` is a hash of all of `tokens`."""
 
-    __slots__ = ("blocks", "chain", "masked", "num_prompt", "params", "salt", "tokens")
+    __slots__ = ("allowed", "blocks", "chain", "masked", "num_prompt", "params", "salt", "tokens")
 
     def __init__(self, admitted: AdmittedRow, eos: tuple[int, ...]) -> None:
         self.tokens = array("i", admitted.tokens)
@@ -40,20 +41,32 @@ class _Row:
         self.blocks = admitted.blocks.copy()
         self.params = admitted.params
         self.salt = 0 if admitted.params.greedy else admitted.seed * 0x9E3779B97F4A7C15 & _MASK
-        self.masked = frozenset(admitted.params.stop_token_ids) | frozenset(() if admitted.params.ignore_eos else eos)
+        self.masked = frozenset((*admitted.params.stop_token_ids, *admitted.params.end_ids(eos)))
+        allowed = admitted.params.allowed_token_ids
+        self.allowed = None if allowed is None else frozenset(allowed)
         self.chain = xxhash.xxh3_64_intdigest(self.tokens[: self.num_prompt].tobytes())
         for token in self.tokens[self.num_prompt :]:
             self.chain = _mix(self.chain, token)
 
     def sample(self, vocab_size: int) -> int:
-        """Return the row's next token. The caller must then pass the token to `append`."""
+        """Return the row's next token, or NO_CHOICE. The caller must then pass the token to `append`."""
         token = _mix(self.chain, self.salt) % vocab_size
-        if len(self.tokens) - self.num_prompt < self.params.min_tokens:
-            for _ in range(len(self.masked)):
-                if token not in self.masked:
-                    break
-                token = (token + 1) % vocab_size
-        return token
+        if not self.params.is_restricted:
+            return token
+        excluded = self._excluded()
+        for candidate in itertools.chain(range(token, vocab_size), range(token)):
+            if candidate not in excluded and (self.allowed is None or candidate in self.allowed):
+                return candidate
+        return NO_CHOICE
+
+    def _excluded(self) -> set[int]:
+        """Return the tokens that min_tokens and bad_words exclude as the next token."""
+        num_outputs = len(self.tokens) - self.num_prompt
+        excluded = set(self.masked) if num_outputs < self.params.min_tokens else set()
+        for *before, last in self.params.bad_words:
+            if len(before) <= num_outputs and self.tokens[len(self.tokens) - len(before) :].tolist() == before:
+                excluded.add(last)
+        return excluded
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
@@ -110,9 +123,9 @@ class FakeRunner:
         if plan.starts[index] + plan.nums[index] != len(row.tokens):
             raise InternalError(f"row {plan.rows[index]} samples after position {plan.starts[index]} of {len(row.tokens)}")
         token = row.sample(self._limits.vocab_size)
-        if token == self._simulated.nan_token:
+        if token == NO_CHOICE or token == self._simulated.nan_token:
             row.append(0)
-            result.tokens.append(NO_TOKEN)
+            result.tokens.append(NO_CHOICE if token == NO_CHOICE else NO_TOKEN)
             return
         row.append(token)
         result.tokens.append(token)

@@ -5,7 +5,7 @@
         print(completion.text)
 
 An LLM serves one call at a time, because the engine's loop runs inside the caller's `generate`. The server adds chat
-templates and stop strings.
+templates, stop strings, the sampling defaults of generation_config.json, and the end tokens of the tokenizer and its template.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.config import EngineConfig
 from engine.core import build_core
 from engine.errors import CheckpointError, ConfigError, InvalidRequest, Overloaded, error_from_name
 from engine.messages import EngineInfo, EngineStats, Submit, check_submit, pack_tokens
-from engine.request import FinishReason, SamplingParams, TokenEvent, TokenLogprobs
+from engine.request import SEED_MAX, FinishReason, SamplingParams, TokenEvent, TokenLogprobs, output_seed
 
 Prompt = str | list[int]
 
@@ -151,7 +151,7 @@ class LLM:
 
     def _submission(self, prompt: list[int], params: SamplingParams) -> Submit:
         self._num_requests += 1
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = output_seed(secrets.randbelow(SEED_MAX) if params.seed is None else params.seed, 0)
         return Submit(request_id=f"llm-{self._num_requests}", prompt=pack_tokens(prompt), params=params, seed=seed)
 
     def _submit(self, waiting: deque[tuple[int, Submit]], running: dict[str, int]) -> None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from engine.config import ModelLimits
 from engine.errors import ContextTooLong, InvalidRequest
-from engine.request import BOUNDS, SamplingParams, TokenEvent
+from engine.request import BOUNDS, ENGINE_SEED_MAX, SamplingParams, TokenEvent
 
 TOKEN_BYTES = 4
 INT32_MAX = 2**31 - 1
@@ -58,7 +58,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """Asks the engine to run a request. `seed` is always set: the worker picks a random one if the client gave none, so a
-    resumed stream repeats its tokens."""
+    resumed stream repeats its tokens. It is a number from 0 to 2^64 - 1 (`engine.request.output_seed`)."""
 
     request_id: str
     prompt: bytes  # packed token ids
@@ -86,18 +86,22 @@ def check_submit(submit: Submit, limits: ModelLimits) -> None:
     params, num_prompt = submit.params, submit.num_prompt
     if not submit.prompt:
         raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
-    for name, value in (("seed", submit.seed), ("priority", submit.priority)):
-        if not BOUNDS[name].low <= value <= BOUNDS[name].high:
-            raise InvalidRequest(f"{name} is {value}: it must lie between {BOUNDS[name].low} and {BOUNDS[name].high}", param=name)
+    ranges = {"seed": (submit.seed, 0, ENGINE_SEED_MAX), "priority": (submit.priority, *BOUNDS["priority"][:2])}
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise InvalidRequest(f"{name} is {value}: it must lie between {low} and {high}", param=name)
     check_ids(_as_array("prompt", submit.prompt), limits.vocab_size, "prompt")
     check_ids(_as_array("outputs", submit.outputs), limits.vocab_size, "outputs")
     check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
     check_ids(params.logit_bias or (), limits.vocab_size, "logit_bias")
+    check_ids(params.allowed_token_ids or (), limits.vocab_size, "allowed_token_ids")
+    for word in params.bad_words:
+        check_ids(word, limits.vocab_size, "bad_words")
     if num_prompt >= limits.max_model_len:
         raise prompt_too_long(num_prompt, limits.max_model_len)
     if num_prompt + params.max_tokens > limits.max_model_len:
         raise _both_too_long(num_prompt, params.max_tokens, limits.max_model_len)
-    if submit.num_outputs >= params.max_tokens:
+    if submit.num_outputs >= max(1, params.max_tokens):
         raise InvalidRequest(
             f"outputs has {submit.num_outputs} tokens, and max_tokens is {params.max_tokens}: nothing is left to generate",
             param="outputs",
@@ -195,7 +199,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
-    num_failed: int = 0  # accepted requests that ended with an error because their logits were not finite
+    num_failed: int = 0  # accepted requests that ended with an error: NaN in their logits, or fields that exclude every token
     num_preemptions: int = 0
     prompt_tokens: int = 0  # of admitted requests, each request counted once
     cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache

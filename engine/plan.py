@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from engine.config import EngineConfig, ModelLimits
+from engine.request import NO_CHOICE as NO_CHOICE
 from engine.request import NO_TOKEN as NO_TOKEN
 from engine.request import SamplingParams, TokenLogprobs
 
@@ -76,7 +77,8 @@ class StepPlan(msgspec.Struct, gc=False):
 
 class StepResult(msgspec.Struct, gc=False):
     """The outcome of one step. `tokens[i]` was sampled by slice `plan.samples[i]`, or is NO_TOKEN if that row's logits were
-    not finite. After NO_TOKEN, the runner continues the row with token id 0 until the scheduler ends the request.
+    not finite, or NO_CHOICE if the request's own restrictions exclude every token. After either, the runner continues the row
+    with token id 0 until the scheduler ends the request.
 
     `logprobs` and `prompt_logprobs` are keyed by slice index. `prompt_logprobs[s]` has one entry for each position in
     start+1 .. start+num of slice s that lies in the prompt.

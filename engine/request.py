@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
+import xxhash
 
 from engine.errors import InvalidRequest
 
@@ -26,20 +27,25 @@ class Bound(NamedTuple):
 
 
 NO_TOKEN = -1  # in place of a sampled token: the row's logits held NaN or infinity, so no token was sampled
-SEED_MAX = 2**63 - 1
+NO_CHOICE = -2  # in place of a sampled token: the request's own restrictions exclude every token
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1  # a client's seed; the engine's seed is this number modulo 2^64
+ENGINE_SEED_MAX = 2**64 - 1
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_IDS = 1 << 16
+MAX_BAD_WORDS = 1024  # token sequences; one bad word of a client may be several
+MAX_BAD_WORD_TOKENS = 64
 BOUNDS: dict[str, Bound] = {
-    "max_tokens": Bound(1, 2**31 - 1),
+    "max_tokens": Bound(0, 2**31 - 1),
     "min_tokens": Bound(0, 2**31 - 1, "The output cannot end before it has this many tokens."),
     "temperature": Bound(0.0, 100.0, "0 always selects the most probable token."),
     "top_p": Bound(0.0, 1.0, "Sample from the most probable tokens whose probabilities add up to this value."),
-    "top_k": Bound(0, 2**31 - 1, "Sample from this many of the most probable tokens; 0 for all tokens."),
+    "top_k": Bound(-1, 2**31 - 1, "Sample from this many of the most probable tokens; 0 or -1 for all tokens."),
     "min_p": Bound(0.0, 1.0, "Exclude tokens less probable than this fraction of the most probable token's probability."),
     "presence_penalty": Bound(-2.0, 2.0, "Subtracted from the logit of each token that was already generated."),
     "frequency_penalty": Bound(-2.0, 2.0, "Subtracted from the logit of each generated token once for each time it occurred."),
     "repetition_penalty": Bound(0.01, 100.0, "Lowers tokens of the prompt and output if above 1; 1 changes nothing."),
-    "seed": Bound(0, SEED_MAX, "The same seed and request give the same tokens."),
+    "seed": Bound(SEED_MIN, SEED_MAX, "The same seed and request give the same tokens. Each of n outputs has its own."),
     "logprobs": Bound(0, 20),
     "prompt_logprobs": Bound(0, 20, "Number of most probable tokens to report at each prompt position."),
     "logit_bias": Bound(-100.0, 100.0),
@@ -50,8 +56,9 @@ BOUNDS: dict[str, Bound] = {
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to sample tokens and when to stop. Raises InvalidRequest, naming the field, for a value outside `BOUNDS`.
 
-    `temperature` 0 selects the argmax. `top_k` 0 and `top_p` 1 mean "no limit". `logprobs` is the number of most probable
-    tokens to report beside the sampled token: 0 reports the sampled token only, None reports nothing.
+    `temperature` 0 selects the argmax. `top_k` 0 or -1 and `top_p` 1 mean "no limit". `logprobs` is the number of most probable
+    tokens to report beside the sampled token: 0 reports the sampled token only, None reports nothing. `max_tokens` 0 computes
+    the prompt and generates nothing.
     """
 
     max_tokens: int = 16
@@ -65,8 +72,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float = 1.0  # applies to tokens of the prompt and the output
     seed: int | None = None
     logit_bias: dict[int, float] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that the output must not contain
+    allowed_token_ids: tuple[int, ...] | None = None  # if not None, the output has only these tokens
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    end_token_ids: tuple[int, ...] = ()  # the server's own additions to the checkpoint's end-of-sequence tokens
+    ignore_eos: bool = False  # covers `end_token_ids` too
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -82,6 +92,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(f"stop_token_ids has more than {MAX_STOP_IDS} entries", param="stop_token_ids")
         if len(self.logit_bias or ()) > MAX_LOGIT_BIAS:
             raise InvalidRequest(f"logit_bias has more than {MAX_LOGIT_BIAS} entries", param="logit_bias")
+        if self.is_restricted:
+            _check_restrictions(self)
 
     @property
     def greedy(self) -> bool:
@@ -90,6 +102,43 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether the request itself excludes tokens. It may then exclude all of them."""
+        return bool(self.bad_words) or self.allowed_token_ids is not None or self.min_tokens > 0
+
+    def end_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens that end an output without being named by the client. `eos_token_ids` are the checkpoint's."""
+        return () if self.ignore_eos else eos_token_ids + self.end_token_ids
+
+
+def _check_restrictions(params: SamplingParams) -> None:
+    if params.allowed_token_ids is not None and not 0 < len(params.allowed_token_ids) <= MAX_ALLOWED_IDS:
+        raise InvalidRequest(
+            f"allowed_token_ids has {len(params.allowed_token_ids)} entries: it must have between 1 and {MAX_ALLOWED_IDS}",
+            param="allowed_token_ids",
+        )
+    if len(params.bad_words) > MAX_BAD_WORDS:
+        raise InvalidRequest(
+            f"bad_words come to {len(params.bad_words)} sequences of tokens: at most {MAX_BAD_WORDS} are allowed",
+            param="bad_words",
+        )
+    for i, word in enumerate(params.bad_words):
+        if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                f"bad_words[{i}] has {len(word)} tokens: it must have between 1 and {MAX_BAD_WORD_TOKENS}", param="bad_words"
+            )
+
+
+def output_seed(seed: int, index: int) -> int:
+    """Return the engine's seed of output `index` of a request with the client's `seed`: a number of 64 bits.
+
+    Output 0 has the client's seed modulo 2^64. The seeds of the others are hashes, so that the outputs of requests with
+    neighbouring seeds are independent.
+    """
+    unsigned = seed % (ENGINE_SEED_MAX + 1)
+    return unsigned if index == 0 else xxhash.xxh3_64_intdigest(index.to_bytes(8, "little"), seed=unsigned)
 
 
 _SCALARS = frozenset(SamplingParams.__struct_fields__) & frozenset(BOUNDS) - {"logit_bias"}
@@ -151,9 +200,9 @@ class TokenEvent(msgspec.Struct, array_like=True, gc=False, omit_defaults=True):
 def _stop_ids(stop_token_ids: tuple[int, ...], eos_token_ids: tuple[int, ...]) -> frozenset[int]:
     """Return the ids that end a request. Most requests share one set, which the garbage collector then visits once.
 
-    NO_TOKEN is among them, so that the scheduler tests each token once for all these cases.
+    NO_TOKEN and NO_CHOICE are among them, so that the scheduler tests each token once for all these cases.
     """
-    return frozenset(stop_token_ids).union(eos_token_ids, (NO_TOKEN,))
+    return frozenset(stop_token_ids).union(eos_token_ids, (NO_TOKEN, NO_CHOICE))
 
 
 class Request:
@@ -223,8 +272,9 @@ class Request:
         self.arrival = arrival
         self.fork_of = fork_of
         self.salt = salt  # requests share cached blocks only within one salt
-        self.stop_ids = _stop_ids(params.stop_token_ids, () if params.ignore_eos else eos_token_ids)
-        self.end_len = min(num_prompt + params.max_tokens, max_model_len)  # the request ends when len(tokens) reaches this
+        self.stop_ids = _stop_ids(params.stop_token_ids, params.end_ids(eos_token_ids))
+        # The request ends when len(tokens) reaches this. With max_tokens 0 one token is sampled, and then dropped.
+        self.end_len = min(num_prompt + max(1, params.max_tokens), max_model_len)
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_uncommitted = 0

@@ -117,13 +117,23 @@ def doctor(settings: Settings) -> None:
 
 
 @app.command()
-@with_settings(ENGINE_FLAGS)
+@with_settings((*ENGINE_FLAGS, "generation_config"))
 def generate(
     settings: Settings,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
-    max_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token each time.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that have this probability together.")] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Largest number of tokens to generate.", show_default="the model's, or 128")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sampling temperature; 0 takes the most probable token each time.", show_default="the model's, or 1"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the most probable tokens that have this probability together.", show_default="the model's, or 1"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling: the same seed gives the same text.")] = None,
 ) -> None:
     """Generate text from one prompt in this process, and print it as it is generated.
@@ -131,11 +141,20 @@ def generate(
     The engine's settings are those of `serve`, TIDEGATE_<NAME> and --config included.
     """
     # Typer does not check the values: Settings and SamplingParams refuse wrong ones, in the same words as for `serve`.
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**asked)
     words = _prompt(prompt)
     config = _with_model(settings).engine_config()
+    generation = _load("engine.models.generation")
+    defaults = generation.GenerationDefaults()
+    if settings.generation_config == "auto":
+        defaults = generation.read_generation_defaults(config.model)
     _keep_kernels()
     text = _load("server.text.tokenizer").Tokenizer.from_folder(config.model)
+    params = SamplingParams(
+        **{"max_tokens": 128, **defaults.params, **asked}, bad_words=defaults.bad_words, end_token_ids=tuple(text.end_tokens)
+    )
     ids = text.encode(words)
     detokenizer = text.detokenizer(ids)
     with _load("engine.llm").LLM(**msgspec.structs.asdict(config) | {"offline": True}) as llm:

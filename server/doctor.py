@@ -25,6 +25,7 @@ from rich.table import Table
 from engine.config import ModelLimits, check
 from engine.errors import CheckpointError, ConfigError
 from engine.models.families import read_spec
+from engine.models.generation import GenerationDefaults, read_generation_defaults
 from server.bundled import bundled_checkpoint
 from server.settings import Settings, in_settings_names
 from server.text.tokenizer import Tokenizer
@@ -193,6 +194,7 @@ def _model(settings: Settings) -> Checkpoint:
         settings = settings.model_copy(update={"model": folder})
         spec = read_spec(folder)
         text = Tokenizer.from_folder(folder)
+        defaults = read_generation_defaults(folder) if settings.generation_config == "auto" else GenerationDefaults()
     except (ConfigError, CheckpointError) as error:
         return Checkpoint([Finding("model", "missing", error.message)], settings, None)
     if is_bundled:
@@ -205,6 +207,9 @@ def _model(settings: Settings) -> Checkpoint:
         Finding("chat template", "note", f"{problem}: /v1/chat/completions refuses what needs it")
         for problem in text.chat.problems
     ]
+    if defaults.not_honoured:
+        keys = ", ".join(defaults.not_honoured)
+        found.append(Finding("sampling", "note", f"generation_config.json has keys that change nothing here: {keys}"))
     return Checkpoint(found, settings, spec.limits())
 
 

@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     # reach the port can use the accelerator. In a container, set 0.0.0.0.
     model: str | None = Field(None, min_length=1, description="Checkpoint folder; by default the bundled model Tidepool")
     served_model_name: str | None = Field(None, min_length=1, description="Model name in the API; by default its folder's")
+    generation_config: Literal["auto", "off"] = Field(
+        "auto", description="auto: sampling defaults come from the model's generation_config.json; off: from this server"
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 or :: for every interface")
     port: int = Field(8000, ge=0, le=65535, description="HTTP port; 0 means any free port")
     grpc_port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 means any free port")
@@ -180,6 +183,8 @@ class Settings(BaseSettings):
     @classmethod
     def _no_bool_for_a_number(cls, value: object, info: ValidationInfo) -> object:
         """Refuse true and false for a number. YAML reads `port: yes` as true, and pydantic would accept true as 1."""
+        if value is False and info.field_name == "generation_config":
+            return "off"  # YAML reads `off` as false
         if isinstance(value, bool) and not _is_bool(info.field_name or ""):
             raise ValueError("a truth value")
         return value

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from engine.batch import pinned
-from engine.plan import NO_TOKEN, StepPlan, StepResult
+from engine.plan import StepPlan, StepResult
 from engine.request import TokenLogprobs
 from engine.sampling.logprobs import LogprobTensors, to_records
 
@@ -74,7 +74,7 @@ class DeviceStep:
         if self._after is not None and self._began is not None:
             result.idle_seconds = self._after.elapsed_time(self._began) / 1e3
         if self.logprobs is not None:
-            failed = {s for s, token in zip(self._plan.samples, result.tokens, strict=True) if token == NO_TOKEN}
+            failed = {s for s, token in zip(self._plan.samples, result.tokens, strict=True) if token < 0}
             result.logprobs = {s: record for s, record in self.logprobs.records() if s not in failed}
         result.prompt_logprobs = {s: [] for s in self.prompt_slices}
         if self.prompt_logprobs is not None:

@@ -4,8 +4,9 @@
                                 ^                                                                        |
                                 '--- each row's latest token, on the device <----------------------------'
 
-On CUDA, one CUDA graph runs all of this, unless the step is large (`graphs.py`). If a row has penalties, a logit_bias or stop
-tokens forbidden by min_tokens, or requests log-probabilities, the sampler runs after the graph, on the graph's logits.
+On CUDA, one CUDA graph runs all of this, unless the step is large (`graphs.py`). If a row has penalties, a logit_bias, bad words,
+allowed_token_ids or stop tokens forbidden by min_tokens, or requests log-probabilities, the sampler runs after the graph, on the
+graph's logits.
 
 Nothing in `submit` waits for the device, so with overlap the next plan is submitted while the device still runs this one. The
 order of the device's stream keeps the two apart. `DeviceStep.result` waits for the copy of the step's tokens, and not for any

@@ -24,6 +24,8 @@ ALL_OPTIONS = SamplingParams(
     frequency_penalty=0.1,
     repetition_penalty=1.1,
     logit_bias={0: 1.0},
+    bad_words=((1,),),
+    allowed_token_ids=(0,),
     min_tokens=1,
     logprobs=NUM_TOP,
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.plan import NO_TOKEN
+from engine.plan import NO_CHOICE, NO_TOKEN
 from engine.request import SamplingParams, TokenLogprobs
 
 Logits = npt.NDArray[np.float64]
@@ -23,9 +23,11 @@ def sample(
     """Sample the token after `tokens` from logits [V]. Returns (token, log-probabilities).
 
     The log-probabilities are None unless `params` requests them. Logits with NaN or +inf, or of -inf alone, give (NO_TOKEN,
-    None).
+    None). Restrictions that leave no token give (NO_CHOICE, None).
     """
     adjusted = adjust(logits.astype(np.float64), tokens, num_prompt, params, eos_token_ids)
+    if math.isfinite(logits.max()) and adjusted.max() == -math.inf:
+        return NO_CHOICE, None
     if not (math.isfinite(logits.max()) and math.isfinite(adjusted.max())):
         return NO_TOKEN, None
     u = uniform(seed, len(tokens))
@@ -36,7 +38,7 @@ def sample(
 def adjust(
     logits: Logits, tokens: Sequence[int], num_prompt: int, params: SamplingParams, eos_token_ids: Sequence[int]
 ) -> Logits:
-    """Apply penalties and logit_bias to a copy of `logits`, and forbid stop tokens until min_tokens tokens are generated."""
+    """Apply penalties, logit_bias and the restrictions of `params` to a copy of `logits`."""
     out = logits.copy()
     outputs = list(tokens[num_prompt:])
     for token in set(tokens):
@@ -46,8 +48,14 @@ def adjust(
         out[token] -= params.frequency_penalty * outputs.count(token) + params.presence_penalty
     for token, bias in (params.logit_bias or {}).items():
         out[token] += bias
+    if params.allowed_token_ids is not None:
+        for token in set(range(len(out))) - set(params.allowed_token_ids):
+            out[token] = -math.inf
+    for *before, last in params.bad_words:
+        if len(before) <= len(outputs) and outputs[len(outputs) - len(before) :] == before:
+            out[last] = -math.inf
     if len(outputs) < params.min_tokens:
-        for token in {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}:
+        for token in {*params.stop_token_ids, *params.end_ids(tuple(eos_token_ids))}:
             out[token] = -math.inf
     return out
 
@@ -57,7 +65,7 @@ def probabilities(logits: Logits, params: SamplingParams) -> Logits:
     with np.errstate(over="ignore"):  # near temperature 0 all logits but the largest become -inf
         scaled = (logits - logits.max()) / params.temperature
     ranked = sorted(scaled.tolist(), reverse=True)
-    if params.top_k:
+    if params.top_k > 0:
         ranked = ranked[: params.top_k]
     total, mass = sum(map(math.exp, ranked)), 0.0
     kept: list[float] = []

@@ -31,6 +31,7 @@ _RECORD = np.dtype(
         ("plain", np.bool_),  # the token is sampled from the unadjusted logits, and no log-probabilities are reported
         ("penalised", np.bool_),
         ("biased", np.bool_),
+        ("restricted", np.bool_),  # allowed_token_ids, bad_words or min_tokens exclude tokens
         ("wants_logprobs", np.bool_),
         ("logprobs", np.int64),
         ("wants_prompt_logprobs", np.bool_),
@@ -61,7 +62,7 @@ class RowParams:
         """Replace a batch row's parameters by those of the newly admitted request."""
         p, row = admitted.params, admitted.row
         columns = {name: getattr(p, name) for name in COLUMNS}
-        columns["top_k"] = min(p.top_k, self._vocab_size) if p.top_k else self._vocab_size
+        columns["top_k"] = min(p.top_k, self._vocab_size) if p.top_k > 0 else self._vocab_size
         columns["temperature"] = max(p.temperature, LOWEST_TEMPERATURE) if p.temperature else 0.0
         self.table[row] = (
             admitted.seed,
@@ -71,15 +72,16 @@ class RowParams:
             p.repetition_penalty,
             p.presence_penalty,
             p.frequency_penalty,
-            not (p.has_penalties or p.logit_bias or p.logprobs is not None),
+            not (p.has_penalties or p.logit_bias or p.logprobs is not None or p.bad_words or p.allowed_token_ids),
             p.has_penalties,
             bool(p.logit_bias),
+            p.is_restricted,
             p.logprobs is not None,
             p.logprobs or 0,
             p.prompt_logprobs is not None,
             p.prompt_logprobs or 0,
         )
-        stop = {*p.stop_token_ids, *(() if p.ignore_eos else self._eos)}
+        stop = {*p.stop_token_ids, *p.end_ids(self._eos)}
         # A stop id outside the vocabulary is never sampled, so there is nothing to mask.
         self.stop_ids[row] = np.array(sorted(t for t in stop if 0 <= t < self._vocab_size), np.int64)
         bias = p.logit_bias or {}

@@ -4,11 +4,12 @@ It adjusts and samples the logits of each row in this order:
 
     1  repetition penalty (over prompt and output), then frequency and presence penalties (over the output)
     2  logit_bias
-    3  stop tokens get -inf until min_tokens tokens are generated
+    3  tokens outside allowed_token_ids, tokens that would complete a bad word and, until min_tokens tokens are generated, stop
+       tokens get -inf
     4  temperature 0: argmax. Otherwise temperature, then top_k, top_p and min_p, then one sample (choose.py)
 
-Steps 1 to 3 keep NaN and +inf, so that step 4 gives NO_TOKEN to every row whose logits hold one. `reference.py` is the plain
-twin and does one row at a time. Nothing here waits for the device.
+Steps 1 to 3 keep NaN and +inf, so that step 4 gives NO_TOKEN to every row whose logits hold one. A row of which step 3 leaves no
+token gets NO_CHOICE. `reference.py` is the plain twin and does one row at a time. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 
 from engine.batch import Upload
 from engine.kernels.hardware import is_gpu
-from engine.plan import AdmittedRow
+from engine.plan import NO_CHOICE, AdmittedRow
 from engine.sampling.choose import COLUMNS, Choice, argmax, choose
 from engine.sampling.cuda_sampler import CudaSampler
 from engine.sampling.logprobs import LogprobTensors, log_probabilities
+from engine.sampling.restrictions import AllowedTokens, BadWords
 from engine.sampling.rows import Ints, RowParams, TokenCounts
 from engine.sampling.uniform import uniforms
 
@@ -33,8 +35,8 @@ from engine.sampling.uniform import uniforms
 class Sampled(NamedTuple):
     """The sampled tokens of S rows, and log-probabilities for the L of these rows that request some."""
 
-    tokens: torch.Tensor  # [S] int64: token ids, or NO_TOKEN
-    latest: torch.Tensor  # [S] int64: the tokens, with 0 in place of NO_TOKEN, which the model can take as input
+    tokens: torch.Tensor  # [S] int64: token ids, NO_TOKEN or NO_CHOICE
+    latest: torch.Tensor  # [S] int64: the tokens, with 0 in place of those two, which the model can take as input
     logprobs: LogprobTensors | None  # the log-probabilities at L positions; None if L is 0
     logprob_rows: Ints  # [L]: indices of the rows with log-probabilities, among the S rows
     num_top: list[int]  # [L]: alternatives that each of these rows requests
@@ -46,6 +48,8 @@ class Sampler:
     ) -> None:
         self.params = RowParams(max_rows, vocab_size, eos_token_ids)
         self._counts = TokenCounts(max_rows, vocab_size, device, upload)
+        self._allowed = AllowedTokens(max_rows, vocab_size, device, upload)
+        self._bad_words = BadWords(max_rows, vocab_size, device, upload)
         self._vocab_size = vocab_size
         self._upload = upload
         self._cuda = CudaSampler(max_rows, device, upload) if is_gpu(device) else None
@@ -61,6 +65,8 @@ class Sampler:
         for a in admitted:
             self.params.admit(a)
             self._counts.admit(a)
+            self._allowed.admit(a)
+            self._bad_words.admit(a)
         if admitted and self._cuda is not None:
             self._cuda.admit(self.params, np.array([a.row for a in admitted], np.int64))
 
@@ -86,11 +92,15 @@ class Sampler:
         unadjusted = None if reported is None else logits[reported].log_softmax(-1)
         penalised = self._penalise(logits, rows, records)
         self._bias(logits, rows, records)
-        self._forbid_stops(logits, rows, records, ends)
+        restricted = self._restrict(logits, rows, records, ends)
         tokens = self._choose(logits, rows, records, ends)
+        if restricted is not None:
+            tokens = restricted.mark_empty(logits, tokens)
         latest = tokens.clamp(min=0)
         if penalised is not None:
             self._counts.add(penalised.slots, latest[penalised.indices])
+        if restricted is not None:
+            self._bad_words.add(rows, latest)
         num_top = records["logprobs"][reporting].tolist()
         logprobs = None
         if unadjusted is not None:
@@ -122,6 +132,18 @@ class Sampler:
             [index, np.concatenate([b.ids for b in biases]), np.concatenate([b.values for b in biases])]
         )
         logits[i, token] += value
+
+    def _restrict(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any], ends: Ints) -> _Restricted | None:
+        """Exclude the tokens that the rows' own fields exclude. Returns None if no row has such fields."""
+        which = np.flatnonzero(records["restricted"])
+        if not which.size:
+            return None
+        (indices,) = self._upload([which])
+        restricted = _Restricted(indices, logits[indices].amax(-1))
+        self._allowed.exclude_others(logits, rows)
+        self._bad_words.exclude(logits, rows)
+        self._forbid_stops(logits, rows, records, ends)
+        return restricted
 
     def _forbid_stops(self, logits: torch.Tensor, rows: Ints, records: npt.NDArray[Any], ends: Ints) -> None:
         which = np.flatnonzero(ends - records["num_prompt"] < records["min_tokens"])
@@ -160,3 +182,15 @@ class _Penalised(NamedTuple):
 
     indices: torch.Tensor  # [P]: index of each row among the step's sampling rows
     slots: torch.Tensor  # [P]: each row's slot in the count tensors
+
+
+class _Restricted(NamedTuple):
+    """The R rows of a step whose own fields exclude tokens."""
+
+    indices: torch.Tensor  # [R]: index of each row among the step's sampling rows
+    largest: torch.Tensor  # [R]: the largest logit of each row before tokens were excluded
+
+    def mark_empty(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return `tokens` with NO_CHOICE in the rows whose logits were finite, and of which no token is left."""
+        empty = (logits[self.indices].amax(-1) == -torch.inf) & self.largest.isfinite()
+        return tokens.index_copy(0, self.indices, torch.where(empty, NO_CHOICE, tokens[self.indices]))

@@ -14,7 +14,7 @@ class SchedulerCounts:
     num_accepted: int = 0
     num_finished: int = 0
     num_aborted: int = 0
-    num_failed: int = 0  # requests that ended because their logits were not finite
+    num_failed: int = 0  # requests that ended because their logits were not finite, or because they exclude every token
     num_preemptions: int = 0
     prompt_tokens: int = 0  # of admitted requests, each request counted once
     cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache

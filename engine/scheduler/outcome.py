@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from engine.errors import NumericalError
+from engine.errors import InvalidRequest, NumericalError
 from engine.plan import StepPlan
 from engine.request import FinishReason, Request, RequestFailure, Status, TokenEvent, TokenLogprobs
 
@@ -14,8 +14,13 @@ log = logging.getLogger("tidegate.engine")
 def set_finish(event: TokenEvent, request: Request) -> bool:
     """Return whether the newest token of `request` is its last one, and if so, set the reason in `event`.
 
-    A stop token takes precedence over the length limit.
+    A stop token takes precedence over the length limit. With max_tokens 0, the event loses its only token.
     """
+    if not request.params.max_tokens:
+        event.tokens = []
+        event.logprobs = None if event.logprobs is None else []
+        event.finish = FinishReason.LENGTH
+        return True
     token = event.tokens[-1]
     if token in request.stop_ids and request.num_outputs >= request.params.min_tokens:
         event.finish = FinishReason.STOP
@@ -44,6 +49,21 @@ def failure_event(request: Request, step: int) -> TokenEvent:
     )
     message = f"the model computed logits that are not finite (NaN or infinity) for output token {number}"
     failure = RequestFailure(NumericalError.__name__, message)
+    return TokenEvent(request.request_id, [], FinishReason.ERROR, failure=failure)
+
+
+def no_choice_event(request: Request) -> TokenEvent:
+    """Return the event that ends `request` because its own fields exclude every token at the next position."""
+    params, number = request.params, request.num_outputs + 1
+    given = {
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.bad_words),  # the request's, or those of the model's generation_config.json
+        "min_tokens": request.num_outputs < params.min_tokens,
+    }
+    *others, last = [name for name, is_given in given.items() if is_given] or ["min_tokens"]
+    names = f"{', '.join(others)} and {last} together exclude" if others else f"{last} excludes"
+    message = f"{names} every token that could be output token {number}: allow more tokens"
+    failure = RequestFailure(InvalidRequest.__name__, message, (others or [last])[0])
     return TokenEvent(request.request_id, [], FinishReason.ERROR, failure=failure)
 
 

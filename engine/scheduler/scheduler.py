@@ -25,11 +25,11 @@ from typing import NamedTuple
 from engine.config import EngineConfig
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import NO_TOKEN, AdmittedRow, GrownRow, StepPlan, StepResult
+from engine.plan import NO_CHOICE, AdmittedRow, GrownRow, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
-from engine.scheduler.outcome import add_first, collect_prompt_logprobs, failure_event, set_finish
+from engine.scheduler.outcome import add_first, collect_prompt_logprobs, failure_event, no_choice_event, set_finish
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet, row_of
 
@@ -151,11 +151,12 @@ class Scheduler:
             if length == request.num_prompt + 1:
                 add_first(event, request)
             if token in request.stop_ids or length >= request.end_len:
-                if token == NO_TOKEN:
-                    events[-1] = self._fail(request, step)
+                if token < 0:
+                    events[-1] = self._fail(request, step, token)
                 elif set_finish(event, request):
                     self._end(request)
                     self.counts.num_finished += 1
+                    self.counts.output_tokens += len(event.tokens) - 1
         self.counts.output_tokens += len(events)
         return events
 
@@ -283,16 +284,19 @@ class Scheduler:
         self._queue.push(request)
         self.counts.num_preemptions += 1
 
-    def _fail(self, request: Request, step: int) -> TokenEvent:
-        """End a request whose newest token is NO_TOKEN, and return its last event.
+    def _fail(self, request: Request, step: int, token: int) -> TokenEvent:
+        """End a request whose newest token is NO_TOKEN or NO_CHOICE, and return its last event.
 
-        The request's blocks may hold NaN, so they are removed from the prefix cache.
+        After NO_TOKEN the request's blocks may hold NaN, so they are removed from the prefix cache.
         """
         request.tokens.pop()
         self.counts.output_tokens -= 1  # `commit` counts one token per event
         self.counts.num_failed += 1
-        event = failure_event(request, step)
-        self.cache.withdraw(request)
+        if token == NO_CHOICE:
+            event = no_choice_event(request)
+        else:
+            event = failure_event(request, step)
+            self.cache.withdraw(request)
         self._end(request)
         return event
 

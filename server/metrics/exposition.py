@@ -86,7 +86,7 @@ def _gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
 
 def _counters(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
     idle = "Seconds in which the device was idle between two steps, because the CPU had not submitted the next one."
-    failed = "Requests that ended with an error because their logits were not finite (NaN or infinity)."
+    failed = "Requests whose logits were not finite (NaN or infinity), or whose own fields excluded every token."
     compiled = "GPU kernels that the engine compiled since it started, which requests wait for once it is ready."
     return (
         ("tidegate_engine_steps", "Steps that the engine has run.", stats.step),

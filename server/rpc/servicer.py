@@ -40,7 +40,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         id = f"gen-{uuid.uuid4().hex}"
         call = CURRENT_CALL.get()
         call.answered_by(id)
-        generation = translate.generation_request(asked, id, context.time_remaining())
+        generation = translate.generation_request(asked, id, self._service.defaults, context.time_remaining())
         generation = msgspec.structs.replace(generation, progress=call.new_progress())
         await context.send_initial_metadata(metadata_of(call))
         model = self._service.model_name
@@ -72,12 +72,20 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     @answers_errors(pb.DetokenizeRequest)
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         asked = translate.checked(request, DetokenizeBody)
-        return pb.DetokenizeResponse(prompt=await self._service.detokenize(asked.tokens, model=asked.model))
+        skip = bool(asked.skip_special_tokens)
+        text = await self._service.detokenize(asked.tokens, model=asked.model, skip_special_tokens=skip)
+        return pb.DetokenizeResponse(prompt=text)
 
     @answers_errors(pb.ListModelsRequest)
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         models = [
-            pb.Model(id=model.id, created=model.created, owned_by=model.owned_by, max_model_len=model.max_model_len)
+            pb.Model(
+                id=model.id,
+                created=model.created,
+                owned_by=model.owned_by,
+                max_model_len=model.max_model_len,
+                default_sampling_params=translate.sampling_defaults(model.default_sampling_params),
+            )
             for model in self._service.models()
         ]
         return pb.ListModelsResponse(models=models)

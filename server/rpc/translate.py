@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
 
+from engine.models.generation import GenerationDefaults
 from engine.request import TokenLogprobs
 from server.errors import from_validation
 from server.http.schemas.generate import GenerateBody
@@ -34,15 +35,20 @@ def _plain(name: str, value: Any) -> Any:
     return value if isinstance(value, str | bool | int | float) else list(value)
 
 
-def generation_request(asked: GenerateBody, request_id: str, time_remaining: float | None) -> GenerationRequest:
+def generation_request(
+    asked: GenerateBody, request_id: str, defaults: GenerationDefaults, time_remaining: float | None
+) -> GenerationRequest:
     """Make the service's request for a gRPC call. `time_remaining` is the time until the call's own deadline in seconds, or None.
     A deadline that has passed counts as one millisecond, so that it still ends the call."""
-    return asked.generation_request(request_id, deadline_s=None if time_remaining is None else max(time_remaining, 0.001))
+    deadline_s = None if time_remaining is None else max(time_remaining, 0.001)
+    return asked.generation_request(request_id, defaults, deadline_s=deadline_s)
 
 
 async def write_chunk(message: pb.Chunk, chunk: Chunk, text_of: TokenText, pacer: Pacer) -> None:
     """Write `chunk` into the empty `message`. The message is filled in place, because copying a large one takes milliseconds."""
     message.MergeFrom(pb.Chunk(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids, finish_reason=chunk.finish_reason))
+    if chunk.prompt_token_ids is not None:
+        message.prompt_token_ids.extend(chunk.prompt_token_ids)
     for field, positions in ((message.logprobs, chunk.logprobs), (message.prompt_logprobs, chunk.prompt_logprobs)):
         if positions is not None:
             await pacer.run(_add_logprobs(field, positions, text_of))
@@ -87,3 +93,7 @@ def ending_message(ending: Ending, model: str) -> pb.Ending:
         timing=pb.Timing(queue_ms=timing.queue_ms, ttft_ms=timing.ttft_ms, total_ms=timing.total_ms),
         cache="off",  # the server has no response cache yet
     )
+
+
+def sampling_defaults(params: Mapping[str, Any]) -> pb.SamplingDefaults:
+    return pb.SamplingDefaults(**params)

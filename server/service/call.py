@@ -1,9 +1,9 @@
 """Call: the requests that run in the engine for one call of `GenerateService.generate`, from submission to their last event.
 
 Output i of n is a request of its own. The first has the call's `request_id`, the others `request_id-1`, `request_id-2`, ...,
-and they name the first in `fork_of`, so that the engine shares the prompt's blocks. Output i samples with seed + i (mod 2^63).
-If the client gave no seed, the call picks a random one. So output i of a seeded call of n equals the only output of a call
-with seed + i. The prompt's log-probabilities come with the first output only.
+and they name the first in `fork_of`, so that the engine shares the prompt's blocks. Output 0 samples with the client's seed, or a
+random one if the client gave none, and output i with a hash of that seed and i (`engine.request.output_seed`). The prompt's
+log-probabilities come with the first output only.
 
 Events that the client has not read stay in the engine client's streams: the queue that joins the outputs holds at most one
 event of each. A call whose streams hold more than UNREAD_LIMIT for a while ends with RequestTimeout.
@@ -21,12 +21,12 @@ import msgspec
 
 from engine.errors import InternalError, RequestTimeout, TidegateError
 from engine.messages import Submit, check_submit, pack_tokens
-from engine.request import SEED_MAX, TokenEvent
+from engine.request import SEED_MAX, TokenEvent, output_seed
 from server.engines.base import EngineClientProtocol, TokenStream
 from server.metrics.registry import RequestMeter
 from server.service.output_builder import OutputBuilder
 from server.service.types import Chunk, Ending, GenerationRequest, Identity, Timing, Usage
-from server.text.stop import StopScanner, StopStrings
+from server.text.stop import StopStrings
 from server.text.tokenizer import Tokenizer
 
 UNREAD_LIMIT = 1 << 17  # in units of `engines.base.size_of`: about 13 MB
@@ -83,16 +83,9 @@ class Call:
         self._num_prompt = len(prompt)
         submits = self._submits(prompt)
         check_submit(submits[0], client.info.limits)
-        params = self.request.params
         stops = StopStrings(self.request.stop) if self.request.stop else None
         for index, submit in enumerate(submits):
-            self._outputs[submit.request_id] = OutputBuilder(
-                index,
-                text.detokenizer(prompt),
-                None if stops is None else StopScanner(stops),
-                min_tokens=params.min_tokens,
-                named_stop_ids=params.stop_token_ids,
-            )
+            self._outputs[submit.request_id] = OutputBuilder(index, self.request, text, prompt, stops)
             self._streams[submit.request_id] = client.submit(submit)
         if len(submits) == 1:
             (self._only,) = self._streams.values()
@@ -201,7 +194,7 @@ class Call:
         request, identity = self.request, self.identity
         given = request.params.seed
         others = msgspec.structs.replace(request.params, prompt_logprobs=None)
-        seed = secrets.randbelow(SEED_MAX + 1) if given is None else given
+        seed = secrets.randbelow(SEED_MAX) if given is None else given
         first = request.request_id
         packed = pack_tokens(prompt)
         return [
@@ -209,7 +202,7 @@ class Call:
                 request_id=first if i == 0 else f"{first}-{i}",
                 prompt=packed,
                 params=request.params if i == 0 else others,
-                seed=(seed + i) % (SEED_MAX + 1),
+                seed=output_seed(seed, i),
                 priority=max(request.priority, identity.priority_ceiling),
                 fork_of=None if i == 0 else first,
                 salt=identity.salt,

@@ -46,6 +46,16 @@ def check_request(request: GenerationRequest, settings: ServiceSettings) -> None
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest("the deadline must be more than 0", param="deadline_ms")
     _check_stops(request.stop, settings)
+    for i, word in enumerate(request.bad_words):
+        if not word:
+            raise InvalidRequest(f"bad_words[{i}] is empty", param="bad_words")
+        check_text(word, f"bad_words[{i}]")
+    truncate = request.truncate_prompt_tokens
+    if truncate is not None and not (truncate == -1 or truncate > 0):
+        raise InvalidRequest(
+            f"truncate_prompt_tokens is {truncate}: it must be -1, for as many as the context allows, or at least 1",
+            param="truncate_prompt_tokens",
+        )
 
 
 def check_model(model: str | None, served: str) -> None:

@@ -12,11 +12,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 
-from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError
+from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError, UnsupportedField
 from engine.messages import check_ids, prompt_too_long
+from engine.models.generation import GenerationDefaults
 from engine.request import SamplingParams
 from server.engines.base import EngineClientProtocol, EngineHealth
 from server.metrics.registry import Metrics
@@ -42,6 +44,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     created: int  # when this worker started, in seconds since 1970
     owned_by: str
     max_model_len: int
+    default_sampling_params: dict[str, int | float]  # what a request gets where it says nothing
 
 
 class GenerateService:
@@ -54,9 +57,15 @@ class GenerateService:
         settings: ServiceSettings,
         metrics: Metrics,
         *,
+        defaults: GenerationDefaults | None = None,
         server_ready: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`server_ready` returns whether all workers of the server have an engine. Until then, `health` reports "not ready"."""
+        """`defaults` are the sampling defaults of the model's author.
+
+        `server_ready` returns whether all workers of the server have an engine. Until then, `health` reports "not ready".
+        """
+        self.defaults = defaults or GenerationDefaults()
+        self._end_ids = tuple(text.end_tokens)
         self._client = client
         self._server_ready = server_ready
         self._text = text
@@ -92,6 +101,7 @@ class GenerateService:
             check_request(request, self._settings)
             self._enter(call)
             prompt = await self._prompt_of(call)
+            request = call.request = await self._completed(request, prompt)
             check_logprobs(request.params, self._settings, prompt_tokens=len(prompt), outputs=request.n)
             call.submit(self._client, self._text, prompt)
             while call.unfinished:
@@ -137,39 +147,72 @@ class GenerateService:
         return True
 
     async def chat_tokens(
-        self, conversation: Conversation, *, model: str | None = None, add_special_tokens: bool = False, as_prompt: bool = False
+        self,
+        conversation: Conversation,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool = False,
+        as_prompt: bool = False,
+        keep: int | None = None,
     ) -> list[int]:
         """Render `conversation` with the model's chat template, and return the token ids.
 
         The rendered text already contains special tokens; `add_special_tokens` adds those of a prompt too. Raises InvalidRequest
-        or UnsupportedField, and with `as_prompt` ContextTooLong if the text is too long for a prompt.
+        or UnsupportedField, and with `as_prompt` ContextTooLong if the text is too long for a prompt. `keep` is the number of
+        last tokens of a prompt to use; None for all.
         """
         check_model(model, self.model_name)
         template = self._text.chat.find(conversation.template, self.model_name)
         prompt = await self._text_work.render(partial(_render, template, conversation), conversation.weight(PIECE_CHARS))
         if as_prompt:
-            return await self._prompt_ids(prompt, add_special_tokens=add_special_tokens, name="messages")
+            return await self._prompt_ids(prompt, add_special_tokens=add_special_tokens, name="messages", keep=keep)
         return await self._text_work.encode(prompt, add_special_tokens=add_special_tokens)
 
     async def tokenize(
-        self, text: str, *, model: str | None = None, add_special_tokens: bool = True, as_prompt: bool = False
+        self,
+        text: str,
+        *,
+        model: str | None = None,
+        add_special_tokens: bool = True,
+        as_prompt: bool = False,
+        keep: int | None = None,
     ) -> list[int]:
-        """Return the token ids of `text`. With `as_prompt`, raises ContextTooLong if the text is too long for a prompt."""
+        """Return the token ids of `text`. With `as_prompt`, raises ContextTooLong if the text is too long for a prompt.
+
+        `keep` is the number of last tokens of a prompt to use; None for all.
+        """
         check_model(model, self.model_name)
         check_text(text, "prompt")
         if as_prompt:
-            return await self._prompt_ids(text, add_special_tokens=add_special_tokens, name="prompt")
+            return await self._prompt_ids(text, add_special_tokens=add_special_tokens, name="prompt", keep=keep)
         return await self._text_work.encode(text, add_special_tokens=add_special_tokens)
 
-    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, as_prompt: bool = False) -> str:
-        """Return the text of `token_ids`. With `as_prompt`, raises ContextTooLong if they are too many for a prompt."""
+    async def detokenize(self, token_ids: Sequence[int], *, model: str | None = None, skip_special_tokens: bool = False) -> str:
+        """Return the text of `token_ids`, with the text of special tokens unless `skip_special_tokens` is True."""
         check_model(model, self.model_name)
-        if as_prompt:
-            self._check_length(token_ids, "prompt")
-        for start in range(0, len(token_ids), _CHECKED_IDS):
-            check_ids(token_ids[start : start + _CHECKED_IDS], self._client.info.limits.vocab_size, "tokens")
-            await asyncio.sleep(0)
-        return await self._text_work.decode(token_ids)
+        await self._check_ids(token_ids, "tokens")
+        return await self._text_work.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    async def prompt_text(
+        self, text: str | None, token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> tuple[str, list[int]]:
+        """Return the text of a prompt, and where in it the text of each of `token_ids` begins.
+
+        `text` is the prompt as the client sent it, of which `token_ids` are the tokens; None if the client sent token ids. Raises
+        ContextTooLong if there are too many for a prompt.
+        """
+        if text is not None:
+            return text, await self._text_work.offsets_in(text, token_ids)
+        self._check_length(token_ids, "prompt")
+        await self._check_ids(token_ids, "prompt")
+        return await self._text_work.text_and_offsets(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def kept_of(self, truncate: int | None, max_tokens: int) -> int | None:
+        """Return how many last tokens of a prompt to use, from the field truncate_prompt_tokens; None for all.
+
+        -1 stands for as many as the model's context leaves beside `max_tokens`.
+        """
+        return max(1, self.max_model_len - max(1, max_tokens)) if truncate == -1 else truncate
 
     def token_text(self, token: int) -> str:
         """Return the text of one token by itself, for answers with log-probabilities."""
@@ -179,7 +222,15 @@ class GenerateService:
         return self._text.token_bytes(token)
 
     def models(self) -> list[ModelInfo]:
-        return [ModelInfo(id=self.model_name, created=self._created, owned_by="tidegate", max_model_len=self.max_model_len)]
+        return [
+            ModelInfo(
+                id=self.model_name,
+                created=self._created,
+                owned_by="tidegate",
+                max_model_len=self.max_model_len,
+                default_sampling_params=self.defaults.params,
+            )
+        ]
 
     def health(self) -> EngineHealth:
         """Return the engine's health as this worker sees it.
@@ -204,14 +255,47 @@ class GenerateService:
 
     async def _prompt_of(self, call: Call) -> list[int]:
         request = call.request
+        keep = self.kept_of(request.truncate_prompt_tokens, request.params.max_tokens)
         if isinstance(request.prompt, str):
-            ids = self._prompt_ids(request.prompt, add_special_tokens=request.add_special_tokens, name="prompt")
+            ids = self._prompt_ids(request.prompt, add_special_tokens=request.add_special_tokens, name="prompt", keep=keep)
             return await call.prepare(ids)
-        self._check_length(request.prompt, "prompt")
-        return request.prompt
+        prompt = request.prompt if keep is None else request.prompt[-keep:]
+        self._check_length(prompt, "prompt")
+        return prompt
 
-    async def _prompt_ids(self, text: str, *, add_special_tokens: bool, name: str) -> list[int]:
-        """Return the token ids of a prompt. Raises ContextTooLong, naming the field `name`, if the prompt is too long."""
+    async def _completed(self, request: GenerationRequest, prompt: list[int]) -> GenerationRequest:
+        """Return `request` with the parameters that depend on the model, its tokenizer and the prompt's length."""
+        if not request.spaces_between_special_tokens and not request.skip_special_tokens and self._text.joins_with_spaces:
+            raise UnsupportedField(
+                "spaces_between_special_tokens false is not supported for this model: its tokenizer writes spaces between tokens",
+                param="spaces_between_special_tokens",
+            )
+        params = request.params
+        words = params.bad_words + self.defaults.bad_words
+        vocab_size = self._client.info.limits.vocab_size
+        changes: dict[str, Any] = {"end_token_ids": self._end_ids} if self._end_ids else {}
+        if request.bad_words:
+            words += await self._text_work.bad_words(request.bad_words)
+        if words:  # a sequence with a token that the model does not have is never generated
+            changes["bad_words"] = tuple(word for word in words if max(word) < vocab_size)
+        if request.fits_max_tokens:
+            changes["max_tokens"] = min(params.max_tokens, self.max_model_len - len(prompt))
+        return msgspec.structs.replace(request, params=msgspec.structs.replace(params, **changes)) if changes else request
+
+    async def _check_ids(self, ids: Sequence[int], name: str) -> None:
+        for start in range(0, len(ids), _CHECKED_IDS):
+            check_ids(ids[start : start + _CHECKED_IDS], self._client.info.limits.vocab_size, name)
+            await asyncio.sleep(0)
+
+    async def _prompt_ids(self, text: str, *, add_special_tokens: bool, name: str, keep: int | None) -> list[int]:
+        """Return the token ids of a prompt, or the last `keep` of them.
+
+        Raises ContextTooLong, naming the field `name`, if the prompt is too long.
+        """
+        if keep is not None:
+            ids = (await self._text_work.encode(text, add_special_tokens=add_special_tokens))[-keep:]
+            self._check_length(ids, name)
+            return ids
         limit = self.max_model_len - 1
         try:
             return await self._text_work.encode(text, add_special_tokens=add_special_tokens, limit=limit)

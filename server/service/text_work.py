@@ -23,11 +23,13 @@ from functools import partial
 from typing import TypeVar
 
 from engine.errors import Overloaded
+from server.text.bad_words import bad_word_tokens
 from server.text.jobs import Job
 from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
 
 INLINE_CHARS = 2048  # longest text that is tokenised in the event loop, and longest chat that is rendered there
 INLINE_TOKENS = 256  # most token ids that are decoded in the event loop
+INLINE_WORDS = 256  # most characters of bad words that are tokenised in the event loop
 # A piece of text or of token ids larger than HUGE has a thread of its own, since other long texts would have to wait for it.
 HUGE = 16 * PIECE_CHARS  # number of characters or of token ids
 _SHORT_THREADS = 2
@@ -74,23 +76,48 @@ class TextWork:
                     raise TooManyTokens
             return await self._in_lane(lane, job.result)
 
-    async def decode(self, ids: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode the token ids `ids` to text. Raises Overloaded if too many long texts run or wait."""
         if len(ids) <= INLINE_TOKENS:
-            return self._tokenizer.decode(ids)
-        job = self._tokenizer.decoding(ids)
-        is_long = len(ids) > PIECE_TOKENS
-        with self._admitted(8 * len(ids) if is_long else 0):
-            lane = self._long if is_long else self._short
-            while not job.done:
-                await self._step(job, lane)
-            return await self._in_lane(lane, job.result)
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return await self._run(self._tokenizer.decoding(ids, skip_special_tokens=skip_special_tokens), len(ids))
+
+    async def text_and_offsets(self, ids: Sequence[int], *, skip_special_tokens: bool) -> tuple[str, list[int]]:
+        """Decode `ids`, and find where in the text the text of each token begins."""
+        return await self._run(self._tokenizer.text_and_offsets(ids, skip_special_tokens=skip_special_tokens), len(ids))
+
+    async def offsets_in(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Find where in `text` the text of each of its tokens `ids` begins.
+
+        The special tokens around the text are not part of it: those before it begin at 0, and those after it at its end.
+        """
+        num_before, num_after = self._tokenizer.num_around(text)
+        inner = ids[num_before : len(ids) - num_after]
+        decoded, offsets = await self.text_and_offsets(inner, skip_special_tokens=False)
+        if decoded != text:  # the tokenizer changes the text, such as by Unicode normalisation
+            offsets = await self._in_lane(self._long, partial(self._tokenizer.offsets_in, text))
+        return [0] * num_before + offsets + [len(text)] * num_after
+
+    async def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences that write `words`, at the start of a text and after a space."""
+        if sum(map(len, words)) <= INLINE_WORDS:
+            return bad_word_tokens(self._tokenizer, words)
+        return await self._in_lane(self._short, partial(bad_word_tokens, self._tokenizer, words))
 
     async def render(self, template: Callable[[], str], weight: int) -> str:
         """Call `template`, which renders a conversation of `weight`, in characters of text, and return the prompt."""
         if weight <= INLINE_CHARS:
             return template()
         return await self._in_lane(self._short if weight <= PIECE_CHARS else self._chat, template)
+
+    async def _run(self, job: Job[T], num_tokens: int) -> T:
+        """Run all steps of a job that decodes `num_tokens` tokens."""
+        is_long = num_tokens > PIECE_TOKENS
+        with self._admitted(8 * num_tokens if is_long else 0):
+            lane = self._long if is_long else self._short
+            while not job.done:
+                await self._step(job, lane)
+            return await self._in_lane(lane, job.result)
 
     async def _exceeds(self, text: str, limit: int) -> bool:
         exceeds = self._tokenizer.exceeds

@@ -46,6 +46,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False  # an output that a stop string or stop token ends has its text
+    skip_special_tokens: bool = True  # special tokens have no text in the outputs
+    spaces_between_special_tokens: bool = True
+    bad_words: tuple[str, ...] = ()  # texts that no output may contain
+    truncate_prompt_tokens: int | None = None  # use this many last tokens of the prompt; -1: as many as the context allows
+    return_token_ids: bool = False  # the first chunk of each output has the prompt's token ids
+    text_offsets: bool = False  # chunks with log-probabilities also say where the text of each token begins
+    fits_max_tokens: bool = False  # max_tokens is a default of the server: it may be lowered to what the context leaves
     priority: int = 0  # a smaller number runs first
     deadline_s: float | None = None  # seconds from admission after which the request ends with RequestTimeout
     add_special_tokens: bool = True  # False if a chat template has written the special tokens already
@@ -78,6 +86,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_reason: str | int | None = None  # the stop string or stop token that ended the output
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if requested
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # only for output 0, if requested
+    text_offsets: list[int] | None = None  # for each of token_ids, the place in the output's text where its text begins
+    prompt_token_ids: list[int] | None = None  # in the first chunk of each output, if requested
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):

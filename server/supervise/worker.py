@@ -25,6 +25,7 @@ from fastapi import FastAPI
 
 from engine import lifeline, logs
 from engine.errors import EXIT_BAD_SETTINGS, CheckpointError, ConfigError
+from engine.models.generation import GenerationDefaults, read_generation_defaults
 from server.engines.client import EngineClient
 from server.http.admin import build_admin_app
 from server.http.app import build_app
@@ -35,6 +36,7 @@ from server.rpc.server import RpcServer, build_rpc_server
 from server.service.connections import ADMIN_CONNECTIONS
 from server.service.service import GenerateService
 from server.settings import Settings
+from server.supervise.model_report import report_model
 from server.supervise.worker_start import WorkerStart
 from server.text.tokenizer import Tokenizer
 
@@ -62,8 +64,8 @@ class Worker:
 
     def __init__(self, start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
         self._settings = settings
-        self._index = start.index
         self._listen_at_once = start.listen_at_once
+        self._reports = start.index == 0  # one worker writes to the log what concerns all of them
         self._all_ready = all_ready
         self._client = EngineClient(
             [start.endpoint],
@@ -83,13 +85,18 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         text = Tokenizer.from_folder(self._settings.model or "")
-        for problem in text.chat.problems if self._index == 0 else ():  # one worker says it for all
+        for problem in text.chat.problems if self._reports else ():
             log.warning("chat is not available, or not with every template", extra={"reason": problem})
+        defaults = GenerationDefaults()
+        if self._settings.generation_config == "auto":
+            defaults = read_generation_defaults(self._settings.model or "")
         metrics = Metrics(self._settings.model_name, lambda: self._client.health)
         logs.on_dropped(metrics.log_lines_dropped)
-        service = GenerateService(self._client, text, self._settings, metrics, server_ready=self._all_ready.is_set)
+        service = GenerateService(
+            self._client, text, self._settings, metrics, defaults=defaults, server_ready=self._all_ready.is_set
+        )
         await self._client.start()
-        helpers = [asyncio.create_task(self._report_ready()), asyncio.create_task(self._report_progress(metrics))]
+        helpers = [asyncio.create_task(self._report_ready(text, defaults)), asyncio.create_task(self._report_progress(metrics))]
         try:
             if await self._may_listen():
                 await self._serve(service, metrics)
@@ -133,9 +140,11 @@ class Worker:
             self._deadline.set()
         self._draining.set()
 
-    async def _report_ready(self) -> None:
+    async def _report_ready(self, text: Tokenizer, defaults: GenerationDefaults) -> None:
         """Tell the supervisor once that this worker has an engine."""
         await self._client.wait_ready()
+        if self._reports:
+            report_model(text, defaults, self._client.info.limits.eos_token_ids)
         lifeline.tell(lifeline.READY)
 
     async def _report_progress(self, metrics: Metrics) -> None:

@@ -6,7 +6,7 @@ The tokenizer's decoder decides which of two classes is used:
     ByteDetokenizer     byte-level BPE (GPT-2, Llama 3, Qwen, DeepSeek): a token is bytes, and the text is their UTF-8
     WindowDetokenizer   all other tokenizers (SentencePiece, WordPiece): a token's text depends on the token before it
 
-Special tokens and ids that the tokenizer does not know have no text.
+Ids that the tokenizer does not know have no text. Special tokens have none either, unless the request asks to see them.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class TokenTexts(Protocol):
 
     @property
     def decode_tokens(self) -> Callable[[Sequence[int]], str]:
-        """The library's function that decodes a list of tokens to text. The list must have no special and no unknown token."""
+        """The library's function that decodes a list of tokens to text. The list must have no silent token."""
 
     @property
     def is_silent(self) -> Mapping[int, bool]:
-        """True for tokens without text: special tokens, ids that the tokenizer does not know."""
+        """True for tokens without text: ids that the tokenizer does not know, and special tokens that are hidden."""
 
     @property
     def byte_of(self) -> Mapping[int, int | None]:

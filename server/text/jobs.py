@@ -88,6 +88,39 @@ class DecodeJob:
         return "".join(self._parts)
 
 
+class OffsetsJob:
+    """Decodes token ids in steps, one id at a time. The result is the text, and where in it the text of each token begins.
+
+    A token whose bytes only begin a character begins where the character does.
+    """
+
+    def __init__(self, ids: Sequence[int], detokenizer: Detokenizer, piece_tokens: int) -> None:
+        self._ids = ids
+        self._detokenizer = detokenizer
+        self._piece_tokens = piece_tokens
+        self._parts: list[str] = []
+        self._length = 0
+        self._offsets: list[int] = []
+        self.done = False
+
+    def step(self, largest: int | None = None) -> bool:
+        at = len(self._offsets)
+        for token in self._ids[at : at + self._piece_tokens]:
+            self._offsets.append(self._length)
+            self._add(self._detokenizer.add([token]))
+        if len(self._offsets) == len(self._ids):
+            self._add(self._detokenizer.flush())
+            self.done = True
+        return True
+
+    def result(self) -> tuple[str, list[int]]:
+        return "".join(self._parts), self._offsets
+
+    def _add(self, text: str) -> None:
+        self._parts.append(text)
+        self._length += len(text)
+
+
 def finish(job: Job[Result_co]) -> Result_co:
     """Run all steps of `job` in this thread."""
     while not job.done:

@@ -3,6 +3,9 @@
 Text is read character by character, so the result does not depend on how it is cut into pieces. The stop string that is
 complete first wins. Of two that are complete at the same character, the longer wins. The output is the text before it.
 
+Some text is hidden from the output: that of special tokens. Stop strings are looked for in two texts: in all that the model said,
+and in what the output shows of it. So a stop string may contain a special token, and the output never shows a stop string.
+
 The automaton is that of Aho and Corasick. Its state is the longest suffix of the text that could still become a stop string,
 which is exactly what must be held back. It costs one step a character, whatever the text and the stop strings are.
 """
@@ -66,21 +69,30 @@ class StopStrings:
 class StopScanner:
     """Searches the text of one output for stop strings. `matched` is the stop string found; all text after it is dropped."""
 
-    __slots__ = ("_held", "_state", "_strings", "matched")
+    __slots__ = ("_held", "_hidden", "_include", "_said", "_shown", "_strings", "matched")
 
-    def __init__(self, strings: StopStrings) -> None:
+    def __init__(self, strings: StopStrings, *, include: bool = False) -> None:
+        """With `include`, the output ends after the stop string, and shows all of it."""
         self._strings = strings
-        self._state = 0
-        self._held = ""
+        self._include = include
+        self._said = 0  # state of the automaton after all that the model said
+        self._shown = 0  # its state after the text that is not hidden. The two are equal if no held text is hidden
+        self._held = ""  # the latest text said, which may still belong to a stop string
+        self._hidden: list[bool] = []  # for each character of `_held`, whether it is hidden; empty if none is
         self.matched: str | None = None
 
-    def feed(self, text: str) -> str:
-        """Search `text`, and return the text that is certain: it cannot belong to a stop string, or stands before one."""
+    def feed(self, text: str, *, hidden: bool = False) -> str:
+        """Search `text`, and return the text that is certain: it cannot belong to a stop string, or stands before one.
+
+        `hidden` text is said by the model, and not shown in the output.
+        """
         if self.matched is not None or not text:
             return ""
+        if hidden or self._hidden:
+            return self._feed_both(text, hidden)
         strings = self._strings
         root, step, ends = strings.nexts[0], strings.step, strings.ends
-        state = self._state
+        state = self._said
         for at, character in enumerate(text):
             if state == 0:
                 if character not in root:
@@ -90,11 +102,9 @@ class StopScanner:
                 state = step(state, character)
             found = ends[state]
             if found is not None:
-                self.matched = found
                 whole = self._held + text[: at + 1]
-                self._held = ""
-                return whole[: len(whole) - len(found)]
-        self._state = state
+                return self._match(found, whole[: len(whole) - len(found)])
+        self._said = self._shown = state
         whole = self._held + text
         certain = len(whole) - strings.depths[state]
         self._held = whole[certain:]
@@ -102,5 +112,55 @@ class StopScanner:
 
     def flush(self) -> str:
         """Return the text that is still held back. Called at the end of the output, when no stop string can be completed."""
-        held, self._held, self._state = self._held, "", 0
+        held = _visible(self._held, self._hidden)
+        self._drop()
         return held
+
+    def _feed_both(self, text: str, hidden: bool) -> str:
+        """Do the work of `feed` for text some of which is hidden."""
+        step, ends = self._strings.step, self._strings.ends
+        held, flags = self._held, self._hidden or [False] * len(self._held)
+        for character in text:
+            held += character
+            flags.append(hidden)
+            self._said = step(self._said, character)
+            found, num = ends[self._said], 0
+            if found is not None:
+                num = len(found)
+            if not hidden:
+                self._shown = step(self._shown, character)
+                shown = ends[self._shown]
+                if shown is not None and (found is None or len(shown) > len(found)):
+                    found, num = shown, _num_said(flags, len(shown))
+            if found is not None:
+                return self._match(found, _visible(held[: len(held) - num], flags[: len(flags) - num]))
+        depths = self._strings.depths
+        certain = len(held) - max(depths[self._said], _num_said(flags, depths[self._shown]))
+        text = _visible(held[:certain], flags[:certain])
+        self._held, flags = held[certain:], flags[certain:]
+        self._hidden = flags if any(flags) else []
+        return text
+
+    def _match(self, found: str, before: str) -> str:
+        self.matched = found
+        self._drop()
+        return before + found if self._include else before
+
+    def _drop(self) -> None:
+        self._held, self._hidden, self._said, self._shown = "", [], 0, 0
+
+
+def _visible(text: str, hidden: list[bool]) -> str:
+    """Return the characters of `text` that are not hidden."""
+    return "".join([c for c, is_hidden in zip(text, hidden, strict=True) if not is_hidden]) if hidden else text
+
+
+def _num_said(hidden: list[bool], num_shown: int) -> int:
+    """Return how many of the last characters said hold the last `num_shown` characters that are not hidden."""
+    num = 0
+    for is_hidden in reversed(hidden):
+        if not num_shown:
+            break
+        num += 1
+        num_shown -= not is_hidden
+    return num

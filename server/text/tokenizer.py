@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from server.text.bound import find_bound
 from server.text.chat_templates import ChatTemplates
 from server.text.cuts import find_cuts, parts_of, pieces_of
 from server.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from server.text.jobs import DecodeJob, EncodeJob, finish
+from server.text.end_tokens import find_end_tokens
+from server.text.jobs import DecodeJob, EncodeJob, OffsetsJob, finish
 from server.text.model_files import named_tokens, read_config
 from server.text.token_bytes import byte_level_bytes, fallback_byte
 
@@ -29,6 +30,7 @@ PIECE_CHARS = 1 << 14  # characters that one step tokenises: some 5 ms, some 3 M
 PIECE_TOKENS = 1 << 10  # tokens that one step decodes: some 2 ms
 _CONTEXT_TOKENS = 8  # last tokens of the prompt given to a detokenizer: enough for two characters of byte tokens
 _LIST_IDS = 1 << 16  # ids that are copied to a list at once; other Python threads can run between two copies
+_JOINERS = frozenset({"WordPiece", "BPEDecoder", "CTC"})
 _LOCAL_DECODERS = frozenset({"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece"})
 T = TypeVar("T")
 
@@ -46,10 +48,12 @@ class Tokenizer:
         chat: ChatTemplates | None = None,
         add_bos: bool | None = None,
         bos_token: str | None = None,
+        end_tokens: Mapping[int, str] | None = None,
     ) -> None:
         self.chat = chat or ChatTemplates({})
         tokenizer.no_truncation()  # some tokenizer.json files still have the truncation and padding of training
         tokenizer.no_padding()
+        self.end_tokens = dict(end_tokens or {})  # ids of the tokens that end a turn, each with the files that say so
         self._tokenizer = tokenizer
         self._add_bos = add_bos
         self._bos = None if bos_token is None else tokenizer.token_to_id(bos_token)
@@ -62,11 +66,14 @@ class Tokenizer:
         kinds = [part["type"] for part in decoders]
         self._is_byte_level = kinds == ["ByteLevel"]
         self._has_byte_tokens = "ByteFallback" in kinds
-        self._token_bytes = _Memo(self._make_bytes)
+        self.joins_with_spaces = not kinds or not _JOINERS.isdisjoint(kinds)  # the decoder writes spaces between tokens
+        self._token_bytes = _Memo(self._make_bytes)  # a special token has no bytes
+        self._shown_bytes = _Memo(self._make_shown_bytes)
         self.is_silent = _Memo(lambda id: id in self._special or not tokenizer.id_to_token(id))
         self.byte_of = _Memo(self._find_byte)
         self._before, self._after = self._special_tokens()
         self._anchor: tuple[int, ...] | None = None
+        self._shown = _ShownTexts(self, tokenizer)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -82,11 +89,13 @@ class Tokenizer:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         config = read_config(Path(folder) / "tokenizer_config.json")
         named = named_tokens(Path(folder), config, padding=(tokenizer.padding or {}).get("pad_token"))
+        chat = ChatTemplates.from_folder(Path(folder), config, named)
         return cls(
             tokenizer,
-            chat=ChatTemplates.from_folder(Path(folder), config, named),
+            chat=chat,
             add_bos=config.get("add_bos_token"),
             bos_token=named.get("bos_token"),
+            end_tokens=find_end_tokens(Path(folder), tokenizer, chat.default),
         )
 
     @property
@@ -112,26 +121,55 @@ class Tokenizer:
         """Return True if `text` certainly has more than `limit` tokens, after a few milliseconds at most. False: not certain."""
         return self._bound is not None and self._bound.exceeds(text, limit)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids to text. Special tokens are left out."""
-        return finish(self.decoding(ids))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Decode token ids to text. Special tokens are left out, unless `skip_special_tokens` is False."""
+        return finish(self.decoding(ids, skip_special_tokens=skip_special_tokens))
 
-    def decoding(self, ids: Sequence[int]) -> DecodeJob:
+    def decoding(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> DecodeJob:
         """Return a job that does the work of `decode` in steps of PIECE_TOKENS tokens.
 
         The job has one step if the tokenizer's decoder needs all tokens at once.
         """
-        return DecodeJob(ids, self.detokenizer(), PIECE_TOKENS if self._decodes_in_pieces else len(ids))
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return DecodeJob(ids, detokenizer, PIECE_TOKENS if self._decodes_in_pieces else len(ids))
+
+    def text_and_offsets(self, ids: Sequence[int], *, skip_special_tokens: bool) -> OffsetsJob:
+        """Return a job that decodes `ids`, and finds where in the text the text of each token begins."""
+        return OffsetsJob(ids, self.detokenizer(skip_special_tokens=skip_special_tokens), PIECE_TOKENS)
+
+    def offsets_in(self, text: str) -> list[int]:
+        """Find where in `text` the text of each of its tokens begins, without the special tokens around a text.
+
+        The library's own offsets are used. They leave out the white space before a token, which belongs to the token.
+        """
+        offsets: list[int] = []
+        end = 0
+        for start, stop in self._tokenizer.encode_batch([text], add_special_tokens=False)[0].offsets:
+            offsets.append(end if end < start and text[end:start].isspace() else start)
+            end = max(end, stop)
+        return offsets
+
+    def num_around(self, text: str) -> tuple[int, int]:
+        """Return how many special tokens `encode` puts before and after `text`."""
+        bos, before, after = self._bos, len(self._before), len(self._after)
+        if not self._add_bos or bos is None:
+            return before, after
+        is_there = self._before[0] == bos if before else text.startswith(self.token_text(bos))
+        return before + (not is_there), after
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
         """Decode token ids, none of which is special, with the library's decoder. Other threads run meanwhile."""
         return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
 
-    def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizer:
-        """Return a detokenizer for one output that continues `prompt`."""
+    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """Return a detokenizer for one output that continues `prompt`. Special tokens have no text if they are skipped."""
         if self._is_byte_level:
-            return ByteDetokenizer(self._token_bytes)
-        return WindowDetokenizer(self, prompt[-_CONTEXT_TOKENS:])
+            return ByteDetokenizer(self._token_bytes if skip_special_tokens else self._shown_bytes)
+        return WindowDetokenizer(self if skip_special_tokens else self._shown, prompt[-_CONTEXT_TOKENS:])
+
+    def special_text(self, id: int) -> str:
+        """Return the text of a special token, and "" for every other token."""
+        return self.token_text(id) if id in self._special else ""
 
     @property
     def anchor(self) -> tuple[int, ...]:
@@ -177,8 +215,28 @@ class Tokenizer:
         content = self._tokenizer.id_to_token(id)
         return b"" if content is None or id in self._special else byte_level_bytes(content)
 
+    def _make_shown_bytes(self, id: int) -> bytes:
+        return byte_level_bytes(self._tokenizer.id_to_token(id) or "")
+
     def _find_byte(self, id: int) -> int | None:
         return fallback_byte(self._tokenizer.id_to_token(id) or "") if self._has_byte_tokens else None
+
+
+class _ShownTexts:
+    """The texts of all tokens, special ones included. Implements `detokenizer.TokenTexts`."""
+
+    def __init__(self, text: Tokenizer, tokenizer: tokenizers.Tokenizer) -> None:
+        self._text = text
+        self._tokenizer = tokenizer
+        self.is_silent: Mapping[int, bool] = _Memo(lambda id: not tokenizer.id_to_token(id))
+        self.byte_of: Mapping[int, int | None] = text.byte_of
+
+    def decode_tokens(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode_batch([ids], skip_special_tokens=False)[0])
+
+    @property
+    def anchor(self) -> tuple[int, ...]:
+        return self._text.anchor
 
 
 def _framed(before: list[int], after: list[int], bos: int | None, ids: array[int]) -> list[int]:

@@ -9,7 +9,9 @@ import pytest
 
 from server.http.admin import ADMIN_ROUTERS, build_admin_app
 from server.http.app import ROUTERS, build_app
+from server.http.schemas.common import SamplingFields
 from server.metrics.registry import Metrics
+from server.rpc.pb.tidegate.v1 import inference_pb2
 from server.settings import Settings
 from tests.unit.server.http.routes.scripted import ScriptedService
 
@@ -127,3 +129,13 @@ def test_documented_ranges_are_those_of_the_engine(document, path):
     temperature = document["components"]["schemas"][from_path.rpartition("/")[2]]["properties"]["temperature"]
     number = next(kind for kind in temperature["anyOf"] if kind["type"] == "number")
     assert (number["minimum"], number["maximum"]) == (0.0, 100.0)
+
+
+def test_every_generating_route_and_grpc_have_every_field_of_stopping_and_sampling(document):
+    schemas = document["components"]["schemas"]
+    common = set(SamplingFields.model_fields)
+    assert {"bad_words", "allowed_token_ids", "skip_special_tokens", "truncate_prompt_tokens", "return_token_ids"} <= common
+    for path in GENERATING:
+        from_path = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert common <= set(schemas[from_path.rpartition("/")[2]]["properties"])
+    assert common - {"stream"} <= set(inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name)

@@ -145,7 +145,8 @@ def test_an_engine_that_hangs_while_it_starts_is_killed(tmp_path):
     shutil.copytree(write_tiny_checkpoint(tmp_path / "demo"), folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     os.mkfifo(folder / "generation_config.json")
-    server = ServerChild(model=folder, start_timeout_s=5, crash_limit=1)
+    # With generation_config off, API workers do not read that file.
+    server = ServerChild(model=folder, generation_config="off", start_timeout_s=5, crash_limit=1)
     server.start()
     gives_up_on(server, "engine 0")
 

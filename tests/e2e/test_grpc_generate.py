@@ -137,7 +137,7 @@ async def test_logprobs_are_returned_if_requested(up):
         ({"prompt_token_ids": [1]}, "INVALID_ARGUMENT", "prompt_token_ids"),
         ({"prompt": None, "prompt_token_ids": [LIMITS.vocab_size]}, "INVALID_ARGUMENT", "prompt"),
         ({"prompt": None, "prompt_token_ids": [3] * LIMITS.max_model_len}, "INVALID_ARGUMENT", None),
-        ({"max_tokens": 0}, "INVALID_ARGUMENT", "max_tokens"),
+        ({"max_tokens": -1}, "INVALID_ARGUMENT", "max_tokens"),
         ({"temperature": -1.0}, "INVALID_ARGUMENT", "temperature"),
         ({"n": 1000}, "INVALID_ARGUMENT", "n"),
         ({"stop": ["x"] * 17}, "INVALID_ARGUMENT", "stop"),
@@ -244,7 +244,9 @@ async def test_tokenize_detokenize_and_list_models(up):
     made = await up.stub.Tokenize(pb.TokenizeRequest(prompt=PROMPT))
     assert made.count == len(made.tokens) > 0
     assert made.max_model_len == LIMITS.max_model_len
-    assert (await up.stub.Detokenize(pb.DetokenizeRequest(tokens=made.tokens))).prompt == PROMPT
+    whole, hidden = pb.DetokenizeRequest(tokens=made.tokens), pb.DetokenizeRequest(tokens=made.tokens, skip_special_tokens=True)
+    assert (await up.stub.Detokenize(whole)).prompt == f"<|begin|>{PROMPT}"
+    assert (await up.stub.Detokenize(hidden)).prompt == PROMPT
     (model,) = (await up.stub.ListModels(pb.ListModelsRequest())).models
     assert (model.id, model.max_model_len) == (up.service.model_name, LIMITS.max_model_len)
     for call in (

@@ -151,7 +151,7 @@ async def test_a_stop_string_ends_the_text_before_it(api):
 @pytest.mark.parametrize(
     ("more", "error", "param"),
     [
-        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"max_tokens": -1}, openai.BadRequestError, "max_tokens"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"extra_body": {"nope": 1}}, openai.BadRequestError, "nope"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),

@@ -36,6 +36,8 @@ def run(folder, **options):
             seed=i,
             top_p=0.9 if i % 3 else 1.0,
             repetition_penalty=1.1 if i % 7 == 0 else 1.0,
+            bad_words=((2 + i,), (5, 6), (7, 7, 7)) if i % 4 == 0 else (),
+            allowed_token_ids=tuple(range(2, 40)) if i % 5 == 0 else None,
             ignore_eos=True,
         )
         for i in range(24)

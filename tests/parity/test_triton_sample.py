@@ -129,6 +129,8 @@ def test_a_sampler_with_kernels_chooses_the_tokens_of_one_without():
                 min_p=rng.choice([0.0, 0.05]),
                 repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
                 min_tokens=rng.choice([0, 0, 2]),
+                bad_words=rng.choice([(), ((5,), (9, 9))]),
+                allowed_token_ids=rng.choice([None, (5, 9, 40, 41)]),
             ),
         )
         for row in (8, 2, 5, 0, 7, 1)

@@ -73,6 +73,7 @@ TORCH_FREE = (
     "engine.models.config_rope",
     "engine.models.config_text",
     "engine.models.deepseek_config",
+    "engine.models.generation",
     "engine.models.dense_config",
     "engine.models.families",
     "engine.models.formats",

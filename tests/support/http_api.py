@@ -11,6 +11,7 @@ import httpx
 import openai
 import uvicorn
 
+from engine.models.generation import GenerationDefaults
 from server.http.app import build_app
 from server.http.guard import guarded
 from server.http.limits import HttpLimits
@@ -48,12 +49,19 @@ class HttpApi:
 
 
 @contextlib.asynccontextmanager
-async def http_api(text: Tokenizer, *, engine: LocalEngine | None = None, limits: HttpLimits | None = None, **settings):
+async def http_api(
+    text: Tokenizer,
+    *,
+    engine: LocalEngine | None = None,
+    limits: HttpLimits | None = None,
+    defaults: GenerationDefaults | None = None,
+    **settings,
+):
     settings = Settings(served_model_name=MODEL, **settings)
     engine = engine or LocalEngine()
     async with engine:
         metrics = Metrics(MODEL, lambda: engine.health)
-        service = GenerateService(engine, text, settings, metrics)
+        service = GenerateService(engine, text, settings, metrics, defaults=defaults)
         app = build_app(settings, service, metrics)
         listener = socket.create_server(("127.0.0.1", 0))
         protocol = guarded(limits or HttpLimits.from_settings(settings), metrics.http_refused)

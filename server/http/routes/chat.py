@@ -52,14 +52,19 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRequest:
+    limit, defaults = body.output_limit, api.service.defaults
     tokens = await api.service.chat_tokens(
-        body.conversation, model=body.model, add_special_tokens=bool(body.add_special_tokens), as_prompt=True
+        body.conversation,
+        model=body.model,
+        add_special_tokens=bool(body.add_special_tokens),
+        as_prompt=True,
+        keep=api.service.kept_of(body.truncate_prompt_tokens, limit or 0),
     )
-    limit = body.output_limit
-    params = body.sampling(
-        max_tokens=max(1, api.service.max_model_len - len(tokens)) if limit is None else limit,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+    if limit is None:
+        rest = max(1, api.service.max_model_len - len(tokens))
+        limit = min(rest, int(defaults.params.get("max_tokens", rest)))
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.sampling(defaults, max_tokens=limit, logprobs=logprobs)
     return body.request_of(id, tokens, params, add_special_tokens=False, client_names=body.client_names)
 
 
@@ -69,6 +74,7 @@ class _Answer:
     def __init__(self, api: Api, body: ChatBody, id: str, call: CallRecord) -> None:
         self._head = {"id": id, "created": now(), "model": api.service.model_name}
         self._extras = EventExtras(body.event_options, call)
+        self._wants_ids = bool(body.return_token_ids)
         self._pacer = api.pacer
         text = api.service.token_text
         chosen, prompt = chat_item(text, api.service.token_bytes), prompt_item(text)
@@ -76,8 +82,10 @@ class _Answer:
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
         fields = {**self._head, "object": "chat.completion", "usage": openai_usage(endings[0].usage)}
+        if outputs[0].prompt_token_ids is not None:
+            fields["prompt_token_ids"] = outputs[0].prompt_token_ids
         prompt = written_parts(outputs[0].written, "prompt_logprobs")
-        return PartsResponse(object_parts(fields, {"choices": list_parts(map(_choice, outputs)), **prompt}))
+        return PartsResponse(object_parts(fields, {"choices": list_parts(map(self._choice, outputs)), **prompt}))
 
     async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
         dumps = orjson.dumps
@@ -98,14 +106,15 @@ class _Answer:
                 if item.index not in begun:
                     begun.add(item.index)
                     prompt = written_parts(written, "prompt_logprobs")
+                    first = head if item.prompt_token_ids is None else {**head, "prompt_token_ids": item.prompt_token_ids}
                     for piece in event_pieces(
-                        object_parts({**head, **extras.fields(None)}, {"choices": [dumps([_role(item.index)])], **prompt})
+                        object_parts({**first, **extras.fields(None)}, {"choices": [dumps([_role(item.index)])], **prompt})
                     ):
                         yield piece
-                if item.finish_reason is None and item.logprobs is None and not extras.any:
+                if item.finish_reason is None and item.logprobs is None and not (self._wants_ids or extras.any):
                     yield b'%b%d,"delta":{"content":%b%b' % (prefix, item.index, dumps(item.text), suffix)
                 else:
-                    choices = list_parts([_delta(item, written)])
+                    choices = list_parts([self._delta(item, written)])
                     for piece in event_pieces(object_parts({**head, **extras.fields(item)}, {"choices": choices})):
                         yield piece
         last = extras.last(usage)
@@ -113,28 +122,30 @@ class _Answer:
             yield event(dumps({**head, **last}))
         yield DONE
 
+    def _choice(self, output: CollectedOutput) -> Parts:
+        fields: dict[str, Any] = {
+            "index": output.index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+        if self._wants_ids:
+            fields["token_ids"] = output.token_ids
+        return object_parts(fields, {"logprobs": [b"null"], **written_parts(output.written, "logprobs")})
 
-def _choice(output: CollectedOutput) -> Parts:
-    fields = {
-        "index": output.index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
-        "finish_reason": output.finish_reason,
-        "stop_reason": output.stop_reason,
-    }
-    return object_parts(fields, {"logprobs": [b"null"], **written_parts(output.written, "logprobs")})
+    def _delta(self, chunk: Chunk, written: Written) -> Parts:
+        fields: dict[str, Any] = {
+            "index": chunk.index,
+            "delta": {"content": chunk.text} if chunk.text else {},
+            "finish_reason": chunk.finish_reason,
+        }
+        if chunk.finish_reason is not None:
+            fields["stop_reason"] = chunk.stop_reason
+        if self._wants_ids:
+            fields["token_ids"] = chunk.token_ids
+        return object_parts(fields, {"logprobs": [b"null"], **written_parts(written, "logprobs")})
 
 
 def _role(index: int) -> dict[str, Any]:
     """Return the choice for the first event of a streamed output. It has the role of the message, and no text."""
     return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-
-
-def _delta(chunk: Chunk, written: Written) -> Parts:
-    fields: dict[str, Any] = {
-        "index": chunk.index,
-        "delta": {"content": chunk.text} if chunk.text else {},
-        "finish_reason": chunk.finish_reason,
-    }
-    if chunk.finish_reason is not None:
-        fields["stop_reason"] = chunk.stop_reason
-    return object_parts(fields, {"logprobs": [b"null"], **written_parts(written, "logprobs")})

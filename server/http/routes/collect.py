@@ -24,6 +24,7 @@ class CollectedOutput:
     index: int
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    prompt_token_ids: list[int] | None = None
     written: Written = field(default_factory=dict)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -36,6 +37,8 @@ class CollectedOutput:
         """Append the text and tokens of `chunk`. Its log-probabilities are added to `written` separately, slice by slice."""
         self.texts.append(chunk.text)
         self.token_ids += chunk.token_ids
+        if chunk.prompt_token_ids is not None:
+            self.prompt_token_ids = chunk.prompt_token_ids
         if chunk.finish_reason is not None:
             self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.request import SamplingParams
 from server.http.body import read_json
 from server.http.front import call_of
 from server.http.json_parts import Parts, PartsResponse, list_parts, object_parts
@@ -22,7 +23,6 @@ from server.http.routes.extras import EventExtras
 from server.http.routes.logprobs import (
     CompletionLogprobsJson,
     ItemList,
-    LogprobsJson,
     Written,
     field_of,
     prompt_item,
@@ -40,7 +40,8 @@ class Prompt(msgspec.Struct, frozen=True):
     """Holds one of the prompts of a request of POST /v1/completions."""
 
     content: str | list[int]  # the prompt for the service, as text or as token ids
-    echo_text: str | None = None  # if the request sets `echo`: the prompt's text, with which its choices begin
+    echo_text: str = ""  # if the request sets `echo`: the prompt's text, with which its choices begin
+    offsets: list[int] = []  # if the request sets `echo`: where in `echo_text` the text of each token begins
     first_token: int | None = None  # if the request sets `echo`: the prompt's first token id
 
 
@@ -55,32 +56,45 @@ async def completions(request: Request) -> Response:
     body = await read_json(request, CompletionBody, api)
     call, id = call_of(request.scope), new_id("cmpl")
     call.answered_by(id)
-    prompts = [await _prompt(api, body, content) for content in body.prompts]
-    requests = _requests(body, prompts, id)
+    params = body.sampling(api.service.defaults, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    keep = api.service.kept_of(body.truncate_prompt_tokens, params.max_tokens)
+    prompts = [await _prompt(api, body, content, keep) for content in body.prompts]
+    requests = _requests(body, params, prompts, id)
     if len(requests) > 1:
         _check_together(api, requests)
     return await respond(request, _Answer(api, body, prompts, id, call), requests, stream=bool(body.stream))
 
 
-async def _prompt(api: Api, body: CompletionBody, content: str | list[int]) -> Prompt:
-    """Make the Prompt for `content`. The text is tokenised here if `echo` or the limit on log-probabilities needs its tokens."""
+async def _prompt(api: Api, body: CompletionBody, content: str | list[int], keep: int | None) -> Prompt:
+    """Make the Prompt for `content`, of which the last `keep` tokens are used (None: all).
+
+    The text is tokenised here if `echo` or the limit on log-probabilities needs its tokens.
+    """
     if not body.echo and body.prompt_logprobs is None:
         return Prompt(content)
-    tokens = await api.service.tokenize(content, model=body.model, as_prompt=True) if isinstance(content, str) else content
+    if isinstance(content, str):
+        tokens = await api.service.tokenize(content, model=body.model, as_prompt=True, keep=keep)
+    else:
+        tokens = content if keep is None else content[-keep:]
     if not body.echo:
         return Prompt(tokens)
-    text = content if isinstance(content, str) else await api.service.detokenize(content, model=body.model, as_prompt=True)
-    return Prompt(tokens, text, tokens[0] if tokens else None)
+    is_whole = keep is None or len(tokens) < keep
+    text, offsets = await api.service.prompt_text(
+        content if isinstance(content, str) and is_whole else None,
+        tokens,
+        skip_special_tokens=body.skip_special_tokens is not False,
+    )
+    return Prompt(tokens, text, offsets, tokens[0] if tokens else None)
 
 
-def _requests(body: CompletionBody, prompts: list[Prompt], id: str) -> list[GenerationRequest]:
-    params = body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs)
+def _requests(body: CompletionBody, params: SamplingParams, prompts: list[Prompt], id: str) -> list[GenerationRequest]:
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params = msgspec.structs.replace(params, prompt_logprobs=body.logprobs)
+    more = {"text_offsets": body.logprobs is not None, "fits_max_tokens": body.max_tokens is None, "num_prompts": len(prompts)}
     if len(prompts) == 1:
-        return [body.request_of(id, prompts[0].content, params)]
+        return [body.request_of(id, prompts[0].content, params, **more)]
     return [
-        body.request_of(f"{id}-{i}", prompt.content, params, client_names={"prompt": f"prompt[{i}]"}, num_prompts=len(prompts))
+        body.request_of(f"{id}-{i}", prompt.content, params, client_names={"prompt": f"prompt[{i}]"}, **more)
         for i, prompt in enumerate(prompts)
     ]
 
@@ -108,13 +122,10 @@ class _Answer:
         self._text = api.service.token_text
         self._prompt_item = prompt_item(self._text)
         self._head = {"id": id, "object": "text_completion", "created": now(), "model": api.service.model_name}
-        self._offsets: dict[int, int] = {}  # index of a choice -> length of its text so far, in characters
+        self._begun: set[int] = set()  # the choices whose first text was written
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
-        choices = [
-            self._choice(output.index, output.text, output.finish_reason, output.stop_reason, output.written)
-            for output in outputs
-        ]
+        choices = [self._choice(output, output.written) for output in outputs]
         fields = {**self._head, "usage": openai_usage(total_usage(endings))}
         return PartsResponse(object_parts(fields, {"choices": list_parts(choices)}))
 
@@ -125,7 +136,8 @@ class _Answer:
         prefix = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
         suffix = b',"logprobs":null,"finish_reason":null}]}\n\n'
         body = self._body
-        simple = not (body.echo or extras.any) and body.logprobs is None and body.prompt_logprobs is None
+        simple = not (body.echo or body.return_token_ids or extras.any)
+        simple = simple and body.logprobs is None and body.prompt_logprobs is None
         endings: list[Ending] = []
         async with aclosing(stream):
             async for item in stream:
@@ -145,15 +157,20 @@ class _Answer:
     async def _delta(self, chunk: Chunk) -> Parts:
         written: Written = {}
         await self._pacer.run(self.write_logprobs(chunk, written))
-        return self._choice(chunk.index, chunk.text, chunk.finish_reason, chunk.stop_reason, written)
+        return self._choice(chunk, written)
 
-    def _choice(self, index: int, text: str, finish_reason: str | None, stop_reason: str | int | None, written: Written) -> Parts:
-        if index not in self._offsets:
-            text = (self._prompt_of(index).echo_text or "") + text
-        self._offsets[index] = self._offsets.get(index, 0) + len(text)
-        fields: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish_reason}
-        if finish_reason is not None:
-            fields["stop_reason"] = stop_reason
+    def _choice(self, output: Chunk | CollectedOutput, written: Written) -> Parts:
+        index, text = output.index, output.text
+        if index not in self._begun:
+            self._begun.add(index)
+            text = self._prompt_of(index).echo_text + text
+        fields: dict[str, Any] = {"index": index, "text": text, "finish_reason": output.finish_reason}
+        if output.finish_reason is not None:
+            fields["stop_reason"] = output.stop_reason
+        if self._body.return_token_ids:
+            fields["token_ids"] = output.token_ids
+            if output.prompt_token_ids is not None:
+                fields["prompt_token_ids"] = output.prompt_token_ids
         return object_parts(fields, {"logprobs": [b"null"], **written_parts(written)})
 
     def write_logprobs(self, chunk: Chunk, written: Written) -> Iterator[None]:
@@ -163,21 +180,20 @@ class _Answer:
         """
         prompt, body = chunk.prompt_logprobs, self._body
         if body.logprobs is not None and chunk.logprobs is not None:
-            field = field_of(written, "logprobs", lambda: self._logprobs_of(chunk))
+            echoed = self._prompt_of(chunk.index)
+            field = field_of(
+                written,
+                "logprobs",
+                lambda: CompletionLogprobsJson(body.logprobs or 0, self._text, first_token=echoed.first_token),
+            )
             if body.echo and prompt is not None:
+                field.add_offsets(echoed.offsets)
                 yield from field.write(prompt)
+            begin = len(echoed.echo_text)
+            field.add_offsets([begin + offset for offset in chunk.text_offsets or ()])
             yield from field.write(chunk.logprobs)
         if body.prompt_logprobs is not None and prompt is not None:
             yield from field_of(written, "prompt_logprobs", lambda: ItemList(self._prompt_item)).write(prompt)
-
-    def _logprobs_of(self, chunk: Chunk) -> LogprobsJson:
-        """Make an empty `logprobs` field for a choice, or for an event of a streamed choice. `chunk` is the first chunk whose
-        log-probabilities the field will hold."""
-        prompt = self._prompt_of(chunk.index)
-        offset = self._offsets.get(chunk.index)
-        if offset is None:  # the choice's first chunk, which follows an echoed prompt (with or without log-probabilities)
-            offset = len(prompt.echo_text or "") if chunk.prompt_logprobs is None else 0
-        return CompletionLogprobsJson(self._body.logprobs or 0, self._text, offset=offset, first_token=prompt.first_token)
 
     def _prompt_of(self, index: int) -> Prompt:
         return self._prompts[index // self._body.num_outputs]

@@ -38,7 +38,7 @@ async def generate(request: Request) -> Response:
     body = await read_json(request, GenerateBody, api)
     id = new_id("gen")
     call_of(request.scope).answered_by(id)
-    generation = body.generation_request(id)
+    generation = body.generation_request(id, api.service.defaults)
     return await respond(request, _Answer(api, body, id), [generation], stream=bool(body.stream))
 
 
@@ -54,7 +54,7 @@ class _Answer:
         self.write_logprobs = write_each(lambda: ItemList(item), lambda: ItemList(item))
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:
-        fields = {**self._ids, "model": self._model, **_end(endings[0])}
+        fields = {**self._ids, "model": self._model, **_prompt(outputs[0].prompt_token_ids), **_end(endings[0])}
         return PartsResponse(object_parts(fields, {"outputs": list_parts(map(_output, outputs))}))
 
     async def events(self, stream: AsyncGenerator[Chunk | Ending, None]) -> AsyncGenerator[bytes, None]:
@@ -68,7 +68,12 @@ class _Answer:
                 if isinstance(item, Ending):
                     for piece in event_pieces(self._event({**last, "model": self._model, **_end(item)}, written)):
                         yield piece
-                elif item.finish_reason is None and item.logprobs is None and item.prompt_logprobs is None:
+                elif (
+                    item.finish_reason is None
+                    and item.logprobs is None
+                    and item.prompt_logprobs is None
+                    and not item.prompt_token_ids
+                ):
                     yield b'%b%d,"text":%b,"token_ids":%b}\n\n' % (head, item.index, dumps(item.text), dumps(item.token_ids))
                 else:
                     last, written = _chunk(item), {}
@@ -85,9 +90,14 @@ class _Answer:
 
 def _chunk(chunk: Chunk) -> dict[str, Any]:
     fields: dict[str, Any] = {"index": chunk.index, "text": chunk.text, "token_ids": chunk.token_ids}
+    fields |= _prompt(chunk.prompt_token_ids)
     if chunk.finish_reason is not None:
         fields |= {"finish_reason": chunk.finish_reason, "stop_reason": chunk.stop_reason}
     return fields
+
+
+def _prompt(ids: list[int] | None) -> dict[str, Any]:
+    return {} if ids is None else {"prompt_token_ids": ids}
 
 
 def _output(output: CollectedOutput) -> Parts:

@@ -7,7 +7,7 @@ generator that yields between two slices, and `server.service.pacing.Pacer` runs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from engine.request import TokenLogprobs
 from server.http.json_parts import ItemsBuffer, Parts, object_parts
@@ -31,6 +31,7 @@ class LogprobsJson(Protocol):
         """Return the JSON text, in parts, of all positions written so far."""
 
 
+Field = TypeVar("Field", bound=LogprobsJson)
 Written = dict[str, LogprobsJson]  # name of an answer's field -> the field's JSON text
 WriteLogprobs = Callable[[Chunk, Written], Iterator[None]]
 """A generator function that appends the log-probabilities of a Chunk to the fields of `Written`, and yields between two slices.
@@ -65,12 +66,11 @@ class ChatLogprobsJson(ItemList):
 class CompletionLogprobsJson:
     """Writes log-probabilities in the form of OpenAI's completions: an object of four lists with one item for each position."""
 
-    def __init__(self, num_top: int, text: TokenText, *, offset: int, first_token: int | None) -> None:
-        """`num_top` is the number of alternatives at each position. `offset` is where in the choice's text the first position
-        begins, in characters. `first_token` is the token at a position that is None, which is the first position of a prompt."""
+    def __init__(self, num_top: int, text: TokenText, *, first_token: int | None) -> None:
+        """`num_top` is the number of alternatives at each position. `first_token` is the token at a position that is None, which
+        is the first position of a prompt."""
         self._num_top = num_top
         self._text = text
-        self._offset = offset
         self._first_token = first_token or 0
         self._columns = {name: ItemsBuffer() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
 
@@ -81,23 +81,17 @@ class CompletionLogprobsJson:
             self._write_slice(part)
 
     def _write_slice(self, positions: Positions) -> None:
-        tokens = [self._text(self._first_token if position is None else position.token) for position in positions]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
         add = self._columns
-        add["tokens"].add(tokens)
+        add["tokens"].add([self._text(self._first_token if position is None else position.token) for position in positions])
         add["token_logprobs"].add([None if p is None else _finite(p.logprob) for p in positions])
-        add["text_offset"].add(offsets)
-        if self._num_top:
-            add["top_logprobs"].add([None if p is None else _top_map(p, self._num_top, self._text) for p in positions])
+        add["top_logprobs"].add([None if p is None else _top_map(p, self._num_top, self._text) for p in positions])
+
+    def add_offsets(self, offsets: list[int]) -> None:
+        """Append where the text of each position begins in the choice's text, in characters. `write` takes the same positions."""
+        self._columns["text_offset"].add(offsets)
 
     def parts(self) -> Parts:
-        written = {name: column.parts() for name, column in self._columns.items()}
-        if not self._num_top:
-            written["top_logprobs"] = [b"null"]
-        return object_parts({}, written)
+        return object_parts({}, {name: column.parts() for name, column in self._columns.items()})
 
 
 def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], LogprobsJson]) -> WriteLogprobs:
@@ -114,11 +108,11 @@ def write_each(output: Callable[[], LogprobsJson], prompt: Callable[[], Logprobs
     return write
 
 
-def field_of(written: Written, name: str, new: Callable[[], LogprobsJson]) -> LogprobsJson:
+def field_of(written: Written, name: str, new: Callable[[], Field]) -> Field:
     """Return the field `name` of `written`. If the field is missing, `new` makes it and it is added."""
     if name not in written:
         written[name] = new()
-    return written[name]
+    return cast(Field, written[name])
 
 
 def written_parts(written: Written, *names: str) -> dict[str, Parts]:

@@ -38,6 +38,7 @@ def _cards(request: Request) -> list[dict[str, object]]:
             "root": model.id,
             "parent": None,
             "max_model_len": model.max_model_len,
+            "default_sampling_params": model.default_sampling_params,
         }
         for model in api_of(request).service.models()
     ]

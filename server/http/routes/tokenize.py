@@ -33,4 +33,5 @@ async def detokenize(request: Request) -> Response:
     """Turn token ids into text."""
     api = api_of(request)
     body = await read_json(request, DetokenizeBody, api)
-    return json_response({"prompt": await api.service.detokenize(body.tokens, model=body.model)})
+    skip = bool(body.skip_special_tokens)
+    return json_response({"prompt": await api.service.detokenize(body.tokens, model=body.model, skip_special_tokens=skip)})

@@ -27,7 +27,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engine.request import BOUNDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
+from engine.models.generation import GenerationDefaults
+from engine.request import BOUNDS, MAX_ALLOWED_IDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 from server.errors import TOKEN_ID
 from server.http.schemas.fields import KNOWN, without_unknown, without_unsupported
 from server.service.types import GenerationRequest
@@ -38,6 +39,8 @@ MAX_STOP = 1024  # most stop strings of one request
 MAX_STOP_CHARS = 65536  # most characters of one stop string
 MAX_PROMPTS = 128  # most prompts of one request of POST /v1/completions
 MAX_PROMPT_TOKENS = 1 << 21  # more than any model's context; the limit on the size of the body is usually reached before
+MAX_WORDS = 256  # most bad words of one request
+MAX_WORD_CHARS = 256  # most characters of one bad word
 TOKEN_ID_MAX = 2**31 - 1
 
 
@@ -64,6 +67,7 @@ def _in_slices(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 
 
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS), WrapValidator(_in_slices)]
+Word = Annotated[str, StringConstraints(min_length=1, max_length=MAX_WORD_CHARS)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -127,16 +131,43 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
     n: Annotated[int | None, Field(ge=1, le=MAX_N, description="Number of outputs for each prompt.")] = None
     stop: Annotated[
         Stop | None,
-        Field(description="One string or several. An output ends before the first of them that appears.", examples=[["\n\n"]]),
+        Field(
+            description="One string or several. An output ends before the first of them that appears. They may contain special "
+            "tokens.",
+            examples=[["\n\n"]],
+        ),
+    ] = None
+    include_stop_str_in_output: Annotated[
+        bool | None, Field(description="Let an output end with the text of the stop string or stop token that ended it.")
+    ] = None
+    skip_special_tokens: Annotated[
+        bool | None, Field(description="Leave the text of special tokens out of the outputs; true if left out.")
+    ] = None
+    spaces_between_special_tokens: Annotated[
+        bool | None,
+        Field(description="Whether the tokenizer may write a space between special tokens, if it is one that does."),
     ] = None
     stop_token_ids: Annotated[
         list[TokenId] | None, Field(max_length=MAX_STOP_IDS, description="Token ids that end an output.")
     ] = None
-    ignore_eos: Annotated[bool | None, Field(description="Continue after the model's end-of-sequence tokens.")] = None
+    ignore_eos: Annotated[bool | None, Field(description="Continue after the model's own end tokens.")] = None
+    bad_words: Annotated[
+        list[Word] | None,
+        Field(fail_fast=True, max_length=MAX_WORDS, description="Texts that no output may contain, also after a space."),
+    ] = None
+    allowed_token_ids: Annotated[
+        list[TokenId] | None,
+        Field(fail_fast=True, min_length=1, max_length=MAX_ALLOWED_IDS, description="The only tokens that an output may have."),
+    ] = None
     logit_bias: Annotated[
         Annotated[dict[TokenKey, Bias], at_most(MAX_LOGIT_BIAS), Field(max_length=MAX_LOGIT_BIAS)] | None,
         Field(description="Token id -> number that is added to the token's logit."),
     ] = None
+    truncate_prompt_tokens: Annotated[
+        int | None,
+        Field(ge=-1, le=TOKEN_ID_MAX, description="Use this many last tokens of the prompt; -1: as many as the context allows."),
+    ] = None
+    return_token_ids: Annotated[bool | None, Field(description="Report the token ids of the prompt and the outputs.")] = None
     stream: Annotated[bool | None, Field(description="Send the answer as server-sent events while it is generated.")] = None
     priority: Annotated[int | None, bounded("priority", "Requests with a smaller number run first.")] = None
 
@@ -148,13 +179,18 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Make SamplingParams from the body's fields. Raises InvalidRequest for fields that contradict each other."""
-        given = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
+    def sampling(self, defaults: GenerationDefaults, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Make SamplingParams from the body's fields and, where the body says nothing, from `defaults`.
+
+        Raises InvalidRequest for fields that contradict each other.
+        """
+        given = {**defaults.params, **{name: value for name in _PLAIN if (value := getattr(self, name)) is not None}}
         if max_tokens is not None:
             given["max_tokens"] = max_tokens
         if self.logit_bias:
             given["logit_bias"] = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+        if self.allowed_token_ids is not None:
+            given["allowed_token_ids"] = tuple(self.allowed_token_ids)
         return SamplingParams(**given, stop_token_ids=tuple(self.stop_token_ids or ()), logprobs=logprobs)
 
     def request_of(self, request_id: str, prompt: str | list[int], params: SamplingParams, **more: Any) -> GenerationRequest:
@@ -166,6 +202,12 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
             model=self.model,
             n=self.num_outputs,
             stop=self.stop_strings,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            spaces_between_special_tokens=self.spaces_between_special_tokens is not False,
+            bad_words=tuple(self.bad_words or ()),
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            return_token_ids=bool(self.return_token_ids),
             priority=self.priority or 0,
             **more,
         )

@@ -71,7 +71,6 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "lora_path": (),
     "session_params": (),
-    "spaces_between_special_tokens": (True,),
     "return_tokens_as_token_ids": (False,),
     "return_hidden_states": (False,),
     "no_stop_trim": (False,),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from engine.errors import InvalidRequest
+from engine.models.generation import GenerationDefaults
 from server.errors import CLIENT_ID
 from server.http.schemas.common import SamplingFields, TokenIds, bounded
 from server.service.types import GenerationRequest
@@ -30,7 +31,13 @@ class GenerateBody(SamplingFields):
         Field(description="The prompt as text. Give either prompt or prompt_token_ids."),
     ] = None
     prompt_token_ids: TokenIds | None = Field(default=None, description="The prompt as token ids, used without change.")
-    max_tokens: Annotated[int | None, bounded("max_tokens", "Largest number of tokens to generate; 16 if left out.")] = None
+    max_tokens: Annotated[
+        int | None,
+        bounded(
+            "max_tokens",
+            "Largest number of tokens to generate. If left out, the model's default, or 16, or what is left of the context.",
+        ),
+    ] = None
     logprobs: Annotated[
         int | None, bounded("logprobs", "Report the log-probability of each token, with this many alternatives.")
     ] = None
@@ -57,9 +64,11 @@ class GenerateBody(SamplingFields):
         use the name in the body."""
         return {} if self.prompt is not None else {"prompt": "prompt_token_ids"}
 
-    def generation_request(self, request_id: str, *, deadline_s: float | None = None) -> GenerationRequest:
-        """Make the service's request for this body. `deadline_s` is the transport's own deadline, in seconds, or None; if the
-        body has a deadline too, the earlier one counts.
+    def generation_request(
+        self, request_id: str, defaults: GenerationDefaults, *, deadline_s: float | None = None
+    ) -> GenerationRequest:
+        """Make the service's request for this body. `defaults` are the model's. `deadline_s` is the transport's own deadline, in
+        seconds, or None; if the body has a deadline too, the earlier one counts.
 
         Raises InvalidRequest for fields that contradict each other.
         """
@@ -69,7 +78,8 @@ class GenerateBody(SamplingFields):
         return self.request_of(
             request_id,
             self.prompt if self.prompt is not None else self.prompt_token_ids or [],
-            self.sampling(max_tokens=self.max_tokens, logprobs=self.logprobs),
+            self.sampling(defaults, max_tokens=self.max_tokens, logprobs=self.logprobs),
+            fits_max_tokens=self.max_tokens is None,
             deadline_s=min(deadlines, default=None),
             client_names=self.client_names,
         )
@@ -126,6 +136,7 @@ class GenerateResponse(BaseModel):
     id: str
     request_id: str | None = None
     model: str
+    prompt_token_ids: list[int] | None = Field(default=None, description="Only if the request sets return_token_ids.")
     outputs: list[GeneratedOutput]
     usage: GenerateUsage
     timing: GenerateTiming

@@ -100,7 +100,12 @@ class CompletionBody(OpenAIFields):
 
     prompt: Annotated[Prompt, Field(description="One prompt or several, as text or as token ids.", examples=["Once upon a time"])]
     max_tokens: Annotated[
-        int | None, bounded("max_tokens", "Largest number of tokens to generate for each choice; 16 if left out.")
+        int | None,
+        bounded(
+            "max_tokens",
+            "Largest number of tokens to generate for each choice. If left out, the model's default, or 16, or what is left of "
+            "the context. 0 with echo and logprobs scores the prompt.",
+        ),
     ] = None
     logprobs: Annotated[
         int | None, bounded("logprobs", "Report the log-probability of each token, with this many alternatives.")
@@ -143,7 +148,7 @@ class ChatBody(ChatFields, OpenAIFields):
         given = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(given) > 1:
             raise InvalidRequest("max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs may only be given with logprobs true", param="top_logprobs")
         return self
 
@@ -188,6 +193,8 @@ class CompletionChoice(BaseModel):
     prompt_logprobs: list[dict[str, Any] | None] | None = Field(
         default=None, description="Only in the first choice of each prompt."
     )
+    token_ids: list[int] | None = Field(default=None, description="Only if the request sets return_token_ids.")
+    prompt_token_ids: list[int] | None = Field(default=None, description="Only if the request sets return_token_ids.")
 
 
 class CompletionResponse(BaseModel):
@@ -226,6 +233,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = Field(default=None, description="Only if the request sets return_token_ids.")
 
 
 class ChatResponse(BaseModel):
@@ -236,3 +244,4 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: OpenAIUsage
     prompt_logprobs: list[dict[str, Any] | None] | None = None
+    prompt_token_ids: list[int] | None = Field(default=None, description="Only if the request sets return_token_ids.")

@@ -63,6 +63,9 @@ class DetokenizeBody(Schema):
 
     model: ModelChoice = None
     tokens: Annotated[TokenIds, Field(description="Token ids to turn into text.", examples=[[1, 2, 3]])]
+    skip_special_tokens: Annotated[bool | None, Field(description="Leave the text of special tokens out; false if left out.")] = (
+        None
+    )
 
 
 class DetokenizeResponse(BaseModel):
@@ -77,6 +80,9 @@ class ModelCard(BaseModel):
     root: str
     parent: str | None
     max_model_len: int
+    default_sampling_params: dict[str, float] = Field(
+        description="What a request gets where it says nothing, from the model's generation_config.json."
+    )
 
 
 class ModelList(BaseModel):

@@ -86,6 +86,19 @@ def test_a_stream_continues_where_another_engine_stopped():
     assert tokens_of(drain(core)["a"]) == expected[4:]
 
 
+def test_restrictions_hold_across_the_engines_of_a_stream():
+    submit = make_submit(max_tokens=10, allowed_token_ids=(5, 6), bad_words=((5, 5), (6, 6, 6)))
+    expected = expected_tokens(unpack_tokens(submit.prompt), 10, submit.params, 0, LIMITS)
+    for num in range(1, 10):
+        core = Core(build_fake(make_config(), LIMITS))
+        core.submit(msgspec.structs.replace(submit, outputs=pack_tokens(expected[:num])))
+        assert tokens_of(drain(core)["a"]) == expected[num:]
+    text = "".join(map(str, expected))
+    assert set(text) == {"5", "6"}
+    assert "55" not in text
+    assert "666" not in text
+
+
 def test_an_abort_is_reported_once_with_the_next_step_even_if_nothing_is_left_to_run():
     core = Core(build_fake(make_config(), LIMITS))
     core.submit(make_submit())
@@ -130,6 +143,48 @@ def test_a_row_whose_logits_are_not_finite_fails_and_the_others_finish(number, o
     assert (events["bad"][-1].finish, events["bad"][-1].failure.error) == (FinishReason.ERROR, "NumericalError")
     stats = core.stats()
     assert (stats.num_failed, stats.num_finished, stats.num_accepted, stats.blocks_used) == (1, 1, 2, 0)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_with_max_tokens_0_the_prompt_is_computed_and_nothing_is_generated(overlap, logprobs):
+    core = Core(build_fake(make_config(overlap=overlap), LIMITS))
+    core.submit(make_submit(max_tokens=0, prompt_logprobs=1, logprobs=logprobs))
+    core.submit(make_submit("other"))
+    events = drain(core)
+    [event] = events["a"]
+    assert (event.tokens, event.finish, event.stop_token) == ([], FinishReason.LENGTH, None)
+    assert event.logprobs == (None if logprobs is None else [])
+    assert [at and at.token for at in event.prompt_logprobs] == [None, 6, 7]
+    assert len(tokens_of(events["other"])) == 6
+    stats = core.stats()
+    assert (stats.num_finished, stats.prompt_tokens, stats.output_tokens, stats.blocks_used) == (2, 6, 6, 0)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "num", "names"),
+    [
+        ({"allowed_token_ids": (5,), "bad_words": ((5, 5, 5),)}, 2, "allowed_token_ids and bad_words together exclude"),
+        (
+            {"allowed_token_ids": (3,), "min_tokens": 2, "ignore_eos": False},
+            0,
+            "allowed_token_ids and min_tokens together exclude",
+        ),
+        ({"bad_words": tuple((token,) for token in range(50))}, 0, "bad_words excludes"),
+    ],
+)
+def test_a_request_whose_own_fields_exclude_every_token_ends_with_an_error(overlap, fields, num, names):
+    core = Core(build_fake(make_config(overlap=overlap), LIMITS))
+    core.submit(make_submit(**fields))
+    core.submit(make_submit("other"))
+    events = drain(core)
+    failure = events["a"][-1].failure
+    assert (failure.error, failure.message.partition(" every token")[0]) == ("InvalidRequest", names)
+    assert failure.param == names.partition(" ")[0]
+    assert tokens_of(events["a"]) == [5] * num
+    assert len(tokens_of(events["other"])) == 6
+    assert (core.stats().num_failed, core.stats().num_finished, core.stats().blocks_used) == (1, 1, 0)
 
 
 def test_refused_requests_are_not_counted():

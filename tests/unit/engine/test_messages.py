@@ -36,7 +36,9 @@ def test_requests_that_just_fit_are_valid():
         ({"params": SamplingParams(stop_token_ids=(100,))}, InvalidRequest, "stop_token_ids"),
         ({"params": SamplingParams(logit_bias={100: 1.0})}, InvalidRequest, "logit_bias"),
         ({"seed": -1}, InvalidRequest, "seed"),
-        ({"seed": 2**63}, InvalidRequest, "seed"),
+        ({"seed": 2**64}, InvalidRequest, "seed"),
+        ({"params": SamplingParams(allowed_token_ids=(1, 100))}, InvalidRequest, "allowed_token_ids"),
+        ({"params": SamplingParams(bad_words=((1,), (2, 100)))}, InvalidRequest, "bad_words"),
         ({"priority": 1001}, InvalidRequest, "priority"),
     ],
 )

@@ -238,6 +238,37 @@ def test_generate_prints_nothing_but_the_text():
     assert run("generate", "hello", "--max-tokens", "8", "--temperature", "0").stdout == done.stdout
 
 
+def test_generate_takes_the_models_own_defaults_and_end_tokens(monkeypatch, tmp_path):
+    seen = []
+
+    class Listening(Engine):
+        def __init__(self, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def stream(self, ids, params):
+            seen.append(params)
+            return []
+
+    monkeypatch.setattr("engine.llm.LLM", Listening)
+    monkeypatch.setenv("TIDEGATE_MODEL", str(write_tiny_checkpoint(tmp_path)))
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.25, "top_k": 7, "max_new_tokens": 9, "suppress_tokens": [5]}')
+    for flags in ([], ["--temperature", "0.5", "--max-tokens", "3"], ["--generation-config", "off"]):
+        assert CliRunner().invoke(cli.app, ["generate", "hello", *flags]).exit_code == 0
+    assert [(p.temperature, p.top_k, p.max_tokens, p.bad_words) for p in seen] == [
+        (0.25, 7, 9, ((5,),)),
+        (0.5, 7, 3, ((5,),)),
+        (1.0, 0, 128, ()),
+    ]
+    assert {p.end_token_ids for p in seen} == {(1,)}
+
+
 def test_generate_refuses_a_value_out_of_range():
     done = run("generate", "hello", "--temperature", "-1")
     assert done.returncode == 1

@@ -90,6 +90,15 @@ def test_a_chat_template_that_does_not_parse_is_a_note(torch, model):
     assert what.startswith("chat_template.jinja: the chat template does not parse: line 1")
 
 
+def test_what_generation_config_asks_for_in_vain_is_a_note(torch, model):
+    (model / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "top_k": 5}')
+    assert findings(model=str(model))["sampling"][0] == "note"
+    assert "no_repeat_ngram_size" in findings(model=str(model))["sampling"][1]
+    (model / "generation_config.json").write_text('{"top_k": "many"}')
+    assert "generation_config.json: top_k is" in missing(model=str(model))["model"]
+    assert "sampling" not in findings(model=str(model), generation_config="off")
+
+
 def test_settings_that_the_engine_refuses_are_reported_by_their_own_names(torch, model):
     text = missing(model=str(model), max_model_len=5000)["engine"]
     assert text == "max_model_len is 5000, but the model was made for 4096 tokens at most"

@@ -229,3 +229,15 @@ def test_a_value_that_no_process_could_work_with_is_refused_by_name(name, value)
     with pytest.raises(ConfigError, match=rf"^{name} ") as caught:
         load_settings({name: value})
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("false", "off"), ('"off"', "off"), ("auto", "auto")])
+def test_generation_config_can_be_switched_off_in_yaml(yaml_file, text, value):
+    """YAML reads `off` as false."""
+    assert load_settings(config=yaml_file(f"generation_config: {text}\n")).generation_config == value
+
+
+@pytest.mark.parametrize("text", ["on", "true", "vllm", "0"])
+def test_another_value_of_generation_config_is_refused(yaml_file, text):
+    with pytest.raises(ConfigError, match=r"generation_config is .*: it must be one of auto, off"):
+        load_settings(config=yaml_file(f"generation_config: {text}\n"))

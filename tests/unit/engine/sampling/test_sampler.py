@@ -2,13 +2,14 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.plan import NO_TOKEN, AdmittedRow
+from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow
 from engine.request import BOUNDS, SamplingParams
 from engine.sampling import reference
 from engine.sampling.choose import COLUMNS, inverse_cdf
@@ -30,6 +31,8 @@ def sampler(max_rows=32, vocab=VOCAB):
 def row(number, rng, params):
     tokens = rng.integers(0, VOCAB, rng.integers(1, 40)).tolist()
     num_prompt = int(rng.integers(1, len(tokens) + 1))
+    if params.bad_words and rng.integers(2):
+        tokens += params.bad_words[-1][:-1] or params.bad_words[min(1, len(params.bad_words) - 1)][:-1]
     return AdmittedRow(row=number, tokens=tokens, num_prompt=num_prompt, blocks=[], params=params, seed=int(rng.integers(2**63)))
 
 
@@ -45,6 +48,12 @@ def run(fast, rows, logits):
     return fast.sample(logits.clone(), numbers, np.array([len(r.tokens) for r in rows], np.int64))
 
 
+def in_vocabulary(params):
+    """Return `params` without the stop tokens outside the vocabulary, which the plain twin does not take."""
+    stops = {name: tuple(t for t in getattr(params, name) if t < VOCAB) for name in ("stop_token_ids", "end_token_ids")}
+    return msgspec.structs.replace(params, **stops)
+
+
 NEW = {
     name: st.one_of(st.just(0.0), st.floats(*BOUNDS[name][:2]))
     for name in set(COLUMNS) - {"temperature", "top_k", "top_p", "min_p"}  # these have their own values below
@@ -53,14 +62,17 @@ params = st.builds(
     SamplingParams,
     max_tokens=st.just(100),
     temperature=st.sampled_from([0.0, 5e-324, 1e-46, 1e-30, 1e-6, 0.3, 1.0, 2.5, 100.0]),
-    top_k=st.sampled_from([0, 1, 2, 10, VOCAB, 10**6]),
+    top_k=st.sampled_from([-1, 0, 1, 2, 10, VOCAB, 10**6]),
     top_p=st.sampled_from([0.0, 0.05, 0.4, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     presence_penalty=st.sampled_from([0.0, 1.5, -2.0]),
     frequency_penalty=st.sampled_from([0.0, 0.7, -1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.5]),
     logit_bias=st.sampled_from([None, {3: 5.0, 9: -100.0, VOCAB - 1: 2.0}]),
+    bad_words=st.sampled_from([(), ((3,), (9, 11), (4, 4, 4)), ((VOCAB - 1,),)]),
+    allowed_token_ids=st.sampled_from([None, (3, 4, 9, 11, 40), tuple(range(0, VOCAB, 2)), (5,)]),
     stop_token_ids=st.sampled_from([(), (2, 10**9)]),
+    end_token_ids=st.sampled_from([(), (11, 10**9)]),
     min_tokens=st.sampled_from([0, 3, 60]),
     ignore_eos=st.booleans(),
     logprobs=st.sampled_from([None, 0, 1, 20]),
@@ -77,13 +89,14 @@ def test_equals_the_plain_twin(many, seed):
     got = run(sampler(), rows, logits)
     reported = iter(range(len(got.num_top)))
     for i, r in enumerate(rows):
-        stops = tuple(t for t in r.params.stop_token_ids if t < VOCAB)
-        plain = SamplingParams(**{f: getattr(r.params, f) for f in r.params.__struct_fields__} | {"stop_token_ids": stops})
-        token, logprobs = reference.sample(logits[i].numpy(), r.tokens, r.num_prompt, plain, r.seed, EOS)
+        token, logprobs = reference.sample(logits[i].numpy(), r.tokens, r.num_prompt, in_vocabulary(r.params), r.seed, EOS)
         assert int(got.tokens[i]) == token, r
-        if logprobs is None:
+        if r.params.logprobs is None:
             continue
-        n, k = next(reported), logprobs.top_ids
+        n = next(reported)
+        if logprobs is None:
+            continue  # NO_CHOICE
+        k = logprobs.top_ids
         assert int(got.logprob_rows[n]) == i
         assert got.num_top[n] == r.params.logprobs
         assert int(got.logprobs.tokens[n]) == token
@@ -118,10 +131,9 @@ def test_a_row_whose_logits_are_not_finite_gets_no_token_and_leaves_the_others_a
     fast = sampler()
     got = run(fast, rows, logits)
     assert got.tokens.tolist() == [*expected[:failed], NO_TOKEN, *expected[failed + 1 :]]
-    assert got.latest.tolist() == [*expected[:failed], 0, *expected[failed + 1 :]]
+    assert got.latest.tolist() == [max(0, token) for token in got.tokens.tolist()]
     r = rows[failed]
-    stops = tuple(t for t in r.params.stop_token_ids if t < VOCAB)
-    plain = SamplingParams(**{f: getattr(r.params, f) for f in r.params.__struct_fields__} | {"stop_token_ids": stops})
+    plain = in_vocabulary(r.params)
     assert reference.sample(logits[failed].numpy(), r.tokens, r.num_prompt, plain, r.seed, EOS) == (NO_TOKEN, None)
 
 
@@ -238,3 +250,55 @@ def test_inverse_cdf_never_chooses_a_token_of_weight_zero():
     weights[0, 299] = weights[1, 0] = weights[2, 128] = weights[3, 127] = 1e-30
     for u in (0.0, 0.5, 1 - 2**-53):
         assert inverse_cdf(weights, torch.full((4,), u, dtype=torch.float64)).tolist() == [299, 0, 128, 127]
+
+
+def decode(fast, p, logits, num, prompt=(0,)):
+    """Admit a row with the parameters `p`, and return the `num` tokens that it samples one after the other."""
+    fast.admit([AdmittedRow(row=1, tokens=list(prompt), num_prompt=len(prompt), blocks=[], params=p, seed=0)])
+    ends = range(len(prompt), len(prompt) + num)
+    return [int(fast.sample(logits.clone(), np.array([1]), np.array([end])).tokens[0]) for end in ends]
+
+
+def descending():
+    """Logits whose token 0 is the most probable, then token 1, and so on."""
+    return -torch.arange(VOCAB, dtype=torch.float32)[None]
+
+
+def test_a_bad_word_is_excluded_where_its_last_token_would_complete_it():
+    p = SamplingParams(max_tokens=99, temperature=0.0, bad_words=((0, 0), (1, 0, 1)))
+    assert decode(sampler(2), p, descending(), 6) == [0, 1, 0, 2, 0, 1]
+
+
+def test_a_bad_word_that_the_prompt_begins_is_not_one():
+    p = SamplingParams(max_tokens=99, temperature=0.0, bad_words=((5, 0),))
+    assert decode(sampler(2), p, descending(), 2, prompt=(5,)) == [0, 0]
+
+
+def test_a_resumed_row_knows_the_output_before_it():
+    p = SamplingParams(max_tokens=99, temperature=0.0, bad_words=((3, 0, 1),), allowed_token_ids=(1, 2))
+    fast = sampler(2)
+    fast.admit([AdmittedRow(row=1, tokens=[9, 3, 0], num_prompt=1, blocks=[], params=p, seed=0)])
+    assert int(fast.sample(descending(), np.array([1]), np.array([3])).tokens[0]) == 2
+
+
+def test_only_rows_with_restrictions_take_their_slots_and_they_free_them():
+    fast = sampler(4)
+    for number in (0, 1, 2, 3, 0, 1):
+        for options in ({"bad_words": ((1,),), "allowed_token_ids": (1, 2)}, {}):
+            p = SamplingParams(**options)
+            fast.admit([AdmittedRow(row=number, tokens=[1], num_prompt=1, blocks=[], params=p, seed=0)])
+    assert fast._bad_words._latest.data.shape[0] == fast._allowed._allowed.data.shape[0] == 1
+
+
+def test_a_new_owner_of_a_row_has_none_of_the_previous_restrictions():
+    fast = sampler(2)
+    first = SamplingParams(max_tokens=99, temperature=0.0, allowed_token_ids=(7,), bad_words=((0,),))
+    assert decode(fast, first, descending(), 1) == [7]
+    second = SamplingParams(max_tokens=99, temperature=0.0, allowed_token_ids=(0, 7), bad_words=((7,),))
+    assert decode(fast, second, descending(), 1) == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_restrictions_leave_no_token_gets_no_choice(temperature):
+    p = SamplingParams(max_tokens=99, temperature=temperature, allowed_token_ids=(4,), bad_words=((4, 4),))
+    assert decode(sampler(2), p, descending(), 3) == [4, NO_CHOICE, 4]

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from engine.errors import InvalidRequest
+from engine.models.generation import GenerationDefaults
 from engine.request import TokenLogprobs
 from server.http.schemas.generate import GenerateBody
 from server.rpc import translate
@@ -18,8 +19,8 @@ def asked(**fields):
     return translate.checked(pb.GenerateRequest(**fields), GenerateBody)
 
 
-def request(*, time_remaining=None, **fields):
-    return translate.generation_request(asked(**fields), "gen-1", time_remaining)
+def request(*, time_remaining=None, defaults=None, **fields):
+    return translate.generation_request(asked(**fields), "gen-1", GenerationDefaults(params=defaults or {}), time_remaining)
 
 
 def test_every_field_reaches_the_request():
@@ -47,6 +48,13 @@ def test_every_field_reaches_the_request():
         deadline_ms=1500,
         cache="off",
         request_id="mine",
+        include_stop_str_in_output=True,
+        skip_special_tokens=False,
+        spaces_between_special_tokens=False,
+        bad_words=["no", "never"],
+        allowed_token_ids=[4, 5],
+        truncate_prompt_tokens=-1,
+        return_token_ids=True,
     )
     assert (made.request_id, made.prompt, made.model, made.n) == ("gen-1", [5, 6], "m", 3)
     assert (made.stop, made.priority, made.deadline_s, made.add_special_tokens) == (("a", "b"), -5, 1.5, True)
@@ -55,7 +63,10 @@ def test_every_field_reaches_the_request():
     assert (params.temperature, params.top_p, params.min_p) == (0.7, 0.9, 0.1)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.1, 0.2, 1.1)
     assert (params.stop_token_ids, params.ignore_eos, params.logit_bias) == ((7,), True, {3: -100.0, 4: 0.5})
-    assert (params.logprobs, params.prompt_logprobs) == (0, 2)
+    assert (params.logprobs, params.prompt_logprobs, params.allowed_token_ids) == (0, 2, (4, 5))
+    assert (made.include_stop_str_in_output, made.return_token_ids, made.truncate_prompt_tokens) == (True, True, -1)
+    assert (made.skip_special_tokens, made.spaces_between_special_tokens) == (False, False)
+    assert (made.bad_words, made.fits_max_tokens) == (("no", "never"), False)
 
 
 def test_an_omitted_field_keeps_its_default_and_a_zero_is_kept():
@@ -63,6 +74,13 @@ def test_an_omitted_field_keeps_its_default_and_a_zero_is_kept():
     assert (made.prompt, made.n, made.stop, made.model, made.deadline_s) == ("hi", 1, (), None, None)
     assert made.params == type(made.params)()
     assert request(prompt="hi", temperature=0.0).params.greedy
+    assert (made.skip_special_tokens, made.spaces_between_special_tokens, made.fits_max_tokens) == (True, True, True)
+
+
+def test_a_default_of_the_model_holds_until_the_request_says_something():
+    defaults = {"temperature": 0.3, "top_k": 7, "max_tokens": 99}
+    params = request(prompt="hi", defaults=defaults, temperature=0.0).params
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.0, 7, 99)
 
 
 @pytest.mark.parametrize(
@@ -80,16 +98,17 @@ def test_the_earlier_deadline_holds(deadline_ms, remaining, seconds):
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a", "prompt_token_ids": [1]}, "prompt_token_ids"),
         ({"prompt_token_ids": [1, 2**31]}, "prompt_token_ids[1]"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 2**31}, "max_tokens"),
-        ({"prompt": "a", "min_tokens": 99}, "min_tokens"),
+        ({"prompt": "a", "max_tokens": 5, "min_tokens": 9}, "min_tokens"),
+        ({"prompt": "a", "top_k": -2}, "top_k"),
+        ({"prompt": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"prompt": "a", "bad_words": ["x", ""]}, "bad_words[1]"),
         ({"prompt": "a", "temperature": -0.1}, "temperature"),
         ({"prompt": "a", "temperature": math.nan}, "temperature"),
         ({"prompt": "a", "top_p": math.inf}, "top_p"),
         ({"prompt": "a", "n": 0}, "n"),
         ({"prompt": "a", "n": 10**6}, "n"),
-        ({"prompt": "a", "seed": -1}, "seed"),
         ({"prompt": "a", "stop": [""]}, "stop[0]"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logit_bias": {1: 101.0}}, "logit_bias.1"),

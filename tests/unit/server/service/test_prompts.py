@@ -33,7 +33,8 @@ async def test_text_is_tokenised_with_and_without_special_tokens(service, engine
     assert (
         list(unpack_tokens(engine.submitted[0].prompt)) == ids == [0, *await service.tokenize("Hello", add_special_tokens=False)]
     )
-    assert await service.detokenize(ids) == "Hello"
+    assert await service.detokenize(ids, skip_special_tokens=True) == "Hello"
+    assert await service.detokenize(ids) == "<|begin|>Hello"
 
 
 LONG_TEXT = "tide " * 40
@@ -89,9 +90,10 @@ async def test_a_prompt_that_cannot_fit_is_refused(service, engine, prompt):
     with pytest.raises(ContextTooLong, match="maximum context length is 512") as caught:
         await outputs_of(service, request(prompt))
     assert caught.value.param == "prompt"
-    as_prompt = service.tokenize if isinstance(prompt, str) else service.detokenize
+    is_text = isinstance(prompt, str)
+    refused = service.tokenize(prompt, as_prompt=True) if is_text else service.prompt_text(None, prompt, skip_special_tokens=True)
     with pytest.raises(ContextTooLong):
-        await as_prompt(prompt, as_prompt=True)
+        await refused
     assert not engine.submitted
 
 
@@ -112,7 +114,7 @@ async def test_a_long_text_can_be_tokenised_and_come_back(service):
     text = "The tide gate lets the water through. " * 3000
     ids = await service.tokenize(text)
     assert ids == TEXT._tokenizer.encode(text).ids
-    assert await service.detokenize(ids) == text
+    assert await service.detokenize(ids, skip_special_tokens=True) == text
     with pytest.raises(InvalidRequest, match="tokens has token id 512"):
         await service.detokenize([*ids, 512])
 

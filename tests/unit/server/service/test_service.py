@@ -13,7 +13,7 @@ from engine.errors import (
     InvalidRequest,
     UnknownModel,
 )
-from engine.request import SEED_MAX
+from engine.request import SEED_MAX, SEED_MIN, output_seed
 from server.service.types import Chunk
 from tests.support.local_engine import LocalEngine
 from tests.unit.server.metrics.test_registry import samples
@@ -30,12 +30,21 @@ async def test_one_output(service):
     assert counts(service) == {"started": 1, "finished": 1, "aborted": 0, "failed": 0, "running": 0}
 
 
-async def test_output_i_of_n_samples_with_seed_plus_i(service, engine):
-    outputs, ending = await outputs_of(service, request(max_tokens=12, seed=SEED_MAX, n=3))
-    assert [tokens for tokens, _, _ in outputs] == [expected(12, seed) for seed in (SEED_MAX, 0, 1)]
+@pytest.mark.parametrize("seed", [7, SEED_MAX, -1, SEED_MIN])
+async def test_the_outputs_of_a_call_have_independent_seeds(service, engine, seed):
+    outputs, ending = await outputs_of(service, request(max_tokens=12, seed=seed, n=3))
+    assert [tokens for tokens, _, _ in outputs] == [expected(12, output_seed(seed, i)) for i in range(3)]
     assert [submit.fork_of for submit in engine.submitted] == [None, "r", "r"]
     assert [submit.request_id for submit in engine.submitted] == ["r", "r-1", "r-2"]
     assert (ending.usage.prompt_tokens, ending.usage.completion_tokens) == (3, 36)
+
+
+def test_neighbouring_seeds_have_no_outputs_in_common():
+    """The first output has the client's own seed, so that n does not change it."""
+    seeds = [output_seed(seed, index) for seed in range(-50, 50) for index in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert output_seed(7, 0) == 7
 
 
 async def test_a_request_without_a_seed_gets_a_random_one(service, engine):
@@ -87,7 +96,7 @@ async def test_no_stop_string_ends_an_output_before_min_tokens(service):
 
 
 async def test_one_output_may_stop_before_the_others(service):
-    alone = [TEXT.decode(expected(30, seed)) for seed in (11, 12)]
+    alone = [TEXT.decode(expected(30, output_seed(11, i))) for i in range(2)]
     stop = next(c for c in alone[0] if c not in alone[1] and c != "\ufffd")
     outputs, ending = await outputs_of(service, request(max_tokens=30, seed=11, n=2, stop=(stop,)))
     assert [last.finish_reason for _, _, last in outputs] == ["stop", "length"]

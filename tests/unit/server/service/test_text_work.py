@@ -12,9 +12,10 @@ from engine.errors import Overloaded
 from server.service.text_work import HUGE, INLINE_CHARS, INLINE_TOKENS, TextWork, TooManyTokens
 from server.text.tokenizer import PIECE_CHARS, PIECE_TOKENS, Tokenizer
 from tests.support.local_engine import until
-from tests.unit.server.text.tokenizers_for_tests import byte_level, llama2, llama2_by_words
+from tests.unit.server.text.tokenizers_for_tests import ALL, CUT, byte_level, llama2, llama2_by_words
 
 BUDGET = 1 << 20
+ALL_TOKENIZERS = ALL | CUT
 SHORT = "The tide gate. " * 200  # 3,000 characters
 LONG = "The tide gate, and the sea. " * 4000  # 112,000 characters, several pieces
 HUGE_WORD = "x" * (HUGE + 1)
@@ -192,3 +193,38 @@ async def test_long_templates_are_rendered_in_a_thread(work):
         assert await work.render(lambda: threads.append(threading.current_thread().name) or "text", num_chars) == "text"
     assert threads[0] == threading.main_thread().name
     assert ["short" in threads[1], "chat" in threads[2]] == [True, True]
+
+
+TEXTS = ["", "The tide gate", "  two  spaces ", "a🐟bc", "été\n\ndéjà vu", "ﬁsh №5", "1234567 x_y", "日本語、中文。"]
+
+
+@pytest.mark.parametrize("name", ALL_TOKENIZERS)
+async def test_the_tokens_of_a_text_begin_where_the_text_has_them(name):
+    """The text of each token, as the tokenizer decodes it, stands at its offset, if the tokenizer keeps the text as it is."""
+    tokenizer = ALL_TOKENIZERS[name]()
+    work = TextWork(tokenizer, BUDGET)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        offsets = await work.offsets_in(text, ids)
+        assert len(offsets) == len(ids)
+        assert offsets == sorted(offsets)
+        assert all(0 <= offset <= len(text) for offset in offsets)
+        before, after = tokenizer.num_around(text)
+        inner, places = ids[before : len(ids) - after], offsets[before : len(ids) - after]
+        decoded = tokenizer.decode(inner, skip_special_tokens=False)
+        assert places[:1] in ([], [0])
+        if decoded == text:
+            detokenizer, length = tokenizer.detokenizer(skip_special_tokens=False), 0
+            for token, place in zip(inner, places, strict=True):
+                assert place == length
+                length += len(detokenizer.add([token]))
+
+
+async def test_a_normalised_text_has_the_offsets_of_the_text_before_it():
+    tokenizer = ALL_TOKENIZERS["nfkc"]()
+    text = "ﬁﬁ x"  # each ligature becomes two letters
+    ids = tokenizer.encode(text)
+    offsets = await TextWork(tokenizer, BUDGET).offsets_in(text, ids)
+    assert tokenizer.decode(ids) == "fifi x"
+    assert (offsets[0], offsets[-1]) in ((0, 2), (0, 3))
+    assert max(offsets) <= len(text)

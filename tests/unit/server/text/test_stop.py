@@ -85,3 +85,44 @@ def test_the_work_is_linear_where_a_search_from_every_position_would_not_be():
         scanner.feed("a" * 50)
     assert stops.num_looks <= 2 * 400 * 50
     assert len(scanner.flush()) == 4000
+
+
+SAID = st.lists(st.tuples(st.text("abc", min_size=1, max_size=4), st.booleans()), max_size=12)
+
+
+def naive_in_two_texts(said, stops):
+    """Search all that was said, and what is shown of it, for the stop string that ends first. Returns the text and the stop."""
+    characters = [(c, hidden) for text, hidden in said for c in text]
+    for end, (_, hidden) in enumerate(characters, 1):
+        whole = "".join(c for c, _ in characters[:end])
+        shown = "".join(c for c, h in characters[:end] if not h)
+        in_whole = [s for s in stops if whole.endswith(s)]
+        in_shown = [s for s in stops if shown.endswith(s) and not hidden]
+        found = max([*in_whole, *in_shown], key=len, default=None)
+        if found in in_whole:
+            return "".join(c for c, h in characters[: end - len(found)] if not h), found
+        if found is not None:
+            return shown[: len(shown) - len(found)], found
+    return "".join(c for c, h in characters if not h), None
+
+
+@given(SAID, STOPS, st.booleans())
+def test_stop_strings_are_found_in_what_is_said_and_in_what_is_shown(said, stops, include):
+    scanner = StopScanner(StopStrings(stops), include=include)
+    out = "".join([scanner.feed(text, hidden=hidden) for text, hidden in said]) + scanner.flush()
+    text, found = naive_in_two_texts(said, stops)
+    assert (out, scanner.matched) == (text + (found or "") if include else text, found)
+
+
+@given(SAID, STOPS)
+def test_what_is_shown_is_not_held_back_without_need(said, stops):
+    scanner = StopScanner(StopStrings(stops))
+    whole = out = ""
+    for text, hidden in said:
+        whole += text
+        out += scanner.feed(text, hidden=hidden)
+        if scanner.matched is not None:
+            return
+    shown = "".join(text for text, hidden in said if not hidden)
+    longest = max((n for s in stops for n in range(len(s)) if whole.endswith(s[:n]) or shown.endswith(s[:n])), default=0)
+    assert len(shown) - len(out) <= longest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from engine.errors import UnknownModel
+from engine.models.generation import GenerationDefaults
 from server.engines.base import EngineHealth
 from server.service.types import Chunk, Ending, Timing, Usage
 
@@ -15,6 +16,7 @@ class ScriptedService:
 
     model_name = "tiny"
     max_model_len = 100
+    defaults = GenerationDefaults()
 
     def __init__(self, *script, ready=True):
         self.script = script
@@ -47,15 +49,23 @@ class ScriptedService:
     def check_logprobs(self, params, *, prompt_tokens, outputs):
         self.checked = (params.prompt_logprobs, prompt_tokens, outputs)
 
-    async def chat_tokens(self, conversation, *, model=None, add_special_tokens=False, as_prompt=False):
+    async def chat_tokens(self, conversation, *, model=None, add_special_tokens=False, as_prompt=False, keep=None):
         self.conversations.append(conversation)
-        return [*([0] if add_special_tokens else []), *range(10 + len(conversation.messages))]
+        return [*([0] if add_special_tokens else []), *range(10 + len(conversation.messages))][-(keep or 0) :]
 
-    async def tokenize(self, text, *, model=None, add_special_tokens=True, as_prompt=False):
-        return [*([0] if add_special_tokens else []), *(ord(c) for c in text)]
+    async def tokenize(self, text, *, model=None, add_special_tokens=True, as_prompt=False, keep=None):
+        return [*([0] if add_special_tokens else []), *(ord(c) for c in text)][-(keep or 0) :]
 
-    async def detokenize(self, token_ids, *, model=None, as_prompt=False):
+    async def detokenize(self, token_ids, *, model=None, skip_special_tokens=False):
         return "".join(chr(t % 0xD800) for t in token_ids)
+
+    async def prompt_text(self, text, token_ids, *, skip_special_tokens):
+        """Return `text`, or the characters of `token_ids`. Token 0 is special, and has no text."""
+        offsets = [sum(t > 0 for t in token_ids[:i]) for i in range(len(token_ids))]
+        return (await self.detokenize([t for t in token_ids if t]) if text is None else text), offsets
+
+    def kept_of(self, truncate, max_tokens):
+        return self.max_model_len - max_tokens if truncate == -1 else truncate
 
     def token_text(self, token):
         return chr(token)
@@ -84,6 +94,7 @@ def letters(text, *, index=0, finish="length", logprobs=None, prompt_logprobs=No
             finish_reason=finish if i == last else None,
             logprobs=None if logprobs is None else [logprobs(ord(character))],
             prompt_logprobs=None if i else prompt_logprobs,
+            text_offsets=None if logprobs is None else [i],
         )
         for i, character in enumerate(text)
     ]

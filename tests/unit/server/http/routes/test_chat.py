@@ -110,3 +110,11 @@ async def test_log_probabilities_are_the_same_whole_and_streamed():
     events = await events_of(service, PATH, body)
     assert events[1]["choices"][0]["logprobs"] == expected
     assert [call.params.logprobs for call in service.requests] == [2, 2]
+
+
+async def test_no_alternatives_may_be_asked_for_with_and_without_log_probabilities():
+    status, answer = await post(ScriptedService(*letters("x")), PATH, {**ASK, "top_logprobs": 0})
+    assert (status, answer["choices"][0]["logprobs"]) == (200, None)
+    service = ScriptedService(*letters("x", logprobs=lambda token: TokenLogprobs(token, -0.5, 1, [], [])))
+    _, answer = await post(service, PATH, {**ASK, "logprobs": True, "top_logprobs": 0})
+    assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []

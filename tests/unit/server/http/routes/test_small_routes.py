@@ -9,11 +9,12 @@ from tests.unit.server.http.routes.serve import client_of, post
 
 class WithModels(ScriptedService):
     def models(self):
-        return [ModelInfo(id="org/tiny", created=5, owned_by="tidegate", max_model_len=100)]
+        return [ModelInfo(id="org/tiny", created=5, owned_by="tidegate", max_model_len=100, default_sampling_params=DEFAULTS)]
 
 
+DEFAULTS = {"temperature": 0.6, "top_k": 20}
 CARD = {"id": "org/tiny", "object": "model", "created": 5, "owned_by": "tidegate", "root": "org/tiny", "parent": None}
-CARD |= {"max_model_len": 100}
+CARD |= {"max_model_len": 100, "default_sampling_params": DEFAULTS}
 
 
 async def test_models_are_listed_and_described():
