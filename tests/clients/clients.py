@@ -1,0 +1,115 @@
+"""Lists the clients that have a program in tests/clients/programs/, the calls that each makes, and the exceptions it raises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tests.clients import install
+from tests.clients.cases import ANSWERED, ENDED, LISTED, PROMPT, REFUSED, STOPPED, Case
+
+ALL = (*ANSWERED, *STOPPED, *LISTED, *REFUSED, *ENDED)
+
+
+def without(*left_out: str) -> tuple[str, ...]:
+    """Return the names of all calls but those that begin with one of `left_out`."""
+    return tuple(name for name in ALL if not name.startswith(left_out))
+
+
+@dataclass(frozen=True)
+class Client:
+    environment: str
+    script: str
+    calls: tuple[str, ...]
+    errors: dict[str, str]  # kind of error in REFUSED, or name of a call -> the class that the client's user catches
+    hidden: dict[str, tuple[str, ...]] = field(default_factory=dict)  # call -> what the client does not show of its answer
+    instead: dict[str, Case] = field(default_factory=dict)  # call -> the call that the client makes of it, for the raw answer
+
+    @property
+    def command(self) -> list[str]:
+        if self.script.endswith(".mjs"):
+            return install.node_command(self.script)
+        return [str(install.program(self.environment, "python")), str(install.PROGRAMS / self.script)]
+
+
+OPENAI_ERRORS = {
+    "bad_request": "openai.BadRequestError",
+    "context": "openai.BadRequestError",
+    "not_found": "openai.NotFoundError",
+    "timeout": "openai.APITimeoutError",
+}
+PYDANTIC_AI = "pydantic_ai.exceptions."
+INSTRUCTOR_FAILS = "instructor.v2.core.errors.InstructorRetryException"
+LANGCHAIN = "langchain_openai.chat_models.base."
+
+# The AI SDK makes a conversation of a prompt, for a model of completions too.
+_AS_CONVERSATION = {"prompt": f"user:\n{PROMPT['prompt']}\n\nassistant:\n", "stop": ["\nuser:"]}
+
+CLIENTS = {
+    "openai": Client("openai", "run_openai.py", ALL, OPENAI_ERRORS),
+    "litellm": Client(
+        "openai",
+        "run_litellm.py",
+        without("models"),
+        {
+            "bad_request": "litellm.exceptions.BadRequestError",
+            "context": "litellm.exceptions.ContextWindowExceededError",
+            "not_found": "litellm.exceptions.NotFoundError",
+            "timeout": "litellm.exceptions.Timeout",
+        },
+        hidden={"chat_n_stream": ("finish_reason",)},  # litellm sends one finish_reason for the whole stream
+    ),
+    "openai-node": Client(
+        "node",
+        "openai_node.mjs",
+        without("history_dumped"),
+        {
+            "bad_request": "BadRequestError",
+            "context": "BadRequestError",
+            "not_found": "NotFoundError",
+            "timeout": "APIConnectionTimeoutError",
+        },
+    ),
+    "ai-sdk": Client(
+        "node",
+        "ai_sdk.mjs",
+        without("history_dumped", "models", "chat_n", "chat_logprobs", "completion_"),
+        {"bad_request": "APICallError", "context": "APICallError", "not_found": "APICallError", "timeout": "DOMException"},
+        instead={"completion": Case("completion", PROMPT | _AS_CONVERSATION)},
+    ),
+    "langchain": Client(
+        "langchain",
+        "run_langchain.py",
+        without("history_dumped", "models", "chat_n_stream"),
+        {
+            "bad_request": LANGCHAIN + "OpenAIInvalidRequestError",
+            "context": LANGCHAIN + "OpenAIContextOverflowError",
+            "not_found": LANGCHAIN + "OpenAIModelNotFoundError",
+            "timeout": LANGCHAIN + "OpenAITimeoutError",
+        },
+        hidden={"completion_stream": ("finish_reason", "logprobs", "usage")},  # a stream of a completion is plain strings
+    ),
+    "pydantic-ai": Client(
+        "langchain",
+        "run_pydantic_ai.py",
+        without("history_dumped", "models", "chat_n", "completion"),
+        {
+            "bad_request": PYDANTIC_AI + "ModelRequestRejectedError",
+            "context": PYDANTIC_AI + "ModelContextWindowExceededError",
+            "not_found": PYDANTIC_AI + "ModelNotFoundError",
+            "timeout": PYDANTIC_AI + "ModelTimeoutError",
+        },
+    ),
+    "llama-index": Client(
+        "llama_index",
+        "run_llama_index.py",
+        # LlamaIndex fails on an echo, whose first token has no alternatives.
+        without("history_dumped", "models", "completion_echo"),
+        OPENAI_ERRORS,
+    ),
+    "instructor": Client(
+        "llama_index",
+        "run_instructor.py",
+        without("history", "models", "completion", "cancel", "tools_stream"),
+        {**OPENAI_ERRORS, "tools": INSTRUCTOR_FAILS, "json_schema": INSTRUCTOR_FAILS},
+    ),
+}
