@@ -75,7 +75,7 @@ class Refusal(NamedTuple):
 
     status: int
     code: str
-    param: str
+    param: str | None
 
 
 # Name -> (call, what the server answers, the kind of exception that the client raises).
@@ -85,6 +85,8 @@ REFUSED: dict[str, tuple[Case, Refusal, str]] = {
         Refusal(400, "context_length_exceeded", "messages"),
         "context",
     ),
+    # The newer API for chats, which examples of OpenAI's clients use.
+    "responses": (Case("responses", {"input": "def area(r):"}), Refusal(404, "not_found", None), "not_found"),
     "unknown_model": (Case("unknown_model", GREEDY), Refusal(404, "model_not_found", "model"), "not_found"),
     "wrong_value": (
         Case("chat", {**GREEDY, "presence_penalty": 3}),
@@ -100,7 +102,7 @@ REFUSED: dict[str, tuple[Case, Refusal, str]] = {
     ),
 }
 ENDED = {"cancel": Case("cancel", LONG), "timeout": Case("timeout", LONG)}
-LISTED = {"models": Case("models", {})}
+OTHERS = {"models": Case("models", {}), "request_id": Case("request_id", {**GREEDY, "id": "made-by-the-client-1"})}
 
 # The bundled model writes no JSON by itself. The token " {}," with the stop string "," makes it answer " {}".
 STRUCTURED = Case("structured", {**GREEDY, "logit_bias": {"6832": 100}, "stop": [","]})

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tests.clients import install
-from tests.clients.cases import ANSWERED, ENDED, LISTED, PROMPT, REFUSED, STOPPED, Case
+from tests.clients.cases import ANSWERED, ENDED, OTHERS, PROMPT, REFUSED, STOPPED, Case
 
-ALL = (*ANSWERED, *STOPPED, *LISTED, *REFUSED, *ENDED)
+ALL = (*ANSWERED, *STOPPED, *OTHERS, *REFUSED, *ENDED)
+ONLY_OPENAI = ("models", "request_id", "responses")  # calls that only OpenAI's own clients have
+
+PLAIN_COMPLETIONS = ("completion_n", "completion_logprobs", "completion_echo")
 
 
 def without(*left_out: str) -> tuple[str, ...]:
@@ -18,11 +21,16 @@ def without(*left_out: str) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Client:
     environment: str
+    package: str
     script: str
     calls: tuple[str, ...]
     errors: dict[str, str]  # kind of error in REFUSED, or name of a call -> the class that the client's user catches
     hidden: dict[str, tuple[str, ...]] = field(default_factory=dict)  # call -> what the client does not show of its answer
     instead: dict[str, Case] = field(default_factory=dict)  # call -> the call that the client makes of it, for the raw answer
+
+    def error(self, call: str, kind: str) -> str:
+        """Return the class of the exception that the client raises for a call that the server refuses."""
+        return self.errors.get(call, self.errors[kind])
 
     @property
     def command(self) -> list[str]:
@@ -45,11 +53,12 @@ LANGCHAIN = "langchain_openai.chat_models.base."
 _AS_CONVERSATION = {"prompt": f"user:\n{PROMPT['prompt']}\n\nassistant:\n", "stop": ["\nuser:"]}
 
 CLIENTS = {
-    "openai": Client("openai", "run_openai.py", ALL, OPENAI_ERRORS),
+    "openai": Client("openai", "openai", "run_openai.py", ALL, OPENAI_ERRORS),
     "litellm": Client(
         "openai",
+        "litellm",
         "run_litellm.py",
-        without("models"),
+        without(*ONLY_OPENAI),
         {
             "bad_request": "litellm.exceptions.BadRequestError",
             "context": "litellm.exceptions.ContextWindowExceededError",
@@ -60,6 +69,7 @@ CLIENTS = {
     ),
     "openai-node": Client(
         "node",
+        "openai",
         "openai_node.mjs",
         without("history_dumped"),
         {
@@ -71,15 +81,19 @@ CLIENTS = {
     ),
     "ai-sdk": Client(
         "node",
+        "ai",
         "ai_sdk.mjs",
-        without("history_dumped", "models", "chat_n", "chat_logprobs", "completion_"),
+        without(
+            *ONLY_OPENAI, "history_dumped", "chat_n", "chat_logprobs", "completion_n", "completion_logprobs", "completion_echo"
+        ),
         {"bad_request": "APICallError", "context": "APICallError", "not_found": "APICallError", "timeout": "DOMException"},
-        instead={"completion": Case("completion", PROMPT | _AS_CONVERSATION)},
+        instead=dict.fromkeys(("completion", "completion_stream"), Case("completion", PROMPT | _AS_CONVERSATION)),
     ),
     "langchain": Client(
         "langchain",
+        "langchain-openai",
         "run_langchain.py",
-        without("history_dumped", "models", "chat_n_stream"),
+        without(*ONLY_OPENAI, "history_dumped", "chat_n_stream"),
         {
             "bad_request": LANGCHAIN + "OpenAIInvalidRequestError",
             "context": LANGCHAIN + "OpenAIContextOverflowError",
@@ -90,8 +104,9 @@ CLIENTS = {
     ),
     "pydantic-ai": Client(
         "langchain",
+        "pydantic-ai-slim",
         "run_pydantic_ai.py",
-        without("history_dumped", "models", "chat_n", "completion"),
+        without(*ONLY_OPENAI, "history_dumped", "chat_n", "completion"),
         {
             "bad_request": PYDANTIC_AI + "ModelRequestRejectedError",
             "context": PYDANTIC_AI + "ModelContextWindowExceededError",
@@ -101,15 +116,17 @@ CLIENTS = {
     ),
     "llama-index": Client(
         "llama_index",
+        "llama-index-llms-openai-like",
         "run_llama_index.py",
         # LlamaIndex fails on an echo, whose first token has no alternatives.
-        without("history_dumped", "models", "completion_echo"),
+        without(*ONLY_OPENAI, "history_dumped", "completion_echo"),
         OPENAI_ERRORS,
     ),
     "instructor": Client(
         "llama_index",
+        "instructor",
         "run_instructor.py",
-        without("history", "models", "completion", "cancel", "tools_stream"),
+        without(*ONLY_OPENAI, "history_dumped", "completion", "tools_stream"),
         {**OPENAI_ERRORS, "tools": INSTRUCTOR_FAILS, "json_schema": INSTRUCTOR_FAILS},
     ),
 }

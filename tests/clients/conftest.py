@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.clients import install
-from tests.clients.cases import ANSWERED, ENDED, LISTED, MODEL, REFUSED, STRUCTURED, Case, stop_at
+from tests.clients.cases import ANSWERED, ENDED, MODEL, OTHERS, REFUSED, STRUCTURED, Case, stop_at
 from tests.clients.clients import CLIENTS, Client
 from tests.clients.raw import Raw
 from tests.support.children import ROOT, ServerChild
@@ -20,6 +20,8 @@ from tests.support.children import ROOT, ServerChild
 
 def pytest_collection_modifyitems(config, items):
     """Leave out the tests whose clients were not chosen. Tests without a marker `environment` need no client."""
+    if config.getoption("clients") is None:
+        raise pytest.UsageError("tests/clients/ needs the clients: run `make test-clients`, which installs them")
     wanted = set(install.chosen(config.getoption("clients")))
     unwanted = [item for item in items if not {mark.args[0] for mark in item.iter_markers("environment")} <= wanted]
     config.hook.pytest_deselected(items=unwanted)
@@ -44,7 +46,7 @@ def cases(raw) -> dict[str, Case]:
     """Return all calls by name."""
     (choice,) = raw.answer(ANSWERED["chat"])["choices"]
     refused = {name: case for name, (case, _, _) in REFUSED.items()}
-    return {**ANSWERED, **stop_at(choice["text"]), **LISTED, **refused, **ENDED, "structured": STRUCTURED}
+    return {**ANSWERED, **stop_at(choice["text"]), **OTHERS, **refused, **ENDED, "structured": STRUCTURED}
 
 
 @pytest.fixture(scope="session")

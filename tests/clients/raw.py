@@ -9,7 +9,7 @@ import httpx
 
 from tests.clients.cases import Case
 
-ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "responses": "/v1/responses"}
 
 
 class Raw:
@@ -41,7 +41,11 @@ class Raw:
             case "concurrent":
                 return [self._whole("chat", {**arguments, "seed": seed}) for seed in arguments.pop("seeds")]
             case "models":
-                return [card["id"] for card in self._http.get("/v1/models").json()["data"]]
+                listed = [card["id"] for card in self._http.get("/v1/models").json()["data"]]
+                return [*listed, self._http.get(f"/v1/models/{self._model}").json()["id"]]
+            case "request_id":
+                header = {"x-request-id": arguments.pop("id")}
+                return self._post("chat", arguments, header).headers["x-request-id"]
             case call:
                 return self._whole(call.removesuffix("_stream"), arguments)
 
@@ -50,12 +54,12 @@ class Raw:
         arguments = dict(case.arguments)
         if case.call == "unknown_model":
             arguments["model"] = "nobody/nothing"
-        answer = self._post("chat", arguments)
+        answer = self._post("responses" if case.call == "responses" else "chat", arguments)
         return answer.status_code, answer.json()["error"]
 
-    def _post(self, call: str, arguments: dict[str, Any]) -> httpx.Response:
+    def _post(self, call: str, arguments: dict[str, Any], headers: dict[str, str] | None = None) -> httpx.Response:
         extra = arguments.pop("extra_body", {})
-        return self._http.post(ROUTES[call], json={"model": self._model, **arguments, **extra})
+        return self._http.post(ROUTES[call], json={"model": self._model, **arguments, **extra}, headers=headers)
 
     def _whole(self, call: str, arguments: dict[str, Any]) -> dict[str, Any]:
         answer = self._post(call, dict(arguments))

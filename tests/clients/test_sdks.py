@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.clients.cases import ANSWERED, LISTED, REFUSED, STOPPED
+from tests.clients.cases import ANSWERED, OTHERS, REFUSED, STOPPED
 from tests.clients.clients import CLIENTS
 
 
@@ -33,11 +33,12 @@ def test_the_answers_to_compare_with_differ_where_they_should(raw, cases):
     assert len({answer["choices"][0]["text"] for answer in raw.answer(cases["concurrent"])}) == 8
     other = [raw.answer(cases[name])["choices"][0]["text"] for name in ("chat_parts", "chat_sampled", "chat_extra_fields")]
     assert len({plain["text"], *other}) == 4
+    assert raw.answer(cases["request_id"]) == cases["request_id"].arguments["id"]
     (choice,) = raw.answer(cases["chat_logprobs"])["choices"]
     assert [len(top) for _, _, top in choice["logprobs"]] == [3] * 6
 
 
-@each(*ANSWERED, *STOPPED, *LISTED)
+@each(*ANSWERED, *STOPPED, *OTHERS)
 def test_a_client_gets_the_answer_of_plain_http(name, call, raw, cases, results):
     client, got = CLIENTS[name], results(name)[call]
     wanted = raw.answer(client.instead.get(call, cases[call]))
@@ -59,8 +60,7 @@ def visible(answer, hidden):
 def test_a_refusal_raises_the_exception_of_the_client(name, call, raw, results):
     case, wanted, kind = REFUSED[call]
     error = results(name)[call]["error"]
-    errors = CLIENTS[name].errors
-    assert errors.get(call, errors[kind]) in error["classes"], error
+    assert CLIENTS[name].error(call, kind) in error["classes"], error
     assert error["status_code"] in (None, wanted.status)
     assert error["param"] in (None, wanted.param)
     _, said = raw.refusal(case)

@@ -76,7 +76,10 @@ function calls(url, model) {
     },
     timeout: (given) => givenUp(url, () => chats.create({ model, ...flat(given) }, { timeout: 1000 })),
     concurrent: ({ seeds, ...given }) => Promise.all(seeds.map((seed) => chat({ ...given, seed }))),
-    models: async () => (await client.models.list()).data.map((card) => card.id),
+    models: async () => [...(await client.models.list()).data.map((card) => card.id), (await client.models.retrieve(model)).id],
+    request_id: async ({ id, ...given }) =>
+      (await chats.create({ model, ...flat(given) }, { headers: { "x-request-id": id } }))._request_id,
+    responses: async (given) => (await client.responses.create({ model, ...given })).output_text,
   };
 }
 

@@ -34,11 +34,24 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
         more = {"stream": True, "stream_options": {"include_usage": True}}
         return shapes.chat_stream(chats.create(model=model, response_model=None, **more, **arguments))
 
+    def history(arguments):
+        first, then = arguments.pop("messages"), arguments.pop("then")
+        message = chats.create(model=model, response_model=None, messages=first, **arguments).choices[0].message
+        return chat({"messages": [*first, message, *then], **arguments})
+
+    def cancel(arguments):
+        ended = common.Ended(url)
+        with chats.create(model=model, response_model=None, stream=True, **arguments) as stream:
+            read = [next(stream) for _ in range(3)]
+        return {"read": len(read), "ended": ended.wait()}
+
     return {
         "chat": chat,
         "chat_stream": chat_stream,
         "structured": structured,
         "unknown_model": lambda arguments: chat(arguments, model="nobody/nothing"),
+        "history": history,
+        "cancel": cancel,
         "timeout": lambda arguments: common.given_up(url, lambda: chat(arguments, timeout=1.0)),
         "concurrent": lambda arguments: common.at_once(chat, [{**arguments, "seed": s} for s in arguments.pop("seeds")]),
     }

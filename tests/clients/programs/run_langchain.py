@@ -18,6 +18,11 @@ def tokens_of(message: Any) -> dict[str, int] | None:
     return given and {"prompt_tokens": given["input_tokens"], "completion_tokens": given["output_tokens"]}
 
 
+def used(answer: Any) -> dict[str, int]:
+    total = answer.llm_output["token_usage"]
+    return {name: total[name] for name in ("prompt_tokens", "completion_tokens")}
+
+
 def chat_logprobs(metadata: dict[str, Any]) -> list[Any] | None:
     content = (metadata.get("logprobs") or {}).get("content")
     return content and [[at["token"], at["logprob"], [[t["token"], t["logprob"]] for t in at["top_logprobs"]]] for at in content]
@@ -50,16 +55,18 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
         return messages, chat_model
 
     def chat(arguments, **more):
+        if arguments.get("n"):
+            return several(arguments)
         messages, chat_model = bound(arguments, **more)
         answer = chat_model.invoke(messages)
         return {"choices": [chat_choice(answer)], "usage": tokens_of(answer)}
 
-    def chat_n(arguments):
+    def several(arguments):
+        """Ask with `generate`, since `invoke` returns one answer of several."""
         messages, chat_model = bound(arguments)
         answer = chat_model.generate([convert_to_messages(messages)])
-        used = answer.llm_output["token_usage"]
-        usage = {name: used[name] for name in ("prompt_tokens", "completion_tokens")}
-        return {"choices": [chat_choice(generation.message) for generation in answer.generations[0]], "usage": usage}
+        choices = [chat_choice(generation.message) for generation in answer.generations[0]]
+        return {"choices": choices, "usage": used(answer)}
 
     def chat_stream(arguments):
         messages, chat_model = bound(arguments, stream_usage=True)
@@ -73,9 +80,7 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
         more = {name: arguments.pop(name) for name in ("echo",) if name in arguments}
         writer = OpenAI(**options, model=model, best_of=1, model_kwargs=more, **arguments)
         answer = writer.generate([prompts] if isinstance(prompts, str) else prompts)
-        used = answer.llm_output["token_usage"]
-        usage = {name: used[name] for name in ("prompt_tokens", "completion_tokens")}
-        return {"choices": [text_choice(one) for many in answer.generations for one in many], "usage": usage}
+        return {"choices": [text_choice(one) for many in answer.generations for one in many], "usage": used(answer)}
 
     def completion_stream(arguments):
         writer = OpenAI(**options, model=model, **{name: value for name, value in arguments.items() if name != "prompt"})
@@ -102,7 +107,6 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
 
     return {
         "chat": chat,
-        "chat_n": chat_n,
         "chat_stream": chat_stream,
         "completion": completion,
         "completion_stream": completion_stream,

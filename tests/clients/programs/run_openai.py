@@ -61,7 +61,14 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
         return asyncio.run(ask_all(arguments.pop("seeds")))
 
     def models(arguments):
-        return [card.id for card in client.models.list()]
+        return [*(card.id for card in client.models.list()), client.models.retrieve(model).id]
+
+    def request_id(arguments):
+        header = {"x-request-id": arguments.pop("id")}
+        return chats.create(model=model, extra_headers=header, **arguments)._request_id
+
+    def responses(arguments):
+        return client.responses.create(model=model, **arguments).output_text
 
     return {
         "chat": chat,
@@ -75,6 +82,8 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
         "timeout": timeout,
         "concurrent": concurrent,
         "models": models,
+        "request_id": request_id,
+        "responses": responses,
     }
 
 
