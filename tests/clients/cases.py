@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[Case, Refusal, str]] = {
         "context",
     ),
     # The newer API for chats, which examples of OpenAI's clients use.
-    "responses": (Case("responses", {"input": "def area(r):"}), Refusal(404, "not_found", None), "not_found"),
+    "responses": (Case("responses", {"input": "def area(r):"}), Refusal(404, "unknown_route", None), "not_found"),
     "unknown_model": (Case("unknown_model", GREEDY), Refusal(404, "model_not_found", "model"), "not_found"),
     "wrong_value": (
         Case("chat", {**GREEDY, "presence_penalty": 3}),

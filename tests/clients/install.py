@@ -103,7 +103,7 @@ def _pip_install(folder: Path, lock: Path) -> None:
             # torch comes first, with its dependencies: a machine may offer the CPU build of this version, which has fewer.
             subprocess.run([*pip, "install", *quietly, line], check=True)
     subprocess.run([*pip, "install", *quietly, "--no-deps", "--requirement", str(lock)], check=True)
-    subprocess.run([*pip, "check"], check=True, stdout=sys.stderr)
+    subprocess.run([*pip, "check"], check=True, stdout=subprocess.PIPE)
 
 
 def _npm_install(folder: Path) -> None:
@@ -115,6 +115,15 @@ def _npm_install(folder: Path) -> None:
     subprocess.run(npm, cwd=folder, check=True)
 
 
+def _installed(name: str) -> bool:
+    """Install an environment. Raises SystemExit with what the failed step said."""
+    try:
+        return install(name)
+    except subprocess.CalledProcessError as error:
+        said = (error.stdout or b"").decode(errors="replace")
+        raise SystemExit(f"{said}cannot install {name}: {' '.join(error.cmd)} ended with code {error.returncode}") from error
+
+
 def main(arguments: list[str]) -> int:
     try:
         names = chosen(*arguments)
@@ -122,7 +131,7 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m tests.clients.install ci|all|NAME,...: {error}", file=sys.stderr)
         return 2
     for name in names:
-        if install(name):
+        if _installed(name):
             print(f"installed {', '.join(ENVIRONMENTS[name].clients)} in {(BUILD / name).relative_to(ROOT)}")
     return 0
 

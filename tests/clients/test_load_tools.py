@@ -1,5 +1,8 @@
 """Tests that the load generators guidellm and aiperf run against a server with its URL and model, and no flag beyond those that
-describe the load. Both find the tokenizer by the model's name. Both count failed requests, and end with success all the same."""
+describe the load. Both find the tokenizer by the model's name. Both count failed requests, and end with success all the same.
+
+Each runs with its default route, which is chat, and with completions.
+"""
 
 import json
 
@@ -12,11 +15,11 @@ REQUESTS, OUTPUT_TOKENS = 6, 8
 
 
 @pytest.mark.environment("guidellm")
-@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("route", ["", ",request_format=/v1/completions"], ids=["chat", "completions"])
 def test_guidellm_measures_every_request(server, execute, tmp_path, route):
     report = tmp_path / "report.json"
     options = {
-        "backend": f"kind=openai_http,target={server.url},model={MODEL},request_format={route}",
+        "backend": f"kind=openai_http,target={server.url},model={MODEL}{route}",
         "profile": "kind=concurrent,streams=2",
         "constraint": f"kind=max_requests,count={REQUESTS}",
         "data": f"kind=synthetic_text,prompt_tokens=32,output_tokens={OUTPUT_TOKENS}",
@@ -37,10 +40,10 @@ def test_guidellm_measures_every_request(server, execute, tmp_path, route):
 
 
 @pytest.mark.environment("aiperf")
-@pytest.mark.parametrize("kind", ["chat", "completions"])
-def test_aiperf_measures_every_request(server, execute, tmp_path, kind):
+@pytest.mark.parametrize("route", [(), ("--endpoint-type", "completions")], ids=["chat", "completions"])
+def test_aiperf_measures_every_request(server, execute, tmp_path, route):
     command = [str(install.program("aiperf", "aiperf")), "profile", "--url", server.url, "--model", MODEL]
-    load = ["--endpoint-type", kind, "--streaming", "--concurrency", "2", "--request-count", str(REQUESTS)]
+    load = [*route, "--streaming", "--concurrency", "2", "--request-count", str(REQUESTS)]
     lengths = ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", str(OUTPUT_TOKENS)]
     # aiperf takes the name of a folder for that of a repository if HF_HUB_OFFLINE is set.
     execute([*command, *load, *lengths, "--ui", "none", "--artifact-dir", str(tmp_path)], HF_HOME=str(tmp_path / "cache"))
