@@ -37,6 +37,7 @@ ANSWERED = {
     "chat": Case("chat", GREEDY),
     "chat_stream": Case("chat_stream", GREEDY),
     "chat_parts": Case("chat", {**GREEDY, "messages": PARTS}),
+    "chat_developer": Case("chat", {**GREEDY, "messages": [{**ASK[0], "role": "developer"}, *ASK[1:]]}),
     "chat_sampled": Case(
         "chat",
         {**GREEDY, "temperature": 0.9, "top_p": 0.9, "seed": 11, "presence_penalty": 0.5, "frequency_penalty": 0.5},

@@ -106,7 +106,7 @@ CLIENTS = {
         "langchain",
         "pydantic-ai-slim",
         "run_pydantic_ai.py",
-        without(*ONLY_OPENAI, "history_dumped", "chat_n", "completion"),
+        without(*ONLY_OPENAI, "history_dumped", "chat_developer", "chat_n", "completion"),
         {
             "bad_request": PYDANTIC_AI + "ModelRequestRejectedError",
             "context": PYDANTIC_AI + "ModelContextWindowExceededError",

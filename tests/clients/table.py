@@ -13,6 +13,7 @@ FEATURES = {
     "completions, streamed": ("completion", "completion_stream"),
     "sampling, seed": ("chat_sampled",),
     "stop": ("chat_stop", "chat_stop_stream"),
+    "role developer": ("chat_developer",),
     "our own fields": ("chat_extra_fields",),
     "n": ("chat_n",),
     "n streamed": ("chat_n_stream",),

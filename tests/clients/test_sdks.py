@@ -31,6 +31,7 @@ def test_the_answers_to_compare_with_differ_where_they_should(raw, cases):
     for several in (raw.answer(cases["chat_n"])["choices"], raw.answer(cases["completion_n"])["choices"]):
         assert len({choice["text"] for choice in several}) == len(several) > 2
     assert len({answer["choices"][0]["text"] for answer in raw.answer(cases["concurrent"])}) == 8
+    assert raw.answer(cases["chat_developer"]) == raw.answer(cases["chat"])  # the role is the system's, for this model
     other = [raw.answer(cases[name])["choices"][0]["text"] for name in ("chat_parts", "chat_sampled", "chat_extra_fields")]
     assert len({plain["text"], *other}) == 4
     assert raw.answer(cases["request_id"]) == cases["request_id"].arguments["id"]
