@@ -83,9 +83,7 @@ CLIENTS = {
         "node",
         "ai",
         "ai_sdk.mjs",
-        without(
-            *ONLY_OPENAI, "history_dumped", "chat_n", "chat_logprobs", "completion_n", "completion_logprobs", "completion_echo"
-        ),
+        without(*ONLY_OPENAI, "history_dumped", "chat_developer", "chat_n", "chat_logprobs", *PLAIN_COMPLETIONS),
         {"bad_request": "APICallError", "context": "APICallError", "not_found": "APICallError", "timeout": "DOMException"},
         instead=dict.fromkeys(("completion", "completion_stream"), Case("completion", PROMPT | _AS_CONVERSATION)),
     ),

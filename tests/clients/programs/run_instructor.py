@@ -35,9 +35,10 @@ def calls(url: str, model: str) -> dict[str, common.Call]:
         return shapes.chat_stream(chats.create(model=model, response_model=None, **more, **arguments))
 
     def history(arguments):
+        """Feed all fields of the answer's message back, null or not. Instructor takes no message objects."""
         first, then = arguments.pop("messages"), arguments.pop("then")
         message = chats.create(model=model, response_model=None, messages=first, **arguments).choices[0].message
-        return chat({"messages": [*first, message, *then], **arguments})
+        return chat({"messages": [*first, message.model_dump(), *then], **arguments})
 
     def cancel(arguments):
         ended = common.Ended(url)
