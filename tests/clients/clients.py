@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tests.clients import install
-from tests.clients.cases import ANSWERED, ENDED, OTHERS, PROMPT, REFUSED, STOPPED, Case
+from tests.clients.cases import ANSWERED, ENDED, GREEDY, OTHERS, PARTS, PROMPT, REFUSED, STOPPED, Case
 
 ALL = (*ANSWERED, *STOPPED, *OTHERS, *REFUSED, *ENDED)
 ONLY_OPENAI = ("models", "request_id", "responses")  # calls that only OpenAI's own clients have
@@ -51,6 +51,8 @@ LANGCHAIN = "langchain_openai.chat_models.base."
 
 # The AI SDK makes a conversation of a prompt, for a model of completions too.
 _AS_CONVERSATION = {"prompt": f"user:\n{PROMPT['prompt']}\n\nassistant:\n", "stop": ["\nuser:"]}
+# LlamaIndex sends the parts of a text as one text.
+_JOINED = [{**PARTS[0], "content": "".join(part["text"] for part in PARTS[0]["content"])}]
 
 CLIENTS = {
     "openai": Client("openai", "openai", "run_openai.py", ALL, OPENAI_ERRORS),
@@ -119,6 +121,7 @@ CLIENTS = {
         # LlamaIndex fails on an echo, whose first token has no alternatives.
         without(*ONLY_OPENAI, "history_dumped", "completion_echo"),
         OPENAI_ERRORS,
+        instead={"chat_parts": Case("chat", {**GREEDY, "messages": _JOINED})},
     ),
     "instructor": Client(
         "llama_index",
