@@ -1,4 +1,4 @@
-# Commands: serve, test, unit (the tests without torch), check, bench, tidepool, proto. Each first installs what it needs into .venv.
+# Commands: serve, test, unit (the tests without torch), test-clients, check, bench, tidepool, proto. Each first installs what it needs into .venv.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 13)))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROTO := tidegate/v1/inference.proto
 
 
-.PHONY: serve test unit check bench tidepool proto clean
+.PHONY: serve test unit test-clients check bench tidepool proto clean
 
 serve: $(VENV)/.serve
 	$(BIN)/tidegate serve $(ARGS)
@@ -18,6 +18,13 @@ test: $(VENV)/.dev
 # The tests that need no torch and start no server. They take seconds.
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest --torch-free -n auto $(ARGS)
+
+# The tests with real clients of OpenAI's API and of gRPC, each in an environment of its own under build/clients: see
+# docs/clients.md. CLIENTS=ci: the clients that CI runs; or names of environments with commas.
+CLIENTS := all
+test-clients: $(VENV)/.dev
+	$(BIN)/python -m tests.clients.install $(CLIENTS)
+	$(BIN)/python -m pytest -n 0 --clients=$(CLIENTS) tests/clients $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -54,4 +61,4 @@ $(VENV)/.dev: $(VENV)/.serve
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build/clients .pytest_cache .mypy_cache .ruff_cache .hypothesis

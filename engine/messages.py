@@ -109,7 +109,8 @@ def check_submit(submit: Submit, limits: ModelLimits) -> None:
 
 
 # Programs read the numbers out of the words "maximum context length is N tokens. However, you requested M tokens", as OpenAI has
-# them, so that they can shorten a conversation, lower max_tokens or choose another model.
+# them, so that they can shorten a conversation, lower max_tokens or choose another model. LangChain looks for the words
+# "prompt is too long".
 
 
 def prompt_too_long(num_tokens: int | None, max_model_len: int, name: str = "prompt") -> ContextTooLong:
@@ -118,7 +119,7 @@ def prompt_too_long(num_tokens: int | None, max_model_len: int, name: str = "pro
     num = f"more than {max_model_len - 1}" if num_tokens is None else num_tokens
     return ContextTooLong(
         f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{(num_tokens or max_model_len) + 1} tokens or more: the prompt has {num} tokens, and it may have "
+        f"{(num_tokens or max_model_len) + 1} tokens or more. The prompt is too long: it has {num} tokens, and may have "
         f"{max_model_len - 1} at most.",
         param=name,
     )

@@ -33,6 +33,7 @@ IMPORTS_TORCH = re.compile(rf"^(import|from) (torch|engine\.({NEED}))\b", re.M)
 
 def pytest_addoption(parser):
     parser.addoption("--torch-free", action="store_true", help="only tests that need no torch; importing it then fails")
+    parser.addoption("--clients", help="run tests/clients/ with these clients: ci, all, or names of environments with commas")
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -54,6 +55,8 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
+    if collection_path == TESTS / "clients" and not config.getoption("--clients"):
+        return True  # they need the clients, which `make test-clients` installs
     if not config.getoption("--torch-free"):
         return None
     if collection_path.is_dir():

@@ -280,17 +280,17 @@ async def test_context_errors_have_the_words_that_gateways_look_for(api):
     text, long_ = "x y z " * 500, [5] * 600
     chat = {"messages": [{"role": "user", "content": text}]}
     for path, body, requested, more in (
-        (GENERATE, {"prompt": text}, 513, "the prompt has more than 511 tokens"),
-        (GENERATE, {"prompt_token_ids": long_}, 601, "the prompt has 600 tokens"),
+        (GENERATE, {"prompt": text}, 513, "The prompt is too long: it has more than 511 tokens"),
+        (GENERATE, {"prompt_token_ids": long_}, 601, "The prompt is too long: it has 600 tokens"),
         (
             GENERATE,
             {"prompt_token_ids": [5] * 100, "max_tokens": 500},
             600,
             "(100 in the prompt_token_ids, 500 in the completion)",
         ),
-        (COMPLETIONS, {"prompt": long_, "stream": True}, 601, "it may have 511 at most"),
+        (COMPLETIONS, {"prompt": long_, "stream": True}, 601, "and may have 511 at most"),
         (COMPLETIONS, {"prompt": [[5], [5] * 500], "max_tokens": 13}, 513, "max_tokens 13"),
-        (CHAT, chat, 513, "the prompt has more than 511 tokens"),
+        (CHAT, chat, 513, "The prompt is too long: it has more than 511 tokens"),
         (CHAT, {"messages": MESSAGES, "max_tokens": 512}, None, " in the messages, 512 in the completion)"),
         (CHAT, {"messages": MESSAGES, "max_completion_tokens": 512}, None, "max_completion_tokens 512"),
     ):

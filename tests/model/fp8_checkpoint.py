@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from engine.models import registry
 from engine.models.families import read_spec
@@ -42,6 +43,21 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Multiply each element by its block's scale. Unlike the engine's function, this one looks up the scale for each element."""
     rows, columns = (torch.arange(n, device=scales.device) // step for n, step in zip(weight.shape, BLOCK, strict=True))
     return weight.float() * scales[rows][:, columns]
+
+
+def load_in_transformers(folder: Path, plain: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Dequantise the checkpoint in `folder`, write the result to the folder `plain`, and load it with transformers. Returns
+    (model, loading info)."""
+    stored, tensors = load_file(folder / "model.safetensors"), {}
+    for name, tensor in stored.items():
+        if not name.endswith("_scale_inv"):
+            scale = stored.get(name + "_scale_inv")
+            tensors[name] = tensor.float() if scale is None else dequantize(tensor, scale)
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
 
 
 def to_fp8(folder: Path, reference: PreTrainedModel) -> int:

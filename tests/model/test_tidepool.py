@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fp8_checkpoint import dequantize
+from fp8_checkpoint import load_in_transformers
 from paged import PagedRun
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from engine import LLM, SamplingParams
 from engine.models import registry
@@ -61,21 +60,6 @@ def test_transformers_and_the_engine_compute_the_same_logits(folder, texts, tmp_
         wanted = reference(torch.tensor([tokens])).logits[0]
     assert wanted.abs().max() > 10
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0.0)
-
-
-def load_in_transformers(folder, plain):
-    """Dequantise the checkpoint in `folder`, write the result to the folder `plain`, and load it with transformers. Returns
-    (model, loading info)."""
-    stored, tensors = load_file(folder / "model.safetensors"), {}
-    for name, tensor in stored.items():
-        if not name.endswith("_scale_inv"):
-            scale = stored.get(name + "_scale_inv")
-            tensors[name] = tensor.float() if scale is None else dequantize(tensor, scale)
-    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (plain / "config.json").write_text(json.dumps(config))
-    return AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
 
 
 @BOTH

@@ -35,7 +35,7 @@ async def test_log_probabilities_of_one_answer_are_bounded(engine, fits, too_man
     [
         ({"prompt": [1, 512]}, "messages", "^messages has token id 512"),
         ({"max_tokens": 510}, "max_completion_tokens", "the prompt's 3 tokens"),
-        ({"prompt": [7] * 600}, "messages", "the prompt has 600 tokens"),
+        ({"prompt": [7] * 600}, "messages", "The prompt is too long: it has 600 tokens"),
         ({"n": 5}, "n", "n is 5"),
     ],
 )
