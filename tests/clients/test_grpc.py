@@ -99,7 +99,9 @@ def test_node_converts_text_to_tokens_and_back(node, http):
 def test_node_lists_the_models(node, http):
     (card,) = http.get("/v1/models").json()["data"]
     kept = ("id", "created", "owned_by", "max_model_len")
-    assert node["models"] == {"models": [{name: card[name] for name in kept}]}
+    (model,) = node["models"]["models"]
+    assert {name: model[name] for name in kept} == {name: card[name] for name in kept}
+    assert (model["default_sampling_params"] or {}) == card["default_sampling_params"]
 
 
 def test_node_checks_the_health(node):
