@@ -68,16 +68,18 @@ class EventStream(Response):
 
     async def _run(self, scope: Scope, send: Send) -> None:
         backlog = Backlog(_BACKLOG_BYTES)
-        piece = b""
-        scope[COMMENT] = lambda: b":\n\n" if piece.endswith(b"\n\n") else b""
+        sent = b""  # the last piece that was written. `send` may wait before it writes a piece
+        scope[COMMENT] = lambda: b":\n\n" if sent.endswith(b"\n\n") else b""
         async with aclosing(self.events) as events:
             piece = await anext(events)
             self.started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": piece, "more_body": True})
+            sent = piece
             try:
                 async for piece in events:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    sent = piece
                     if backlog.is_due(len(piece) + _EVENT_BYTES):
                         await asyncio.sleep(0)
             except Exception as error:  # noqa: BLE001 - the status line is sent, so any error must be reported in the stream
