@@ -6,6 +6,9 @@ skip it: RFC 9110, 15.2), or a comment between two events of a stream.
 
     input ends with the request, before the answer    the client most probably waits: probe after PROBE_SECONDS
     input ends later                                  the client has most probably left: probe at once
+
+A proxy that forwards bytes (an SSH tunnel, a container's port) takes a probe for a client that has left, and may notice only at the
+next one that nobody reads. So there are several probes. They are few, since some clients count the answers before the answer.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from collections.abc import Callable
 
 AT_ONCE_SECONDS = 0.1  # the input ended with the request if it ended at most this long after the request's last byte
 PROBE_SECONDS = 0.5
+MAX_PROBES = 3  # the first two make a proxy leave, and the third is answered with a reset
+NEXT_PROBE_SECONDS = 1.0  # time between two probes
 CHECK_SECONDS = 0.1  # time between two looks at the state of the connection
 COMMENT = "tidegate.comment"  # key in the ASGI scope of a stream: a function that returns a comment, or b"" within an event
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -31,7 +36,8 @@ class HalfClosed:
         self._loop = loop
         self._transport = transport
         self._probe = probe
-        self._has_probed = False
+        self._probes_left = MAX_PROBES
+        self._next_probe = 0.0  # when the next probe may be written, by the clock of the event loop
         self._timer = loop.call_later(seconds, self._check)
 
     def cancel(self) -> None:
@@ -40,7 +46,10 @@ class HalfClosed:
     def _check(self) -> None:
         if self._transport.is_closing():
             return
-        self._has_probed = self._has_probed or self._probe()
+        now = self._loop.time()
+        if self._probes_left and now >= self._next_probe and self._probe():
+            self._probes_left -= 1
+            self._next_probe = now + NEXT_PROBE_SECONDS
         if self._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._transport.abort()
         else:

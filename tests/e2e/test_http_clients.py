@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from server.http.app import build_app
+from server.http.half_close import MAX_PROBES
 from server.http.limits import HttpLimits
 from server.metrics.registry import Metrics
 from server.settings import Settings
@@ -219,3 +220,53 @@ def test_a_client_that_leaves_after_it_closed_its_sending_side_ends_its_request(
             client.shutdown(socket.SHUT_WR)
             wait_until(lambda: service.requests, "the generation runs")
         wait_until(lambda: service.closed, "the generation has ended", seconds=5)
+
+
+def forward(source, sink):
+    """Forward bytes like a proxy that knows no HTTP: the end of the input is passed on, and a failed write ends both directions."""
+    try:
+        while piece := source.recv(65536):
+            sink.sendall(piece)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def byte_proxy(port):
+    """Forward one connection to `port` by two threads, and yield the port to connect to."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run():
+            with listener.accept()[0] as client, socket.create_connection(("127.0.0.1", port)) as upstream:
+                back = threading.Thread(target=forward, args=(upstream, client))
+                back.start()
+                forward(client, upstream)
+                back.join()
+
+        proxy = threading.Thread(target=run)
+        proxy.start()
+        yield listener.getsockname()[1]
+        proxy.join()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_behind_a_proxy_that_forwards_bytes_ends_its_request(stream):
+    """To the server, the proxy's connection is half-closed. The proxy notices at its second write that nobody reads."""
+    service = ScriptedService(*letters("ab", finish=None), 60)
+    with app_server(service) as port, byte_proxy(port) as proxy:
+        with socket.create_connection(("127.0.0.1", proxy), 10) as client:
+            client.sendall(post({"prompt": "x", "stream": stream}))
+            wait_until(lambda: service.requests, "the generation runs")
+        wait_until(lambda: service.closed, "the generation has ended", seconds=8)
+
+
+def test_a_client_that_waits_behind_a_proxy_that_forwards_bytes_gets_its_answer():
+    with app_server(ScriptedService(3.0, *letters("tide"))) as port, byte_proxy(port) as proxy:
+        answer = talk(proxy, post({"prompt": "x"}), half_close=True)
+    *probes, answer = answer.rpartition(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert b"".join(probes) == b"HTTP/1.1 100 Continue\r\n\r\n" * MAX_PROBES
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b'"length"' in answer
