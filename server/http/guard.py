@@ -96,6 +96,7 @@ class GuardedProtocol(TolerantProtocol):
             self.head_bytes += len(data)
             if self.phase == "idle":
                 self._enter("head", self.limits.head_seconds)
+                self.headers = []  # those of the request before, until the parser sees a new one; a refusal repeats their id
                 if has_no_version(data[: URL_BYTES + 32]):
                     self._refuse(*NO_VERSION)
         if self.refusal is None:

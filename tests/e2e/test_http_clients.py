@@ -165,6 +165,17 @@ def test_a_request_line_without_a_version_is_refused_before_the_time_for_headers
         assert parts(read_all(client))[0] == 400
 
 
+@pytest.mark.parametrize("second", [b"GET /version\r\n", b"\x16\x03\x01\x00", b"GET / FTP/1.1\r\n\r\n", b"GET /x HTTP/1.1\r\n\r\n"])
+def test_a_refusal_does_not_have_the_id_of_the_request_before(port, second):
+    with socket.create_connection(("127.0.0.1", port), 3) as client:
+        client.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\nx-request-id: first\r\n\r\n")
+        assert b"x-request-id: first\r\n" in client.recv(65536)
+        client.sendall(second)
+        status, head, _ = parts(read_all(client))
+    assert status == 400
+    assert b"x-request-id: req-" in head
+
+
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
