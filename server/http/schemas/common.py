@@ -101,7 +101,7 @@ class Schema(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}  # field that the server knows and lacks -> values without effect
-    WHERE: ClassVar[str] = ""  # path of the object in the body, before the names of its fields
+    WHERE: ClassVar[str] = ""  # path of the object in the body, before the names of its fields; [] is any item of a list
 
     @model_validator(mode="before")
     @classmethod

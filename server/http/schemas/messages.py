@@ -7,7 +7,7 @@ only describes the answer; it is refused by name if it is something that the mod
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     Discriminator,
@@ -67,6 +67,8 @@ Metadata = Annotated[Any, Field(description="Describes an earlier answer. It has
 class TextPart(Schema):
     """A part of a message's content."""
 
+    WHERE: ClassVar[str] = "messages[].content[]."
+
     type: Literal["text"]
     text: str
     annotations: Metadata = None
@@ -89,6 +91,8 @@ Content = Annotated[
 
 class Message(Schema):
     """One message of a conversation."""
+
+    WHERE: ClassVar[str] = "messages[]."
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], Field(description="Who speaks.")]
     content: Annotated[

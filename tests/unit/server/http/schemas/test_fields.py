@@ -138,6 +138,14 @@ async def test_without_strict_fields_nested_unknown_fields_are_reported_with_the
     assert answer.headers["x-tidegate-ignored-fields"] == "stream_options.foo"
 
 
+async def test_without_strict_fields_unknown_fields_of_messages_and_parts_are_reported_with_their_place():
+    part = {"type": "text", "text": "x", "foo": 1}
+    more = {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": [part, part], "bar": 1}]}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer, _ = await send(path, {**more, "prompt": None}, strict_fields=False)
+        assert answer.headers["x-tidegate-ignored-fields"] == "messages[].bar, messages[].content[].foo"
+
+
 async def test_without_strict_fields_known_fields_are_still_refused():
     assert error_of((await send("/v1/completions", {"tools": [1], "foo": 1}, strict_fields=False))[0])["param"] == "tools"
 
