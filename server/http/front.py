@@ -7,6 +7,7 @@ stream is one function call.
 from __future__ import annotations
 
 import ipaddress
+import socket
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -102,13 +103,12 @@ def _name_in(host: str) -> str:
 
 
 def _is_local(host: str) -> bool:
-    """Return whether `host` is a name or an address that only this machine can reach."""
-    if host.lower() == "localhost":
-        return True
+    """Return whether only this machine can reach the addresses of `host`, which may be a name or any spelling of an address."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+        addresses = [ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, ValueError):
         return False
+    return all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in addresses)
 
 
 def _is_own_name(host: str) -> bool:

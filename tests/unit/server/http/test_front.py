@@ -221,6 +221,11 @@ REBOUND = {"origin": "http://evil.example:8000", "host": "evil.example:8000"}
         (REBOUND, {"cors_origins": ["http://evil.example:8000"]}, 200),
         (REBOUND, {"host": "localhost"}, 403),
         (REBOUND, {"host": "::1"}, 403),
+        (REBOUND, {"host": "127.1"}, 403),
+        (REBOUND, {"host": "127.0.1.1"}, 403),
+        (REBOUND, {"host": "::ffff:127.0.0.1"}, 403),
+        (REBOUND, {"host": "::"}, 200),
+        (REBOUND, {"host": "no address"}, 200),
     ],
 )
 async def test_a_page_under_a_foreign_name_is_refused_if_the_server_is_local(headers, settings, status):
