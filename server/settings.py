@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
@@ -39,10 +39,18 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _as_browsers_write_it(origin: str) -> str:
+    """Return `origin` in small letters and without the port that its scheme has anyway: browsers send it so."""
+    origin = origin.lower()
+    port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
+    return origin.removesuffix(port)
+
+
 _Listed = (BeforeValidator(_split), NoDecode)
 Origin = Annotated[
     str,
-    StringConstraints(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/*,\s]+)$"),
+    StringConstraints(pattern=r"^(\*|null|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._:\[\]-]+)$"),
+    AfterValidator(_as_browsers_write_it),
     Field(description="an origin such as https://chat.example (no path), or * for all; separate several by commas"),
 ]
 HostName = Annotated[

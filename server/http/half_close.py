@@ -7,8 +7,8 @@ skip it: RFC 9110, 15.2), or a comment between two events of a stream.
     input ends with the request, before the answer    the client most probably waits: probe after PROBE_SECONDS
     input ends later                                  the client has most probably left: probe at once
 
-A proxy that forwards bytes (an SSH tunnel, a container's port) takes a probe for a client that has left, and may notice only at the
-next one that nobody reads. So there are several probes. They are few, since some clients count the answers before the answer.
+A proxy that forwards bytes (an SSH tunnel, a container's port) takes a probe for a client that has left, and may notice only at
+the next one that nobody reads. So there are several probes. They are few, since some clients limit such interim answers.
 """
 
 from __future__ import annotations

@@ -165,7 +165,9 @@ def test_a_request_line_without_a_version_is_refused_before_the_time_for_headers
         assert parts(read_all(client))[0] == 400
 
 
-@pytest.mark.parametrize("second", [b"GET /version\r\n", b"\x16\x03\x01\x00", b"GET / FTP/1.1\r\n\r\n", b"GET /x HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "second", [b"GET /version\r\n", b"\x16\x03\x01\x00", b"GET / FTP/1.1\r\n\r\n", b"GET /x HTTP/1.1\r\n\r\n"]
+)
 def test_a_refusal_does_not_have_the_id_of_the_request_before(port, second):
     with socket.create_connection(("127.0.0.1", port), 3) as client:
         client.sendall(b"GET /version HTTP/1.1\r\nhost: x\r\nx-request-id: first\r\n\r\n")
@@ -234,7 +236,7 @@ def test_a_client_that_leaves_after_it_closed_its_sending_side_ends_its_request(
 
 
 def forward(source, sink):
-    """Forward bytes like a proxy that knows no HTTP: the end of the input is passed on, and a failed write ends both directions."""
+    """Forward bytes like a proxy that knows no HTTP. It passes the end of the input on. A failed write ends both directions."""
     try:
         while piece := source.recv(65536):
             sink.sendall(piece)

@@ -193,10 +193,28 @@ def test_a_list_is_a_text_with_commas_or_a_list_of_yaml(monkeypatch, yaml_file):
 
 
 @pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://Chat.Example", "https://chat.example"),
+        ("HTTPS://chat.example:443", "https://chat.example"),
+        ("http://chat.example:80", "http://chat.example"),
+        ("http://chat.example:443", "http://chat.example:443"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("app://chat:80", "app://chat:80"),
+    ],
+)
+def test_an_origin_is_compared_as_browsers_write_it(given, sent):
+    assert load_settings({"cors_origins": given}).cors_origins == (sent,)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "right"),
     [
         ("cors_origins", "https://chat.example/", "an origin such as https://chat.example"),
         ("cors_origins", "chat.example", "an origin such as https://chat.example"),
+        ("cors_origins", "https://chat.example?x", "an origin such as https://chat.example"),
+        ("cors_origins", "https://me@chat.example", "an origin such as https://chat.example"),
+        ("cors_origins", "https://bücher.example", "an origin such as https://chat.example"),
         ("cors_origins", "https://*.example", "an origin such as https://chat.example"),
         ("allowed_hosts", "https://chat.example", "a host name such as chat.example"),
         ("allowed_hosts", "chat.example:80", "a host name such as chat.example"),
