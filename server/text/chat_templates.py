@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import CheckpointError, InvalidRequest, UnsupportedField
 from server.text.chat import ChatTemplate
-from server.text.model_files import read_config
+from server.text.model_files import read_config, read_fault
 
 DEFAULT = "default"
 _SHOWN_NAMES = 8  # names of templates that an error message lists
@@ -139,7 +139,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: the chat template cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: the chat template cannot be read: {read_fault(error)}") from error
 
 
 def _from_config(config: dict[str, Any], path: Path) -> list[_Source]:

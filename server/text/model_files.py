@@ -19,10 +19,21 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {read_fault(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold one JSON object")
     return config
+
+
+def read_fault(error: Exception) -> str:
+    """Return in our words why a file cannot be read. Clients see it too, if the file has a chat template."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON, at line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8, at byte {error.start}"
+    if isinstance(error, OSError):
+        return (error.strerror or "an error of the system").lower()
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def token_text(value: Any) -> str | None:

@@ -112,7 +112,12 @@ FAULTY = {
     "a number": ({"tokenizer_config.json": {"chat_template": 7}}, "tokenizer_config.json: chat_template must be"),
     "an entry": ({"tokenizer_config.json": {"chat_template": [{"name": "default"}]}}, ".*'default' must be a string"),
     "a list of strings": ({"tokenizer_config.json": {"chat_template": ["x"]}}, "tokenizer_config.json: chat_template must be"),
-    "a file of the processor": ({"chat_template.json": "{"}, "chat_template.json cannot be read"),
+    "a file of the processor": (
+        {"chat_template.json": "{\n  x"},
+        "chat_template.json cannot be read: it is not JSON, at line 2, column 3$",
+    ),
+    "deep JSON": ({"chat_template.json": "[" * 100_000}, "chat_template.json cannot be read: it is nested too deeply$"),
+    "digits": ({"chat_template.json": "1" * 5000}, "chat_template.json cannot be read: a number has too many digits$"),
 }
 
 
@@ -132,7 +137,9 @@ def test_a_template_that_cannot_be_used_costs_chat_only(folder, files, reason):
 def test_a_file_that_is_no_text_costs_chat_only(folder):
     write(folder, {})
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(InvalidRequest, match=r"chat_template\.jinja: the chat template cannot be read"):
+    with pytest.raises(
+        InvalidRequest, match=r"chat_template\.jinja: the chat template cannot be read: it is not UTF-8, at byte 0$"
+    ):
         ours(folder)
 
 
