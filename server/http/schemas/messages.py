@@ -28,7 +28,6 @@ MAX_MESSAGES = 4096
 MAX_VARIABLES = 64  # names in chat_template_kwargs
 MAX_DOCUMENTS = 4096
 _ROLES = ("system", "developer", "user", "assistant")
-_OTHER_PARTS = frozenset({"image_url", "input_audio", "file", "video_url", "audio_url", "refusal", "thinking"})
 _REFUSED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "function_call": (),
@@ -219,8 +218,8 @@ class ChatFields(Schema):
 def _supported(message: Any, path: str) -> Any:
     """Return `message` without unsupported fields whose values have no effect.
 
-    Raises UnsupportedField for roles, fields and content parts that OpenAI defines and this server does not support, and
-    InvalidRequest for a message that must have content and has none.
+    Raises UnsupportedField for roles and fields that OpenAI defines and this server does not support and for content parts of
+    any type but text, and InvalidRequest for a message that must have content and has none.
     """
     if _is_plain(message) or not isinstance(message, dict):
         return message
@@ -235,6 +234,6 @@ def _supported(message: Any, path: str) -> Any:
     if content is None and role != "assistant":
         raise InvalidRequest(f"{path}.content is required: it must be a string or a list of text parts", param=f"{path}.content")
     for j, part in enumerate(content if isinstance(content, list) else ()):
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in _OTHER_PARTS:
+        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text":
             raise UnsupportedField("this server supports content of type text only", param=f"{path}.content[{j}].type")
     return without_unsupported(message, _REFUSED_IN_MESSAGE, path=f"{path}.")

@@ -87,7 +87,9 @@ def test_what_the_model_cannot_be_told_is_refused_by_name(field, value):
     assert caught.value.param == f"messages[1].{field}"
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal", "thinking"])
+@pytest.mark.parametrize(
+    "kind", ["image_url", "input_audio", "file", "refusal", "thinking", "image", "input_text", "reasoning", ""]
+)
 def test_a_part_that_is_no_text_is_refused_by_its_place(kind):
     with pytest.raises(UnsupportedField, match="text only") as caught:
         read([{**USER, "content": [{"type": "text", "text": "a"}, {"type": kind, kind: {}}]}])
