@@ -10,9 +10,11 @@ none that launches another kernel.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -47,6 +49,7 @@ DECODES = (0, 1, 16)
 # (tokens, context) of long chunks that attend to a context in one, in two and in more parts (`attention/cached_context.py`). The
 # chunks that attention wants to warm up are planned too, and have such parts only if the model's context is long.
 LONG_CHUNKS = ((8192, 8192), (8192, 16384), (8192, 18432))
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def make_ready(spec: ModelSpec, config: EngineConfig, gpu: Gpu, progress: Progress = no_report) -> None:
@@ -54,17 +57,20 @@ def make_ready(spec: ModelSpec, config: EngineConfig, gpu: Gpu, progress: Progre
     compiling those that the cache lacks, on all CPUs.
 
     A folder without a fitting set, or with a changed file, is reported in the log, and the kernels are compiled.
+
+    Raises ConfigError if the cache cannot be written.
     """
     purpose, cache_folder = purpose_of(spec, config, gpu), Path(knobs.cache.dir)
-    if config.kernel_folder is not None and _installed(Path(config.kernel_folder), purpose, cache_folder):
-        return
-    known = kernel_folder.read(cache_folder, purpose)
-    if known is not None and kernel_folder.is_complete(known, cache_folder):
-        log.info("kernels: %d, compiled by an earlier start, in %s", known.num_kernels, cache_folder)
-        return
-    built = build(spec, config, gpu, progress)
-    kernel_folder.write(built, cache_folder)
-    log.info("kernels: %d compiled, in %s", built.num_kernels, cache_folder)
+    with _writing(cache_folder):
+        if config.kernel_folder is not None and _installed(Path(config.kernel_folder), purpose, cache_folder):
+            return
+        known = _known(purpose, cache_folder)
+        if known is not None and kernel_folder.is_complete(known, cache_folder):
+            log.info("kernels: %d, compiled by an earlier start, in %s", known.num_kernels, cache_folder)
+            return
+        built = build(spec, config, gpu, progress)
+        kernel_folder.write(built, cache_folder)
+        log.info("kernels: %d compiled, in %s", built.num_kernels, cache_folder)
 
 
 def build(spec: ModelSpec, config: EngineConfig, gpu: Gpu, progress: Progress = no_report) -> KernelSet:
@@ -77,9 +83,12 @@ def build(spec: ModelSpec, config: EngineConfig, gpu: Gpu, progress: Progress = 
 def export(spec: ModelSpec, config: EngineConfig, gpu: Gpu, target: Path) -> tuple[KernelSet, int]:
     """Compile the kernels of the resolved `config` on `gpu` into the folder `target`. Returns the set and its size in bytes.
 
-    Raises ConfigError for a model whose steps cannot be planned.
+    Raises ConfigError for a model whose steps cannot be planned, and if Triton's cache cannot be written. Raises OSError, before
+    anything is compiled, if `target` cannot be written.
     """
-    built = build(spec, config, gpu)
+    kernel_folder.prepare(target)
+    with _writing(Path(knobs.cache.dir)):
+        built = build(spec, config, gpu)
     if not built.files:
         raise ConfigError("the steps of this model wait for the GPU, so its kernels cannot be found ahead of time", param="model")
     return built, kernel_folder.export(built, Path(knobs.cache.dir), target)
@@ -89,8 +98,8 @@ def purpose_of(spec: ModelSpec, config: EngineConfig, gpu: Gpu) -> Purpose:
     """Describe what the kernels of the resolved `config` on `gpu` are compiled for."""
     model = msgspec.to_builtins(spec)
     rope = model.pop("rope")
-    # No kernel is compiled for a value of these.
-    for numbers in ("eos_token_ids", "norm_eps", "max_model_len", "dtype", "sliding_window", "notes"):
+    # No kernel is compiled for a value of these. A longer context launches further kernels.
+    for numbers in ("eos_token_ids", "norm_eps", "dtype", "sliding_window", "notes"):
         del model[numbers]
     return Purpose.of(
         gpu,
@@ -182,6 +191,28 @@ class Planner:
         ]
         starts, nums = (list(column) for column in zip(*slices, strict=True))
         return StepPlan(0, rows=rows, starts=starts, nums=nums, num_decodes=decodes, samples=rows, admitted=admitted)
+
+
+@contextmanager
+def _writing(cache_folder: Path) -> Iterator[None]:
+    """Raise ConfigError, naming Triton's cache, for what keeps files from being written there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise ConfigError(
+            f"compiled kernels cannot be written to {cache_folder}: {error}; set TRITON_CACHE_DIR to a folder that can be written"
+        ) from error
+
+
+def _known(purpose: Purpose, cache_folder: Path) -> KernelSet | None:
+    """Read the set of an earlier start. One that cannot be read is reported, and its kernels are looked for again."""
+    try:
+        return kernel_folder.read(cache_folder, purpose)
+    except ConfigError as error:
+        log.warning("%s. The kernels that are missing are compiled now", error.message.partition(";")[0])
+        return None
 
 
 def _installed(source: Path, purpose: Purpose, cache_folder: Path) -> bool:

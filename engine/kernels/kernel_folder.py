@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sysconfig
+import uuid
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +96,13 @@ def is_complete(found: KernelSet, cache_folder: Path) -> bool:
     return all((cache_folder / folder / name).exists() for folder, names in found.files.items() for name in names)
 
 
+def prepare(folder: Path) -> None:
+    """Make `folder`, and try whether files can be written there. Raises OSError if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(probe := folder / ".writable", b"")
+    probe.unlink(missing_ok=True)
+
+
 def write(found: KernelSet, folder: Path) -> None:
     """Write the set's own file to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,12 +141,12 @@ def install(found: KernelSet, source: Path, cache_folder: Path) -> None:
 
 
 def other_purposes(folder: Path) -> list[Purpose]:
-    """List what the sets in `folder` were compiled for. Files that are not sets are left out."""
+    """List what the sets in `folder` were compiled for. Files that are not sets, or cannot be read, are left out."""
     purposes = []
     for path in sorted(folder.glob("*.json")):
         try:
             purposes.append(msgspec.json.decode(path.read_bytes(), type=KernelSet).purpose)
-        except msgspec.MsgspecError:
+        except (OSError, msgspec.MsgspecError):
             continue
     return purposes
 
@@ -161,8 +168,11 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file such that nobody sees it incomplete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file such that nobody sees it incomplete.
+
+    Containers that share a folder may have equal process ids, so the temporary name is random.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)

@@ -88,6 +88,33 @@ def test_a_set_that_is_no_json_is_refused_by_name(exported):
     assert kernel_folder.other_purposes(exported) == []
 
 
+def test_containers_with_equal_process_ids_may_write_at_once(exported, tmp_path, monkeypatch):
+    written = []
+    real = Path.write_bytes
+
+    def note(path, data):
+        written.append(path.name)
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", note)
+    for name in ("one", "two"):
+        installed(exported, tmp_path / name)
+    assert len(written) == len(set(written)) == 8
+
+
+def test_other_sets_that_cannot_be_read_are_left_out(exported):
+    (exported / "folder.json").mkdir()
+    assert len(kernel_folder.other_purposes(exported)) == 1
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    kernel_folder.prepare(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new/folder").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        kernel_folder.prepare(tmp_path / "file")
+
+
 def test_installing_twice_changes_nothing(exported, tmp_path):
     installed(exported, tmp_path / "there")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "there").rglob("*")}
