@@ -68,6 +68,8 @@ UNUSED = {
     "computation",
     r"(model\.)?(visual|vision_tower|vision_model|vision_encoder|vision_projection|multi_modal_projector|audio_tower|image_newline"
     r"|vision_language_adapter|pre_mm_projector_norm|patch_merger)\b.*": "parts other than text",
+    r"(v_head|value_head|score)\..*": "heads of training and of classifiers",
+    r"(model\.)?mtp\..*": "multi-token prediction layers",
 }
 HEAD = "lm_head.weight"
 

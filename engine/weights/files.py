@@ -5,6 +5,7 @@ Tensors get the names that a text model has. In a model that also sees images, t
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,19 @@ from engine.models.config_reader import read_json
 from engine.models.formats import other_format
 
 INDEX = "model.safetensors.index.json"
-# What a name may begin with in a model that also sees images, and the beginning that it has in a text model.
+STANDARD = "model.safetensors"
+# What a name may begin with in a model that also sees images or that was saved without its head, and the beginning that it has in
+# a text model.
 PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
+    ("embed_tokens.", "model.embed_tokens."),
+    ("layers.", "model.layers."),
+    ("norm.", "model.norm."),
 )
+
+log = logging.getLogger("tidegate.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,11 @@ class Stored:
 
 
 def open_folder(folder: Path, stack: ExitStack) -> dict[str, Stored]:
-    """Return every tensor of the checkpoint by its name in a text model, from the one file or the shards that the index lists."""
-    index = _read_index(folder)
-    files = sorted({folder / shard for shard in index.values()}) if index else [_single_file(folder)]
+    """Return every tensor of the checkpoint by its name in a text model, from the one file or the shards that the index lists.
+
+    An index may list tensors that no shard has: the model's own list of tensors decides what is missing.
+    """
+    files = [folder / shard for shard in _shards(folder)] or [_single_file(folder)]
     stored: dict[str, Stored] = {}
     for file in files:
         for tensor in _open_file(file, stack):
@@ -66,18 +76,18 @@ def open_folder(folder: Path, stack: ExitStack) -> dict[str, Stored]:
             if name in stored:
                 tensor.refuse(f"is also in {stored[name].file}")
             stored[name] = tensor
-    for name, shard in index.items():
-        found = stored.get(text_name(name))
-        if found is None or found.file.name != shard:
-            raise CheckpointError(f"{folder / shard}: tensor {name} is missing, although {INDEX} lists it", param="model")
     return stored
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _shards(folder: Path) -> list[str]:
+    """List the files that the index names; none if there is no index, or if a whole file beside it makes it idle."""
     path = folder / INDEX
     if not path.exists():
-        return {}
+        return []
     shards = read_json(path).get("weight_map")
+    if (folder / STANDARD).is_file() and not (isinstance(shards, dict) and STANDARD in shards.values()):
+        log.warning("%s: it is not read, since %s is there too, and is taken to be the whole checkpoint", path, STANDARD)
+        return []
     if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names", param="model")
     for name, shard in shards.items():
@@ -85,12 +95,12 @@ def _read_index(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{path}: tensor {name} is in {shard!r}: it must be a file of this folder", param="model")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: no such file, although {INDEX} lists it for tensor {name}", param="model")
-    return shards
+    return sorted(set(shards.values()))
 
 
 def _single_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
-    standard = folder / "model.safetensors"
+    standard = folder / STANDARD
     if standard in files or len(files) == 1:
         return standard if standard in files else files[0]
     if files:

@@ -29,9 +29,9 @@ from engine.startup import Progress, no_report
 from engine.weights import stream
 from engine.weights.files import Stored, open_folder
 
-FLOATS = ("F32", "BF16", "F16")
+FLOATS = ("F64", "F32", "BF16", "F16")
 FP8 = "F8_E4M3"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8: torch.float8_e4m3fn}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8: torch.float8_e4m3fn}
 EMBEDDING = "model.embed_tokens.weight"
 SHOWN = 5  # kinds of names of unused tensors that a line of the log shows
 ROWS = 4096  # rows of the embedding and the head that are compared at a time
@@ -104,11 +104,14 @@ def load_mtp(model: registry.Model, folder: str | Path) -> DeepseekMtp:
 def _untie_head(model: Loadable, stored: dict[str, Stored], *, compare: bool) -> None:
     """Give a tied model a head of its own if the checkpoint holds one that differs from the embedding.
 
-    Without `compare`, no data is read, and a head that is there counts as different.
+    Without `compare`, no data is read, and a head that is there counts as different. If the checkpoint has the matrix under the
+    head's name alone, that is the embedding's too.
     """
     if not isinstance(model, DecoderModel) or not model.head_is_tied or HEAD not in stored:
         return
-    if not compare:
+    if EMBEDDING not in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)
+    elif not compare:
         model.untie_head()
     elif _differ(stored[HEAD], stored.get(EMBEDDING)):
         model.untie_head()

@@ -139,9 +139,31 @@ def test_missing_shard_file(shards):
     refused(shards, "model-00002-of-00002.safetensors", "no such file")
 
 
-def test_index_names_a_tensor_that_its_shard_lacks(shards):
-    edit_index(shards, lambda m: m.update({"lm_head.weight": "model-00002-of-00002.safetensors"}))
-    refused(shards, "lm_head.weight", "model-00002-of-00002.safetensors", "missing")
+def test_what_the_index_says_beyond_its_files_does_not_matter(shards):
+    """transformers opens the files, too: published indexes list old buffers that no file has."""
+    index = {
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+        "model.rotary_emb.inv_freq": "model-00001-of-00002.safetensors",
+    }
+    edit_index(shards, lambda m: m.update(index))
+    load(shards)
+
+
+@pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "gone.safetensors"])
+def test_a_whole_file_is_read_and_not_the_index_beside_it(checkpoint, shard, caplog):
+    wanted = load_file(checkpoint / FILE)
+    save_file({name: 2 * tensor for name, tensor in wanted.items()}, checkpoint / "model-00001-of-00002.safetensors")
+    (checkpoint / files.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wanted, shard)}))
+    parameters = dict(load(checkpoint).named_parameters())
+    assert torch.equal(parameters["embedding"], wanted["model.embed_tokens.weight"])
+    assert "model.safetensors.index.json: it is not read" in caplog.text
+
+
+def test_an_index_may_list_the_whole_file(checkpoint, caplog):
+    names = load_file(checkpoint / FILE)
+    (checkpoint / files.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, FILE)}))
+    load(checkpoint)
+    assert not caplog.text
 
 
 def test_shard_missing_from_the_index(shards):
