@@ -54,6 +54,8 @@ def refuse_unsupported(c: ConfigReader) -> None:
     c.choice("hidden_act", ("silu", "swish"))  # two names of one function
     if c.flag("mlp_bias", False):
         c.refuse("mlp_bias", "biases in the MLP are not supported")
+    if c.has("dual_chunk_attention_config"):
+        c.note("dual_chunk_attention_config has no effect: attention is exact over the whole context, as in transformers")
 
 
 def num_layers(c: ConfigReader) -> int:
@@ -141,5 +143,10 @@ def _dtype(c: ConfigReader) -> DTypeName:
 
 
 def _eos(c: ConfigReader, generation: ConfigReader | None, vocab_size: int) -> tuple[int, ...]:
-    sources = [c] if generation is None else [c, generation]
-    return tuple(dict.fromkeys(i for s in sources for i in s.token_ids("eos_token_id", vocab_size)))
+    found = []
+    for source in [c] if generation is None else [c, generation]:
+        ids = source.token_ids("eos_token_id")
+        if absent := [i for i in ids if not 0 <= i < vocab_size]:
+            c.notes.append(f"{source.source}: eos_token_id {absent} ends nothing: the vocabulary has {vocab_size} tokens")
+        found += [i for i in ids if i not in absent]
+    return tuple(dict.fromkeys(found))

@@ -6,6 +6,7 @@ if it changed a number is reported in the log.
     read by the family's reader                  computed, or refused there
     the family's own, but not read here          reported: another key makes it idle
     in HARMLESS or HARMLESS_IN                   accepted; the table gives the reason
+    says in other words what is computed         accepted (`stated`); refused if its value says otherwise
     named after a part of the computation        refused, unless its value asks for nothing
     in an object that is read (rope_parameters)  refused: each key of such an object is a setting of one computation
     any other                                    reported by its name: people add keys of their own to files daily
@@ -17,6 +18,7 @@ import re
 from typing import Any
 
 from engine.models.config_reader import ConfigReader
+from engine.models.spec import ModelSpec
 
 # Keys that are harmless in every architecture, by the reason.
 _REASONS: dict[str, str] = {
@@ -47,11 +49,11 @@ _REASONS: dict[str, str] = {
     "the epsilon of the norms is rms_norm_eps": "layer_norm_eps",
     "it is read only with the scalings that need it, llama3 and yarn": "original_max_position_embeddings",
     "the context is max_position_embeddings": "max_sequence_length model_max_length seq_length",
+    "only families that have it read it; in the others a window is that of all layers": "max_window_layers",
 }
 HARMLESS: dict[str, str] = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
 
-_NO_WINDOW = "it is read only if use_sliding_window is true"
-_WINDOWS = {"sliding_window": _NO_WINDOW, "max_window_layers": _NO_WINDOW}
+_WINDOWS = {"sliding_window": "it is read only if use_sliding_window is true"}
 _DEEPSEEK = {"head_dim": "the sizes of latent attention have keys of their own"}
 
 # Keys that are harmless in some architectures only, with the reason.
@@ -66,7 +68,6 @@ HARMLESS_IN: dict[str, dict[str, str]] = {
         **_WINDOWS,
         "no_rope_layer_interval": "it is read only if no_rope_layers is absent",
     },
-    "LlamaForCausalLM": {"max_window_layers": _NO_WINDOW},
     "DeepseekV2ForCausalLM": {
         **_DEEPSEEK,
         "n_group": "topk_method greedy has no groups",
@@ -105,17 +106,38 @@ _PARTS = re.compile(
 )
 _FACTOR = re.compile(r"scal|multipl|factor")
 _ALWAYS = re.compile(r"causal|use_(rope|rotary|position)")  # a setting that is on in all architectures here
+_FUSED = re.compile(r"(^|_)fused?(_|$)")  # a setting that chooses among implementations of the same computation
 
 
-def judge(c: ConfigReader, architecture: str) -> list[str]:
+def stated(spec: ModelSpec) -> dict[str, tuple[Any, ...]]:
+    """List keys, most of them of other architectures, that may say once more what a model of `spec` computes, and the values
+    that say so."""
+    facts: dict[str, tuple[Any, ...]] = {
+        "use_qk_norm qk_norm": (spec.qk_norm or spec.qk_norm_all,),
+        "qkv_bias use_qkv_bias add_qkv_bias attention_qkv_bias attn_qkv_bias": (spec.qkv_bias,),
+        "activation activation_function activation_type hidden_activation mlp_activation act_fn": ("silu", "swish", "swiglu"),
+        "norm_type normalization normalization_type layernorm_type": ("rmsnorm", "rms_norm", "RMSNorm"),
+        "position_embedding_type position_encoding_type pos_emb": ("rope", "rotary"),
+        "num_layers n_layers n_layer": (spec.num_layers,),
+        "num_heads n_heads n_head": (spec.num_heads,),
+        "num_kv_heads n_kv_heads num_query_groups multi_query_group_num": (spec.num_kv_heads,),
+        "ffn_hidden_size ffn_dim": (spec.intermediate_size,),
+        "norm_eps norm_epsilon layer_norm_epsilon layernorm_epsilon": (spec.norm_eps,),
+    }
+    return {key: values for keys, values in facts.items() for key in keys.split()}
+
+
+def judge(c: ConfigReader, architecture: str, known: dict[str, tuple[Any, ...]] | None = None) -> list[str]:
     """Judge all keys of `c` and of the objects in it that nothing has read. Returns what the log has to say.
+
+    `known` is the result of `stated`.
 
     Raises CheckpointError, naming the key, for one that changes a number.
     """
     for name, section in c.sections.items():
         _judge_section(section, "rope" if name.startswith("rope") else name)
     harmless = HARMLESS | HARMLESS_IN.get(architecture, {})
-    unknown = [key for key in c.unread() if key not in harmless]
+    unknown = [key for key in c.unread() if key not in harmless and not _is_stated(c.given[key], (known or {}).get(key, ()))]
     for key in unknown:
         if not c.has_default(key) and _PARTS.search(key.lower()) and not _asks_for_nothing(key, c.given[key]):
             c.refuse(
@@ -130,13 +152,24 @@ def judge(c: ConfigReader, architecture: str) -> list[str]:
 
 def _judge_section(section: ConfigReader, name: str) -> None:
     for key in section.unread():
-        if key not in HARMLESS_INSIDE.get(name, {}) and section.given[key] is not False:
+        if key in HARMLESS_INSIDE.get(name, {}):
+            continue
+        value = section.given[key]
+        if not (value is False or key == "original_max_position_embeddings" or (key == "factor" and value == 1)):
             where = section.path.rstrip(".")
             section.refuse(key, f"it is no setting of this {where}; remove it if the model was trained without it")
+        section.note(f"this key has no effect here: {section.path}{key}")
+
+
+def _is_stated(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether `value` is one of `values`. The integers 0 and 1 are not the flags false and true."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
 
 
 def _asks_for_nothing(key: str, value: Any) -> bool:
     """Whether `value` asks for what is done without the unknown setting `key`: false, 0 or empty, and for a factor false or 1."""
+    if _FUSED.search(key.lower()):
+        return isinstance(value, bool)
     if _ALWAYS.search(key.lower()):
         return value is True
     if isinstance(value, bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -24,10 +25,17 @@ def rope_section(c: ConfigReader) -> ConfigReader:
     old, new = c.section("rope_scaling"), c.section("rope_parameters")
     if old is None or not old.given:
         return new or ConfigReader({}, c.source, f"{c.path}rope_parameters.")
-    if new is not None and c.is_given("rope_parameters") and new.given not in ({}, old.given):
+    if new is not None and c.is_given("rope_parameters") and new.given and _settings(c, new) != _settings(c, old):
         c.refuse("rope_scaling", "rope_parameters is given too, and differs from it; keep one of the two")
     c.sections.pop("rope_parameters", None)  # the same once more, or the family's default, which is used only as a whole
     return old
+
+
+def _settings(c: ConfigReader, section: ConfigReader) -> dict[str, Any]:
+    """Return the settings of `section` in one spelling, theta included."""
+    given = {key: value for key, value in section.given.items() if value is not None}
+    kind = given.pop("type", "default")
+    return {"rope_theta": c.get("rope_theta"), "rope_type": kind} | given
 
 
 def rope(c: ConfigReader, dim: int, *, interleaved: bool = False, partial: bool = False) -> RopeSpec:
@@ -131,7 +139,7 @@ def _yarn(c: ConfigReader, r: ConfigReader, plain: RopeSpec) -> RopeSpec:
         factor=factor,
         beta_fast=r.number("beta_fast", 32.0),
         beta_slow=r.number("beta_slow", 1.0),
-        truncate=r.flag("truncate", True),
+        truncate=r.flag("truncate", "truncate" not in r.given),  # null is false, as in transformers
         magnitude=_magnitude(r, factor),
     )
 

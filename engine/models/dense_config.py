@@ -42,8 +42,7 @@ def parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
 def _biases(c: ConfigReader, architecture: str) -> tuple[bool, bool]:
     """Return whether q, k and v have biases, and whether o has one."""
     if architecture == "Qwen2ForCausalLM":
-        if c.flag("attention_bias", False):
-            c.refuse("attention_bias", "Qwen2 has biases on q, k and v in any case, and none on o")
+        c.flag("attention_bias", False)  # either value is idle: Qwen2 has biases on q, k and v in any case, and none on o
         return True, False
     if architecture == "SeedOssForCausalLM":
         return c.flag("attention_bias"), c.flag("attention_out_bias")

@@ -15,7 +15,7 @@ import msgspec
 from engine.errors import CheckpointError
 from engine.models import deepseek_config, dense_config, glm4_moe_config, minimax_m2_config, qwen3_moe_config
 from engine.models.config_defaults import DEFAULTS, MODEL_TYPES, SPELLINGS
-from engine.models.config_keys import judge
+from engine.models.config_keys import judge, stated
 from engine.models.config_reader import ConfigReader, read_json, shown
 from engine.models.config_text import TEXT_DEFAULTS, WRAPPERS, text_part
 from engine.models.formats import check_folder, other_format
@@ -75,7 +75,7 @@ def _parse(c: ConfigReader, generation: ConfigReader | None) -> ModelSpec:
         _check_model_type(c, architecture)
     c = _with_defaults(c, architecture, own)
     spec = PARSERS[ARCHITECTURES[architecture]](c, generation)
-    notes = judge(c, architecture) + ([] if outer is None else judge(outer, wrapper))
+    notes = judge(c, architecture, stated(spec)) + ([] if outer is None else judge(outer, wrapper))
     return msgspec.structs.replace(spec, notes=tuple(notes))
 
 
@@ -111,6 +111,8 @@ def _with_defaults(c: ConfigReader, architecture: str, own: dict[str, Any]) -> C
             c.refuse(name, f"{key} is {c.given[key]}, and the two must be equal")
     known = {name for name in SPELLINGS.get(architecture, {}) if name not in spelling.values()}
     given = {k: v for k, v in c.given.items() if k not in known} | {"architectures": [architecture]}
+    if given.get("rope_parameters") is None:
+        given.pop("rope_parameters", None)  # null is as good as absence: a family may have rotary settings as its default
     reader = ConfigReader(
         given, c.source, c.path, defaults=DEFAULTS[architecture] | own, spelling=spelling, inherited=c.inherited
     )

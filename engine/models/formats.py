@@ -8,7 +8,7 @@ from typing import NoReturn
 from engine.models.config_reader import ConfigReader, read_json
 from engine.models.spec import Fp8Spec
 
-SUPPORTED = "supported are weights in BF16, F16 or F32, and quant_method fp8 with weight_block_size"
+SUPPORTED = "supported are weights in BF16, F16, F32 or F64, and quant_method fp8 with weight_block_size"
 TO_SAFETENSORS = "load it with transformers and save it again with save_pretrained, which writes safetensors"
 ORIGINAL = "serve the folder of safetensors that it was made from"
 # Files of other formats, and what would be right. The first that is found is named.

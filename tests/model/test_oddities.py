@@ -32,6 +32,11 @@ def rope(section: dict[str, Any], **top: Any) -> Callable[[Config], None]:
     return edit
 
 
+def both_spellings(config: Config) -> None:
+    rope(LINEAR)(config)
+    config["rope_parameters"] = config["rope_scaling"] | {"rope_theta": config["rope_theta"]}
+
+
 def put(**values: Any) -> Callable[[Config], None]:
     return lambda config: config.update(values)
 
@@ -50,7 +55,10 @@ COMPUTED = {
     "training, records and metadata": put(
         pretraining_tp=2, attention_dropout=0.5, use_cache=False, initializer_range=0.5, our_dataset="x", transformers_version="9"
     ),
-    "window of the whole context": put(sliding_window=128),
+    "window of the whole context": put(sliding_window=128, use_sliding_window=True, max_window_layers=1, layer_types=None),
+    "linear and dynamic do not read the original length": rope(LINEAR | {ORIGINAL: 32}),
+    "yarn, truncate null": rope(YARN | {"beta_fast": 3.0, "truncate": None}),
+    "both spellings of rope": both_spellings,
 }
 # Edits that are refused in every family, by their key.
 REFUSED = {
@@ -118,6 +126,11 @@ def test_a_key_that_is_left_out_has_the_familys_default(family, tmp_path):
     assert compared > 12
 
 
+def test_rope_parameters_of_null_are_the_familys_default(family, tmp_path):
+    _, plain = family
+    assert_equal(edited(plain, tmp_path / "null", put(rope_parameters=None, rope_theta=1e3)))
+
+
 def test_dynamic_scaling_changes_nothing_up_to_the_end_of_the_context(family, tmp_path):
     _, plain = family
     assert_equal(edited(plain, tmp_path / "dynamic", rope({"type": "dynamic", "factor": 4.0})))
@@ -158,6 +171,30 @@ def test_a_tied_head_may_be_in_the_file_or_not(family, copied, tmp_path, caplog)
 
     assert_equal(edited(plain, tmp_path / "tied", put(tie_word_embeddings=True), tie))
     assert "differs" not in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_matrix_of_embedding_and_head_may_have_the_heads_name(family, prefix, tmp_path):
+    """Files that were saved without the head have no prefix, as Qwen3-Embedding's."""
+    _, plain = family
+
+    def rename(tensors) -> None:
+        kept = "lm_head.weight" if prefix else "model.embed_tokens.weight"
+        del tensors["model.embed_tokens.weight" if prefix else "lm_head.weight"]
+        found = {name.replace("model.", prefix, 1): tensors.pop(name) for name in list(tensors) if name != kept or not prefix}
+        tensors.update(found)
+
+    assert_equal(edited(plain, tmp_path / "renamed", put(tie_word_embeddings=True), rename))
+
+
+def test_double_precision_and_heads_of_training_are_no_obstacle(family, tmp_path):
+    _, plain = family
+
+    def edit(tensors) -> None:
+        tensors.update({name: tensor.double() for name, tensor in tensors.items()})
+        tensors["v_head.summary.weight"] = torch.ones(1, 32)
+
+    assert_equal(edited(plain, tmp_path / "double", None, edit))
 
 
 def test_scales_of_a_quantised_cache_and_old_buffers_are_left_out_and_reported(family, tmp_path, caplog):

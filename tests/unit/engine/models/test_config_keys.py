@@ -111,7 +111,6 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (YARN | {"type": "linear"}, "type"),
         (YARN | {"attn_factor": 0.9, "attention_factor": 0.9}, "attn_factor"),
         ({"rope_type": "default", "factor": 2.0}, "factor"),
-        ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 64}, "original_max_position_embeddings"),
         ({"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}, "alpha"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 2.0}, "rope_type"),
         ({"type": "su", "short_factor": [1.0], "long_factor": [1.0]}, "type"),
