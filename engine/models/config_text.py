@@ -78,5 +78,11 @@ def text_part(c: ConfigReader) -> TextPart:
     text |= {"tie_word_embeddings": tied, "architectures": [TEXT_TYPES[text_type]]}
     reader = ConfigReader(text, c.source, path, inherited=inherited)
     reader.note(f"only the text model of {wrapper} is served; images are not")
-    around = {key: value for key, value in outer.items() if key not in _INHERITED}
+    # Some versions of transformers wrote the text's keys outside, too, where nothing reads them.
+    twice = (
+        {} if inner is None else {key: outer[key] for key in outer.keys() & inner.given.keys() - {"model_type", "architectures"}}
+    )
+    if idle := sorted(key for key in twice.keys() - set(_INHERITED) if twice[key] != text[key]):
+        reader.note(f"these keys have no effect, since text_config has others: {', '.join(idle)}")
+    around = {key: value for key, value in outer.items() if key not in _INHERITED and key not in twice}
     return TextPart(reader, str(text_type), None if inner is None else ConfigReader(around, c.source, c.path))

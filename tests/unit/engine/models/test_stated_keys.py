@@ -103,3 +103,15 @@ def test_an_end_token_that_the_vocabulary_lacks_is_reported():
     assert spec.notes == ("config.json: eos_token_id [128, -1] ends nothing: the vocabulary has 128 tokens",)
     with pytest.raises(CheckpointError, match=r'eos_token_id is "x"'):
         parse("Llama", eos_token_id="x")
+
+
+def test_keys_of_the_text_that_stand_around_it_too_have_no_effect():
+    """Qwen2.5-VL's, as transformers 4.52 wrote it."""
+    text = SIZES | {"model_type": "qwen2_5_vl_text", "sliding_window": None, "hidden_act": "silu"}
+    nested = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "text_config": text}
+    plain, found = parse_spec(nested), parse_spec(SIZES | {"max_position_embeddings": 64, "hidden_act": "silu"} | nested)
+    assert found.max_model_len == 128
+    note = "config.json: these keys have no effect, since text_config has others: max_position_embeddings"
+    assert [n for n in found.notes if n not in plain.notes] == [note]
+    with pytest.raises(CheckpointError, match="logit_scale is"):
+        parse_spec(nested | {"logit_scale": 2.0})
