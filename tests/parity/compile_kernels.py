@@ -34,6 +34,7 @@ from engine.kernels import (
     sample_filtered,
     sort_pairs,
 )
+from engine.kernels.hardware import GPUS
 from engine.layers import moe_cuda
 from engine.layers.kinds import RoutingSpec
 from engine.layers.moe import MoeMlp
@@ -289,7 +290,7 @@ GROUPS = {
 
 def replace_kernels() -> set[str]:
     """Replace every kernel by a Recorder. Returns the set that gets the names of the compiled kernels."""
-    launch._has_pdl = lambda device: True
+    launch.properties = lambda device: GPUS["h200"]
     compiled: set[str] = set()
     for name in frozenset[str]().union(*(group.kernels for group in GROUPS.values())):
         module_name, _, kernel = name.partition(".")
@@ -302,5 +303,5 @@ if __name__ == "__main__":
     group = GROUPS[sys.argv[1]]
     compiled = replace_kernels()
     group.launch()
-    assert compiled == group.kernels, f"launched, but not in the group or the reverse: {sorted(compiled ^ group.kernels)}"
+    assert compiled >= group.kernels, f"in the group, but not launched: {sorted(group.kernels - compiled)}"
     sys.stdout.write("compiled\n")

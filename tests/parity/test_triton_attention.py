@@ -12,6 +12,7 @@ import torch
 from engine.attention import long_prompts
 from engine.attention.base import PagedGqa
 from engine.attention.cached_context import LongChunks
+from engine.attention.long_prompts import Prompts
 from engine.attention.torch_gqa import TorchGqa
 from engine.attention.triton_gqa import TritonGqa
 from engine.batch import ForwardBatch, LayerPools
@@ -171,7 +172,7 @@ def test_long_prompts_go_to_the_library(spans, monkeypatch):
     expected = TorchGqa().prepare(batch).attend(q, k, v, pools, scale=0.2)
     calls = use_any_library(monkeypatch)
     step = TritonGqa(132).prepare(batch)
-    monkeypatch.setattr(step, "_long", LongChunks(spans, []))
+    monkeypatch.setattr(step, "_long", LongChunks(Prompts(spans, together=len(spans) == 2), []))
     torch.testing.assert_close(step.attend(q, k, v, pools, scale=0.2), expected, atol=2e-5, rtol=1e-4)
     assert calls == [(len(spans), 4, 32, 32)]
 

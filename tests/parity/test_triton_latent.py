@@ -10,6 +10,7 @@ import torch
 from engine.attention import latent_chunks, torch_mla
 from engine.attention.base import PagedMla
 from engine.attention.cached_context import LongChunks
+from engine.attention.long_prompts import Prompts
 from engine.attention.torch_mla import TorchMla
 from engine.attention.triton_mla import TritonMla
 from engine.kernels import latent_products
@@ -192,7 +193,7 @@ def test_long_prompts_in_a_step_with_others(monkeypatch):
 
     use_any_library(monkeypatch)
     step = TritonMla(132).prepare(batch)
-    monkeypatch.setattr(step, "_long", LongChunks([range(1, 21), range(58, 98)], []))
+    monkeypatch.setattr(step, "_long", LongChunks(Prompts([range(1, 21), range(58, 98)], together=False), []))
     close(step.attend(q, records, kv_b, pools, scale=0.2), expected)
 
 
@@ -208,6 +209,6 @@ def test_long_prompts_that_are_the_whole_step(monkeypatch):
     expected = TorchMla().prepare(batch).attend(q, records, kv_b, pools, scale=0.2)
     calls = use_any_library(monkeypatch)
     step = TritonMla(132).prepare(batch)
-    monkeypatch.setattr(step, "_long", LongChunks([range(20), range(20, 40)], []))
+    monkeypatch.setattr(step, "_long", LongChunks(Prompts([range(20), range(20, 40)], together=True), []))
     close(step.attend(q, records, kv_b, pools, scale=0.2), expected)
     assert calls == [(2, heads, 32, NOPE + ROPE)]

@@ -194,6 +194,7 @@ class CountCopies:
     def __init__(self, runner):
         self.runner = runner
         self.num_blocks = runner.num_blocks
+        self.num_compiled = runner.num_compiled
         self.copies = 0
 
     def submit(self, plan):
