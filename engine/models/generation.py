@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from engine.models.config_reader import ConfigReader, read_json
-from engine.request import BOUNDS, MAX_BAD_WORDS
+from engine.request import BOUNDS, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 # Key of the file -> field of SamplingParams.
 _NUMBERS = {
@@ -22,6 +22,7 @@ _NUMBERS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+_REMEDY = "set generation_config to off to leave these defaults out"
 _WHOLE = ("top_k", "max_new_tokens")
 _READ = {*_NUMBERS, "do_sample", "bad_words_ids", "suppress_tokens", "eos_token_id"}
 # Keys that change nothing here, whatever their value. Most are about transformers' own code: caches, compilation, the form of its
@@ -110,20 +111,22 @@ def _number(c: ConfigReader, key: str, field: str) -> int | float:
     kind = int if key in _WHOLE else int | float
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         what = "a whole number" if key in _WHOLE else "a number"
-        c.refuse(key, f"it must be {what} from {low:g} to {high:g}; set generation_config to off to leave these defaults out")
+        c.refuse(key, f"it must be {what} from {low:g} to {high:g}; {_REMEDY}")
     return value if key in _WHOLE else float(value)
 
 
 def _bad_words(c: ConfigReader) -> tuple[tuple[int, ...], ...]:
     words = c.given.get("bad_words_ids") or []
     if not isinstance(words, list) or not all(isinstance(word, list) and word and _are_ids(word) for word in words):
-        c.refuse("bad_words_ids", "it must be a list of lists of token ids")
+        c.refuse("bad_words_ids", f"it must be a list of lists of token ids; {_REMEDY}")
+    if any(len(word) > MAX_BAD_WORD_TOKENS for word in words):
+        c.refuse("bad_words_ids", f"each list must have at most {MAX_BAD_WORD_TOKENS} token ids; {_REMEDY}")
     suppressed = c.given.get("suppress_tokens") or []
     if not isinstance(suppressed, list) or not _are_ids(suppressed):
-        c.refuse("suppress_tokens", "it must be a list of token ids")
+        c.refuse("suppress_tokens", f"it must be a list of token ids; {_REMEDY}")
     found = [*map(tuple, words), *((token,) for token in suppressed)]
     if len(found) > MAX_BAD_WORDS:
-        c.refuse("suppress_tokens", f"with bad_words_ids it must have at most {MAX_BAD_WORDS} entries")
+        c.refuse("suppress_tokens", f"with bad_words_ids it must have at most {MAX_BAD_WORDS} entries; {_REMEDY}")
     return tuple(dict.fromkeys(found))
 
 

@@ -111,8 +111,9 @@ class OutputBuilder:
             parts.append(self._detokenizer.add(tokens[:num_shown]))
         else:
             for i, token in enumerate(tokens):
-                starts.append(self._said_length)
-                parts.append(self._say(token, self.num_tokens + i, hidden=i >= num_shown))
+                hidden = i >= num_shown
+                starts.append(self._said_length + (0 if hidden else self._detokenizer.chars_before(token)))
+                parts.append(self._say(token, self.num_tokens + i, hidden=hidden))
                 if scanner is not None and scanner.matched is not None:
                     return "".join(parts), starts, i + 1
         if event.finish is not None:

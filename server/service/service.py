@@ -210,9 +210,11 @@ class GenerateService:
     def kept_of(self, truncate: int | None, max_tokens: int) -> int | None:
         """Return how many last tokens of a prompt to use, from the field truncate_prompt_tokens; None for all.
 
-        -1 stands for as many as the model's context leaves beside `max_tokens`.
+        -1 stands for as many as the context leaves beside `max_tokens`, or beside one token if `max_tokens` itself does not fit.
         """
-        return max(1, self.max_model_len - max(1, max_tokens)) if truncate == -1 else truncate
+        if truncate != -1:
+            return truncate
+        return self.max_model_len - (max_tokens if 0 < max_tokens < self.max_model_len else 1)
 
     def token_text(self, token: int) -> str:
         """Return the text of one token by itself, for answers with log-probabilities."""

@@ -23,6 +23,9 @@ class Detokenizer(Protocol):
     def add(self, tokens: Sequence[int]) -> str:
         """Return the text that is certain after `tokens`. Bytes of an incomplete character are held back."""
 
+    def chars_before(self, token: int) -> int:
+        """Return how many U+FFFD the held bytes become if `token` comes next, since it does not continue their character."""
+
     def flush(self) -> str:
         """Return the text that was held back. The caller calls this once, after the last token."""
 
@@ -30,17 +33,23 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """The detokenizer of one output of a byte-level BPE. It holds back at most the 3 bytes of an incomplete character."""
 
-    __slots__ = ("_bytes", "_decode")
+    __slots__ = ("_bytes", "_decode", "_decoder")
 
     def __init__(self, token_bytes: Mapping[int, bytes]) -> None:
         self._bytes = token_bytes
-        self._decode = _new_utf8_decoder("replace").decode
+        self._decoder = _new_utf8_decoder("replace")
+        self._decode = self._decoder.decode
 
     def add(self, tokens: Sequence[int]) -> str:
         token_bytes = self._bytes
         if len(tokens) == 1:
             return self._decode(token_bytes[tokens[0]])
         return self._decode(b"".join([token_bytes[token] for token in tokens]))
+
+    def chars_before(self, token: int) -> int:
+        held, added = self._decoder.getstate()[0], self._bytes[token]
+        continues = not (held and added) or _may_become_text(held + added[:1])
+        return 0 if continues else len(held.decode("utf-8", "replace"))
 
     def flush(self) -> str:
         return self._decode(b"", True)
@@ -122,6 +131,14 @@ class WindowDetokenizer:
         parts.append(self._write(run, unit))
         return "".join(parts)
 
+    def chars_before(self, token: int) -> int:
+        byte_of = self._texts.byte_of
+        if not self._held or self._texts.is_silent[token]:
+            return 0
+        if byte_of[token] is not None and _may_become_text(self._bytes_of([*self._held, token])):
+            return 0
+        return len(self._held) - self._num_prompt_held
+
     def flush(self) -> str:
         return self._write_undecodable(len(self._held))
 
@@ -130,13 +147,15 @@ class WindowDetokenizer:
 
         The second value is True for a character. (0, False) means that the bytes may still become a character.
         """
-        byte_of = self._texts.byte_of
-        held = bytes([byte for token in self._held if (byte := byte_of[token]) is not None])
         try:
-            _, num_bytes = codecs.utf_8_decode(held, "strict", False)
+            _, num_bytes = codecs.utf_8_decode(self._bytes_of(self._held), "strict", False)
         except UnicodeDecodeError as error:
             return error.end - error.start, False
         return num_bytes, True
+
+    def _bytes_of(self, tokens: Sequence[int]) -> bytes:
+        byte_of = self._texts.byte_of
+        return bytes([byte for token in tokens if (byte := byte_of[token]) is not None])
 
     def _write(self, run: list[int], unit: list[int]) -> str:
         """Return the text that `run` adds, and make its last unit the context of what follows."""
@@ -170,3 +189,12 @@ class WindowDetokenizer:
         num_prompt = min(num_tokens, self._num_prompt_held)
         self._num_prompt_held -= num_prompt
         return num_tokens - num_prompt
+
+
+def _may_become_text(held: bytes) -> bool:
+    """Return whether `held` is UTF-8 as far as it goes. The bytes of a last character may be incomplete."""
+    try:
+        codecs.utf_8_decode(held, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -106,7 +106,7 @@ class OffsetsJob:
     def step(self, largest: int | None = None) -> bool:
         at = len(self._offsets)
         for token in self._ids[at : at + self._piece_tokens]:
-            self._offsets.append(self._length)
+            self._offsets.append(self._length + self._detokenizer.chars_before(token))
             self._add(self._detokenizer.add([token]))
         if len(self._offsets) == len(self._ids):
             self._add(self._detokenizer.flush())

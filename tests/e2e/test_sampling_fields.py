@@ -270,6 +270,16 @@ async def test_a_default_of_max_tokens_yields_to_the_context(text):
             assert len(found.tokens) + found.prompt_tokens == 512
 
 
+@pytest.mark.parametrize(("limit", "left"), [(7, 512 - 7), (512, 511), (2048, 511)])
+async def test_a_prompt_is_cut_to_what_the_default_of_max_tokens_leaves(text, limit, left):
+    async with ways_over(text, params={"max_tokens": limit}) as ways:
+        for route, body in ROUTES.items():
+            [(name, value)] = body.items()
+            long = {name: "tide " * 1000 if name == "prompt" else [{**value[0], "content": "tide " * 1000}]}
+            found = await ways.ask(route, False, **long, truncate_prompt_tokens=-1, max_tokens=None, ignore_eos=True)
+            assert (route, found.prompt_tokens, len(found.tokens)) == (route, left, 512 - left)
+
+
 async def test_detokenize_keeps_special_tokens(ways):
     for skip, shown in ((None, "<|begin|><|user|>"), (False, "<|begin|><|user|>"), (True, "")):
         answer = await ways.api.http.post("/detokenize", json={"tokens": [BEGIN, USER], "skip_special_tokens": skip})

@@ -53,16 +53,17 @@ async def chat_completions(request: Request) -> Response:
 
 async def _generation_request(api: Api, body: ChatBody, id: str) -> GenerationRequest:
     limit, defaults = body.output_limit, api.service.defaults
+    usual = int(defaults.params.get("max_tokens", 0))  # what the author allows; 0 for what is left of the context
     tokens = await api.service.chat_tokens(
         body.conversation,
         model=body.model,
         add_special_tokens=bool(body.add_special_tokens),
         as_prompt=True,
-        keep=api.service.kept_of(body.truncate_prompt_tokens, limit or 0),
+        keep=api.service.kept_of(body.truncate_prompt_tokens, usual if limit is None else limit),
     )
     if limit is None:
         rest = max(1, api.service.max_model_len - len(tokens))
-        limit = min(rest, int(defaults.params.get("max_tokens", rest)))
+        limit = min(rest, usual or rest)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling(defaults, max_tokens=limit, logprobs=logprobs)
     return body.request_of(id, tokens, params, add_special_tokens=False, client_names=body.client_names)

@@ -79,7 +79,7 @@ def _prompt_kind(value: Any) -> str | None:
     first = value[0] if value else ""
     if isinstance(first, list):
         return "#token_lists"
-    return "#tokens" if isinstance(first, int) else "#texts"
+    return "#tokens" if isinstance(first, int | float) else "#texts"
 
 
 Prompt = Annotated[

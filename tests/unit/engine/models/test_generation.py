@@ -101,6 +101,7 @@ def test_a_value_that_asks_for_nothing_is_not_reported(read):
         ("suppress_tokens", 5),
         ("suppress_tokens", ["a"]),
         ("bad_words_ids", [[]]),
+        ("bad_words_ids", [[5] * 65]),  # no request could have it
         ("bad_words_ids", [5]),
     ],
 )

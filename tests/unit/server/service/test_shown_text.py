@@ -1,5 +1,7 @@
 """Tests what an output shows of the tokens that a model says: special tokens, stop strings, and where a token's text begins."""
 
+import codecs
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from server.metrics.registry import Metrics
 from server.service.output_builder import OutputBuilder
 from server.service.service import GenerateService
 from server.service.types import GenerationRequest
+from server.text.jobs import finish
 from server.text.stop import StopStrings
 from tests.unit.server.service.calls import SETTINGS, TEXT, outputs_of, request
 from tests.unit.server.text.tokenizers_for_tests import byte_level, gemma, llama2, llama2_by_words, no_decoder, word_piece
@@ -120,6 +123,34 @@ def test_a_tokens_text_begins_where_the_output_has_it():
     assert output_of(tokens, skip_special_tokens=False)[2] == [0, 1, 1, 1, 1, 2, 2 + len("<|user|>")]
 
 
+def fallback_bytes(values):
+    text = llama2()
+    return text, [next(i for i in range(text.vocab_size) if text.byte_of[i] == value) for value in values]
+
+
+def plain_bytes(values):
+    by_value = {TEXT.token_bytes(i): i for i in range(TEXT.vocab_size) if i > ASSISTANT}
+    return TEXT, [by_value[bytes([value])] for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "offsets", "fallback_offsets"),
+    [
+        (b"\xf0\xf0\xf0", [0, 1, 2], [0, 1, 2]),  # each begins a character that the next does not continue
+        (b"\xf0\x9f\x41", [0, 0, 1], [0, 0, 2]),  # with byte fallback each wrong byte is a U+FFFD
+        (b"\xf0\x9f\xf0\x9f\x90\x9f\x41", [0, 0, 1, 1, 1, 1, 2], [0, 0, 2, 2, 2, 2, 3]),
+        (b"\xed\xa0\x41", [0, 0, 2], [0, 0, 2]),  # half of a surrogate pair, which is no character
+        ("\N{REPLACEMENT CHARACTER}a".encode(), [0, 0, 0, 1], [0, 0, 0, 1]),  # the model says U+FFFD itself
+    ],
+)
+def test_a_byte_that_does_not_continue_a_character_begins_after_it(values, offsets, fallback_offsets):
+    for (text, ids), right in ((plain_bytes(values), offsets), (fallback_bytes(values), fallback_offsets)):
+        for size in (1, 3):
+            assert output_of(ids, text=text, size=size)[2] == right
+        job = text.text_and_offsets(ids, skip_special_tokens=True)
+        assert finish(job)[1] == right
+
+
 def test_the_tokens_of_a_stop_string_begin_where_the_text_ends():
     tokens = [t for c in "xabcd" for t in ids_of(c)]
     chunks = chunks_of(tokens, stop=("abcd",))
@@ -137,16 +168,18 @@ def test_the_tokens_of_a_stop_string_begin_where_the_text_ends():
     st.booleans(),
     st.booleans(),
 )
-def test_offsets_are_those_of_the_text_before_each_token(tokens, stops, size, skip, include):
+def test_a_token_begins_where_the_character_of_its_first_byte_does(tokens, stops, size, skip, include):
     how = {"stop": tuple(stops), "skip_special_tokens": skip, "include_stop_str_in_output": include}
     text, ids, offsets, last = output_of(tokens, size=size, **how)
     assert (text, ids, offsets) == output_of(tokens, size=1, **how)[:3]
     if last.stop_reason is None:
         assert ids == tokens
-    detokenizer, length = TEXT.detokenizer(skip_special_tokens=skip), 0
+    decoder, length = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for token, offset in zip(ids, offsets, strict=True):
-        assert offset == min(length, len(text))
-        length += len(detokenizer.add([token]))
+        shown = b"" if skip and token <= ASSISTANT else TEXT.token_bytes(token)
+        length += len(decoder.decode(shown[:1]))  # the first byte is inside the last of these characters, unless it waits
+        assert offset == min(length - bool(shown and not decoder.getstate()[0]), len(text))
+        length += len(decoder.decode(shown[1:]))
 
 
 def test_the_prompts_ids_come_with_the_first_chunk_if_they_are_asked_for():

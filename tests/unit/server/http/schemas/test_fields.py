@@ -61,9 +61,15 @@ async def test_a_field_that_other_servers_have_is_refused_alike_on_every_route(p
 
 
 @pytest.mark.parametrize("path", PLAIN)
-@pytest.mark.parametrize("name", ["enable_thinking", "include_reasoning", "separate_reasoning"])
+@pytest.mark.parametrize("name", ["enable_thinking", "separate_reasoning", "stream_reasoning", "detokenize"])
 async def test_false_is_refused_where_it_asks_for_something(path, name):
     assert error_of((await send(path, {name: False}))[0])["param"] == name
+
+
+async def test_a_prompts_special_tokens_cannot_be_left_out_in_silence():
+    for path in ("/v1/completions", "/v1/generate"):
+        assert (await send(path, {"add_special_tokens": True}))[0].status_code == 200
+        assert error_of((await send(path, {"add_special_tokens": False}))[0])["param"] == "add_special_tokens"
 
 
 @pytest.mark.parametrize("path", OPENAI)

@@ -79,6 +79,7 @@ def test_no_refusal_has_the_words_of_a_library(model, plain, data):
             {"prompt": {}},
             "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids",
         ),
+        (CompletionBody, {"prompt": [1.0]}, "prompt[0] must be a whole number"),
         (CompletionBody, {"stream": True, "stream_options": 5}, "stream_options must be an object"),
         (CompletionBody, {"metadata": {"a": 5}}, "metadata.a must be a string"),
         (DetokenizeBody, {"tokens": []}, "tokens must not be empty"),
