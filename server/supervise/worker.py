@@ -52,7 +52,15 @@ SWITCH_SECONDS = 0.001  # longest wait of the event loop for a thread that runs 
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that installs no signal handlers, since the worker has its own."""
+    """A uvicorn server that installs no signal handlers, since the worker has its own. `opened` is set once its port listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.opened = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.opened.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,6 +75,7 @@ class Worker:
         self._listen_at_once = start.listen_at_once
         self._reports = start.index == 0  # one worker writes to the log what concerns all of them
         self._all_ready = all_ready
+        self._opened = asyncio.Event()  # the ports listen
         self._client = EngineClient(
             [start.endpoint],
             f"api {start.index}",
@@ -126,6 +135,8 @@ class Worker:
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
         admin_serving = asyncio.create_task(admin.serve(sockets=[self._admin_socket]))
+        await _first_of(_all_set(http.opened, admin.opened), serving, admin_serving)
+        self._opened.set()
         await _first_of(serving, admin_serving, self._draining.wait())
         await self._drain(http, rpc, serving)
         metrics.tally.flush()
@@ -141,8 +152,13 @@ class Worker:
         self._draining.set()
 
     async def _report_ready(self, text: Tokenizer, defaults: GenerationDefaults) -> None:
-        """Tell the supervisor once that this worker has an engine."""
+        """Tell the supervisor once that this worker has an engine and that its ports are open.
+
+        The ports of a worker that replaces another open only after that.
+        """
         await self._client.wait_ready()
+        if self._listen_at_once:
+            await self._opened.wait()
         if self._reports:
             report_model(text, defaults, self._client.info.limits.eos_token_ids)
         lifeline.tell(lifeline.READY)
@@ -190,6 +206,11 @@ def _http_config(app: FastAPI, limits: HttpLimits, metrics: Metrics) -> uvicorn.
         server_header=False,
         backlog=BACKLOG,
     )
+
+
+async def _all_set(*events: asyncio.Event) -> None:
+    for event in events:
+        await event.wait()
 
 
 async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> None:
