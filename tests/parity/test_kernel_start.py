@@ -5,7 +5,6 @@ import logging
 
 import msgspec
 import pytest
-from triton import knobs
 
 from engine.config import EngineConfig, resolve
 from engine.device import kernel_set
@@ -36,7 +35,7 @@ def cache(tmp_path, monkeypatch):
     """Triton's cache, and a compiler whose set has no files. Returns the cache's folder, and the list of compilations."""
     folder, built = tmp_path / "cache", []
     folder.mkdir()
-    monkeypatch.setattr(knobs.cache, "dir", str(folder))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))  # an assignment to the knob would set the variable for good
 
     def build(spec, config, gpu, progress=None):
         built.append(spec)
