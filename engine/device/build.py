@@ -57,6 +57,8 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         compiles = importlib.import_module("engine.kernels.compiles").count(clock.progress)
         gpu = hardware.properties(device)
         importlib.import_module("engine.device.kernel_set").make_ready(spec, config, gpu, clock.progress)
+    elif config.kernel_folder is not None:
+        log.warning("kernel_folder has no effect: the device is the CPU, which runs no compiled kernels")
     clock.end("kernels")
     backend = _load(spec, config, device, clock)
     clock.end("weights")

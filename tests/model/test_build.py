@@ -37,6 +37,12 @@ def config(tmp_path):
     return make
 
 
+def test_a_folder_of_kernels_for_a_cpu_is_reported(config, caplog):
+    with caplog.at_level("WARNING", logger="tidegate.engine"):
+        build(msgspec.structs.replace(config(num_blocks=8), kernel_folder="/kernels"))
+    assert "kernel_folder has no effect: the device is the CPU" in caplog.text
+
+
 def test_keys_of_the_config_that_have_no_effect_are_in_the_log(tmp_path, caplog):
     folder = tiny.write(tmp_path, {**tiny.LLAMA, "my_dataset": "x"})
     with caplog.at_level("WARNING", logger="tidegate.engine"):
