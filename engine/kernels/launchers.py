@@ -76,4 +76,4 @@ def _linkable() -> Iterator[None]:
         try:
             yield
         finally:
-            del knobs.nvidia.libcuda_path
+            knobs.nvidia.libcuda_path = None  # this removes the environment variable too, which the assignment above has set
