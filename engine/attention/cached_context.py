@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from engine.attention import cudnn, long_prompts
-from engine.attention.cudnn import Plan, Plans
 from engine.attention.long_prompts import Prompts
+from engine.attention.plans import Plan, Plans
 from engine.batch import ForwardBatch, WarmupChunk
 from engine.kernels.hardware import is_gpu
 from engine.kernels.merge_parts import Part, merge_parts

@@ -2,13 +2,10 @@
 
 cuDNN plans a kernel the first time that it sees a combination of shapes and strides. A plan takes 65 to 90 ms, and the first plan
 of a process more than a second. Callers therefore pad to a few lengths, and a server makes the plans of these lengths before
-requests need them. `Plans` knows which exist: a chunk whose plan does not exist goes to our own kernels, and no request waits.
+requests need them. `plans.py` knows which exist: a chunk whose plan does not exist goes to our own kernels, and no request waits.
 """
 
 from __future__ import annotations
-
-from collections.abc import Set
-from typing import NamedTuple
 
 import torch
 
@@ -18,33 +15,6 @@ from engine.kernels.merge_parts import Part
 MAX_HEAD = 128  # largest head for which every cuDNN version that torch 2.11 or later ships has a Hopper kernel
 DTYPES = (torch.bfloat16, torch.float16)
 LATENT_HEADS = (192, 128)  # sizes of DeepSeek's query and value heads, for which cuDNN has a kernel too
-
-
-class Plan(NamedTuple):
-    """A combination of shapes and strides that cuDNN plans a kernel for. Heads and dtype are those of the model."""
-
-    rows: int  # queries of each sequence
-    keys: int  # keys of each sequence; as many as rows if causal
-    causal: bool
-    sequences: int = 1
-    padded: bool = True  # whether the sequences were padded, which changes strides
-    with_lse: bool = True  # whether the log-sum-exps are returned
-
-
-class Plans:
-    """The plans that cuDNN has made in this process for one model. `on_demand` allows a step to wait for a new plan."""
-
-    def __init__(self) -> None:
-        self.on_demand = True
-        self._made: set[Plan] = set()
-
-    def take(self, needed: Set[Plan]) -> bool:
-        """Whether a step may use cuDNN with the plans `needed`: they exist, or they may be made now. A call that gets True must
-        use all of them."""
-        if not needed <= self._made and not self.on_demand:
-            return False
-        self._made |= needed
-        return True
 
 
 def load_library(device: torch.device, dtype: torch.dtype) -> None:

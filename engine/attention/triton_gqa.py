@@ -16,7 +16,7 @@ import torch
 
 from engine.attention import cached_context, long_prompts
 from engine.attention.cached_context import LongChunks
-from engine.attention.cudnn import Plans
+from engine.attention.plans import Plans
 from engine.attention.upload import upload
 from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.paged_decode import choose_splits, paged_decode

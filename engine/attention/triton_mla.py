@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from engine.attention import cached_context, long_prompts
 from engine.attention.cached_context import LongChunks
-from engine.attention.cudnn import Plans
 from engine.attention.latent_chunks import LatentGroup, plan_groups
+from engine.attention.plans import Plans
 from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.latent_products import absorb, absorb_few, build_keys, expand, merge_expand
 from engine.kernels.mla_decode import decode_splits, is_alone, merge, mla_decode

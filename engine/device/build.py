@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.attention import cudnn
 from engine.backends.base import Backend
 from engine.backends.rehearsal import Rehearsal
 from engine.backends.torch import load
@@ -83,9 +82,12 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
 
 def _load(spec: ModelSpec, config: EngineConfig, device: torch.device, clock: StartupClock) -> Backend:
     """Load the model. Meanwhile another thread lets cuDNN load its code, if the model's steps will use it."""
+    if device.type != "cuda":
+        return load(spec, config, device, clock.progress)
+    cudnn = importlib.import_module("engine.attention.cudnn")  # by name: it needs Triton, which not every machine has
     dtype: torch.dtype = getattr(torch, config.dtype)
     with ThreadPoolExecutor(1) as others:
-        loading = others.submit(cudnn.load_library, device, dtype) if device.type == "cuda" and dtype in cudnn.DTYPES else None
+        loading = others.submit(cudnn.load_library, device, dtype) if dtype in cudnn.DTYPES else None
         backend = load(spec, config, device, clock.progress)
         if loading is not None:
             loading.result()

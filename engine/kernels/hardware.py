@@ -57,8 +57,8 @@ _planned_for: ContextVar[Gpu | None] = ContextVar("planned_for", default=None)
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether steps on `device` launch GPU kernels. Steps on "meta" do: there they are planned for the GPU of `planned_for`."""
-    return device.type in ("cuda", "meta")
+    """Whether steps on `device` launch GPU kernels. Those on "meta" do within `planned_for`, where they are planned for a GPU."""
+    return device.type == "cuda" or (device.type == "meta" and _planned_for.get() is not None)
 
 
 @contextmanager

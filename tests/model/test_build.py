@@ -3,6 +3,10 @@ used."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import graph_stand_in
 import msgspec
 import pytest
@@ -20,6 +24,8 @@ BLOCK = 4
 FREE = 1 << 30  # free bytes of the simulated device
 BLOCK_BYTES = BLOCK * 3 * 2 * 2 * 8 * 4  # bytes of a block: tokens x layers x (K and V) x heads x head size x 4 bytes
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
@@ -35,6 +41,18 @@ def config(tmp_path):
         return EngineConfig(model=str(folder), device="cpu", cache=CacheConfig(block_size=BLOCK, **cache))
 
     return make
+
+
+def test_a_cpu_needs_no_triton(config):
+    """`make serve` installs no Triton: an engine on a CPU must start and generate without it."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from engine import LLM, SamplingParams\n"
+        "with LLM(sys.argv[1], device='cpu', cache={'num_blocks': 8}) as llm:\n"
+        "    print(len(llm.generate([[1, 2]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, config().model], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "3\n", done.stderr[-2000:]
 
 
 def test_a_folder_of_kernels_for_a_cpu_is_reported(config, caplog):

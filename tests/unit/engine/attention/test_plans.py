@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.attention import cached_context, long_prompts
-from engine.attention.cudnn import Plan, Plans
+from engine.attention.plans import Plan, Plans
 from engine.attention.triton_gqa import TritonGqa
 from engine.batch import ForwardBatch
 from engine.kernels.hardware import GPUS, planned_for
