@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ def run(settings: Settings, output: Path, gpu: str | None) -> CompileLine:
     The result is a sentence on stderr and a JSON line on stdout. Raises ConfigError for an unknown GPU, for a model whose kernels
     cannot be planned, and for a folder that cannot be written.
     """
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError("compiling kernels needs Triton, which is not installed: run .venv/bin/pip install 'triton>=3.6'")
     target = find_gpu(importlib.import_module("engine.kernels.hardware"), gpu)
     began = time.monotonic()
     console = Console(stderr=True)
     config = settings.engine_config()
     spec = read_spec(config.model)
+    kernels = importlib.import_module("engine.device.kernel_set")  # by name: not every machine has Triton
     config = resolve(msgspec.structs.replace(config, device="cuda"), spec.limits(), has_cuda=True)
-    kernels = importlib.import_module("engine.device.kernel_set")  # needs Triton, which is not installed on every machine
     try:
         found, size = kernels.export(spec, config, target, output)
     except OSError as error:
