@@ -275,8 +275,10 @@ def test_the_garbage_collector_has_no_more_to_visit_for_long_prompts():
 
 
 def num_tracked(num_prompt: int) -> int:
-    """Return how many objects the collector tracks for a busy core. Other tests' leftovers may add some: take the least of several
-    calls."""
+    """Return how many objects the collector tracks for a busy core.
+
+    What other tests left behind may add some: the least of several calls is the number.
+    """
     gc.collect()
     before = len(gc.get_objects())
     core = busy_core(num_prompt)
