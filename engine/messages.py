@@ -23,6 +23,7 @@ import numpy.typing as npt
 from engine.config import ModelLimits
 from engine.errors import ContextTooLong, InvalidRequest
 from engine.request import BOUNDS, ENGINE_SEED_MAX, SamplingParams, TokenEvent
+from engine.slo import DEFAULT_SLO, SloName
 
 TOKEN_BYTES = 4
 INT32_MAX = 2**31 - 1
@@ -68,6 +69,10 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     priority: int = 0
     fork_of: str | None = None  # request id of the sibling (n > 1) whose prompt blocks to share
     salt: str = ""
+    tenant: str = ""  # requests of different tenants share the engine fairly
+    slo: SloName = DEFAULT_SLO
+    promised: bool = False  # the class was named by the client or the operator: refuse the request if its first token comes late
+    deadline_s: float | None = None  # seconds, from the engine's receipt, after which nobody wants the output any more
 
     @property
     def num_prompt(self) -> int:

@@ -43,7 +43,7 @@ LADDER: list[list[set[str]]] = [
     [{"engine.messages"}, {"engine.plan"}],
     [{"engine.request"}],
     [{"engine.config"}],
-    [{"engine.errors"}, {"engine.lifeline"}, {"engine.logs"}, {"engine.startup"}],
+    [{"engine.errors"}, {"engine.lifeline"}, {"engine.logs"}, {"engine.slo"}, {"engine.startup"}],
 ]
 
 TORCH_FREE = (
@@ -51,6 +51,7 @@ TORCH_FREE = (
     "engine.errors",
     "engine.lifeline",
     "engine.logs",
+    "engine.slo",
     "engine.startup",
     "engine.config",
     "engine.request",
@@ -148,6 +149,7 @@ FLAT = {
         "process",
         "fake",
         "logs",
+        "slo",
         "startup",
         "lifeline",
         "batch",
