@@ -1,4 +1,4 @@
-"""What the scheduler and the controller of the batch tell each other: the load before a step, the limits of the step, its shape."""
+"""What the scheduler and the controller of the batch tell each other: the load before a step, the step's limits, its shape."""
 
 from __future__ import annotations
 
