@@ -27,6 +27,7 @@ from engine.errors import InternalError
 from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan
 from engine.request import Request, TokenEvent
+from engine.scheduler.limits import StepLimits
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
 
@@ -88,6 +89,10 @@ class Core:
                 arrival=time.monotonic(),
                 fork_of=submit.fork_of,
                 salt=submit.salt,
+                tenant=submit.tenant,
+                slo=submit.slo,
+                promised=submit.promised,
+                deadline_s=submit.deadline_s,
             )
         )
 
@@ -165,8 +170,13 @@ class Core:
         self._in_flight = None
         self._runner.close()
 
+    def _step_limits(self) -> StepLimits:
+        sched = self._config.scheduler
+        tokens = sched.max_step_tokens or sched.max_num_seqs
+        return StepLimits(tokens, sched.max_num_seqs, tokens)
+
     def _plain_step(self, began: float) -> list[TokenEvent]:
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._step_limits())
         if plan is None:
             return self._nothing_to_run()
         pending = self._runner.submit(plan)
@@ -179,7 +189,7 @@ class Core:
 
     def _overlapped_step(self, began: float) -> list[TokenEvent]:
         previous = self._in_flight
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self._step_limits())
         self._in_flight = None if plan is None else _InFlightStep(plan, self._runner.submit(plan), previous is not None)
         if previous is None:
             self._exposed_seconds += time.perf_counter() - began

@@ -16,6 +16,7 @@ import msgspec
 import xxhash
 
 from engine.errors import InvalidRequest
+from engine.slo import DEFAULT_SLO, SLO_CLASSES, SloName
 
 
 class Bound(NamedTuple):
@@ -214,13 +215,14 @@ class Request:
         num_uncommitted  tokens sampled by submitted steps whose results are not committed yet (0 to 2)
         num_tokens       len(tokens) + num_uncommitted; num_tokens - num_computed is the work left
 
-    Times are in seconds of the engine's monotonic clock. A smaller `priority` runs first.
+    Times are in seconds of the engine's monotonic clock. A smaller `priority` runs first. The scheduler's policy sets `rank`.
     """
 
     __slots__ = (
         "arrival",
         "awaited",
         "blocks",
+        "deadline",
         "end_len",
         "fork_of",
         "leader",
@@ -230,7 +232,9 @@ class Request:
         "num_uncommitted",
         "params",
         "priority",
+        "promised",
         "prompt_logprobs",
+        "rank",
         "request_id",
         "row",
         "salt",
@@ -238,9 +242,11 @@ class Request:
         "seed",
         "sequence",
         "skips",
+        "slo",
         "stalled",
         "status",
         "stop_ids",
+        "tenant",
         "tokens",
     )
 
@@ -258,10 +264,14 @@ class Request:
         arrival: float = 0.0,
         fork_of: str | None = None,
         salt: str = "",
+        tenant: str = "",
+        slo: SloName = DEFAULT_SLO,
+        promised: bool = False,
+        deadline_s: float | None = None,
     ) -> None:
         """Create a waiting request. `tokens` is the prompt, followed by the outputs that an earlier engine generated for it.
 
-        The first `num_prompt` tokens are the prompt. The outputs count towards max_tokens.
+        The first `num_prompt` tokens are the prompt. The outputs count towards max_tokens. `deadline_s` counts from `arrival`.
         """
         self.request_id = request_id
         self.tokens = array("i", tokens)  # an array is small, and the garbage collector does not visit its elements
@@ -272,6 +282,10 @@ class Request:
         self.arrival = arrival
         self.fork_of = fork_of
         self.salt = salt  # requests share cached blocks only within one salt
+        self.tenant = tenant
+        self.slo = SLO_CLASSES[slo]
+        self.promised = promised  # refuse the request if its first token is predicted to come later than its class promises
+        self.deadline = None if deadline_s is None else arrival + deadline_s
         self.stop_ids = _stop_ids(params.stop_token_ids, params.end_ids(eos_token_ids))
         # The request ends when len(tokens) reaches this. With max_tokens 0 one token is sampled, and then dropped.
         self.end_len = min(num_prompt + max(1, params.max_tokens), max_model_len)
@@ -282,7 +296,8 @@ class Request:
         self.row: int | None = None
         self.blocks: list[int] = []
         self.leader: Request | None = None  # the request named by `fork_of`, once both prompts were found equal
-        self.sequence = 0  # order of arrival, assigned by the queue
+        self.sequence = 0  # order of arrival, assigned by the scheduler
+        self.rank = (self.slo.rank, 0.0, 0)  # (class, due time, sequence); the smallest is the best
         self.skips = 0  # later requests that were admitted while this one did not fit
         self.awaited = 0  # highest num_computed seen of a request that computes the prefix which this request waits for
         self.stalled = 0  # steps in which this request waited for its prefix and `awaited` did not grow

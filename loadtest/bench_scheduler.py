@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from engine.config import CacheConfig, EngineConfig, ModelLimits, SchedulerConfig, resolve
 from engine.plan import StepPlan, StepResult
 from engine.request import Request, SamplingParams
+from engine.scheduler.limits import StepLimits
 from engine.scheduler.scheduler import Scheduler
 
 LIMITS = ModelLimits(max_model_len=1 << 20, vocab_size=32000, eos_token_ids=(2,), dtype="bfloat16")
@@ -60,12 +61,12 @@ def main() -> None:
 
 
 def _run(num_requests: int, steps: int, overlap: bool) -> Round:
-    scheduler = _running(num_requests, steps)
+    scheduler, limits = _running(num_requests, steps)
     schedule_us, commit_us = [], []
-    previous: StepPlan | None = scheduler.schedule() if overlap else None
+    previous: StepPlan | None = scheduler.schedule(limits) if overlap else None
     for _ in range(steps):
         start = time.perf_counter()
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(limits)
         scheduled = time.perf_counter()
         due = previous if overlap else plan
         if plan is None or due is None or due.num_decodes != num_requests:
@@ -81,25 +82,27 @@ def _run(num_requests: int, steps: int, overlap: bool) -> Round:
     return Round(schedule_us, commit_us)
 
 
-def _running(num_requests: int, steps: int) -> Scheduler:
-    """Return a scheduler whose requests have all computed their prompts."""
+def _running(num_requests: int, steps: int) -> tuple[Scheduler, StepLimits]:
+    """Return a scheduler whose requests have all computed their prompts, and the limits of its steps."""
     length = PROMPT_LEN + BLOCK_SIZE + steps + 8
     num_blocks = num_requests * (length // BLOCK_SIZE + 2) + 1
+    tokens = num_requests * (PROMPT_LEN + BLOCK_SIZE)
+    limits = StepLimits(tokens, num_requests, tokens)
     config = EngineConfig(
         model="none",
         cache=CacheConfig(block_size=BLOCK_SIZE, num_blocks=num_blocks),
-        scheduler=SchedulerConfig(max_num_seqs=num_requests, max_step_tokens=num_requests * (PROMPT_LEN + BLOCK_SIZE)),
+        scheduler=SchedulerConfig(max_num_seqs=num_requests, max_step_tokens=tokens),
     )
     scheduler = Scheduler(resolve(config, LIMITS, has_cuda=False), num_blocks)
     for i in range(num_requests):
         tokens = [i % 1000] * (PROMPT_LEN + i % BLOCK_SIZE)
         params = SamplingParams(max_tokens=steps + 8)
         scheduler.add(Request(str(i), tokens, params, num_prompt=len(tokens), seed=i, eos_token_ids=(2,), max_model_len=length))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(limits)
     if plan is None:
         raise SystemExit("nothing was admitted")
     scheduler.commit(plan, StepResult(plan.step, [7] * len(plan.samples)))
-    return scheduler
+    return scheduler, limits
 
 
 def _middle(rounds: list[Round]) -> Round:

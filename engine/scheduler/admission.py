@@ -1,11 +1,12 @@
-"""Admission: which waiting requests may start in a step, best rank first.
+"""Admission: which waiting requests may start in a step, in the policy's order.
 
-A waiting request is passed over in three cases.
+A waiting request is passed over in four cases.
 
     deferred   Another request is computing the next block of its prompt right now. The request shares that block one step later.
                A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
     blocked    The request does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
     unknown    The request was preempted, and its next token is not committed yet.
+    long       The step has only so many tokens left beside a long prompt, and this request could not finish its own in them.
 
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
@@ -14,12 +15,13 @@ at once if the other request ends or is preempted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from engine.kvcache.manager import KVCacheManager
 from engine.plan import BlockCopy
 from engine.request import Request, Status
-from engine.scheduler.queue import WaitingQueue, rank
+from engine.scheduler.policy import Policy
+from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
 
 MAX_BLOCKED = 16  # blocked requests after which a step stops looking for one that fits
@@ -34,25 +36,35 @@ class Admission:
     """
 
     def __init__(
-        self, cache: KVCacheManager, queue: WaitingQueue, running: RunningSet, requests: Mapping[str, Request], max_skips: int
+        self,
+        cache: KVCacheManager,
+        queue: WaitingQueue,
+        running: RunningSet,
+        requests: Mapping[str, Request],
+        policy: Policy,
+        max_skips: int,
     ) -> None:
+        self._policy = policy
         self._cache = cache
         self._queue = queue
         self._running = running
         self._requests = requests
         self._max_skips = max_skips
 
-    def admissible(self, in_step: list[Request]) -> Iterator[tuple[Request, list[BlockCopy]]]:
+    def admissible(
+        self, in_step: list[Request], now: float, *, longest: Callable[[], int | None] = lambda: None
+    ) -> Iterator[tuple[Request, list[BlockCopy]]]:
         """Yield each waiting request that can start now, after giving it its blocks, with the copies that its blocks need.
 
         `in_step` are the requests whose prompt chunks are already in this step. The caller must admit each yielded request
-        and add a chunk of it to the step before it continues the iteration.
+        before it continues the iteration. Requests with more uncomputed tokens than `longest` returns are passed over; None
+        means any length.
         """
         in_step = list(in_step)
         computing = {self._cache.next_digest(request): request for request in self._running.prompts + in_step}
         blocked: list[Request] = []
         num_deferred = 0
-        for request in list(self._queue):
+        for request in self._policy.order(self._queue.lanes, now):
             if len(blocked) == MAX_BLOCKED or num_deferred == MAX_DEFERRED:
                 return
             if any(other.skips >= self._max_skips for other in blocked):
@@ -61,6 +73,10 @@ class Admission:
                 continue
             leader = self._leader(request)
             if self._awaits_leader(request, leader, in_step) or self._awaits_prefix(request, leader, computing):
+                num_deferred += 1
+                continue
+            most = longest()
+            if most is not None and self._uncomputed(request, leader) > most:
                 num_deferred += 1
                 continue
             copies = self._reserve(request, leader)
@@ -78,7 +94,7 @@ class Admission:
         if leader is None:
             return False
         if leader.status is Status.WAITING:
-            return rank(leader) < rank(request)
+            return leader.rank < request.rank
         return leader.num_computed < leader.num_prompt or any(other is leader for other in in_step)
 
     def _awaits_prefix(self, request: Request, leader: Request | None, computing: dict[bytes | None, Request]) -> bool:
@@ -102,6 +118,13 @@ class Admission:
     def _may_match(self, request: Request) -> bool:
         """Return whether `request` may use cached blocks. A prompt with log-probabilities requested is computed completely."""
         return self._cache.prefix_caching and (request.params.prompt_logprobs is None or request.num_outputs > 0)
+
+    def _uncomputed(self, request: Request, leader: Request | None) -> int:
+        """Return how many tokens must be computed for `request` before its next token. `_awaits_prefix` was just asked."""
+        if leader is not None and leader.status is Status.RUNNING:
+            return 1
+        cached = self._cache.match(request) * self._cache.block_size if self._may_match(request) else 0
+        return len(request.tokens) - cached
 
     def _leader(self, request: Request) -> Request | None:
         """Return the sibling that `request` can fork: its prompt and salt are the same, and nothing must be computed again."""

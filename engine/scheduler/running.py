@@ -1,65 +1,93 @@
-"""RunningSet: the requests that own a batch row, in two lists in rank order: prompts being computed, and decodes."""
+"""RunningSet: the requests that own a batch row, in two lists: prompts being computed, in rank order, and decodes."""
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter
 
 from engine.errors import InternalError
 from engine.request import Request, Status
-from engine.scheduler.queue import rank
+from engine.slo import SLO_CLASSES
+
+_RANK = attrgetter("rank")
+_ITL = tuple(slo.itl for slo in sorted(SLO_CLASSES.values(), key=attrgetter("rank")))  # by the rank of the class
 
 
 class RunningSet:
-    __slots__ = ("_max_rows", "decodes", "free_rows", "prompts")
+    __slots__ = ("_decodes_by_class", "_max_rows", "_num_by_class", "decodes", "free_rows", "prompts")
 
     def __init__(self, max_rows: int) -> None:
-        self.prompts: list[Request] = []  # requests with known tokens that are not scheduled yet
-        self.decodes: list[Request] = []  # requests that run one token in each step
+        self.prompts: list[Request] = []  # requests with known tokens that are not scheduled yet, the best rank first
+        self.decodes: list[Request] = []  # requests that run one token in each step, in the order in which they began to
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self._max_rows = max_rows
+        self._num_by_class = [0] * len(_ITL)
+        self._decodes_by_class = [0] * len(_ITL)
 
     def __len__(self) -> int:
         return len(self.prompts) + len(self.decodes)
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain(self.prompts, self.decodes)
+
+    def num_places(self, seqs: int) -> int:
+        """Return how many more requests may run if at most `seqs` may."""
+        return min(len(self.free_rows), seqs - len(self))
+
+    @property
+    def worst_class(self) -> int:
+        """The largest rank of a class of which a request runs; -1 if none runs."""
+        return max((rank for rank, num in enumerate(self._num_by_class) if num), default=-1)
+
+    @property
+    def itl(self) -> float | None:
+        """The tightest inter-token target of the decodes, in seconds. None if nothing is promised to any of them."""
+        targets = (target for target, num in zip(_ITL, self._decodes_by_class, strict=True) if num and target is not None)
+        return min(targets, default=None)
 
     def add(self, request: Request) -> int:
         """Give `request` a row, add it to the prompts, and return the row."""
         request.row = row = self.free_rows.pop()
         request.status = Status.RUNNING
-        insort(self.prompts, request, key=rank)
+        insort(self.prompts, request, key=_RANK)
+        self._num_by_class[request.slo.rank] += 1
         return row
 
     def start_decoding(self, request: Request) -> None:
         """Move a request from the prompts to the decodes, once its last known token is scheduled."""
         self.prompts.remove(request)
-        insort(self.decodes, request, key=rank)
+        self.decodes.append(request)
+        self._decodes_by_class[request.slo.rank] += 1
 
     def remove(self, request: Request) -> None:
         """Remove a request from the running set, and free its batch row for another request."""
-        (self.decodes if request in self.decodes else self.prompts).remove(request)
+        if request in self.decodes:
+            self.decodes.remove(request)
+            self._decodes_by_class[request.slo.rank] -= 1
+        else:
+            self.prompts.remove(request)
+        self._num_by_class[request.slo.rank] -= 1
         self.free_rows.append(row_of(request))
         request.row = None
 
-    def worst(self) -> Request:
-        """Return the running request of the worst rank: the largest priority value, and the latest arrival among equals."""
-        return max(self.decodes[-1:] + self.prompts[-1:], key=rank)
-
     def check(self) -> None:
-        """Raise InternalError if a batch row is lost or assigned twice, or if a request is in the wrong list or place.
-
-        The lists are those of prompts and of decodes, each in rank order.
-        """
-        rows = self.free_rows + [row_of(request) for request in self.prompts + self.decodes]
+        """Raise InternalError if a batch row is lost or assigned twice, or if a request is in the wrong list or place."""
+        rows = self.free_rows + [row_of(request) for request in self]
         if sorted(rows) != list(range(self._max_rows)):
             raise InternalError("batch rows are lost or given twice")
-        for group in (self.prompts, self.decodes):
-            if sorted(group, key=rank) != group:
-                raise InternalError("running requests are out of order")
+        if sorted(self.prompts, key=_RANK) != self.prompts:
+            raise InternalError("running prompts are out of order")
         for request in self.prompts:
             if request.num_computed >= len(request.tokens) or request.num_uncommitted:
                 raise InternalError(f"{request} has no prompt left to compute")
         for request in self.decodes:
             if request.num_computed != request.num_tokens - 1:
                 raise InternalError(f"{request} is not exactly one token behind")
+        for counts, group in ((self._num_by_class, list(self)), (self._decodes_by_class, self.decodes)):
+            if counts != [sum(request.slo.rank == rank for request in group) for rank in range(len(counts))]:
+                raise InternalError("the numbers of running requests by class are wrong")
 
 
 def row_of(request: Request) -> int:

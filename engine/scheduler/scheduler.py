@@ -1,12 +1,12 @@
 """Scheduler: decides which requests run in the next step, how many tokens of each and in which blocks, and applies results.
 
     add -> WaitingQueue -> running: prompts (chunk by chunk) -> decodes (one token a step) -> ended
-                 ^------------ preempted when blocks are short
+                 ^------------ preempted: blocks are short, or a higher class needs the row
 
-A step has one token budget. Decodes are planned first, then prompts that have started, then new admissions. All three lists
-are in rank order (priority, then arrival), and preemption takes the worst rank first. The running request of the best rank
-is never preempted while another request holds a block. It advances in every step, except that it may wait for at most two
-steps for the blocks of a request that is ending.
+A step has limits (`limits.py`). Decodes are planned first, then prompts that have started, then new admissions. The policy
+orders the waiting requests. Prompts run in rank order, and preemption takes the worst rank first. Victims are chosen before
+any slice is made. The running request of the best rank is never preempted while another request holds a block. It advances
+in every step, except that it may wait for at most two steps for the blocks of a request that is ending.
 
 With overlap, step N+1 is scheduled before step N is committed. A request's position then runs ahead of its known tokens by
 `num_uncommitted`. A request of a step may have ended before that step is committed; its token is then dropped.
@@ -19,17 +19,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter
 from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import NO_CHOICE, AdmittedRow, GrownRow, StepPlan, StepResult
+from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, GrownRow, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
+from engine.scheduler.draft import Draft
+from engine.scheduler.limits import Load, StepLimits
 from engine.scheduler.outcome import add_first, collect_prompt_logprobs, failure_event, no_choice_event, set_finish
+from engine.scheduler.policy import FairPolicy, Policy
+from engine.scheduler.prompts import PromptPlanner
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet, row_of
 
@@ -42,21 +46,28 @@ class _UncommittedStep(NamedTuple):
 
 
 class Scheduler:
-    """Plans the steps of one engine. `config` must be resolved. `num_blocks` is the size of the runner's KV cache."""
+    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache. `policy` is by default a FairPolicy."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        if config.scheduler.max_step_tokens is None:
-            raise InternalError("the scheduler needs a resolved config")
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        *,
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.cache = KVCacheManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self.counts = SchedulerCounts()
         self.step = 0
-        self._max_step_tokens = config.scheduler.max_step_tokens
+        self._policy = policy or FairPolicy()
         self._max_queue = config.scheduler.max_queue
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._queue = WaitingQueue()
         self._running = RunningSet(config.scheduler.max_num_seqs)
-        self._admission = Admission(self.cache, self._queue, self._running, self._requests, config.scheduler.max_skips)
+        max_skips = config.scheduler.max_skips
+        admission = Admission(self.cache, self._queue, self._running, self._requests, self._policy, max_skips)
+        self._prompts = PromptPlanner(self._running, admission, self._admit)
         self._uncommitted: deque[_UncommittedStep] = deque()
 
     @property
@@ -90,8 +101,10 @@ class Scheduler:
         if len(self._queue) >= self._max_queue:
             raise Overloaded(f"{len(self._queue)} requests are already waiting: try again later")
         self._requests[request.request_id] = request
-        self._queue.push(request)
         self.counts.num_accepted += 1
+        request.sequence = self.counts.num_accepted
+        self._policy.arrived(request)
+        self._queue.push(request)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request and return its terminal event. Returns None if no such request is running or waiting."""
@@ -102,19 +115,19 @@ class Scheduler:
         self.counts.num_aborted += 1
         return TokenEvent(request_id, [], FinishReason.ABORT)
 
-    def schedule(self) -> StepPlan | None:
-        """Plan the next step, which the caller must submit to the runner.
+    def schedule(self, limits: StepLimits) -> StepPlan | None:
+        """Plan the next step within `limits`. The caller must submit the plan to the runner.
 
         Returns None if no request can run until the result of an earlier step is applied.
         """
-        plan = StepPlan(self.step + 1)
-        requests: list[Request] = []
-        enough_blocks = self._plan_decodes(plan, requests)
-        budget = self._max_step_tokens - len(requests)
-        budget = self._plan_prompts(plan, requests, budget)
+        if len(self._queue) and self._running.worst_class > self._queue.best_class:
+            self._give_up_places(limits)
+        draft = Draft(self.step + 1, limits.tokens)
+        plan, requests = draft.plan, draft.requests
         # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
-        if enough_blocks and budget and self._running.free_rows and len(self._queue):
-            self._plan_admissions(plan, requests, budget)
+        may_admit = self._plan_decodes(draft) and len(self._queue) > 0 and self._running.num_places(limits.seqs) > 0
+        if may_admit or self._running.prompts:
+            self._prompts.plan(draft, limits, self._clock(), may_admit=may_admit)
         if not requests:
             return None
         for request in requests[plan.num_decodes :]:
@@ -122,6 +135,20 @@ class Scheduler:
         self.step = plan.step
         self._uncommitted.append(_UncommittedStep(plan.step, requests))
         return plan
+
+    def load(self) -> Load:
+        """Describe the work at hand, for the limits of the next step."""
+        running = self._running
+        prompts = running.prompts
+        return Load(
+            decodes=len(running.decodes),
+            kv_tokens=sum(request.num_computed for request in running.decodes),
+            running=len(running),
+            waiting=len(self._queue),
+            prompt_tokens=sum(len(r.tokens) - r.num_computed for r in prompts) + self._queue.num_prompt_tokens,
+            context=prompts[0].num_computed if prompts else 0,
+            itl=running.itl,
+        )
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Apply the result of the oldest step whose result is not applied yet. Returns the events of that step.
@@ -178,90 +205,91 @@ class Scheduler:
             raise InternalError("a request is neither running nor waiting")
         self.counts.check(len(self._requests))
 
-    def _plan_decodes(self, plan: StepPlan, requests: list[Request]) -> bool:
-        """Add to `plan` one slice for each decoding request. Returns False if there were too few free KV blocks."""
-        enough_blocks = True
+    def _give_up_places(self, limits: StepLimits) -> None:
+        """Preempt requests of lower classes for waiting requests of higher classes that lack a row or blocks.
+
+        It makes room for no more requests than one step can begin.
+        """
+        tokens, taken, blocks_taken = limits.tokens, 0, self.cache.num_blocks // 100  # Admission keeps these blocks free
+        for request in self._policy.order(self._queue.lanes, self._clock()):
+            if tokens <= 0:
+                return
+            if request.num_uncommitted:
+                continue
+            tokens, taken = tokens - len(request.tokens), taken + 1
+            blocks_taken += self.cache.blocks_for(len(request.tokens))
+            if not self._preempt_lower(request.slo.rank, limits.seqs, places=taken, blocks=blocks_taken):
+                return
+
+    def _preempt_lower(self, slo: int, seqs: int, *, places: int, blocks: int) -> bool:
+        """Preempt running requests of classes below `slo` until there are so many places and free blocks.
+
+        Returns False, and preempts nobody, if that cannot be reached.
+        """
+        missing, missing_blocks = places - self._running.num_places(seqs), blocks - self.cache.num_free
+        if missing <= 0 and missing_blocks <= 0:
+            return True
+        lower = [request for request in self._running if request.slo.rank > slo]
+        if missing > len(lower) or missing_blocks > sum(len(request.blocks) for request in lower):
+            return False
+        while lower and (self._running.num_places(seqs) < places or self.cache.num_free < blocks):
+            victim = self._policy.victim(lower)
+            lower.remove(victim)
+            self._preempt(victim)
+        return True
+
+    def _plan_decodes(self, draft: Draft) -> bool:
+        """Add one slice for each decoding request. Returns False if there were too few free KV blocks."""
+        plan, requests = draft.plan, draft.requests
+        # Each decode needs at most one block, so the blocks need not be counted while there is one for each.
+        enough_blocks = self.cache.num_free >= len(self._running.decodes) or self._grow_best_first(plan)
         block_size = self.cache.block_size
         rows, starts = plan.rows, plan.starts
-        for request in self._running.decodes:  # a preemption shortens this list from its end during the loop
+        for request in self._running.decodes:
             if len(request.tokens) + request.num_uncommitted >= request.end_len:
                 continue  # the request's last token is already submitted
             start = request.num_computed
-            if start == len(request.blocks) * block_size:
-                if not self.cache.num_free:
-                    enough_blocks = False
-                    self._free_a_block(request)
-                if not self._grow(plan, request):
-                    continue
+            if start == len(request.blocks) * block_size and not self._grow(plan, request):
+                continue
             rows.append(request.row)  # type: ignore[arg-type]  # running requests have a row
             starts.append(start)
             requests.append(request)
             request.num_computed = start + 1
             request.num_uncommitted += 1
-        _longest_first(plan, requests)
-        plan.num_decodes = len(requests)
-        plan.nums = [1] * len(requests)
-        plan.samples = list(range(len(requests)))
+        draft.end_decodes()
         return enough_blocks
 
-    def _free_a_block(self, request: Request) -> None:
-        """Preempt requests, worst rank first, until a block is free or `request` itself was preempted.
+    def _grow_best_first(self, plan: StepPlan) -> bool:
+        """Give one KV block to each decode that needs one, the best rank first. Returns False if there are too few.
 
-        No request is preempted while the last token of a running request is uncommitted. That request's blocks become free
-        within two steps, and waiting for them costs less than computing a whole request again.
+        Then requests are preempted, the worst rank first, until the rest have one each. No request is preempted while the last
+        token of a running request is uncommitted. That request's blocks become free within two steps, and waiting for them costs
+        less than computing a whole request again.
         """
-        while not self.cache.num_free:
-            if any(other.num_tokens >= other.end_len for other in self._running.decodes):
-                return
-            victim = self._running.worst()
-            self._preempt(victim)
-            if victim is request:
-                return
+        size = self.cache.block_size
+        growing = [r for r in self._running.decodes if r.num_computed == len(r.blocks) * size and r.num_tokens < r.end_len]
+        growing.sort(key=attrgetter("rank"))
+        if len(growing) <= self.cache.num_free:
+            return True
+        if not any(other.num_tokens >= other.end_len for other in self._running.decodes):
+            while len(growing) > self.cache.num_free:
+                victim = self._policy.victim(self._running)
+                self._preempt(victim)
+                if victim in growing:
+                    growing.remove(victim)
+        for request in growing:
+            self._grow(plan, request)
+        return False
 
     def _grow(self, plan: StepPlan, request: Request) -> bool:
-        """Give `request` one more KV block. Returns False if no block is free, or if `request` was preempted to free blocks."""
-        block = self.cache.extend(request) if request.status is Status.RUNNING else None
+        """Give `request` one more KV block. Returns False if no block is free."""
+        block = self.cache.extend(request)
         if block is None:
             return False
         plan.grown.append(GrownRow(row_of(request), len(request.blocks) - 1, [block]))
         return True
 
-    def _plan_prompts(self, plan: StepPlan, requests: list[Request], budget: int) -> int:
-        """Add to `plan` the next chunk of each prompt that has started. Returns the rest of the budget, in tokens."""
-        for request in list(self._running.prompts):
-            if budget == 0:
-                break
-            budget -= self._plan_chunk(plan, requests, request, budget)
-        return budget
-
-    def _plan_chunk(self, plan: StepPlan, requests: list[Request], request: Request, budget: int) -> int:
-        """Add to `plan` a slice of a request's prompt, at most `budget` tokens long. Returns the slice's number of tokens.
-
-        The request becomes a decode if the slice reaches its last token.
-        """
-        start = request.num_computed
-        num = min(len(request.tokens) - start, budget)
-        if start + num == len(request.tokens):
-            plan.samples.append(len(requests))
-            request.num_uncommitted += 1
-            self._running.start_decoding(request)
-        plan.rows.append(row_of(request))
-        plan.starts.append(start)
-        plan.nums.append(num)
-        requests.append(request)
-        request.num_computed = start + num
-        return num
-
-    def _plan_admissions(self, plan: StepPlan, requests: list[Request], budget: int) -> None:
-        """Admit waiting requests while there are free batch rows and budget, and add the first chunk of each to `plan`."""
-        for request, copies in self._admission.admissible(requests[plan.num_decodes :]):
-            plan.copies += copies
-            plan.admitted.append(self._admit(request))
-            budget -= self._plan_chunk(plan, requests, request, budget)
-            if not budget or not self._running.free_rows:
-                break
-
-    def _admit(self, request: Request) -> AdmittedRow:
+    def _admit(self, plan: StepPlan, request: Request, copies: list[BlockCopy]) -> None:
         """Move `request`, which already has its blocks, from the queue to the running prompts."""
         self._queue.remove(request)
         row = self._running.add(request)
@@ -271,7 +299,10 @@ class Scheduler:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counts.prompt_tokens += request.num_prompt
             self.counts.cached_tokens += request.num_cached
-        return AdmittedRow(row, request.tokens[:], request.num_prompt, request.blocks.copy(), request.params, request.seed)
+            self._policy.admitted(request)
+        blocks = request.blocks.copy()
+        plan.admitted.append(AdmittedRow(row, request.tokens[:], request.num_prompt, blocks, request.params, request.seed))
+        plan.copies += copies
 
     def _preempt(self, request: Request) -> None:
         """Move a running request back to the queue and release its blocks.
@@ -306,18 +337,6 @@ class Scheduler:
         else:
             self._queue.remove(request)
         self.cache.release(request)
+        self._policy.ended(request)
         request.status = Status.FINISHED
         del self._requests[request.request_id]
-
-
-def _longest_first(plan: StepPlan, requests: list[Request]) -> None:
-    """Sort the decodes of a plan by context length, longest first.
-
-    The attention kernel starts with the first rows. A long row that started last would leave most of the device idle at the end.
-    """
-    if len(requests) < 2:
-        return
-    in_order = itemgetter(*sorted(range(len(requests)), key=plan.starts.__getitem__, reverse=True))
-    plan.rows = list(in_order(plan.rows))
-    plan.starts = list(in_order(plan.starts))
-    requests[:] = in_order(requests)

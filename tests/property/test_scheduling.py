@@ -17,7 +17,6 @@ from engine.errors import ContextTooLong, Overloaded
 from engine.fake import build_fake, expected_tokens
 from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.request import FinishReason, SamplingParams, Status, TokenEvent
-from engine.scheduler.queue import rank
 
 LIMITS = ModelLimits(max_model_len=96, vocab_size=40, eos_token_ids=(3,), dtype="float32")
 NAN_TOKEN = 13  # in some runs, a row that would sample this token id fails as if its logits were NaN
@@ -105,8 +104,8 @@ class Workload:
     def step(self) -> None:
         """Run a step. The running request of the best rank must advance, except that it may wait at most two steps for a request
         that is ending."""
-        running = self.scheduler._running.prompts + self.scheduler._running.decodes
-        best = min((r for r in running if r.num_tokens < r.end_len), key=rank, default=None)
+        running = list(self.scheduler._running)
+        best = min((r for r in running if r.num_tokens < r.end_len), key=lambda r: r.rank, default=None)
         at = best.num_computed if best else 0
         events = self.core.step()
         if best is not None and best.status is not Status.FINISHED:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from engine.plan import StepPlan, StepResult
 from engine.request import Request, SamplingParams, TokenEvent
+from engine.scheduler.limits import StepLimits
+from engine.scheduler.policy import rank_of
 from engine.scheduler.scheduler import Scheduler
 
 
@@ -15,6 +19,7 @@ class Rig:
         self, *, blocks=100, block_size=4, rows=8, budget=64, max_queue=100, max_skips=2, prefix_caching=True, max_model_len=1000
     ):
         self.now = 0.0
+        self.limits = StepLimits(tokens=budget, seqs=rows, chunk=budget)
         self.max_model_len = max_model_len
         self.scheduler = Scheduler(
             EngineConfig(
@@ -26,7 +31,20 @@ class Rig:
             clock=lambda: self.now,
         )
 
-    def add(self, name: str, prompt: int | list[int], *, priority=0, fork_of=None, salt="", outputs=(), **params) -> Request:
+    def add(
+        self,
+        name: str,
+        prompt: int | list[int],
+        *,
+        priority=0,
+        fork_of=None,
+        salt="",
+        outputs=(),
+        tenant="",
+        slo="standard",
+        deadline_s=None,
+        **params,
+    ) -> Request:
         """Add a request to the scheduler. If `prompt` is a number, the prompt is that many tokens, which no other prompt has."""
         tokens = [sum(map(ord, name)) * 1000 + i for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
         request = Request(
@@ -41,12 +59,15 @@ class Rig:
             arrival=self.now,
             fork_of=fork_of,
             salt=salt,
+            tenant=tenant,
+            slo=slo,
+            deadline_s=deadline_s,
         )
         self.scheduler.add(request)
         return request
 
     def schedule(self) -> StepPlan:
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.limits)
         assert plan is not None
         return plan
 
@@ -61,3 +82,23 @@ class Rig:
 
 def slices(plan: StepPlan) -> list[tuple[int, int, int]]:
     return list(zip(plan.rows, plan.starts, plan.nums, strict=True))
+
+
+_numbers = itertools.count(1)
+
+
+def make_request(name: str, *, num_prompt: int = 1, max_tokens: int = 16, arrival: float = 0.0, **fields) -> Request:
+    """Make a request that belongs to no scheduler, with a rank of its own."""
+    request = Request(
+        name,
+        [1] * num_prompt,
+        SamplingParams(max_tokens=max_tokens),
+        num_prompt=num_prompt,
+        seed=0,
+        max_model_len=100_000,
+        arrival=arrival,
+        **fields,
+    )
+    request.sequence = next(_numbers)
+    request.rank = rank_of(request)
+    return request

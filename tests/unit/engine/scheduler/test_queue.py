@@ -1,25 +1,28 @@
-"""Tests of WaitingQueue: the order of the waiting requests, and the removal of a request."""
+"""Tests of WaitingQueue: its lanes, their order, its sums, and the removal of a request."""
 
 import pytest
 
 from engine.errors import InternalError
-from engine.request import Request, SamplingParams
 from engine.scheduler.queue import WaitingQueue
+from tests.unit.engine.scheduler.rig import make_request
 
 
-def make_request(name: str, priority: int = 0) -> Request:
-    return Request(name, [1], SamplingParams(), num_prompt=1, seed=0, max_model_len=10, priority=priority)
+def lanes(queue: WaitingQueue) -> list[list[str]]:
+    return [[request.request_id for request in lane.requests] for lane in queue.lanes]
 
 
-def names(queue: WaitingQueue) -> list[str]:
-    return [request.request_id for request in queue]
-
-
-def test_requests_are_sorted_by_priority_then_by_arrival():
+def test_each_tenant_and_class_has_a_lane_in_rank_order():
     queue = WaitingQueue()
-    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -1), ("e", 0)):
-        queue.push(make_request(name, priority))
-    assert names(queue) == ["d", "b", "e", "a", "c"]
+    for name, tenant, slo, arrival in (
+        ("a", "x", "standard", 2.0),
+        ("b", "x", "standard", 1.0),
+        ("c", "x", "batch", 0.0),
+        ("d", "y", "standard", 0.0),
+    ):
+        queue.push(make_request(name, tenant=tenant, slo=slo, arrival=arrival))
+    assert lanes(queue) == [["b", "a"], ["c"], ["d"]]
+    assert [request.request_id for request in queue] == ["b", "a", "c", "d"]
+    assert (len(queue), queue.best_class) == (4, 1)
     queue.check()
 
 
@@ -31,7 +34,17 @@ def test_a_preempted_request_returns_to_its_old_position():
     queue.remove(requests[0])
     queue.push(make_request("d"))
     queue.push(requests[0])
-    assert names(queue) == ["a", "b", "c", "d"]
+    assert lanes(queue) == [["a", "b", "c", "d"]]
+
+
+def test_the_queue_counts_the_prompt_tokens_that_wait():
+    queue = WaitingQueue()
+    long, short = make_request("a", num_prompt=70), make_request("b", num_prompt=5)
+    queue.push(long)
+    queue.push(short)
+    assert queue.num_prompt_tokens == 75
+    queue.remove(long)
+    assert queue.num_prompt_tokens == 5
 
 
 def test_removing_a_request_that_is_not_in_the_queue_is_an_error():
@@ -39,6 +52,9 @@ def test_removing_a_request_that_is_not_in_the_queue_is_an_error():
     request = make_request("a")
     queue.push(request)
     queue.remove(request)
-    assert len(queue) == 0
+    assert (len(queue), list(queue.lanes)) == (0, [])
+    with pytest.raises(InternalError):
+        queue.remove(request)
+    queue.push(make_request("b"))
     with pytest.raises(InternalError):
         queue.remove(request)

@@ -68,7 +68,7 @@ def test_a_request_ends_at_max_tokens():
     rig.add("a", 3, max_tokens=2)
     assert rig.step()["a"].finish is None
     assert rig.step()["a"].finish is FinishReason.LENGTH
-    assert rig.scheduler.schedule() is None
+    assert rig.scheduler.schedule(rig.limits) is None
     assert rig.scheduler.cache.num_used == 0
 
 
@@ -153,7 +153,7 @@ def test_a_request_whose_uncommitted_token_is_its_last_is_not_scheduled_again():
     rig = Rig()
     rig.add("a", 5, max_tokens=1)
     plan = rig.schedule()
-    assert rig.scheduler.schedule() is None
+    assert rig.scheduler.schedule(rig.limits) is None
     assert rig.commit(plan)["a"].finish is FinishReason.LENGTH
 
 
@@ -249,7 +249,7 @@ def test_no_request_is_preempted_while_another_is_about_to_free_its_blocks():
     ending, other = rig.add("ending", 7, max_tokens=2), rig.add("other", 7, max_tokens=8)
     rig.step()
     last = rig.schedule()  # samples the last token of `ending`
-    assert rig.scheduler.schedule() is None  # `other` needs a block and waits for a step
+    assert rig.scheduler.schedule(rig.limits) is None  # `other` needs a block and waits for a step
     assert other.status is Status.RUNNING
     rig.commit(last)
     assert ending.status is Status.FINISHED

@@ -23,7 +23,7 @@ def run(rig: Rig, arrivals: dict[int, list[tuple[str, dict]]], *, overlap: bool)
     computed, requests, uncommitted = 0, [], []
     for step in range(1000):
         requests += [rig.add(name, **options) for name, options in arrivals.get(step, ())]
-        plan = rig.scheduler.schedule()
+        plan = rig.scheduler.schedule(rig.limits)
         if plan is not None:
             computed += chunk_tokens(plan)
             uncommitted.append(plan)
@@ -152,8 +152,8 @@ def test_the_wait_for_a_request_that_does_not_advance_is_bounded():
     rig.scheduler._queue.remove(rig.scheduler._requests["urgent"])
     assert rig.scheduler.cache.admit(rig.scheduler._requests["urgent"])
     waiting = rig.add("waiting", PREFIX, priority=-1)
-    admission = rig.scheduler._admission
-    admitted_at = next(look for look in range(100) if any(r is waiting for r, _ in admission.admissible([])))
+    admission = rig.scheduler._prompts._admission
+    admitted_at = next(look for look in range(100) if any(r is waiting for r, _ in admission.admissible([], 0.0)))
     assert slow.num_computed == 8
     assert admitted_at == 1 + MAX_STALLED  # the first look sees `slow` advance; the others do not
     assert waiting.num_computed == 8  # `waiting` shares the blocks that `slow` has computed
@@ -217,7 +217,7 @@ def test_a_remembered_match_is_what_a_new_match_finds(seed):
             rig.add(f"r{i}", prompt, max_tokens=r.choice((1, 20, 60)), ignore_eos=True)
         if r.random() < 0.1 and rig.scheduler._requests:
             rig.scheduler.abort(r.choice(list(rig.scheduler._requests)))
-        plan = rig.scheduler.schedule()
+        plan = rig.scheduler.schedule(rig.limits)
         if plan is not None:
             rig.commit(plan)
         for request in rig.scheduler._queue:
