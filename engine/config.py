@@ -20,6 +20,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "dummy"]
 RunnerKind = Literal["torch", "fake"]
+BatchingPolicy = Literal["fixed"]
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +40,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_step_tokens: int | None = None
     max_queue: int = 4096  # largest number of waiting requests; a further request is refused
     max_skips: int = 32  # how many later requests may be admitted before a request that does not fit; then they wait behind it
+
+
+class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the limits of a step follow the measured times of steps (`engine/scheduler/controller.py`)."""
+
+    policy: BatchingPolicy = "fixed"  # fixed: the limits of SchedulerConfig, always
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     debug_checks: bool = False  # run all consistency checks after each step
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    batching: BatchingConfig = BatchingConfig()
     fake: FakeConfig = FakeConfig()
 
 
