@@ -1,6 +1,7 @@
-"""Core: one engine in one process. It joins a scheduler and a runner by a step of three calls.
+"""Core: one engine in one process. It joins a scheduler and a runner by a step of four calls.
 
-    plan = scheduler.schedule()              which requests run, how many tokens, in which blocks
+    limits = controller.limits(load)         how large the step may be
+    plan = scheduler.schedule(limits)        which requests run, how many tokens, in which blocks
     pending = runner.submit(plan)            the device starts
     events = scheduler.commit(plan, pending.result())
 
@@ -25,9 +26,10 @@ from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
 from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
-from engine.plan import BuiltRunner, PendingStep, StepPlan
+from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
-from engine.scheduler.limits import StepLimits
+from engine.scheduler.controller import make_controller
+from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
 
@@ -58,10 +60,12 @@ class Core:
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
         self._scheduler = Scheduler(built.config, built.runner.num_blocks)
+        self._controller = make_controller(built.config)
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
+        self._device_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -170,11 +174,6 @@ class Core:
         self._in_flight = None
         self._runner.close()
 
-    def _step_limits(self) -> StepLimits:
-        sched = self._config.scheduler
-        tokens = sched.max_step_tokens or sched.max_num_seqs
-        return StepLimits(tokens, sched.max_num_seqs, tokens)
-
     def _plain_step(self, began: float) -> list[TokenEvent]:
         plan = self._scheduler.schedule(self._step_limits())
         if plan is None:
@@ -183,7 +182,7 @@ class Core:
         self._exposed_seconds += time.perf_counter() - began
         result = pending.result()
         known = time.perf_counter()
-        events = self._scheduler.commit(plan, result)
+        events = self._commit(plan, result)
         self._exposed_seconds += time.perf_counter() - known
         return events
 
@@ -196,12 +195,24 @@ class Core:
             return [] if plan is not None else self._nothing_to_run()
         result = previous.pending.result()
         known = time.perf_counter()
-        events = self._scheduler.commit(previous.plan, result)
+        events = self._commit(previous.plan, result)
         if previous.followed:
             self._exposed_seconds += result.idle_seconds
         if self._in_flight is None:
             self._exposed_seconds += time.perf_counter() - known
         return events
+
+    def _step_limits(self) -> StepLimits:
+        """Return the limits of the next step. Nothing is computed for a step that can only decode: it has no use for limits."""
+        if not self._scheduler.has_prompts:
+            return self._controller.present
+        return self._controller.limits(self._scheduler.load(), time.monotonic())
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Apply a step's result, and let the controller learn how long the step took."""
+        self._device_seconds += result.device_seconds
+        self._controller.observe(StepShape.of(plan), result.device_seconds, time.monotonic())
+        return self._scheduler.commit(plan, result)
 
     def _nothing_to_run(self) -> list[TokenEvent]:
         if self._scheduler.has_requests:

@@ -297,7 +297,7 @@ class Request:
         self.blocks: list[int] = []
         self.leader: Request | None = None  # the request named by `fork_of`, once both prompts were found equal
         self.sequence = 0  # order of arrival, assigned by the scheduler
-        self.rank = (self.slo.rank, 0.0, 0)  # (class, due time, sequence); the smallest is the best
+        self.rank = (self.slo.rank, 0.0, 0)  # (level, due time, sequence); the smallest is the best
         self.skips = 0  # later requests that were admitted while this one did not fit
         self.awaited = 0  # highest num_computed seen of a request that computes the prefix which this request waits for
         self.stalled = 0  # steps in which this request waited for its prefix and `awaited` did not grow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class DeviceStep:
         self._on_cuda = on_cuda
         self._after = after
         self._began: torch.cuda.Event | None = None
+        self._began_at = 0.0  # seconds of perf_counter; only where the device is the CPU
+        self._cpu_seconds = 0.0
         self.done: torch.cuda.Event | None = None
         self.tokens: torch.Tensor | None = None  # int64 token ids, on the host once the step is done
         self.tokens_of_all_slices = False  # `tokens` has one entry for every slice, not only for those that sample
@@ -60,17 +63,21 @@ class DeviceStep:
         if self._on_cuda:
             self._began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._began.record()
+        else:
+            self._began_at = time.perf_counter()
 
     def submitted(self) -> None:
         """Record the step's end. The runner calls it once the whole step is submitted, copies to the host included."""
         if self._on_cuda:
             self.done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self.done.record()
+        else:
+            self._cpu_seconds = time.perf_counter() - self._began_at  # a CPU has computed the step by now
 
     def result(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
-        result = StepResult(self._plan.step, self._sampled())
+        result = StepResult(self._plan.step, self._sampled(), device_seconds=self._seconds())
         if self._after is not None and self._began is not None:
             result.idle_seconds = self._after.elapsed_time(self._began) / 1e3
         if self.logprobs is not None:
@@ -81,6 +88,13 @@ class DeviceStep:
             for s, record in self.prompt_logprobs.records():
                 result.prompt_logprobs[s].append(record)
         return result
+
+    def _seconds(self) -> float:
+        """Return how long the device took for the step, once it is done."""
+        if self._began is None or self.done is None:
+            return self._cpu_seconds
+        milliseconds: float = self._began.elapsed_time(self.done)
+        return milliseconds / 1e3
 
     def _sampled(self) -> list[int]:
         tokens: list[int] = [] if self.tokens is None else self.tokens.tolist()

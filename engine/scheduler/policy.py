@@ -1,11 +1,12 @@
 """Policy: which waiting request starts next, and which running request gives up its place.
 
-A request has a fixed `rank`: its class, then the time at which its first token is due, then its arrival. Victims are chosen by
-rank alone, so the running request of the best rank always goes on. The order of the waiting requests also depends on the moment:
+A request has a `rank`: its level, then the time at which its first token is due, then its arrival. The level is that of its
+class, less one for each AGEING_SECONDS that it has waited when it is admitted. Victims are chosen by rank alone, so the running
+request of the best rank always goes on. The order of the waiting requests also depends on the moment:
 
-    class    A lane that waits for long moves up one class for each AGEING_SECONDS that its first request has waited.
-    tenant   Within a class, the tenant that was served least goes first.
-    due      Within a class and a tenant, the earliest due time goes first.
+    level    A lane whose first request waits for long moves up one level for each AGEING_SECONDS.
+    tenant   Within a level, the tenant that was served least goes first.
+    due      Within a level and a tenant, the earliest due time goes first.
 
 Service is counted as in "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024): a counter for each tenant grows
 with the tokens that were computed for it. The counter of a tenant that comes back from a pause rises to the smallest counter of
@@ -46,8 +47,8 @@ class Policy(Protocol):
         """Return the running request to preempt. `running` must not be empty."""
         ...
 
-    def admitted(self, request: Request) -> None:
-        """Take note of a request's first admission, when its `num_cached` is known."""
+    def admitted(self, request: Request, now: float) -> None:
+        """Take note of an admission, when the request's `num_cached` is known. It may give the request a better rank."""
         ...
 
     def ended(self, request: Request) -> None: ...
@@ -89,7 +90,10 @@ class FairPolicy:
     def victim(self, running: Iterable[Request]) -> Request:
         return max(running, key=_rank)
 
-    def admitted(self, request: Request) -> None:
+    def admitted(self, request: Request, now: float) -> None:
+        request.rank = (_level(request, now), *request.rank[1:])
+        if request in self._running:
+            return  # it was preempted, and computes its tokens again: that is no service
         computed = request.num_prompt - request.num_cached
         self._served[request.tenant] += computed + CACHED_WEIGHT * request.num_cached
         self._running[request] = 0
@@ -105,9 +109,8 @@ class FairPolicy:
 
     def _key(self, request: Request, now: float) -> tuple[int, float, float, int]:
         """Return the sort key of the first request of a lane."""
-        slo, due, sequence = request.rank
-        level = max(0, slo - int((now - request.arrival) / AGEING_SECONDS))
-        return level, self._served[request.tenant], due, sequence
+        _, due, sequence = request.rank
+        return _level(request, now), self._served[request.tenant], due, sequence
 
     def _count_outputs(self) -> None:
         """Count the outputs that running requests have got so far. It is done only when it can matter: several lanes wait."""
@@ -125,12 +128,17 @@ class FairPolicy:
 
 
 def rank_of(request: Request) -> tuple[int, float, int]:
-    """Return the rank of a request: (class, due time, number by arrival). The smallest rank is the best."""
+    """Return the rank of a new request: (level, due time, number by arrival). The smallest rank is the best."""
     target = BATCH_SECONDS if request.slo.ttft is None else request.slo.ttft
     due = request.arrival + target
     if request.deadline is not None:
         due = min(due, request.deadline)
     return request.slo.rank, due + request.priority * PRIORITY_SECONDS, request.sequence
+
+
+def _level(request: Request, now: float) -> int:
+    waited = max(0.0, now - request.arrival)
+    return min(request.rank[0], max(0, request.slo.rank - int(waited / AGEING_SECONDS)))
 
 
 def _rank(request: Request) -> tuple[int, float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
@@ -16,14 +17,14 @@ _ITL = tuple(slo.itl for slo in sorted(SLO_CLASSES.values(), key=attrgetter("ran
 
 
 class RunningSet:
-    __slots__ = ("_decodes_by_class", "_max_rows", "_num_by_class", "decodes", "free_rows", "prompts")
+    __slots__ = ("_decodes_by_class", "_max_rows", "_num_by_level", "decodes", "free_rows", "prompts")
 
     def __init__(self, max_rows: int) -> None:
         self.prompts: list[Request] = []  # requests with known tokens that are not scheduled yet, the best rank first
         self.decodes: list[Request] = []  # requests that run one token in each step, in the order in which they began to
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self._max_rows = max_rows
-        self._num_by_class = [0] * len(_ITL)
+        self._num_by_level = [0] * len(_ITL)
         self._decodes_by_class = [0] * len(_ITL)
 
     def __len__(self) -> int:
@@ -37,9 +38,9 @@ class RunningSet:
         return min(len(self.free_rows), seqs - len(self))
 
     @property
-    def worst_class(self) -> int:
-        """The largest rank of a class of which a request runs; -1 if none runs."""
-        return max((rank for rank, num in enumerate(self._num_by_class) if num), default=-1)
+    def worst_level(self) -> int:
+        """The largest level of a running request; -1 if none runs."""
+        return max((level for level, num in enumerate(self._num_by_level) if num), default=-1)
 
     @property
     def itl(self) -> float | None:
@@ -52,7 +53,7 @@ class RunningSet:
         request.row = row = self.free_rows.pop()
         request.status = Status.RUNNING
         insort(self.prompts, request, key=_RANK)
-        self._num_by_class[request.slo.rank] += 1
+        self._num_by_level[request.rank[0]] += 1
         return row
 
     def start_decoding(self, request: Request) -> None:
@@ -68,7 +69,7 @@ class RunningSet:
             self._decodes_by_class[request.slo.rank] -= 1
         else:
             self.prompts.remove(request)
-        self._num_by_class[request.slo.rank] -= 1
+        self._num_by_level[request.rank[0]] -= 1
         self.free_rows.append(row_of(request))
         request.row = None
 
@@ -85,9 +86,11 @@ class RunningSet:
         for request in self.decodes:
             if request.num_computed != request.num_tokens - 1:
                 raise InternalError(f"{request} is not exactly one token behind")
-        for counts, group in ((self._num_by_class, list(self)), (self._decodes_by_class, self.decodes)):
-            if counts != [sum(request.slo.rank == rank for request in group) for rank in range(len(counts))]:
-                raise InternalError("the numbers of running requests by class are wrong")
+        levels = Counter(request.rank[0] for request in self)
+        classes = Counter(request.slo.rank for request in self.decodes)
+        for counts, found in ((self._num_by_level, levels), (self._decodes_by_class, classes)):
+            if counts != [found[number] for number in range(len(counts))]:
+                raise InternalError("the numbers of running requests by level or class are wrong")
 
 
 def row_of(request: Request) -> int:

@@ -79,6 +79,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether prompts wait or are partly computed. If not, the next step can only decode."""
+        return len(self._queue) > 0 or bool(self._running.prompts)
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._requests)
 
@@ -120,7 +125,7 @@ class Scheduler:
 
         Returns None if no request can run until the result of an earlier step is applied.
         """
-        if len(self._queue) and self._running.worst_class > self._queue.best_class:
+        if len(self._queue) and self._running.worst_level > self._queue.best_class:
             self._give_up_places(limits)
         draft = Draft(self.step + 1, limits.tokens)
         plan, requests = draft.plan, draft.requests
@@ -222,14 +227,14 @@ class Scheduler:
                 return
 
     def _preempt_lower(self, slo: int, seqs: int, *, places: int, blocks: int) -> bool:
-        """Preempt running requests of classes below `slo` until there are so many places and free blocks.
+        """Preempt running requests of levels below class `slo` until there are so many places and free blocks.
 
         Returns False, and preempts nobody, if that cannot be reached.
         """
         missing, missing_blocks = places - self._running.num_places(seqs), blocks - self.cache.num_free
         if missing <= 0 and missing_blocks <= 0:
             return True
-        lower = [request for request in self._running if request.slo.rank > slo]
+        lower = [request for request in self._running if request.rank[0] > slo]
         if missing > len(lower) or missing_blocks > sum(len(request.blocks) for request in lower):
             return False
         while lower and (self._running.num_places(seqs) < places or self.cache.num_free < blocks):
@@ -291,15 +296,16 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, request: Request, copies: list[BlockCopy]) -> None:
         """Move `request`, which already has its blocks, from the queue to the running prompts."""
+        now = self._clock()
         self._queue.remove(request)
-        row = self._running.add(request)
         request.skips = request.stalled = request.awaited = 0
         if request.scheduled_at is None:
-            request.scheduled_at = self._clock()
+            request.scheduled_at = now
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counts.prompt_tokens += request.num_prompt
             self.counts.cached_tokens += request.num_cached
-            self._policy.admitted(request)
+        self._policy.admitted(request, now)
+        row = self._running.add(request)
         blocks = request.blocks.copy()
         plan.admitted.append(AdmittedRow(row, request.tokens[:], request.num_prompt, blocks, request.params, request.seed))
         plan.copies += copies

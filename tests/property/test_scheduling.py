@@ -17,10 +17,24 @@ from engine.errors import ContextTooLong, Overloaded
 from engine.fake import build_fake, expected_tokens
 from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.request import FinishReason, SamplingParams, Status, TokenEvent
+from engine.scheduler.controller import FixedController
+from engine.scheduler.limits import Load, StepLimits
 
 LIMITS = ModelLimits(max_model_len=96, vocab_size=40, eos_token_ids=(3,), dtype="float32")
 NAN_TOKEN = 13  # in some runs, a row that would sample this token id fails as if its logits were NaN
 SHARED = [7, 8, 9, 7, 8, 9, 1, 1, 1, 2, 5, 6, 7, 8, 9, 4, 4]  # each prompt begins with some of these tokens
+
+
+class RandomLimits(FixedController):
+    """Sets random limits for each step."""
+
+    def __init__(self, rng: random.Random, largest: StepLimits) -> None:
+        super().__init__(largest)
+        self.rng = rng
+
+    def limits(self, load: Load, now: float) -> StepLimits:
+        tokens = self.rng.randint(1, self.present.tokens)
+        return StepLimits(tokens, self.rng.randint(1, self.present.seqs), self.rng.randint(1, tokens))
 
 
 class Workload:
@@ -46,6 +60,8 @@ class Workload:
             fake=FakeConfig(nan_token=rng.choice((None, None, NAN_TOKEN))),
         )
         self.core = Core(build_fake(self.config, LIMITS))
+        if rng.random() < 0.5:
+            self.core._controller = RandomLimits(rng, self.core._controller.present)
         self.scheduler = self.core._scheduler
         self.submits: dict[str, Submit] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -59,6 +75,7 @@ class Workload:
         prompt = SHARED[: rng.randint(1, len(SHARED))] + [rng.randrange(40) for _ in range(rng.choice((0, 0, 1, 5, 20)))]
         num, leader = rng.choice((1, 1, 2, 4)), None
         priority, salt = rng.choice((0, 0, 0, -1, 2)), rng.choice(("", "", "x"))
+        tenant, slo = rng.choice(("", "", "a", "b")), rng.choice(("standard", "standard", "interactive", "batch"))
         for _ in range(num):
             name = f"r{len(self.submits) + self.refused}"
             submit = Submit(
@@ -69,6 +86,9 @@ class Workload:
                 priority=priority if rng.random() < 0.8 else 1,
                 salt=salt,
                 fork_of=leader,
+                tenant=tenant,
+                slo=slo,
+                deadline_s=rng.choice((None, None, 0.001, 5.0)),
             )
             if rng.random() < 0.1:
                 submit = resumed(submit, rng.randrange(submit.params.max_tokens))
@@ -103,12 +123,13 @@ class Workload:
 
     def step(self) -> None:
         """Run a step. The running request of the best rank must advance, except that it may wait at most two steps for a request
-        that is ending."""
+        that is ending, and that it gives up its place for a request of a higher class."""
         running = list(self.scheduler._running)
         best = min((r for r in running if r.num_tokens < r.end_len), key=lambda r: r.rank, default=None)
         at = best.num_computed if best else 0
+        displaced = best is not None and any(r.slo.rank < best.rank[0] for r in self.scheduler._queue)
         events = self.core.step()
-        if best is not None and best.status is not Status.FINISHED:
+        if best is not None and best.status is not Status.FINISHED and not displaced:
             assert best.status is Status.RUNNING, f"{best} was preempted, although it has the best rank"
             self.stalls = self.stalls + 1 if best.num_computed == at else 0
             assert self.stalls <= 2, f"{best} does not advance"

@@ -27,7 +27,7 @@ class Waiting:
         """Admit the first request and end it with `num_outputs` outputs."""
         request = next(iter(self.policy.order(self.queue.lanes, now)))
         self.queue.remove(request)
-        self.policy.admitted(request)
+        self.policy.admitted(request, now)
         request.tokens.extend([5] * num_outputs)
         self.policy.ended(request)
         return request
@@ -126,7 +126,7 @@ def test_outputs_of_running_requests_count():
     waiting = Waiting()
     running = waiting.add("a0", tenant="a", num_prompt=10)
     waiting.queue.remove(running)
-    waiting.policy.admitted(running)
+    waiting.policy.admitted(running, 0.0)
     running.tokens.extend([5] * 500)
     waiting.add("b0", tenant="b", num_prompt=900)
     waiting.serve()
@@ -141,6 +141,27 @@ def test_counters_of_tenants_that_left_are_forgotten():
         waiting.add(f"r{i}", tenant=f"t{i}")
         waiting.serve()
     assert len(waiting.policy._served) == 1
+
+
+def test_a_request_keeps_the_level_at_which_it_was_admitted():
+    waiting = Waiting()
+    aged = waiting.add("aged", slo="batch", arrival=0.0)
+    new = waiting.add("new", slo="batch", arrival=2 * AGEING_SECONDS)
+    standard = waiting.add("standard", arrival=2 * AGEING_SECONDS)
+    for _ in range(3):
+        waiting.serve(2 * AGEING_SECONDS)
+    assert [request.rank[0] for request in (aged, new, standard)] == [0, 2, 1]
+    assert FairPolicy().victim([aged, standard, new]) is new
+    assert FairPolicy().victim([aged, standard]) is standard
+
+
+def test_computing_again_after_a_preemption_is_no_service():
+    waiting = Waiting()
+    request = waiting.add("a", tenant="a", num_prompt=100)
+    waiting.policy.admitted(request, 0.0)
+    before = dict(waiting.policy._served)
+    waiting.policy.admitted(request, 1.0)
+    assert waiting.policy._served == before
 
 
 def test_the_victim_has_the_worst_rank():
