@@ -58,6 +58,7 @@ class EngineClient:
         ]
         self._resume_timeout_s = resume_timeout_s
         self._max_queue = max_queue
+        self._clock = clock
         self._streams: dict[str, EngineStream] = {}  # all streams that have not ended, by request id
         self._waiting: dict[str, EngineStream] = {}  # the streams that wait for an engine, by request id
         self._suspects = Suspects(max_deaths)
@@ -131,7 +132,7 @@ class EngineClient:
             self._check_may_wait()
         if submit.request_id in self._streams:
             raise InternalError(f"request {submit.request_id!r} is under way already")
-        stream = EngineStream(submit, self._abort)
+        stream = EngineStream(submit, self._abort, self._clock())
         if not live:
             self._waiting[submit.request_id] = stream
         elif not choose(submit, live).send(stream, submit):
@@ -216,7 +217,7 @@ class EngineClient:
         """
         link = choose(stream.request, self._live_links())
         try:
-            submit = stream.resumption(link.max_model_len)
+            submit = stream.resumption(link.max_model_len, self._clock())
         except ContextTooLong as error:
             self._end(stream, error)
         else:
