@@ -1,7 +1,7 @@
 """The engine's settings, as frozen values.
 
 None as a value means "choose automatically". `resolve` replaces every such value once and returns a new config; nothing
-changes after that. Files, flags and environment variables are read by `server/settings.py`, not here.
+changes after that. Files, flags and environment variables are read by `server/settings_sources.py`, not here.
 """
 
 from __future__ import annotations
