@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from engine.config import Device, DType, EngineConfig, LoadFormat, RunnerKind
 from engine.errors import ConfigError
+from engine.request import BOUNDS
+from engine.slo import SloName
 from server import bundled
 
 PREFIX = "TIDEGATE_"
@@ -24,6 +26,7 @@ _CACHE, _SCHEDULER, _FAKE = _ENGINE.cache, _ENGINE.scheduler, _ENGINE.fake
 ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings' names
 S = TypeVar("S", bound=msgspec.Struct)
 
+PRIORITY = BOUNDS["priority"]
 MAX_SECONDS = 1_000_000  # upper limit of all durations: gRPC takes 2^31 milliseconds at most
 
 
@@ -137,6 +140,14 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level of log lines written")
     log_format: Literal["auto", "human", "json"] = Field("auto", description="auto: human at a terminal, JSON otherwise")
+
+    # What is promised to callers without a key, and what they may ask for.
+    slo_class: SloName | None = Field(
+        None, description="Latency class of requests that name none; by default standard, of which nothing is then promised"
+    )
+    priority_ceiling: int = Field(
+        int(PRIORITY.low), ge=int(PRIORITY.low), le=int(PRIORITY.high), description="Most urgent priority that a request may name"
+    )
 
     # Settings of the engine, which engine/config.py explains. If the default is None, the engine chooses the value.
     device: Device = Field("auto", description="Device of the engine")
