@@ -201,6 +201,35 @@ def test_the_engines_start_is_shown_by_phase():
     assert found == {(("phase", "imports"),): 3.5, (("phase", "weights"),): 2.25}
 
 
+def test_the_batchs_limits_and_the_predictions_are_shown():
+    stats = EngineStats(
+        seq_limit=16,
+        token_limit=2048,
+        chunk_limit=1024,
+        batching="aimd,model",
+        limit_changes={"slow_step": 3, "fast_steps": 2},
+        work_seconds=4.5,
+        predicted_ttft_over_target=0.75,
+        predicted_itl_over_target=1.25,
+        device_seconds=9.5,
+    )
+    found = samples(Metrics("m", lambda: EngineHealth(ready=True, stats=stats)))
+    shown = {key: value for key, value in found.items() if "batch" in key[0] or "predicted" in key[0] or "limit" in key[0]}
+    assert shown == {
+        ("tidegate_engine_batch_sequences_limit", ()): 16,
+        ("tidegate_engine_batch_tokens_limit", ()): 2048,
+        ("tidegate_engine_batch_chunk_limit", ()): 1024,
+        ("tidegate_engine_batching_policy", (("policy", "aimd"),)): 1,
+        ("tidegate_engine_batching_policy", (("policy", "model"),)): 1,
+        ("tidegate_engine_limit_changes_total", (("reason", "slow_step"),)): 3,
+        ("tidegate_engine_limit_changes_total", (("reason", "fast_steps"),)): 2,
+        ("tidegate_engine_predicted_ttft_over_target", ()): 0.75,
+        ("tidegate_engine_predicted_itl_over_target", ()): 1.25,
+    }
+    assert found["tidegate_engine_work_seconds", ()] == 4.5
+    assert found["tidegate_engine_device_seconds_total", ()] == 9.5
+
+
 def test_refusals_and_dropped_log_lines_are_counted():
     metrics = Metrics("m", lambda: HEALTH)
     metrics.http_refused(503)
