@@ -1,7 +1,7 @@
 """The engine's settings, as frozen values.
 
 None as a value means "choose automatically". `resolve` replaces every such value once and returns a new config; nothing
-changes after that. Files, flags and environment variables are read by `server/settings.py`, not here.
+changes after that. Files, flags and environment variables are read by `server/settings_sources.py`, not here.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_num_seqs: int = 256
     max_step_tokens: int | None = None
     max_queue: int = 4096  # largest number of waiting requests; a further request is refused
+    max_queue_tokens: int = 4 << 20  # largest sum of the waiting requests' tokens; a request that would exceed it is refused
     max_skips: int = 32  # how many later requests may be admitted before a request that does not fit; then they wait behind it
 
 
@@ -142,6 +143,7 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
     _at_least("scheduler.max_num_seqs", sched.max_num_seqs, 1)
     _at_least("scheduler.max_step_tokens", sched.max_step_tokens, sched.max_num_seqs)
     _at_least("scheduler.max_queue", sched.max_queue, 1)
+    _at_least("scheduler.max_queue_tokens", sched.max_queue_tokens, 1)
     _at_least("scheduler.max_skips", sched.max_skips, 0)
     _at_least("max_model_len", config.max_model_len, 1)
     if not 0 < cache.memory_fraction <= 1:

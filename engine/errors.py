@@ -24,6 +24,8 @@
 
 from __future__ import annotations
 
+import math
+
 EXIT_BAD_SETTINGS = 2  # exit code of a process that ends by ConfigError or CheckpointError
 
 
@@ -92,9 +94,10 @@ class RequestTimeout(RequestError):
 class Overloaded(RequestError):
     code = "overloaded"
 
-    def __init__(self, message: str, *, retry_after: int = 1, param: str | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float = 1, param: str | None = None) -> None:
+        """`retry_after` is in seconds. It is rounded up to a whole number, and is at least 1."""
         super().__init__(message, param=param)
-        self.retry_after = retry_after  # seconds
+        self.retry_after = max(1, math.ceil(retry_after))
 
 
 class Aborted(RequestError):
@@ -113,9 +116,14 @@ class InternalError(TidegateError):
     code = "internal_error"
 
 
-def error_from_name(name: str, message: str, param: str | None = None) -> TidegateError:
-    """Return the exception that a RequestFailure describes. A name that is no class of this module gives an InternalError."""
+def error_from_name(name: str, message: str, param: str | None = None, retry_after: int | None = None) -> TidegateError:
+    """Return the exception that a RequestFailure describes. A name that is no class of this module gives an InternalError.
+
+    `retry_after` is for Overloaded alone.
+    """
     cls = globals().get(name)
     if not (isinstance(cls, type) and issubclass(cls, TidegateError)):
         return InternalError(f"{name}: {message}")
+    if retry_after is not None and issubclass(cls, Overloaded):
+        return cls(message, retry_after=retry_after, param=param)
     return cls(message, param=param)

@@ -73,6 +73,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     slo: SloName = DEFAULT_SLO
     promised: bool = False  # the class was named by the client or the operator: refuse the request if its first token comes late
     deadline_s: float | None = None  # seconds, from the engine's receipt, after which nobody wants the output any more
+    resumed: bool = False  # an engine has accepted the request before: no prediction refuses it, whatever its deadline
 
     @property
     def num_prompt(self) -> int:
@@ -95,6 +96,8 @@ def check_submit(submit: Submit, limits: ModelLimits) -> None:
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise InvalidRequest(f"{name} is {value}: it must lie between {low} and {high}", param=name)
+    if submit.deadline_s is not None and not submit.deadline_s > 0:
+        raise InvalidRequest(f"the deadline is {submit.deadline_s:g} s: it must be more than 0", param="deadline_ms")
     check_ids(_as_array("prompt", submit.prompt), limits.vocab_size, "prompt")
     check_ids(_as_array("outputs", submit.outputs), limits.vocab_size, "outputs")
     check_ids(params.stop_token_ids, limits.vocab_size, "stop_token_ids")
@@ -215,6 +218,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float = 0.0  # duration of all steps together
     exposed_cpu_seconds: float = 0.0  # the part of step_seconds in which the device had nothing to do
     gc_pause_seconds: float = 0.0  # longest pause of the engine process by Python's garbage collector
+    device_seconds: float = 0.0  # time that the device has spent on steps
+    seq_limit: int = 0  # largest number of requests that may run; 0 before the first step, as for the two limits below
+    token_limit: int = 0  # largest number of tokens of a step
+    chunk_limit: int = 0  # largest slice of one prompt while other prompts want a part of the step
+    batching: str = "fixed"  # the policy that sets the three limits now
+    limit_changes: dict[str, int] = {}  # changes of the three limits, by their reason
+    work_seconds: float = 0.0  # predicted duration of the work that waits
+    predicted_ttft_over_target: float = 0.0  # time to first token predicted for a request that arrives now / its target
+    predicted_itl_over_target: float = 0.0  # predicted duration of the next step / the tightest target among the decodes
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -229,8 +229,8 @@ class EngineProcess:
         try:
             self._core.submit(submit)
         except TidegateError as error:
-            failure = RequestFailure(type(error).__name__, error.message, error.param)
-            self._send(identity, StepEvents([TokenEvent(submit.request_id, [], FinishReason.ERROR, failure=failure)]))
+            refusal = TokenEvent(submit.request_id, [], FinishReason.ERROR, failure=RequestFailure.of(error))
+            self._send(identity, StepEvents([refusal]))
         else:
             self._owners[submit.request_id] = identity
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 import xxhash
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, Overloaded, TidegateError
 from engine.slo import DEFAULT_SLO, SLO_CLASSES, SloName
 
 
@@ -181,6 +181,12 @@ class RequestFailure(msgspec.Struct, frozen=True, array_like=True):
     error: str  # name of a class in engine.errors
     message: str
     param: str | None = None
+    retry_after: int | None = None  # seconds after which to try again; set for Overloaded alone
+
+    @staticmethod
+    def of(error: TidegateError) -> RequestFailure:
+        retry_after = error.retry_after if isinstance(error, Overloaded) else None
+        return RequestFailure(type(error).__name__, error.message, error.param, retry_after)
 
 
 class TokenEvent(msgspec.Struct, array_like=True, gc=False, omit_defaults=True):

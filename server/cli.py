@@ -19,7 +19,8 @@ from engine.errors import EXIT_BAD_SETTINGS, ConfigError, InvalidRequest, Tidega
 from engine.request import SamplingParams
 from engine.startup import keep_kernels
 from server import __version__
-from server.settings import Settings, describe, flag, in_settings_names, load_settings
+from server.settings import Settings
+from server.settings_sources import describe, flag, in_settings_names, load_settings
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

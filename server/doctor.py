@@ -27,7 +27,8 @@ from engine.errors import CheckpointError, ConfigError
 from engine.models.families import read_spec
 from engine.models.generation import GenerationDefaults, read_generation_defaults
 from server.bundled import bundled_checkpoint
-from server.settings import Settings, in_settings_names
+from server.settings import Settings
+from server.settings_sources import in_settings_names
 from server.text.tokenizer import Tokenizer
 
 State = Literal["ok", "missing", "note"]  # "missing" means that `serve` would not start

@@ -1,36 +1,32 @@
-"""Defines the settings of the server. They are merged from flags > TIDEGATE_* environment > YAML file > the defaults below.
+"""Defines the settings of the server.
 
 `Settings` is the only list of settings: the flags of `tidegate serve`, the environment variables and the YAML keys are made from
-its fields. It is frozen, and is sent to the workers as JSON. `load_settings` makes one; ConfigError is all that it raises.
+its fields. It is frozen, and is sent to the workers as JSON. `server.settings_sources` reads one.
 """
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar, get_args
 
-import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
-from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
+import msgspec
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from engine.config import CacheConfig, Device, DType, EngineConfig, FakeConfig, LoadFormat, RunnerKind, SchedulerConfig
+from engine.config import Device, DType, EngineConfig, LoadFormat, RunnerKind
 from engine.errors import ConfigError
+from engine.request import BOUNDS
+from engine.slo import SloName
 from server import bundled
 
 PREFIX = "TIDEGATE_"
-CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the path of the YAML file; `--config` has precedence
 
-_CACHE, _SCHEDULER, _FAKE, _ENGINE = CacheConfig(), SchedulerConfig(), FakeConfig(), EngineConfig(model="")
-_ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings' names
-_GROUPED = {f"{group}.{name}" for group in _ENGINE_PREFIX for name in getattr(EngineConfig(model=""), group).__struct_fields__}
-_ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
+_ENGINE = EngineConfig(model="")
+_CACHE, _SCHEDULER, _FAKE = _ENGINE.cache, _ENGINE.scheduler, _ENGINE.fake
+ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings' names
+S = TypeVar("S", bound=msgspec.Struct)
 
+PRIORITY = BOUNDS["priority"]
 MAX_SECONDS = 1_000_000  # upper limit of all durations: gRPC takes 2^31 milliseconds at most
 
 
@@ -145,6 +141,14 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level of log lines written")
     log_format: Literal["auto", "human", "json"] = Field("auto", description="auto: human at a terminal, JSON otherwise")
 
+    # What is promised to callers without a key, and what they may ask for.
+    slo_class: SloName | None = Field(
+        None, description="Latency class of requests that name none; by default standard, of which nothing is then promised"
+    )
+    priority_ceiling: int = Field(
+        int(PRIORITY.low), ge=int(PRIORITY.low), le=int(PRIORITY.high), description="Most urgent priority that a request may name"
+    )
+
     # Settings of the engine, which engine/config.py explains. If the default is None, the engine chooses the value.
     device: Device = Field("auto", description="Device of the engine")
     dtype: DType = Field("auto", description="Number format of weights and activations")
@@ -193,7 +197,8 @@ class Settings(BaseSettings):
         """Refuse true and false for a number. YAML reads `port: yes` as true, and pydantic would accept true as 1."""
         if value is False and info.field_name == "generation_config":
             return "off"  # YAML reads `off` as false
-        if isinstance(value, bool) and not _is_bool(info.field_name or ""):
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("a truth value")
         return value
 
@@ -205,184 +210,10 @@ class Settings(BaseSettings):
     def engine_config(self) -> EngineConfig:
         if self.model is None:
             raise ConfigError("model is not set: name a checkpoint folder", param="model")
-        return EngineConfig(
-            model=self.model,
-            device=self.device,
-            dtype=self.dtype,
-            load_format=self.load_format,
-            runner=self.runner,
-            max_model_len=self.max_model_len,
-            seed=self.seed,
-            overlap=self.overlap,
-            cuda_graphs=self.cuda_graphs,
-            kernel_folder=self.kernel_folder,
-            startup_budget_s=self.startup_budget_s,
-            debug_checks=self.debug_checks,
-            cache=CacheConfig(
-                block_size=self.block_size,
-                num_blocks=self.num_blocks,
-                memory_fraction=self.memory_fraction,
-                host_bytes=self.host_bytes,
-                prefix_caching=self.prefix_caching,
-            ),
-            scheduler=SchedulerConfig(
-                max_num_seqs=self.max_num_seqs,
-                max_step_tokens=self.max_step_tokens,
-                max_queue=self.max_queue,
-                max_skips=self.max_skips,
-            ),
-            fake=FakeConfig(
-                step_ms=self.fake_step_ms,
-                token_us=self.fake_token_us,
-                num_blocks=self.fake_num_blocks,
-                nan_token=self.fake_nan_token,
-            ),
-        )
+        groups = {group: self._part(type(getattr(_ENGINE, group)), prefix) for group, prefix in ENGINE_PREFIX.items()}
+        return msgspec.structs.replace(self._part(EngineConfig), **groups)
 
-
-def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Path | None = None) -> Settings:
-    """Merge flags, environment, YAML file and defaults into a Settings. `flags` maps field names to the given values. `config` is
-    the path of the YAML file. Raises ConfigError."""
-    flags = dict(flags or {})
-    unknown = [name for name in os.environ if name.upper().startswith(PREFIX) and not _known_variable(name.upper())]
-    if unknown:
-        raise ConfigError("\n".join(_unknown_variable(name) for name in sorted(unknown)), param=unknown[0])
-    path = config or os.environ.get(CONFIG_VARIABLE) or None
-    layers = [
-        ({name: flag(name) for name in flags}, flags),
-        _environment(),
-        _file(Path(path)) if path else ({}, {}),
-    ]
-    origins: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    for names, layer in reversed(layers):
-        origins |= names
-        values |= layer
-    try:
-        settings = Settings(**values)
-    except ValidationError as error:
-        problems = error.errors()
-        lines = [_explain(problem, origins) for problem in problems]
-        raise ConfigError("\n".join(dict.fromkeys(lines)), param=str(problems[0]["loc"][0])) from None
-    _check_together(settings, origins)
-    return settings
-
-
-def in_settings_names(message: str) -> str:
-    """Replace the engine's names of settings in `message` with the operator's: `cache.block_size` becomes `block_size`."""
-
-    def as_set(found: re.Match[str]) -> str:
-        group, _, name = found[0].partition(".")
-        return _ENGINE_PREFIX[group] + name
-
-    return _ENGINE_NAME.sub(as_set, message)
-
-
-def describe(name: str) -> str:
-    """Return in words which values the setting `name` may have, such as "a whole number from 0 to 65535"."""
-    kinds = _kinds(name)
-    return " or ".join(_in_words(kind) for kind in kinds if kind.get("type") != "null")
-
-
-def flag(name: str) -> str:
-    """Return the command-line flag of the setting `name`: "--max-n" for "max_n"."""
-    return "--" + name.replace("_", "-")
-
-
-_SCHEMA: dict[str, Any] = Settings.model_json_schema()["properties"]
-
-
-def _kinds(name: str) -> list[dict[str, Any]]:
-    schema = _SCHEMA[name]
-    kinds: list[dict[str, Any]] = schema.get("anyOf", [schema])
-    return kinds
-
-
-def _is_bool(name: str) -> bool:
-    return any(kind.get("type") == "boolean" for kind in _kinds(name))
-
-
-def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
-    """Raise ConfigError if two ports are equal or max_step_tokens is below max_num_seqs."""
-    ports = {name: getattr(settings, name) for name in ("port", "grpc_port", "admin_port")}
-    for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
-        if port and port == same:
-            raise ConfigError(f"{one} and {other} are both {port}: each needs a port of its own", param=other)
-    tokens, seqs = settings.max_step_tokens, settings.max_num_seqs
-    if tokens is not None and tokens < seqs:
-        origin = origins.get("max_step_tokens", "the call")
-        raise ConfigError(
-            f"max_step_tokens is {tokens} (from {origin}): it must be at least max_num_seqs, which is {seqs}",
-            param="max_step_tokens",
-        )
-
-
-def _in_words(kind: dict[str, Any]) -> str:
-    if "enum" in kind:
-        return "one of " + ", ".join(kind["enum"])
-    if kind["type"] == "boolean":
-        return "true or false"
-    if kind["type"] == "array":
-        return str(kind["items"]["description"])
-    if kind["type"] == "string":
-        return "a text that is not empty"
-    low, high = kind.get("minimum"), kind.get("maximum")
-    words = "a whole number" if kind["type"] == "integer" else "a number"
-    if "exclusiveMinimum" in kind:
-        words += f" greater than {kind['exclusiveMinimum']:g}" + (f" and at most {high:g}" if high is not None else "")
-    elif low is not None and high is not None:
-        words += f" from {low} to {high}"
-    elif low is not None:
-        words += f", {low} or more"
-    return words
-
-
-def _environment() -> tuple[dict[str, str], dict[str, Any]]:
-    values = EnvSettingsSource(Settings)()
-    return {name: PREFIX + name.upper() for name in values}, values
-
-
-def _file(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config is {str(path)!r}, which cannot be read: {error}", param="config") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}", param="config") from None
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}: it must hold lines of the form `key: value`", param="config")
-    return {str(name): str(path) for name in values}, {str(name): value for name, value in values.items()}
-
-
-def _known_variable(name: str) -> bool:
-    return name == CONFIG_VARIABLE or name.removeprefix(PREFIX).lower() in Settings.model_fields
-
-
-def _unknown_variable(name: str) -> str:
-    key = name[len(PREFIX) :].lower()
-    return f"{name} is set in the environment, but there is no such setting{_closest(key)}{_service_links(os.environ[name])}"
-
-
-def _closest(name: str) -> str:
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), Settings.model_fields, n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
-
-
-def _service_links(value: object) -> str:
-    """Return a hint for an error message if `value` begins with tcp://, else "". Kubernetes sets variables such as
-    TIDEGATE_PORT=tcp://... in each pod for a Service named tidegate."""
-    if not str(value).startswith("tcp://"):
-        return ""
-    return " (Kubernetes sets such variables for a Service named tidegate: set enableServiceLinks: false in the pod's spec)"
-
-
-def _explain(problem: ErrorDetails, origins: Mapping[str, str]) -> str:
-    name = str(problem["loc"][0])
-    origin = origins.get(name, "the call")
-    if name not in Settings.model_fields:
-        return f"{name} is set in {origin}, but there is no such setting" + _closest(name)
-    value = problem["input"]
-    shown = "empty" if value is None else repr(value)
-    return f"{name} is {shown} (from {origin}): it must be {describe(name)}" + _service_links(value)
+    def _part(self, kind: type[S], prefix: str = "") -> S:
+        """Make a `kind` of the settings that have the names of its fields behind `prefix`. Other fields keep their defaults."""
+        names = [name for name in kind.__struct_fields__ if prefix + name in Settings.model_fields]
+        return kind(**{name: getattr(self, prefix + name) for name in names})

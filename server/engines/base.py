@@ -75,4 +75,5 @@ def error_of(event: TokenEvent) -> TidegateError | None:
         return None
     if event.failure is None:
         return InternalError(f"request {event.request_id} failed without a reason")
-    return error_from_name(event.failure.error, event.failure.message, event.failure.param)
+    failure = event.failure
+    return error_from_name(failure.error, failure.message, failure.param, failure.retry_after)

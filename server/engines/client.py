@@ -18,11 +18,12 @@ from collections.abc import Sequence
 import zmq
 
 from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Overloaded, TidegateError
-from engine.messages import EngineInfo, EngineStats, Submit
+from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
 from server.engines.base import EngineHealth
 from server.engines.health import Clock
 from server.engines.link import EngineLink
+from server.engines.stats import combined
 from server.engines.stream import EngineStream
 from server.engines.suspects import Suspects
 
@@ -57,6 +58,7 @@ class EngineClient:
         ]
         self._resume_timeout_s = resume_timeout_s
         self._max_queue = max_queue
+        self._clock = clock
         self._streams: dict[str, EngineStream] = {}  # all streams that have not ended, by request id
         self._waiting: dict[str, EngineStream] = {}  # the streams that wait for an engine, by request id
         self._suspects = Suspects(max_deaths)
@@ -116,7 +118,7 @@ class EngineClient:
             reason=reason,
             started=self._info is not None,
             restarts=sum(link.restarts for link in self._links),
-            stats=_sum([link.health.stats for link in self._links if link.health.stats is not None]),
+            stats=combined([link.health.stats for link in self._links if link.health.stats is not None]),
             startup={} if self._info is None else self._info.startup,
         )
 
@@ -130,7 +132,7 @@ class EngineClient:
             self._check_may_wait()
         if submit.request_id in self._streams:
             raise InternalError(f"request {submit.request_id!r} is under way already")
-        stream = EngineStream(submit, self._abort)
+        stream = EngineStream(submit, self._abort, self._clock())
         if not live:
             self._waiting[submit.request_id] = stream
         elif not choose(submit, live).send(stream, submit):
@@ -215,7 +217,7 @@ class EngineClient:
         """
         link = choose(stream.request, self._live_links())
         try:
-            submit = stream.resumption(link.max_model_len)
+            submit = stream.resumption(link.max_model_len, self._clock())
         except ContextTooLong as error:
             self._end(stream, error)
         else:
@@ -288,10 +290,3 @@ def choose(submit: Submit, links: Sequence[EngineLink]) -> EngineLink:
 
 def _is_overload(event: TokenEvent) -> bool:
     return event.finish is FinishReason.ERROR and event.failure is not None and event.failure.error == Overloaded.__name__
-
-
-def _sum(stats: list[EngineStats]) -> EngineStats | None:
-    """Combine the statistics of several engines into one. Returns None if there are no statistics."""
-    if len(stats) < 2:
-        return stats[0] if stats else None
-    return EngineStats(**{field: sum(getattr(each, field) for each in stats) for field in EngineStats.__struct_fields__})

@@ -16,6 +16,7 @@ from server.engines.base import error_of, size_of
 # Number of events with tokens after which an engine has proved that it survives the request. One event is not enough: the engine
 # sends the first event while it already runs the next step, and may die in that step.
 PROGRESS_EVENTS = 2
+_NO_TIME_S = 1e-3  # deadline of a request whose own has passed: the call that owns the stream is about to end it
 
 
 class EngineStream:
@@ -27,6 +28,7 @@ class EngineStream:
 
     __slots__ = (
         "_context_len",
+        "_deadline",
         "_error",
         "_events",
         "_num_events",
@@ -41,7 +43,8 @@ class EngineStream:
         "resumed",
     )
 
-    def __init__(self, request: Submit, on_abort: Callable[[EngineStream], None]) -> None:
+    def __init__(self, request: Submit, on_abort: Callable[[EngineStream], None], now: float) -> None:
+        """`now` is the time of the submission, by the clock of which `resumption` gets a later time."""
         self.request = request
         self.request_id = request.request_id
         self.deaths = 0  # engines in a row that died with this request and made no progress with it; see `Suspects`
@@ -50,6 +53,7 @@ class EngineStream:
         self.resumed = False  # whether an earlier engine had this request
         self._num_events = 0  # events with tokens from the present engine
         self._context_len: int | None = None  # the present engine's context, if it cannot hold prompt and max_tokens
+        self._deadline = None if request.deadline_s is None else now + request.deadline_s
         self._on_abort = on_abort
         self._received: list[int] = []
         self._events: deque[TokenEvent] = deque()
@@ -111,12 +115,13 @@ class EngineStream:
         self.resumed = True
         self._num_events = 0
 
-    def resumption(self, max_model_len: int) -> Submit:
+    def resumption(self, max_model_len: int, now: float) -> Submit:
         """Return the message that submits this request to an engine with a context of `max_model_len` tokens.
 
-        If an engine already had the request, the message holds the tokens received so far. If the new engine's context cannot
-        hold prompt and max_tokens, the request may run as far as that context goes, and then ends with ContextTooLong. Raises
-        ContextTooLong if the context cannot hold even the next token.
+        The message has the deadline that is left. If an engine already had the request, the message holds the tokens received so
+        far, and says that no prediction may refuse it: part of the answer may be at the client. If the new engine's context
+        cannot hold prompt and max_tokens, the request may run as far as that context goes, and then ends with ContextTooLong.
+        Raises ContextTooLong if the context cannot hold even the next token.
         """
         submit, params = self.request, self.request.params
         capacity = max_model_len - submit.num_prompt  # tokens of output that fit into the context
@@ -127,9 +132,14 @@ class EngineStream:
             params = msgspec.structs.replace(params, max_tokens=capacity, min_tokens=min(params.min_tokens, capacity))
         if self._received:
             params = msgspec.structs.replace(params, prompt_logprobs=None)
-        fork_of = None if self.resumed else submit.fork_of
         return msgspec.structs.replace(
-            submit, outputs=submit.outputs + pack_tokens(self._received), params=params, fork_of=fork_of
+            submit,
+            outputs=submit.outputs + pack_tokens(self._received),
+            params=params,
+            fork_of=None if self.resumed else submit.fork_of,
+            promised=submit.promised and not self.resumed,
+            deadline_s=None if self._deadline is None else max(self._deadline - now, _NO_TIME_S),
+            resumed=self.resumed,
         )
 
     def _final_error(self, event: TokenEvent) -> TidegateError | None:

@@ -65,6 +65,7 @@ def engine_families(health: EngineHealth) -> list[Metric]:
     if health.stats is not None:
         families += [GaugeMetricFamily(name, text, float(value)) for name, text, value in _gauges(health.stats)]
         families += [CounterMetricFamily(name, text, float(value)) for name, text, value in _counters(health.stats)]
+        families += _batching(health.stats)
     return families
 
 
@@ -76,6 +77,24 @@ def _gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
             "tidegate_engine_gc_pause_seconds",
             "Longest pause of the engine by Python's garbage collector.",
             stats.gc_pause_seconds,
+        ),
+        ("tidegate_engine_batch_sequences_limit", "Most outputs that may run now.", stats.seq_limit),
+        ("tidegate_engine_batch_tokens_limit", "Most tokens of a step now.", stats.token_limit),
+        (
+            "tidegate_engine_batch_chunk_limit",
+            "Most tokens of one prompt in a step now, while other prompts want a part of the step.",
+            stats.chunk_limit,
+        ),
+        ("tidegate_engine_work_seconds", "Predicted duration of the work that waits.", stats.work_seconds),
+        (
+            "tidegate_engine_predicted_ttft_over_target",
+            "Time to first token predicted for a request that arrives now, over its target.",
+            stats.predicted_ttft_over_target,
+        ),
+        (
+            "tidegate_engine_predicted_itl_over_target",
+            "Predicted duration of the next step, over the tightest target between tokens among the running outputs.",
+            stats.predicted_itl_over_target,
         ),
         ("tidegate_kv_blocks_used", "KV-cache blocks that running requests hold.", stats.blocks_used),
         ("tidegate_kv_blocks_cached", "KV-cache blocks, held or free, whose content may be reused.", stats.blocks_cached),
@@ -91,6 +110,7 @@ def _counters(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
     return (
         ("tidegate_engine_steps", "Steps that the engine has run.", stats.step),
         ("tidegate_engine_step_seconds", "Seconds that the engine has spent in steps.", stats.step_seconds),
+        ("tidegate_engine_device_seconds", "Seconds that the device has spent on steps.", stats.device_seconds),
         ("tidegate_engine_exposed_cpu_seconds", idle, stats.exposed_cpu_seconds),
         ("tidegate_engine_requests_failed", failed, stats.num_failed),
         ("tidegate_engine_log_lines_dropped", "Log lines of the engine that were dropped.", stats.log_lines_dropped),
@@ -99,6 +119,20 @@ def _counters(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
         ("tidegate_prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens),
         ("tidegate_prefix_cache_hits_tokens", "Prompt tokens found in the prefix cache.", stats.cached_tokens),
     )
+
+
+def _batching(stats: EngineStats) -> list[Metric]:
+    policy = GaugeMetricFamily(
+        "tidegate_engine_batching_policy", "1 for each policy that sets the limits of an engine's steps now.", labels=["policy"]
+    )
+    for name in stats.batching.split(","):
+        policy.add_metric([name], 1.0)
+    changes = CounterMetricFamily(
+        "tidegate_engine_limit_changes", "Changes of the limits of a step, by reason.", labels=["reason"]
+    )
+    for reason, number in stats.limit_changes.items():
+        changes.add_metric([reason], float(number))
+    return [policy, changes]
 
 
 def _startup(health: EngineHealth) -> Metric:

@@ -1,6 +1,6 @@
 """Metrics of an API worker: `tidegate_*`, in seconds, tokens and requests.
 
-At every moment, requests started = finished + aborted + failed + running.
+At every moment, requests started = finished + aborted + failed + running. `slo.py` has the metrics by SLO class.
 
 A process that runs alone reports only its own metrics. If the supervisor has set PROMETHEUS_MULTIPROC_DIR, each worker also
 writes its metrics to files in that folder (`shared_files.py`), and a scrape of any worker returns the metrics of all workers.
@@ -18,9 +18,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from engine.slo import SloName
 from server.engines.base import EngineHealth
 from server.metrics.exposition import Exposition
 from server.metrics.shared_files import DROPPED, FAILED, FOLDER_VARIABLE, AllProcesses, ProcessFiles, value_class
+from server.metrics.slo import ClassMetrics, class_metrics
 
 # The bucket bounds are vLLM's, so that dashboards made for vLLM can read the histograms.
 _SECONDS = (0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -92,10 +94,13 @@ class RequestMeter:
     A request with n outputs counts as one request. Its inter-token latencies are measured within each output.
     """
 
-    __slots__ = ("_began", "_ended", "_latest", "_metrics", "_transport")
+    __slots__ = ("_began", "_class", "_ended", "_latest", "_longest_gap", "_metrics", "_transport", "_ttft")
 
-    def __init__(self, metrics: Metrics, transport: str, now: float) -> None:
+    def __init__(self, metrics: Metrics, transport: str, of_class: ClassMetrics, now: float) -> None:
         self._metrics = metrics
+        self._class = of_class
+        self._ttft = 0.0
+        self._longest_gap = 0.0
         self._transport = transport
         self._began = now
         self._ended = False
@@ -107,7 +112,9 @@ class RequestMeter:
         m.prompt_tokens.inc(prompt_tokens)
         m.cached_tokens.inc(cached_tokens)
         m.queue.observe(queue_seconds)
-        m.ttft.observe(now - self._began)
+        self._ttft = now - self._began
+        m.ttft.observe(self._ttft)
+        self._class.ttft.observe(self._ttft)
 
     def tokens(self, index: int, num_tokens: int, now: float) -> None:
         """Record that output `index` of the request gained `num_tokens` tokens at the time `now`."""
@@ -116,13 +123,17 @@ class RequestMeter:
         if before is None:
             self._metrics.tally.first(num_tokens)
         else:
-            self._metrics.tally.next(num_tokens, now - before, now)
+            gap = now - before
+            if gap > self._longest_gap:
+                self._longest_gap = gap
+            self._metrics.tally.next(num_tokens, gap, now)
 
     def finished(self, reason: str) -> None:
         """Count the request as finished. `reason` is "length" if any output ended by length, else "stop"."""
         if not self._ended:
             self._metrics.num_finished += 1
             self._metrics.e2e.observe(time.monotonic() - self._began)
+            self._class.finished(self._ttft, self._longest_gap)
             self._end(self._metrics.finished, reason)
 
     def aborted(self) -> None:
@@ -158,6 +169,7 @@ class Metrics:
         self._add_requests()
         self._add_refusals()
         self._add_tokens()
+        self._classes = class_metrics(self._registry, TTFT_BUCKETS, ITL_BUCKETS)
         self._exposed = CollectorRegistry(auto_describe=False)
         self._exposed.register(Exposition(workers, engine, model_name))
 
@@ -208,12 +220,13 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, buckets=buckets, registry=self._registry)
 
-    def begin(self, transport: str) -> RequestMeter:
-        """Count a request that has arrived by `transport`, which is "http" or "grpc". Returns the meter that measures it."""
+    def begin(self, transport: str, slo: SloName) -> RequestMeter:
+        """Count a request of the class `slo` that has arrived by `transport`, which is "http" or "grpc". Returns the meter that
+        measures it."""
         self.started.labels(transport).inc()
         self.running.labels(transport).inc()
         self._publish()
-        return RequestMeter(self, transport, time.monotonic())
+        return RequestMeter(self, transport, self._classes[slo], time.monotonic())
 
     def http_refused(self, status: int) -> None:
         """Count an HTTP request that was refused with `status` before it reached a route."""

@@ -19,7 +19,7 @@ from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from server.service.pacing import Pacer
 from server.service.service import GenerateService
-from server.service.types import ANONYMOUS, Chunk
+from server.service.types import Chunk
 from server.settings import Settings
 
 
@@ -44,7 +44,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         generation = msgspec.structs.replace(generation, progress=call.new_progress())
         await context.send_initial_metadata(metadata_of(call))
         model = self._service.model_name
-        async with aclosing(self._service.generate(generation, ANONYMOUS, transport="grpc")) as stream:
+        async with aclosing(self._service.generate(generation, self._service.anonymous, transport="grpc")) as stream:
             async for item in stream:
                 response = pb.GenerateResponse(id=id, request_id=asked.request_id)
                 if isinstance(item, Chunk):

@@ -22,6 +22,7 @@ import msgspec
 from engine.errors import InternalError, RequestTimeout, TidegateError
 from engine.messages import Submit, check_submit, pack_tokens
 from engine.request import SEED_MAX, TokenEvent, output_seed
+from engine.slo import DEFAULT_SLO
 from server.engines.base import EngineClientProtocol, TokenStream
 from server.metrics.registry import RequestMeter
 from server.service.output_builder import OutputBuilder
@@ -192,6 +193,8 @@ class Call:
 
     def _submits(self, prompt: list[int]) -> list[Submit]:
         request, identity = self.request, self.identity
+        deadline_s = self._deadline_left()
+        slo = request.slo_class or identity.slo
         given = request.params.seed
         others = msgspec.structs.replace(request.params, prompt_logprobs=None)
         seed = secrets.randbelow(SEED_MAX) if given is None else given
@@ -203,12 +206,26 @@ class Call:
                 prompt=packed,
                 params=request.params if i == 0 else others,
                 seed=output_seed(seed, i),
-                priority=max(request.priority, identity.priority_ceiling),
+                priority=max(0, identity.priority_ceiling) if request.priority is None else request.priority,
                 fork_of=None if i == 0 else first,
                 salt=identity.salt,
+                tenant=identity.tenant,
+                slo=slo or DEFAULT_SLO,
+                promised=slo is not None,
+                deadline_s=deadline_s,
             )
             for i in range(request.n)
         ]
+
+    def _deadline_left(self) -> float | None:
+        """Return the seconds until the call's deadline, or None if it has none. Raises RequestTimeout if it has passed."""
+        if self.request.deadline_s is None:
+            return None
+        left = self.request.deadline_s - (time.monotonic() - self._began)
+        if left <= 0:  # the timer is due, and the event loop has not run it yet
+            self._pass_deadline()
+            self._raise_if_ended()
+        return left
 
     def _meter_first(self, event: TokenEvent, now: float) -> None:
         self._ttft = now - self._began

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from engine.errors import InvalidRequest, UnknownModel
 from engine.request import BOUNDS, SamplingParams
-from server.service.types import GenerationRequest
+from engine.slo import SloName
+from server.service.types import GenerationRequest, Identity
 
 
 class ServiceSettings(Protocol):
@@ -29,9 +30,13 @@ class ServiceSettings(Protocol):
     def max_stop_len(self) -> int: ...
     @property
     def max_waiting_text_bytes(self) -> int: ...
+    @property
+    def slo_class(self) -> SloName | None: ...
+    @property
+    def priority_ceiling(self) -> int: ...
 
 
-def check_request(request: GenerationRequest, settings: ServiceSettings) -> None:
+def check_request(request: GenerationRequest, identity: Identity, settings: ServiceSettings) -> None:
     """Validate everything about a request that does not depend on the prompt's tokens. Raises InvalidRequest or UnknownModel."""
     check_model(request.model, settings.model_name)
     if not request.prompt:
@@ -40,9 +45,8 @@ def check_request(request: GenerationRequest, settings: ServiceSettings) -> None
         check_text(request.prompt, "prompt")
     if not 1 <= request.n <= settings.max_n:
         raise InvalidRequest(f"n is {request.n}: it must lie between 1 and {settings.max_n}", param="n")
-    low, high, _ = BOUNDS["priority"]
-    if not low <= request.priority <= high:  # checked before the identity's ceiling replaces the client's number
-        raise InvalidRequest(f"priority is {request.priority}: it must lie between {low} and {high}", param="priority")
+    if request.priority is not None:
+        _check_priority(request.priority, identity.priority_ceiling)
     if request.deadline_s is not None and not request.deadline_s > 0:
         raise InvalidRequest("the deadline must be more than 0", param="deadline_ms")
     _check_stops(request.stop, settings)
@@ -55,6 +59,17 @@ def check_request(request: GenerationRequest, settings: ServiceSettings) -> None
         raise InvalidRequest(
             f"truncate_prompt_tokens is {truncate}: it must be -1, for as many as the context allows, or at least 1",
             param="truncate_prompt_tokens",
+        )
+
+
+def _check_priority(priority: int, ceiling: int) -> None:
+    low, high, _ = BOUNDS["priority"]
+    if not low <= priority <= high:
+        raise InvalidRequest(f"priority is {priority}: it must lie between {low} and {high}", param="priority")
+    if priority < ceiling:
+        raise InvalidRequest(
+            f"priority is {priority}: it must be at least {ceiling}, the most urgent priority that you may ask for",
+            param="priority",
         )
 
 

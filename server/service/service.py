@@ -20,6 +20,7 @@ from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError,
 from engine.messages import check_ids, prompt_too_long
 from engine.models.generation import GenerationDefaults
 from engine.request import SamplingParams
+from engine.slo import DEFAULT_SLO
 from server.engines.base import EngineClientProtocol, EngineHealth
 from server.metrics.registry import Metrics
 from server.service.call import Call
@@ -31,7 +32,7 @@ from server.service.checks import (
     check_text,
 )
 from server.service.text_work import TextWork, TooManyTokens
-from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest, Identity
+from server.service.types import Chunk, Ending, GenerationRequest, Identity
 from server.text.chat import ChatTemplate
 from server.text.conversation import Conversation, strings_in
 from server.text.tokenizer import PIECE_CHARS, Tokenizer
@@ -73,6 +74,7 @@ class GenerateService:
         self._settings = settings
         self._metrics = metrics
         self._created = int(time.time())
+        self.anonymous = Identity(slo=settings.slo_class, priority_ceiling=settings.priority_ceiling)  # of callers without a key
         self._calls: dict[str, Call] = {}
 
     @property
@@ -89,16 +91,18 @@ class GenerateService:
         return len(self._calls)
 
     async def generate(
-        self, request: GenerationRequest, identity: Identity = ANONYMOUS, *, transport: str = "http"
+        self, request: GenerationRequest, identity: Identity | None = None, *, transport: str = "http"
     ) -> AsyncGenerator[Chunk | Ending, None]:
         """Yield chunks of all outputs as they come, then one Ending. Closing the generator aborts the request.
 
-        `identity` bounds the request's priority and separates its prefix cache by a salt.
+        `identity` bounds the request's priority, promises a latency to requests that name no class, and separates the prefix
+        cache by a salt. None stands for a caller without a key.
         """
-        meter = self._metrics.begin(transport)
+        identity = identity or self.anonymous
+        meter = self._metrics.begin(transport, request.slo_class or identity.slo or DEFAULT_SLO)
         call = Call(request, identity, meter)
         try:
-            check_request(request, self._settings)
+            check_request(request, identity, self._settings)
             self._enter(call)
             prompt = await self._prompt_of(call)
             request = call.request = await self._completed(request, prompt)

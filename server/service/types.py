@@ -8,23 +8,16 @@ from __future__ import annotations
 import msgspec
 
 from engine.request import BOUNDS, SamplingParams, TokenLogprobs
+from engine.slo import SloName
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes who sent a request, and what the request may ask for.
+    """Describes who sent a request, and what the request may ask for."""
 
-    Every route passes ANONYMOUS until there are API keys. No code reads `tenant` and `slo` (the class of latency promised to the
-    caller) yet. The fields exist so that keys and latency classes can be added without a change to every route.
-    """
-
-    tenant: str = "anonymous"
+    tenant: str = "anonymous"  # requests of different tenants share the engine fairly
     priority_ceiling: int = int(BOUNDS["priority"].low)  # most urgent priority allowed; a smaller number runs first
-    slo: str = "default"
+    slo: SloName | None = None  # class of requests that name none; None: nothing is promised to such a request
     salt: str = ""  # requests share blocks of the prefix cache only if their salts are equal
-
-
-ANONYMOUS = Identity()
-"""The identity of every request while there are no keys: any priority, one prefix cache for all."""
 
 
 class Progress(msgspec.Struct, kw_only=True):
@@ -54,7 +47,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool = False  # the first chunk of each output has the prompt's token ids
     text_offsets: bool = False  # chunks with log-probabilities also say where the text of each token begins
     fits_max_tokens: bool = False  # max_tokens is a default of the server: it may be lowered to what the context leaves
-    priority: int = 0  # a smaller number runs first
+    priority: int | None = None  # a smaller number runs first; None: 0, or the identity's ceiling if that is larger
+    slo_class: SloName | None = None  # None: the identity's class
     deadline_s: float | None = None  # seconds from admission after which the request ends with RequestTimeout
     add_special_tokens: bool = True  # False if a chat template has written the special tokens already
     client_names: dict[str, str] = {}  # our field name -> the name in the client's request, where they differ: for errors

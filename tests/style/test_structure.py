@@ -21,7 +21,7 @@ LADDER: list[list[set[str]]] = [
     [{"server.__main__"}, {"train"}],
     [{"server.cli"}],
     [{"server.compile"}, {"server.doctor"}, {"server.supervise"}],
-    [{"server.bench"}],
+    [{"server.bench"}, {"server.settings_sources"}],
     [{"server.http"}, {"server.rpc"}],
     [{"server.http.schemas"}],
     [{"server.service"}],
@@ -154,7 +154,7 @@ FLAT = {
         "lifeline",
         "batch",
     ],
-    "server": ["__main__", "cli", "compile", "settings", "bundled", "doctor", "errors"],
+    "server": ["__main__", "cli", "compile", "settings", "settings_sources", "bundled", "doctor", "errors"],
 }
 
 

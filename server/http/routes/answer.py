@@ -15,7 +15,7 @@ from server.http.routes.api import api_of
 from server.http.routes.collect import CollectedOutput, Collector, merge
 from server.http.routes.logprobs import Written
 from server.http.sse import EventStream
-from server.service.types import ANONYMOUS, Chunk, Ending, GenerationRequest
+from server.service.types import Chunk, Ending, GenerationRequest
 
 
 class Answer(Protocol):
@@ -41,7 +41,7 @@ async def respond(request: Request, answer: Answer, generations: list[Generation
     n = generations[0].n
     call = call_of(request.scope)
     measured = [msgspec.structs.replace(generation, progress=call.new_progress()) for generation in generations]
-    streams = [api.service.generate(generation, ANONYMOUS) for generation in measured]
+    streams = [api.service.generate(generation, api.service.anonymous) for generation in measured]
     if stream:
         return EventStream(answer.events(merge(streams, n)))
     collector = Collector(n, answer.write_logprobs, api.pacer)

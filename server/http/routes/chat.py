@@ -73,7 +73,7 @@ class _Answer:
     """Writes the answer to one request of POST /v1/chat/completions."""
 
     def __init__(self, api: Api, body: ChatBody, id: str, call: CallRecord) -> None:
-        self._head = {"id": id, "created": now(), "model": api.service.model_name}
+        self._head = {"id": id, "created": now(), "model": api.service.model_name, **body.tier}
         self._extras = EventExtras(body.event_options, call)
         self._wants_ids = bool(body.return_token_ids)
         self._pacer = api.pacer

@@ -121,7 +121,7 @@ class _Answer:
         self._pacer = api.pacer
         self._text = api.service.token_text
         self._prompt_item = prompt_item(self._text)
-        self._head = {"id": id, "object": "text_completion", "created": now(), "model": api.service.model_name}
+        self._head = {"id": id, "object": "text_completion", "created": now(), "model": api.service.model_name, **body.tier}
         self._begun: set[int] = set()  # the choices whose first text was written
 
     def whole(self, outputs: list[CollectedOutput], endings: list[Ending]) -> Response:

@@ -9,7 +9,7 @@ stop at the first fault (`fail_fast`), and unknown keys are removed or refused b
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.models.generation import GenerationDefaults
 from engine.request import BOUNDS, MAX_ALLOWED_IDS, MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
+from engine.slo import SloName
 from server.errors import TOKEN_ID
 from server.http.schemas.fields import KNOWN, without_unknown, without_unsupported
 from server.service.types import GenerationRequest
@@ -169,11 +170,24 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
     ] = None
     return_token_ids: Annotated[bool | None, Field(description="Report the token ids of the prompt and the outputs.")] = None
     stream: Annotated[bool | None, Field(description="Send the answer as server-sent events while it is generated.")] = None
-    priority: Annotated[int | None, bounded("priority", "Requests with a smaller number run first.")] = None
+    priority: Annotated[int | None, bounded("priority", "Requests of a class with a smaller number run first.")] = None
+    slo_class: Annotated[
+        Literal[SloName, "default"] | None,
+        Field(
+            description="Latency class. interactive: the first token within 500 ms, and 50 ms between tokens; standard: 2 s and "
+            "100 ms; batch: whenever there is room. A request that cannot have what its class promises is refused with 429. "
+            "default, like a field that is left out, stands for the operator's choice."
+        ),
+    ] = None
 
     @property
     def num_outputs(self) -> int:
         return self.n or 1
+
+    @property
+    def named_class(self) -> SloName | None:
+        """Return the latency class that the body names, or None."""
+        return None if self.slo_class == "default" else self.slo_class
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -208,6 +222,7 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
             bad_words=tuple(self.bad_words or ()),
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             return_token_ids=bool(self.return_token_ids),
-            priority=self.priority or 0,
+            priority=self.priority,
+            slo_class=self.named_class,
             **more,
         )

@@ -55,7 +55,6 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
     "service_tier": ("auto", "default"),
-    "slo_class": ("default",),
     "store": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -88,6 +87,7 @@ KNOWN: dict[str, tuple[Any, ...]] = {
 
 # What to use instead of fields that are often sent to the wrong route or under another server's name.
 _INSTEAD = {
+    "service_tier": "send slo_class",
     "enable_thinking": "send chat_template_kwargs to /v1/chat/completions",
     "thinking": "send chat_template_kwargs to /v1/chat/completions",
     "messages": "send messages to /v1/chat/completions",

@@ -10,12 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from engine.errors import InvalidRequest
+from engine.slo import SloName
 from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded
 from server.http.schemas.messages import ChatFields, Messages
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(max_length=512)]
 ModelName = Annotated[str | None, Field(max_length=256, description="Name of a model in /v1/models. May be left out.")]
+Tier = Literal["default", "flex", "priority"]
+_TIERS: dict[str, SloName] = {"flex": "batch", "priority": "interactive"}
 _METADATA = 16  # OpenAI's limit on the number of labels
 
 
@@ -42,6 +45,13 @@ class OpenAIFields(SamplingFields):
 
     model: ModelName = None
     stream_options: StreamOptions | None = None
+    service_tier: Annotated[
+        Literal["auto", Tier] | None,
+        Field(
+            description="OpenAI's name for a latency class. flex: slo_class batch; priority: slo_class interactive; auto and "
+            "default: no class. The answer repeats the tier."
+        ),
+    ] = None
     user: Annotated[Label | None, Field(description="A label of your own. It has no effect.")] = None
     safety_identifier: Annotated[Label | None, Field(description="A label of your own. It has no effect.")] = None
     prompt_cache_key: Annotated[
@@ -63,6 +73,26 @@ class OpenAIFields(SamplingFields):
             usage_so_far=bool(options.continuous_usage_stats),
             obfuscation=bool(options.include_obfuscation),
         )
+
+    @property
+    def named_class(self) -> SloName | None:
+        return super().named_class or _TIERS.get(self.service_tier or "")
+
+    @property
+    def tier(self) -> dict[str, str]:
+        """Return the field `service_tier` of the answer, which only a request with that field gets."""
+        return {} if self.service_tier is None else {"service_tier": self.service_tier.replace("auto", "default")}
+
+    @model_validator(mode="after")
+    def _one_class(self) -> OpenAIFields:
+        tier = _TIERS.get(self.service_tier or "")
+        if tier is not None and super().named_class not in (None, tier):
+            raise InvalidRequest(
+                f"service_tier is {self.service_tier}, which stands for slo_class {tier}, and slo_class is {self.slo_class}: "
+                "give one of the two",
+                param="service_tier",
+            )
+        return self
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> OpenAIFields:
@@ -202,6 +232,7 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
+    service_tier: Tier | None = Field(default=None, description="Only if the request has the field.")
     choices: list[CompletionChoice]
     usage: OpenAIUsage
 
@@ -241,6 +272,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"]
     created: int
     model: str
+    service_tier: Tier | None = Field(default=None, description="Only if the request has the field.")
     choices: list[ChatChoice]
     usage: OpenAIUsage
     prompt_logprobs: list[dict[str, Any] | None] | None = None

@@ -1,11 +1,21 @@
-"""Tests of the validation of requests, and of the packing of token ids."""
+"""Tests of the validation of requests, of the packing of token ids, and of errors that cross processes."""
 
 import pytest
 
 from engine.config import ModelLimits
-from engine.errors import ContextTooLong, InvalidRequest
-from engine.messages import Submit, check_ids, check_submit, decode_worker_message, encode, pack_tokens, unpack_tokens
-from engine.request import SamplingParams
+from engine.errors import ContextTooLong, InvalidRequest, Overloaded, error_from_name
+from engine.messages import (
+    StepEvents,
+    Submit,
+    check_ids,
+    check_submit,
+    decode_engine_message,
+    decode_worker_message,
+    encode,
+    pack_tokens,
+    unpack_tokens,
+)
+from engine.request import FinishReason, RequestFailure, SamplingParams, TokenEvent
 
 LIMITS = ModelLimits(max_model_len=20, vocab_size=100, eos_token_ids=(1,), dtype="float32")
 
@@ -40,6 +50,8 @@ def test_requests_that_just_fit_are_valid():
         ({"params": SamplingParams(allowed_token_ids=(1, 100))}, InvalidRequest, "allowed_token_ids"),
         ({"params": SamplingParams(bad_words=((1,), (2, 100)))}, InvalidRequest, "bad_words"),
         ({"priority": 1001}, InvalidRequest, "priority"),
+        ({"deadline_s": 0.0}, InvalidRequest, "deadline_ms"),
+        ({"deadline_s": float("nan")}, InvalidRequest, "deadline_ms"),
     ],
 )
 def test_requests_that_cannot_run_are_refused_and_the_field_is_named(changes, error, param):
@@ -49,7 +61,7 @@ def test_requests_that_cannot_run_are_refused_and_the_field_is_named(changes, er
 
 
 def test_an_encoded_submit_is_decoded_to_the_same_value():
-    submit = make_submit(outputs=[3], fork_of="b", salt="s", priority=-2)
+    submit = make_submit(outputs=[3], fork_of="b", salt="s", priority=-2, slo="batch", promised=True, deadline_s=1.5, tenant="t")
     assert decode_worker_message(encode(submit)) == submit
 
 
@@ -81,3 +93,19 @@ def test_check_ids_names_an_id_outside_the_vocabulary(ids):
     check_ids([0, 99], 100, "tokens")
     with pytest.raises(InvalidRequest, match=r"tokens has token id (100|-1|10{30}): it must lie between 0 and 99"):
         check_ids(ids, 100, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_after"),
+    [
+        (Overloaded("full", retry_after=6.2), 7),
+        (Overloaded("full", param="deadline_ms"), 1),
+        (InvalidRequest("n", param="n"), None),
+    ],
+)
+def test_an_error_crosses_processes_with_its_words_its_field_and_its_retry_after(error, retry_after):
+    event = TokenEvent("a", [], FinishReason.ERROR, failure=RequestFailure.of(error))
+    received = decode_engine_message(encode(StepEvents([event]))).events[0].failure
+    made = error_from_name(received.error, received.message, received.param, received.retry_after)
+    assert (type(made), made.message, made.param) == (type(error), error.message, error.param)
+    assert getattr(made, "retry_after", None) == retry_after

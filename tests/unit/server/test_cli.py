@@ -13,7 +13,8 @@ from engine.errors import ConfigError, TidegateError
 from server import __main__ as entry
 from server import __version__, cli
 from server.bench import offline
-from server.settings import Settings, flag
+from server.settings import Settings
+from server.settings_sources import flag
 from tests.support.children import ROOT, after
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 

@@ -52,6 +52,7 @@ def test_the_answer_to_a_bug_has_no_details(error):
 
 def test_errors_that_pass_with_time_have_retry_after():
     assert error_headers(Overloaded("x", retry_after=7)) == {"retry-after": "7"}
+    assert error_headers(Overloaded("x", retry_after=6.01)) == {"retry-after": "7"}
     assert error_headers(Overloaded("x", retry_after=0)) == {"retry-after": "1"}
     assert error_headers(EngineUnavailable("x")) == {"retry-after": "1"}
     assert error_headers(InvalidRequest("x")) == {}

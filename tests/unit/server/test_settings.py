@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.settings import Settings, describe, in_settings_names, load_settings
+from server.settings import Settings
+from server.settings_sources import describe, in_settings_names, load_settings
 
 HALF_OPEN = "a number greater than 0 and at most 1"
 

@@ -3,11 +3,12 @@
 test_several_engines.py and test_suspects.py test EngineClient too.
 """
 
+import msgspec
 import pytest
 
 from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Overloaded
 from engine.messages import Abort, EngineStats, Heartbeat, StepEvents, Submit, Welcome
-from engine.request import FinishReason, TokenEvent
+from engine.request import FinishReason, RequestFailure, TokenEvent
 from server.engines import zmq_connection
 from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import (
@@ -42,6 +43,45 @@ async def test_a_resumed_stream_sends_the_tokens_it_has_and_reports_nothing_twic
     assert [token for event in rest for token in event.tokens] == [8, 9]
     assert all(event.num_cached is None and event.queue_s is None for event in rest)
     assert client.health.restarts == 1
+
+
+async def test_a_resumed_stream_has_the_deadline_that_is_left_and_is_not_refused_by_prediction(engine):
+    now = [5.0]
+    client = engine_client([engine.endpoint], clock=lambda: now[0], resume_timeout_s=30)
+    await client.start()
+    await engine.accept()
+    await client.wait_ready(5)
+    sent = msgspec.structs.replace(request(), slo="interactive", promised=True, deadline_s=8.0, tenant="t")
+    stream = client.submit(sent)
+    assert await engine.receive(Submit) == sent
+    now[0] += 3.0
+    await engine.replace(client)
+    again = await engine.receive(Submit)
+    assert (again.deadline_s, again.promised, again.resumed, again.slo, again.tenant) == (5.0, False, True, "interactive", "t")
+    engine.send_tokens("r", 7)
+    await next_event(stream)
+    now[0] += 60.0
+    await engine.replace(client)
+    again = await engine.receive(Submit)
+    assert 0 < again.deadline_s < 0.1  # the call that owns the stream ends it
+    assert (outputs_of(again), again.promised, again.resumed) == ([7], False, True)
+    engine.finish("r", 8, 9)
+    assert await tokens_of(stream) == [8, 9]
+    await client.close()
+
+
+async def test_a_stream_that_waited_for_its_first_engine_may_still_be_refused(client, engine):
+    engine.die()
+    await death_noticed(client)
+    stream = client.submit(msgspec.structs.replace(request(), promised=True))
+    engine.start()
+    await engine.accept()
+    submit = await engine.receive(Submit)
+    assert (submit.promised, submit.resumed) == (True, False)
+    engine.refuse("r", RequestFailure("Overloaded", "the first token would come late", "slo_class", 4))
+    with pytest.raises(Overloaded, match="late") as caught:
+        await collect(stream)
+    assert (caught.value.retry_after, caught.value.param) == (4, "slo_class")
 
 
 async def test_an_engine_that_prepares_may_be_silent(engine):

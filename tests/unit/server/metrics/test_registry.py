@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import EngineStats
+from engine.slo import SLO_CLASSES
 from server.engines.base import EngineHealth
 from server.metrics.registry import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Metrics
 
@@ -23,6 +24,7 @@ STATS = EngineStats(
     log_lines_dropped=6,
     kernels_compiled=8,
 )
+CLASSES = list(SLO_CLASSES)
 HEALTH = EngineHealth(ready=True, restarts=2, stats=STATS)
 
 
@@ -66,7 +68,7 @@ def test_started_is_finished_aborted_failed_and_running_at_every_moment(acts):
     running = 0
     for act, which in acts:
         if act == "begin" or not open_:
-            open_.append(metrics.begin(("http", "grpc")[which % 2]))
+            open_.append(metrics.begin(("http", "grpc")[which % 2], CLASSES[which % 3]))
             running += 1
         else:
             meter = open_[which % len(open_)] if act == "twice" else open_.pop(which % len(open_))
@@ -75,11 +77,13 @@ def test_started_is_finished_aborted_failed_and_running_at_every_moment(acts):
         found = samples(metrics)
         assert conserved(found)
         assert total(found, "tidegate_requests_running") == running
+        judged = total(found, "tidegate_requests_good_total") + total(found, "tidegate_requests_late_total")
+        assert judged == total(found, "tidegate_requests_finished_total")
 
 
 def test_tokens_and_latencies_are_counted_within_each_output():
     metrics = Metrics("m", lambda: HEALTH)
-    meter = metrics.begin("http")
+    meter = metrics.begin("http", "standard")
     meter.first_token(meter._began + 0.03, prompt_tokens=9, cached_tokens=4, queue_seconds=0.4)
     meter.tokens(0, 1, 100.0)
     meter.tokens(1, 1, 100.0)  # no latency is measured between tokens of different outputs
@@ -99,6 +103,47 @@ def test_tokens_and_latencies_are_counted_within_each_output():
     assert found["tidegate_requests_finished_total", (("reason", "length"), ("transport", "http"))] == 1
 
 
+@pytest.mark.parametrize(
+    ("slo", "ttft", "gap", "good"),
+    [
+        ("interactive", 0.5, 0.046875, True),
+        ("interactive", 0.53125, 0.046875, False),
+        ("interactive", 0.25, 0.0625, False),
+        ("standard", 2.0, 0.09375, True),
+        ("standard", 2.5, 0.09375, False),
+        ("standard", 1.0, 0.125, False),
+        ("batch", 3600.0, 600.0, True),
+    ],
+)
+def test_a_finished_request_is_good_if_its_first_token_and_its_longest_gap_keep_the_targets(slo, ttft, gap, good):
+    metrics = Metrics("m", lambda: HEALTH)
+    meter = metrics.begin("http", slo)
+    meter.first_token(meter._began + ttft, prompt_tokens=1, cached_tokens=0, queue_seconds=0.0)
+    meter._ttft = ttft  # without the rounding of the sum above
+    for now in (100.0, 100.0 + gap, 100.0 + gap + 0.015625):  # the longest gap is not the last one
+        meter.tokens(0, 1, now)
+    meter.tokens(1, 1, 900.0)  # between outputs there is no gap
+    meter.finished("stop")
+    found, label = samples(metrics), ("slo_class", slo)
+    assert total(found, "tidegate_requests_good_total") == found["tidegate_requests_good_total", (label,)] == good
+    assert total(found, "tidegate_requests_late_total") == found["tidegate_requests_late_total", (label,)] == (not good)
+    assert found["tidegate_slo_longest_gap_seconds_sum", (label,)] == gap
+    assert found["tidegate_slo_time_to_first_token_seconds_count", (label,)] == 1
+    assert total(found, "tidegate_slo_time_to_first_token_seconds_sum") == pytest.approx(ttft)
+
+
+def test_a_request_that_fails_is_neither_good_nor_late():
+    metrics = Metrics("m", lambda: HEALTH)
+    metrics.begin("http", "interactive").failed("overloaded")
+    metrics.begin("http", "interactive").aborted()
+    found = samples(metrics)
+    for name in ("good", "late"):
+        assert {labels for n, labels in found if n == f"tidegate_requests_{name}_total"} == {
+            (("slo_class", slo),) for slo in ("interactive", "standard", "batch")
+        }
+        assert total(found, f"tidegate_requests_{name}_total") == 0
+
+
 def test_the_tally_gives_the_same_buckets_as_single_observations():
     """A value that equals a bucket's upper bound belongs to that bucket, both in the tally and in a single observation."""
     metrics, plain = Metrics("m", lambda: HEALTH), Metrics("m", lambda: HEALTH)
@@ -116,7 +161,7 @@ def test_the_tally_gives_the_same_buckets_as_single_observations():
 
 def test_the_vllm_names_show_the_same_numbers():
     metrics = Metrics("m", lambda: HEALTH)
-    meter = metrics.begin("http")
+    meter = metrics.begin("http", "standard")
     meter.first_token(meter._began, prompt_tokens=9, cached_tokens=4, queue_seconds=0.0)
     meter.tokens(0, 1, 1.0)
     meter.tokens(0, 1, 1.5)
@@ -154,6 +199,35 @@ def test_the_engines_start_is_shown_by_phase():
         if name == "tidegate_startup_seconds"
     }
     assert found == {(("phase", "imports"),): 3.5, (("phase", "weights"),): 2.25}
+
+
+def test_the_batchs_limits_and_the_predictions_are_shown():
+    stats = EngineStats(
+        seq_limit=16,
+        token_limit=2048,
+        chunk_limit=1024,
+        batching="aimd,model",
+        limit_changes={"slow_step": 3, "fast_steps": 2},
+        work_seconds=4.5,
+        predicted_ttft_over_target=0.75,
+        predicted_itl_over_target=1.25,
+        device_seconds=9.5,
+    )
+    found = samples(Metrics("m", lambda: EngineHealth(ready=True, stats=stats)))
+    shown = {key: value for key, value in found.items() if "batch" in key[0] or "predicted" in key[0] or "limit" in key[0]}
+    assert shown == {
+        ("tidegate_engine_batch_sequences_limit", ()): 16,
+        ("tidegate_engine_batch_tokens_limit", ()): 2048,
+        ("tidegate_engine_batch_chunk_limit", ()): 1024,
+        ("tidegate_engine_batching_policy", (("policy", "aimd"),)): 1,
+        ("tidegate_engine_batching_policy", (("policy", "model"),)): 1,
+        ("tidegate_engine_limit_changes_total", (("reason", "slow_step"),)): 3,
+        ("tidegate_engine_limit_changes_total", (("reason", "fast_steps"),)): 2,
+        ("tidegate_engine_predicted_ttft_over_target", ()): 0.75,
+        ("tidegate_engine_predicted_itl_over_target", ()): 1.25,
+    }
+    assert found["tidegate_engine_work_seconds", ()] == 4.5
+    assert found["tidegate_engine_device_seconds_total", ()] == 9.5
 
 
 def test_refusals_and_dropped_log_lines_are_counted():

@@ -27,7 +27,7 @@ logs.set_up("info", "json", "api 0")
 metrics = Metrics("m", lambda: EngineHealth(ready=True))
 
 def serve():
-    done, left = metrics.begin("http"), metrics.begin("grpc")
+    done, left = metrics.begin("http", "standard"), metrics.begin("grpc", "batch")
     for meter in (done, left):
         meter.first_token(meter._began, prompt_tokens=5, cached_tokens=0, queue_seconds=0.0)
         meter.tokens(0, 1, 1.0); meter.tokens(0, 1, 1.5)
@@ -35,7 +35,7 @@ def serve():
 
 def many_errors():
     for i in range(2000):
-        metrics.begin("http").failed(f"code_{i}")
+        metrics.begin("http", "standard").failed(f"code_{i}")
 
 for line in sys.stdin:
     {"serve": serve, "many_errors": many_errors, "scrape": lambda: None, "crash": lambda: os._exit(9)}[line.strip()]()

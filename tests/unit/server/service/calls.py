@@ -4,7 +4,7 @@ from engine.fake import expected_tokens
 from engine.request import SamplingParams
 from server.metrics.registry import Metrics
 from server.service.service import GenerateService
-from server.service.types import ANONYMOUS, Ending, GenerationRequest
+from server.service.types import Ending, GenerationRequest
 from server.settings import Settings
 from server.text.chat import ChatTemplate
 from server.text.chat_templates import ChatTemplates
@@ -30,7 +30,7 @@ def request(prompt=PROMPT, id="r", n=1, stop=(), model=None, deadline_s=None, **
     )
 
 
-async def outputs_of(service, sent, identity=ANONYMOUS):
+async def outputs_of(service, sent, identity=None):
     """Run `sent` to its end. Returns the tokens, the text and the last chunk of each output, and the Ending.
 
     Asserts that there is one Ending and that it is the last item.

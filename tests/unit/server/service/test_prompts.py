@@ -1,4 +1,4 @@
-"""Tests of the prompt, priority and salt that the engine gets for a request's text, messages and identity."""
+"""Tests of the prompt, priority, salt and tenant that the engine gets for a request's text, messages and identity."""
 
 import asyncio
 import threading
@@ -120,12 +120,20 @@ async def test_a_long_text_can_be_tokenised_and_come_back(service):
 
 
 @pytest.mark.parametrize(
-    ("ceiling", "priority", "submitted"), [(-1000, -1000, -1000), (-1000, 7, 7), (0, -5, 0), (0, 5, 5), (3, -1000, 3)]
+    ("ceiling", "priority", "submitted"),
+    [(-1000, -1000, -1000), (-1000, 7, 7), (0, 0, 0), (0, 5, 5), (-3, None, 0), (0, None, 0), (3, None, 3), (3, 3, 3)],
 )
 async def test_an_identity_bounds_the_priority(service, engine, ceiling, priority, submitted):
     sent = msgspec.structs.replace(request(n=2), priority=priority)
     await outputs_of(service, sent, Identity(priority_ceiling=ceiling))
     assert [submit.priority for submit in engine.submitted] == [submitted, submitted]
+
+
+@pytest.mark.parametrize(("ceiling", "priority"), [(0, -1), (3, 0), (3, -1000)])
+async def test_a_priority_above_the_ceiling_is_refused_with_the_ceiling(service, engine, ceiling, priority):
+    with pytest.raises(InvalidRequest, match=f"^priority is {priority}: it must be at least {ceiling}, ") as caught:
+        await outputs_of(service, msgspec.structs.replace(request(), priority=priority), Identity(priority_ceiling=ceiling))
+    assert (caught.value.param, engine.submitted) == ("priority", [])
 
 
 @pytest.mark.parametrize("priority", [-1001, 1001])

@@ -7,7 +7,7 @@ import asyncio
 from engine.errors import UnknownModel
 from engine.models.generation import GenerationDefaults
 from server.engines.base import EngineHealth
-from server.service.types import Chunk, Ending, Timing, Usage
+from server.service.types import Chunk, Ending, Identity, Timing, Usage
 
 
 class ScriptedService:
@@ -17,6 +17,7 @@ class ScriptedService:
     model_name = "tiny"
     max_model_len = 100
     defaults = GenerationDefaults()
+    anonymous = Identity()
 
     def __init__(self, *script, ready=True):
         self.script = script

@@ -7,7 +7,7 @@ from engine.errors import InternalError
 from server.http.routes.collect import Collector, merge, renumbered
 from server.http.routes.logprobs import write_each
 from server.service.pacing import Pacer
-from server.service.types import ANONYMOUS, Chunk, Ending
+from server.service.types import Chunk, Ending
 from tests.unit.server.http.routes.scripted import ScriptedService, letters
 from tests.unit.server.http.routes.serve import events_of, post
 
@@ -79,6 +79,6 @@ async def test_each_prompt_keeps_its_ending():
         model = None
         request_id = "r"
 
-    items = [item async for item in merge([service.generate(Request, ANONYMOUS) for _ in range(3)], 1)]
+    items = [item async for item in merge([service.generate(Request, service.anonymous) for _ in range(3)], 1)]
     assert sum(isinstance(item, Ending) for item in items) == 3
     assert sum(isinstance(item, Chunk) for item in items) == 6
