@@ -161,9 +161,17 @@ class PrefixIndex:
             del self._by_digest[entry.link.digest]
 
     def withdraw(self, blocks: list[int]) -> None:
-        """Remove blocks whose content may be wrong. Entries that descend from them can no longer be matched."""
+        """Remove the entries of blocks whose content may be wrong. Entries that descend from them can no longer be matched.
+
+        Other blocks of these entries are removed too. If an entry lived on by them, it could be evicted before entries that
+        descend from it: their holders may hold only the blocks that were withdrawn.
+        """
         for block in blocks:
-            self.forget(block)
+            entry = self._by_block.get(block)
+            if entry is not None:
+                for copy in (entry.block, *entry.copies):
+                    del self._by_block[copy]
+                del self._by_digest[entry.link.digest]
         self.epoch += 1
 
     def check(self) -> None:

@@ -100,6 +100,22 @@ def test_what_descends_from_withdrawn_blocks_is_not_found_even_after_the_prefix_
     index.check()
 
 
+def test_an_entry_does_not_outlive_a_withdrawal_by_its_copies():
+    """The second chain would else hold no block of the first entry, and that entry could be evicted before the second one."""
+    index = PrefixIndex(SIZE)
+    publish(index, list(range(8)), [0, 1])
+    second = publish(index, list(range(8)), [2, 3])
+    waiting = make_chain(list(range(12)))
+    assert matched(index, waiting) == [0, 1]
+    index.withdraw([2])
+    assert [block in index for block in range(4)] == [False, True, False, True]
+    assert matched(index, waiting) == []
+    index.publish(second, [2, 3], 2)
+    publish(index, list(range(8)), [4])  # the prefix is computed again, under a new entry
+    assert matched(index, waiting) == [4]
+    index.check()
+
+
 def test_a_chain_whose_blocks_were_withdrawn_publishes_nothing_more():
     index = PrefixIndex(SIZE)
     chain = publish(index, list(range(16)), [0, 1])
