@@ -31,6 +31,7 @@ from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
 from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.step_cost import StepCost
 from engine.startup import StartupClock
 
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
@@ -59,13 +60,16 @@ class Core:
         self._limits = msgspec.structs.replace(
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
-        self._scheduler = Scheduler(built.config, built.runner.num_blocks)
+        sched = built.config.scheduler
+        cost = StepCost.of_size(sched.max_num_seqs, sched.max_step_tokens or sched.max_num_seqs)
         self._controller = make_controller(built.config)
+        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost)
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0
         self._exposed_seconds = 0.0
         self._device_seconds = 0.0
+        self._latest_shape = StepShape(0, 0, 0, 0)  # of the latest step whose result is known
 
     @property
     def has_work(self) -> bool:
@@ -97,7 +101,8 @@ class Core:
                 slo=submit.slo,
                 promised=submit.promised,
                 deadline_s=submit.deadline_s,
-            )
+            ),
+            resumed=submit.resumed,
         )
 
     def abort(self, request_id: str) -> None:
@@ -135,6 +140,7 @@ class Core:
 
     def stats(self) -> EngineStats:
         scheduler, cache, counts = self._scheduler, self._scheduler.cache, self._scheduler.counts
+        limits, forecast = self._controller.present, scheduler.forecast
         return EngineStats(
             step=scheduler.step,
             running=scheduler.num_running,
@@ -154,6 +160,15 @@ class Core:
             kernels_compiled=self._runner.num_compiled,
             step_seconds=self._step_seconds,
             exposed_cpu_seconds=self._exposed_seconds,
+            device_seconds=self._device_seconds,
+            seq_limit=limits.seqs,
+            token_limit=limits.tokens,
+            chunk_limit=limits.chunk,
+            batching=self._controller.policy,
+            limit_changes=dict(self._controller.changes),
+            work_seconds=forecast.waiting_seconds(limits),
+            predicted_ttft_over_target=forecast.ttft_over_target(limits),
+            predicted_itl_over_target=forecast.itl_over_target(self._latest_shape),
         )
 
     def info(self) -> EngineInfo:
@@ -211,7 +226,8 @@ class Core:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Apply a step's result, and let the controller learn how long the step took."""
         self._device_seconds += result.device_seconds
-        self._controller.observe(StepShape.of(plan), result.device_seconds, time.monotonic())
+        self._latest_shape = StepShape.of(plan)
+        self._controller.observe(self._latest_shape, result.device_seconds, time.monotonic())
         return self._scheduler.commit(plan, result)
 
     def _nothing_to_run(self) -> list[TokenEvent]:

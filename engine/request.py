@@ -230,11 +230,14 @@ class Request:
         "blocks",
         "deadline",
         "end_len",
+        "expected_at",
         "fork_of",
         "leader",
         "num_cached",
         "num_computed",
+        "num_matched",
         "num_prompt",
+        "num_queued",
         "num_uncommitted",
         "params",
         "priority",
@@ -299,6 +302,9 @@ class Request:
         self.num_computed = 0
         self.num_uncommitted = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
+        self.num_matched = 0  # tokens found in the prefix cache when the request arrived, if that was looked up
+        self.num_queued = 0  # number of tokens when the request came into the queue
+        self.expected_at: float | None = None  # when its first token was predicted to come, if that was predicted
         self.row: int | None = None
         self.blocks: list[int] = []
         self.leader: Request | None = None  # the request named by `fork_of`, once both prompts were found equal

@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from engine.errors import InternalError
 from engine.request import Request
+from engine.scheduler.work import NO_WORK, Work, total, work_of
 
 _RANK = attrgetter("rank")
 
@@ -15,21 +16,29 @@ _RANK = attrgetter("rank")
 class Lane:
     """The waiting requests of one tenant and one class, sorted by rank. A lane of the queue is never empty."""
 
-    __slots__ = ("requests",)
+    __slots__ = ("requests", "work")
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.work = NO_WORK
+
+    def before(self, request: Request) -> Work:
+        """Return the work of the requests of a better rank than `request`."""
+        index = bisect_left(self.requests, request.rank, key=_RANK)
+        if index == len(self.requests):
+            return self.work
+        return total(map(work_of, self.requests[:index]))
 
 
 class WaitingQueue:
     """Holds the waiting requests. With at most a few thousand of them, a sorted list is the cheapest structure for a lane."""
 
-    __slots__ = ("_lanes", "_size", "num_prompt_tokens")
+    __slots__ = ("_lanes", "_size", "num_tokens")
 
     def __init__(self) -> None:
         self._lanes: dict[tuple[str, int], Lane] = {}  # (tenant, rank of the class) -> lane
         self._size = 0
-        self.num_prompt_tokens = 0  # of all requests in the queue
+        self.num_tokens = 0  # of all requests in the queue, those included that a cache may have
 
     def __len__(self) -> int:
         return self._size
@@ -52,8 +61,10 @@ class WaitingQueue:
         """Insert a request, whose `rank` is set, into its lane. A preempted request returns to its position by rank."""
         lane = self._lanes.setdefault((request.tenant, request.slo.rank), Lane())
         insort(lane.requests, request, key=_RANK)
+        request.num_queued = len(request.tokens)
+        lane.work = lane.work.plus(work_of(request))
         self._size += 1
-        self.num_prompt_tokens += request.num_prompt
+        self.num_tokens += request.num_queued
 
     def remove(self, request: Request) -> None:
         """Remove a request. Raises InternalError if it is not in the queue."""
@@ -63,10 +74,31 @@ class WaitingQueue:
         if lane is None or index == len(lane.requests) or lane.requests[index] is not request:
             raise InternalError(f"{request} is not in the queue")
         del lane.requests[index]
+        lane.work = lane.work.plus(work_of(request), share=-1)
         if not lane.requests:
             del self._lanes[key]
         self._size -= 1
-        self.num_prompt_tokens -= request.num_prompt
+        self.num_tokens -= request.num_queued
+
+    def work(self, worst_class: int = 1 << 30) -> Work:
+        """Return the work of the requests in the queue whose class has at most the rank `worst_class`."""
+        return total(lane.work for (_, slo), lane in self._lanes.items() if slo <= worst_class)
+
+    def work_before(self, request: Request) -> Work:
+        """Return the work that goes before a new request: of higher classes, of its own lane, and of other tenants.
+
+        Tenants are served equally, so others of its class get no more before it than its own tenant does.
+        """
+        own = self._lanes.get((request.tenant, request.slo.rank))
+        before = own.before(request) if own else NO_WORK
+        share = before.tokens + len(request.tokens) - request.num_matched
+        found = before
+        for (tenant, slo), lane in self._lanes.items():
+            if slo < request.slo.rank:
+                found = found.plus(lane.work)
+            elif slo == request.slo.rank and tenant != request.tenant:
+                found = found.plus(lane.work, min(1.0, share / max(1, lane.work.tokens)))
+        return found
 
     def check(self) -> None:
         """Raise InternalError if a lane is empty or not sorted, or if the sums are wrong."""
@@ -76,7 +108,9 @@ class WaitingQueue:
                 raise InternalError("a lane of the queue is empty or out of order")
             if any((request.tenant, request.slo.rank) != (tenant, slo) for request in lane.requests):
                 raise InternalError("a request waits in the lane of another tenant or class")
+            if lane.work != total(map(work_of, lane.requests)):
+                raise InternalError("the work of a lane is wrong")
         if self._size != sum(len(lane.requests) for lane in self._lanes.values()):
             raise InternalError("the size of the queue is wrong")
-        if self.num_prompt_tokens != sum(request.num_prompt for request in self):
-            raise InternalError("the number of waiting prompt tokens is wrong")
+        if self.num_tokens != sum(request.num_queued for request in self):
+            raise InternalError("the number of waiting tokens is wrong")

@@ -19,23 +19,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from operator import attrgetter
 from typing import NamedTuple
 
 from engine.config import EngineConfig
-from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
+from engine.errors import InternalError, InvalidRequest, TidegateError
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, GrownRow, StepPlan, StepResult
+from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
+from engine.scheduler.decodes import DecodePlanner
 from engine.scheduler.draft import Draft
+from engine.scheduler.forecast import Forecast
+from engine.scheduler.intake import Intake
 from engine.scheduler.limits import Load, StepLimits
 from engine.scheduler.outcome import add_first, collect_prompt_logprobs, failure_event, no_choice_event, set_finish
 from engine.scheduler.policy import FairPolicy, Policy
 from engine.scheduler.prompts import PromptPlanner
 from engine.scheduler.queue import WaitingQueue
-from engine.scheduler.running import RunningSet, row_of
+from engine.scheduler.running import RunningSet
+from engine.scheduler.step_cost import StepCost
 
 
 class _UncommittedStep(NamedTuple):
@@ -46,7 +49,10 @@ class _UncommittedStep(NamedTuple):
 
 
 class Scheduler:
-    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache. `policy` is by default a FairPolicy."""
+    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache. `policy` is by default a FairPolicy.
+
+    While `cost` is trusted, requests whose first token would come too late are refused. By default nothing is known of it.
+    """
 
     def __init__(
         self,
@@ -54,19 +60,24 @@ class Scheduler:
         num_blocks: int,
         *,
         policy: Policy | None = None,
+        cost: StepCost | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = KVCacheManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
         self.counts = SchedulerCounts()
         self.step = 0
         self._policy = policy or FairPolicy()
-        self._max_queue = config.scheduler.max_queue
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._queue = WaitingQueue()
         self._running = RunningSet(config.scheduler.max_num_seqs)
+        rows, tokens = config.scheduler.max_num_seqs, config.scheduler.max_step_tokens or config.scheduler.max_num_seqs
+        self.forecast = Forecast(cost or StepCost.of_size(rows, tokens), self._queue, self._running)
+        self._limits = StepLimits(tokens, rows, tokens)  # of the latest step
         max_skips = config.scheduler.max_skips
         admission = Admission(self.cache, self._queue, self._running, self._requests, self._policy, max_skips)
+        self._intake = Intake(self.cache, self._queue, config.scheduler, self.forecast)
+        self._decodes = DecodePlanner(self.cache, self._running, self._policy, self._preempt)
         self._prompts = PromptPlanner(self._running, admission, self._admit)
         self._uncommitted: deque[_UncommittedStep] = deque()
 
@@ -87,28 +98,25 @@ class Scheduler:
     def has_requests(self) -> bool:
         return bool(self._requests)
 
-    def add(self, request: Request) -> None:
-        """Accept `request`, which then ends in exactly one terminal event.
+    def add(self, request: Request, *, resumed: bool = False) -> None:
+        """Accept `request`, which then ends in exactly one terminal event. A `resumed` request is never refused for its latency.
 
-        Raises InvalidRequest, ContextTooLong or Overloaded if the request is refused.
+        Raises InvalidRequest, ContextTooLong, Overloaded or RequestTimeout if the request is refused.
         """
         if request.request_id in self._requests:
             raise InvalidRequest(f"request {request.request_id!r} is already running or waiting", param="request_id")
-        # The last token is never fed back to the model, so it needs no slot in the cache.
-        needed = self.cache.blocks_for(request.end_len - 1)
-        if needed > self.cache.num_blocks:
-            capacity = self.cache.num_blocks * self.cache.block_size
-            raise ContextTooLong(
-                f"This model's maximum context length is {capacity} tokens, which this server's KV cache can hold. However, you "
-                f"requested {request.end_len} tokens: send a shorter prompt or a smaller max_tokens.",
-                param="max_tokens",
-            )
-        if len(self._queue) >= self._max_queue:
-            raise Overloaded(f"{len(self._queue)} requests are already waiting: try again later")
+        self._intake.check_size(request, self._limits)
+        request.sequence = self.counts.num_accepted + 1
+        self._policy.arrived(request)
+        if not resumed:
+            try:
+                self._intake.check_latency(request, self._limits)
+            except TidegateError:
+                self.cache.release(request)
+                self._policy.ended(request)
+                raise
         self._requests[request.request_id] = request
         self.counts.num_accepted += 1
-        request.sequence = self.counts.num_accepted
-        self._policy.arrived(request)
         self._queue.push(request)
 
     def abort(self, request_id: str) -> TokenEvent | None:
@@ -125,12 +133,13 @@ class Scheduler:
 
         Returns None if no request can run until the result of an earlier step is applied.
         """
+        self._limits = limits
         if len(self._queue) and self._running.worst_level > self._queue.best_class:
             self._give_up_places(limits)
         draft = Draft(self.step + 1, limits.tokens)
         plan, requests = draft.plan, draft.requests
         # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
-        may_admit = self._plan_decodes(draft) and len(self._queue) > 0 and self._running.num_places(limits.seqs) > 0
+        may_admit = self._decodes.plan(draft) and len(self._queue) > 0 and self._running.num_places(limits.seqs) > 0
         if may_admit or self._running.prompts:
             self._prompts.plan(draft, limits, self._clock(), may_admit=may_admit)
         if not requests:
@@ -150,7 +159,7 @@ class Scheduler:
             kv_tokens=sum(request.num_computed for request in running.decodes),
             running=len(running),
             waiting=len(self._queue),
-            prompt_tokens=sum(len(r.tokens) - r.num_computed for r in prompts) + self._queue.num_prompt_tokens,
+            prompt_tokens=sum(len(r.tokens) - r.num_computed for r in prompts) + self._queue.num_tokens,
             context=prompts[0].num_computed if prompts else 0,
             itl=running.itl,
         )
@@ -165,6 +174,7 @@ class Scheduler:
             raise InternalError(f"step {step} is due, not the plan of {plan.step} with the result of {result.step}")
         if result.prompt_logprobs:
             collect_prompt_logprobs(plan, requests, result.prompt_logprobs)
+        self.forecast.stepped(result.device_seconds)
         logprobs = result.logprobs
         events: list[TokenEvent] = []
         finished = Status.FINISHED
@@ -182,12 +192,14 @@ class Scheduler:
                 event.logprobs = [logprobs[index]]
             if length == request.num_prompt + 1:
                 add_first(event, request)
+                self.forecast.began(request, self._clock())
             if token in request.stop_ids or length >= request.end_len:
                 if token < 0:
                     events[-1] = self._fail(request, step, token)
                 elif set_finish(event, request):
                     self._end(request)
                     self.counts.num_finished += 1
+                    self.forecast.ended(request)
                     self.counts.output_tokens += len(event.tokens) - 1
         self.counts.output_tokens += len(events)
         return events
@@ -241,57 +253,6 @@ class Scheduler:
             victim = self._policy.victim(lower)
             lower.remove(victim)
             self._preempt(victim)
-        return True
-
-    def _plan_decodes(self, draft: Draft) -> bool:
-        """Add one slice for each decoding request. Returns False if there were too few free KV blocks."""
-        plan, requests = draft.plan, draft.requests
-        # Each decode needs at most one block, so the blocks need not be counted while there is one for each.
-        enough_blocks = self.cache.num_free >= len(self._running.decodes) or self._grow_best_first(plan)
-        block_size = self.cache.block_size
-        rows, starts = plan.rows, plan.starts
-        for request in self._running.decodes:
-            if len(request.tokens) + request.num_uncommitted >= request.end_len:
-                continue  # the request's last token is already submitted
-            start = request.num_computed
-            if start == len(request.blocks) * block_size and not self._grow(plan, request):
-                continue
-            rows.append(request.row)  # type: ignore[arg-type]  # running requests have a row
-            starts.append(start)
-            requests.append(request)
-            request.num_computed = start + 1
-            request.num_uncommitted += 1
-        draft.end_decodes()
-        return enough_blocks
-
-    def _grow_best_first(self, plan: StepPlan) -> bool:
-        """Give one KV block to each decode that needs one, the best rank first. Returns False if there are too few.
-
-        Then requests are preempted, the worst rank first, until the rest have one each. No request is preempted while the last
-        token of a running request is uncommitted. That request's blocks become free within two steps, and waiting for them costs
-        less than computing a whole request again.
-        """
-        size = self.cache.block_size
-        growing = [r for r in self._running.decodes if r.num_computed == len(r.blocks) * size and r.num_tokens < r.end_len]
-        growing.sort(key=attrgetter("rank"))
-        if len(growing) <= self.cache.num_free:
-            return True
-        if not any(other.num_tokens >= other.end_len for other in self._running.decodes):
-            while len(growing) > self.cache.num_free:
-                victim = self._policy.victim(self._running)
-                self._preempt(victim)
-                if victim in growing:
-                    growing.remove(victim)
-        for request in growing:
-            self._grow(plan, request)
-        return False
-
-    def _grow(self, plan: StepPlan, request: Request) -> bool:
-        """Give `request` one more KV block. Returns False if no block is free."""
-        block = self.cache.extend(request)
-        if block is None:
-            return False
-        plan.grown.append(GrownRow(row_of(request), len(request.blocks) - 1, [block]))
         return True
 
     def _admit(self, plan: StepPlan, request: Request, copies: list[BlockCopy]) -> None:

@@ -16,7 +16,18 @@ class Rig:
     """Runs a scheduler whose clock always shows `now`. In each step, all rows sample the same token."""
 
     def __init__(
-        self, *, blocks=100, block_size=4, rows=8, budget=64, max_queue=100, max_skips=2, prefix_caching=True, max_model_len=1000
+        self,
+        *,
+        blocks=100,
+        block_size=4,
+        rows=8,
+        budget=64,
+        max_queue=100,
+        max_queue_tokens=1 << 30,
+        max_skips=2,
+        prefix_caching=True,
+        max_model_len=1000,
+        cost=None,
     ):
         self.now = 0.0
         self.limits = StepLimits(tokens=budget, seqs=rows, chunk=budget)
@@ -25,9 +36,16 @@ class Rig:
             EngineConfig(
                 model="none",
                 cache=CacheConfig(block_size=block_size, prefix_caching=prefix_caching),
-                scheduler=SchedulerConfig(max_num_seqs=rows, max_step_tokens=budget, max_queue=max_queue, max_skips=max_skips),
+                scheduler=SchedulerConfig(
+                    max_num_seqs=rows,
+                    max_step_tokens=budget,
+                    max_queue=max_queue,
+                    max_queue_tokens=max_queue_tokens,
+                    max_skips=max_skips,
+                ),
             ),
             blocks,
+            cost=cost,
             clock=lambda: self.now,
         )
 
@@ -43,6 +61,8 @@ class Rig:
         tenant="",
         slo="standard",
         deadline_s=None,
+        promised=False,
+        resumed=False,
         **params,
     ) -> Request:
         """Add a request to the scheduler. If `prompt` is a number, the prompt is that many tokens, which no other prompt has."""
@@ -62,8 +82,9 @@ class Rig:
             tenant=tenant,
             slo=slo,
             deadline_s=deadline_s,
+            promised=promised,
         )
-        self.scheduler.add(request)
+        self.scheduler.add(request, resumed=resumed)
         return request
 
     def schedule(self) -> StepPlan:

@@ -37,14 +37,14 @@ def test_a_preempted_request_returns_to_its_old_position():
     assert lanes(queue) == [["a", "b", "c", "d"]]
 
 
-def test_the_queue_counts_the_prompt_tokens_that_wait():
+def test_the_queue_counts_the_tokens_that_wait():
     queue = WaitingQueue()
     long, short = make_request("a", num_prompt=70), make_request("b", num_prompt=5)
     queue.push(long)
     queue.push(short)
-    assert queue.num_prompt_tokens == 75
+    assert queue.num_tokens == 75
     queue.remove(long)
-    assert queue.num_prompt_tokens == 5
+    assert queue.num_tokens == 5
 
 
 def test_removing_a_request_that_is_not_in_the_queue_is_an_error():

@@ -1,0 +1,47 @@
+"""Intake: refuses requests that the cache cannot hold, that the queue has no room for, or that would start too late."""
+
+from __future__ import annotations
+
+from engine.config import SchedulerConfig
+from engine.errors import ContextTooLong, Overloaded
+from engine.kvcache.manager import KVCacheManager
+from engine.request import Request
+from engine.scheduler.forecast import Forecast
+from engine.scheduler.limits import StepLimits
+from engine.scheduler.queue import WaitingQueue
+
+
+class Intake:
+    """Checks requests that arrive. `limits` are those of the latest step."""
+
+    def __init__(self, cache: KVCacheManager, queue: WaitingQueue, config: SchedulerConfig, forecast: Forecast) -> None:
+        self._cache = cache
+        self._queue = queue
+        self._max_queue = config.max_queue
+        self._max_queue_tokens = config.max_queue_tokens
+        self._forecast = forecast
+
+    def check_size(self, request: Request, limits: StepLimits) -> None:
+        """Raise ContextTooLong or Overloaded if the cache can never hold the request, or if the queue cannot hold it now."""
+        # The last token is never fed back to the model, so it needs no slot in the cache.
+        needed = self._cache.blocks_for(request.end_len - 1)
+        if needed > self._cache.num_blocks:
+            capacity = self._cache.num_blocks * self._cache.block_size
+            raise ContextTooLong(
+                f"This model's maximum context length is {capacity} tokens, which this server's KV cache can hold. However, you "
+                f"requested {request.end_len} tokens: send a shorter prompt or a smaller max_tokens.",
+                param="max_tokens",
+            )
+        waiting, tokens = len(self._queue), self._queue.num_tokens
+        if waiting >= self._max_queue or (waiting and tokens + len(request.tokens) > self._max_queue_tokens):
+            seconds = self._forecast.waiting_seconds(limits)
+            raise Overloaded(
+                f"{waiting} requests with {tokens} tokens are already waiting: try again later", retry_after=seconds / waiting
+            )
+
+    def check_latency(self, request: Request, limits: StepLimits) -> None:
+        """Raise Overloaded or RequestTimeout if the request's first token would come too late."""
+        # Only for such requests is it worth while to look at the prefix cache now: a long queue's hashes would fill the memory.
+        if (request.promised or request.deadline is not None) and request.params.prompt_logprobs is None:
+            request.num_matched = self._cache.match(request) * self._cache.block_size if self._cache.prefix_caching else 0
+        self._forecast.check(request, limits)

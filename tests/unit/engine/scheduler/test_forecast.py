@@ -1,0 +1,175 @@
+"""Tests of Forecast and Intake: what is predicted, whom a prediction refuses, and what queues have room for."""
+
+import math
+
+import pytest
+
+from engine.errors import Overloaded, RequestTimeout
+from engine.request import Status
+from engine.scheduler.cost_table import CostTable
+from engine.scheduler.limits import StepLimits
+from engine.scheduler.step_cost import StepCost
+from tests.unit.engine.scheduler.rig import Rig, make_request
+
+LIMITS = StepLimits(tokens=100, seqs=8, chunk=100)
+STEP_SECONDS = 0.1
+
+
+def make_rig(*, seeded: bool = True, **options) -> Rig:
+    """Make a rig on a device whose steps of 100 prompt tokens take 0.1 s, and whose decode steps take 0.01 s.
+
+    All its steps report 0.1 s, so that is the usual step.
+    """
+    table = CostTable([8], [0.01], [1, 100], [0.001, STEP_SECONDS], 0.0, 0.0)
+    cost = StepCost([8], 100, table if seeded else None)
+    return Rig(budget=100, blocks=2000, block_size=10, cost=cost, **{"rows": 8, "max_model_len": 100_000} | options)
+
+
+def expected(rig: Rig, num_prompt: int, **fields) -> float:
+    request = make_request("new", num_prompt=num_prompt, arrival=rig.now + 1e-6, **fields)
+    return rig.scheduler.forecast.expected(request, rig.limits).seconds
+
+
+def test_an_idle_engine_needs_the_time_of_the_prompt():
+    assert expected(make_rig(), 100) == pytest.approx(0.1)
+    assert expected(make_rig(), 1000) == pytest.approx(1.0)
+
+
+def test_prompts_that_go_before_count():
+    rig = make_rig()
+    rig.add("a", 300)
+    rig.step()  # 100 tokens are computed
+    rig.add("b", 500)
+    assert expected(rig, 100) == pytest.approx(0.2 + 0.5 + 0.1, rel=0.01)
+    assert rig.scheduler.forecast.waiting_seconds(rig.limits) == pytest.approx(0.7, rel=0.01)
+
+
+def test_lower_classes_do_not_count_and_higher_ones_do():
+    rig = make_rig()
+    rig.add("batch", 500, slo="batch")
+    rig.add("urgent", 300, slo="interactive")
+    assert expected(rig, 100) == pytest.approx(0.4)
+    assert expected(rig, 100, slo="interactive") == pytest.approx(0.4)
+    assert expected(rig, 100, slo="batch") == pytest.approx(0.9)
+
+
+def test_another_tenant_counts_with_no_more_than_an_equal_share():
+    rig = make_rig()
+    for i in range(20):
+        rig.add(f"flood{i}", 400, tenant="flood")
+    assert expected(rig, 100, tenant="flood") == pytest.approx(8.1)
+    assert expected(rig, 100, tenant="calm") == pytest.approx(0.2)
+
+
+def test_a_cached_prefix_is_not_computed_again():
+    rig = make_rig()
+    prompt = list(range(10, 910))
+    rig.add("a", prompt, max_tokens=1)
+    while rig.scheduler.has_requests:
+        rig.step()
+    request = rig.add("b", [*prompt, 5, 6, 7], promised=True, slo="interactive")
+    assert request.num_matched == 900
+    assert request.expected_at is not None
+
+
+def test_a_full_batch_is_waited_for():
+    rig = make_rig(rows=2)
+    for i in range(2):
+        rig.add(f"short{i}", 5, max_tokens=20)
+    while rig.scheduler.has_requests:  # 20 tokens are now the usual length of an output
+        rig.step(device_seconds=0.01)
+    for i in range(2):
+        rig.add(f"r{i}", 5)
+    rig.step(device_seconds=0.01)
+    # The place of the first of two that end comes after half an output. Then come the step in flight and the prompt's own step.
+    assert expected(rig, 1) == pytest.approx(20 * 0.01 / 2 + 0.01 + 0.016)
+
+
+def test_a_promised_class_is_refused_when_its_first_token_would_be_late():
+    rig = make_rig()
+    rig.add("before", 450, slo="interactive")
+    accepted = rig.add("in time", 40, slo="interactive", promised=True)
+    with pytest.raises(Overloaded, match=r"expected after 0\.5\d s.* interactive promises it within 0\.5 s") as refusal:
+        rig.add("late", 30, slo="interactive", promised=True)
+    assert refusal.value.param == "slo_class"
+    assert accepted.status is Status.WAITING
+    assert rig.add("patient", 30, promised=True).status is Status.WAITING  # its class is standard
+    assert rig.scheduler.counts.num_accepted == 3
+
+
+def test_a_refusal_says_when_to_try_again():
+    rig = make_rig()
+    rig.add("long", 5000, slo="interactive")
+    with pytest.raises(Overloaded) as refusal:
+        rig.add("late", 100, slo="interactive", promised=True)
+    assert refusal.value.retry_after == math.ceil(5.0 + 0.1 - 0.5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"promised": True, "resumed": True}, {"promised": True, "slo": "batch"}])
+def test_who_was_promised_nothing_or_accepted_before_is_not_refused(fields):
+    rig = make_rig()
+    rig.add("long", 5000)
+    assert rig.add("b", 100, **fields).status is Status.WAITING
+
+
+def test_nothing_is_refused_while_the_cost_of_steps_is_not_known():
+    rig = make_rig(seeded=False)
+    rig.add("long", 5000)
+    assert rig.add("b", 100, slo="interactive", promised=True, deadline_s=0.01).status is Status.WAITING
+    assert rig.scheduler.forecast.waiting_seconds(rig.limits) == 0.0
+
+
+def test_a_long_prompt_may_take_its_own_time_but_wait_no_longer_than_promised():
+    rig = make_rig()
+    assert rig.add("long", 1000, slo="interactive", promised=True).status is Status.WAITING  # 1 s alone
+    rig = make_rig()
+    rig.add("before", 600, slo="interactive")
+    with pytest.raises(Overloaded):
+        rig.add("long", 1000, slo="interactive", promised=True)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused():
+    rig = make_rig()
+    rig.add("a", 500, slo="interactive")
+    assert rig.add("b", 100, deadline_s=0.7).status is Status.WAITING
+    with pytest.raises(Overloaded, match="deadline") as refusal:
+        rig.add("c", 100, deadline_s=0.4)
+    assert (refusal.value.param, refusal.value.retry_after) == ("deadline_ms", 1)
+    with pytest.raises(RequestTimeout, match=r"the prompt alone takes about 1 s"):
+        rig.add("d", 1000, deadline_s=0.9)
+
+
+def test_a_refused_request_leaves_nothing_behind():
+    rig = make_rig()
+    rig.add("long", 5000, slo="interactive")
+    with pytest.raises(Overloaded):
+        rig.add("late", 100, slo="interactive", promised=True)
+    assert rig.scheduler._policy._unfinished == {"": 1}
+    assert len(rig.scheduler.cache._chains) == 0
+    rig.scheduler.check()
+    rig.add("late", 100)  # the id is free
+
+
+def test_later_predictions_are_corrected_by_what_came_of_earlier_ones():
+    rig = make_rig(prefix_caching=False)
+    for i in range(200):
+        rig.add(f"r{i}", 100, max_tokens=1, slo="interactive", promised=True)
+        rig.now += 0.3  # predicted are 0.1 s for the step in flight, and 0.1 s for the prompt
+        rig.step(device_seconds=0.1)
+        rig.now += 1.0
+    assert expected(rig, 100) == pytest.approx(0.3, rel=0.01)
+
+
+def test_queues_are_bounded_by_requests_and_by_tokens():
+    rig = Rig(max_queue=2, max_queue_tokens=100)
+    rig.add("a", 60)
+    with pytest.raises(Overloaded, match="1 requests with 60 tokens are already waiting"):
+        rig.add("b", 41)
+    rig.add("c", 40)
+    with pytest.raises(Overloaded):
+        rig.add("d", 1)
+
+
+def test_a_prompt_longer_than_the_queue_may_hold_waits_alone():
+    rig = Rig(max_queue_tokens=100, blocks=1000)
+    assert rig.add("a", 200).status is Status.WAITING
