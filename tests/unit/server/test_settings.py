@@ -131,6 +131,7 @@ def test_every_setting_of_the_engine_reaches_it():
     given = {"model": "/m", "device": "cpu", "dtype": "float32", "load_format": "dummy", "runner": "fake", "max_model_len": 9}
     given |= {"seed": 1, "overlap": False, "debug_checks": True, "block_size": 2, "num_blocks": 3, "memory_fraction": 0.4}
     given |= {"host_bytes": 5, "prefix_caching": False, "max_num_seqs": 6, "max_step_tokens": 7, "max_queue": 8, "max_skips": 10}
+    given |= {"max_queue_tokens": 14}
     config = load_settings({**given, "fake_step_ms": 11.0, "fake_token_us": 12.0, "fake_num_blocks": 13}).engine_config()
     parts = (config, config.cache, config.scheduler)
     assert all(any(getattr(part, name, None) == value for part in parts) for name, value in given.items())
