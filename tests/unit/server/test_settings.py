@@ -69,6 +69,11 @@ def test_a_file_without_settings_leaves_the_defaults(yaml_file, text):
         ({"device": "tpu"}, "device is 'tpu' (from --device): it must be one of auto, cpu, cuda"),
         ({"overlap": "maybe"}, "overlap is 'maybe' (from --overlap): it must be true or false"),
         ({"max_queue": 0}, "max_queue is 0 (from --max-queue): it must be a whole number from 1 to 16777216"),
+        ({"slo_class": "gold"}, "slo_class is 'gold' (from --slo-class): it must be one of interactive, standard, batch"),
+        (
+            {"priority_ceiling": "-1001"},
+            "priority_ceiling is '-1001' (from --priority-ceiling): it must be a whole number from -1000 to 1000",
+        ),
         ({"model": ""}, "model is '' (from --model): it must be a text that is not empty"),
     ],
 )  # fmt: skip
