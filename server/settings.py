@@ -7,7 +7,7 @@ its fields. It is frozen, and is sent to the workers as JSON. `server.settings_s
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationInfo, field_validator
@@ -23,8 +23,13 @@ PREFIX = "TIDEGATE_"
 
 _ENGINE = EngineConfig(model="")
 _CACHE, _SCHEDULER, _FAKE = _ENGINE.cache, _ENGINE.scheduler, _ENGINE.fake
-ENGINE_PREFIX = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings' names
-S = TypeVar("S", bound=msgspec.Struct)
+_PREFIXES = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings
+ENGINE_NAMES = {
+    f"{group}.{field}": prefix + field
+    for group, prefix in _PREFIXES.items()
+    for field in getattr(_ENGINE, group).__struct_fields__
+}
+"""Field of a group of EngineConfig, such as fake.step_ms -> name of its setting, fake_step_ms."""
 
 PRIORITY = BOUNDS["priority"]
 MAX_SECONDS = 1_000_000  # upper limit of all durations: gRPC takes 2^31 milliseconds at most
@@ -179,6 +184,9 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         _SCHEDULER.max_queue, ge=1, le=1 << 24, description="Largest number of waiting outputs; more are refused"
     )
+    max_queue_tokens: int = Field(
+        _SCHEDULER.max_queue_tokens, ge=1, le=1 << 32, description="Largest sum of tokens of waiting outputs; more are refused"
+    )
     max_skips: int = Field(
         _SCHEDULER.max_skips, ge=0, le=1 << 24, description="Times that others may overtake a request that does not fit"
     )
@@ -210,10 +218,11 @@ class Settings(BaseSettings):
     def engine_config(self) -> EngineConfig:
         if self.model is None:
             raise ConfigError("model is not set: name a checkpoint folder", param="model")
-        groups = {group: self._part(type(getattr(_ENGINE, group)), prefix) for group, prefix in ENGINE_PREFIX.items()}
-        return msgspec.structs.replace(self._part(EngineConfig), **groups)
+        parts: dict[str, Any] = {group: self._group(group) for group in _PREFIXES}
+        own = [name for name in EngineConfig.__struct_fields__ if name in Settings.model_fields and name not in parts]
+        return EngineConfig(**parts, **{name: getattr(self, name) for name in own})
 
-    def _part(self, kind: type[S], prefix: str = "") -> S:
-        """Make a `kind` of the settings that have the names of its fields behind `prefix`. Other fields keep their defaults."""
-        names = [name for name in kind.__struct_fields__ if prefix + name in Settings.model_fields]
-        return kind(**{name: getattr(self, prefix + name) for name in names})
+    def _group(self, name: str) -> msgspec.Struct:
+        """Make the group `name` of EngineConfig. Each of its fields has a setting."""
+        kind: type[msgspec.Struct] = type(getattr(_ENGINE, name))
+        return kind(**{field: getattr(self, ENGINE_NAMES[f"{name}.{field}"]) for field in kind.__struct_fields__})

@@ -19,14 +19,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource
 
-from engine.config import EngineConfig
 from engine.errors import ConfigError
-from server.settings import ENGINE_PREFIX, PREFIX, Settings
+from server.settings import ENGINE_NAMES, PREFIX, Settings
 
 CONFIG_VARIABLE = "TIDEGATE_CONFIG"  # the path of the YAML file; `--config` has precedence
 
-_GROUPED = {f"{group}.{name}" for group in ENGINE_PREFIX for name in getattr(EngineConfig(model=""), group).__struct_fields__}
-_ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, sorted(_GROUPED)))})\b")
+_ENGINE_NAME = re.compile(rf"\b({'|'.join(map(re.escape, ENGINE_NAMES))})\b")
 
 
 def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Path | None = None) -> Settings:
@@ -59,12 +57,7 @@ def load_settings(flags: Mapping[str, object] | None = None, *, config: str | Pa
 
 def in_settings_names(message: str) -> str:
     """Replace the engine's names of settings in `message` with the operator's: `cache.block_size` becomes `block_size`."""
-
-    def as_set(found: re.Match[str]) -> str:
-        group, _, name = found[0].partition(".")
-        return ENGINE_PREFIX[group] + name
-
-    return _ENGINE_NAME.sub(as_set, message)
+    return _ENGINE_NAME.sub(lambda found: ENGINE_NAMES[found[0]], message)
 
 
 def describe(name: str) -> str:

@@ -48,6 +48,7 @@ class EngineClient:
         resume_timeout_s: float,
         max_deaths: int,
         max_queue: int,
+        max_queue_tokens: int,
         clock: Clock = time.monotonic,
     ) -> None:
         """`endpoints` has a ZeroMQ address for each engine. `worker` is the name by which the engines know this worker."""
@@ -58,6 +59,7 @@ class EngineClient:
         ]
         self._resume_timeout_s = resume_timeout_s
         self._max_queue = max_queue
+        self._max_queue_tokens = max_queue_tokens
         self._clock = clock
         self._streams: dict[str, EngineStream] = {}  # all streams that have not ended, by request id
         self._waiting: dict[str, EngineStream] = {}  # the streams that wait for an engine, by request id
@@ -129,7 +131,7 @@ class EngineClient:
         """
         live = self._live_links()
         if not live:
-            self._check_may_wait()
+            self._check_may_wait(submit)
         if submit.request_id in self._streams:
             raise InternalError(f"request {submit.request_id!r} is under way already")
         stream = EngineStream(submit, self._abort, self._clock())
@@ -174,12 +176,15 @@ class EngineClient:
     def _live_links(self) -> list[EngineLink]:
         return [link for link in self._links if link.live]
 
-    def _check_may_wait(self) -> None:
+    def _check_may_wait(self, submit: Submit) -> None:
         if self._info is None or self._draining or self._gave_up:
             raise EngineUnavailable(self._why_not_ready() or "the engine is restarting")
         max_num_seqs = sum(link.info.max_num_seqs for link in self._links if link.info is not None)
         if len(self._streams) >= self._max_queue + max_num_seqs:
             raise Overloaded("the engine is restarting, and its queue is full already: try again later")
+        tokens = sum(stream.request.num_prompt for stream in self._waiting.values() if not stream.resumed)
+        if tokens and tokens + submit.num_prompt > self._max_queue_tokens:
+            raise Overloaded(f"the engine is restarting, and prompts of {tokens} tokens wait for it already: try again later")
 
     def _why_not_ready(self) -> str | None:
         if self._draining:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from engine.errors import EngineUnavailable, InternalError, TidegateError
+from engine.slo import SLO_CLASSES
 from server.engines.stream import EngineStream
 
 log = logging.getLogger("tidegate.client")
@@ -38,11 +39,11 @@ class Suspects:
     def charge_death(self, sent: Sequence[EngineStream], max_num_seqs: int) -> dict[str, TidegateError]:
         """Charge an engine's death to `sent`, the streams that the engine had, in the order in which it received them.
 
-        Streams that only waited in the engine's queue are spared: the engine starts streams in order of priority and arrival,
-        and runs `max_num_seqs` at most. Returns the streams to end, by request id, and the error of each.
+        Streams that only waited in the engine's queue are spared: the engine starts streams about in order of class, priority
+        and arrival, and runs `max_num_seqs` at most. Returns the streams to end, by request id, and the error of each.
         """
         self._num_deaths += 1
-        by_start = sorted(sent, key=lambda stream: (not stream.has_begun, stream.request.priority))
+        by_start = sorted(sent, key=_by_start)
         charged = [stream for stream in by_start[:max_num_seqs] if not stream.has_progressed]
         for stream in charged:
             stream.deaths += 1
@@ -87,3 +88,8 @@ class Suspects:
             return InternalError(f"the engine died {times} while it ran this request")
         log.error("a request is ended after several engine deaths, of which it need not be the cause", extra=extra)
         return EngineUnavailable(f"the engine died {times} while it ran this request and others: try again later")
+
+
+def _by_start(stream: EngineStream) -> tuple[bool, int, int]:
+    request = stream.request
+    return not stream.has_begun, SLO_CLASSES[request.slo].rank, request.priority

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from engine.errors import Overloaded
 from engine.slo import SloName
 from server.engines.base import EngineHealth
 from server.metrics.exposition import Exposition
@@ -144,6 +145,8 @@ class RequestMeter:
     def failed(self, code: str) -> None:
         """Count the request as failed. `code` is the error's code in the API."""
         if not self._ended:
+            if code == Overloaded.code:
+                self._class.refused.inc()
             self._end(self._metrics.failed, code)
 
     def _end(self, counter: Counter, *labels: str) -> None:

@@ -22,6 +22,7 @@ class ClassMetrics(NamedTuple):
     late: Counter
     ttft: Histogram
     longest_gap: Histogram
+    refused: Counter
 
     def finished(self, ttft: float, longest_gap: float) -> None:
         """Count a request that was answered in full. It is good if both durations are within the class's targets."""
@@ -56,7 +57,13 @@ def class_metrics(
         buckets=gap_buckets,
         registry=registry,
     )
+    refused = Counter(
+        "tidegate_requests_refused",
+        "Requests refused because too much waits, or because they could not be served in time.",
+        _LABELS,
+        registry=registry,
+    )
     return {
-        name: ClassMetrics(slo, good.labels(name), late.labels(name), ttft.labels(name), gap.labels(name))
+        name: ClassMetrics(slo, good.labels(name), late.labels(name), ttft.labels(name), gap.labels(name), refused.labels(name))
         for name, slo in SLO_CLASSES.items()
     }

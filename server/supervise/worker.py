@@ -83,6 +83,7 @@ class Worker:
             resume_timeout_s=settings.resume_timeout_s,
             max_deaths=settings.max_deaths,
             max_queue=settings.max_queue,
+            max_queue_tokens=settings.max_queue_tokens,
         )
         self._socket = socket.socket(fileno=start.http_fd)
         self._admin_socket = socket.socket(fileno=start.admin_fd)

@@ -180,6 +180,15 @@ async def test_an_unavailable_engine_is_503(api):
     assert (await api.http.get("/health/live")).status_code == 200
 
 
+async def test_openais_client_names_a_latency_class(api):
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    for more in ({}, {"extra_body": {"slo_class": "interactive"}}, {"service_tier": "flex"}):
+        answer = await api.openai.chat.completions.create(**chat, **more)
+        assert answer.service_tier == more.get("service_tier")
+    asked = [(submit.slo, submit.promised) for submit in api.engine.submitted[-3:]]
+    assert asked == [("standard", False), ("interactive", True), ("batch", True)]
+
+
 async def test_a_full_queue_is_429(text):
     scheduler = msgspec.structs.replace(CONFIG.scheduler, max_queue=1, max_num_seqs=1)
     engine = LocalEngine(msgspec.structs.replace(CONFIG, scheduler=scheduler))

@@ -69,7 +69,7 @@ _ERRORS: dict[int | str, str] = {
     408: "The request passed its deadline, or its body arrived too slowly.",
     413: "The body is larger than this server's limit.",
     415: "The body's content type is not JSON.",
-    429: "The queue is full. Retry-After says after how many seconds to try again.",
+    429: "The queue is full, or the request could not be served in time. Retry-After says after how many seconds to try again.",
     499: "The request was aborted.",
     500: "The server has a bug. Its log has the details.",
     503: "No engine is available. Retry-After says after how many seconds to try again.",

@@ -170,7 +170,7 @@ class SamplingFields(_Numbers):  # type: ignore[misc]
     ] = None
     return_token_ids: Annotated[bool | None, Field(description="Report the token ids of the prompt and the outputs.")] = None
     stream: Annotated[bool | None, Field(description="Send the answer as server-sent events while it is generated.")] = None
-    priority: Annotated[int | None, bounded("priority", "Requests of a class with a smaller number run first.")] = None
+    priority: Annotated[int | None, bounded("priority", "Requests with a smaller number run earlier within their class.")] = None
     slo_class: Annotated[
         Literal[SloName, "default"] | None,
         Field(

@@ -69,6 +69,11 @@ def test_a_file_without_settings_leaves_the_defaults(yaml_file, text):
         ({"device": "tpu"}, "device is 'tpu' (from --device): it must be one of auto, cpu, cuda"),
         ({"overlap": "maybe"}, "overlap is 'maybe' (from --overlap): it must be true or false"),
         ({"max_queue": 0}, "max_queue is 0 (from --max-queue): it must be a whole number from 1 to 16777216"),
+        ({"slo_class": "gold"}, "slo_class is 'gold' (from --slo-class): it must be one of interactive, standard, batch"),
+        (
+            {"priority_ceiling": "-1001"},
+            "priority_ceiling is '-1001' (from --priority-ceiling): it must be a whole number from -1000 to 1000",
+        ),
         ({"model": ""}, "model is '' (from --model): it must be a text that is not empty"),
     ],
 )  # fmt: skip
@@ -131,6 +136,7 @@ def test_every_setting_of_the_engine_reaches_it():
     given = {"model": "/m", "device": "cpu", "dtype": "float32", "load_format": "dummy", "runner": "fake", "max_model_len": 9}
     given |= {"seed": 1, "overlap": False, "debug_checks": True, "block_size": 2, "num_blocks": 3, "memory_fraction": 0.4}
     given |= {"host_bytes": 5, "prefix_caching": False, "max_num_seqs": 6, "max_step_tokens": 7, "max_queue": 8, "max_skips": 10}
+    given |= {"max_queue_tokens": 14}
     config = load_settings({**given, "fake_step_ms": 11.0, "fake_token_us": 12.0, "fake_num_blocks": 13}).engine_config()
     parts = (config, config.cache, config.scheduler)
     assert all(any(getattr(part, name, None) == value for part in parts) for name, value in given.items())

@@ -270,6 +270,23 @@ async def test_the_number_of_requests_that_wait_for_the_engine_is_bounded(client
         client.submit(request("one more"))
 
 
+async def test_the_prompts_that_wait_for_the_engine_are_bounded_together(engine):
+    client = engine_client([engine.endpoint], resume_timeout_s=30, max_queue_tokens=10)
+    await client.start()
+    await engine.accept()
+    await client.wait_ready(5)
+    client.submit(request("old", prompt=range(100)))  # it was accepted before, and does not count
+    await engine.receive(Submit)
+    engine.die()
+    await death_noticed(client)
+    client.submit(request("large", prompt=range(5, 17))).abort()  # nothing else waits
+    client.submit(request("a", prompt=range(5, 11)))
+    client.submit(request("b", prompt=range(5, 9)))
+    with pytest.raises(Overloaded, match="prompts of 10 tokens wait"):
+        client.submit(request("c", prompt=(5,)))
+    await client.close()
+
+
 async def test_streams_end_if_no_engine_comes_back_in_time(engine):
     client = engine_client([engine.endpoint], resume_timeout_s=0.2)
     await client.start()

@@ -1,5 +1,6 @@
 """Tests of Suspects with EngineClient: which streams are ended for engine deaths, and that all other streams continue."""
 
+import msgspec
 import pytest
 
 from engine.errors import ContextTooLong, EngineUnavailable, InternalError
@@ -72,11 +73,12 @@ async def test_a_request_that_gets_one_token_from_each_engine_before_that_dies_i
     assert await tokens_of(streams["other"]) == [7]
 
 
-async def test_a_death_is_not_charged_to_streams_that_only_waited_in_the_queue(client, engine):
+@pytest.mark.parametrize("urgent", [{"priority": -1}, {"slo": "interactive", "priority": 5}])
+async def test_a_death_is_not_charged_to_streams_that_only_waited_in_the_queue(client, engine, urgent):
     """The engine runs at most 8 requests at a time. The most urgent request arrives last and runs first."""
     names = [f"r{number}" for number in range(9)]
     for name in [*names, "urgent"]:
-        client.submit(request(name, priority=-1 if name == "urgent" else 0))
+        client.submit(msgspec.structs.replace(request(name), **(urgent if name == "urgent" else {})))
     for _ in range(2):
         assert await engine.receive_ids(10) == [*names, "urgent"]
         await engine.replace(client)

@@ -132,9 +132,10 @@ def test_a_finished_request_is_good_if_its_first_token_and_its_longest_gap_keep_
     assert total(found, "tidegate_slo_time_to_first_token_seconds_sum") == pytest.approx(ttft)
 
 
-def test_a_request_that_fails_is_neither_good_nor_late():
+def test_a_request_that_fails_is_neither_good_nor_late_and_a_refusal_is_counted_by_class():
     metrics = Metrics("m", lambda: HEALTH)
     metrics.begin("http", "interactive").failed("overloaded")
+    metrics.begin("grpc", "interactive").failed("request_timeout")
     metrics.begin("http", "interactive").aborted()
     found = samples(metrics)
     for name in ("good", "late"):
@@ -142,6 +143,8 @@ def test_a_request_that_fails_is_neither_good_nor_late():
             (("slo_class", slo),) for slo in ("interactive", "standard", "batch")
         }
         assert total(found, f"tidegate_requests_{name}_total") == 0
+    refused = {labels: value for (n, labels), value in found.items() if n == "tidegate_requests_refused_total"}
+    assert refused == {(("slo_class", slo),): float(slo == "interactive") for slo in ("interactive", "standard", "batch")}
 
 
 def test_the_tally_gives_the_same_buckets_as_single_observations():
