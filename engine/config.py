@@ -20,7 +20,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "dummy"]
 RunnerKind = Literal["torch", "fake"]
-BatchingPolicy = Literal["fixed"]
+BatchingPolicy = Literal["auto", "model", "aimd", "fixed"]
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,16 +44,35 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the limits of a step follow the measured times of steps (`engine/scheduler/controller.py`)."""
+    """How the limits of a step follow the measured times of steps (`engine/scheduler/controller.py`).
 
-    policy: BatchingPolicy = "fixed"  # fixed: the limits of SchedulerConfig, always
+    `policy` is one of
+
+    - fixed: the limits of SchedulerConfig, always. An offline engine is fixed, whatever is set.
+    - aimd: `min_batch` to `max_batch` requests run at once: fewer if steps take over `step_high_ms`, more if under `step_low_ms`.
+    - model: the largest step whose predicted time keeps the promised time between tokens; aimd while predictions are wrong.
+    - auto: as model, but `cost_file` may be missing. Then aimd holds until the step cost has been learnt.
+
+    The limits of SchedulerConfig bound every policy.
+    """
+
+    policy: BatchingPolicy = "auto"
+    min_batch: int = 4  # aimd: requests that run at once
+    max_batch: int = 64  # aimd
+    step_low_ms: float = 30.0  # aimd
+    step_high_ms: float = 50.0  # aimd
+    cost_file: str | None = None  # step cost to start from, as `engine/scheduler/cost_file.py` writes it
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FakeRunner's simulated device. A step takes `step_ms` plus `token_us` for each of its tokens."""
+    """FakeRunner's simulated device.
+
+    A step takes `step_ms` plus `token_us` for each of its tokens, or else as long as `cost_file` says.
+    """
 
     step_ms: float = 0.0
     token_us: float = 0.0
+    cost_file: str | None = None  # simulate the device and model of this file of step costs
     num_blocks: int = 4096
     nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no such token
 
@@ -146,6 +165,12 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
     _at_least("scheduler.max_queue_tokens", sched.max_queue_tokens, 1)
     _at_least("scheduler.max_skips", sched.max_skips, 0)
     _at_least("max_model_len", config.max_model_len, 1)
+    _check_batching(config.batching, config.offline)
+    if config.fake.cost_file is not None and (config.fake.step_ms or config.fake.token_us):
+        raise ConfigError(
+            "fake.cost_file is set beside fake.step_ms or fake.token_us: set either the file or the two durations",
+            param="fake.cost_file",
+        )
     if not 0 < cache.memory_fraction <= 1:
         raise ConfigError(
             f"cache.memory_fraction is {cache.memory_fraction}: it must lie in (0, 1]", param="cache.memory_fraction"
@@ -166,6 +191,33 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
         raise ConfigError(
             "device is 'cuda', but torch sees no CUDA device here: use device 'cpu' or 'auto', or run `tidegate doctor`",
             param="device",
+        )
+
+
+def _check_batching(batching: BatchingConfig, offline: bool) -> None:
+    _at_least("batching.min_batch", batching.min_batch, 1)
+    if batching.max_batch < batching.min_batch:
+        raise ConfigError(
+            f"batching.max_batch is {batching.max_batch}, and batching.min_batch is {batching.min_batch}: set a max_batch that "
+            "is at least as large",
+            param="batching.max_batch",
+        )
+    for name, value in (("step_low_ms", batching.step_low_ms), ("step_high_ms", batching.step_high_ms)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(
+                f"batching.{name} is {value}: set a finite number of milliseconds above 0", param=f"batching.{name}"
+            )
+    if batching.step_low_ms >= batching.step_high_ms:
+        raise ConfigError(
+            f"batching.step_low_ms is {batching.step_low_ms}, and batching.step_high_ms is {batching.step_high_ms}: the batch "
+            "grows below step_low_ms and shrinks above step_high_ms, so step_low_ms must be the smaller one",
+            param="batching.step_low_ms",
+        )
+    if batching.policy == "model" and batching.cost_file is None and not offline:
+        raise ConfigError(
+            "batching.policy is 'model', but batching.cost_file is not set: name a file of step costs of this device and model, "
+            "or set the policy 'auto', which learns the costs while it serves",
+            param="batching.cost_file",
         )
 
 

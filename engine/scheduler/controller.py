@@ -3,17 +3,25 @@
     limits = controller.limits(scheduler.load(), now)                       before a step
     controller.observe(StepShape.of(plan), result.device_seconds, now)      once its result is known
 
-A controller is pure: it reads no clock, and knows nothing of scheduler and runner.
+A controller is pure: it reads no clock, and knows nothing of scheduler and runner. `aimd.py` and `model_policy.py` have the two
+policies that adapt.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Protocol
 
-from engine.config import EngineConfig
+from engine.config import BatchingConfig, EngineConfig
 from engine.errors import InternalError
+from engine.scheduler.aimd import AimdPolicy
+from engine.scheduler.changes import LimitChanges
 from engine.scheduler.limits import Load, StepLimits, StepShape
+from engine.scheduler.model_policy import ModelPolicy
+from engine.scheduler.step_cost import StepCost
+
+log = logging.getLogger(__name__)
 
 
 class Controller(Protocol):
@@ -43,26 +51,80 @@ class Controller(Protocol):
         ...
 
     @property
-    def last_reason(self) -> str:
-        """The reason of the last change. Empty if there was none."""
+    def last_reason(self) -> str | None:
+        """The reason of the last change, one of `engine.scheduler.changes.REASONS`. None if there was no change."""
         ...
 
 
 class FixedController:
-    """The limits never change, and a prompt may fill a step."""
+    """The limits never change, and a prompt may fill a step. `cost` learns what steps take, if it is given."""
 
     policy = "fixed"
-    last_reason = ""
+    last_reason = None
 
-    def __init__(self, limits: StepLimits) -> None:
+    def __init__(self, limits: StepLimits, cost: StepCost | None) -> None:
         self.present = limits
         self.changes: Mapping[str, int] = {}
+        self._cost = cost
 
     def limits(self, load: Load, now: float) -> StepLimits:
         return self.present
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
-        """Do nothing: the limits do not depend on times."""
+        if self._cost is not None:
+            self._cost.observe(shape, seconds)
+
+
+class AdaptiveController:
+    """Follows the model policy while the step cost is trusted, and the AIMD policy otherwise, or always if `model` is False."""
+
+    def __init__(self, largest: StepLimits, batching: BatchingConfig, cost: StepCost, *, model: bool) -> None:
+        self._cost = cost
+        self._changes = LimitChanges(largest)
+        self._model = ModelPolicy(largest, cost, self._changes) if model else None
+        self._aimd = AimdPolicy(largest, batching, self._changes)
+        trusted = self._model is not None and cost.trusted
+        self.policy = "model" if trusted else "aimd"
+        self._changes.present = self._model.present if self._model is not None and trusted else self._aimd.present
+
+    @property
+    def present(self) -> StepLimits:
+        return self._changes.present
+
+    @property
+    def changes(self) -> Mapping[str, int]:
+        return self._changes.counts
+
+    @property
+    def last_reason(self) -> str | None:
+        return self._changes.last_reason
+
+    def limits(self, load: Load, now: float) -> StepLimits:
+        if self._model is None:
+            return self._aimd.limits(load, now)
+        if self._cost.trusted is not (self.policy == "model"):
+            self._switch(now)
+        return self._model.limits(load, now) if self.policy == "model" else self._aimd.limits(load, now)
+
+    def observe(self, shape: StepShape, seconds: float, now: float) -> None:
+        if seconds > 0:
+            self._cost.observe(shape, seconds)
+            self._aimd.observe(shape, seconds, now)
+
+    def _switch(self, now: float) -> None:
+        self.policy = "model" if self._cost.trusted else "aimd"
+        log.info(
+            "policy of the batch changed",
+            extra={
+                "policy": self.policy,
+                "step_cost": "trusted" if self._cost.trusted else "not trusted",
+                "error": self._cost.error,
+            },
+        )
+        if self._cost.trusted and self._model is not None:
+            self._model.start_at(self.present, now)
+        else:
+            self._aimd.start_at(self.present, now)
 
 
 def largest_limits(config: EngineConfig) -> StepLimits:
@@ -73,6 +135,11 @@ def largest_limits(config: EngineConfig) -> StepLimits:
     return StepLimits(tokens, config.scheduler.max_num_seqs, tokens)
 
 
-def make_controller(config: EngineConfig) -> Controller:
-    """Return the controller that the resolved `config` asks for."""
-    return FixedController(largest_limits(config))
+def make_controller(config: EngineConfig, cost: StepCost) -> Controller:
+    """Return the controller that the resolved `config` asks for. It teaches `cost`, unless the engine is offline."""
+    largest, policy = largest_limits(config), config.batching.policy
+    if config.offline:
+        return FixedController(largest, None)
+    if policy == "fixed":
+        return FixedController(largest, cost)
+    return AdaptiveController(largest, config.batching, cost, model=policy != "aimd")

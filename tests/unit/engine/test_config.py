@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, ModelLimits, SchedulerConfig, fit_cache, resolve
+from engine.config import BatchingConfig, CacheConfig, EngineConfig, FakeConfig, ModelLimits, SchedulerConfig, fit_cache, resolve
 from engine.errors import ConfigError
 
 LIMITS = ModelLimits(max_model_len=1000, vocab_size=10, eos_token_ids=(), dtype="float32")
@@ -44,3 +44,29 @@ def test_a_resolved_config_has_no_automatic_value_left():
     config = fitted(63)
     assert None not in (config.max_model_len, config.overlap, config.scheduler.max_step_tokens, config.cache.num_blocks)
     assert "auto" not in msgspec.to_builtins(config).values()
+
+
+@pytest.mark.parametrize(
+    ("batching", "param", "message"),
+    [
+        ({"min_batch": 0}, "min_batch", "batching.min_batch is 0: it must be at least 1"),
+        ({"min_batch": 9, "max_batch": 8}, "max_batch", "batching.max_batch is 8, and batching.min_batch is 9"),
+        ({"step_low_ms": 50.0, "step_high_ms": 50.0}, "step_low_ms", "step_low_ms must be the smaller one"),
+        ({"step_low_ms": 0.0}, "step_low_ms", "batching.step_low_ms is 0.0: set a finite number of milliseconds above 0"),
+        ({"step_high_ms": float("nan")}, "step_high_ms", "batching.step_high_ms is nan: set a finite number"),
+        ({"step_high_ms": float("inf")}, "step_high_ms", "batching.step_high_ms is inf: set a finite number"),
+        ({"policy": "model"}, "cost_file", "batching.policy is 'model', but batching.cost_file is not set"),
+    ],
+)
+def test_impossible_targets_are_refused(batching, param, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve(EngineConfig(model="m", batching=BatchingConfig(**batching)), LIMITS, has_cuda=False)
+    assert caught.value.param == f"batching.{param}"
+    assert message in caught.value.message
+
+
+def test_a_simulated_device_has_either_a_cost_file_or_durations():
+    fake = FakeConfig(cost_file="some.json", token_us=1.0)
+    with pytest.raises(ConfigError, match=r"fake\.cost_file is set beside fake\.step_ms or fake\.token_us") as caught:
+        resolve(EngineConfig(model="m", fake=fake), LIMITS, has_cuda=False)
+    assert caught.value.param == "fake.cost_file"

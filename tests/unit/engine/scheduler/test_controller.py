@@ -1,21 +1,170 @@
-"""Tests of the controllers' common part: which controller a config gets."""
+"""Tests of the controllers on simulated devices: which policy holds when, step times, settling, and facts for metrics."""
 
-from engine.config import EngineConfig, ModelLimits, SchedulerConfig, resolve
+import logging
+
+import pytest
+
+from engine.config import BatchingConfig, EngineConfig, ModelLimits, SchedulerConfig, resolve
+from engine.scheduler.changes import REASONS
 from engine.scheduler.controller import make_controller
 from engine.scheduler.limits import Load, StepLimits, StepShape
+from engine.scheduler.step_cost import StepCost
+from tests.unit.engine.scheduler.devices import CPU, H200, Device, chat_steps, scaled
+from tests.unit.engine.scheduler.simulated import Job, SimulatedServer, chat_jobs, step_percentile
 
-LIMITS = ModelLimits(max_model_len=1000, vocab_size=10, eos_token_ids=(), dtype="float32")
+LIMITS = ModelLimits(max_model_len=200_000, vocab_size=10, eos_token_ids=(), dtype="float32")
+BUSY = Load(decodes=50, kv_tokens=30_000, running=52, waiting=5, prompt_tokens=5000, context=0, itl=0.05)
 
 
-def resolved(**changes) -> EngineConfig:
-    scheduler = SchedulerConfig(max_num_seqs=100, max_step_tokens=2048)
-    return resolve(EngineConfig(**{"model": "m", "scheduler": scheduler} | changes), LIMITS, has_cuda=False)
+def make(policy="auto", *, table=None, seqs=256, tokens=8192, offline=False, **batching):
+    """Return a controller and the StepCost that it learns, which starts from `table`."""
+    config = EngineConfig(
+        model="m",
+        scheduler=SchedulerConfig(max_num_seqs=seqs, max_step_tokens=tokens),
+        batching=BatchingConfig(policy=policy, **batching),
+        offline=offline,
+    )
+    cost = StepCost.of_size(seqs, tokens, table)
+    return make_controller(resolve(config, LIMITS, has_cuda=False), cost), cost
+
+
+def served(controller, table, jobs, until, **device) -> SimulatedServer:
+    server = SimulatedServer(controller, Device(table, **{"outliers": 0.0} | device))
+    server.run(jobs, until)
+    return server
+
+
+def changes_between(server: SimulatedServer, begin: float, end: float) -> int:
+    return sum(begin <= at < end for at, _ in server.changes)
 
 
 def test_fixed_limits_are_those_of_the_settings_whatever_happens():
-    controller = make_controller(resolved())
-    load = Load(decodes=50, kv_tokens=9000, running=60, waiting=5, prompt_tokens=500, context=0, itl=0.001)
-    for now in range(3):
+    controller, cost = make("fixed", tokens=2048, seqs=100)
+    for now in range(50):
         controller.observe(StepShape(50, 9000, 500, 500), 10.0, float(now))
-        assert controller.limits(load, float(now)) == StepLimits(2048, 100, 2048)
-    assert (controller.policy, dict(controller.changes), controller.last_reason) == ("fixed", {}, "")
+        assert controller.limits(BUSY, float(now)) == StepLimits(2048, 100, 2048)
+    assert (controller.policy, dict(controller.changes), controller.last_reason) == ("fixed", {}, None)
+    assert cost.predict(StepShape(50, 9000, 500, 500)) == pytest.approx(10.0)  # admission asks it, whatever the policy
+
+
+@pytest.mark.parametrize("policy", ["auto", "aimd"])
+def test_an_offline_engine_is_fixed_and_learns_nothing(policy):
+    controller, cost = make(policy, offline=True)
+    for _ in range(50):
+        controller.observe(StepShape(50, 9000, 0, 0), 10.0, 0.0)
+    assert controller.policy == "fixed"
+    assert cost.predict(StepShape(50, 9000, 0, 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "table", "expected"),
+    [("auto", None, "aimd"), ("auto", H200, "model"), ("aimd", H200, "aimd"), ("model", H200, "model")],
+)
+def test_the_policy_at_the_start(policy, table, expected):
+    path = {"cost_file": "some.json"} if policy == "model" else {}
+    assert make(policy, table=table, **path)[0].policy == expected
+
+
+def test_the_model_takes_over_once_the_costs_are_learnt_and_aimd_while_they_are_wrong(caplog):
+    controller, cost = make("auto")
+    load, now = BUSY, 0.0
+    policies = []
+    with caplog.at_level(logging.INFO, "engine.scheduler.controller"):
+        for device in (Device(H200), Device(scaled(H200, 4))):
+            for shape in chat_steps(400):
+                seconds = device.seconds(shape)
+                now += seconds
+                controller.observe(shape, seconds, now)
+                controller.limits(load, now)
+                policies += [controller.policy] if policies[-1:] != [controller.policy] else []
+    assert policies == ["aimd", "model", "aimd", "model"]
+    switches = [record for record in caplog.records if record.message == "policy of the batch changed"]
+    assert [record.policy for record in switches] == ["model", "aimd", "model"]
+    assert controller.changes["policy"] >= 1
+    assert cost.trusted
+
+
+def test_a_wrong_table_leaves_the_first_tokens_of_aimd_and_not_all():
+    controller, _ = make("auto", table=H200)
+    now = 0.0
+    for shape in list(chat_steps(60)):
+        now += 0.1
+        controller.observe(shape, 5 * H200.predict(shape), now)
+        limits = controller.limits(BUSY, now)
+    assert controller.policy == "aimd"
+    assert limits.tokens <= 512
+    assert limits.seqs <= 64
+
+
+@pytest.mark.parametrize("table", [H200, None], ids=["seeded", "cold"])
+def test_a_step_of_load_keeps_steps_short_and_settles_within_three_seconds(table):
+    """10 requests a second become 40 and 10 again. No request is promised more than 50 ms between tokens, and none gets less."""
+    controller, _ = make("auto", table=table)
+    jobs = chat_jobs(lambda now: 40 if 20 <= now < 35 else 10, 50)
+    server = served(controller, H200, jobs, 60)
+    for begin, end in ((3, 20), (20, 35), (35, 55)):
+        steps = [step for step in server.steps if begin <= step.at < end]
+        assert step_percentile(steps, 0.99) < 0.05
+        assert step_percentile(steps, 1) < 0.055
+    for begin, end in ((6, 20), (23, 35), (38, 55)):
+        assert changes_between(server, begin, end) <= (end - begin) / 3
+    fixed = served(make("fixed")[0], H200, jobs, 60)
+    assert step_percentile([step for step in fixed.steps if 20 <= step.at < 35], 0.99) > 0.05
+
+
+def test_aimd_keeps_its_own_bounds_under_a_step_of_load():
+    server = served(make("aimd")[0], H200, chat_jobs(lambda now: 30 if 20 <= now < 35 else 10, 50), 60)
+    assert step_percentile([step for step in server.steps if step.at > 3], 0.99) < 0.05
+    assert changes_between(server, 3, 20) + changes_between(server, 23, 60) <= 5
+
+
+def test_limits_change_at_most_once_a_second_under_a_steady_load_with_noise_and_pauses():
+    for table in (H200, None):
+        server = served(make("auto", table=table)[0], H200, chat_jobs(lambda _: 25, 60), 60, noise=0.1, outliers=0.002)
+        seconds = [int(at) for at, _ in server.changes if at > 5]
+        assert len(seconds) <= 20
+        assert max((seconds.count(second) for second in seconds), default=0) <= 2
+
+
+def test_a_cpu_that_takes_300_ms_for_all_tokens_keeps_its_target_too():
+    for table in (CPU, None):
+        server = served(make("auto", table=table, seqs=64, tokens=512)[0], CPU, chat_jobs(lambda _: 1.0, 40, mu=4.5), 40)
+        assert step_percentile([step for step in server.steps if step.at > 3], 0.99) < 0.05
+        assert len(server.done) > 10
+
+
+def test_a_long_prompt_beside_64_streams_delays_neither_them_nor_itself_much():
+    streams = [Job(300, 4000, i / 100) for i in range(64)]
+    alone = served(make("fixed")[0], H200, [Job(100_000, 8, 0.0)], 20).done[0].first_at
+    server = served(make("auto", table=H200)[0], H200, [*streams, Job(100_000, 8, 3.0)], 20)
+    steps = [step for step in server.steps if step.at > 3]
+    assert step_percentile(steps, 0.99) < 0.05
+    long = next(job for job in server.done if job.prompt == 100_000)
+    assert long.first_at - 3 < 1.5 * alone
+
+
+@pytest.mark.parametrize(("policy", "table"), [("auto", H200), ("auto", None), ("aimd", None)])
+def test_prompts_advance_although_the_target_cannot_be_kept(policy, table):
+    """A decode step alone takes four times the target."""
+    slow = scaled(H200, 60)
+    server = served(make(policy, table=table and slow)[0], slow, [Job(200, 20, 0.0, itl=0.01) for _ in range(12)], 200)
+    assert len(server.done) == 12
+
+
+def test_the_reasons_of_changes_are_the_listed_ones():
+    seen = set()
+    for policy, table, rate in (("auto", H200, 20), ("auto", None, 20), ("aimd", None, 60)):
+        controller = served(make(policy, table=table)[0], H200, chat_jobs(lambda _, rate=rate: rate, 10), 12).controller
+        seen |= set(controller.changes)
+        assert controller.last_reason in controller.changes
+        assert sum(controller.changes.values()) > 0
+    assert {"predicted_over_target", "decode_steps_short", "prompt_steps_short"} <= seen <= set(REASONS)
+
+
+def test_a_step_that_was_not_measured_teaches_nothing():
+    controller, cost = make("aimd")
+    for i in range(100):
+        controller.observe(StepShape(4, 100, 0, 0), 0.0, i / 100)
+        controller.limits(BUSY._replace(running=4, decodes=4), i / 100)
+    assert dict(controller.changes) == {}
+    assert not cost.trusted

@@ -1,0 +1,19 @@
+"""Rules that all adaptive limits keep, so that prompts always advance and a short prompt does not queue behind a long one."""
+
+from __future__ import annotations
+
+from engine.scheduler.limits import StepLimits
+
+FEWEST_TOKENS = 16  # prompt tokens that a step has room for, whatever its decodes take
+FEWEST_CHUNK = 64  # a smaller chunk would cost a long prompt more than it gives a short one
+
+
+def make_limits(tokens: int, seqs: int) -> StepLimits:
+    """Return limits by which one prompt takes half of a step while others want a part of it."""
+    return StepLimits(tokens, seqs, min(tokens, max(FEWEST_CHUNK, tokens // 2)))
+
+
+def with_room(limits: StepLimits, decodes: int, most: int) -> StepLimits:
+    """Return `limits` with at least FEWEST_TOKENS tokens for prompts beside `decodes`, but at most `most` tokens in all."""
+    tokens = min(most, decodes + FEWEST_TOKENS)
+    return limits if limits.tokens >= tokens else limits._replace(tokens=tokens)

@@ -1,0 +1,120 @@
+"""ModelPolicy: the largest step whose predicted time keeps the tightest target among the running requests.
+
+The target is the time between tokens that a request was promised. Limits lie on a geometric grid. They fall at once when a step
+of the present limits would take too long. They rise only after a while, and only if the larger step keeps a margin, so that they
+do not follow the noise of predictions. A fall soon after a rise doubles the wait.
+
+While nothing is promised to a decode, or nothing decodes, a step may have all tokens that the settings allow. That is no change
+of the limits: they hold again with the next decode.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from engine.scheduler.changes import LimitChanges
+from engine.scheduler.chunks import FEWEST_TOKENS, make_limits, with_room
+from engine.scheduler.limits import Load, StepLimits, StepShape
+from engine.scheduler.step_cost import StepCost, pairs
+
+GRID = 2**0.25  # ratio of neighbouring token limits
+HEADROOM = 0.9  # share of the target that a predicted step may take; the rest is for what happens between two steps
+RISE_MARGIN = 0.9  # a rise needs steps that take this share of what is allowed
+DECODE_SHARE = 0.8  # share of the allowed time that decodes may take, so that prompts advance too
+FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
+RISE_SECONDS = 2.0  # shortest time from a change to a rise
+LONGEST_RISE_SECONDS = 16.0
+CHECK_SECONDS = 0.05  # shortest time between two looks for a rise
+
+
+class ModelPolicy:
+    """Publishes its limits to `changes`. `largest` bounds them."""
+
+    def __init__(self, largest: StepLimits, cost: StepCost, changes: LimitChanges) -> None:
+        self._largest = make_limits(largest.tokens, largest.seqs)
+        self._cost = cost
+        self._changes = changes
+        self._grid = _grid(largest.tokens)
+        self._sizes = [size for size in cost.table.decode_rows if size < largest.seqs] + [largest.seqs]
+        self._tokens, self._seqs = largest.tokens, largest.seqs
+        self._kv_per_decode = 0.0
+        self._changed_at = self._rise_at = float("-inf")
+        self._rise_seconds = RISE_SECONDS
+        self._rose = False  # the last change was a rise
+
+    @property
+    def present(self) -> StepLimits:
+        return make_limits(self._tokens, self._seqs)
+
+    def start_at(self, limits: StepLimits, now: float) -> None:
+        """Continue from the limits of another policy."""
+        self._tokens, self._seqs, self._rose = limits.tokens, limits.seqs, False
+        self._changed_at, self._rise_at = now, now  # the limits of the other policy may be far too small
+
+    def limits(self, load: Load, now: float) -> StepLimits:
+        if load.itl is None or not load.decodes:
+            return self._largest
+        self._kv_per_decode = load.kv_tokens / load.decodes
+        allowed = load.itl * HEADROOM / self._cost.spread
+        if not (self._tokens_fit(self._tokens, load, allowed) and self._seqs_fit(self._seqs, allowed)):
+            self._fall(load, allowed, now)
+        elif now >= self._rise_at:
+            self._rise(load, allowed * RISE_MARGIN, now)
+        return with_room(self.present, load.decodes, self._largest.tokens)
+
+    def _fall(self, load: Load, allowed: float, now: float) -> None:
+        tokens, seqs = min(self._tokens, self._fitting_tokens(load, allowed)), min(self._seqs, self._fitting_seqs(allowed))
+        if (tokens, seqs) == (self._tokens, self._seqs):
+            return
+        soon = self._rose and now - self._changed_at < 2 * self._rise_seconds
+        self._rise_seconds = min(LONGEST_RISE_SECONDS, 2 * self._rise_seconds) if soon else RISE_SECONDS
+        self._set(tokens, seqs, now)
+        self._rose, self._rise_at = False, now + self._rise_seconds
+        self._changes.set(self.present, "predicted_over_target", now)
+
+    def _rise(self, load: Load, allowed: float, now: float) -> None:
+        tokens, seqs = max(self._tokens, self._fitting_tokens(load, allowed)), max(self._seqs, self._fitting_seqs(allowed))
+        if (tokens, seqs) == (self._tokens, self._seqs):
+            self._rise_at = now + CHECK_SECONDS
+            return
+        self._set(tokens, seqs, now)
+        self._rose, self._rise_at = True, now + self._rise_seconds
+        self._changes.set(self.present, "predicted_under_target", now)
+
+    def _set(self, tokens: int, seqs: int, now: float) -> None:
+        self._tokens, self._seqs, self._changed_at = tokens, seqs, now
+
+    def _tokens_fit(self, tokens: int, load: Load, allowed: float) -> bool:
+        """Return whether a step of `tokens` keeps the allowed time, or has the least number of prompt tokens anyway."""
+        prompt_tokens = tokens - load.decodes
+        if prompt_tokens <= FEWEST_TOKENS:
+            return True
+        shape = StepShape(load.decodes, load.kv_tokens, prompt_tokens, pairs(prompt_tokens, load.context))
+        return self._cost.predict(shape) <= allowed
+
+    def _fitting_tokens(self, load: Load, allowed: float) -> int:
+        """Return the largest token limit of the grid that keeps the allowed time."""
+        most = self._largest.tokens - load.decodes
+        num = self._cost.prompt_tokens_within(
+            allowed, decodes=load.decodes, kv_tokens=load.kv_tokens, context=load.context, most=max(0, most)
+        )
+        return self._grid[max(0, bisect_right(self._grid, load.decodes + num) - 1)]
+
+    def _seqs_fit(self, seqs: int, allowed: float) -> bool:
+        if seqs <= FEWEST_SEQS:
+            return True
+        return self._cost.predict(StepShape(seqs, int(seqs * self._kv_per_decode), 0, 0)) <= allowed * DECODE_SHARE
+
+    def _fitting_seqs(self, allowed: float) -> int:
+        """Return the largest size whose decodes, with as much KV as the present ones, leave time for prompts."""
+        fitting = [size for size in self._sizes if self._seqs_fit(size, allowed)]
+        return fitting[-1]
+
+
+def _grid(most: int) -> list[int]:
+    """Return token limits up to `most`, each GRID times the one before."""
+    sizes, size = [], float(FEWEST_TOKENS)
+    while size < most:
+        sizes.append(round(size))
+        size *= GRID
+    return [*sizes, most]
