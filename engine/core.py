@@ -29,9 +29,9 @@ from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpac
 from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
+from engine.scheduler.cost_file import cost_key, seeded_cost
 from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
-from engine.scheduler.step_cost import StepCost
 from engine.startup import StartupClock
 
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
@@ -60,9 +60,8 @@ class Core:
         self._limits = msgspec.structs.replace(
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
-        sched = built.config.scheduler
-        cost = StepCost.of_size(sched.max_num_seqs, sched.max_step_tokens or sched.max_num_seqs)
-        self._controller = make_controller(built.config)
+        cost = seeded_cost(built.config, cost_key(built.config, built.device))
+        self._controller = make_controller(built.config, cost)
         self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost)
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them

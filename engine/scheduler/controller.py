@@ -32,7 +32,7 @@ class Controller(Protocol):
         ...
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
-        """Learn that a step of `shape` took the device `seconds`. 0 means that the step was not measured."""
+        """Learn that a step of `shape` took the device `seconds`. 0 means that the step was too short to be measured."""
         ...
 
     @property
@@ -107,9 +107,8 @@ class AdaptiveController:
         return self._model.limits(load, now) if self.policy == "model" else self._aimd.limits(load, now)
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
-        if seconds > 0:
-            self._cost.observe(shape, seconds)
-            self._aimd.observe(shape, seconds, now)
+        self._cost.observe(shape, seconds)
+        self._aimd.observe(shape, seconds, now)
 
     def _switch(self, now: float) -> None:
         self.policy = "model" if self._cost.trusted else "aimd"

@@ -32,6 +32,15 @@ LADDER: list[list[set[str]]] = [
     [{"engine.process"}, {"engine.llm"}],
     [{"engine.core"}],
     [{"engine.scheduler"}, {"engine.device"}, {"engine.fake"}],
+    [
+        {
+            "engine.scheduler.cost_file",
+            "engine.scheduler.cost_fit",
+            "engine.scheduler.cost_table",
+            "engine.scheduler.limits",
+            "engine.scheduler.step_cost",
+        }
+    ],
     [{"engine.kvcache"}, {"engine.sampling"}],
     [{"engine.backends"}],
     [{"engine.weights", "engine.quant"}],

@@ -161,10 +161,12 @@ def test_the_reasons_of_changes_are_the_listed_ones():
     assert {"predicted_over_target", "decode_steps_short", "prompt_steps_short"} <= seen <= set(REASONS)
 
 
-def test_a_step_that_was_not_measured_teaches_nothing():
+def test_a_device_too_fast_to_be_measured_gets_all_sequences_of_aimd_and_teaches_no_costs():
     controller, cost = make("aimd")
-    for i in range(100):
-        controller.observe(StepShape(4, 100, 0, 0), 0.0, i / 100)
-        controller.limits(BUSY._replace(running=4, decodes=4), i / 100)
-    assert dict(controller.changes) == {}
+    seqs = [4]
+    for i in range(40):
+        controller.observe(StepShape(seqs[-1], 100, 0, 0), 0.0, i / 1000)
+        seqs.append(controller.limits(BUSY._replace(running=seqs[-1], decodes=seqs[-1]), i / 1000).seqs)
+    assert sorted(set(seqs)) == [4, 8, 16, 32, 64]
     assert not cost.trusted
+    assert cost.table.decode_seconds[-1] == 0
