@@ -62,7 +62,7 @@ class FixedController:
     policy = "fixed"
     last_reason = None
 
-    def __init__(self, limits: StepLimits, cost: StepCost | None) -> None:
+    def __init__(self, limits: StepLimits, cost: StepCost | None = None) -> None:
         self.present = limits
         self.changes: Mapping[str, int] = {}
         self._cost = cost
@@ -138,7 +138,7 @@ def make_controller(config: EngineConfig, cost: StepCost) -> Controller:
     """Return the controller that the resolved `config` asks for. It teaches `cost`, unless the engine is offline."""
     largest, policy = largest_limits(config), config.batching.policy
     if config.offline:
-        return FixedController(largest, None)
+        return FixedController(largest)
     if policy == "fixed":
         return FixedController(largest, cost)
     return AdaptiveController(largest, config.batching, cost, model=policy != "aimd")
