@@ -24,8 +24,8 @@ import numpy.typing as npt
 from engine.scheduler.cost_table import CostTable
 from engine.scheduler.limits import StepShape
 
-REFIT = 128  # observations between two refits
-EARLY = (4, 8, 16, 32, 64)  # numbers of observations after which a new fit does not wait for REFIT
+REFIT = 64  # observations between two refits
+EARLY = (4, 8, 16, 32)  # numbers of observations after which a new fit does not wait for REFIT
 MEMORY = 256  # observations of a kind after which an observation weighs 1/e
 HELD = 2.0  # weight of the present values, in observations
 FIRST = 3  # observations of a size from whose median its first value comes

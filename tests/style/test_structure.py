@@ -31,7 +31,7 @@ LADDER: list[list[set[str]]] = [
     [{"server.errors"}, {"server.bundled"}],
     [{"engine.process"}, {"engine.llm"}],
     [{"engine.core"}],
-    [{"engine.scheduler"}, {"engine.device"}, {"engine.fake"}],
+    [{"engine.scheduler"}, {"engine.device"}, {"engine.fake", "engine.fake_device"}],
     [
         {
             "engine.scheduler.cost_file",
@@ -70,6 +70,7 @@ TORCH_FREE = (
     "engine.process",
     "engine.llm",
     "engine.fake",
+    "engine.fake_device",
     "engine.scheduler",
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
@@ -157,6 +158,7 @@ FLAT = {
         "llm",
         "process",
         "fake",
+        "fake_device",
         "logs",
         "slo",
         "startup",

@@ -4,7 +4,8 @@ import pytest
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits
 from engine.errors import ConfigError, InternalError
-from engine.fake import FakeRunner, SimulatedTime, build_fake, expected_tokens
+from engine.fake import FakeRunner, build_fake, expected_tokens
+from engine.fake_device import SimulatedTime
 from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan
 from engine.request import SamplingParams
 from engine.scheduler.cost_file import CostKey, cost_key, save_costs
