@@ -29,7 +29,7 @@ from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpac
 from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
-from engine.scheduler.cost_file import CostKey, seeded_cost
+from engine.scheduler.cost_file import cost_key, seeded_cost
 from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
@@ -60,7 +60,7 @@ class Core:
         self._limits = msgspec.structs.replace(
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
-        cost = seeded_cost(built.config, CostKey(built.device, _model_name(built.config), built.config.dtype))
+        cost = seeded_cost(built.config, cost_key(built.config, built.device))
         self._controller = make_controller(built.config, cost)
         self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost)
         self._in_flight: _InFlightStep | None = None
@@ -172,7 +172,7 @@ class Core:
 
     def info(self) -> EngineInfo:
         return EngineInfo(
-            model=_model_name(self._config),
+            model=Path(self._config.model).resolve().name,
             limits=self._limits,
             block_size=self._config.cache.block_size,
             num_blocks=self._runner.num_blocks,
@@ -233,10 +233,6 @@ class Core:
         if self._scheduler.has_requests:
             raise InternalError("requests are running or waiting, no step is in flight, and none of them can be scheduled")
         return []
-
-
-def _model_name(config: EngineConfig) -> str:
-    return Path(config.model).resolve().name
 
 
 def build_core(config: EngineConfig, clock: StartupClock | None = None) -> Core:

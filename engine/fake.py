@@ -2,7 +2,7 @@
 
 A row's next token is a hash of all its earlier tokens and, unless the row is greedy, of its seed. The token therefore
 depends only on the request and never on how the request was scheduled. The simulated device runs one step after the other
-and takes the time that FakeConfig says.
+and takes the time that FakeConfig says, by the real clock or by a simulated one.
 
 With `verify`, FakeRunner also simulates the content of the blocks. Each slot remembers the prefix whose KV was written to
 it, and a step that would attend to any other prefix raises InternalError. This finds wrong block tables, missing copies,
@@ -14,16 +14,19 @@ from __future__ import annotations
 import itertools
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import xxhash
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
 from engine.errors import ConfigError, InternalError
+from engine.fake_device import SimulatedDevice
 from engine.models.families import read_spec
 from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
+from engine.scheduler.cost_file import load_costs
+from engine.scheduler.cost_table import CostTable
 from engine.startup import StartupClock
 
 _MASK = (1 << 64) - 1
@@ -74,15 +77,26 @@ class _Row:
 
 
 class FakeRunner:
+    """`costs` are the step costs of the device to simulate. `clock` and `sleep` may be those of SimulatedTime."""
+
     def __init__(
-        self, limits: ModelLimits, *, num_blocks: int, block_size: int, simulated: FakeConfig | None = None, verify: bool = False
+        self,
+        limits: ModelLimits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        simulated: FakeConfig | None = None,
+        verify: bool = False,
+        costs: CostTable | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._limits = limits
         self._num_blocks = num_blocks
         self._simulated = simulated or FakeConfig()
         self._rows: dict[int, _Row] = {}
         self._blocks = SimulatedBlocks(num_blocks, block_size) if verify else None
-        self._device_free_at = 0.0
+        self._device = SimulatedDevice(self._simulated, costs, clock, sleep)
 
     @property
     def num_blocks(self) -> int:
@@ -96,12 +110,13 @@ class FakeRunner:
         self._update_rows(plan)
         if self._blocks is not None:
             self._blocks.run(plan, self._rows)
-        result = StepResult(plan.step, [], {}, {})
+        seconds = self._device.seconds(plan)
+        result = StepResult(plan.step, [], {}, {}, device_seconds=seconds)
         for index in self._with_prompt_logprobs(plan):
             result.prompt_logprobs[index] = self._prompt_logprobs(plan, index)
         for index in plan.samples:
             self._sample(plan, index, result)
-        return FakeStep(result, self._finish_time(plan))
+        return FakeStep(result, self._device, self._device.submit(seconds))
 
     def prepare(self) -> bool:
         return False
@@ -152,28 +167,19 @@ class FakeRunner:
         top = [(token + i) % self._limits.vocab_size for i in range(num)]
         return TokenLogprobs(token, -0.5, 1, top, [-0.5 - i for i in range(num)])
 
-    def _finish_time(self, plan: StepPlan) -> float:
-        seconds = self._simulated.step_ms / 1e3 + self._simulated.token_us / 1e6 * plan.num_tokens
-        if seconds == 0.0:
-            return 0.0
-        self._device_free_at = max(time.monotonic(), self._device_free_at) + seconds
-        return self._device_free_at
-
 
 class FakeStep:
-    """A submitted step whose simulated device finishes at `done_at`, in seconds of the monotonic clock; 0 means at once."""
+    """A submitted step that `device` ends at the time `done_at`."""
 
-    __slots__ = ("_done_at", "_result")
+    __slots__ = ("_device", "_done_at", "_result")
 
-    def __init__(self, result: StepResult, done_at: float) -> None:
+    def __init__(self, result: StepResult, device: SimulatedDevice, done_at: float) -> None:
         self._result = result
+        self._device = device
         self._done_at = done_at
 
     def result(self) -> StepResult:
-        if self._done_at:
-            wait = self._done_at - time.monotonic()
-            if wait > 0:
-                time.sleep(wait)
+        self._device.wait(self._done_at)
         return self._result
 
 
@@ -215,7 +221,13 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     return build_fake(config, limits)
 
 
-def build_fake(config: EngineConfig, limits: ModelLimits) -> BuiltRunner:
+def build_fake(
+    config: EngineConfig,
+    limits: ModelLimits,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> BuiltRunner:
     """Build a FakeRunner with the given limits, without a checkpoint folder."""
     # The simulated device is asynchronous even if `device` is "cpu".
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
@@ -226,10 +238,18 @@ def build_fake(config: EngineConfig, limits: ModelLimits) -> BuiltRunner:
             f"cache.num_blocks is {num_blocks}: the fake runner has at most {MAX_BLOCKS} blocks", param="cache.num_blocks"
         )
     resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
+    costs = config.fake.cost_file and load_costs(config.fake.cost_file, setting="fake.cost_file")
     runner = FakeRunner(
-        limits, num_blocks=num_blocks, block_size=config.cache.block_size, simulated=config.fake, verify=config.debug_checks
+        limits,
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        simulated=config.fake,
+        verify=config.debug_checks,
+        costs=costs.table if costs else None,
+        clock=clock,
+        sleep=sleep,
     )
-    return BuiltRunner(runner, resolved, limits, "fake device")
+    return BuiltRunner(runner, resolved, limits, f"fake {costs.key.device}" if costs else "fake device")
 
 
 def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:

@@ -89,7 +89,7 @@ class StepResult(msgspec.Struct, gc=False):
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     idle_seconds: float = 0.0  # device idle time between the end of the previous step and the start of this one
-    device_seconds: float = 0.0  # time that the device spent on this step, without idle time before it; 0 if it was not measured
+    device_seconds: float = 0.0  # time that the device spent on this step, without idle time before it; 0: too short to measure
 
 
 class PendingStep(Protocol):

@@ -23,10 +23,9 @@ from engine.scheduler.limits import Load, StepLimits, StepShape
 
 FIRST_TOKENS = 512  # tokens of a step at first
 FULL = 0.75  # a step with prompts tells about the token limit if it has this share of it
-STEPS = 5  # steps that a decision needs
+STEPS = 5  # steps that a decision needs, since the last change
 SKIPPED = 1  # steps after a change that were planned before it
 STALE_SECONDS = 1.0  # steps this far apart do not belong together
-DOUBLING_SECONDS = 0.1  # shortest time between two doublings
 GROWTH_SECONDS = 1.0  # shortest time between a change and a small step
 SMALL_STEP = 16  # a small step is this part of the value, or a quarter of the way to a value that was too much
 BAD_SECONDS = 30.0  # a value that was too much is not tried again for so long, and twice as long each time
@@ -105,11 +104,10 @@ class AdaptiveLimit:
 
         Returns whether it has changed.
         """
-        since = now - self._changed_at
         bad = self._bad
         if not small and (bad is None or 2 * self.value <= bad // 2):
-            return since >= DOUBLING_SECONDS and self._set(2 * self.value, now)
-        if since < GROWTH_SECONDS:
+            return self._set(2 * self.value, now)
+        if now - self._changed_at < GROWTH_SECONDS:
             return False
         step = self.value // SMALL_STEP
         if bad is not None and now < self._bad_until:
@@ -148,6 +146,7 @@ class AimdPolicy:
         self._changes.set(self.present, "policy", now)
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
+        """Learn that a step took `seconds`. 0 is less than can be measured, and no reason against a larger step."""
         self._all_steps.add(seconds, now)
         tokens = shape.decodes + shape.prompt_tokens
         if not shape.prompt_tokens:

@@ -32,7 +32,7 @@ class Controller(Protocol):
         ...
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
-        """Learn that a step of `shape` took the device `seconds`. 0 means that the step was not measured."""
+        """Learn that a step of `shape` took the device `seconds`. 0 means that the step was too short to be measured."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class FixedController:
     policy = "fixed"
     last_reason = None
 
-    def __init__(self, limits: StepLimits, cost: StepCost | None) -> None:
+    def __init__(self, limits: StepLimits, cost: StepCost | None = None) -> None:
         self.present = limits
         self.changes: Mapping[str, int] = {}
         self._cost = cost
@@ -107,9 +107,8 @@ class AdaptiveController:
         return self._model.limits(load, now) if self.policy == "model" else self._aimd.limits(load, now)
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
-        if seconds > 0:
-            self._cost.observe(shape, seconds)
-            self._aimd.observe(shape, seconds, now)
+        self._cost.observe(shape, seconds)
+        self._aimd.observe(shape, seconds, now)
 
     def _switch(self, now: float) -> None:
         self.policy = "model" if self._cost.trusted else "aimd"
@@ -139,7 +138,7 @@ def make_controller(config: EngineConfig, cost: StepCost) -> Controller:
     """Return the controller that the resolved `config` asks for. It teaches `cost`, unless the engine is offline."""
     largest, policy = largest_limits(config), config.batching.policy
     if config.offline:
-        return FixedController(largest, None)
+        return FixedController(largest)
     if policy == "fixed":
         return FixedController(largest, cost)
     return AdaptiveController(largest, config.batching, cost, model=policy != "aimd")

@@ -93,6 +93,13 @@ def load_costs(path: str | Path, *, setting: str) -> CostFile:
     return CostFile(CostKey(*values[1:4]), content.source, CostTable(*values[5:]))
 
 
+def cost_key(config: EngineConfig, device: str) -> CostKey:
+    """Return what an engine of the resolved `config` runs. A simulated device is what its own cost file says."""
+    if config.runner == "fake" and config.fake.cost_file is not None:
+        return load_costs(config.fake.cost_file, setting="fake.cost_file").key
+    return CostKey(device, Path(config.model).resolve().name, config.dtype)
+
+
 def seeded_cost(config: EngineConfig, key: CostKey) -> StepCost:
     """Return the StepCost of an engine, which starts from the file that the resolved `config` names.
 

@@ -24,7 +24,7 @@ DECODE_SHARE = 0.8  # share of the allowed time that decodes may take, so that p
 FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
 RISE_SECONDS = 2.0  # shortest time from a change to a rise
 LONGEST_RISE_SECONDS = 16.0
-CHECK_SECONDS = 0.05  # shortest time between two looks for a rise
+CHECK_SECONDS = 0.25  # shortest time between two looks for a rise
 
 
 class ModelPolicy:

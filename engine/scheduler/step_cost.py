@@ -94,12 +94,15 @@ class StepCost:
     def __init__(self, decode_rows: list[int], max_tokens: int, seed: CostTable | None = None) -> None:
         self._fit = CostFit(decode_rows, token_knots(max_tokens), seed)
         self._records = tuple(_Record(name, seed is not None) for name in ("decodes", "prompts"))
-        self.predict = self._fit.table.predict
 
     @staticmethod
     def of_size(max_rows: int, max_tokens: int, seed: CostTable | None = None) -> StepCost:
         """Return a StepCost of usual sizes, for an engine that does not say what sizes it captures."""
         return StepCost(row_sizes(max_rows), max_tokens, seed)
+
+    def predict(self, shape: StepShape) -> float:
+        """Return the predicted seconds of a step. They never fall when a field of `shape` grows."""
+        return self._fit.table.predict(shape)
 
     @property
     def table(self) -> CostTable:
@@ -128,7 +131,6 @@ class StepCost:
             self._compare(shape, seconds, math.log(seconds / predicted))
         else:
             self._fit.add(shape, seconds, 1.0)
-        self.predict = self._fit.table.predict
 
     def _compare(self, shape: StepShape, seconds: float, ratio: float) -> None:
         """Learn from a step that took exp(`ratio`) times as long as predicted.

@@ -31,7 +31,16 @@ LADDER: list[list[set[str]]] = [
     [{"server.errors"}, {"server.bundled"}],
     [{"engine.process"}, {"engine.llm"}],
     [{"engine.core"}],
-    [{"engine.scheduler"}, {"engine.device"}, {"engine.fake"}],
+    [{"engine.scheduler"}, {"engine.device"}, {"engine.fake", "engine.fake_device"}],
+    [
+        {
+            "engine.scheduler.cost_file",
+            "engine.scheduler.cost_fit",
+            "engine.scheduler.cost_table",
+            "engine.scheduler.limits",
+            "engine.scheduler.step_cost",
+        }
+    ],
     [{"engine.kvcache"}, {"engine.sampling"}],
     [{"engine.backends"}],
     [{"engine.weights", "engine.quant"}],
@@ -61,6 +70,7 @@ TORCH_FREE = (
     "engine.process",
     "engine.llm",
     "engine.fake",
+    "engine.fake_device",
     "engine.scheduler",
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
@@ -148,6 +158,7 @@ FLAT = {
         "llm",
         "process",
         "fake",
+        "fake_device",
         "logs",
         "slo",
         "startup",

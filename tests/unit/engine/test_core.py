@@ -7,7 +7,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from engine.config import CacheConfig, EngineConfig, FakeConfig, ModelLimits, RunnerKind, SchedulerConfig
+from engine.config import BatchingConfig, CacheConfig, EngineConfig, FakeConfig, ModelLimits, RunnerKind, SchedulerConfig
 from engine.core import RUNNERS, Core, build_core
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.fake import build_fake, expected_tokens
@@ -20,6 +20,7 @@ LIMITS = ModelLimits(max_model_len=64, vocab_size=50, eos_token_ids=(3,), dtype=
 
 def make_config(**changes) -> EngineConfig:
     given = {"model": "/models/tiny", "runner": "fake", "debug_checks": True, "overlap": False}
+    given["batching"] = BatchingConfig(policy="fixed")
     return EngineConfig(**given | {"cache": CacheConfig(block_size=4, num_blocks=64)} | changes)
 
 

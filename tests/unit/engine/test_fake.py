@@ -3,10 +3,14 @@
 import pytest
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits
-from engine.errors import InternalError
+from engine.errors import ConfigError, InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
+from engine.fake_device import SimulatedTime
 from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan
 from engine.request import SamplingParams
+from engine.scheduler.cost_file import CostKey, cost_key, save_costs
+from engine.scheduler.cost_table import CostTable
+from engine.scheduler.limits import StepShape
 
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50, eos_token_ids=(3,), dtype="float32")
 
@@ -115,24 +119,47 @@ def test_logprobs_have_the_requested_shape():
     assert first.logprobs == {}
 
 
-def test_steps_run_one_after_the_other_on_the_simulated_device(monkeypatch):
-    """`submit` takes no time, and `result` waits until its step and all earlier steps have ended. The test sets the clock."""
-    now, slept = [100.0], []
-
-    def sleep(seconds):
-        slept.append(seconds)
-        now[0] += seconds
-
-    monkeypatch.setattr("engine.fake.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("engine.fake.time.sleep", sleep)
-    runner = make_runner(verify=False, simulated=FakeConfig(step_ms=20.0, token_us=1000.0))
+def test_steps_run_one_after_the_other_on_the_simulated_device():
+    """`submit` takes no time, and `result` waits until its step and all earlier steps have ended."""
+    time = SimulatedTime(100.0)
+    runner = make_runner(verify=False, simulated=FakeConfig(step_ms=20.0, token_us=1000.0), clock=time.clock, sleep=time.sleep)
     first = runner.submit(make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])]))
     second = runner.submit(make_plan(2, [(0, 5, 1)], num_decodes=1, samples=[0]))
+    assert time.now == 100.0
+    time.now += 0.005  # the CPU does something else meanwhile
+    assert first.result().device_seconds == pytest.approx(0.025)
+    assert time.now == pytest.approx(100.025)
+    assert second.result().device_seconds == pytest.approx(0.021)
+    assert time.now == pytest.approx(100.046)
+
+
+def test_by_default_steps_take_real_time_and_none_without_durations(monkeypatch):
+    slept = []
+    monkeypatch.setattr("engine.fake.time.sleep", slept.append)
+    plan = make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])])
+    assert make_runner().submit(plan).result().device_seconds == 0
     assert slept == []
-    now[0] += 0.005  # the CPU does something else meanwhile
-    first.result()
-    second.result()
-    assert slept == pytest.approx([0.020, 0.021])
+
+
+@pytest.mark.parametrize(("tokens", "decodes"), [(50, 0), (1, 1)])
+def test_a_cost_file_says_how_long_the_steps_of_a_simulated_device_take(tmp_path, tokens, decodes):
+    table = CostTable([1, 8], [0.004, 0.005], [16, 64], [0.006, 0.012], 1e-5, 1e-6)
+    save_costs(tmp_path / "costs.json", CostKey("some GPU", "some model", "bfloat16"), "a test", table)
+    time = SimulatedTime()
+    config = EngineConfig(model="none", runner="fake", fake=FakeConfig(cost_file=str(tmp_path / "costs.json")))
+    built = build_fake(config, LIMITS, clock=time.clock, sleep=time.sleep)
+    assert built.device == "fake some GPU"
+    assert cost_key(built.config, built.device) == ("some GPU", "some model", "bfloat16")
+    plan = make_plan(1, [(0, 0, tokens)], samples=[0], admitted=[row(0, [1] * tokens, [0])], num_decodes=decodes)
+    result = built.runner.submit(plan).result()
+    expected = table.predict(StepShape.of(plan))
+    assert expected > 0.004
+    assert (result.device_seconds, time.now) == (expected, expected)
+
+
+def test_a_cost_file_that_is_missing_is_named():
+    with pytest.raises(ConfigError, match=r"fake\.cost_file is 'none\.json', which cannot be read"):
+        build_fake(EngineConfig(model="none", runner="fake", fake=FakeConfig(cost_file="none.json")), LIMITS)
 
 
 def test_build_sets_the_number_of_blocks_and_overlap():

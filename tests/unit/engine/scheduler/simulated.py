@@ -48,6 +48,7 @@ class SimulatedServer:
     device: Device
     now: float = 0.0
     waiting: deque[Job] = field(default_factory=deque)
+    waiting_tokens: int = 0
     prompts: list[Job] = field(default_factory=list)
     decodes: list[Job] = field(default_factory=list)
     done: list[Job] = field(default_factory=list)
@@ -60,6 +61,7 @@ class SimulatedServer:
         while self.now < until:
             while arriving and arriving[0].arrival <= self.now:
                 self.waiting.append(arriving.popleft())
+                self.waiting_tokens += self.waiting[-1].prompt
             if not self.step():
                 self.now = arriving[0].arrival if arriving else until
 
@@ -88,7 +90,7 @@ class SimulatedServer:
             kv_tokens=sum(job.kv_tokens for job in self.decodes),
             running=len(self.decodes) + len(self.prompts),
             waiting=len(self.waiting),
-            prompt_tokens=sum(job.prompt - job.computed for job in (*self.prompts, *self.waiting)),
+            prompt_tokens=sum(job.prompt - job.computed for job in self.prompts) + self.waiting_tokens,
             context=self.prompts[0].computed if self.prompts else 0,
             itl=min((job.itl for job in self.decodes if job.itl is not None), default=None),
         )
@@ -109,7 +111,7 @@ class SimulatedServer:
             budget -= num
             if index >= len(self.prompts):
                 assert self.waiting[0] is job
-                self.waiting.popleft()
+                self.waiting_tokens -= self.waiting.popleft().prompt
         self.prompts += [job for job, _ in slices if job not in self.prompts]
         return slices
 

@@ -1,0 +1,55 @@
+"""The device that FakeRunner simulates: how long its steps take, by the real clock or by a simulated one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.config import FakeConfig
+from engine.plan import StepPlan
+from engine.scheduler.cost_table import CostTable
+from engine.scheduler.limits import StepShape
+
+
+class SimulatedTime:
+    """A clock that moves only by `sleep`, in no real time. Pass both methods to FakeRunner."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class SimulatedDevice:
+    """Runs one step after the other, by a clock. A step takes what `costs` predicts, or else what `simulated` says."""
+
+    def __init__(
+        self, simulated: FakeConfig, costs: CostTable | None, clock: Callable[[], float], sleep: Callable[[float], None]
+    ) -> None:
+        self._simulated = simulated
+        self._costs = costs
+        self._clock, self._sleep = clock, sleep
+        self._free_at = 0.0
+
+    def seconds(self, plan: StepPlan) -> float:
+        """Return how long a step takes."""
+        if self._costs is not None:
+            return self._costs.predict(StepShape.of(plan))
+        return self._simulated.step_ms / 1e3 + self._simulated.token_us / 1e6 * plan.num_tokens
+
+    def submit(self, seconds: float) -> float:
+        """Add a step that takes `seconds`. Returns when it ends; 0 means at once."""
+        if seconds == 0.0:
+            return 0.0
+        self._free_at = max(self._clock(), self._free_at) + seconds
+        return self._free_at
+
+    def wait(self, until: float) -> None:
+        """Wait for a step that ends at the time `until`."""
+        if until:
+            wait = until - self._clock()
+            if wait > 0:
+                self._sleep(wait)
