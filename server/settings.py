@@ -13,7 +13,7 @@ import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from engine.config import Device, DType, EngineConfig, LoadFormat, RunnerKind
+from engine.config import BatchingPolicy, Device, DType, EngineConfig, LoadFormat, RunnerKind
 from engine.errors import ConfigError
 from engine.request import BOUNDS
 from engine.slo import SloName
@@ -22,10 +22,11 @@ from server import bundled
 PREFIX = "TIDEGATE_"
 
 _ENGINE = EngineConfig(model="")
-_CACHE, _SCHEDULER, _FAKE = _ENGINE.cache, _ENGINE.scheduler, _ENGINE.fake
-_PREFIXES = {"cache": "", "scheduler": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings
+_CACHE, _SCHEDULER, _BATCHING, _FAKE = _ENGINE.cache, _ENGINE.scheduler, _ENGINE.batching, _ENGINE.fake
+_PREFIXES = {"cache": "", "scheduler": "", "batching": "", "fake": "fake_"}  # group of EngineConfig -> prefix of its settings
+_OTHER_NAMES = {"batching.policy": "batching"}
 ENGINE_NAMES = {
-    f"{group}.{field}": prefix + field
+    f"{group}.{field}": _OTHER_NAMES.get(f"{group}.{field}", prefix + field)
     for group, prefix in _PREFIXES.items()
     for field in getattr(_ENGINE, group).__struct_fields__
 }
@@ -190,9 +191,32 @@ class Settings(BaseSettings):
     max_skips: int = Field(
         _SCHEDULER.max_skips, ge=0, le=1 << 24, description="Times that others may overtake a request that does not fit"
     )
+    batching: BatchingPolicy = Field(
+        _BATCHING.policy,
+        description="What sets the size of a step. fixed: max_num_seqs and max_step_tokens; aimd: measured times of steps; "
+        "model: predicted times, at first from cost_file; auto: predicted times, which may be learnt while the server runs",
+    )
+    min_batch: int = Field(
+        _BATCHING.min_batch, ge=1, le=1 << 16, description="Outputs that may run at once under batching aimd, at least"
+    )
+    max_batch: int = Field(
+        _BATCHING.max_batch, ge=1, le=1 << 16, description="Outputs that may run at once under batching aimd, at most"
+    )
+    step_low_ms: float = Field(
+        _BATCHING.step_low_ms, gt=0, le=1e6, description="Milliseconds of a step under which batching aimd runs more outputs"
+    )
+    step_high_ms: float = Field(
+        _BATCHING.step_high_ms, gt=0, le=1e6, description="Milliseconds of a step over which batching aimd runs fewer outputs"
+    )
+    cost_file: str | None = Field(
+        None, min_length=1, description="File of the times of steps on this device with this model, to predict them from"
+    )
     fake_step_ms: float = Field(_FAKE.step_ms, ge=0, le=1e6, description="Fake runner: milliseconds that each step takes")
     fake_token_us: float = Field(
         _FAKE.token_us, ge=0, le=1e6, description="Fake runner: microseconds that each token adds to a step"
+    )
+    fake_cost_file: str | None = Field(
+        None, min_length=1, description="Fake runner: a cost_file, whose device and model it imitates instead of the two above"
     )
     fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, le=1 << 24, description="Fake runner: blocks of the KV cache")
     fake_nan_token: int | None = Field(

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -81,18 +81,24 @@ def _kinds(name: str) -> list[dict[str, Any]]:
 
 
 def _check_together(settings: Settings, origins: Mapping[str, str]) -> None:
-    """Raise ConfigError if two ports are equal or max_step_tokens is below max_num_seqs."""
+    """Raise ConfigError if two ports are equal, or if two settings of the engine's steps contradict each other."""
     ports = {name: getattr(settings, name) for name in ("port", "grpc_port", "admin_port")}
     for (one, port), (other, same) in itertools.combinations(ports.items(), 2):
         if port and port == same:
             raise ConfigError(f"{one} and {other} are both {port}: each needs a port of its own", param=other)
-    tokens, seqs = settings.max_step_tokens, settings.max_num_seqs
-    if tokens is not None and tokens < seqs:
-        origin = origins.get("max_step_tokens", "the call")
-        raise ConfigError(
-            f"max_step_tokens is {tokens} (from {origin}): it must be at least max_num_seqs, which is {seqs}",
-            param="max_step_tokens",
-        )
+
+    def refuse(name: str, right: str) -> NoReturn:
+        origin = origins.get(name, "the defaults")
+        raise ConfigError(f"{name} is {getattr(settings, name)} (from {origin}): it must be {right}", param=name)
+
+    if settings.max_step_tokens is not None and settings.max_step_tokens < settings.max_num_seqs:
+        refuse("max_step_tokens", f"at least max_num_seqs, which is {settings.max_num_seqs}")
+    if settings.max_batch < settings.min_batch:
+        refuse("max_batch", f"at least min_batch, which is {settings.min_batch}")
+    if settings.step_high_ms <= settings.step_low_ms:
+        refuse("step_high_ms", f"more than step_low_ms, which is {settings.step_low_ms}")
+    if settings.batching == "model" and settings.cost_file is None:
+        refuse("batching", "auto, aimd or fixed, unless cost_file names a file from which times of steps are predicted")
 
 
 def _in_words(kind: dict[str, Any]) -> str:

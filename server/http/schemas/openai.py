@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from engine.errors import InvalidRequest
+from engine.request import SamplingParams
 from engine.slo import SloName
 from server.http.schemas.common import MAX_PROMPTS, SamplingFields, Schema, TokenIds, at_most, bounded
 from server.http.schemas.messages import ChatFields, Messages
+from server.service.types import GenerationRequest
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(max_length=512)]
@@ -82,6 +84,11 @@ class OpenAIFields(SamplingFields):
     def tier(self) -> dict[str, str]:
         """Return the field `service_tier` of the answer, which only a request with that field gets."""
         return {} if self.service_tier is None else {"service_tier": self.service_tier.replace("auto", "default")}
+
+    def request_of(self, request_id: str, prompt: str | list[int], params: SamplingParams, **more: Any) -> GenerationRequest:
+        if self.service_tier in _TIERS:
+            more["client_names"] = {**more.get("client_names", {}), "slo_class": "service_tier"}
+        return super().request_of(request_id, prompt, params, **more)
 
     @model_validator(mode="after")
     def _one_class(self) -> OpenAIFields:

@@ -3,6 +3,7 @@
 import os
 import re
 
+import msgspec
 import pytest
 from pydantic import ValidationError
 
@@ -69,6 +70,11 @@ def test_a_file_without_settings_leaves_the_defaults(yaml_file, text):
         ({"device": "tpu"}, "device is 'tpu' (from --device): it must be one of auto, cpu, cuda"),
         ({"overlap": "maybe"}, "overlap is 'maybe' (from --overlap): it must be true or false"),
         ({"max_queue": 0}, "max_queue is 0 (from --max-queue): it must be a whole number from 1 to 16777216"),
+        ({"batching": "dynamic"}, "batching is 'dynamic' (from --batching): it must be one of auto, model, aimd, fixed"),
+        (
+            {"step_low_ms": "0"},
+            "step_low_ms is '0' (from --step-low-ms): it must be a number greater than 0 and at most 1e+06",
+        ),
         ({"slo_class": "gold"}, "slo_class is 'gold' (from --slo-class): it must be one of interactive, standard, batch"),
         (
             {"priority_ceiling": "-1001"},
@@ -136,11 +142,14 @@ def test_every_setting_of_the_engine_reaches_it():
     given = {"model": "/m", "device": "cpu", "dtype": "float32", "load_format": "dummy", "runner": "fake", "max_model_len": 9}
     given |= {"seed": 1, "overlap": False, "debug_checks": True, "block_size": 2, "num_blocks": 3, "memory_fraction": 0.4}
     given |= {"host_bytes": 5, "prefix_caching": False, "max_num_seqs": 6, "max_step_tokens": 7, "max_queue": 8, "max_skips": 10}
-    given |= {"max_queue_tokens": 14}
-    config = load_settings({**given, "fake_step_ms": 11.0, "fake_token_us": 12.0, "fake_num_blocks": 13}).engine_config()
-    parts = (config, config.cache, config.scheduler)
+    given |= {"max_queue_tokens": 14, "min_batch": 15, "max_batch": 16, "step_low_ms": 17.0, "step_high_ms": 18.0}
+    given |= {"cost_file": "/c"}
+    fake = {"fake_step_ms": 11.0, "fake_token_us": 12.0, "fake_num_blocks": 13, "fake_nan_token": 14, "fake_cost_file": "/f"}
+    config = load_settings({**given, **fake, "batching": "aimd"}).engine_config()
+    parts = (config, config.cache, config.scheduler, config.batching)
     assert all(any(getattr(part, name, None) == value for part in parts) for name, value in given.items())
-    assert (config.fake.step_ms, config.fake.token_us, config.fake.num_blocks) == (11.0, 12.0, 13)
+    assert config.batching.policy == "aimd"
+    assert {f"fake_{name}": value for name, value in msgspec.structs.asdict(config.fake).items()} == fake
 
 
 def test_an_engine_config_needs_a_model():
@@ -169,6 +178,30 @@ def test_a_step_must_have_a_token_for_every_running_request():
     assert caught.value.message == wanted
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"max_batch": "3"}, "max_batch is 3 (from --max-batch): it must be at least min_batch, which is 4"),
+        ({"min_batch": "65"}, "max_batch is 64 (from the defaults): it must be at least min_batch, which is 65"),
+        (
+            {"step_high_ms": "30"},
+            "step_high_ms is 30.0 (from --step-high-ms): it must be more than step_low_ms, which is 30.0",
+        ),
+        (
+            {"batching": "model"},
+            "batching is model (from --batching): it must be auto, aimd or fixed, unless cost_file names a file from which times "
+            "of steps are predicted",
+        ),
+    ],
+)
+def test_settings_of_the_batch_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(flags)
+    assert caught.value.message == message
+    assert load_settings({"max_batch": "4", "step_high_ms": "30.5"}).step_low_ms == 30.0
+    assert load_settings({"batching": "model", "cost_file": "/costs.json"}).batching == "model"
+
+
 def test_an_empty_yaml_value_is_reported_as_empty(yaml_file):
     path = yaml_file("device:\n")
     with pytest.raises(ConfigError) as caught:
@@ -178,10 +211,12 @@ def test_an_empty_yaml_value_is_reported_as_empty(yaml_file):
 
 def test_names_of_engine_fields_are_replaced_by_names_of_settings():
     message = (
-        "cache.host_bytes leaves 5 bytes, fake.num_blocks too: scheduler.max_queue is 1, and so is cache.json or prefix_caching"
+        "cache.host_bytes leaves 5 bytes, fake.num_blocks too: scheduler.max_queue is 1, and so is cache.json or prefix_caching; "
+        "batching.policy is 'model', scheduler.max_queue_tokens 2, batching.step_low_ms 3"
     )
     assert in_settings_names(message) == (
-        "host_bytes leaves 5 bytes, fake_num_blocks too: max_queue is 1, and so is cache.json or prefix_caching"
+        "host_bytes leaves 5 bytes, fake_num_blocks too: max_queue is 1, and so is cache.json or prefix_caching; "
+        "batching is 'model', max_queue_tokens 2, step_low_ms 3"
     )
 
 

@@ -65,6 +65,16 @@ async def test_a_service_tier_names_a_class_and_the_answer_says_which_tier_it_ha
 
 
 @pytest.mark.parametrize("path", OPENAI)
+async def test_a_refusal_names_the_field_that_named_the_class(path):
+    for field, value in (("service_tier", "priority"), ("slo_class", "interactive")):
+        service = ScriptedService(*letters("x"))
+        await post(service, path, PLAIN[path] | {field: value})
+        names = service.requests[0].client_names
+        assert names.get("slo_class", "slo_class") == field
+        assert names.get("prompt") == ("messages" if "chat" in path else None)
+
+
+@pytest.mark.parametrize("path", OPENAI)
 async def test_other_tiers_and_tiers_that_contradict_the_class_are_refused(path):
     error = await refusal_of(path, {"service_tier": "scale"})
     assert (error["param"], error["message"]) == ("service_tier", "service_tier must be 'auto', 'default', 'flex' or 'priority'")
