@@ -16,7 +16,7 @@ from engine.scheduler.cost_fit import CostFit
 from engine.scheduler.cost_table import CostTable, row_sizes, token_knots
 from engine.scheduler.limits import StepShape
 
-ENOUGH = 32  # measured steps of a kind that make an unseeded prediction trusted
+ENOUGH = 64  # measured steps of a kind that make an unseeded prediction trusted
 RECENT = 64  # steps of a kind that the error is measured on
 JUDGED = 16  # latest steps of a kind that show a wrong table
 FEW = 4  # steps of a kind that say nothing about its table yet
@@ -72,6 +72,8 @@ class _Record:
 
     def early_ratio(self, other: float) -> float | None:
         """Return measured / predicted if this kind seems to be wrong too, now that the other kind is wrong by `other`."""
+        if not self.claimed:
+            return None
         if len(self._logs) < FEW:
             return other
         ratio = _middle(sorted(list(self._logs)[-JUDGED:]))
@@ -139,6 +141,11 @@ class StepCost:
         a part of it before it is scaled.
         """
         record = self._records[shape.prompt_tokens > 0]
+        if not record.claimed:  # nothing is known yet that could be wrong
+            self._fit.add(shape, seconds, 1.0)
+            if record.add(ratio, seconds):
+                record.judge()
+            return
         weight = min(1.0, 2 * record.usual / max(abs(ratio), USUAL))
         if abs(ratio) > WRONG:
             record.far_off.append((shape, seconds, weight))

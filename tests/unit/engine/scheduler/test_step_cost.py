@@ -73,6 +73,18 @@ def test_a_table_wrong_by_three_times_is_noticed_logged_once_and_learnt_again(fa
         assert record.measured_ms / record.predicted_ms == pytest.approx(factor, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_table_that_is_learnt_for_the_first_time_is_not_called_wrong(seed, caplog):
+    """The batch of a server grows from nothing, so that larger steps keep coming that no step has shown yet."""
+    cost, device = StepCost.of_size(ROWS, TOKENS), Device(H200)
+    with caplog.at_level(logging.WARNING):
+        for scale in range(1, 40):
+            shapes = chat_steps(20, seed=seed * 40 + scale, most_rows=5 * scale)
+            device.teach(cost, shapes)
+    assert caplog.records == []
+    assert cost.trusted
+
+
 def test_a_device_that_becomes_slower_is_followed():
     cost = learnt(H200)
     Device(scaled(H200, 1.3)).teach(cost, chat_steps(1500, seed=5))
