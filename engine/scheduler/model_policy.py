@@ -20,7 +20,7 @@ from engine.scheduler.step_cost import StepCost, pairs
 GRID = 2**0.25  # ratio of neighbouring token limits
 HEADROOM = 0.9  # share of the target that a predicted step may take; the rest is for what happens between two steps
 RISE_MARGIN = 0.9  # a rise needs steps that take this share of what is allowed
-DECODE_SHARE = 0.8  # share of the allowed time that decodes may take, so that prompts advance too
+DECODE_SHARE = 0.9  # share of the allowed time that decodes may take, so that prompts advance too
 FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
 RISE_SECONDS = 2.0  # shortest time from a change to a rise
 LONGEST_RISE_SECONDS = 16.0
