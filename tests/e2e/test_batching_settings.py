@@ -1,0 +1,36 @@
+"""Tests that the settings of the batch reach the engine of a real server, and that wrong ones stop the start."""
+
+import pytest
+
+from tests.support.children import ServerChild, wait_until
+from tests.support.serving import metrics, refused_start
+
+
+def limits(server):
+    found = metrics(server)
+    names = ("sequences", "tokens", "chunk")
+    return tuple(found.get(f"tidegate_engine_batch_{name}_limit", 0) for name in names)
+
+
+def test_the_policy_and_its_bounds_are_in_force():
+    with ServerChild(batching="aimd", min_batch=3, max_batch=5, max_num_seqs=8, max_step_tokens=64) as server:
+        wait_until(lambda: any(limits(server)), "the engine has sent a heartbeat")
+        seqs, tokens, _ = limits(server)
+        assert 3 <= seqs <= 5
+        assert tokens <= 64
+    with ServerChild(batching="fixed", max_num_seqs=8, max_step_tokens=64) as server:
+        wait_until(lambda: any(limits(server)), "the engine has sent a heartbeat")
+        assert limits(server) == (8, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"TIDEGATE_BATCHING": "model"}, "batching is model (from TIDEGATE_BATCHING)"),
+        ({"TIDEGATE_COST_FILE": "/nowhere/costs.json"}, "cost_file is '/nowhere/costs.json', which cannot be read"),
+        ({"TIDEGATE_MAX_BATCH": "2"}, "max_batch is 2 (from TIDEGATE_MAX_BATCH)"),
+        ({"TIDEGATE_SLO_CLASS": "gold"}, "slo_class is 'gold' (from TIDEGATE_SLO_CLASS)"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_its_name(variables, says):
+    assert says in refused_start(variables).stderr
