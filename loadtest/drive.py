@@ -182,7 +182,8 @@ class Driver:
         while True:
             due = time.perf_counter() + _LAG_PERIOD
             await asyncio.sleep(_LAG_PERIOD)
-            self.lags.append(max(0.0, time.perf_counter() - due))
+            if self._now() >= 0:  # the warm-up begins with everything at once
+                self.lags.append(max(0.0, time.perf_counter() - due))
 
 
 async def _run(work: Awaitable[None]) -> None:

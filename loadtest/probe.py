@@ -54,6 +54,7 @@ def _described(target: Target) -> Target:
         cards = _get(url, target.api_key)["data"]
         named = {str(card["id"]): card for card in cards}
     except urllib.error.HTTPError as error:
+        error.close()
         raise LoadError(f"GET {url} answered {error.code}: {_remedy(error.code)}") from None
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", error)
@@ -88,6 +89,7 @@ def _has_id(target: Target, token: int) -> bool:
     try:
         _get(target.url.rstrip("/") + "/detokenize", target.api_key, {"tokens": [token]})
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 400:
             return False
         raise LoadError(

@@ -30,8 +30,12 @@ class Sample(NamedTuple):
 
 def read(url: str) -> dict[str, float]:
     """Return the values of the known series at `url`. Raises OSError or ValueError."""
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-        text = response.read().decode()
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            text = response.read().decode()
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name in _SERIES]
     return {_SERIES[s.name]: s.value for s in samples}
 

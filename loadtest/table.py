@@ -19,9 +19,8 @@ _CACHED = 0.05  # share of cached prompt tokens above which a load of fresh prom
 def show(measurement: Measurement, slos: Sequence[Slo], about: About, console: Console) -> None:
     """Print the tables of one measurement, and below them what a reader should know before using the figures."""
     found = windows(measurement, slos)
-    console.print(
-        f"\n[bold]{workload(measurement, about)}[/] at {measurement.target.url} ({measurement.target.model}), seed {measurement.load.seed}"
-    )
+    target = measurement.target
+    console.print(f"\n[bold]{workload(measurement, about)}[/] at {target.url} ({target.model}), seed {measurement.load.seed}")
     console.print(_windows(found, slos), "")
     figures = whole(measurement, slos)
     console.print(_latencies(figures), "")

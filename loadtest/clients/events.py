@@ -16,6 +16,26 @@ from loadtest.record import Failure, Reading
 Reader = Callable[[dict[str, Any], float, Reading], None]
 
 
+class EventReader:
+    """Takes the body of a stream in pieces as they arrive, and gives each event to a reader. Raises Failure for a bad event."""
+
+    def __init__(self, read: Reader, reading: Reading) -> None:
+        self._read, self._reading = read, reading
+        self._rest = b""
+        self.done = False  # [DONE] has come: the answer is complete
+
+    def feed(self, piece: bytes, now: float) -> None:
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            payload = line[5:].strip()
+            if payload == b"[DONE]":
+                self.done = True
+            else:
+                self._read(parse(payload), now, self._reading)
+
+
 def parse(payload: bytes) -> dict[str, Any]:
     """Return the object of one event. Raises Failure if it is none, or if the server reports an error in it."""
     try:
