@@ -60,6 +60,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         except LoadError as error:
             Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
+        except KeyboardInterrupt:  # between two measurements: their results are written already
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(command, eval_str=True).parameters.values())[2:]]
     for group in groups:

@@ -22,9 +22,6 @@ class Share(NamedTuple):
     number: int
     of: int
 
-    def size(self, total: int) -> int:
-        return len(range(self.number, total, self.of))
-
 
 class Driver:
     def __init__(self, load: Load, target: Target, client: Client, share: Share) -> None:
@@ -32,8 +29,7 @@ class Driver:
         self.plan = Plan(load)
         self._prompts = Prompts(self.plan, target)
         self._client = client
-        # The orders are made before the clock starts. Their prompts are made while the loop waits for the next arrival.
-        self._orders = self.plan.open_loop()[share.number :: share.of] if load.steps or load.trace else []
+        self._times = self.plan.times() if load.steps or load.trace else []
         self._zero = 0.0
         self._stopped = asyncio.Event()
         self.records: list[Record] = []  # of ended requests; the process takes them out as it reports them
@@ -67,7 +63,8 @@ class Driver:
 
     async def _open(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for order in self._orders:
+            for number in range(self.share.number, len(self._times), self.share.of):
+                order = self.plan.timed(number, self._times[number])  # it is made while the loop waits for its time
                 prompt = self._prompts.of(order)
                 await self._until(order.at)
                 group.create_task(self._order(order, prompt))

@@ -223,4 +223,4 @@ def _check(load: Load) -> None:
             f"the last request of the trace is at {load.trace[-1].at:g} s: nothing is left after --warm-up {load.warm_up:g}"
         )
     if load.steps or load.trace:
-        Plan(load).open_loop()
+        Plan(load).times()

@@ -73,7 +73,9 @@ def _collect(load: Load, target: Target, processes: Sequence[LoadProcess], metri
             measurement.interrupted = True
             for process in processes:
                 process.stop()
-            collector.until_done()
+            with contextlib.suppress(KeyboardInterrupt):  # a second one: the processes are killed, what they have told is kept
+                collector.until_done()
+        collector.finish()
     if scraper is not None:
         measurement.samples = [Sample(sample.at - zero, sample.values) for sample in scraper.samples]
         measurement.scrape_failures = scraper.failures
@@ -96,6 +98,9 @@ class _Collector:
             latest = self._latest.values()
             sent, running = sum(report.sent for report in latest), sum(report.running for report in latest)
             self._watch(State(self._measurement, time.perf_counter() - self._zero, sent, running))
+
+    def finish(self) -> None:
+        """Add what the reports tell about the processes themselves."""
         self._measurement.wall_s = max(self._ended.values())
         begin = -self._measurement.load.warm_up - _HEAD_START
         self._measurement.cpu_shares = [self._latest[pipe].cpu_s / max(end - begin, 1e-9) for pipe, end in self._ended.items()]

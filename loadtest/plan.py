@@ -51,28 +51,35 @@ class Plan:
     def rng(self, purpose: int, index: int = 0) -> np.random.Generator:
         return np.random.default_rng([self.load.seed, self.load.number, purpose, index])
 
-    def open_loop(self) -> list[Order]:
-        """Return the requests of an open loop or of a trace in order of time. Raises LoadError if there is none."""
+    def times(self) -> list[float]:
+        """Return the times of all requests of an open loop or of a trace, from the start of the measured window. Raises LoadError
+        if none is in the window."""
         load = self.load
         if load.trace:
             # A trace has no rate for a warm-up: its own first seconds are the warm-up.
-            rows = [(row.at - load.warm_up, row) for row in load.trace]
-            orders = [
-                self.order(i, at, self._step_at(at))._replace(
-                    prompt_tokens=row.prompt_tokens, output_tokens=row.output_tokens, slo_class=row.slo_class or load.slo_class
-                )
-                for i, (at, row) in enumerate(rows)
-            ]
+            times = [row.at - load.warm_up for row in load.trace]
         else:
-            first = load.steps[0]
-            warm_up = [Step(first.rate, first.rate, load.warm_up)] if load.warm_up and first.rate else []
-            begin = load.warm_up if warm_up else 0.0
-            times = arrivals([*warm_up, *load.steps], load.burstiness, self.rng(ARRIVALS)) - begin
-            orders = [self.order(i, float(at), self._step_at(float(at))) for i, at in enumerate(times)]
-        orders = orders[: load.requests]
-        if not any(order.step != WARM_UP for order in orders):
+            first = load.steps[0].rate
+            warm_up = [Step(first, first, load.warm_up)] if load.warm_up and first else []
+            drawn = arrivals([*warm_up, *load.steps], load.burstiness, self.rng(ARRIVALS))
+            times = (drawn - (load.warm_up if warm_up else 0.0)).tolist()
+        times = times[: load.requests]
+        if not times or times[-1] < 0:
             raise LoadError(f"{load.name}: no request arrives in {load.measured_seconds:g} s; raise the rate or the seconds")
-        return orders
+        return times
+
+    def timed(self, number: int, at: float) -> Order:
+        """Return request `number` of an open loop or of a trace, which `times` has at the time `at`."""
+        order = self.order(number, at, self._step_at(at))
+        if not self.load.trace:
+            return order
+        row = self.load.trace[number]
+        order = order._replace(prompt_tokens=row.prompt_tokens, output_tokens=row.output_tokens)
+        return order._replace(slo_class=row.slo_class or self.load.slo_class)
+
+    def open_loop(self) -> list[Order]:
+        """Return all requests of an open loop or of a trace in order of time."""
+        return [self.timed(number, at) for number, at in enumerate(self.times())]
 
     def _step_at(self, at: float) -> int:
         if at < 0:

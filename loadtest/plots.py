@@ -74,7 +74,7 @@ def load_over_time(axes: Axes, measurement: Measurement) -> None:
     (line,) = axes.plot(
         (edges[1:] + edges[:-1]) / 2, tokens / np.diff(edges), color=_BLUE, linewidth=1.6, label="output tokens/s"
     )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.0, float((tokens / np.diff(edges)).max()) * 1.25))
     ends = np.sort(sent + np.array([r.e2e for r in records]))
     at = np.linspace(edges[0], edges[-1], 400)
     under_way = np.searchsorted(np.sort(sent), at, side="right") - np.searchsorted(ends, at, side="right")
@@ -83,7 +83,6 @@ def load_over_time(axes: Axes, measurement: Measurement) -> None:
     second.set_ylabel("requests under way")
     (other,) = second.plot(at, under_way, color=_ORANGE, linewidth=1.2, label="requests under way (right)")
     second.set_ylim(bottom=0, top=max(1.0, under_way.max() * 1.3))
-    axes.margins(y=0.3)
     _steps(axes, measurement)
     axes.legend(handles=[line, other], loc="upper left", ncols=2)
 
@@ -141,9 +140,12 @@ def user_against_gpu(axes: Axes, found: Sequence[Figures], gpus: int) -> None:
     axes.plot(
         [x for x, _, _ in points], [y for _, y, _ in points], color=_BLUE, marker="o", markersize=5, linewidth=0.8, alpha=0.8
     )
-    for i, (x, y, name) in enumerate(points):
-        offset = (5, 6) if i % 2 == 0 else (5, -13)
-        axes.annotate(name.removeprefix("open "), (x, y), textcoords="offset points", xytext=offset, fontsize=8)
+    named: set[str] = set()
+    for x, y, name in points:
+        if name not in named:  # a rate that comes again on the way back is drawn, and named once
+            offset = (5, 6) if len(named) % 2 == 0 else (5, -13)
+            axes.annotate(name.removeprefix("open "), (x, y), textcoords="offset points", xytext=offset, fontsize=8)
+        named.add(name)
     axes.set_xlim(0, max(x for x, _, _ in points) * 1.15)
     axes.set_ylim(0, max(y for _, y, _ in points) * 1.25)
 

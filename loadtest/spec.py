@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, get_args
 
 import msgspec
@@ -129,7 +130,18 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """Return the name of the workload, for people."""
         if self.steps:
-            return " ".join(["open", ", ".join(step.label for step in self.steps)])
+            return f"open {_path_of(self.steps)}"
         if self.sessions:
             return f"sessions {self.sessions.num} of {self.sessions.turns} turns to {self.sessions.context} tokens"
         return f"trace of {len(self.trace)}" if self.trace else f"closed {self.concurrency}"
+
+
+def _path_of(steps: tuple[Step, ...]) -> str:
+    """Return where the rate goes: `10/s`, or `10 to 80 to 10/s in 15 steps`."""
+    if len(steps) == 1:
+        return steps[0].label
+    rates = [rate for step in steps for rate in (step.rate, step.end_rate)]
+    moves = [b - a for a, b in itertools.pairwise(rates) if a != b]
+    path = [rate for i, rate in enumerate(rates) if i == 0 or rate != rates[i - 1]]
+    turns = [path[i + 1] for i, (a, b) in enumerate(itertools.pairwise(moves)) if (a > 0) != (b > 0)]
+    return f"{' to '.join(f'{rate:g}' for rate in (path[0], *turns, path[-1]))}/s in {len(steps)} steps"

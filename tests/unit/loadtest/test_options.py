@@ -138,3 +138,18 @@ def test_a_ramp_has_one_step():
     (load,) = loads_of(Flags(rate="10-80", seconds=30))
     assert load.steps == (Step(10, 80, 30),)
     assert load.measured_seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("rate", "back", "name"),
+    [
+        ("10:80:10", True, "open 10 to 80 to 10/s in 15 steps"),
+        ("80:10:35", False, "open 80 to 10/s in 3 steps"),
+        ("0-40", True, "open 0 to 40 to 0/s in 2 steps"),
+        ("0-40", False, "open 0 to 40/s"),
+        ("7", False, "open 7/s"),
+    ],
+)
+def test_a_load_is_named_by_where_its_rate_goes(rate, back, name):
+    (load,) = loads_of(Flags(rate=rate, back=back))
+    assert load.name == name
