@@ -59,7 +59,10 @@ class Driver:
         return time.perf_counter() - self._zero
 
     async def _until(self, at: float) -> None:
+        """Wait until the time `at`, and let other tasks run even if it has passed."""
         await asyncio.sleep(max(0.0, at - self._now()))
+        while self._now() < at:  # noqa: ASYNC110 - uvloop rounds to milliseconds, and may end half a millisecond early
+            await asyncio.sleep(0)
 
     async def _open(self) -> None:
         async with asyncio.TaskGroup() as group:
