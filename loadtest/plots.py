@@ -48,7 +48,7 @@ def latency_over_time(axes: Axes, measurement: Measurement, name: str, title: st
     edges = _edges(measurement, at)
     for p, colour in ((50, _GREEN), (99, _RED)):
         middles, found = _by_window(edges, at, values, p)
-        axes.plot(middles, np.maximum(found, floor), color=colour, linewidth=1.6, label=f"P{p}")
+        axes.plot(middles, np.maximum(found, floor), color=colour, linewidth=1.6, marker=".", markersize=3, label=f"P{p}")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -154,17 +154,19 @@ def _edges(measurement: Measurement, at: NDArray[np.float64]) -> NDArray[np.floa
     """Return the edges of the windows of a plot: of one second or more, from the warm-up to the last of `at`."""
     start, end = -measurement.load.warm_up, max(float(at.max()), measurement.load.measured_seconds)
     width = max(1, math.ceil((end - start) / _MOST_WINDOWS))
-    return np.arange(start, end + width, width)
+    num = math.floor((end - start) / width) + 2  # the last edge is above `end`
+    return np.linspace(start, start + width * (num - 1), num)
 
 
 def _by_window(
     edges: NDArray[np.float64], at: NDArray[np.float64], values: NDArray[np.float64], p: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the middles of the windows that have values, and the percentile `p` of each."""
-    which = np.digitize(at, edges)
-    used = np.unique(which)
-    found = [np.percentile(values[which == i], p, method="inverted_cdf") for i in used]
-    return edges[used - 1] + (edges[1] - edges[0]) / 2, np.array(found)
+    """Return the middles of the windows, and the percentile `p` of the values in each; NaN where there is none."""
+    which = np.clip(np.digitize(at, edges) - 1, 0, len(edges) - 2)
+    found = np.full(len(edges) - 1, np.nan)
+    for i in np.unique(which):
+        found[i] = np.percentile(values[which == i], p, method="inverted_cdf")
+    return (edges[1:] + edges[:-1]) / 2, found
 
 
 def _steps(axes: Axes, measurement: Measurement) -> None:
