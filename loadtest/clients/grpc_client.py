@@ -31,9 +31,6 @@ class GrpcClient:
         self._stubs = itertools.cycle([_stub(channel) for channel in self._channels])
         self._metadata = _metadata(target)
         self._target, self._load = target, load
-        classes = {load.slo_class, *(row.slo_class for row in load.trace)} - {None}
-        if classes and "slo_class" not in pb.GenerateRequest.DESCRIPTOR.fields_by_name:
-            raise LoadError("the gRPC service of this version has no field slo_class; use --route generate")
 
     async def stream(self, call: Call, reading: Reading) -> None:
         stream = next(self._stubs).Generate(self._request(call), metadata=self._metadata)
@@ -74,7 +71,7 @@ class GrpcClient:
         if load.deadline_ms is not None:
             request.deadline_ms = load.deadline_ms
         if call.slo_class is not None:
-            setattr(request, "slo_class", call.slo_class)  # noqa: B010 - older versions of the generated code lack the field
+            request.slo_class = call.slo_class
         return request
 
 
