@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ from engine.slo import SLO_CLASSES
 from loadtest.measure import Measurement
 from loadtest.options import Slo
 from loadtest.plan import WARM_UP
-from loadtest.record import Record
+from loadtest.record import Outcome, Record
 
 PERCENTILES = (50, 90, 95, 99)
 Percentiles = dict[str, float]
@@ -125,45 +126,62 @@ def summary(
 ) -> Figures:
     """Return the figures of the requests `records`, which were due from `start` on for `seconds`. `everything` also has those of
     other times, whose tokens may have arrived in the window."""
-    outcomes = Counter(record.outcome for record in records)
     answered = [record for record in records if record.outcome == "ok"]
     ok = [record for record in answered if not record.slow]
-    refused = [record for record in records if record.outcome == "refused"]
     output, prompt = tokens_in(everything, start, start + seconds)
-    tokens = sum(record.output_tokens for record in answered)
-    speeds = [1 / record.tpot for record in ok if record.tpot]
     return Figures(
         name=name,
         rate=rate,
         start=start,
         seconds=round(seconds, 3),
-        sent=len(records),
-        ok=outcomes["ok"],
-        refused=outcomes["refused"],
-        failed=outcomes["failed"],
-        cancelled=outcomes["cancelled"],
-        unfinished=outcomes["unfinished"],
         slow=len(answered) - len(ok),
         judged=sum(record.outcome != "cancelled" and not record.slow for record in records),
-        errors=dict(Counter(record.status for record in records if record.outcome in ("refused", "failed")).most_common()),
         out_tok_s=round(output / seconds, 1),
         total_tok_s=round((output + prompt) / seconds, 1),
-        prompt_tokens=sum(record.prompt_tokens for record in answered),
-        output_tokens=tokens,
-        cached_share=_cached_share(answered),
-        events_per_token=round(sum(len(record.times) for record in answered) / tokens, 3) if tokens else None,
-        user_tok_s=round(float(np.median(speeds)), 2) if speeds else None,
-        ttft_ms=percentiles([record.ttft for record in ok]),
-        itl_ms=percentiles(_all_gaps(ok)),
-        tpot_ms=percentiles([record.tpot for record in ok if record.tpot is not None]),
-        gap_ms=percentiles([record.longest_gap for record in ok]),
-        e2e_ms=percentiles([record.e2e for record in ok]),
-        refusal_ms=percentiles([record.e2e for record in refused]),
-        retry_after_s=percentiles([r.retry_after for r in refused if r.retry_after is not None], scale=1),
         goodput={slo.text: round(sum(is_good(record, slo) for record in ok) / seconds, 3) for slo in slos},
         lag_ms=percentiles([record.lag for record in records]),
         by_class=_by_class(records),
+        **_ends(records),
+        **_tokens(answered),
+        **_latencies(ok),
     )
+
+
+def _ends(records: Sequence[Record]) -> dict[str, Any]:
+    """Return how the requests ended."""
+    outcomes = Counter(record.outcome for record in records)
+    refused = [record for record in records if record.outcome == "refused"]
+    return {
+        "sent": len(records),
+        **{outcome: outcomes[outcome] for outcome in get_args(Outcome)},
+        "errors": dict(Counter(r.status for r in records if r.outcome in ("refused", "failed")).most_common()),
+        "refusal_ms": percentiles([record.e2e for record in refused]),
+        "retry_after_s": percentiles([r.retry_after for r in refused if r.retry_after is not None], scale=1),
+    }
+
+
+def _tokens(answered: Sequence[Record]) -> dict[str, Any]:
+    """Return the tokens of requests that ended well."""
+    tokens = sum(record.output_tokens for record in answered)
+    return {
+        "prompt_tokens": sum(record.prompt_tokens for record in answered),
+        "output_tokens": tokens,
+        "cached_share": _cached_share(answered),
+        "events_per_token": round(sum(len(record.times) for record in answered) / tokens, 3) if tokens else None,
+    }
+
+
+def _latencies(ok: Sequence[Record]) -> dict[str, Any]:
+    """Return the latencies of requests that ended well and whose clients read at full speed."""
+    speeds = [1 / record.tpot for record in ok if record.tpot]
+    return {
+        "user_tok_s": round(float(np.median(speeds)), 2) if speeds else None,
+        "ttft_ms": percentiles([record.ttft for record in ok]),
+        "itl_ms": percentiles(_all_gaps(ok)),
+        "tpot_ms": percentiles([record.tpot for record in ok if record.tpot is not None]),
+        "gap_ms": percentiles([record.longest_gap for record in ok]),
+        "e2e_ms": percentiles([record.e2e for record in ok]),
+    }
 
 
 def tokens_in(records: Iterable[Record], start: float, end: float) -> tuple[float, int]:

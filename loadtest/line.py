@@ -15,7 +15,7 @@ import msgspec
 from loadtest.figures import Figures, percentiles, whole, windows
 from loadtest.measure import Measurement
 from loadtest.options import Slo
-from loadtest.scrape import LIMITS
+from loadtest.scrape import CHANGES, LIMITS, POLICY
 from loadtest.spec import LoadError
 from server.bench import lines
 
@@ -100,6 +100,11 @@ def limits_of(measurement: Measurement) -> dict[str, Any] | None:
         if values:
             changes = sum(a != b for a, b in itertools.pairwise(values))
             found[label] = {"first": values[0], "last": values[-1], "min": min(values), "max": max(values), "changes": changes}
+    if inside:
+        reasons = [key for key in inside[-1] if key.startswith(CHANGES)]
+        counted = {key.removeprefix(CHANGES): inside[-1][key] - inside[0].get(key, 0.0) for key in reasons}
+        found["server's changes"] = {reason: count for reason, count in counted.items() if count}
+        found["policies"] = sorted({key.removeprefix(POLICY) for sample in inside for key in sample if key.startswith(POLICY)})
     return found
 
 

@@ -20,6 +20,9 @@ LIMITS = {
     "chunk limit": "tidegate_engine_batch_chunk_limit",
 }
 STATE = {"running": "tidegate_engine_requests_running", "waiting": "tidegate_engine_requests_waiting"}
+# Series with one label: their samples get the label's value behind the prefix.
+CHANGES, POLICY = "changes: ", "policy: "
+_LABELLED = {"tidegate_engine_limit_changes_total": (CHANGES, "reason"), "tidegate_engine_batching_policy": (POLICY, "policy")}
 _SERIES = {name: label for label, name in {**LIMITS, **STATE}.items()}
 
 
@@ -36,8 +39,20 @@ def read(url: str) -> dict[str, float]:
     except urllib.error.HTTPError as error:
         error.close()
         raise
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name in _SERIES]
-    return {_SERIES[s.name]: s.value for s in samples}
+    return values_of(text)
+
+
+def values_of(text: str) -> dict[str, float]:
+    """Return the values of the known series in the text of a server's metrics, by our names. Raises ValueError."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in _SERIES:
+                found[_SERIES[sample.name]] = sample.value
+            elif sample.name in _LABELLED:
+                prefix, label = _LABELLED[sample.name]
+                found[prefix + sample.labels[label]] = sample.value
+    return found
 
 
 def check(url: str, *, asked: bool) -> str | None:

@@ -11,6 +11,7 @@ from loadtest.figures import Figures, Percentiles, whole, windows
 from loadtest.line import About, client_of, limits_of, workload
 from loadtest.measure import Measurement
 from loadtest.options import Slo
+from loadtest.scrape import LIMITS
 
 LATE_MS = 20.0  # lag above which the latencies are also the load test's own
 _CACHED = 0.05  # share of cached prompt tokens above which a load of fresh prompts was not fresh
@@ -135,11 +136,16 @@ def _of_limits(measurement: Measurement) -> list[str]:
     if limits is None:
         return ["the server's metrics were not read: name their URL with --metrics"] if measurement.target.is_tidegate else []
     lines = []
-    for label, found in limits.items():
-        if isinstance(found, dict):
-            lines.append(
-                f"{label}: {found['min']:g} to {found['max']:g}, {found['changes']} changes seen, {found['last']:g} at the end"
-            )
-        elif isinstance(found, str):
+    for label in LIMITS:
+        found = limits[label]
+        if isinstance(found, str):
             lines.append(f"{label}: {found}")
+        else:
+            seen = f"{found['min']:g} to {found['max']:g}, {found['changes']} changes seen, {found['last']:g} at the end"
+            lines.append(f"{label}: {seen}")
+    if limits.get("policies"):
+        changes = ", ".join(f"{count:g} for {reason}" for reason, count in limits["server's changes"].items())
+        lines.append(
+            f"batching policy: {', '.join(limits['policies'])}; the server counted changes of limits: {changes or 'none'}"
+        )
     return lines

@@ -17,7 +17,7 @@ from loadtest.options import slo
 from loadtest.page import write_page
 from loadtest.progress import text_of
 from loadtest.run import Output, write_raw
-from loadtest.scrape import Sample
+from loadtest.scrape import Sample, values_of
 from loadtest.spec import LoadError, Step, Target
 from loadtest.table import show
 
@@ -37,7 +37,9 @@ def measurement(**fields):
     ]
     records.append(record((0.1, 0.2), sent=-0.5, step=-1))
     values = {"sequences limit": 8.0, "tokens limit": 512.0, "running": 3.0}
+    values |= {"policy: aimd": 1.0, "changes: slow": 2.0}
     samples = [Sample(at, {**values, "sequences limit": seqs}) for at, seqs in ((-0.5, 1.0), (0.5, 8.0), (1.5, 16.0), (2.5, 8.0))]
+    samples[-1].values.update({"changes: slow": 5.0, "changes: waiting": 1.0})
     target = Target("http://host:1", "generate", model="m", is_tidegate=True)
     given = {"records": records, "samples": samples, "scrape_failures": 1, "loop_lags": [0.001, 0.002], "cpu_shares": [0.25]}
     return Measurement(load=shape, target=target, wall_s=10.5, **{**given, **fields})
@@ -60,7 +62,24 @@ def test_limits_are_those_of_the_window_and_a_missing_series_is_named():
     limits = limits_of(measurement())
     assert limits["sequences limit"] == {"first": 8.0, "last": 8.0, "min": 8.0, "max": 16.0, "changes": 2}
     assert limits["chunk limit"] == "the server has no series tidegate_engine_batch_chunk_limit"
+    assert limits["server's changes"] == {"slow": 3.0, "waiting": 1.0}
+    assert limits["policies"] == ["aimd"]
     assert limits_of(measurement(scrape_failures=None)) is None
+    assert limits_of(measurement(samples=[]))["samples"] == 0
+
+
+def test_the_known_series_are_read_from_the_servers_text():
+    text = """# TYPE tidegate_engine_batch_tokens_limit gauge
+tidegate_engine_batch_tokens_limit 512.0
+# TYPE tidegate_engine_limit_changes counter
+tidegate_engine_limit_changes_total{reason="slow"} 2.0
+# TYPE tidegate_engine_batching_policy gauge
+tidegate_engine_batching_policy{policy="aimd"} 1.0
+# TYPE tidegate_engine_steps counter
+tidegate_engine_steps_total 9.0
+"""
+    assert values_of(text) == {"tokens limit": 512.0, "changes: slow": 2.0, "policy: aimd": 1.0}
+    assert values_of("") == {}
 
 
 def test_the_command_does_not_show_keys(monkeypatch):
@@ -90,6 +109,7 @@ def test_the_tables_have_a_row_for_each_step_and_remarks_below():
     assert "2/s: 1 of 2 requests: 500 x" in text
     assert "sequences limit: 8 to 16, 2 changes seen, 8 at the end" in text
     assert "the server has no series tidegate_engine_batch_chunk_limit" in text
+    assert "batching policy: aimd; the server counted changes of limits: 3 for slow, 1 for waiting" in text
     assert "use more --procs" not in text
 
 
