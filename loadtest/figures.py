@@ -104,10 +104,10 @@ def windows(measurement: Measurement, slos: Sequence[Slo]) -> list[Figures]:
 
 
 def whole(measurement: Measurement, slos: Sequence[Slo]) -> Figures:
-    """Return the figures of the whole measured window. An interrupted load is measured until its interruption."""
+    """Return the figures of the whole measured window. A load that ended early is measured until its end."""
     load = measurement.load
     seconds = load.measured_seconds
-    if measurement.interrupted:
+    if measurement.interrupted or load.requests is not None:
         seconds = max(min(seconds, measurement.wall_s), 0.001)
     rate = sum((step.rate + step.end_rate) / 2 * step.seconds for step in load.steps) / load.measured_seconds or None
     records = [record for record in measurement.records if record.step != WARM_UP]

@@ -124,6 +124,12 @@ def test_the_cached_share_is_of_the_prompt_tokens():
     assert whole(measurement(record()), []).cached_share is None
 
 
+def test_a_load_of_a_number_of_requests_is_measured_until_its_end():
+    shape = load(concurrency=1, seconds=60, requests=1)
+    assert whole(measurement(record((0.1, 0.2)), load=shape, wall_s=4.0), []).out_tok_s == 0.5
+    assert whole(measurement(record((0.1, 0.2)), load=shape, wall_s=80.0), []).seconds == 60
+
+
 def test_an_interrupted_load_is_measured_until_its_interruption():
     f = whole(measurement(record((0.1,)), interrupted=True, wall_s=4.0), [slo("ttft=200")])
     assert (f.seconds, f.goodput["ttft=200"]) == (4.0, 0.25)
