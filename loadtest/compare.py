@@ -54,7 +54,7 @@ def compare_targets(
     output.check()
     if output.page is not None:
         raise LoadError("compare draws no page: use --page with run")
-    probed = [probe(target, load) for target in targets]
+    probed = with_one_vocabulary([probe(target, load) for target in targets])
     done: list[tuple[Measurement, Measurement]] = []
     for number in range(rounds):
         pair = []
@@ -70,6 +70,12 @@ def compare_targets(
         done.append((pair[0], pair[1]))
     _report(done, slos, about, output, console)
     return done
+
+
+def with_one_vocabulary(targets: Sequence[Target]) -> list[Target]:
+    """Return the targets with the smallest of their vocabularies, so that both get the same prompts."""
+    vocab = min(target.vocab for target in targets)
+    return [msgspec.structs.replace(target, vocab=vocab) for target in targets]
 
 
 def ratios(pairs: Sequence[tuple[Figures, Figures]]) -> dict[str, Ratio]:

@@ -62,6 +62,11 @@ class LoadProcess:
         self._decoder = msgspec.msgpack.Decoder(Report)
         self.done = False
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def read(self) -> Report:
         """Return the next report. A process that has died gives a last report with its problem."""
         try:

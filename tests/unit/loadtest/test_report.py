@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from loadtest.compare import ratios
+from loadtest.compare import ratios, with_one_vocabulary
 from loadtest.figures import whole
 from loadtest.line import About, command, limits_of, line_of, write_line
 from loadtest.measure import Measurement, State
@@ -172,6 +172,11 @@ def test_ratios_are_b_over_a_round_by_round():
     assert msgspec.structs.astuple(found["user_tok_s"]) == pytest.approx((10, 10, 1.0, 0.5, 1.0), rel=1e-3)
     assert "goodput ttft=500,gap=50" not in found, "0 has no ratio"
     assert ratios([]) == {}
+
+
+def test_both_sides_of_a_comparison_get_prompts_of_the_same_token_ids():
+    targets = with_one_vocabulary([Target("http://a", "generate", vocab=900), Target("http://b", "generate", vocab=500)])
+    assert [(target.url, target.vocab) for target in targets] == [("http://a", 500), ("http://b", 500)]
 
 
 def test_a_figure_that_a_round_lacks_has_no_ratio():
