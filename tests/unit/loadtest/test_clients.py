@@ -13,8 +13,7 @@ from loadtest.clients.base import Call
 from loadtest.prompts import Prompt
 from loadtest.record import Failure, Reading
 from loadtest.spec import Target
-
-from .samples import load
+from tests.unit.loadtest.samples import load
 
 STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 JSON = "HTTP/1.1 {} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{}\r\n{}"

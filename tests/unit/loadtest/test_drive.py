@@ -9,8 +9,7 @@ from loadtest.drive import Driver, Share
 from loadtest.plan import WARM_UP
 from loadtest.record import Failure
 from loadtest.spec import Sessions, Step, Target
-
-from .samples import load
+from tests.unit.loadtest.samples import load
 
 TARGET = Target("http://host", "generate", vocab=500)
 

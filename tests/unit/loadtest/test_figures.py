@@ -8,8 +8,7 @@ from loadtest.measure import Measurement
 from loadtest.options import slo
 from loadtest.plan import WARM_UP
 from loadtest.spec import Step, Target
-
-from .samples import failed, load, record
+from tests.unit.loadtest.samples import failed, load, record
 
 TARGET = Target("http://host", "generate", model="m")
 

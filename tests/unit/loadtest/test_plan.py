@@ -8,8 +8,7 @@ from loadtest.plan import WARM_UP, Plan, longest
 from loadtest.prompts import Prompts
 from loadtest.record import Reading
 from loadtest.spec import SHAPES, Lengths, Sessions, Step, Target
-
-from .samples import load
+from tests.unit.loadtest.samples import load
 
 TARGET = Target("http://host", "generate", vocab=500)
 AGENTS = Sessions(num=2, turns=10, context=1000, think_s=1.0, fork=0.5, fork_turns=3)

@@ -9,8 +9,7 @@ import pytest
 from loadtest.measure import measure
 from loadtest.process import LoadProcess, Start
 from loadtest.spec import LoadError, Step, Target
-
-from .samples import load
+from tests.unit.loadtest.samples import load
 
 TARGET = Target("http://127.0.0.1:1", "generate", model="m", vocab=500)
 

@@ -20,8 +20,7 @@ from loadtest.run import Output, write_raw
 from loadtest.scrape import Sample, values_of
 from loadtest.spec import LoadError, Step, Target
 from loadtest.table import show
-
-from .samples import failed, load, record
+from tests.unit.loadtest.samples import failed, load, record
 
 SLOS = [slo("ttft=500,gap=50"), slo("e2e=900")]
 ABOUT = About(device="a card", precision="bfloat16", shape="chat", tag="x")
