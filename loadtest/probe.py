@@ -6,6 +6,7 @@ Everything that would fail for each request of the load is found here with one r
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -44,8 +45,12 @@ def probe(target: Target, load: Load) -> Target:
 
 def _described(target: Target) -> Target:
     """Add what GET /v1/models says: the model's name and its context."""
-    parts = urllib.parse.urlsplit(target.url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urllib.parse.urlsplit(target.url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets that do not match, or a port that is no number
+        usable = False
+    if not usable:
         raise LoadError(f"{target.url!r} is no URL of a server: write http://HOST:PORT")
     if target.url.rstrip("/").endswith("/v1"):
         target = msgspec.structs.replace(target, url=target.url.rstrip("/").removesuffix("/v1"))
@@ -59,6 +64,8 @@ def _described(target: Target) -> Target:
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise LoadError(f"{target.url} cannot be reached: {reason}; is the server running, and is this its address?") from None
+    except http.client.HTTPException as error:
+        raise LoadError(f"GET {url} was not answered in HTTP ({type(error).__name__}): is this the server's HTTP port?") from None
     except (ValueError, KeyError, TypeError):
         raise LoadError(f"GET {url} did not answer a list of models: {target.url} is no OpenAI-compatible endpoint") from None
     if not named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 import time
 import urllib.error
@@ -39,6 +40,8 @@ def read(url: str) -> dict[str, float]:
     except urllib.error.HTTPError as error:
         error.close()
         raise
+    except http.client.HTTPException as error:
+        raise OSError(f"no answer in HTTP: {type(error).__name__}") from None
     return values_of(text)
 
 

@@ -170,6 +170,7 @@ def test_an_endpoint_that_refuses_the_connection_is_named():
 @pytest.mark.parametrize(
     ("replies", "message"),
     [
+        (["SSH-2.0-OpenSSH\r\n"], "was not answered in HTTP (BadStatusLine): is this the server's HTTP port?"),
         ([answer(404, "{}")], "answered 404: this is no OpenAI-compatible endpoint"),
         ([answer(401, "{}")], "give it with --api-key"),
         ([answer(200, "<html>")], "is no OpenAI-compatible endpoint"),
@@ -191,6 +192,9 @@ async def test_an_endpoint_of_another_kind_is_named(replies, message):
         (["localhost:8000"], "is no URL of a server"),
         (["http://x", "--route", "soap"], "--route is 'soap': it must be one of generate, completions, chat, grpc"),
         (["ftp://x"], "is no URL of a server"),
+        (["http://[x"], "is no URL of a server"),
+        (["http://x:y"], "is no URL of a server"),
+        (["http://nobody.invalid"], "cannot be reached"),
         (["http://x", "--route", "grpc"], "is no gRPC address"),
     ],
 )
