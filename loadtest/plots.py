@@ -119,7 +119,7 @@ def goodput_over_load(axes: Axes, found: Sequence[Figures], slos: Sequence[Slo])
     axes.set_title("goodput over load")
     axes.set(xlabel="requests/s sent", ylabel="good requests/s")
     sent = np.array([f.sent / f.seconds for f in found])
-    top = float(sent.max(initial=0.0)) * 1.08
+    top = max(float(sent.max(initial=0.0)), 0.01) * 1.08
     axes.plot([0, top], [0, top], color=_GREY, linestyle="--", linewidth=1, label="all good")
     order = np.argsort(sent, kind="stable")
     for slo, colour, marker in zip(slos, _COLOURS * (1 + len(slos) // len(_COLOURS)), "osD^vP" * len(slos), strict=False):

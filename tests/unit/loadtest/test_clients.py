@@ -156,7 +156,7 @@ def free_port():
 
 
 def said(*arguments):
-    result = CliRunner().invoke(app, ["run", *arguments, "--rate", "5", "--seconds", "1"])
+    result = CliRunner().invoke(app, ["run", *arguments, "--rate", "5", "--seconds", "9", "--seed", "1"])
     assert result.exit_code == 2, result.output
     return " ".join(result.output.split())
 
