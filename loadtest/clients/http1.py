@@ -1,7 +1,7 @@
 """Exchanges requests and streamed answers over HTTP/1.1, with as little work for an event as possible.
 
-A general HTTP client wakes a task for each read of each stream. Measured with 1,000 streams, aiohttp took 34 us of CPU for an
-event, so one core was full at 30,000 events/s, and the last of 1,000 events that arrived at once looked 34 ms late. Here the
+A general HTTP client wakes a task for each read of each stream. Measured in turn with 1,000 streams, aiohttp took 45 us of CPU
+for an event, requests included, and the event loop was 43 ms late at P99; this client took 32 us and was 10 ms late. Here the
 body goes from the socket's callback through httptools' parser straight to the reader of events.
 """
 
