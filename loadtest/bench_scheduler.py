@@ -95,9 +95,9 @@ def _running(num_requests: int, steps: int) -> tuple[Scheduler, StepLimits]:
     )
     scheduler = Scheduler(resolve(config, LIMITS, has_cuda=False), num_blocks)
     for i in range(num_requests):
-        tokens = [i % 1000] * (PROMPT_LEN + i % BLOCK_SIZE)
+        prompt = [i % 1000] * (PROMPT_LEN + i % BLOCK_SIZE)
         params = SamplingParams(max_tokens=steps + 8)
-        scheduler.add(Request(str(i), tokens, params, num_prompt=len(tokens), seed=i, eos_token_ids=(2,), max_model_len=length))
+        scheduler.add(Request(str(i), prompt, params, num_prompt=len(prompt), seed=i, eos_token_ids=(2,), max_model_len=length))
     plan = scheduler.schedule(limits)
     if plan is None:
         raise SystemExit("nothing was admitted")
