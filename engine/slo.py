@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+UNPROMISED_SECONDS = 60.0
+
 SloName = Literal["interactive", "standard", "batch"]
 
 
@@ -15,6 +17,11 @@ class SloClass(NamedTuple):
     rank: int  # a smaller rank goes first
     ttft: float | None  # time to first token
     itl: float | None  # time between two tokens of one output
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a waiting request is late. Where nothing is promised, a minute, which only orders requests."""
+        return UNPROMISED_SECONDS if self.ttft is None else self.ttft
 
 
 INTERACTIVE = SloClass("interactive", 0, ttft=0.5, itl=0.05)

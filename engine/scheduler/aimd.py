@@ -18,7 +18,7 @@ from collections import deque
 
 from engine.config import BatchingConfig
 from engine.scheduler.changes import LimitChanges, Reason
-from engine.scheduler.chunks import FEWEST_TOKENS, make_limits, with_room
+from engine.scheduler.chunks import FEWEST_TOKENS, RELIEF, make_limits, with_room
 from engine.scheduler.limits import Load, StepLimits, StepShape
 
 FIRST_TOKENS = 512  # tokens of a step at first
@@ -99,12 +99,13 @@ class AdaptiveLimit:
         self._bad, self._bad_until = used, now + BAD_SECONDS * 2**self._num_bad
         return self._set(target, now)
 
-    def grow(self, now: float, *, small: bool = False) -> bool:
+    def grow(self, now: float, *, small: bool = False, relieved: bool = False) -> bool:
         """Raise the limit if it is time: double it, or take a small step near the value that was too much or if `small` is set.
 
-        Returns whether it has changed.
+        Values were too much for the bounds that the settings name. While longer bounds hold (`relieved`), that says nothing.
+        Returns whether the limit has changed.
         """
-        bad = self._bad
+        bad = None if relieved else self._bad
         if not small and (bad is None or 2 * self.value <= bad // 2):
             return self._set(2 * self.value, now)
         if now - self._changed_at < GROWTH_SECONDS:
@@ -130,7 +131,9 @@ class AimdPolicy:
     def __init__(self, largest: StepLimits, batching: BatchingConfig, changes: LimitChanges) -> None:
         low, high = (min(number, largest.seqs) for number in (batching.min_batch, batching.max_batch))
         self._most_tokens = largest.tokens
-        self._short, self._long = batching.step_low_ms / 1e3, batching.step_high_ms / 1e3
+        self._bounds = batching.step_low_ms / 1e3, batching.step_high_ms / 1e3
+        self._short, self._long = self._bounds
+        self._relieved_until = float("-inf")  # the smallest steps take too long, and the bounds are longer until this time
         self._seqs = AdaptiveLimit(low, low, high)
         self._tokens = AdaptiveLimit(FIRST_TOKENS, min(FEWEST_TOKENS, largest.tokens), largest.tokens)
         self._all_steps, self._decode_steps, self._full_steps = RecentSteps(), RecentSteps(), RecentSteps()
@@ -151,11 +154,13 @@ class AimdPolicy:
         tokens = shape.decodes + shape.prompt_tokens
         if not shape.prompt_tokens:
             self._decode_steps.add(seconds, now)
-        elif seconds > self._long or tokens >= FULL * self._tokens.value:
+        elif seconds > self._bounds[1] or tokens >= FULL * self._tokens.value:
             self._full_steps.add(seconds, now)
             self._full_tokens = tokens
 
     def limits(self, load: Load, now: float) -> StepLimits:
+        if now >= self._relieved_until:
+            self._short, self._long = self._bounds
         reason = self._adjust_tokens(load, now) or self._adjust_seqs(load, now)
         if reason is not None:
             self._changes.set(self.present, reason, now)
@@ -177,12 +182,23 @@ class AimdPolicy:
             if not self._prompts_have_least(load) and limit.cut(self._full_tokens, halvings, now):
                 self._full_steps.restart()
                 return "prompt_steps_long"
+            self._relieve(load, seconds, now)
             return None
         limit.keeps_bound(now)
-        if seconds < self._short and limit.grow(now):
+        if seconds < self._short and limit.grow(now, relieved=self._is_relieved):
             self._full_steps.restart()
             return "prompt_steps_short"
         return None
+
+    @property
+    def _is_relieved(self) -> bool:
+        return self._long > self._bounds[1]
+
+    def _relieve(self, load: Load, seconds: float, now: float) -> None:
+        """Allow longer steps for a while if these, which are the smallest, take too long."""
+        if self._seqs.value == self._seqs.low and load.running <= self._seqs.low:
+            self._short, self._long = (RELIEF * seconds * bound / self._bounds[1] for bound in self._bounds)
+            self._relieved_until = now + BAD_SECONDS
 
     def _adjust_seqs(self, load: Load, now: float) -> Reason | None:
         limit = self._seqs
@@ -220,5 +236,5 @@ class AimdPolicy:
         if seconds is None:
             return False
         if seconds < self._short:
-            return self._seqs.grow(now)
+            return self._seqs.grow(now, relieved=self._is_relieved)
         return alone is None and seconds < self._long and self._seqs.grow(now, small=True)

@@ -1,11 +1,20 @@
-"""Rules that all adaptive limits keep, so that prompts always advance and a short prompt does not queue behind a long one."""
+"""Rules that all adaptive limits keep.
+
+Prompts always advance, and a short prompt does not queue behind a long one. No target is chased at any price: a slow device, such
+as a CPU, may take longer for the smallest step than a class promises between two tokens. The smallest steps would then gain a
+few milliseconds between tokens, and lose seconds until the first one. So steps may take RELIEF times as long as the smallest.
+"""
 
 from __future__ import annotations
 
 from engine.scheduler.limits import StepLimits
 
 FEWEST_TOKENS = 16  # prompt tokens that a step has room for, whatever its decodes take
+FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
 FEWEST_CHUNK = 64  # a smaller chunk would cost a long prompt more than it gives a short one
+
+
+RELIEF = 4.0
 
 
 def make_limits(tokens: int, seqs: int) -> StepLimits:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from engine.scheduler.changes import LimitChanges
-from engine.scheduler.chunks import FEWEST_TOKENS, make_limits, with_room
+from engine.scheduler.chunks import FEWEST_SEQS, FEWEST_TOKENS, RELIEF, make_limits, with_room
 from engine.scheduler.limits import Load, StepLimits, StepShape
 from engine.scheduler.step_cost import StepCost, pairs
 
@@ -21,7 +21,6 @@ GRID = 2**0.25  # ratio of neighbouring token limits
 HEADROOM = 0.9  # share of the target that a predicted step may take; the rest is for what happens between two steps
 RISE_MARGIN = 0.9  # a rise needs steps that take this share of what is allowed
 DECODE_SHARE = 0.9  # share of the allowed time that decodes may take, so that prompts advance too
-FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
 RISE_SECONDS = 2.0  # shortest time from a change to a rise
 LONGEST_RISE_SECONDS = 16.0
 CHECK_SECONDS = 0.25  # shortest time between two looks for a rise
@@ -56,6 +55,9 @@ class ModelPolicy:
             return self._largest
         self._kv_per_decode = load.kv_tokens / load.decodes
         allowed = load.itl * HEADROOM / self._cost.spread
+        smallest = self._cost.predict(StepShape(FEWEST_SEQS, int(FEWEST_SEQS * self._kv_per_decode), FEWEST_TOKENS, 0))
+        if smallest > allowed:
+            allowed = RELIEF * smallest
         if not (self._tokens_fit(self._tokens, load, allowed) and self._seqs_fit(self._seqs, allowed)):
             self._fall(load, allowed, now)
         elif now >= self._rise_at:
@@ -96,7 +98,11 @@ class ModelPolicy:
         """Return the largest token limit of the grid that keeps the allowed time."""
         most = self._largest.tokens - load.decodes
         num = self._cost.prompt_tokens_within(
-            allowed, decodes=load.decodes, kv_tokens=load.kv_tokens, context=load.context, most=max(0, most)
+            allowed,
+            decodes=load.decodes,
+            kv_tokens=load.kv_tokens,
+            context=load.context,
+            most=max(0, most),
         )
         return self._grid[max(0, bisect_right(self._grid, load.decodes + num) - 1)]
 

@@ -24,7 +24,6 @@ from engine.scheduler.queue import Lane
 
 AGEING_SECONDS = 30.0
 PRIORITY_SECONDS = 10.0  # a request of priority p is due as if it had arrived p times this much later; nobody starves by it
-BATCH_SECONDS = 60.0  # when the first token of a class without a target is due; it orders such requests by arrival
 
 # Tokens that one token counts for. A prompt token is the unit; an output token takes about twice the device's time, and a cached
 # token little.
@@ -129,8 +128,7 @@ class FairPolicy:
 
 def rank_of(request: Request) -> tuple[int, float, int]:
     """Return the rank of a new request: (level, due time, number by arrival). The smallest rank is the best."""
-    target = BATCH_SECONDS if request.slo.ttft is None else request.slo.ttft
-    due = request.arrival + target
+    due = request.arrival + request.slo.patience
     if request.deadline is not None:
         due = min(due, request.deadline)
     return request.slo.rank, due + request.priority * PRIORITY_SECONDS, request.sequence

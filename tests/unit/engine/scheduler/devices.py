@@ -22,6 +22,8 @@ H200 = CostTable(
 )
 # A CPU: a step of 512 prompt tokens takes 300 ms, and weights are read in 20 ms.
 CPU = CostTable([1, 2, 4, 8, 16, 64], [20e-3, 21e-3, 23e-3, 26e-3, 32e-3, 70e-3], [16, 512], [29e-3, 300e-3], 1e-6, 1e-8)
+# Two shared cores: the smallest step takes nearly as long as the class `interactive` promises between two tokens.
+LAPTOP = CostTable([1, 4, 8, 16, 64], [30e-3, 40e-3, 47e-3, 60e-3, 150e-3], [16, 64, 512], [45e-3, 85e-3, 435e-3], 1e-6, 1e-8)
 # A device whose cost jumps, for example where the weights of more experts are read: two decodes more take three times as long.
 CLIFF = CostTable([1, 20, 22], [8e-3, 20e-3, 60e-3], [16, 64, 8192], [20e-3, 25e-3, 400e-3], 0.0, 0.0)
 

@@ -1,6 +1,7 @@
 """Tests of the controllers on simulated devices: which policy holds when, step times, settling, and facts for metrics."""
 
 import logging
+import random
 
 import pytest
 
@@ -9,7 +10,7 @@ from engine.scheduler.changes import REASONS
 from engine.scheduler.controller import make_controller
 from engine.scheduler.limits import Load, StepLimits, StepShape
 from engine.scheduler.step_cost import StepCost
-from tests.unit.engine.scheduler.devices import CPU, H200, Device, chat_steps, scaled
+from tests.unit.engine.scheduler.devices import CPU, H200, LAPTOP, Device, chat_steps, scaled
 from tests.unit.engine.scheduler.simulated import Job, SimulatedServer, chat_jobs, step_percentile
 
 LIMITS = ModelLimits(max_model_len=200_000, vocab_size=10, eos_token_ids=(), dtype="float32")
@@ -173,3 +174,17 @@ def test_a_device_too_fast_to_be_measured_gets_all_sequences_of_aimd_and_teaches
     assert sorted(set(seqs)) == [4, 8, 16, 32, 64]
     assert not cost.trusted
     assert cost.table.decode_seconds[-1] == 0
+
+
+@pytest.mark.parametrize("policy", ["auto", "aimd"])
+def test_on_a_laptop_that_keeps_no_target_requests_do_not_wait_for_long(policy):
+    """Four sequences and 16 prompt tokens a step would not carry this load, and the queue would grow without end."""
+    rng, jobs, now = random.Random(2), [], 0.0
+    while (now := now + rng.expovariate(2.0)) < 60:
+        jobs.append(Job(int(min(2500, max(16, rng.lognormvariate(5, 0.8)))), rng.randint(10, 74), now))
+    server = served(make(policy, seqs=256, tokens=512)[0], LAPTOP, jobs, 70)
+    waits = sorted(job.first_at - job.arrival for job in server.done)
+    gaps = sorted(job.gap for job in server.done)
+    assert len(server.done) > 0.9 * len(jobs)
+    assert waits[int(0.9 * len(waits))] < 6
+    assert gaps[int(0.5 * len(gaps))] < 0.435  # a full step of prompts, which would also serve everybody

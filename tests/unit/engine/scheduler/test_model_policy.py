@@ -81,11 +81,14 @@ def test_sequences_leave_a_part_of_the_step_to_prompts():
     assert Rig().limits().seqs == 256
 
 
-def test_a_target_that_no_step_keeps_leaves_four_sequences_and_the_least_of_a_prompt():
+def test_where_no_step_keeps_the_target_steps_take_four_times_as_long_as_the_smallest():
+    """The smallest steps would not keep the target either, and prompts would wait many times longer."""
     rig = Rig()
-    limits = rig.limits(itl=0.001)
-    assert limits.seqs == 4
-    assert limits.tokens == LOAD.decodes + 16
+    limits = rig.limits(itl=0.001, decodes=4, kv_tokens=2000)
+    smallest = rig.cost.predict(StepShape(4, 2000, 16, 0))
+    prompt_tokens = limits.tokens - 4
+    assert 3 < rig.cost.predict(StepShape(4, 2000, prompt_tokens, pairs(prompt_tokens, 0))) / smallest <= 4
+    assert limits.seqs == 256
     assert Rig(StepLimits(64, 2, 64)).limits(itl=0.001, decodes=2).seqs == 2
 
 
