@@ -79,8 +79,8 @@ class _Row:
 class FakeRunner:
     """`device` says how long steps take, by default what `simulated` says by the real clock.
 
-    If `only_token` is given, every row samples that token. Then nothing of the rows is kept, checked or hashed, which a simulation
-    of millions of tokens has no time for, and log-probabilities are not reported.
+    If `only_token` is given, every row samples that token. Then nothing of the rows is kept, checked or hashed, which takes too
+    long in a simulation of millions of tokens, and log-probabilities are not reported.
     """
 
     def __init__(

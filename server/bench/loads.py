@@ -55,11 +55,14 @@ class Client(NamedTuple):
     deadline_s: float | None = None
 
 
+ANYONE = Client()
+
+
 class Arrival(NamedTuple):
     at: float  # seconds since the begin of the load
     prompt: array[int]  # token ids
     num_outputs: int
-    client: Client = Client()
+    client: Client = ANYONE
 
 
 def shape_of(name: str) -> LoadShape:
@@ -70,7 +73,7 @@ def shape_of(name: str) -> LoadShape:
 
 
 def poisson(
-    rate: float, seconds: float, shape: LoadShape, client: Client = Client(), *, prefix: int = 0, seed: int = SEED
+    rate: float, seconds: float, shape: LoadShape, client: Client = ANYONE, *, prefix: int = 0, seed: int = SEED
 ) -> list[Arrival]:
     """Return Poisson arrivals of `rate` requests a second. All prompts begin with the same `prefix` tokens."""
     rng = random.Random(seed)
@@ -78,14 +81,14 @@ def poisson(
 
 
 def bursts(
-    rate: float, seconds: float, shape: LoadShape, client: Client = Client(), *, cv: float, prefix: int = 0, seed: int = SEED
+    rate: float, seconds: float, shape: LoadShape, client: Client = ANYONE, *, cv: float, prefix: int = 0, seed: int = SEED
 ) -> list[Arrival]:
     """Return arrivals whose distances follow a gamma distribution with the coefficient of variation `cv`. 1 is Poisson."""
     rng, order = random.Random(seed), 1 / cv**2
     return _draw(rng, lambda: rng.gammavariate(order, 1 / (rate * order)), seconds, shape, client, prefix)
 
 
-def steps(phases: Iterable[tuple[float, float]], shape: LoadShape, client: Client = Client(), *, seed: int = SEED) -> list[Arrival]:
+def steps(phases: Iterable[tuple[float, float]], shape: LoadShape, client: Client = ANYONE, *, seed: int = SEED) -> list[Arrival]:
     """Return Poisson arrivals whose rate changes. A phase is a rate in requests a second, and its duration in seconds."""
     found: list[Arrival] = []
     begin = 0.0
@@ -141,7 +144,8 @@ def read_trace(path: str | Path, *, seed: int = SEED) -> list[Arrival]:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"trace is {str(path)!r}, which cannot be read: {error.strerror}", param="trace") from None
-    rng, found = random.Random(seed), []
+    rng = random.Random(seed)
+    found: list[Arrival] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             asked = _trace_line(line, f"trace {str(path)!r}, line {number}", found)
@@ -159,7 +163,9 @@ def _trace_line(line: bytes, where: str, before: Sequence[Arrival]) -> _TraceLin
         raise ConfigError(f"{where}: {error}", param="trace") from None
     earliest = before[-1].at if before else 0.0
     if not (math.isfinite(asked.at) and asked.at >= earliest):
-        raise ConfigError(f"{where}: at is {asked.at}, and must be at least {earliest}: lines are in order of time", param="trace")
+        raise ConfigError(
+            f"{where}: at is {asked.at}, and must be at least {earliest}: lines are in order of time", param="trace"
+        )
     for name in ("prompt", "outputs"):
         if getattr(asked, name) < 1:
             raise ConfigError(f"{where}: {name} is {getattr(asked, name)}: it must be at least 1 token", param="trace")

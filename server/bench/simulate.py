@@ -1,4 +1,4 @@
-"""Simulates an engine on a simulated clock: the real Core with its scheduler, controller and forecast, on a FakeRunner whose steps
+"""Simulates an engine on a simulated clock: the real Core with its scheduler, controller and forecast, on a FakeRunner. Its steps
 take the times of a cost file.
 
 What is not simulated: the network, the API workers, and the CPU time of the engine's loop, which a device that is busy hides. The
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from engine.config import BatchingConfig, BatchingPolicy, CacheConfig, EngineConfig, FakeConfig, ModelLimits, SchedulerConfig
 from engine.core import Core
@@ -24,6 +22,7 @@ from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.messages import EngineStats, Submit
 from engine.plan import StepPlan
 from engine.request import FinishReason, SamplingParams
+from engine.scheduler.cost_table import CostTable
 from server.bench.loads import Arrival
 
 BETWEEN = 50e-6  # seconds: device idle time between two steps of up to 256 requests on an H200 (docs/gpu.md)
@@ -126,8 +125,8 @@ class Run(NamedTuple):
 
 
 class _RecordingDevice(SimulatedDevice):
-    def __init__(self, *given: Any, time: SimulatedTime, **more: Any) -> None:
-        super().__init__(*given, clock=time.clock, sleep=time.sleep, **more)
+    def __init__(self, config: FakeConfig, costs: CostTable | None, time: SimulatedTime, machine: Machine, seed: int) -> None:
+        super().__init__(config, costs, time.clock, time.sleep, between=machine.between, noise=machine.noise, seed=seed)
         self.steps: list[SimulatedStep] = []
         self._time = time
 
@@ -140,7 +139,7 @@ class _RecordingDevice(SimulatedDevice):
 class _Simulation:
     def __init__(self, machine: Machine, seed: int) -> None:
         self.time = SimulatedTime()
-        self.devices: list[_RecordingDevice] = []
+        self.steps: list[SimulatedStep] = []
         config = machine.config()
         built = build_fake(config, _LIMITS, make_device=partial(self._make_device, machine, seed), only_token=_TOKEN)
         self.core = Core(built, clock=self.time.clock)
@@ -149,9 +148,9 @@ class _Simulation:
         self._by_id: dict[str, Served] = {}
         self._deadlines: list[tuple[float, str]] = []
 
-    def _make_device(self, machine: Machine, seed: int, *given: Any) -> SimulatedDevice:
-        device = _RecordingDevice(*given, time=self.time, between=machine.between, noise=machine.noise, seed=seed)
-        self.devices.append(device)
+    def _make_device(self, machine: Machine, seed: int, config: FakeConfig, costs: CostTable | None) -> SimulatedDevice:
+        device = _RecordingDevice(config, costs, self.time, machine, seed)
+        self.steps = device.steps
         return device
 
     def submit(self, arrival: Arrival) -> None:
@@ -214,7 +213,7 @@ def simulate(arrivals: Iterable[Arrival], machine: Machine, *, seed: int = 0) ->
     simulation, source = _Simulation(machine, seed), iter(arrivals)
     clock, core = simulation.time, simulation.core
     upcoming = next(source, None)
-    while upcoming is not None or core.has_work:
+    while core.has_work or upcoming is not None:
         if not core.has_work and upcoming is not None:
             clock.now = max(clock.now, upcoming.at)
         while upcoming is not None and upcoming.at <= clock.now:
@@ -224,24 +223,7 @@ def simulate(arrivals: Iterable[Arrival], machine: Machine, *, seed: int = 0) ->
         if core.has_work:
             simulation.step()
             simulation.sample()
-    steps: Sequence[SimulatedStep] = simulation.devices[0].steps
-    return Run(simulation.served, list(steps), simulation.samples, clock.now, time.process_time() - began)
-
-
-def with_policy(machine: Machine, policy: BatchingPolicy, **changes: Any) -> Machine:
-    """Return a replica that differs from `machine` in the policy of its batch and in `changes`."""
-    return machine._replace(policy=policy, **changes)
-
-
-def limit_changes(run: Run) -> list[tuple[float, int]]:
-    """Return when the limits of a step have changed, and how often at each of these moments."""
-    found, before = [], 0
-    for at, stats in run.samples:
-        number = sum(stats.limit_changes.values())
-        if number > before:
-            found.append((at, number - before))
-        before = number
-    return found
+    return Run(simulation.served, simulation.steps, simulation.samples, clock.now, time.process_time() - began)
 
 
 def limits_over_time(run: Run) -> list[dict[str, Any]]:
@@ -253,7 +235,3 @@ def limits_over_time(run: Run) -> list[dict[str, Any]]:
         if not found or values != {name: found[-1][name] for name in names}:
             found.append({"at": round(at, 3), **values})
     return found
-
-
-def as_json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
