@@ -1,8 +1,7 @@
 """Simulates an engine on a simulated clock: the real Core with its scheduler, controller and forecast, on a FakeRunner. Its steps
 take the times of a cost file.
 
-What is not simulated: the network, the API workers, and the CPU time of the engine's loop, which a device that is busy hides. The
-device is idle for `between` seconds before each step.
+Network and API workers are not simulated. The device is idle for `between` seconds before each step.
 """
 
 from __future__ import annotations
@@ -25,7 +24,10 @@ from engine.request import FinishReason, SamplingParams
 from engine.scheduler.cost_table import CostTable
 from server.bench.loads import Arrival
 
-BETWEEN = 50e-6  # seconds: device idle time between two steps of up to 256 requests on an H200 (docs/gpu.md)
+# Seconds in which the device is idle before each step. With this figure a simulation has the times between tokens of the server
+# that docs/gpu.md measured at 30 requests/s ("The first minute of a server"); docs/batching.md compares them. An offline engine
+# has 0.05 ms.
+BETWEEN = 1.5e-3
 SAMPLE_SECONDS = 0.05  # simulated time between two looks at the limits
 _TOKEN = 10
 _LIMITS = ModelLimits(max_model_len=131_072, vocab_size=1 << 30, eos_token_ids=(), dtype="bfloat16")
