@@ -36,7 +36,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     sent: int
     ok: int
     refused: int
-    unfinished: int  # ended by their deadline
+    unfinished: int  # ended by their deadline, or by the end of the simulation
     good: int
     goodput: float  # good requests a second of the load
     ttft_ms: dict[str, float]

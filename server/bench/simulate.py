@@ -6,6 +6,7 @@ Network and API workers are not simulated. The device is idle for `between` seco
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Iterable
@@ -206,8 +207,10 @@ class _Simulation:
             self.samples.append(Sample(self.time.now, self.core.stats()))
 
 
-def simulate(arrivals: Iterable[Arrival], machine: Machine, *, seed: int = 0) -> Run:
-    """Run all `arrivals`, which are in order of time, to their end on one replica. `seed` decides the noise of its steps.
+def simulate(arrivals: Iterable[Arrival], machine: Machine, *, seed: int = 0, until: float = math.inf) -> Run:
+    """Run all `arrivals`, which are in order of time, on one replica: to their end, or to the simulated time `until`.
+
+    `seed` decides the noise of the steps. A request that has not ended by `until` has no `finish`.
 
     Raises ConfigError if a cost file cannot be used.
     """
@@ -215,7 +218,7 @@ def simulate(arrivals: Iterable[Arrival], machine: Machine, *, seed: int = 0) ->
     simulation, source = _Simulation(machine, seed), iter(arrivals)
     clock, core = simulation.time, simulation.core
     upcoming = next(source, None)
-    while core.has_work or upcoming is not None:
+    while clock.now < until and (core.has_work or upcoming is not None):
         if not core.has_work and upcoming is not None:
             clock.now = max(clock.now, upcoming.at)
         while upcoming is not None and upcoming.at <= clock.now:
