@@ -218,6 +218,23 @@ def kernels(
 
 
 @bench.command()
+@with_settings((*ENGINE_FLAGS, "max_num_seqs", "max_step_tokens"))
+def cost(
+    settings: Settings,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, which the setting cost_file then names.")],
+    rounds: Annotated[int, typer.Option(help="Number of times that steps of all sizes are measured.")] = 2,
+    record: Record = None,
+) -> None:
+    """Measure how long steps of a model take on this machine, and write them as a cost file.
+
+    Nothing else should use the device meanwhile. The file holds for this device, model and precision. Nothing is written if the
+    times are off by more than 25% at the median on steps that they were not fitted to.
+    """
+    _keep_kernels()
+    _load("server.bench.cost").run(_with_model(settings), out=out, rounds=rounds, record=record)
+
+
+@bench.command()
 def plan(
     rate: Annotated[float, typer.Option(help="Requests a second to serve.")],
     costs: Annotated[
