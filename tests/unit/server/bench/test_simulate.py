@@ -8,7 +8,7 @@ import pytest
 from engine.errors import ConfigError
 from engine.messages import EngineStats
 from engine.request import FinishReason
-from engine.scheduler.cost_file import CostKey, save_costs
+from engine.scheduler.cost_file import CostKey, load_costs, save_costs
 from engine.scheduler.cost_table import CostTable
 from server.bench.loads import SHAPES, Arrival, Client, poisson
 from server.bench.outcomes import Target, outcome, percentile, phase
@@ -124,6 +124,19 @@ def test_limits_settle_and_are_listed_when_they_change():
     changes = limits_over_time(run)
     assert [entry["batching"] for entry in changes] == ["model"] * len(changes)
     assert len(changes) == 1 + found.changes
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_a_cost_file_that_is_a_quarter_off_is_corrected_while_the_model_holds(tmp_path, factor):
+    found = load_costs(H200, setting="costs")
+    table = found.table._replace(
+        decode_seconds=[seconds * factor for seconds in found.table.decode_seconds],
+        step_seconds=[seconds * factor for seconds in found.table.step_seconds],
+    )
+    save_costs(tmp_path / "off.json", found.key, "a test", table)
+    run = simulate(poisson(30, 8, SHAPES["chat"], PROMISED), Machine(H200, believed=tmp_path / "off.json", policy="model"))
+    assert {stats.batching for _, stats in run.samples} == {"model"}
+    assert outcome(run.served, 8).good == len(run.served)
 
 
 def test_limits_that_change_often_have_not_settled():
