@@ -4,6 +4,9 @@ The target is the time between tokens that a request was promised. Limits lie on
 of the present limits would take too long. They rise only after a while, and only if the larger step keeps a margin, so that they
 do not follow the noise of predictions. A fall soon after a rise doubles the wait.
 
+A target that even a few decodes alone exceed cannot be kept. Then steps take a little longer than those decodes, so that requests
+end and prompts advance.
+
 While nothing is promised to a decode, or nothing decodes, a step may have all tokens that the settings allow. That is no change
 of the limits: they hold again with the next decode.
 """
@@ -22,6 +25,7 @@ HEADROOM = 0.9  # share of the target that a predicted step may take; the rest i
 RISE_MARGIN = 0.9  # a rise needs steps that take this share of what is allowed
 DECODE_SHARE = 0.9  # share of the allowed time that decodes may take, so that prompts advance too
 FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
+SLACK = 1.25  # if even these are too long, steps may take so many times as long
 RISE_SECONDS = 2.0  # shortest time from a change to a rise
 LONGEST_RISE_SECONDS = 16.0
 CHECK_SECONDS = 0.25  # shortest time between two looks for a rise
@@ -55,12 +59,24 @@ class ModelPolicy:
         if load.itl is None or not load.decodes:
             return self._largest
         self._kv_per_decode = load.kv_tokens / load.decodes
-        allowed = load.itl * HEADROOM / self._cost.spread
+        allowed = self._allowed(load.itl * HEADROOM / self._cost.spread)
         if not (self._tokens_fit(self._tokens, load, allowed) and self._seqs_fit(self._seqs, allowed)):
             self._fall(load, allowed, now)
         elif now >= self._rise_at:
             self._rise(load, allowed * RISE_MARGIN, now)
         return with_room(self.present, load.decodes, self._largest.tokens)
+
+    def _allowed(self, wanted: float) -> float:
+        """Return `wanted`, or a longer time if FEWEST_SEQS decodes alone take too much of that.
+
+        Then no limits keep the target. The least ones would only make all requests wait: a step mostly reads the weights, which
+        takes as long for few rows and tokens as for more.
+        """
+        fewest = self._decodes(FEWEST_SEQS)
+        return wanted if fewest <= wanted * DECODE_SHARE else max(wanted, fewest * SLACK / DECODE_SHARE)
+
+    def _decodes(self, seqs: int) -> float:
+        return self._cost.predict(StepShape(seqs, int(seqs * self._kv_per_decode), 0, 0))
 
     def _fall(self, load: Load, allowed: float, now: float) -> None:
         tokens, seqs = min(self._tokens, self._fitting_tokens(load, allowed)), min(self._seqs, self._fitting_seqs(allowed))
@@ -103,7 +119,7 @@ class ModelPolicy:
     def _seqs_fit(self, seqs: int, allowed: float) -> bool:
         if seqs <= FEWEST_SEQS:
             return True
-        return self._cost.predict(StepShape(seqs, int(seqs * self._kv_per_decode), 0, 0)) <= allowed * DECODE_SHARE
+        return self._decodes(seqs) <= allowed * DECODE_SHARE
 
     def _fitting_seqs(self, allowed: float) -> int:
         """Return the largest size whose decodes, with as much KV as the present ones, leave time for prompts."""

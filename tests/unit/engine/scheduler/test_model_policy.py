@@ -3,8 +3,9 @@
 import pytest
 
 from engine.scheduler.changes import LimitChanges
+from engine.scheduler.chunks import FEWEST_TOKENS
 from engine.scheduler.limits import Load, StepLimits, StepShape
-from engine.scheduler.model_policy import HEADROOM, ModelPolicy
+from engine.scheduler.model_policy import DECODE_SHARE, FEWEST_SEQS, HEADROOM, SLACK, ModelPolicy
 from engine.scheduler.step_cost import StepCost, pairs
 from tests.unit.engine.scheduler.devices import H200
 
@@ -81,12 +82,26 @@ def test_sequences_leave_a_part_of_the_step_to_prompts():
     assert Rig().limits().seqs == 256
 
 
-def test_a_target_that_no_step_keeps_leaves_four_sequences_and_the_least_of_a_prompt():
+def test_a_target_that_no_step_keeps_makes_steps_little_longer_than_those_of_few_decodes():
+    """The least limits would not keep the target either, and all others would wait behind four requests."""
     rig = Rig()
     limits = rig.limits(itl=0.001)
-    assert limits.seqs == 4
-    assert limits.tokens == LOAD.decodes + 16
+    kv = LOAD.kv_tokens / LOAD.decodes
+    fewest = rig.cost.predict(StepShape(FEWEST_SEQS, int(FEWEST_SEQS * kv), 0, 0))
+    larger = next(size for size in rig.cost.table.decode_rows if size > limits.seqs)
+    at_limit, above = (rig.cost.predict(StepShape(seqs, int(seqs * kv), 0, 0)) for seqs in (limits.seqs, larger))
+    assert at_limit <= SLACK * fewest < above
+    assert limits.tokens > LOAD.decodes + FEWEST_TOKENS
+    assert rig.seconds(limits) <= SLACK / DECODE_SHARE * fewest
     assert Rig(StepLimits(64, 2, 64)).limits(itl=0.001, decodes=2).seqs == 2
+
+
+def test_a_target_that_few_decodes_keep_is_kept_however_many_wait():
+    rig = Rig()
+    few = rig.cost.predict(StepShape(FEWEST_SEQS, FEWEST_SEQS * 700, 0, 0))
+    itl = few / (HEADROOM * DECODE_SHARE) * 1.01
+    limits = rig.limits(itl=itl, decodes=4, kv_tokens=4 * 700, waiting=1000)
+    assert rig.seconds(limits, decodes=4, kv_tokens=4 * 700) <= HEADROOM * itl
 
 
 def test_larger_spread_leaves_more_room():

@@ -126,17 +126,31 @@ def test_limits_settle_and_are_listed_when_they_change():
     assert len(changes) == 1 + found.changes
 
 
-@pytest.mark.parametrize("factor", [0.8, 1.25])
-def test_a_cost_file_that_is_a_quarter_off_is_corrected_while_the_model_holds(tmp_path, factor):
+def scaled(folder: Path, factor: float) -> Path:
     found = load_costs(H200, setting="costs")
     table = found.table._replace(
         decode_seconds=[seconds * factor for seconds in found.table.decode_seconds],
         step_seconds=[seconds * factor for seconds in found.table.step_seconds],
     )
-    save_costs(tmp_path / "off.json", found.key, "a test", table)
-    run = simulate(poisson(30, 8, SHAPES["chat"], PROMISED), Machine(H200, believed=tmp_path / "off.json", policy="model"))
+    save_costs(folder / "scaled.json", found.key, "a test", table)
+    return folder / "scaled.json"
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_a_cost_file_that_is_a_quarter_off_is_corrected_while_the_model_holds(tmp_path, factor):
+    run = simulate(poisson(30, 8, SHAPES["chat"], PROMISED), Machine(H200, believed=scaled(tmp_path, factor), policy="model"))
     assert {stats.batching for _, stats in run.samples} == {"model"}
     assert outcome(run.served, 8).good == len(run.served)
+
+
+def test_a_device_that_is_too_slow_for_the_class_still_serves(tmp_path):
+    """A decode takes 130 ms, and 50 are asked for. No limits keep that, and strict ones would serve four requests at a time."""
+    load = poisson(0.5, 60, SHAPES["chat"], Client(slo="interactive"))
+    run = simulate(load, Machine(scaled(tmp_path, 32), policy="model"), until=240)
+    found = outcome(run.served, 60)
+    assert found.ok == found.sent > 15
+    assert found.ttft_ms["p99"] < 10_000
+    assert found.gap_ms["p99"] < 250
 
 
 def test_limits_that_change_often_have_not_settled():
