@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,12 +48,15 @@ class _InFlightStep(NamedTuple):
 class Core:
     """Runs a scheduler and a runner step by step. A Core is not thread-safe: one loop calls all its methods.
 
+    Arrivals, deadlines and the controller go by `clock`, which may be simulated. The CPU time of steps is always measured.
+
     An exception from `step` is a bug or a lost device, and the core cannot be used after it. The core does not catch it: the
     process ends, the supervisor starts another engine, and the workers submit their requests again.
     """
 
-    def __init__(self, built: BuiltRunner) -> None:
+    def __init__(self, built: BuiltRunner, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.startup: dict[str, float] = {}  # seconds of each start-up phase, reported by `info`; set by `build_core`
+        self._clock = clock
         self._runner = built.runner
         self._config = built.config
         self._device = built.device
@@ -62,7 +65,7 @@ class Core:
         )
         cost = seeded_cost(built.config, cost_key(built.config, built.device))
         self._controller = make_controller(built.config, cost)
-        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost)
+        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost, clock=clock)
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0
@@ -93,7 +96,7 @@ class Core:
                 eos_token_ids=self._limits.eos_token_ids,
                 max_model_len=self._limits.max_model_len,
                 priority=submit.priority,
-                arrival=time.monotonic(),
+                arrival=self._clock(),
                 fork_of=submit.fork_of,
                 salt=submit.salt,
                 tenant=submit.tenant,
@@ -220,13 +223,13 @@ class Core:
         """Return the limits of the next step. Nothing is computed for a step that can only decode: it has no use for limits."""
         if not self._scheduler.has_prompts:
             return self._controller.present
-        return self._controller.limits(self._scheduler.load(), time.monotonic())
+        return self._controller.limits(self._scheduler.load(), self._clock())
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Apply a step's result, and let the controller learn how long the step took."""
         self._device_seconds += result.device_seconds
         self._latest_shape = StepShape.of(plan)
-        self._controller.observe(self._latest_shape, result.device_seconds, time.monotonic())
+        self._controller.observe(self._latest_shape, result.device_seconds, self._clock())
         return self._scheduler.commit(plan, result)
 
     def _nothing_to_run(self) -> list[TokenEvent]:

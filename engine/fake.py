@@ -12,7 +12,6 @@ writes to shared blocks and wrong positions.
 from __future__ import annotations
 
 import itertools
-import time
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -30,6 +29,7 @@ from engine.scheduler.cost_table import CostTable
 from engine.startup import StartupClock
 
 _MASK = (1 << 64) - 1
+MakeDevice = Callable[[FakeConfig, CostTable | None], SimulatedDevice]
 MAX_BLOCKS = 1 << 24  # the lists of more blocks would fill the memory of a small machine
 
 
@@ -77,7 +77,11 @@ class _Row:
 
 
 class FakeRunner:
-    """`costs` are the step costs of the device to simulate. `clock` and `sleep` may be those of SimulatedTime."""
+    """`device` says how long steps take, by default what `simulated` says by the real clock.
+
+    If `only_token` is given, every row samples that token. Then nothing of the rows is kept, checked or hashed, which takes too
+    long in a simulation of millions of tokens, and log-probabilities are not reported.
+    """
 
     def __init__(
         self,
@@ -87,16 +91,16 @@ class FakeRunner:
         block_size: int,
         simulated: FakeConfig | None = None,
         verify: bool = False,
-        costs: CostTable | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        device: SimulatedDevice | None = None,
+        only_token: int | None = None,
     ) -> None:
         self._limits = limits
         self._num_blocks = num_blocks
         self._simulated = simulated or FakeConfig()
         self._rows: dict[int, _Row] = {}
         self._blocks = SimulatedBlocks(num_blocks, block_size) if verify else None
-        self._device = SimulatedDevice(self._simulated, costs, clock, sleep)
+        self._device = device or SimulatedDevice(self._simulated)
+        self._only_token = only_token
 
     @property
     def num_blocks(self) -> int:
@@ -107,6 +111,10 @@ class FakeRunner:
         return 0
 
     def submit(self, plan: StepPlan) -> PendingStep:
+        if self._only_token is not None:
+            seconds = self._device.seconds(plan)
+            result = StepResult(plan.step, [self._only_token] * len(plan.samples), device_seconds=seconds)
+            return FakeStep(result, self._device, self._device.submit(seconds))
         self._update_rows(plan)
         if self._blocks is not None:
             self._blocks.run(plan, self._rows)
@@ -222,13 +230,9 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
 
 
 def build_fake(
-    config: EngineConfig,
-    limits: ModelLimits,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    config: EngineConfig, limits: ModelLimits, *, make_device: MakeDevice = SimulatedDevice, only_token: int | None = None
 ) -> BuiltRunner:
-    """Build a FakeRunner with the given limits, without a checkpoint folder."""
+    """Build a FakeRunner with the given limits, without a checkpoint folder. `make_device` makes a device from the config."""
     # The simulated device is asynchronous even if `device` is "cpu".
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
     resolved = resolve(config, limits, has_cuda=config.device == "cuda")
@@ -245,9 +249,8 @@ def build_fake(
         block_size=config.cache.block_size,
         simulated=config.fake,
         verify=config.debug_checks,
-        costs=costs.table if costs else None,
-        clock=clock,
-        sleep=sleep,
+        device=make_device(config.fake, costs.table if costs else None),
+        only_token=only_token,
     )
     return BuiltRunner(runner, resolved, limits, f"fake {costs.key.device}" if costs else "fake device")
 

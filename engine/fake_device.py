@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+import time
 from collections.abc import Callable
 
 from engine.config import FakeConfig
@@ -24,27 +27,43 @@ class SimulatedTime:
 
 
 class SimulatedDevice:
-    """Runs one step after the other, by a clock. A step takes what `costs` predicts, or else what `simulated` says."""
+    """Runs one step after the other, by a clock. A step takes what `costs` predicts, or else what `simulated` says.
+
+    The device is idle for `between` seconds before each step. With `noise`, the logarithm of a duration has this standard
+    deviation; its mean is 0, and the same seed gives the same durations.
+    """
 
     def __init__(
-        self, simulated: FakeConfig, costs: CostTable | None, clock: Callable[[], float], sleep: Callable[[float], None]
+        self,
+        simulated: FakeConfig,
+        costs: CostTable | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        *,
+        between: float = 0.0,
+        noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self._simulated = simulated
         self._costs = costs
         self._clock, self._sleep = clock, sleep
+        self._between, self._noise = between, noise
+        self._gauss = random.Random(seed).gauss
         self._free_at = 0.0
 
     def seconds(self, plan: StepPlan) -> float:
         """Return how long a step takes."""
-        if self._costs is not None:
-            return self._costs.predict(StepShape.of(plan))
-        return self._simulated.step_ms / 1e3 + self._simulated.token_us / 1e6 * plan.num_tokens
+        if self._costs is None:
+            seconds = self._simulated.step_ms / 1e3 + self._simulated.token_us / 1e6 * plan.num_tokens
+        else:
+            seconds = self._costs.predict(StepShape.of(plan))
+        return seconds * math.exp(self._gauss(0.0, self._noise)) if self._noise else seconds
 
     def submit(self, seconds: float) -> float:
         """Add a step that takes `seconds`. Returns when it ends; 0 means at once."""
         if seconds == 0.0:
             return 0.0
-        self._free_at = max(self._clock(), self._free_at) + seconds
+        self._free_at = max(self._clock(), self._free_at) + self._between + seconds
         return self._free_at
 
     def wait(self, until: float) -> None:

@@ -217,6 +217,60 @@ def kernels(
     _load("server.bench.kernels").run(kernel or (), record=record)
 
 
+@bench.command()
+@with_settings((*ENGINE_FLAGS, "max_num_seqs", "max_step_tokens"))
+def cost(
+    settings: Settings,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, which the setting cost_file then names.")],
+    rounds: Annotated[int, typer.Option(help="Number of times that steps of all sizes are measured.")] = 2,
+    record: Record = None,
+) -> None:
+    """Measure how long steps of a model take on this machine, and write them as a cost file.
+
+    Nothing else should use the device meanwhile. The file holds for this device, model and precision. Nothing is written if the
+    times are off by more than 25% at the median on steps that they were not fitted to.
+    """
+    _keep_kernels()
+    _load("server.bench.cost").run(_with_model(settings), out=out, rounds=rounds, record=record)
+
+
+@bench.command()
+def plan(
+    rate: Annotated[float, typer.Option(help="Requests a second to serve.")],
+    costs: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Times of steps on a card; may be given several times, to compare.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Lengths of prompts and outputs: chat, rag or long.")] = "chat",
+    ttft_ms: Annotated[float, typer.Option(help="Longest time to first token of a good request.")] = 500.0,
+    gap_ms: Annotated[float, typer.Option(help="Longest gap between two tokens of a good request.")] = 50.0,
+    share: Annotated[float, typer.Option(help="Share of the requests that must be good.")] = 0.99,
+    prefix: Annotated[int, typer.Option(help="Tokens with which all prompts begin.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Simulated seconds of each rate.")] = 60.0,
+    kv_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens that the card's KV cache holds; once, or once for each cost file.", show_default="832000"),
+    ] = None,
+    record: Record = None,
+) -> None:
+    """Simulate how many replicas a load needs, from the times of steps that `tidegate bench cost` measures.
+
+    For each cost file, the highest rate is searched that one replica keeps: so large a share of the requests is good. The rates
+    tried and the answer are written to standard error, and a line of JSON to standard output. Needs no GPU.
+    """
+    _load("server.bench.plan").run(
+        costs or (),
+        rate=rate,
+        shape=shape,
+        ttft_ms=ttft_ms,
+        gap_ms=gap_ms,
+        share=share,
+        prefix=prefix,
+        seconds=seconds,
+        kv_tokens=kv_tokens or (),
+        record=record,
+    )
+
+
 def _prompt(given: str) -> str:
     """Return the prompt as text, read from standard input if it was given as "-". Raises InvalidRequest if it is not UTF-8."""
     raw = sys.stdin.buffer.read() if given == "-" else os.fsencode(given)

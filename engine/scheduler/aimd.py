@@ -18,7 +18,7 @@ from collections import deque
 
 from engine.config import BatchingConfig
 from engine.scheduler.changes import LimitChanges, Reason
-from engine.scheduler.chunks import FEWEST_TOKENS, RELIEF, make_limits, with_room
+from engine.scheduler.chunks import FEWEST_TOKENS, RELIEF, ROOM, make_limits, with_room
 from engine.scheduler.limits import Load, StepLimits, StepShape
 
 FIRST_TOKENS = 512  # tokens of a step at first
@@ -133,7 +133,7 @@ class AimdPolicy:
         self._most_tokens = largest.tokens
         self._bounds = batching.step_low_ms / 1e3, batching.step_high_ms / 1e3
         self._short, self._long = self._bounds
-        self._relieved_until = float("-inf")  # the smallest steps take too long, and the bounds are longer until this time
+        self._relieved_until = float("-inf")  # until then the bounds are longer, since the smallest steps take most of them
         self._seqs = AdaptiveLimit(low, low, high)
         self._tokens = AdaptiveLimit(FIRST_TOKENS, min(FEWEST_TOKENS, largest.tokens), largest.tokens)
         self._all_steps, self._decode_steps, self._full_steps = RecentSteps(), RecentSteps(), RecentSteps()
@@ -177,12 +177,14 @@ class AimdPolicy:
         limit, seconds = self._tokens, self._full_steps.median(now)
         if seconds is None:
             return None
+        if not self._is_relieved and self._are_smallest(load) and ROOM * seconds > self._long:
+            self._relieve(seconds, now)
+            return None
         if seconds > self._long:
             halvings = int(seconds / self._long).bit_length()
             if not self._prompts_have_least(load) and limit.cut(self._full_tokens, halvings, now):
                 self._full_steps.restart()
                 return "prompt_steps_long"
-            self._relieve(load, seconds, now)
             return None
         limit.keeps_bound(now)
         if seconds < self._short and limit.grow(now, relieved=self._is_relieved):
@@ -194,11 +196,15 @@ class AimdPolicy:
     def _is_relieved(self) -> bool:
         return self._long > self._bounds[1]
 
-    def _relieve(self, load: Load, seconds: float, now: float) -> None:
-        """Allow longer steps for a while if these, which are the smallest, take too long."""
-        if self._seqs.value == self._seqs.low and load.running <= self._seqs.low:
-            self._short, self._long = (RELIEF * seconds * bound / self._bounds[1] for bound in self._bounds)
-            self._relieved_until = now + BAD_SECONDS
+    def _are_smallest(self, load: Load) -> bool:
+        """Return whether no limits allow smaller steps than the present ones."""
+        return self._prompts_have_least(load) and self._seqs.value == self._seqs.low and load.running <= self._seqs.low
+
+    def _relieve(self, seconds: float, now: float) -> None:
+        """Allow longer steps for a while, since the smallest take `seconds`, which is most of the upper bound."""
+        high = max(self._bounds[1], RELIEF * seconds)
+        self._short, self._long = (bound * high / self._bounds[1] for bound in self._bounds)
+        self._relieved_until = now + BAD_SECONDS
 
     def _adjust_seqs(self, load: Load, now: float) -> Reason | None:
         limit = self._seqs

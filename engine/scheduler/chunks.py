@@ -1,8 +1,9 @@
 """Rules that all adaptive limits keep.
 
 Prompts always advance, and a short prompt does not queue behind a long one. No target is chased at any price: a slow device, such
-as a CPU, may take longer for the smallest step than a class promises between two tokens. The smallest steps would then gain a
-few milliseconds between tokens, and lose seconds until the first one. So steps may take RELIEF times as long as the smallest.
+as a CPU, may need most of the time that a class promises between two tokens for the smallest step. Small steps would then gain
+some milliseconds between tokens, and lose seconds until the first one. So steps may then take RELIEF times as long as the
+smallest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ FEWEST_SEQS = 4  # fewer would not make steps short that are too long with these
 FEWEST_CHUNK = 64  # a smaller chunk would cost a long prompt more than it gives a short one
 
 
-RELIEF = 4.0
+ROOM = 1.25  # a step must be able to take this many times as long as the smallest, or there is no use in keeping the target
+RELIEF = 3.0
 
 
 def make_limits(tokens: int, seqs: int) -> StepLimits:

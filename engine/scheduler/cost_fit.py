@@ -5,6 +5,8 @@ almost nothing. Observations are collected, and every REFIT of them go into the 
 equations of decode steps and of steps with prompts fade separately: the rarer kind must not be forgotten for the other's sake.
 
 Each refit solves for values close to the present ones (a proximal step), so that what no recent step tells apart stays as it is.
+A change counts by the share of a step that it explains, and at least by a tenth of its share of the value itself: few steps that
+read little KV must not make a token of KV a hundred times dearer, only because all of them took a little longer.
 Negative values are set to 0 one after the other (active set). Then each list is made monotone by pooling adjacent violators
 (Ayer et al. 1955). Residuals beyond twice their usual size weigh less (Huber 1964).
 
@@ -28,6 +30,7 @@ REFIT = 64  # observations between two refits
 EARLY = (4, 8, 16, 32)  # numbers of observations after which a new fit does not wait for REFIT
 MEMORY = 256  # observations of a kind after which an observation weighs 1/e
 HELD = 2.0  # weight of the present values, in observations
+FIRM = 0.1  # a change by the whole present value counts like an error by this part of a step, at least
 FIRST = 3  # observations of a size from whose median its first value comes
 
 Floats = npt.NDArray[np.float64]
@@ -107,15 +110,23 @@ class CostFit:
                 self._largest = np.maximum(self._largest, dense.max(0))
         matrix = sum(evidence.matrix for evidence in self._evidence.values())
         vector = sum(evidence.vector for evidence in self._evidence.values())
-        held = HELD * np.square(self._largest)
-        matrix, vector = matrix + np.diag(held), vector + held * self._values
-        self._values = _solve(matrix, vector, self._values, self._known & (held > 0))
+        weights_held = HELD * np.square(self._largest)
+        held = HELD * np.square(np.maximum(self._largest, FIRM * self._inverse()))
+        self._values = _solve(
+            matrix + np.diag(held), vector + held * self._values, self._values, self._known & (self._largest > 0)
+        )
         for prompts in (False, True):
             part = self._columns_of(prompts)
             known = np.flatnonzero(self._known[part]) + part.start
-            weights = np.maximum(np.diag(matrix)[known], 1e-9)
+            weights = np.maximum((np.diag(matrix) + weights_held)[known], 1e-9)
             self._values[known] = _pool(self._values[known], weights)
         self.table = self._make_table()
+
+    def _inverse(self) -> Floats:
+        """Return 1 over each value, or 0 where the value is 0 or no step has told anything about it."""
+        inverse = np.zeros(self._size)
+        np.divide(1.0, self._values, out=inverse, where=(self._values > 0) & (self._largest > 0))
+        return inverse
 
     def rescale(self, ratio: float, *, prompts: bool) -> None:
         """Multiply all values of one kind of steps by `ratio`, and forget the observations of that kind."""

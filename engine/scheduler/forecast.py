@@ -6,8 +6,10 @@ The wait behind others is the longer of two: until the prompts that go before ar
 ended to free a place. Prompts that go before are those that have started, and what `WaitingQueue.work_before` finds. Places
 become free at the rate of the running requests over the usual length of an output.
 
-Predictions are compared with what comes of them, and later ones are corrected by the usual ratio. Nothing is refused while the
-cost of steps is not trusted.
+Predictions are compared with what comes of them, and later ones are corrected by the usual ratio. A prediction is a median: if
+requests were accepted up to a prediction of their target, half of the last ones would be late in an overload. So a promised
+request is refused if the delay by others, longer by its usual deviation, would be too long. Nothing is refused while the cost of
+steps is not trusted.
 """
 
 from __future__ import annotations
@@ -25,12 +27,22 @@ from engine.scheduler.work import Work, rest_of, total, work_of
 from engine.slo import STANDARD
 
 MEMORY = 0.05  # weight of the latest observation in a running mean
+FIRST_SPREAD = 0.2  # deviation of log(actual / predicted) before it is known
+SPREAD_MEMORY = 0.02
+TELLING = 0.25  # a prediction tells about the deviation if it is this share of the target; a shorter one is off by a step or two
+SURE = 1.3  # deviations to allow for: nine of ten requests then have their first token in time
 LARGEST_CORRECTION = math.log(2.0)  # a prediction that is further off is wrong for a reason that a ratio does not mend
 
 
 class Expected(NamedTuple):
     seconds: float  # until the first token
     alone: float  # the same if nothing else ran or waited
+    margin: float  # how many times the predicted delay by others is hardly exceeded
+
+    @property
+    def late(self) -> float:
+        """A time that the first token hardly exceeds."""
+        return self.alone + (self.seconds - self.alone) * self.margin
 
 
 class Forecast:
@@ -43,6 +55,7 @@ class Forecast:
         self._output_tokens = 0.0  # usual number of tokens of an output; 0 before the first has ended
         self._step_seconds = 0.0  # usual duration of a step
         self._correction = 0.0  # usual log(actual / predicted)
+        self._variance = FIRST_SPREAD**2  # usual squared deviation of log(actual / predicted) from `_correction`
         self._typical_tokens = 1.0  # usual number of prompt tokens that are not cached
         self._slo = STANDARD  # class of the latest request that has a target
 
@@ -69,7 +82,7 @@ class Forecast:
         own = work_of(request)
         seconds = self._seconds(self._queue.work_before(request), own, limits)
         alone = self._cost.prompt_seconds(int(own.tokens), int(own.pairs), decodes=0, kv_tokens=0, budget=limits.tokens)
-        return Expected(max(alone, seconds), alone)
+        return Expected(max(alone, seconds), alone, self._margin)
 
     def waiting_seconds(self, limits: StepLimits) -> float:
         """Return how long it takes to compute all prompts that wait or have started. 0 while the cost is not trusted."""
@@ -85,7 +98,7 @@ class Forecast:
         if not self._cost.trusted or self._slo.ttft is None:
             return 0.0
         usual = Work(1, self._typical_tokens, 0)
-        return self._seconds(self._queue.work(self._slo.rank), usual, limits) / self._slo.ttft
+        return self._seconds(self._queue.work(self._slo.rank), usual, limits) * self._margin / self._slo.ttft
 
     def itl_over_target(self, shape: StepShape) -> float:
         """Return the predicted duration of a step over the tightest inter-token target of the decodes. 0 if there is none."""
@@ -99,8 +112,10 @@ class Forecast:
         predicted, actual = request.expected_at - request.arrival, now - request.arrival
         request.expected_at = None
         if predicted > 0 and actual > 0:
-            ratio = self._correction + math.log(actual / predicted)
-            self._correction += MEMORY * (max(-LARGEST_CORRECTION, min(LARGEST_CORRECTION, ratio)) - self._correction)
+            ratio = max(-LARGEST_CORRECTION, min(LARGEST_CORRECTION, self._correction + math.log(actual / predicted)))
+            if request.slo.ttft is not None and predicted >= TELLING * request.slo.ttft:
+                self._variance += SPREAD_MEMORY * ((ratio - self._correction) ** 2 - self._variance)
+            self._correction += MEMORY * (ratio - self._correction)
 
     def ended(self, request: Request) -> None:
         """Learn from the length of an output."""
@@ -114,6 +129,11 @@ class Forecast:
             self._step_seconds = seconds
         elif seconds > 0:
             self._step_seconds += MEMORY * (seconds - self._step_seconds)
+
+    @property
+    def _margin(self) -> float:
+        """How many times its prediction a delay hardly exceeds."""
+        return math.exp(SURE * math.sqrt(self._variance))
 
     def _seconds(self, waiting: Work, own: Work, limits: StepLimits) -> float:
         """Return the seconds until a request has its first token: `own` is its work, and `waiting` waits before it."""
@@ -159,10 +179,10 @@ def _check_class(expected: Expected, request: Request) -> None:
     """Refuse a request that others delay for longer than its class allows. A prompt that needs more than that alone may do so."""
     target = request.slo.ttft or math.inf
     allowed = target if expected.alone <= target else target + expected.alone
-    if expected.seconds > allowed:
+    if expected.late > allowed:
         raise Overloaded(
-            f"the first token is expected after {expected.seconds:.2g} s, and the class {request.slo.name} promises it within "
+            f"the first token may come only after {expected.late:.2g} s, and the class {request.slo.name} promises it within "
             f"{target:g} s: try again later, or name a class that waits longer",
-            retry_after=expected.seconds - allowed,
+            retry_after=(expected.late - allowed) / expected.margin,
             param="slo_class",
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from engine.scheduler.changes import LimitChanges
-from engine.scheduler.chunks import FEWEST_SEQS, FEWEST_TOKENS, RELIEF, make_limits, with_room
+from engine.scheduler.chunks import FEWEST_SEQS, FEWEST_TOKENS, RELIEF, ROOM, make_limits, with_room
 from engine.scheduler.limits import Load, StepLimits, StepShape
 from engine.scheduler.step_cost import StepCost, pairs
 
@@ -54,15 +54,20 @@ class ModelPolicy:
         if load.itl is None or not load.decodes:
             return self._largest
         self._kv_per_decode = load.kv_tokens / load.decodes
-        allowed = load.itl * HEADROOM / self._cost.spread
-        smallest = self._cost.predict(StepShape(FEWEST_SEQS, int(FEWEST_SEQS * self._kv_per_decode), FEWEST_TOKENS, 0))
-        if smallest > allowed:
-            allowed = RELIEF * smallest
+        allowed = self._allowed(load.itl * HEADROOM / self._cost.spread)
         if not (self._tokens_fit(self._tokens, load, allowed) and self._seqs_fit(self._seqs, allowed)):
             self._fall(load, allowed, now)
         elif now >= self._rise_at:
             self._rise(load, allowed * RISE_MARGIN, now)
         return with_room(self.present, load.decodes, self._largest.tokens)
+
+    def _allowed(self, wanted: float) -> float:
+        """Return `wanted`, or a longer time if the smallest step takes most of that: see `chunks`."""
+        smallest = self._cost.predict(StepShape(FEWEST_SEQS, int(FEWEST_SEQS * self._kv_per_decode), FEWEST_TOKENS, 0))
+        return wanted if ROOM * smallest <= wanted else max(wanted, RELIEF * smallest)
+
+    def _decodes(self, seqs: int) -> float:
+        return self._cost.predict(StepShape(seqs, int(seqs * self._kv_per_decode), 0, 0))
 
     def _fall(self, load: Load, allowed: float, now: float) -> None:
         tokens, seqs = min(self._tokens, self._fitting_tokens(load, allowed)), min(self._seqs, self._fitting_seqs(allowed))
@@ -109,7 +114,7 @@ class ModelPolicy:
     def _seqs_fit(self, seqs: int, allowed: float) -> bool:
         if seqs <= FEWEST_SEQS:
             return True
-        return self._cost.predict(StepShape(seqs, int(seqs * self._kv_per_decode), 0, 0)) <= allowed * DECODE_SHARE
+        return self._decodes(seqs) <= allowed * DECODE_SHARE
 
     def _fitting_seqs(self, allowed: float) -> int:
         """Return the largest size whose decodes, with as much KV as the present ones, leave time for prompts."""

@@ -74,7 +74,67 @@ class CompileLine(msgspec.Struct, kw_only=True):
     command: str
 
 
-Line = OfflineLine | KernelLine | CompileLine
+class PlannedRate(msgspec.Struct, kw_only=True):
+    """What one simulated replica makes of a rate. A latency is null if no request was served."""
+
+    rate: float
+    good_share: float  # of all requests, refused ones included
+    goodput: float
+    ttft_p99_ms: float | None
+    gap_p99_ms: float | None
+    refused: int
+    busy: float  # share of the time in which the device ran a step
+
+
+class PlannedCard(msgspec.Struct, kw_only=True):
+    """How many replicas of one card keep a load. `replicas` is 0 if no number does; `why_not` then says why."""
+
+    device: str
+    model: str
+    precision: str
+    kv_tokens: int
+    kept_rate: float  # highest rate that one replica keeps
+    replicas: int
+    why_not: str | None
+    rates: list[PlannedRate]
+
+
+class PlanLine(msgspec.Struct, kw_only=True):
+    """The result of `tidegate bench plan`: a load, its targets, and the cards that were simulated."""
+
+    date: str
+    commit: str
+    engine: str = "tidegate"
+    workload: str
+    rate: float
+    ttft_ms: float
+    gap_ms: float
+    share: float
+    prefix: int
+    batching: str
+    cards: list[PlannedCard]
+    command: str
+
+
+class CostLine(msgspec.Struct, kw_only=True):
+    """The result of `tidegate bench cost`: the error of the file that was written, on steps that it was not fitted to."""
+
+    date: str
+    commit: str
+    device: str
+    engine: str = "tidegate"
+    model: str
+    precision: str
+    steps: int
+    held_out: int
+    error: float  # median relative error on held-out steps
+    error_p90: float
+    seconds: float
+    file: str
+    command: str
+
+
+Line = OfflineLine | KernelLine | CompileLine | PlanLine | CostLine
 
 
 def check_record(record: Path | None) -> None:

@@ -11,6 +11,7 @@ from engine.config import BatchingConfig, CacheConfig, EngineConfig, FakeConfig,
 from engine.core import RUNNERS, Core, build_core
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.fake import build_fake, expected_tokens
+from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.plan import BuiltRunner
 from engine.request import FinishReason, SamplingParams, TokenEvent
@@ -50,6 +51,21 @@ def test_a_request_runs_to_its_end(overlap):
     assert tokens_of(events) == expected_tokens(unpack_tokens(submit.prompt), 6, submit.params, 0, LIMITS)
     assert [event.finish for event in events] == [None] * 5 + [FinishReason.LENGTH]
     assert core.step() == []
+
+
+def test_arrivals_deadlines_and_the_controller_go_by_the_clock_of_the_core():
+    time = SimulatedTime(1000.0)
+    device = SimulatedDevice(FakeConfig(step_ms=100.0), clock=time.clock, sleep=time.sleep)
+    config = make_config(scheduler=SchedulerConfig(max_num_seqs=1), batching=BatchingConfig(policy="aimd"))
+    core = Core(build_fake(config, LIMITS, make_device=lambda *_: device), clock=time.clock)
+    core.submit(make_submit("a", max_tokens=3))
+    time.now += 5.0
+    core.submit(make_submit("b", max_tokens=3))
+    events = drain(core)
+    assert events["a"][0].queue_s == pytest.approx(5.0)
+    assert events["b"][0].queue_s == pytest.approx(0.3)
+    assert time.now == pytest.approx(1005.6)
+    assert core.stats().device_seconds == pytest.approx(0.6)
 
 
 def test_with_overlap_the_next_step_is_submitted_before_a_result_is_read():

@@ -1,11 +1,15 @@
 """Tests of FakeRunner: the tokens that it generates, the errors that it finds in plans, and its simulated times."""
 
+import math
+import statistics
+from functools import partial
+
 import pytest
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits
 from engine.errors import ConfigError, InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
-from engine.fake_device import SimulatedTime
+from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan
 from engine.request import SamplingParams
 from engine.scheduler.cost_file import CostKey, cost_key, save_costs
@@ -122,7 +126,8 @@ def test_logprobs_have_the_requested_shape():
 def test_steps_run_one_after_the_other_on_the_simulated_device():
     """`submit` takes no time, and `result` waits until its step and all earlier steps have ended."""
     time = SimulatedTime(100.0)
-    runner = make_runner(verify=False, simulated=FakeConfig(step_ms=20.0, token_us=1000.0), clock=time.clock, sleep=time.sleep)
+    device = SimulatedDevice(FakeConfig(step_ms=20.0, token_us=1000.0), clock=time.clock, sleep=time.sleep)
+    runner = make_runner(verify=False, device=device)
     first = runner.submit(make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])]))
     second = runner.submit(make_plan(2, [(0, 5, 1)], num_decodes=1, samples=[0]))
     assert time.now == 100.0
@@ -135,7 +140,7 @@ def test_steps_run_one_after_the_other_on_the_simulated_device():
 
 def test_by_default_steps_take_real_time_and_none_without_durations(monkeypatch):
     slept = []
-    monkeypatch.setattr("engine.fake.time.sleep", slept.append)
+    monkeypatch.setattr("engine.fake_device.time.sleep", slept.append)
     plan = make_plan(1, [(0, 0, 5)], samples=[0], admitted=[row(0, [1] * 5, [0, 1])])
     assert make_runner().submit(plan).result().device_seconds == 0
     assert slept == []
@@ -147,7 +152,7 @@ def test_a_cost_file_says_how_long_the_steps_of_a_simulated_device_take(tmp_path
     save_costs(tmp_path / "costs.json", CostKey("some GPU", "some model", "bfloat16"), "a test", table)
     time = SimulatedTime()
     config = EngineConfig(model="none", runner="fake", fake=FakeConfig(cost_file=str(tmp_path / "costs.json")))
-    built = build_fake(config, LIMITS, clock=time.clock, sleep=time.sleep)
+    built = build_fake(config, LIMITS, make_device=partial(SimulatedDevice, clock=time.clock, sleep=time.sleep))
     assert built.device == "fake some GPU"
     assert cost_key(built.config, built.device) == ("some GPU", "some model", "bfloat16")
     plan = make_plan(1, [(0, 0, tokens)], samples=[0], admitted=[row(0, [1] * tokens, [0])], num_decodes=decodes)
@@ -155,6 +160,25 @@ def test_a_cost_file_says_how_long_the_steps_of_a_simulated_device_take(tmp_path
     expected = table.predict(StepShape.of(plan))
     assert expected > 0.004
     assert (result.device_seconds, time.now) == (expected, expected)
+
+
+def test_a_device_is_idle_between_steps_and_its_steps_vary_with_the_seed():
+    plan = make_plan(1, [(0, 0, 5)], samples=[0])
+
+    def run(**options) -> tuple[list[float], float]:
+        time = SimulatedTime()
+        device = SimulatedDevice(FakeConfig(step_ms=20.0), clock=time.clock, sleep=time.sleep, **options)
+        runner = make_runner(verify=False, device=device, only_token=7)
+        results = [runner.submit(plan).result() for _ in range(400)]
+        assert {tuple(result.tokens) for result in results} == {(7,)}
+        return [result.device_seconds for result in results], time.now
+
+    assert run(between=0.001) == ([0.02] * 400, pytest.approx(400 * 0.021))
+    noisy, _ = run(noise=0.1, seed=1)
+    assert noisy == run(noise=0.1, seed=1)[0] != run(noise=0.1, seed=2)[0]
+    logs = [math.log(seconds / 0.02) for seconds in noisy]
+    assert statistics.mean(logs) == pytest.approx(0.0, abs=0.02)
+    assert statistics.stdev(logs) == pytest.approx(0.1, rel=0.15)
 
 
 def test_a_cost_file_that_is_missing_is_named():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -191,6 +192,32 @@ def test_bench_offline_without_a_model_takes_that_of_the_settings(measured, monk
 def test_bench_kernels_takes_names(measured):
     CliRunner().invoke(cli.app, ["bench", "kernels", "--kernel", "linear", "--kernel", "gated"])
     assert measured == [(["linear", "gated"], {"record": None})]
+
+
+def test_bench_plan_takes_several_cost_files(measured, tmp_path):
+    words = (
+        "--costs a --costs b --rate 50 --shape rag --ttft-ms 900 --gap-ms 40 --share 0.95 --prefix 7 --seconds 9 --kv-tokens 5"
+    )
+    done = CliRunner().invoke(cli.app, ["bench", "plan", *words.split(), "--record", str(tmp_path / "x")])
+    assert done.exit_code == 0, done.output
+    given = {"rate": 50, "shape": "rag", "ttft_ms": 900, "gap_ms": 40, "share": 0.95, "prefix": 7, "seconds": 9, "kv_tokens": [5]}
+    assert measured == [([Path("a"), Path("b")], {**given, "record": tmp_path / "x"})]
+
+
+def test_bench_plan_has_the_targets_of_the_class_interactive(measured):
+    CliRunner().invoke(cli.app, ["bench", "plan", "--costs", "a", "--rate", "5"])
+    _, options = measured[0]
+    assert (options["ttft_ms"], options["gap_ms"], options["share"], options["kv_tokens"]) == (500, 50, 0.99, ())
+
+
+def test_bench_cost_takes_a_file_and_the_sizes_of_steps(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_keep_kernels", lambda: None)
+    words = ["--model", "m", "--max-num-seqs", "8", "--max-step-tokens", "64", "--rounds", "3", "--out", "costs.json"]
+    done = CliRunner().invoke(cli.app, ["bench", "cost", *words, "--record", str(tmp_path / "x")])
+    assert done.exit_code == 0, done.output
+    settings, options = measured[0]
+    assert (settings.model, settings.max_num_seqs, settings.max_step_tokens) == ("m", 8, 64)
+    assert options == {"out": Path("costs.json"), "rounds": 3, "record": tmp_path / "x"}
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused_with_one_message():

@@ -7,6 +7,7 @@ import pytest
 from engine.errors import Overloaded, RequestTimeout
 from engine.request import Status
 from engine.scheduler.cost_table import CostTable
+from engine.scheduler.forecast import FIRST_SPREAD, SURE
 from engine.scheduler.limits import StepLimits
 from engine.scheduler.step_cost import StepCost
 from tests.unit.engine.scheduler.rig import Rig, make_request
@@ -87,9 +88,9 @@ def test_a_full_batch_is_waited_for():
 
 def test_a_promised_class_is_refused_when_its_first_token_would_be_late():
     rig = make_rig()
-    rig.add("before", 450, slo="interactive")
-    accepted = rig.add("in time", 40, slo="interactive", promised=True)
-    with pytest.raises(Overloaded, match=r"expected after 0\.5\d s.* interactive promises it within 0\.5 s") as refusal:
+    rig.add("before", 350, slo="interactive")
+    accepted = rig.add("in time", 30, slo="interactive", promised=True)
+    with pytest.raises(Overloaded, match=r"may come only after 0\.5\d s.* interactive promises it within 0\.5 s") as refusal:
         rig.add("late", 30, slo="interactive", promised=True)
     assert refusal.value.param == "slo_class"
     assert accepted.status is Status.WAITING
@@ -102,7 +103,30 @@ def test_a_refusal_says_when_to_try_again():
     rig.add("long", 5000, slo="interactive")
     with pytest.raises(Overloaded) as refusal:
         rig.add("late", 100, slo="interactive", promised=True)
-    assert refusal.value.retry_after == math.ceil(5.0 + 0.1 - 0.5)
+    # It is accepted once the delay by others, with its margin, is as long as the promise without the prompt's own time.
+    assert refusal.value.retry_after == math.ceil(5.0 - (0.5 - 0.1) / math.exp(SURE * FIRST_SPREAD))
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.4])
+def test_the_margin_follows_how_much_first_tokens_deviate_from_predictions(deviation):
+    forecast = make_rig().scheduler.forecast
+    for i in range(400):
+        request = make_request(f"r{i}", num_prompt=5, slo="interactive")
+        request.expected_at = request.arrival + 0.3
+        forecast.began(request, request.arrival + 0.3 * math.exp(deviation if i % 2 else -deviation))
+    found = forecast.expected(make_request("new", num_prompt=100), LIMITS)
+    assert found.margin == pytest.approx(math.exp(SURE * deviation), rel=0.05)
+    assert found.late == pytest.approx(found.alone + (found.seconds - found.alone) * found.margin)
+
+
+def test_short_waits_that_are_off_by_a_step_do_not_count_as_deviation():
+    forecast = make_rig().scheduler.forecast
+    before = forecast.expected(make_request("new", num_prompt=100), LIMITS).margin
+    for i in range(100):
+        request = make_request(f"r{i}", num_prompt=5, slo="interactive")
+        request.expected_at = request.arrival + 0.01
+        forecast.began(request, request.arrival + (0.02 if i % 2 else 0.005))
+    assert forecast.expected(make_request("new", num_prompt=100), LIMITS).margin == before
 
 
 @pytest.mark.parametrize("fields", [{}, {"promised": True, "resumed": True}, {"promised": True, "slo": "batch"}])

@@ -3,6 +3,7 @@
 import pytest
 
 from engine.scheduler.changes import LimitChanges
+from engine.scheduler.chunks import FEWEST_SEQS, FEWEST_TOKENS, ROOM
 from engine.scheduler.limits import Load, StepLimits, StepShape
 from engine.scheduler.model_policy import HEADROOM, ModelPolicy
 from engine.scheduler.step_cost import StepCost, pairs
@@ -81,15 +82,23 @@ def test_sequences_leave_a_part_of_the_step_to_prompts():
     assert Rig().limits().seqs == 256
 
 
-def test_where_no_step_keeps_the_target_steps_take_four_times_as_long_as_the_smallest():
-    """The smallest steps would not keep the target either, and prompts would wait many times longer."""
+def test_where_small_steps_take_most_of_the_target_steps_take_three_times_as_long():
+    """The smallest steps would hardly keep the target, and prompts would wait many times longer."""
     rig = Rig()
     limits = rig.limits(itl=0.001, decodes=4, kv_tokens=2000)
     smallest = rig.cost.predict(StepShape(4, 2000, 16, 0))
     prompt_tokens = limits.tokens - 4
-    assert 3 < rig.cost.predict(StepShape(4, 2000, prompt_tokens, pairs(prompt_tokens, 0))) / smallest <= 4
+    assert 2.2 < rig.cost.predict(StepShape(4, 2000, prompt_tokens, pairs(prompt_tokens, 0))) / smallest <= 3
     assert limits.seqs == 256
     assert Rig(StepLimits(64, 2, 64)).limits(itl=0.001, decodes=2).seqs == 2
+
+
+def test_a_target_that_leaves_room_beside_the_smallest_step_is_kept_however_many_wait():
+    rig = Rig()
+    smallest = rig.cost.predict(StepShape(FEWEST_SEQS, FEWEST_SEQS * 700, FEWEST_TOKENS, 0))
+    itl = ROOM * smallest / HEADROOM * 1.01
+    limits = rig.limits(itl=itl, decodes=4, kv_tokens=4 * 700, waiting=1000)
+    assert rig.seconds(limits, decodes=4, kv_tokens=4 * 700) <= HEADROOM * itl
 
 
 def test_larger_spread_leaves_more_room():

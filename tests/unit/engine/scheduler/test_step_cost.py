@@ -195,3 +195,24 @@ def test_sizes_ascend_up_to_the_largest(make, largest):
     sizes = make(largest)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == largest
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_small_steps_do_not_change_what_large_ones_are_predicted_to_take(factor):
+    """A first request reads little KV. That its steps take longer than seeded says nothing about the cost of a token of KV."""
+    cost = StepCost.of_size(256, 8192, scaled(H200, factor))
+    for step in range(60):
+        shape = StepShape(1, 100 + step, 0, 0)
+        cost.observe(shape, H200.predict(shape))
+    assert cost.predict(StepShape(1, 160, 0, 0)) == pytest.approx(H200.predict(StepShape(1, 160, 0, 0)), rel=0.02)
+    large = StepShape(256, 200_000, 0, 0)
+    assert 0.9 * min(1, factor) < cost.predict(large) / H200.predict(large) < 1.1 * max(1, factor)
+
+
+def test_the_cost_of_kv_is_learnt_although_it_was_seeded_ten_times_too_small():
+    cost = StepCost.of_size(256, 8192, H200._replace(kv_token_seconds=H200.kv_token_seconds / 10))
+    for step in range(1500):
+        shape = StepShape(64, 20_000 + 10 * (step * 37 % 1500), 0, 0)
+        cost.observe(shape, H200.predict(shape))
+    for shape in (StepShape(64, 20_000, 0, 0), StepShape(64, 40_000, 0, 0)):
+        assert cost.predict(shape) == pytest.approx(H200.predict(shape), rel=0.05)
