@@ -1,6 +1,6 @@
 """Studies the policies of the batch in simulation, on the step costs of an H200 with llama-8b (docs/batching.md).
 
-    python -m loadtest.simulated [--part rates|steps|flood|long|check ...] [--seconds 60] [--costs FILE] [--record FILE]
+    python -m loadtest.simulated [--part rates|steps|flood|long|wrong|check ...] [--seconds 60] [--costs FILE] [--record FILE]
 
 Each result is a table row and a JSON line. A part takes about a minute of CPU time.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import msgspec
 
 from engine.config import BatchingPolicy
+from engine.scheduler.cost_file import load_costs, save_costs
+from engine.scheduler.cost_table import CostTable
 from server.bench import lines
 from server.bench.loads import SHAPES, Arrival, Client, merge, poisson, random_tokens, steps
 from server.bench.outcomes import outcome, percentile, phase
@@ -150,6 +153,30 @@ def gaps_between(one: Served, begin: float, end: float) -> list[float]:
     return [gap for gap, at in zip(one.gaps, times, strict=True) if begin < at <= end]
 
 
+def wrong(base: Machine, seconds: float) -> Iterator[Row]:
+    """The controller starts from a cost file that is wrong by a factor."""
+    file = load_costs(base.costs, setting="costs")
+    load = poisson(30, seconds, CHAT, interactive(promised=True), seed=7 + 30_000)
+    for factor in (1 / 3, 0.8, 1.0, 1.25, 3.0):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "believed.json"
+            save_costs(path, file.key, f"{file.source} All seconds times {factor}.", scaled(file.table, factor))
+            run = simulate(load, base._replace(policy="model", believed=path))
+        aimd = [sample.at for sample in run.samples if sample.stats.batching == "aimd"]
+        found = summary(run, seconds)
+        names = ("sent_s", "goodput", "refused", "ttft_p99_ms", "gap_p99_ms")
+        yield {"factor": round(factor, 2), "aimd_until_s": max(aimd, default=None), **{name: found[name] for name in names}}
+
+
+def scaled(table: CostTable, factor: float) -> CostTable:
+    return table._replace(
+        decode_seconds=[seconds * factor for seconds in table.decode_seconds],
+        step_seconds=[seconds * factor for seconds in table.step_seconds],
+        kv_token_seconds=table.kv_token_seconds * factor,
+        attention_pair_seconds=table.attention_pair_seconds * factor,
+    )
+
+
 def check(base: Machine, _: float) -> Iterator[Row]:
     """The requests of the run at 30 requests/s that docs/gpu.md reports, before there was a controller."""
     load = poisson(30, 15, CHAT, seed=7 + 30_000)
@@ -160,7 +187,14 @@ def check(base: Machine, _: float) -> Iterator[Row]:
         yield {"between_ms": between * 1e3, **{name: getattr(found, name) for name in names}}
 
 
-STUDIES: dict[str, Study] = {"rates": rates, "steps": load_steps, "flood": flood, "long": long_prompt, "check": check}
+STUDIES: dict[str, Study] = {
+    "rates": rates,
+    "steps": load_steps,
+    "flood": flood,
+    "long": long_prompt,
+    "wrong": wrong,
+    "check": check,
+}
 
 
 def main() -> None:
