@@ -236,15 +236,20 @@ def cost(
 
 @bench.command()
 def plan(
-    rate: Annotated[float, typer.Option(help="Requests a second to serve.")],
+    rate: Annotated[float | None, typer.Option(help="Requests a second to serve.", show_default="the trace's own")] = None,
     costs: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Times of steps on a card; may be given several times, to compare.")
     ] = None,
     shape: Annotated[str, typer.Option(help="Lengths of prompts and outputs: chat, rag or long.")] = "chat",
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Requests instead of a shape, as lines of JSON with at (seconds), prompt and outputs."),
+    ] = None,
     ttft_ms: Annotated[float, typer.Option(help="Longest time to first token of a good request.")] = 500.0,
     gap_ms: Annotated[float, typer.Option(help="Longest gap between two tokens of a good request.")] = 50.0,
     share: Annotated[float, typer.Option(help="Share of the requests that must be good.")] = 0.99,
     prefix: Annotated[int, typer.Option(help="Tokens with which all prompts begin.")] = 0,
+    cv: Annotated[float, typer.Option(help="Variation of the time between arrivals: 1 is Poisson, more is bursts.")] = 1.0,
     seconds: Annotated[float, typer.Option(help="Simulated seconds of each rate.")] = 60.0,
     kv_tokens: Annotated[
         list[int] | None,
@@ -261,10 +266,12 @@ def plan(
         costs or (),
         rate=rate,
         shape=shape,
+        trace=trace,
         ttft_ms=ttft_ms,
         gap_ms=gap_ms,
         share=share,
         prefix=prefix,
+        cv=cv,
         seconds=seconds,
         kv_tokens=kv_tokens or (),
         record=record,

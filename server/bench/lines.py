@@ -110,7 +110,8 @@ class PlanLine(msgspec.Struct, kw_only=True):
     ttft_ms: float
     gap_ms: float
     share: float
-    prefix: int
+    prefix: int  # tokens with which all prompts begin
+    cv: float  # coefficient of variation of the time between two arrivals; 1 is Poisson
     batching: str
     cards: list[PlannedCard]
     command: str

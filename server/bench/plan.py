@@ -2,9 +2,9 @@
 
 For each cost file, the highest rate is searched that one replica keeps: first by doubling or halving, then by bisection. All
 rates have the same requests, closer together or further apart, so that a higher rate is hardly better by chance. Requests of the
-first WARM_UP seconds are not judged, since the replica is emptier then than later.
+first WARM_UP seconds are not judged, since the replica is emptier then than later. Those of a trace are judged all.
 
-A load balancer is assumed that spreads arrivals evenly, so that each of N replicas gets Poisson arrivals of 1/N of the rate.
+A load balancer is assumed that spreads arrivals evenly, so that each of N replicas gets such arrivals of 1/N of the rate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.scheduler.cost_file import CostKey, load_costs
 from engine.slo import INTERACTIVE, STANDARD, SloClass
 from server.bench import lines
 from server.bench.lines import PlanLine, PlannedCard, PlannedRate
-from server.bench.loads import Client, LoadShape, poisson, shape_of
+from server.bench.loads import Arrival, Client, LoadShape, bursts, poisson, read_trace, shape_of
 from server.bench.outcomes import Outcome, Target, outcome
 from server.bench.simulate import Machine, simulate
 
@@ -38,15 +38,24 @@ _ROW = "{:>10} {:>8} {:>10} {:>12} {:>12} {:>10} {:>8}"
 _HEAD = _ROW.format("requests/s", "good", "goodput/s", "TTFT P99 ms", "gap P99 ms", "refused", "device")
 
 
+class Load(NamedTuple):
+    """Arrivals of one rate. Those before `judged_from` are not judged, and the others take `seconds`."""
+
+    arrivals: list[Arrival]
+    judged_from: float
+    seconds: float
+
+
 class Wanted(NamedTuple):
     """The load, and what share of its requests must be good."""
 
-    rate: float
     shape: LoadShape
     target: Target
-    share: float
-    prefix: int
-    seconds: float
+    share: float = SHARE
+    prefix: int = 0
+    cv: float = 1.0
+    seconds: float = SECONDS
+    trace: Sequence[Arrival] = ()  # replaces the shape, if it is not empty
 
     @property
     def slo(self) -> SloClass:
@@ -58,6 +67,27 @@ class Wanted(NamedTuple):
         """Requests are promised their class if it asks for no shorter time to first token than the target."""
         return Client(slo=self.slo.name, promised=self.slo.ttft is not None and self.slo.ttft >= self.target.ttft)
 
+    def load(self, rate: float) -> Load:
+        if self.trace:
+            factor = rate_of(self.trace) / rate
+            arrivals = [arrival._replace(at=arrival.at * factor) for arrival in self.trace]
+            return Load(arrivals, 0.0, arrivals[-1].at)
+        seconds = max(self.seconds, FEWEST_REQUESTS / rate)
+        arrivals = bursts(rate, WARM_UP + seconds, self.shape, self.client, cv=self.cv, prefix=self.prefix)
+        return Load(arrivals, WARM_UP, seconds)
+
+    def alone(self) -> list[Arrival]:
+        """Return some of the requests, so far apart that none meets another."""
+        some = self.trace[:ALONE] or poisson(1.0, float(ALONE), self.shape, self.client, prefix=self.prefix)
+        return [each._replace(at=1000.0 * i, num_outputs=min(each.num_outputs, 8)) for i, each in enumerate(some)]
+
+
+def rate_of(trace: Sequence[Arrival]) -> float:
+    """Return the requests a second of a trace. Raises ConfigError if all arrive at once."""
+    if trace[-1].at <= 0:
+        raise ConfigError("trace has requests at 0 s only: it must last for some time, so that it has a rate", param="trace")
+    return len(trace) / trace[-1].at
+
 
 class Card(NamedTuple):
     key: CostKey
@@ -67,12 +97,14 @@ class Card(NamedTuple):
 def run(
     costs: Sequence[Path],
     *,
-    rate: float,
+    rate: float | None = None,
     shape: str = "chat",
+    trace: Path | None = None,
     ttft_ms: float,
     gap_ms: float,
     share: float = SHARE,
     prefix: int = 0,
+    cv: float = 1.0,
     seconds: float = SECONDS,
     kv_tokens: Sequence[int] = (),
     batching: BatchingPolicy = "auto",
@@ -82,16 +114,22 @@ def run(
 
     Raises ConfigError for a value that cannot be, or if no rate keeps the targets on any card.
     """
-    _check(rate=rate, ttft_ms=ttft_ms, gap_ms=gap_ms, seconds=seconds)
+    _check(ttft_ms=ttft_ms, gap_ms=gap_ms, seconds=seconds, cv=cv)
     if not 0 < share <= 1:
         raise ConfigError(f"share is {share}: it must be more than 0 and at most 1", param="share")
     if prefix < 0:
         raise ConfigError(f"prefix is {prefix}: it must be at least 0 tokens", param="prefix")
-    wanted = Wanted(rate, shape_of(shape), Target(ttft_ms / 1e3, gap_ms / 1e3), share, prefix, seconds)
+    recorded = [] if trace is None else read_trace(trace)
+    wanted = Wanted(shape_of(shape), Target(ttft_ms / 1e3, gap_ms / 1e3), share, prefix, cv, seconds, recorded)
+    if rate is None:
+        if not recorded:
+            raise ConfigError("rate is missing: name the requests a second to serve, or a trace, which has its own", param="rate")
+        rate = rate_of(recorded)
+    _check(rate=rate)
     cards = _cards(costs, kv_tokens, batching)
     lines.check_record(record)
     console = Console(stderr=True)
-    planned = [_plan(card, wanted, console) for card in cards]
+    planned = [_plan(card, rate, wanted, console) for card in cards]
     failed = [f"{card.device} ({card.model}): {card.why_not}" for card in planned if card.why_not is not None]
     if len(failed) == len(planned):
         raise ConfigError("; ".join(failed), param="ttft_ms")
@@ -100,12 +138,13 @@ def run(
     line = PlanLine(
         date=lines.today(),
         commit=lines.commit(),
-        workload=shape,
-        rate=rate,
+        workload=shape if trace is None else f"trace {trace.name}",
+        rate=round(rate, 3),
         ttft_ms=ttft_ms,
         gap_ms=gap_ms,
         share=share,
         prefix=prefix,
+        cv=cv,
         batching=batching,
         cards=planned,
         command=lines.command(),
@@ -151,7 +190,7 @@ def _cards(costs: Sequence[Path], kv_tokens: Sequence[int], batching: BatchingPo
     return [Card(key, machine) for key, machine in zip(keys, machines, strict=True)]
 
 
-def _plan(card: Card, wanted: Wanted, console: Console) -> PlannedCard:
+def _plan(card: Card, rate: float, wanted: Wanted, console: Console) -> PlannedCard:
     _say(console, f"{card.key.device}, {card.key.model}, {card.key.precision}; class {wanted.slo.name}")
     why_not, kept = _impossible(card.machine, wanted), 0.0
     rates: list[PlannedRate] = []
@@ -165,7 +204,7 @@ def _plan(card: Card, wanted: Wanted, console: Console) -> PlannedCard:
         precision=card.key.precision,
         kv_tokens=card.machine.kv_tokens,
         kept_rate=round(kept, 3),
-        replicas=math.ceil(wanted.rate / kept - 1e-9) if kept else 0,
+        replicas=math.ceil(rate / kept - 1e-9) if kept else 0,
         why_not=why_not,
         rates=sorted(rates, key=lambda each: each.rate),
     )
@@ -173,9 +212,7 @@ def _plan(card: Card, wanted: Wanted, console: Console) -> PlannedCard:
 
 def _impossible(machine: Machine, wanted: Wanted) -> str | None:
     """Say why an idle replica does not keep the targets. None if it does."""
-    drawn = poisson(1.0, float(ALONE), wanted.shape, prefix=wanted.prefix)
-    alone = [arrival._replace(at=1000.0 * index, num_outputs=min(arrival.num_outputs, 8)) for index, arrival in enumerate(drawn)]
-    run = simulate(alone, machine._replace(noise=0.0))
+    run = simulate(wanted.alone(), machine._replace(noise=0.0))
     found = outcome(run.served, 1.0, wanted.target)
     if found.good >= wanted.share * found.sent:
         return None
@@ -215,10 +252,9 @@ def highest_rate(machine: Machine, wanted: Wanted, console: Console) -> tuple[fl
 
 
 def _try(machine: Machine, wanted: Wanted, rate: float) -> PlannedRate:
-    seconds = max(wanted.seconds, FEWEST_REQUESTS / rate)
-    load = poisson(rate, WARM_UP + seconds, wanted.shape, wanted.client, prefix=wanted.prefix)
-    run = simulate(load, machine, until=WARM_UP + seconds + DRAIN)
-    found: Outcome = outcome([one for one in run.served if one.arrival.at >= WARM_UP], seconds, wanted.target)
+    load = wanted.load(rate)
+    run = simulate(load.arrivals, machine, until=load.judged_from + load.seconds + DRAIN)
+    found: Outcome = outcome([one for one in run.served if one.arrival.at >= load.judged_from], load.seconds, wanted.target)
     return PlannedRate(
         rate=round(rate, 3),
         good_share=round(found.good / found.sent, 4) if found.sent else 0.0,

@@ -195,13 +195,15 @@ def test_bench_kernels_takes_names(measured):
 
 
 def test_bench_plan_takes_several_cost_files(measured, tmp_path):
-    words = (
-        "--costs a --costs b --rate 50 --shape rag --ttft-ms 900 --gap-ms 40 --share 0.95 --prefix 7 --seconds 9 --kv-tokens 5"
+    words = "--costs a --costs b --rate 50 --shape rag --ttft-ms 900 --gap-ms 40 --share 0.95 --prefix 7 --seconds 9"
+    done = CliRunner().invoke(
+        cli.app,
+        ["bench", "plan", *words.split(), "--kv-tokens", "5", "--trace", "t", "--cv", "2", "--record", str(tmp_path / "x")],
     )
-    done = CliRunner().invoke(cli.app, ["bench", "plan", *words.split(), "--record", str(tmp_path / "x")])
     assert done.exit_code == 0, done.output
     given = {"rate": 50, "shape": "rag", "ttft_ms": 900, "gap_ms": 40, "share": 0.95, "prefix": 7, "seconds": 9, "kv_tokens": [5]}
-    assert measured == [([Path("a"), Path("b")], {**given, "record": tmp_path / "x"})]
+    given |= {"trace": Path("t"), "cv": 2, "record": tmp_path / "x"}
+    assert measured == [([Path("a"), Path("b")], given)]
 
 
 def test_bench_plan_has_the_targets_of_the_class_interactive(measured):

@@ -76,6 +76,9 @@ def test_a_card_that_cannot_keep_the_targets_is_named_beside_one_that_can(tmp_pa
         ({"seconds": 0.0}, r"seconds is 0\.0"),
         ({"share": 1.5}, r"share is 1\.5: it must be more than 0 and at most 1"),
         ({"prefix": -1}, "prefix is -1"),
+        ({"rate": None}, "rate is missing: name the requests a second"),
+        ({"cv": 0.0}, r"cv is 0\.0"),
+        ({"trace": Path("none.jsonl")}, r"trace is 'none\.jsonl', which cannot be read"),
         ({"shape": "talk"}, "shape is 'talk': it must be one of chat, rag, long"),
         ({"kv_tokens": [1, 2]}, "kv_tokens is given 2 times for 1 cost files"),
         ({"kv_tokens": [0]}, "kv_tokens is 0"),
@@ -99,12 +102,39 @@ def test_cost_files_that_cannot_be_used_are_named(tmp_path):
     [(Target(0.5, 0.05), "interactive", True), (Target(2.0, 0.05), "interactive", False), (Target(2.0, 0.2), "standard", True)],
 )
 def test_requests_have_the_class_that_keeps_the_targets(target, slo, promised):
-    client = plan.Wanted(1.0, SHAPES["chat"], target, 0.99, 0, 10.0).client
+    client = plan.Wanted(SHAPES["chat"], target).client
     assert (client.slo, client.promised) == (slo, promised)
 
 
 def test_a_card_whose_cache_holds_little_keeps_less(tmp_path):
-    wanted = plan.Wanted(1.0, SHAPES["chat"], Target(4.0, 0.3), 0.99, 0, 15.0)
+    wanted = plan.Wanted(SHAPES["chat"], Target(4.0, 0.3), seconds=15.0)
     machine = Machine(scaled(tmp_path, 6))
     kept = [plan.highest_rate(each, wanted, plan.Console(quiet=True))[0] for each in (machine, machine._replace(kv_tokens=9000))]
     assert kept[1] < kept[0] / 1.5
+
+
+def test_bursts_leave_less_of_the_rate(tmp_path):
+    machine = Machine(scaled(tmp_path, 6))
+    shape = SHAPES["chat"]._replace(
+        prompt=SHAPES["chat"].prompt._replace(high=400), outputs=SHAPES["chat"].outputs._replace(high=20)
+    )
+    even, uneven = (plan.Wanted(shape, Target(1.0, 0.3), cv=cv, seconds=15.0) for cv in (1.0, 4.0))
+    kept = [plan.highest_rate(machine, wanted, plan.Console(quiet=True))[0] for wanted in (even, uneven)]
+    assert kept[1] < kept[0] / 1.3
+
+
+def test_a_trace_is_planned_at_its_own_rate_and_with_its_lengths(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(f'{{"at": {i / 5}, "prompt": 300, "outputs": 10}}\n' for i in range(1, 101)))
+    line = plan.run([scaled(tmp_path, 6)], trace=trace, **SLOW)
+    assert (line.rate, line.workload) == (5.0, "trace trace.jsonl")
+    assert line.cards[0].kept_rate > 5
+    assert line.cards[0].replicas == 1
+    assert "For 5 requests/s of trace trace.jsonl, 99% within" in capsys.readouterr().err
+
+
+def test_a_trace_at_one_moment_has_no_rate(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"at": 0, "prompt": 300, "outputs": 10}\n')
+    with pytest.raises(ConfigError, match="trace has requests at 0 s only"):
+        plan.run([scaled(tmp_path, 6)], trace=trace, **SLOW)
