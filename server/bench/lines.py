@@ -75,7 +75,7 @@ class CompileLine(msgspec.Struct, kw_only=True):
 
 
 class PlannedRate(msgspec.Struct, kw_only=True):
-    """What one simulated replica makes of a rate. A latency is null if no request was served."""
+    """What one simulated replica makes of a rate. A latency is null if no request had a first token."""
 
     rate: float
     good_share: float  # of all requests, refused ones included

@@ -18,18 +18,18 @@ from rich.console import Console
 
 from engine.config import BatchingPolicy
 from engine.errors import ConfigError
+from engine.request import FinishReason
 from engine.scheduler.cost_file import CostKey, load_costs
 from engine.slo import INTERACTIVE, STANDARD, SloClass
 from server.bench import lines
 from server.bench.lines import PlanLine, PlannedCard, PlannedRate
 from server.bench.loads import Arrival, Client, LoadShape, bursts, poisson, read_trace, shape_of
-from server.bench.outcomes import Outcome, Target, outcome
+from server.bench.outcomes import Target, outcome, percentile
 from server.bench.simulate import Machine, simulate
 
 SHARE = 0.99
 SECONDS = 60.0
 WARM_UP = 20.0
-DRAIN = 120.0  # seconds after the last arrival in which a good request has ended
 FEWEST_REQUESTS = 200  # a lower rate is simulated for longer
 FIRST_RATE, LOWEST_RATE, HIGHEST_RATE = 8.0, 1 / 64, 4096.0
 PRECISION = 1.03  # ratio of a rate that fails to the rate that is reported
@@ -72,7 +72,8 @@ class Wanted(NamedTuple):
             factor = rate_of(self.trace) / rate
             arrivals = [arrival._replace(at=arrival.at * factor) for arrival in self.trace]
             return Load(arrivals, 0.0, arrivals[-1].at)
-        seconds = max(self.seconds, FEWEST_REQUESTS / rate)
+        # A queue that grows since the rate is PRECISION times too high must exceed the target meanwhile.
+        seconds = max(self.seconds, FEWEST_REQUESTS / rate, self.target.ttft / (PRECISION - 1))
         arrivals = bursts(rate, WARM_UP + seconds, self.shape, self.client, cv=self.cv, prefix=self.prefix)
         return Load(arrivals, WARM_UP, seconds)
 
@@ -253,15 +254,18 @@ def highest_rate(machine: Machine, wanted: Wanted, console: Console) -> tuple[fl
 
 def _try(machine: Machine, wanted: Wanted, rate: float) -> PlannedRate:
     load = wanted.load(rate)
-    run = simulate(load.arrivals, machine, until=load.judged_from + load.seconds + DRAIN)
-    found: Outcome = outcome([one for one in run.served if one.arrival.at >= load.judged_from], load.seconds, wanted.target)
+    # By then the first token of every good request has come. Those that still run are judged by their tokens so far.
+    run = simulate(load.arrivals, machine, until=load.judged_from + load.seconds + wanted.target.ttft)
+    judged = [one for one in run.served if one.arrival.at >= load.judged_from]
+    begun = [one for one in judged if one.first is not None]
+    good = sum(one.in_time(*wanted.target) and one.finish is not FinishReason.ABORT for one in begun)
     return PlannedRate(
         rate=round(rate, 3),
-        good_share=round(found.good / found.sent, 4) if found.sent else 0.0,
-        goodput=found.goodput,
-        ttft_p99_ms=found.ttft_ms.get("p99"),
-        gap_p99_ms=found.gap_ms.get("p99"),
-        refused=found.refused,
+        good_share=round(good / len(judged), 4) if judged else 0.0,
+        goodput=round(good / load.seconds, 2),
+        ttft_p99_ms=round(1e3 * percentile((one.ttft for one in begun), 99), 1) if begun else None,
+        gap_p99_ms=round(1e3 * percentile((one.longest_gap for one in begun), 99), 1) if begun else None,
+        refused=sum(one.refused is not None for one in judged),
         busy=round(run.busy, 3),
     )
 

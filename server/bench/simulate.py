@@ -99,7 +99,11 @@ class Served:
         return sum(self.gaps) / len(self.gaps) if self.gaps else 0.0
 
     def good(self, ttft: float, gap: float) -> bool:
-        return self.ok and self.ttft <= ttft and self.longest_gap <= gap
+        return self.ok and self.in_time(ttft, gap)
+
+    def in_time(self, ttft: float, gap: float) -> bool:
+        """Return whether the first token and all later ones so far came in time. The request need not have ended."""
+        return self.first is not None and self.ttft <= ttft and self.longest_gap <= gap
 
 
 class SimulatedStep(NamedTuple):

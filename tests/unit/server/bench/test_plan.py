@@ -19,7 +19,7 @@ SLOW = {"ttft_ms": 4000.0, "gap_ms": 300.0, "seconds": 15.0}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    for name, value in (("WARM_UP", 5.0), ("DRAIN", 60.0), ("FEWEST_REQUESTS", 40), ("PRECISION", 1.1), ("ALONE", 100)):
+    for name, value in (("WARM_UP", 5.0), ("FEWEST_REQUESTS", 40), ("PRECISION", 1.1), ("ALONE", 50)):
         monkeypatch.setattr(plan, name, value)
 
 

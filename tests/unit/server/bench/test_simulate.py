@@ -64,6 +64,16 @@ def test_a_request_whose_deadline_passes_is_ended_and_is_not_good(machine):
     assert (found.sent, found.ok, found.unfinished, found.good) == (2, 1, 1, 1)
 
 
+def test_a_simulation_may_end_before_its_requests(machine):
+    run = simulate([Arrival(0.0, tokens(10), 100), Arrival(5.0, tokens(10), 3)], machine, until=0.5)
+    (one,) = run.served
+    assert (one.finish, len(one.gaps)) == (None, pytest.approx(48, abs=2))
+    assert one.in_time(0.03, 0.02)
+    assert not one.in_time(0.01, 0.02)
+    assert not one.good(0.03, 0.02)
+    assert outcome(run.served, 1.0).unfinished == 1
+
+
 def test_shared_prefixes_are_not_computed_again(machine):
     prompt = tokens(200)
     run = simulate([Arrival(0.0, prompt, 2), Arrival(1.0, prompt, 2)], machine)
