@@ -24,7 +24,7 @@ from engine.scheduler.cost_table import CostTable
 from server.bench import lines
 from server.bench.loads import SHAPES, Arrival, Client, merge, poisson, random_tokens, steps
 from server.bench.outcomes import outcome, percentile, phase
-from server.bench.simulate import Machine, Run, Served, simulate
+from server.bench.simulate import Machine, Run, Served, limits_over_time, simulate
 
 COSTS = Path(__file__).parent / "costs" / "h200-llama-8b-bf16.json"
 RATES = (20, 30, 36, 40, 80)
@@ -91,6 +91,7 @@ def load_steps(base: Machine, seconds: float) -> Iterator[Row]:
                 **found,
                 "changes_s_steady": round(steady, 2),
                 "goodput": goodput,
+                "limits": [entry for entry in limits_over_time(run) if begin <= entry["at"] < end],
             }
 
 

@@ -243,7 +243,7 @@ def plan(
     shape: Annotated[str, typer.Option(help="Lengths of prompts and outputs: chat, rag or long.")] = "chat",
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Requests instead of a shape, as lines of JSON with at (seconds), prompt and outputs."),
+        typer.Option(metavar="FILE", help="Requests instead of a shape: a trace as `python -m loadtest run` takes it."),
     ] = None,
     ttft_ms: Annotated[float, typer.Option(help="Longest time to first token of a good request.")] = 500.0,
     gap_ms: Annotated[float, typer.Option(help="Longest gap between two tokens of a good request.")] = 50.0,

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+import loadtest.trace
 from engine.errors import ConfigError
 from server.bench.loads import SHAPES, Client, bursts, merge, poisson, read_trace, shape_of, steps
 
@@ -46,34 +47,51 @@ def test_an_unknown_shape_is_named():
         shape_of("chatt")
 
 
-def test_a_trace_is_read(tmp_path):
+def test_a_trace_is_read_in_order_of_time(tmp_path):
     path = tmp_path / "trace.jsonl"
-    asked = {"slo": "batch", "deadline_s": 4, "tenant": "t"}
-    lines = [{"at": 0.5, "prompt": 20, "outputs": 3}, {"at": 0.5, "prompt": 7, "outputs": 1, **asked}]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    asked = {"slo_class": "batch", "deadline_s": 4, "tenant": "t"}
+    lines = [{"at": 0.5, "prompt_tokens": 20, "output_tokens": 3}, {"at": 0.25, "prompt_tokens": 7, "output_tokens": 1, **asked}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     first, second = read_trace(path)
-    assert (first.at, len(first.prompt), first.num_outputs, first.client) == (0.5, 20, 3, Client())
-    assert (len(second.prompt), second.client) == (7, Client("t", "batch", promised=True, deadline_s=4.0))
+    assert (first.at, len(first.prompt), first.num_outputs) == (0.25, 7, 1)
+    assert first.client == Client("t", "batch", promised=True, deadline_s=4.0)
+    assert (second.at, len(second.prompt), second.num_outputs, second.client) == (0.5, 20, 3, Client())
+
+
+def test_the_load_test_and_a_simulation_take_the_same_trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"at": 1.5, "prompt_tokens": 20, "output_tokens": 3, "slo_class": "interactive"}\n')
+    (sent,) = loadtest.trace.read_trace(path)
+    (simulated,) = read_trace(path)
+    assert (sent.at, sent.prompt_tokens, sent.output_tokens, sent.slo_class) == (1.5, 20, 3, "interactive")
+    assert (simulated.at, len(simulated.prompt), simulated.num_outputs, simulated.client.slo) == (1.5, 20, 3, "interactive")
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("changes", "message"),
     [
-        ('{"at": 1, "prompt": 5', "line 2: Input data was truncated"),
-        ('{"at": 0.1, "prompt": 5, "outputs": 2}', r"line 2: at is 0\.1, and must be at least 0\.5"),
-        ('{"at": 1, "prompt": 0, "outputs": 2}', "line 2: prompt is 0: it must be at least 1"),
-        ('{"at": 1, "prompt": 5, "outputs": -2}', "line 2: outputs is -2: it must be at least 1"),
-        ('{"at": 1, "prompt": 5, "outputs": 2, "slo": "fast"}', "line 2: Invalid enum value 'fast'"),
-        ('{"at": 1, "prompt": 5, "outputs": 2, "deadline_s": 0}', r"line 2: deadline_s is 0\.0"),
-        ('{"at": 1, "prompts": 5, "outputs": 2}', "line 2: Object contains unknown field `prompts`"),
+        ({"at": -1}, r"line 2: Expected `float` >= 0\.0 - at `\$\.at`; a line is a JSON object with at, prompt_tokens"),
+        ({"prompt_tokens": 0}, r"line 2: Expected `int` >= 1 - at `\$\.prompt_tokens`"),
+        ({"output_tokens": "3"}, r"line 2: Expected `int`, got `str` - at `\$\.output_tokens`"),
+        ({"slo_class": "fast"}, "line 2: Invalid enum value 'fast'"),
+        ({"deadline_s": 0}, r"line 2: Expected `float` > 0\.0 - at `\$\.deadline_s`"),
+        ({"outputs": 2}, "line 2: Object contains unknown field `outputs`"),
     ],
 )
-def test_a_wrong_trace_is_named_by_line_and_key(tmp_path, line, message):
+def test_a_wrong_trace_is_named_by_line_and_key(tmp_path, changes, message):
+    right = {"at": 0.5, "prompt_tokens": 20, "output_tokens": 3}
     path = tmp_path / "trace.jsonl"
-    path.write_text('{"at": 0.5, "prompt": 20, "outputs": 3}\n' + line + "\n")
+    path.write_text(json.dumps(right) + "\n" + json.dumps(right | changes) + "\n")
     with pytest.raises(ConfigError, match=message) as caught:
         read_trace(path)
     assert caught.value.param == "trace"
+
+
+def test_a_torn_trace_is_named(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"at": 1, "prompt_tokens": 5')
+    with pytest.raises(ConfigError, match="line 1: Input data was truncated"):
+        read_trace(path)
 
 
 def test_a_trace_that_is_missing_or_empty_is_named(tmp_path):

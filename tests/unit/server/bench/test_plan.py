@@ -125,7 +125,7 @@ def test_bursts_leave_less_of_the_rate(tmp_path):
 
 def test_a_trace_is_planned_at_its_own_rate_and_with_its_lengths(tmp_path, capsys):
     trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(f'{{"at": {i / 5}, "prompt": 300, "outputs": 10}}\n' for i in range(1, 101)))
+    trace.write_text("".join(f'{{"at": {i / 5}, "prompt_tokens": 300, "output_tokens": 10}}\n' for i in range(1, 101)))
     line = plan.run([scaled(tmp_path, 6)], trace=trace, **SLOW)
     assert (line.rate, line.workload) == (5.0, "trace trace.jsonl")
     assert line.cards[0].kept_rate > 5
@@ -135,6 +135,6 @@ def test_a_trace_is_planned_at_its_own_rate_and_with_its_lengths(tmp_path, capsy
 
 def test_a_trace_at_one_moment_has_no_rate(tmp_path):
     trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"at": 0, "prompt": 300, "outputs": 10}\n')
+    trace.write_text('{"at": 0, "prompt_tokens": 300, "output_tokens": 10}\n')
     with pytest.raises(ConfigError, match="trace has requests at 0 s only"):
         plan.run([scaled(tmp_path, 6)], trace=trace, **SLOW)
