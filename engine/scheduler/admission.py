@@ -1,12 +1,13 @@
 """Admission: which waiting requests may start in a step, in the policy's order.
 
-A waiting request is passed over in four cases.
+A waiting request is passed over in five cases.
 
     deferred   Another request is computing the next block of its prompt right now. The request shares that block one step later.
                A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
     blocked    The request does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
     unknown    The request was preempted, and its next token is not committed yet.
     long       The step has only so many tokens left beside a long prompt, and this request could not finish its own in them.
+    lower      It would take a place or blocks that the next step takes back, for a request of a higher class that was passed over.
 
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
@@ -52,20 +53,20 @@ class Admission:
         self._max_skips = max_skips
 
     def admissible(
-        self, in_step: list[Request], now: float, *, longest: Callable[[], int | None] = lambda: None
+        self, in_step: list[Request], now: float, seqs: int, *, longest: Callable[[], int | None] = lambda: None
     ) -> Iterator[tuple[Request, list[BlockCopy]]]:
         """Yield each waiting request that can start now, after giving it its blocks, with the copies that its blocks need.
 
-        `in_step` are the requests whose prompt chunks are already in this step. The caller must admit each yielded request
-        before it continues the iteration. Requests with more uncomputed tokens than `longest` returns are passed over; None
-        means any length.
+        `in_step` are the requests whose prompt chunks are already in this step, and `seqs` is the largest number of requests that
+        may run. The caller must admit each yielded request before it continues the iteration. Requests with more uncomputed
+        tokens than `longest` returns are passed over; None means any length.
         """
         in_step = list(in_step)
         computing = {self._cache.next_digest(request): request for request in self._running.prompts + in_step}
         blocked: list[Request] = []
-        num_deferred = 0
+        deferred: list[Request] = []
         for request in self._policy.order(self._queue.lanes, now):
-            if len(blocked) == MAX_BLOCKED or num_deferred == MAX_DEFERRED:
+            if len(blocked) == MAX_BLOCKED or len(deferred) == MAX_DEFERRED:
                 return
             if any(other.skips >= self._max_skips for other in blocked):
                 return
@@ -73,11 +74,14 @@ class Admission:
                 continue
             leader = self._leader(request)
             if self._awaits_leader(request, leader, in_step) or self._awaits_prefix(request, leader, computing):
-                num_deferred += 1
+                deferred.append(request)
                 continue
             most = longest()
             if most is not None and self._uncomputed(request, leader) > most:
-                num_deferred += 1
+                deferred.append(request)
+                continue
+            if self._is_in_the_way(request, deferred, seqs):
+                deferred.append(request)
                 continue
             copies = self._reserve(request, leader)
             if copies is None:
@@ -114,6 +118,14 @@ class Admission:
         else:
             request.stalled += 1
         return request.stalled <= MAX_STALLED
+
+    def _is_in_the_way(self, request: Request, deferred: list[Request], seqs: int) -> bool:
+        """Return whether `request` would have to give up its place or blocks at once for `deferred` requests of higher classes."""
+        higher = [other for other in deferred if other.slo.rank < request.rank[0]]
+        if not higher:
+            return False
+        blocks = sum(self._cache.blocks_for(len(other.tokens)) for other in [*higher, request]) + self._cache.num_blocks // 100
+        return len(higher) >= self._running.num_places(seqs) or blocks > self._cache.num_free
 
     def _may_match(self, request: Request) -> bool:
         """Return whether `request` may use cached blocks. A prompt with log-probabilities requested is computed completely."""

@@ -50,7 +50,7 @@ class PromptPlanner:
                 self._add_chunk(draft, request)
         if not may_admit or draft.spare <= 0:
             return
-        for request, copies in self._admission.admissible(draft.prompts, now, longest=draft.longest):
+        for request, copies in self._admission.admissible(draft.prompts, now, limits.seqs, longest=draft.longest):
             self._admit(draft.plan, request, copies)
             if draft.first is None:
                 draft.keep_for(request, limits.chunk)
@@ -61,7 +61,7 @@ class PromptPlanner:
 
     def _add_waiting(self, draft: Draft, limits: StepLimits, now: float) -> None:
         """Admit waiting requests while there are places and tokens, and add the first chunk of each."""
-        for request, copies in self._admission.admissible(draft.prompts, now):
+        for request, copies in self._admission.admissible(draft.prompts, now, limits.seqs):
             self._admit(draft.plan, request, copies)
             self._add_chunk(draft, request)
             if not draft.left or self._running.num_places(limits.seqs) < 1:

@@ -127,6 +127,31 @@ def test_nobody_gives_up_a_place_if_that_would_not_be_enough():
     assert rig.scheduler.counts.num_preemptions == 0
 
 
+@pytest.mark.parametrize("sibling", [False, True])
+def test_nobody_takes_a_place_that_a_higher_class_takes_back_at_once(sibling):
+    rig = Rig(budget=20, rows=2, blocks=400)
+    rig.limits = StepLimits(tokens=20, seqs=2, chunk=10)
+    first = rig.add("first", 200, slo="interactive")
+    rig.step()
+    # It cannot start yet: it waits for its sibling's prompt, or is too long to be computed beside the first prompt.
+    prompt = list(first.tokens) if sibling else 200
+    second = rig.add("second", prompt, slo="interactive", fork_of="first" if sibling else None)
+    batch = rig.add("batch", 4, slo="batch")
+    while second.status is Status.WAITING:
+        rig.step()
+    assert (batch.num_outputs, rig.scheduler.counts.num_preemptions) == (0, 0)
+
+
+def test_a_request_of_a_lower_class_starts_if_there_is_a_place_for_all():
+    rig = Rig(budget=20, rows=3, blocks=400)
+    rig.limits = StepLimits(tokens=20, seqs=3, chunk=10)
+    rig.add("first", 200, slo="interactive")
+    second = rig.add("second", 200, slo="interactive")
+    batch = rig.add("batch", 4, slo="batch")
+    rig.step()
+    assert (second.status, batch.status) == (Status.WAITING, Status.RUNNING)
+
+
 def test_places_are_made_for_no_more_requests_than_a_step_can_begin():
     rig = Rig(rows=6, budget=64)
     for i in range(6):
