@@ -86,6 +86,8 @@ class Core:
     def submit(self, submit: Submit) -> None:
         """Accept a request. Raises InvalidRequest, ContextTooLong or Overloaded if it is refused; it is then not counted."""
         check_submit(submit, self._limits)
+        if not self._scheduler.has_prompts:  # the limits of a step that could only decode say nothing about a prompt
+            self._scheduler.limits = self._controller.limits(self._scheduler.load(), self._clock())
         self._scheduler.add(
             Request(
                 submit.request_id,

@@ -7,7 +7,7 @@ A waiting request is passed over in five cases.
     blocked    The request does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
     unknown    The request was preempted, and its next token is not committed yet.
     long       The step has only so many tokens left beside a long prompt, and this request could not finish its own in them.
-    lower      It would take a place or blocks that the next step takes back, for a request of a higher class that was passed over.
+    lower      A request of a higher class was passed over, and the next step would take back the place or blocks for it.
 
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
@@ -72,7 +72,7 @@ class Admission:
                 return
             if request.num_uncommitted:
                 continue
-            leader = self._leader(request)
+            leader = self.leader(request)
             if self._awaits_leader(request, leader, in_step) or self._awaits_prefix(request, leader, computing):
                 deferred.append(request)
                 continue
@@ -120,7 +120,7 @@ class Admission:
         return request.stalled <= MAX_STALLED
 
     def _is_in_the_way(self, request: Request, deferred: list[Request], seqs: int) -> bool:
-        """Return whether `request` would have to give up its place or blocks at once for `deferred` requests of higher classes."""
+        """Return whether the next step would take place or blocks of `request` for `deferred` requests of higher classes."""
         higher = [other for other in deferred if other.slo.rank < request.rank[0]]
         if not higher:
             return False
@@ -138,7 +138,7 @@ class Admission:
         cached = self._cache.match(request) * self._cache.block_size if self._may_match(request) else 0
         return len(request.tokens) - cached
 
-    def _leader(self, request: Request) -> Request | None:
+    def leader(self, request: Request) -> Request | None:
         """Return the sibling that `request` can fork: its prompt and salt are the same, and nothing must be computed again."""
         if request.fork_of is None:
             return None

@@ -9,7 +9,8 @@ become free at the rate of the running requests over the usual length of an outp
 Predictions are compared with what comes of them, and later ones are corrected by the usual ratio. A prediction is a median: if
 requests were accepted up to a prediction of their target, half of the last ones would be late in an overload. So a promised
 request is refused if the delay by others, longer by its usual deviation, would be too long. Nothing is refused while the cost of
-steps is not trusted.
+steps is not trusted, and an idle engine refuses only a prompt that alone takes too long: if it refused others, it would get no
+first token from which to correct its prediction, and would refuse them for good.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class Expected(NamedTuple):
 
 
 class Forecast:
-    """Looks at the queue and the running set, and changes neither. Times are in seconds."""
+    """Looks at the queue and the running set, and changes neither. Times are in seconds. No step has more than `max_tokens`."""
 
-    def __init__(self, cost: StepCost, queue: WaitingQueue, running: RunningSet) -> None:
+    def __init__(self, cost: StepCost, queue: WaitingQueue, running: RunningSet, max_tokens: int) -> None:
         self._cost = cost
         self._queue = queue
         self._running = running
+        self._max_tokens = max_tokens
         self._output_tokens = 0.0  # usual number of tokens of an output; 0 before the first has ended
         self._step_seconds = 0.0  # usual duration of a step
         self._correction = 0.0  # usual log(actual / predicted)
@@ -71,8 +73,11 @@ class Forecast:
             return
         expected = self.expected(request, limits)
         if request.deadline is not None:
+            _check_alone(expected.alone, request.deadline - request.arrival)
+        is_idle = not (len(self._running) or len(self._queue))
+        if request.deadline is not None and not is_idle:
             _check_deadline(expected, request.deadline - request.arrival)
-        if request.promised and request.slo.ttft is not None:
+        if request.promised and not is_idle and request.slo.ttft is not None:
             _check_class(expected, request)
         request.expected_at = request.arrival + expected.seconds
 
@@ -81,7 +86,7 @@ class Forecast:
         request.num_queued = len(request.tokens)
         own = work_of(request)
         seconds = self._seconds(self._queue.work_before(request), own, limits)
-        alone = self._cost.prompt_seconds(int(own.tokens), int(own.pairs), decodes=0, kv_tokens=0, budget=limits.tokens)
+        alone = self._cost.prompt_seconds(int(own.tokens), int(own.pairs), decodes=0, kv_tokens=0, budget=self._max_tokens)
         return Expected(max(alone, seconds), alone, self._margin)
 
     def waiting_seconds(self, limits: StepLimits) -> float:
@@ -159,13 +164,16 @@ class Forecast:
         return missing * self._output_tokens * self._step_seconds / len(self._running.decodes)
 
 
-def _check_deadline(expected: Expected, deadline: float) -> None:
-    if expected.alone > deadline:
+def _check_alone(alone: float, deadline: float) -> None:
+    if alone > deadline:
         raise RequestTimeout(
-            f"the prompt alone takes about {expected.alone:.2g} s here, and the deadline is {deadline:.2g} s: allow more time, "
+            f"the prompt alone takes about {alone:.2g} s here, and the deadline is {deadline:.2g} s: allow more time, "
             "or send a shorter prompt",
             param="deadline_ms",
         )
+
+
+def _check_deadline(expected: Expected, deadline: float) -> None:
     if expected.seconds > deadline:
         raise Overloaded(
             f"the first token is expected after {expected.seconds:.2g} s, and the deadline is {deadline:.2g} s: try again later, "

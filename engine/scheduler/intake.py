@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.config import SchedulerConfig
 from engine.errors import ContextTooLong, Overloaded
 from engine.kvcache.manager import KVCacheManager
@@ -12,14 +14,22 @@ from engine.scheduler.queue import WaitingQueue
 
 
 class Intake:
-    """Checks requests that arrive. `limits` are those of the latest step."""
+    """Checks requests that arrive. `leader` finds the sibling whose prompt a request forks. `limits` are those of a step now."""
 
-    def __init__(self, cache: KVCacheManager, queue: WaitingQueue, config: SchedulerConfig, forecast: Forecast) -> None:
+    def __init__(
+        self,
+        cache: KVCacheManager,
+        queue: WaitingQueue,
+        config: SchedulerConfig,
+        forecast: Forecast,
+        leader: Callable[[Request], Request | None],
+    ) -> None:
         self._cache = cache
         self._queue = queue
         self._max_queue = config.max_queue
         self._max_queue_tokens = config.max_queue_tokens
         self._forecast = forecast
+        self._leader = leader
 
     def check_size(self, request: Request, limits: StepLimits) -> None:
         """Raise ContextTooLong or Overloaded if the cache can never hold the request, or if the queue cannot hold it now."""
@@ -41,7 +51,9 @@ class Intake:
 
     def check_latency(self, request: Request, limits: StepLimits) -> None:
         """Raise Overloaded or RequestTimeout if the request's first token would come too late."""
-        # Only for such requests is it worth while to look at the prefix cache now: a long queue's hashes would fill the memory.
-        if (request.promised or request.deadline is not None) and request.params.prompt_logprobs is None:
+        if self._leader(request) is not None:
+            request.num_matched = len(request.tokens) - 1
+        elif (request.promised or request.deadline is not None) and request.params.prompt_logprobs is None:
+            # Only such requests are worth a look at the prefix cache now: the hashes of a long queue would fill the memory.
             request.num_matched = self._cache.match(request) * self._cache.block_size if self._cache.prefix_caching else 0
         self._forecast.check(request, limits)

@@ -72,11 +72,11 @@ class Scheduler:
         self._queue = WaitingQueue()
         self._running = RunningSet(config.scheduler.max_num_seqs)
         rows, tokens = config.scheduler.max_num_seqs, config.scheduler.max_step_tokens or config.scheduler.max_num_seqs
-        self.forecast = Forecast(cost or StepCost.of_size(rows, tokens), self._queue, self._running)
-        self._limits = StepLimits(tokens, rows, tokens)  # of the latest step
+        self.forecast = Forecast(cost or StepCost.of_size(rows, tokens), self._queue, self._running, tokens)
+        self.limits = StepLimits(tokens, rows, tokens)  # of the latest step; predictions for new requests go by them
         max_skips = config.scheduler.max_skips
         admission = Admission(self.cache, self._queue, self._running, self._requests, self._policy, max_skips)
-        self._intake = Intake(self.cache, self._queue, config.scheduler, self.forecast)
+        self._intake = Intake(self.cache, self._queue, config.scheduler, self.forecast, admission.leader)
         self._decodes = DecodePlanner(self.cache, self._running, self._policy, self._preempt)
         self._prompts = PromptPlanner(self._running, admission, self._admit)
         self._uncommitted: deque[_UncommittedStep] = deque()
@@ -105,12 +105,12 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise InvalidRequest(f"request {request.request_id!r} is already running or waiting", param="request_id")
-        self._intake.check_size(request, self._limits)
+        self._intake.check_size(request, self.limits)
         request.sequence = self.counts.num_accepted + 1
         self._policy.arrived(request)
         if not resumed:
             try:
-                self._intake.check_latency(request, self._limits)
+                self._intake.check_latency(request, self.limits)
             except TidegateError:
                 self.cache.release(request)
                 self._policy.ended(request)
@@ -133,7 +133,7 @@ class Scheduler:
 
         Returns None if no request can run until the result of an earlier step is applied.
         """
-        self._limits = limits
+        self.limits = limits
         if len(self._queue) and self._running.worst_level > self._queue.best_class:
             self._give_up_places(limits)
         draft = Draft(self.step + 1, limits.tokens)

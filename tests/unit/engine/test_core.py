@@ -15,6 +15,8 @@ from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.plan import BuiltRunner
 from engine.request import FinishReason, SamplingParams, TokenEvent
+from engine.scheduler.cost_file import CostKey, save_costs
+from engine.scheduler.cost_table import CostTable
 
 LIMITS = ModelLimits(max_model_len=64, vocab_size=50, eos_token_ids=(3,), dtype="float32")
 
@@ -66,6 +68,33 @@ def test_arrivals_deadlines_and_the_controller_go_by_the_clock_of_the_core():
     assert events["b"][0].queue_s == pytest.approx(0.3)
     assert time.now == pytest.approx(1005.6)
     assert core.stats().device_seconds == pytest.approx(0.6)
+
+
+def test_a_new_request_is_predicted_with_the_limits_of_its_own_steps(tmp_path):
+    table = CostTable([8], [0.01], [32, 64, 512], [0.01, 0.1, 0.1], 0.0, 0.0)
+    save_costs(path := str(tmp_path / "costs.json"), CostKey("device", "model", "float32"), "invented", table)
+    time = SimulatedTime()
+    config = make_config(
+        cache=CacheConfig(block_size=4, num_blocks=1000),
+        batching=BatchingConfig(policy="model", cost_file=path),
+        fake=FakeConfig(cost_file=path),
+    )
+    limits = msgspec.structs.replace(LIMITS, max_model_len=2000)
+    core = Core(
+        build_fake(config, limits, make_device=lambda *given: SimulatedDevice(*given, time.clock, time.sleep)), clock=time.clock
+    )
+    core.submit(msgspec.structs.replace(make_submit("chat", max_tokens=30), slo="interactive"))
+    core.step()
+    core.submit(msgspec.structs.replace(make_submit("batch", max_tokens=1000), slo="batch"))
+    while not any(event.request_id == "chat" and event.finish for event in core.step()):
+        pass  # beside the chat, a step has few tokens
+    assert core.stats().token_limit < 100
+    prompt = tuple(range(4, 44)) * 30
+    core.submit(msgspec.structs.replace(make_submit("new", prompt), slo="interactive", deadline_s=0.8))
+    sent = time.now
+    while not any(event.request_id == "new" for event in core.step()):
+        pass
+    assert time.now - sent == pytest.approx(0.3, rel=0.1)
 
 
 def test_with_overlap_the_next_step_is_submitted_before_a_result_is_read():

@@ -163,6 +163,37 @@ def test_a_deadline_that_cannot_be_met_is_refused():
         rig.add("d", 1000, deadline_s=0.9)
 
 
+def test_siblings_share_the_prompt_of_the_first():
+    rig = make_rig()
+    first = rig.add("first", 300, slo="interactive", promised=True)
+    for i in range(5):
+        sibling = rig.add(f"sibling{i}", list(first.tokens), slo="interactive", promised=True, fork_of="first")
+        assert sibling.num_matched == 299
+    assert rig.scheduler.forecast.waiting_seconds(rig.limits) == pytest.approx(0.3, rel=0.1)
+
+
+def test_an_idle_engine_refuses_nobody_by_what_it_remembers():
+    rig = make_rig()
+    for i in range(100):
+        rig.add(f"r{i}", 100, max_tokens=1)
+        rig.now += 5.0
+        rig.step(device_seconds=1.0)  # usual steps are long, and first tokens come later than predicted
+    assert expected(rig, 30) > 1.0
+    assert rig.add("interactive", 30, slo="interactive", promised=True).status is Status.WAITING
+    rig.step()
+    assert rig.scheduler.abort("interactive")
+    assert rig.add("with a deadline", 30, deadline_s=0.5).status is Status.WAITING
+
+
+def test_what_a_prompt_takes_alone_does_not_depend_on_the_limits_that_others_cause():
+    rig = make_rig()
+    rig.limits = StepLimits(tokens=10, seqs=8, chunk=10)
+    rig.add("a", 5)
+    rig.step()
+    request = make_request("new", num_prompt=1000)
+    assert rig.scheduler.forecast.expected(request, rig.limits).alone == pytest.approx(1.0)
+
+
 def test_a_refused_request_leaves_nothing_behind():
     rig = make_rig()
     rig.add("long", 5000, slo="interactive")
