@@ -151,6 +151,11 @@ class KVCacheManager:
         request.num_computed = 0
         self._chains.pop(request, None)
 
+    def num_freed_by(self, requests: Iterable[Request]) -> int:
+        """Return how many blocks would become free if all of `requests` released theirs. Others may share some of them."""
+        held = Counter(block for request in requests for block in request.blocks)
+        return sum(1 for block, num in held.items() if self._pool.refs[block] == num)
+
     def check(self, holders: Iterable[Request]) -> None:
         """Raise InternalError if block counts are wrong, or if a request could write to a block that another can read."""
         self._pool.check()

@@ -247,7 +247,7 @@ class Scheduler:
         if missing <= 0 and missing_blocks <= 0:
             return True
         lower = [request for request in self._running if request.rank[0] > slo]
-        if missing > len(lower) or missing_blocks > sum(len(request.blocks) for request in lower):
+        if missing > len(lower) or (missing_blocks > 0 and missing_blocks > self.cache.num_freed_by(lower)):
             return False
         while lower and (self._running.num_places(seqs) < places or self.cache.num_free < blocks):
             victim = self._policy.victim(lower)

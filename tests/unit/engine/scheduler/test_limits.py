@@ -127,6 +127,21 @@ def test_nobody_gives_up_a_place_if_that_would_not_be_enough():
     assert rig.scheduler.counts.num_preemptions == 0
 
 
+def test_blocks_that_several_share_are_freed_only_once():
+    rig = Rig(blocks=20, rows=8)
+    rig.add("first", 38, slo="interactive", max_tokens=5)  # 10 blocks
+    prompt = list(range(10, 26))
+    rig.add("b0", [*prompt, 1], slo="batch", max_tokens=3)
+    rig.step()
+    batch = [rig.add(f"b{i}", [*prompt, 1], slo="batch", max_tokens=3) for i in (1, 2)]
+    rig.step()
+    assert rig.scheduler.cache.num_used == 10 + 4 + 3  # together they hold 15, of which four blocks are shared
+    rig.add("urgent", 42, slo="interactive", max_tokens=5)  # needs 11 blocks, and 10 could be free
+    rig.step()
+    assert [request.status for request in batch] == [Status.RUNNING] * 2
+    assert rig.scheduler.counts.num_preemptions == 0
+
+
 @pytest.mark.parametrize("sibling", [False, True])
 def test_nobody_takes_a_place_that_a_higher_class_takes_back_at_once(sibling):
     rig = Rig(budget=20, rows=2, blocks=400)
