@@ -6,7 +6,6 @@ torn file, would be worse than none. It is written under a temporary name and re
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from itertools import pairwise
@@ -21,6 +20,7 @@ from engine.scheduler.cost_table import CostTable
 from engine.scheduler.step_cost import StepCost
 
 VERSION = 1
+LONGEST = 3600.0  # seconds; a step that takes longer is an error in the file, and sums of such numbers would overflow
 REMEDY = "write the file again, or unset the setting: then the costs are learnt while the engine serves"
 
 
@@ -149,8 +149,8 @@ def _check_list(sizes_name: str, sizes: list[int], name: str, seconds: list[floa
 
 
 def _check_seconds(name: str, value: float, path: str | Path, setting: str) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise _wrong(path, f"{name} is {value}: it must be a finite number of seconds, at least 0", setting)
+    if not 0 <= value <= LONGEST:
+        raise _wrong(path, f"{name} is {value}: it must be a number of seconds from 0 to {LONGEST:g}", setting)
 
 
 def _wrong(path: str | Path, what: str, setting: str) -> ConfigError:
