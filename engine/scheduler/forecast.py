@@ -3,8 +3,8 @@
     seconds until the first token  =  the step in flight  +  the wait behind others  +  the request's own prompt
 
 The wait behind others is the longer of two: until the prompts that go before are computed, and until enough running requests have
-ended to free a place. Prompts that go before are those that have started, and what `WaitingQueue.work_before` finds. Places
-become free at the rate of the running requests over the usual length of an output.
+ended to free a place, unless lower classes give up enough. Prompts that go before are those that have started, and what
+`WaitingQueue.work_before` finds. Places become free at the rate of the running requests over the usual length of an output.
 
 Predictions are compared with what comes of them, and later ones are corrected by the usual ratio. A prediction is a median: if
 requests were accepted up to a prediction of their target, half of the last ones would be late in an overload. So a promised
@@ -25,7 +25,7 @@ from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
 from engine.scheduler.step_cost import StepCost
 from engine.scheduler.work import Work, rest_of, total, work_of
-from engine.slo import STANDARD
+from engine.slo import STANDARD, SloClass
 
 MEMORY = 0.05  # weight of the latest observation in a running mean
 FIRST_SPREAD = 0.2  # deviation of log(actual / predicted) before it is known
@@ -85,7 +85,7 @@ class Forecast:
         """Predict the first token of a request that is not in the queue yet."""
         request.num_queued = len(request.tokens)
         own = work_of(request)
-        seconds = self._seconds(self._queue.work_before(request), own, limits)
+        seconds = self._seconds(self._queue.work_before(request), own, request.slo, limits)
         alone = self._cost.prompt_seconds(int(own.tokens), int(own.pairs), decodes=0, kv_tokens=0, budget=self._max_tokens)
         return Expected(max(alone, seconds), alone, self._margin)
 
@@ -103,7 +103,7 @@ class Forecast:
         if not self._cost.trusted or self._slo.ttft is None:
             return 0.0
         usual = Work(1, self._typical_tokens, 0)
-        return self._seconds(self._queue.work(self._slo.rank), usual, limits) * self._margin / self._slo.ttft
+        return self._seconds(self._queue.work(self._slo.rank), usual, self._slo, limits) * self._margin / self._slo.ttft
 
     def itl_over_target(self, shape: StepShape) -> float:
         """Return the predicted duration of a step over the tightest inter-token target of the decodes. 0 if there is none."""
@@ -140,10 +140,10 @@ class Forecast:
         """How many times its prediction a delay hardly exceeds."""
         return math.exp(SURE * math.sqrt(self._variance))
 
-    def _seconds(self, waiting: Work, own: Work, limits: StepLimits) -> float:
-        """Return the seconds until a request has its first token: `own` is its work, and `waiting` waits before it."""
+    def _seconds(self, waiting: Work, own: Work, slo: SloClass, limits: StepLimits) -> float:
+        """Return the seconds until a request of class `slo` has its first token: `own` is its work, `waiting` waits before it."""
         before = total(map(rest_of, self._running.prompts)).plus(waiting)
-        seconds = max(self._prompt_seconds(before, limits), self._place_seconds(waiting.requests, limits))
+        seconds = max(self._prompt_seconds(before, limits), self._place_seconds(waiting.requests, slo, limits))
         return (seconds + self._step_seconds + self._prompt_seconds(own, limits)) * math.exp(self._correction)
 
     def _prompt_seconds(self, work: Work, limits: StepLimits) -> float:
@@ -156,9 +156,13 @@ class Forecast:
             budget=max(1, limits.tokens - len(decodes)),
         )
 
-    def _place_seconds(self, waiting: float, limits: StepLimits) -> float:
-        """Return how long it takes until `waiting` requests and one more have had a place. Prompts that run hold theirs."""
-        missing = waiting + 1 - max(0, self._running.num_places(limits.seqs))
+    def _place_seconds(self, waiting: float, slo: SloClass, limits: StepLimits) -> float:
+        """Return how long it takes until `waiting` requests and one more of class `slo` have had a place.
+
+        Prompts that run hold theirs, and requests of lower classes give theirs up.
+        """
+        lower = self._running.num_lower(slo.rank)
+        missing = waiting + 1 - max(0, self._running.num_places(limits.seqs) + lower)
         if missing <= 0 or not self._running.decodes:
             return 0.0
         return missing * self._output_tokens * self._step_seconds / len(self._running.decodes)

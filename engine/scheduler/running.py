@@ -42,6 +42,10 @@ class RunningSet:
         """The largest level of a running request; -1 if none runs."""
         return max((level for level, num in enumerate(self._num_by_level) if num), default=-1)
 
+    def num_lower(self, slo: int) -> int:
+        """Return how many running requests would give up their place for one of the class of rank `slo`."""
+        return sum(self._num_by_level[slo + 1 :])
+
     @property
     def itl(self) -> float | None:
         """The tightest inter-token target of the decodes, in seconds. None if nothing is promised to any of them."""

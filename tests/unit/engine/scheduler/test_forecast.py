@@ -86,6 +86,22 @@ def test_a_full_batch_is_waited_for():
     assert expected(rig, 1) == pytest.approx(20 * 0.01 / 2 + 0.01 + 0.016)
 
 
+def test_a_place_that_a_lower_class_gives_up_is_not_waited_for():
+    rig = make_rig(rows=2)
+    for i in range(2):
+        rig.add(f"long{i}", 5, max_tokens=500, slo="batch")
+    while rig.scheduler.has_requests:  # 500 tokens are now the usual length of an output
+        rig.step(device_seconds=0.01)
+    for i in range(2):
+        rig.add(f"r{i}", 5, slo="batch")
+    rig.step(device_seconds=0.01)
+    assert expected(rig, 1, slo="batch") > 2.5
+    urgent = rig.add("urgent", 1, slo="interactive", promised=True)
+    assert urgent.expected_at == pytest.approx(rig.now + 0.01 + 0.016)
+    rig.step()
+    assert urgent.num_outputs == 1
+
+
 def test_a_promised_class_is_refused_when_its_first_token_would_be_late():
     rig = make_rig()
     rig.add("before", 350, slo="interactive")
