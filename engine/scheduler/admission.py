@@ -53,13 +53,19 @@ class Admission:
         self._max_skips = max_skips
 
     def admissible(
-        self, in_step: list[Request], now: float, seqs: int, *, longest: Callable[[], int | None] = lambda: None
+        self,
+        in_step: list[Request],
+        now: float,
+        seqs: int,
+        *,
+        above: int | None = None,
+        longest: Callable[[], int | None] = lambda: None,
     ) -> Iterator[tuple[Request, list[BlockCopy]]]:
         """Yield each waiting request that can start now, after giving it its blocks, with the copies that its blocks need.
 
         `in_step` are the requests whose prompt chunks are already in this step, and `seqs` is the largest number of requests that
-        may run. The caller must admit each yielded request before it continues the iteration. Requests with more uncomputed
-        tokens than `longest` returns are passed over; None means any length.
+        may run. The caller must admit each yielded request before it continues the iteration. Only requests of a better level
+        than `above` are yielded. Those with more uncomputed tokens than `longest` returns are passed over. None means any.
         """
         in_step = list(in_step)
         computing = {self._cache.next_digest(request): request for request in self._running.prompts + in_step}
@@ -69,6 +75,8 @@ class Admission:
             if len(blocked) == MAX_BLOCKED or len(deferred) == MAX_DEFERRED:
                 return
             if any(other.skips >= self._max_skips for other in blocked):
+                return
+            if above is not None and self._policy.level(request, now) >= above:
                 return
             if request.num_uncommitted:
                 continue
@@ -118,6 +126,14 @@ class Admission:
         else:
             request.stalled += 1
         return request.stalled <= MAX_STALLED
+
+    def displaced_level(self, started: Request, now: float) -> int | None:
+        """Return the level of a prompt that has started if requests of higher classes wait. They may go before it.
+
+        Its level rises as it ages, so that it does not starve.
+        """
+        level = self._policy.level(started, now)
+        return level if len(self._queue) and self._queue.best_class < level else None
 
     def _is_in_the_way(self, request: Request, deferred: list[Request], seqs: int) -> bool:
         """Return whether the next step would take place or blocks of `request` for `deferred` requests of higher classes."""

@@ -142,7 +142,7 @@ class Forecast:
 
     def _seconds(self, waiting: Work, own: Work, slo: SloClass, limits: StepLimits) -> float:
         """Return the seconds until a request of class `slo` has its first token: `own` is its work, `waiting` waits before it."""
-        before = total(map(rest_of, self._running.prompts)).plus(waiting)
+        before = total(rest_of(r) for r in self._running.prompts if r.rank[0] <= slo.rank).plus(waiting)
         seconds = max(self._prompt_seconds(before, limits), self._place_seconds(waiting.requests, slo, limits))
         return (seconds + self._step_seconds + self._prompt_seconds(own, limits)) * math.exp(self._correction)
 

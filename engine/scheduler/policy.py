@@ -42,6 +42,10 @@ class Policy(Protocol):
         """Yield the waiting requests, the one to start first. The scheduler may admit each before it asks for the next."""
         ...
 
+    def level(self, request: Request, now: float) -> int:
+        """Return the level of a request at this moment. The order of the waiting requests goes by it first."""
+        ...
+
     def victim(self, running: Iterable[Request]) -> Request:
         """Return the running request to preempt. `running` must not be empty."""
         ...
@@ -86,11 +90,15 @@ class FairPolicy:
             else:
                 heapq.heappop(entries)
 
+    def level(self, request: Request, now: float) -> int:
+        waited = max(0.0, now - request.arrival)
+        return min(request.rank[0], max(0, request.slo.rank - int(waited / AGEING_SECONDS)))
+
     def victim(self, running: Iterable[Request]) -> Request:
         return max(running, key=_rank)
 
     def admitted(self, request: Request, now: float) -> None:
-        request.rank = (_level(request, now), *request.rank[1:])
+        request.rank = (self.level(request, now), *request.rank[1:])
         if request in self._running:
             return  # it was preempted, and computes its tokens again: that is no service
         computed = request.num_prompt - request.num_cached
@@ -109,7 +117,7 @@ class FairPolicy:
     def _key(self, request: Request, now: float) -> tuple[int, float, float, int]:
         """Return the sort key of the first request of a lane."""
         _, due, sequence = request.rank
-        return _level(request, now), self._served[request.tenant], due, sequence
+        return self.level(request, now), self._served[request.tenant], due, sequence
 
     def _count_outputs(self) -> None:
         """Count the outputs that running requests have got so far. It is done only when it can matter: several lanes wait."""
@@ -132,11 +140,6 @@ def rank_of(request: Request) -> tuple[int, float, int]:
     if request.deadline is not None:
         due = min(due, request.deadline)
     return request.slo.rank, due + request.priority * PRIORITY_SECONDS, request.sequence
-
-
-def _level(request: Request, now: float) -> int:
-    waited = max(0.0, now - request.arrival)
-    return min(request.rank[0], max(0, request.slo.rank - int(waited / AGEING_SECONDS)))
 
 
 def _rank(request: Request) -> tuple[int, float, int]:

@@ -31,11 +31,16 @@ class PromptPlanner:
         """Add chunks to `draft`, which has the step's decodes. If `may_admit` is False, no waiting request starts."""
         if limits.chunk < draft.left and (may_admit or len(self._running.prompts) > 1):
             self._add_short(draft, limits, now, may_admit=may_admit)
+        above = None  # the level of the started prompts that waiting requests of higher classes were put before
         for request in list(self._running.prompts):
+            level = self._admission.displaced_level(request, now) if may_admit else None
+            if level is not None and level != above:
+                above = level
+                self._add_waiting(draft, limits, now, above=above)
             if not draft.left:
                 return
             self._add_chunk(draft, request)
-        if may_admit and draft.left and self._running.num_places(limits.seqs) > 0:
+        if may_admit:
             self._add_waiting(draft, limits, now)
 
     def _add_short(self, draft: Draft, limits: StepLimits, now: float, *, may_admit: bool) -> None:
@@ -59,9 +64,11 @@ class PromptPlanner:
             if draft.spare <= 0 or self._running.num_places(limits.seqs) < 1:
                 return
 
-    def _add_waiting(self, draft: Draft, limits: StepLimits, now: float) -> None:
+    def _add_waiting(self, draft: Draft, limits: StepLimits, now: float, *, above: int | None = None) -> None:
         """Admit waiting requests while there are places and tokens, and add the first chunk of each."""
-        for request, copies in self._admission.admissible(draft.prompts, now, limits.seqs):
+        if not draft.left or self._running.num_places(limits.seqs) < 1:
+            return
+        for request, copies in self._admission.admissible(draft.prompts, now, limits.seqs, above=above):
             self._admit(draft.plan, request, copies)
             self._add_chunk(draft, request)
             if not draft.left or self._running.num_places(limits.seqs) < 1:

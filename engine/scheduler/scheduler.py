@@ -3,10 +3,11 @@
     add -> WaitingQueue -> running: prompts (chunk by chunk) -> decodes (one token a step) -> ended
                  ^------------ preempted: blocks are short, or a higher class needs the row
 
-A step has limits (`limits.py`). Decodes are planned first, then prompts that have started, then new admissions. The policy
-orders the waiting requests. Prompts run in rank order, and preemption takes the worst rank first. Victims are chosen before
-any slice is made. The running request of the best rank is never preempted while another request holds a block. It advances
-in every step, except that it may wait for at most two steps for the blocks of a request that is ending.
+A step has limits (`limits.py`). Decodes are planned first, then prompts that have started, then new admissions, except that
+those of higher classes go before prompts of lower ones. The policy orders the waiting requests. Prompts run in rank order, and
+preemption takes the worst rank first. Victims are chosen before any slice is made. The running request of the best rank is never
+preempted while another request holds a block, and it advances in every step. There are two exceptions: it may wait for at most
+two steps for the blocks of a request that is ending, and while requests of higher classes start, which then have better ranks.
 
 With overlap, step N+1 is scheduled before step N is committed. A request's position then runs ahead of its known tokens by
 `num_uncommitted`. A request of a step may have ended before that step is committed; its token is then dropped.

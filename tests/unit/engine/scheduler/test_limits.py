@@ -5,6 +5,7 @@ import pytest
 from engine.plan import StepPlan
 from engine.request import Status
 from engine.scheduler.limits import Load, StepLimits, StepShape
+from engine.scheduler.policy import AGEING_SECONDS
 from tests.unit.engine.scheduler.rig import Rig, slices
 
 
@@ -142,6 +143,27 @@ def test_blocks_that_several_share_are_freed_only_once():
     assert rig.scheduler.counts.num_preemptions == 0
 
 
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_a_higher_class_does_not_wait_for_the_prompt_of_a_lower_one(chunk):
+    rig = Rig(budget=64, blocks=2000)
+    rig.limits = StepLimits(tokens=64, seqs=8, chunk=chunk)
+    batch = rig.add("batch", 900, slo="batch")
+    rig.step()
+    urgent = rig.add("urgent", 40, slo="interactive")
+    rig.step()
+    assert (urgent.num_outputs, batch.num_computed) == (1, 64 + 24)
+
+
+def test_the_prompt_of_a_lower_class_goes_on_once_it_has_aged():
+    rig = Rig(budget=64, blocks=2000)
+    batch = rig.add("batch", 900, slo="batch")
+    rig.step()
+    rig.now = 2 * AGEING_SECONDS
+    urgent = rig.add("urgent", 64, slo="interactive")
+    rig.step()
+    assert (urgent.num_outputs, batch.num_computed) == (0, 128)
+
+
 @pytest.mark.parametrize("sibling", [False, True])
 def test_nobody_takes_a_place_that_a_higher_class_takes_back_at_once(sibling):
     rig = Rig(budget=20, rows=2, blocks=400)
@@ -189,7 +211,7 @@ def test_the_load_is_what_the_next_step_has_to_do():
     rig.step()
     rig.add("c", 7, slo="interactive")
     assert rig.scheduler.load() == Load(1, 10, running=2, waiting=1, prompt_tokens=11 + 7, context=19, itl=None)
-    rig.limits = StepLimits(tokens=12, seqs=8, chunk=12)
+    rig.scheduler.abort("c")
     rig.step()
     assert rig.scheduler.load().itl == 0.1  # "b" decodes now, and its class is standard
 
