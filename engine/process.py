@@ -318,6 +318,7 @@ def main() -> None:
     logs.set_up(start.log_level, start.log_format, name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is handled by the supervisor
     startup.keep_kernels()
+    startup.share_cpus()
     clock = startup.StartupClock(startup.process_seconds(), report=lambda: lifeline.tell(lifeline.ALIVE))
     try:
         core = build_core(start.config, clock)

@@ -118,3 +118,19 @@ def test_a_temporary_folder_that_others_can_write_to_is_not_used(folders, monkey
     Path(first).chmod(0o777)
     monkeypatch.delenv("TRITON_CACHE_DIR")
     assert chosen() != first
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, startup.SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_the_operator_decides_how_threads_wait(monkeypatch, given, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.environ", os.environ.copy() | given)
+    startup.share_cpus()
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
