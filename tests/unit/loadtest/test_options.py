@@ -1,10 +1,12 @@
 """Tests the small languages of the command line, and that options without an effect and impossible shapes are refused by name."""
 
 import dataclasses
+import sys
 
 import pytest
 
 from loadtest import options
+from loadtest.__main__ import missing
 from loadtest.flags import DEFAULT_SLOS, Flags, loads_of, slos_of
 from loadtest.spec import SHAPES, Lengths, LoadError, Step
 
@@ -153,3 +155,11 @@ def test_a_ramp_has_one_step():
 def test_a_load_is_named_by_where_its_rate_goes(rate, back, name):
     (load,) = loads_of(Flags(rate=rate, back=back))
     assert load.name == name
+
+
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
+    assert missing() is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else name)
+    remedy = missing() or ""
+    assert "matplotlib, not installed here" in remedy
+    assert f"{sys.executable} -m pip install -e '.[loadtest]'" in remedy
