@@ -23,6 +23,7 @@ import setproctitle
 
 from engine import lifeline, logs
 from engine.errors import EXIT_BAD_SETTINGS, ConfigError
+from engine.scheduler.cost_file import load_costs
 from server.bundled import NOTICE, bundled_checkpoint
 from server.metrics.shared_files import FOLDER_VARIABLE
 from server.metrics.supervisor import SupervisorDrops, worker_died
@@ -182,6 +183,7 @@ def serve(settings: Settings) -> int:
     setproctitle.setproctitle("tidegate: supervisor")
     logs.set_up(settings.log_level, settings.log_format, "supervisor")
     try:
+        _check_cost_files(settings)
         descriptors.raise_limit(settings.api_workers)
         folder = RunFolder.make()
         try:
@@ -200,6 +202,17 @@ def serve(settings: Settings) -> int:
             log.critical(fatal.message)
         return fatal.exit_code
     return 0
+
+
+def _check_cost_files(settings: Settings) -> None:
+    """Raise ConfigError if a file of step costs cannot be used at all. The engine would find that only after it has the weights.
+
+    Whether the file belongs to the device and the model, only the engine knows.
+    """
+    for name in ("cost_file", "fake_cost_file"):
+        path = getattr(settings, name)
+        if path is not None:
+            load_costs(path, setting=name)
 
 
 async def _run(settings: Settings, folder: RunFolder) -> None:

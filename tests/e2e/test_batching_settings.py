@@ -27,10 +27,25 @@ def test_the_policy_and_its_bounds_are_in_force():
     ("variables", "says"),
     [
         ({"TIDEGATE_BATCHING": "model"}, "batching is model (from TIDEGATE_BATCHING)"),
-        ({"TIDEGATE_COST_FILE": "/nowhere/costs.json"}, "cost_file is '/nowhere/costs.json', which cannot be read"),
         ({"TIDEGATE_MAX_BATCH": "2"}, "max_batch is 2 (from TIDEGATE_MAX_BATCH)"),
         ({"TIDEGATE_SLO_CLASS": "gold"}, "slo_class is 'gold' (from TIDEGATE_SLO_CLASS)"),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_its_name(variables, says):
     assert says in refused_start(variables).stderr
+
+
+@pytest.mark.parametrize("setting", ["cost_file", "fake_cost_file"])
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "cannot be read"), ("", "not a complete JSON"), ('{"version": 7}', "version is 7")]
+)
+def test_a_cost_file_that_cannot_be_used_stops_the_start_before_the_engine(tmp_path, setting, content, says):
+    path = tmp_path / "costs.json"
+    if content is not None:
+        path.write_text(content)
+    stderr = refused_start({f"TIDEGATE_{setting.upper()}": str(path), "TIDEGATE_RUNNER": "fake"}).stderr
+    assert says in stderr
+    assert str(path) in stderr
+    assert setting in stderr
+    assert "batching." not in stderr
+    assert "engine 0" not in stderr
