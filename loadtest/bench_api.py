@@ -108,7 +108,8 @@ def _worker(port: int) -> psutil.Process:
 def _server(args: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """Run a server with the fake runner. Yields the server's port and the seconds until the server was ready."""
     port, grpc_port = _free_port(), _free_port()
-    command = [str(Path(sys.executable).with_name("tidegate")), "serve", "--runner", "fake"]
+    # All streams run at once, as in earlier results: an adaptive batch would begin with a few of them.
+    command = [str(Path(sys.executable).with_name("tidegate")), "serve", "--runner", "fake", "--batching", "fixed"]
     command += ["--port", str(port), "--grpc-port", str(grpc_port), "--admin-port", "0", "--log-level", "warning"]
     command += ["--fake-step-ms", str(args.step_ms), "--max-num-seqs", str(args.streams)]
     began = time.perf_counter()
