@@ -21,10 +21,7 @@ from engine.attention.upload import upload
 from engine.batch import ForwardBatch, LayerPools, WarmupChunk
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import paged_prefill, tile_tokens
-from engine.kernels.query_tiles import cut_tiles, map_tiles
-
-Tiles = tuple[torch.Tensor, torch.Tensor]
-"""Query and first token of each tile, int32, as `paged_prefill` takes them."""
+from engine.kernels.query_tiles import Tiles, columns, cut_tiles, map_tiles
 
 
 class TritonGqa:
@@ -125,6 +122,5 @@ class TritonGqaStep:
             if not tiles:
                 self._tiles[tile_q] = None
                 return None
-            columns = upload(torch.tensor(tiles, dtype=torch.int32).T.contiguous(), batch.slots.device)
-            self._tiles[tile_q] = (columns[0], columns[1])
+            self._tiles[tile_q] = Tiles(*upload(columns(tiles), batch.slots.device))
         return self._tiles[tile_q]

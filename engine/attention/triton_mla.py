@@ -21,7 +21,7 @@ from engine.kernels.latent_products import absorb, absorb_few, build_keys, expan
 from engine.kernels.mla_decode import decode_splits, is_alone, merge, mla_decode
 from engine.kernels.mla_mixed import mla_mixed, tile_tokens
 from engine.kernels.mla_prefill import choose_tile, mla_prefill
-from engine.kernels.query_tiles import map_tiles
+from engine.kernels.query_tiles import Tiles, map_tiles
 
 
 class TritonMla:
@@ -57,7 +57,7 @@ class TritonMlaStep:
         self._batch = batch
         self._plans = plans
         self._num_processors = num_processors
-        self._tiles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a captured step; the key is a tile's tokens
+        self._tiles: dict[int, Tiles] = {}  # of a captured step; the key is a tile's tokens
         self._groups: list[LatentGroup] | None = None
         self._long: LongChunks | None = None
 

@@ -11,6 +11,7 @@ cuts them (`map_tiles`). The number of tiles is a multiple of 4 in both cases: i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,14 @@ from engine.kernels.launch import cdiv, pdl, power_of_two
 
 NO_QUERY = -1  # the query of a tile without work
 _MULTIPLE = 4  # the number of tiles is padded to a multiple of this
+
+
+class Tiles(NamedTuple):
+    """The tiles of a step on the device, int32. Those with work come first."""
+
+    query: torch.Tensor  # [N]: index of the query, or NO_QUERY
+    first: torch.Tensor  # [N]: the tile's first token within the query
+    number: torch.Tensor  # [1]: number of tiles with work
 
 
 def cut_tiles(
@@ -36,13 +45,20 @@ def cut_tiles(
     return tiles + [(NO_QUERY, 0)] * (-len(tiles) % _MULTIPLE)
 
 
+def columns(tiles: list[tuple[int, int]]) -> torch.Tensor:
+    """Return the result of `cut_tiles` as rows [3, N] int32 of one tensor on the host. `Tiles(*rows)` of its copy on the device
+    are the tiles; the third row is their number with work, N times."""
+    count = sum(query != NO_QUERY for query, _ in tiles)
+    return torch.tensor([(*tile, count) for tile in tiles], dtype=torch.int32).T.contiguous()
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_tiles"])
 def _map_tiles(
-    starts_ptr, tile_query_ptr, tile_start_ptr, num_queries, num_tiles,
+    starts_ptr, tile_query_ptr, tile_start_ptr, count_ptr, num_queries, num_tiles,
     LEAST: tl.constexpr, TILE_Q: tl.constexpr, QUERIES: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (query,) writes the tiles of one query, behind the tiles of the queries before it. Program 0 also marks surplus
-    tiles.
+    tiles, and counts the others.
     """
     mine = tl.program_id(0)
     query = tl.arange(0, QUERIES)
@@ -59,13 +75,13 @@ def _map_tiles(
     # The query's last tile, which has most work, comes first.
     tl.store(tile_start_ptr + before + i, (own - 1 - i) * TILE_Q, mask=i < own)
     if mine == 0:
-        surplus = (i >= tl.sum(tiles, 0)) & (i < num_tiles)
-        tl.store(tile_query_ptr + i, -1, mask=surplus)
+        count = tl.sum(tiles, 0)
+        tl.store(tile_query_ptr + i, -1, mask=(i >= count) & (i < num_tiles))
+        tl.store(count_ptr, count)
 
 
-def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut all queries with at least `least` tokens into tiles on the device. Returns (query, first token) of the tiles, int32
-    each.
+def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least: int) -> Tiles:
+    """Cut all queries with at least `least` tokens into tiles on the device.
 
     query_starts [B + 1] int32 are the queries' first tokens, and a tile has `tile_q` tokens. The tensors hold as many tiles as
     `num_tokens` tokens of B queries can need, and surplus tiles have query -1. Within a query the last tile, which has most work,
@@ -74,11 +90,12 @@ def map_tiles(query_starts: torch.Tensor, num_tokens: int, tile_q: int, *, least
     """
     num_queries = query_starts.shape[0] - 1
     num_tiles = cdiv(num_tokens // tile_q + min(num_queries, num_tokens // least), _MULTIPLE) * _MULTIPLE
-    tile_query, tile_start = torch.empty(2, num_tiles, dtype=torch.int32, device=query_starts.device)
+    numbers = torch.empty(2 * num_tiles + 1, dtype=torch.int32, device=query_starts.device)
+    tiles = Tiles(*numbers.split([num_tiles, num_tiles, 1]))
     _map_tiles[(num_queries,)](
-        query_starts, tile_query, tile_start, num_queries, num_tiles,
+        query_starts, *tiles, num_queries, num_tiles,
         LEAST=least, TILE_Q=tile_q, QUERIES=power_of_two(num_queries), TILES=power_of_two(num_tiles),
         num_warps=4,
         **pdl(query_starts.device),
     )  # fmt: skip
-    return tile_query, tile_start
+    return tiles

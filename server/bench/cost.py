@@ -1,8 +1,9 @@
 """Implements `tidegate bench cost`: measures what steps of a model cost on this machine, and writes them as a cost file.
 
 Real steps run one after the other through the real scheduler and runner: for each number of rows that a step of decodes may have,
-prompts that fill the rows, then decodes alone, then a long prompt beside them, in chunks of all sizes. A first round warms up and
-does not count. The costs are fitted to four fifths of the steps, and their error is that on the other fifth.
+prompts that fill the rows, then decodes alone, then a long prompt beside them, in chunks of all sizes. Then a few rows with long
+contexts, since only those tell what a token of KV costs. A first round warms up and does not count. The costs are fitted to four
+fifths of the steps, and their error is that on the other fifth.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ CHUNK_STEPS = 16  # steps of a long prompt beside them
 PASSES = 8  # over the steps, when the costs are fitted to them
 SHORTEST, LONGEST = 8, 512  # tokens of the prompts that fill the rows
 LONG_STEPS = 4  # the long prompt has so many steps of the largest size
+LONG_ROWS = (64, 8, 1)  # numbers of rows with long contexts
+CONTEXT_STEPS = 32  # the contexts of these rows together have so many steps of the largest size
 HELD_OUT = 5  # one of so many steps is held out
 SEED = 7
 
@@ -79,6 +82,10 @@ class _Bench:
         for rows in row_sizes(self._rows):
             yield rows
             self._measure(rows, budgets)
+        for rows in LONG_ROWS:
+            if rows <= self._rows:
+                yield rows
+                self._measure_long(rows, budgets)
 
     def _measure(self, rows: int, budgets: Iterator[int]) -> None:
         longest = max(1, min(LONGEST, self._context // 4, self._room // rows - DECODE_STEPS - CHUNK_STEPS))
@@ -93,6 +100,19 @@ class _Bench:
             for _ in range(CHUNK_STEPS):
                 if self._scheduler.has_prompts:
                     self._step(next(budgets))
+        for name in names:
+            self._scheduler.abort(name)
+
+    def _measure_long(self, rows: int, budgets: Iterator[int]) -> None:
+        """Measure prompts of one length in chunks of all sizes, each behind more context, and then their decodes."""
+        length = min(CONTEXT_STEPS * self._tokens // rows, self._context // 2, self._room // rows - DECODE_STEPS)
+        if length <= LONGEST:
+            return
+        names = [self._add(length) for _ in range(rows)]
+        while self._scheduler.has_prompts:
+            self._step(next(budgets))
+        for _ in range(DECODE_STEPS):
+            self._step(self._tokens)
         for name in names:
             self._scheduler.abort(name)
 

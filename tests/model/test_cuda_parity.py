@@ -27,7 +27,13 @@ CASES = {
     "ministral3": DENSE | {"rope_parameters": reference.LONG | {"original_max_position_embeddings": 1024}},
     "glm4-moe": DENSE | {"moe_intermediate_size": 256, "n_routed_experts": 16},
     "glm4-moe-normed-yarn": DENSE | {"moe_intermediate_size": 256, "n_routed_experts": 16},
-    "minimax-m2": DENSE | {"num_local_experts": 16, "rotary_dim": 32},
+    # Both keys name the same part of a head, since older versions of transformers ignore `rotary_dim`.
+    "minimax-m2": DENSE
+    | {
+        "num_local_experts": 16,
+        "rotary_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    },
     "qwen3-moe-normalized": DENSE | {"moe_intermediate_size": 256, "num_experts": 16},
     "deepseek-v2-greedy": MLA | {"moe_intermediate_size": 256, "n_routed_experts": 16},
     "deepseek-v2-grouped": MLA | {"moe_intermediate_size": 256, "n_routed_experts": 16, "q_lora_rank": 128},

@@ -116,7 +116,7 @@ def gqa_decodes():
 def gqa_chunks():
     for heads, kv_heads, head, dtype in GQA_SHAPES:
         q, cache = zeros(2, heads, head, dtype=dtype), zeros(8, 64, kv_heads, head, dtype=dtype)
-        paged_prefill.paged_prefill(q, cache, cache, TABLES, LENS, STARTS, (LENS, LENS), 0.1, q)
+        paged_prefill.paged_prefill(q, cache, cache, TABLES, LENS, STARTS, query_tiles.Tiles(LENS, LENS, LENS), 0.1, q)
     query_tiles.map_tiles(STARTS, 512, 64, least=2)
     for heads, dim in ((32, 128), (16, 128), (128, 128)):
         lse = zeros(heads, 2, dtype=torch.float32)
@@ -162,7 +162,7 @@ def mla_chunks():
         angle, slots, out = zeros(num, 1, 64, dtype=torch.float32), zeros(num, dtype=torch.int64), zeros(num, heads, 128)
         latent_prepare.latent_prepare(q, kv, (kv_b[0, 0], 1e-6), (angle, angle), slots, pool, interleaved=True)
         q_latent = latent_products.absorb(q, kv_b, 128)
-        mla_mixed.mla_mixed(q_latent, q[..., 128:], pool, TABLES, LENS, STARTS, (LENS, LENS), 0.1)
+        mla_mixed.mla_mixed(q_latent, q[..., 128:], pool, TABLES, LENS, STARTS, query_tiles.Tiles(LENS, LENS, LENS), 0.1)
         expanded = zeros(num, heads, 256)
         latent_products.build_keys(expanded, kv, 128, 512)
         tiles, tile = ints(3, 1), mla_prefill.choose_tile(BF16)

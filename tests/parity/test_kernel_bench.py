@@ -60,7 +60,7 @@ def test_the_lines_of_one_kernel_differ_only_in_their_sizes():
 def test_prefill_writes_every_token_and_its_bound_counts_causal_pairs():
     launch = attention.prefill(DEVICE, seqs=2, context=70, heads=4, kv_heads=2)
     assert launch.operations == 4 * 2 * (70 * 71 // 2) * 4 * 128
-    query, first = attention._prompt_tiles(DEVICE, 2, 70, 32)
+    query, first, _ = attention._prompt_tiles(DEVICE, 2, 70, 32)
     assert sorted(zip(query.tolist(), first.tolist(), strict=True)) == [
         *([(-1, 0)] * 2),
         *((q, token) for q in range(2) for token in (0, 32, 64)),

@@ -52,9 +52,11 @@ def test_tiles_cut_on_the_device_are_those_of_the_host(step, tile_tokens, least)
     """The device keeps the order of the queries, unlike the host. Within a query both put the last tile first."""
     query_lens, kv_lens = zip(*step, strict=True)
     starts = torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=DEVICE)
-    found = list(zip(*(x.tolist() for x in map_tiles(starts, sum(query_lens), tile_tokens, least=least)), strict=True))
+    query, first, count = (x.tolist() for x in map_tiles(starts, sum(query_lens), tile_tokens, least=least))
+    found = list(zip(query, first, strict=True))
     queries = [query for query, num in enumerate(query_lens) if num >= least]
     expected = [tile for query in queries for tile in cut_tiles([query], query_lens, kv_lens, tile_tokens) if tile[0] >= 0]
     assert len(found) % 4 == 0
     assert found[: len(expected)] == expected
     assert all(query == NO_QUERY for query, _ in found[len(expected) :])
+    assert count == [len(expected)]

@@ -16,6 +16,7 @@ from engine.attention.long_prompts import Prompts
 from engine.attention.torch_gqa import TorchGqa
 from engine.attention.triton_gqa import TritonGqa
 from engine.batch import ForwardBatch, LayerPools
+from engine.kernels import paged_prefill, tile_parts
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.layers.ops import write
 
@@ -95,6 +96,50 @@ def test_a_step_equals_plain_attention(queries, heads, kv_heads, splits):
     for _ in range(1 if splits == 1 else 2):  # the second run fails if the first left its arrival counters changed
         torch.testing.assert_close(run(TritonGqa(processors)), expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(run(TritonGqa(processors), by_length=True), expected, atol=2e-5, rtol=1e-4)
+
+
+# Two chunks and a decode behind long contexts, and a short prompt: few tiles, so several programs share each.
+LONG_CONTEXTS = [(300, 5), (200, 1), (333, 70), (9, 9)]
+
+
+@pytest.mark.parametrize("by_length", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 3), (7, 1)])
+def test_few_tiles_are_divided_into_parts(heads, kv_heads, by_length, monkeypatch):
+    written = spy_on_parts(monkeypatch)
+    monkeypatch.setattr(paged_prefill, "PART_KEYS", 32)
+    monkeypatch.setattr(paged_prefill, "PROGRAMS", 8)
+    for _ in range(2):  # the second run fails if the first left its arrival counters changed
+        expected, found = attend_twice(LONG_CONTEXTS, heads, kv_heads, by_length=by_length)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert all(0 < num < parts.shape[0] for parts in written for num in [int((~parts.isnan()).all(2).all(1).sum())])
+
+
+def spy_on_parts(monkeypatch) -> list[torch.Tensor]:
+    """Fill the memory of every later launch's parts with NaN first. Returns a list of these tensors, which grows."""
+    written, places = [], tile_parts.places
+
+    def poisoned(*args):
+        acc, lse = places(*args)
+        written.append(acc.fill_(torch.nan))
+        return acc, lse.fill_(torch.nan)
+
+    monkeypatch.setattr(tile_parts, "places", poisoned)
+    return written
+
+
+def attend_twice(queries, heads: int, kv_heads: int, *, by_length: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from the same random step by the plain twin and by Triton. Returns both results."""
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = len(queries) * max(-(-length // BLOCK) for length, _ in queries)
+    pools = {name: random(num_blocks, BLOCK, kv_heads, 32, generator=generator) for name in ("k", "v")}
+    q, k, v = (random(sum(num for _, num in queries), n, 32, generator=generator) for n in (heads, kv_heads, kv_heads))
+    batch = replace(make_batch(queries, pools, torch.Generator().manual_seed(1)), num_decodes=0)
+    write(pools["k"], k, batch.slots)
+    write(pools["v"], v, batch.slots)
+    expected = TorchGqa().prepare(batch).attend(q, k, v, pools, scale=0.2)
+    if by_length:
+        batch = replace(batch, by_length=True, query_lens_host=[], kv_lens_host=[])
+    return expected, TritonGqa(8).prepare(batch).attend(q, k, v, pools, scale=0.2)
 
 
 @SPLITS

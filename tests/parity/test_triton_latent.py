@@ -13,7 +13,7 @@ from engine.attention.cached_context import LongChunks
 from engine.attention.long_prompts import Prompts
 from engine.attention.torch_mla import TorchMla
 from engine.attention.triton_mla import TritonMla
-from engine.kernels import latent_products
+from engine.kernels import latent_products, mla_mixed, tile_parts
 from engine.kernels import mla_decode as mla_decode_module
 from engine.kernels.hardware import shared_memory
 from engine.kernels.mla_decode import decode_splits, decode_tile, merge, mla_decode
@@ -155,6 +155,39 @@ def test_a_step_equals_plain_attention(queries, heads, processors, monkeypatch):
     expected = run(TorchMla())
     close(run(TritonMla(processors)), expected)
     close(run(TritonMla(processors), by_length=True), expected)
+
+
+# Two chunks and a decode behind long contexts, and a short prompt: few tiles, so several programs share each.
+LONG_CONTEXTS = [(300, 5), (200, 1), (333, 70), (9, 9)]
+
+
+@pytest.mark.parametrize("heads", [4, 20])
+def test_few_tiles_are_divided_into_parts(heads, monkeypatch):
+    written, places = [], tile_parts.places
+
+    def poisoned(*args):
+        acc, lse = places(*args)
+        written.append(acc.fill_(torch.nan))
+        return acc, lse.fill_(torch.nan)
+
+    monkeypatch.setattr(tile_parts, "places", poisoned)
+    monkeypatch.setattr(mla_mixed, "PART_TOKENS", 32)
+    monkeypatch.setattr(mla_mixed, "processors", lambda _: 400)
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(num for _, num in LONG_CONTEXTS)
+    pools = {"latent": random(4 * -(-333 // BLOCK), BLOCK, RANK + ROPE, generator=generator)}
+    q, records = (random(tokens, *shape, generator=generator) for shape in ((heads, NOPE + ROPE), (RANK + ROPE,)))
+    kv_b = random(heads, NOPE + V_DIM, RANK, generator=generator) / RANK**0.5
+    batch = replace(make_batch(LONG_CONTEXTS, pools, torch.Generator().manual_seed(1)), num_decodes=0)
+    write(pools["latent"], records, batch.slots)
+    captured = replace(batch, by_length=True, query_lens_host=[], kv_lens_host=[])
+    for _ in range(2):  # the second run fails if the first left its arrival counters changed
+        expected, found = (
+            attention.prepare(step).attend(q, records, kv_b, pools, scale=0.2)
+            for attention, step in ((TorchMla(), batch), (TritonMla(132), captured))
+        )
+        close(found, expected)
+    assert all(0 < num < acc.shape[0] for acc in written for num in [int((~acc.isnan()).all(2).all(1).sum())])
 
 
 @pytest.mark.parametrize(("heads", "processors"), [(4, 1), (4, 132), (20, 1)], ids=["whole", "split", "many heads"])

@@ -17,7 +17,7 @@ from engine.kernels.mla_mixed import mla_mixed
 from engine.kernels.mla_mixed import tile_tokens as latent_tile_tokens
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import paged_prefill, tile_tokens
-from engine.kernels.query_tiles import cut_tiles, map_tiles
+from engine.kernels.query_tiles import Tiles, columns, cut_tiles, map_tiles
 
 HEAD = 128
 
@@ -40,11 +40,9 @@ def decode(device: torch.device, seqs: int, context: int, heads: int, kv_heads: 
     return Launch(lambda: paged_decode(q, k, v, tables, lens, HEAD**-0.5, splits), num_bytes, 4 * seqs * context * heads * HEAD)
 
 
-def _prompt_tiles(device: torch.device, seqs: int, context: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut `seqs` whole prompts into tiles. Returns (query, first token) of the tiles, int32 each."""
-    tiles = cut_tiles(range(seqs), [context] * seqs, [context] * seqs, tile)
-    query, first = torch.tensor(tiles, dtype=torch.int32, device=device).T.contiguous()
-    return query, first
+def _prompt_tiles(device: torch.device, seqs: int, context: int, tile: int) -> Tiles:
+    """Cut `seqs` whole prompts into tiles."""
+    return Tiles(*columns(cut_tiles(range(seqs), [context] * seqs, [context] * seqs, tile)).to(device))
 
 
 def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads: int) -> Launch:
@@ -147,7 +145,7 @@ def latent_prefill(device: torch.device, seqs: int, context: int, heads: int, no
     expanded, out = random(device, rows, heads, 2 * nope), random(device, rows, heads, nope)
     tile = mla_prefill.choose_tile(q.dtype)
     starts, lens = torch.arange(seqs + 1, dtype=torch.int32, device=device) * context, _lens(device, *[context] * seqs)
-    query, first = _prompt_tiles(device, seqs, context, tile.queries)
+    query, first, _ = _prompt_tiles(device, seqs, context, tile.queries)
     tiles = torch.stack((query, first, query * context))
 
     def run() -> torch.Tensor:
