@@ -62,6 +62,7 @@ class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     step_low_ms: float = 30.0  # aimd
     step_high_ms: float = 50.0  # aimd
     cost_file: str | None = None  # step cost to start from, as `engine/scheduler/cost_file.py` writes it
+    cost_folder: str | None = None  # folder in which learnt step costs are kept; `cost_file` goes first (`cost_folder.py`)
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

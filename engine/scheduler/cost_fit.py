@@ -78,7 +78,10 @@ class _Evidence:
 
 
 class CostFit:
-    """`decode_rows` and `step_tokens` are the sizes and knots of the table. `seed` is a table to start from."""
+    """`decode_rows` and `step_tokens` are the sizes and knots of the table.
+
+    `seed` is a table to start from. It says nothing of sizes beyond its own.
+    """
 
     def __init__(self, decode_rows: list[int], step_tokens: list[int], seed: CostTable | None) -> None:
         self._rows, self._knots = decode_rows, step_tokens
@@ -89,9 +92,11 @@ class CostFit:
         self._known = np.zeros(self._size, bool)
         self._known[self._kv :] = True
         if seed is not None:
+            largest = seed.decode_rows[-1], seed.step_tokens[-1]
             seed = seed.resampled(decode_rows, step_tokens)
             self._values[:] = [*seed.decode_seconds, *seed.step_seconds, seed.kv_token_seconds, seed.attention_pair_seconds]
-            self._known[:] = True
+            self._known[: self._first_knot] = np.array(decode_rows) <= largest[0]
+            self._known[self._first_knot : self._kv] = np.array(step_tokens) <= largest[1]
         self._largest = np.zeros(self._size)  # largest share of a step's seconds for a unit of each value
         self._evidence = {kind: _Evidence(self._size) for kind in (False, True)}
         self._firsts: dict[int, list[float]] = {}
@@ -99,6 +104,17 @@ class CostFit:
         self.num_found = 0  # how often a size or knot was measured that was not known
         self._count = 0
         self.table = self._make_table()
+
+    def known_table(self) -> CostTable:
+        """Return the table without the sizes and knots that are predicted from their neighbours. Each kind must have one."""
+        table = self.table
+        rows, knots = (np.flatnonzero(self._known[self._columns_of(kind)]).tolist() for kind in (False, True))
+        return table._replace(
+            decode_rows=[table.decode_rows[i] for i in rows],
+            decode_seconds=[table.decode_seconds[i] for i in rows],
+            step_tokens=[table.step_tokens[i] for i in knots],
+            step_seconds=[table.step_seconds[i] for i in knots],
+        )
 
     def knows(self, shape: StepShape) -> bool:
         """Return whether the size of `shape` was measured or seeded, so that its prediction is more than a guess."""

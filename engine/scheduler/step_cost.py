@@ -99,6 +99,7 @@ class StepCost:
 
     def __init__(self, decode_rows: list[int], max_tokens: int, seed: CostTable | None = None) -> None:
         self._fit = CostFit(decode_rows, token_knots(max_tokens), seed)
+        self._num_measured = 0
         self._records = tuple(_Record(name, seed is not None) for name in ("decodes", "prompts"))
 
     @staticmethod
@@ -117,6 +118,13 @@ class StepCost:
     @property
     def table(self) -> CostTable:
         return self._fit.table
+
+    @property
+    def learnt(self) -> CostTable | None:
+        """The sizes and knots that were measured or seeded, for a later engine. None while that is not worth keeping."""
+        if not self.trusted or self._num_measured < MATURE or any(record.young for record in self._records):
+            return None
+        return self._fit.known_table()
 
     @property
     def num_found(self) -> int:
@@ -147,6 +155,7 @@ class StepCost:
         """Learn that a step of `shape` took `seconds`. A step that was not measured (0 seconds) is ignored."""
         if not (shape.decodes or shape.prompt_tokens) or not seconds > 0:
             return
+        self._num_measured += 1
         predicted = self.predict(shape)
         if predicted > 0 and self._fit.knows(shape):
             self._compare(shape, seconds, math.log(seconds / predicted))
