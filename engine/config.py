@@ -51,7 +51,7 @@ class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     - fixed: the limits of SchedulerConfig, always. An offline engine is fixed, whatever is set.
     - aimd: `min_batch` to `max_batch` requests run at once: fewer if steps take over `step_high_ms`, more if under `step_low_ms`.
     - model: the largest step whose predicted time keeps the promised time between tokens; aimd while predictions are wrong.
-    - auto: as model, but `cost_file` may be missing. Then aimd holds until the step cost has been learnt.
+    - auto: as model, but `cost_file` may be missing. Then aimd holds until the first predictions were right.
 
     The limits of SchedulerConfig bound every policy.
     """
@@ -62,6 +62,7 @@ class BatchingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     step_low_ms: float = 30.0  # aimd
     step_high_ms: float = 50.0  # aimd
     cost_file: str | None = None  # step cost to start from, as `engine/scheduler/cost_file.py` writes it
+    cost_folder: str | None = None  # folder in which learnt step costs are kept; `cost_file` goes first (`cost_folder.py`)
 
 
 class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

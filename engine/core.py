@@ -30,6 +30,7 @@ from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
 from engine.scheduler.cost_file import cost_key, seeded_cost
+from engine.scheduler.cost_folder import CostKeeper, LearntCosts
 from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
@@ -63,7 +64,10 @@ class Core:
         self._limits = msgspec.structs.replace(
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
-        cost = seeded_cost(built.config, cost_key(built.config, built.device))
+        key, folder = cost_key(built.config, built.device), built.config.batching.cost_folder
+        learnt = None if folder is None or built.config.offline else LearntCosts(folder, key)
+        cost = seeded_cost(built.config, key, None if learnt is None else learnt.read())
+        self._keeper = None if learnt is None else CostKeeper(cost, learnt, clock)
         self._controller = make_controller(built.config, cost)
         self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost, clock=clock)
         self._in_flight: _InFlightStep | None = None
@@ -142,6 +146,11 @@ class Core:
         """
         return not self.has_work and self._runner.prepare()
 
+    def keep_costs(self) -> None:
+        """Write the learnt step costs to their file if it is time. A caller that runs for long calls this often."""
+        if self._keeper is not None:
+            self._keeper.keep()
+
     def stats(self) -> EngineStats:
         scheduler, cache, counts = self._scheduler, self._scheduler.cache, self._scheduler.counts
         limits, forecast = self._controller.present, scheduler.forecast
@@ -189,8 +198,13 @@ class Core:
         )
 
     def close(self) -> None:
-        """Release the device. Running and waiting requests get no event: whoever submitted them can submit them again."""
+        """Release the device, and write the learnt step costs.
+
+        Running and waiting requests get no event: whoever submitted them can submit them again.
+        """
         self._in_flight = None
+        if self._keeper is not None:
+            self._keeper.close()
         self._runner.close()
 
     def _plain_step(self, began: float) -> list[TokenEvent]:

@@ -261,6 +261,7 @@ class EngineProcess:
     def _send_heartbeats(self) -> None:
         self._heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
         self._keep_bound()
+        self._core.keep_costs()
         stats = msgspec.structs.replace(self._core.stats(), gc_pause_seconds=self._pauses.longest)
         heartbeat = Heartbeat(stats, self._preparing)
         if not self._core.has_work or heartbeat.stats.step != self._told_step:

@@ -1,6 +1,6 @@
 """Studies the policies of the batch in simulation, on the step costs of an H200 with llama-8b (docs/batching.md).
 
-    python -m loadtest.simulated [--part rates|steps|flood|long|wrong|check ...] [--seconds 60] [--costs FILE] [--record FILE]
+    python -m loadtest.simulated [--part PART ...] [--seconds 60] [--costs FILE] [--record FILE]
 
 Each result is a table row and a JSON line. A part takes about a minute of CPU time.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from engine.config import BatchingPolicy
-from engine.scheduler.cost_file import load_costs, save_costs
+from engine.scheduler.cost_file import CostKey, load_costs, save_costs
 from engine.scheduler.cost_table import CostTable
 from server.bench import lines
 from server.bench.loads import SHAPES, Arrival, Client, merge, poisson, random_tokens, steps
@@ -37,7 +37,13 @@ def machines(base: Machine) -> dict[str, Machine]:
     def of(policy: BatchingPolicy, **changes: Any) -> Machine:
         return base._replace(policy=policy, **changes)
 
-    return {"fixed 64": of("fixed", max_num_seqs=64), "fixed 256": of("fixed"), "aimd": of("aimd"), "model": of("model")}
+    return {
+        "fixed 64": of("fixed", max_num_seqs=64),
+        "fixed 256": of("fixed"),
+        "aimd": of("aimd"),
+        "model": of("model"),
+        "auto, no file": of("auto", cold=True),
+    }
 
 
 def interactive(tenant: str = "", *, promised: bool) -> Client:
@@ -59,6 +65,7 @@ def summary(run: Run, seconds: float) -> Row:
     return {
         "sent_s": round(found.sent / seconds, 2),
         "goodput": found.goodput,
+        "goodput_after_2s": outcome([one for one in run.served if one.arrival.at >= 2], seconds - 2).goodput,
         "refused": found.refused,
         "ttft_p50_ms": found.ttft_ms["p50"],
         "ttft_p99_ms": found.ttft_ms["p99"],
@@ -70,6 +77,28 @@ def summary(run: Run, seconds: float) -> Row:
         "busy": round(run.busy, 2),
         "simulated_s_per_cpu_s": round(run.seconds / run.cpu_seconds, 1),
     }
+
+
+def burst(base: Machine, _: float) -> Iterator[Row]:
+    """256 streams of 400 tokens begin at once, on the device of the cost file and on one whose steps all take 25 ms."""
+    with tempfile.TemporaryDirectory() as folder:
+        flat = Path(folder) / "25 ms"
+        save_costs(
+            flat, CostKey("25 ms", "any", "any"), "made up", CostTable([256], [0.025], [16, 8192], [0.025, 0.025], 0.0, 0.0)
+        )
+        for costs, num_prompt in ((flat, 6), (base.costs, 6), (base.costs, 400)):
+            rng = random.Random(1)
+            load = [Arrival(0.0, random_tokens(rng, num_prompt), 400, interactive(promised=False)) for _ in range(256)]
+            for name, machine in machines(base._replace(costs=costs)).items():
+                run = simulate(load, machine)
+                below = [at for at, stats in run.samples if stats.seq_limit < 256]
+                yield {
+                    "device": Path(costs).stem,
+                    "prompt_tokens": num_prompt,
+                    "policy": name,
+                    "out_tok_s": round(256 * 400 / run.seconds),
+                    "below_256_places_until_s": round(max(below, default=0.0), 2),
+                }
 
 
 def load_steps(base: Machine, seconds: float) -> Iterator[Row]:
@@ -190,6 +219,7 @@ def check(base: Machine, _: float) -> Iterator[Row]:
 
 STUDIES: dict[str, Study] = {
     "rates": rates,
+    "burst": burst,
     "steps": load_steps,
     "flood": flood,
     "long": long_prompt,

@@ -211,6 +211,11 @@ class Settings(BaseSettings):
     cost_file: str | None = Field(
         None, min_length=1, description="File of the times of steps on this device with this model, to predict them from"
     )
+    cost_folder: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder that keeps learnt times of steps, from which the next start predicts if there is no cost_file",
+    )
     fake_step_ms: float = Field(_FAKE.step_ms, ge=0, le=1e6, description="Fake runner: milliseconds that each step takes")
     fake_token_us: float = Field(
         _FAKE.token_us, ge=0, le=1e6, description="Fake runner: microseconds that each token adds to a step"

@@ -159,12 +159,16 @@ class AimdPolicy:
             self._full_tokens = tokens
 
     def limits(self, load: Load, now: float) -> StepLimits:
-        if now >= self._relieved_until:
-            self._short, self._long = self._bounds
-        reason = self._adjust_tokens(load, now) or self._adjust_seqs(load, now)
+        reason = self.adjust_tokens(load, now) or self._adjust_seqs(load, now)
         if reason is not None:
             self._changes.set(self.present, reason, now)
         return with_room(self.present, load.decodes, self._most_tokens)
+
+    def adjust_tokens(self, load: Load, now: float) -> Reason | None:
+        """Adapt the number of tokens alone. Returns the reason if it has changed."""
+        if now >= self._relieved_until:
+            self._short, self._long = self._bounds
+        return self._adjust_tokens(load, now)
 
     @property
     def present(self) -> StepLimits:

@@ -76,7 +76,11 @@ class FixedController:
 
 
 class AdaptiveController:
-    """Follows the model policy while the step cost is trusted, and the AIMD policy otherwise, or always if `model` is False."""
+    """Follows the model policy as far as the step cost is trusted, and else AIMD. If `model` is False, AIMD always holds.
+
+    A server that has just started has run few steps with prompts. Then the number of requests already follows the model, and the
+    number of tokens still follows AIMD.
+    """
 
     def __init__(self, largest: StepLimits, batching: BatchingConfig, cost: StepCost, *, model: bool) -> None:
         self._cost = cost
@@ -102,26 +106,35 @@ class AdaptiveController:
     def limits(self, load: Load, now: float) -> StepLimits:
         if self._model is None:
             return self._aimd.limits(load, now)
-        if self._cost.trusted is not (self.policy == "model"):
-            self._switch(now)
-        return self._model.limits(load, now) if self.policy == "model" else self._aimd.limits(load, now)
+        if self._cost.trusted_for_decodes is not (self.policy == "model"):
+            self._switch(self._model, now)
+        if self.policy == "aimd":
+            return self._aimd.limits(load, now)
+        if self._cost.trusted:
+            return self._model.limits(load, now)
+        reason = self._aimd.adjust_tokens(load, now)
+        limits = self._model.limits(load, now, self._aimd.present.tokens)
+        if reason is not None:
+            self._changes.set(self._model.present, reason, now)
+        return limits
 
     def observe(self, shape: StepShape, seconds: float, now: float) -> None:
         self._cost.observe(shape, seconds)
         self._aimd.observe(shape, seconds, now)
 
-    def _switch(self, now: float) -> None:
-        self.policy = "model" if self._cost.trusted else "aimd"
+    def _switch(self, model: ModelPolicy, now: float) -> None:
+        trusted = self._cost.trusted_for_decodes
+        self.policy = "model" if trusted else "aimd"
         log.info(
             "policy of the batch changed",
             extra={
                 "policy": self.policy,
-                "step_cost": "trusted" if self._cost.trusted else "not trusted",
+                "step_cost": "trusted" if trusted else "not trusted",
                 "error": self._cost.error,
             },
         )
-        if self._cost.trusted and self._model is not None:
-            self._model.start_at(self.present, now)
+        if trusted:
+            model.start_at(self.present, now)
         else:
             self._aimd.start_at(self.present, now)
 

@@ -100,8 +100,8 @@ def cost_key(config: EngineConfig, device: str) -> CostKey:
     return CostKey(device, Path(config.model).resolve().name, config.dtype)
 
 
-def seeded_cost(config: EngineConfig, key: CostKey) -> StepCost:
-    """Return the StepCost of an engine, which starts from the file that the resolved `config` names.
+def seeded_cost(config: EngineConfig, key: CostKey, learnt: CostTable | None = None) -> StepCost:
+    """Return the StepCost of an engine, which starts from the file that the resolved `config` names, or else from `learnt`.
 
     `key` says what the engine runs. Raises ConfigError if the file cannot be used, or belongs to something else.
     """
@@ -110,7 +110,7 @@ def seeded_cost(config: EngineConfig, key: CostKey) -> StepCost:
     size = config.scheduler.max_num_seqs, config.scheduler.max_step_tokens
     path = config.batching.cost_file
     if path is None:
-        return StepCost.of_size(*size)
+        return StepCost.of_size(*size, learnt)
     setting = "batching.cost_file"
     file = load_costs(path, setting=setting)
     for name, has, needed in zip(CostKey._fields, file.key, key, strict=True):

@@ -7,11 +7,15 @@ equations of decode steps and of steps with prompts fade separately: the rarer k
 Each refit solves for values close to the present ones (a proximal step), so that what no recent step tells apart stays as it is.
 A change counts by the share of a step that it explains, and at least by a tenth of its share of the value itself: few steps that
 read little KV must not make a token of KV a hundred times dearer, only because all of them took a little longer.
-Negative values are set to 0 one after the other (active set). Then each list is made monotone by pooling adjacent violators
-(Ayer et al. 1955). Residuals beyond twice their usual size weigh less (Huber 1964).
+No value is negative, and no list falls (`cost_solve.py`). Residuals beyond twice their usual size weigh less (Huber 1964).
 
-A size that no step has had is predicted from its neighbours: from the next larger one, or beyond all of them in proportion, which
-is more than it will turn out to be.
+A size that no step has had is predicted from its neighbours: from the next larger one if there is one. Beyond all of them, steps
+with prompts are predicted in proportion, which is more than they will turn out to take. Decodes mostly wait for the same weights,
+however many there are, so in proportion they would seem far too long, and no larger batch would ever be tried. They are predicted
+along the slope between the two largest known sizes, but never flatter than a part of proportion (FLATTEST).
+
+A step may be slow by accident, for example because a kernel is compiled, but it is never fast by accident. So a size has a value
+as soon as one step takes no longer than predicted from the neighbours, and else once it has had FIRST steps.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from engine.scheduler.cost_solve import Floats, pool, solve
 from engine.scheduler.cost_table import CostTable
 from engine.scheduler.limits import StepShape
 
@@ -31,9 +35,15 @@ EARLY = (4, 8, 16, 32)  # numbers of observations after which a new fit does not
 MEMORY = 256  # observations of a kind after which an observation weighs 1/e
 HELD = 2.0  # weight of the present values, in observations
 FIRM = 0.1  # a change by the whole present value counts like an error by this part of a step, at least
-FIRST = 3  # observations of a size from whose median its first value comes
-
-Floats = npt.NDArray[np.float64]
+KV_PER_STEP = 50_000  # tokens of KV that take as long as reading the weights, in usual models
+PAIRS_PER_TOKEN = 20_000  # pairs in the attention that take as long as a prompt token's arithmetic, in usual models
+LEAST_LIKELY = 0.03  # part of a likely cost of KV or attention that a seeded one may be
+FIRST = 3  # observations of a size from whose median its first value comes, if they take longer than its neighbours suggest
+NOISE = 1.1  # a step that takes this many times its prediction may still be right
+DISPROPORTION = (
+    2.0  # a size that takes this many times as long as in proportion to a smaller one was measured under other conditions
+)
+FLATTEST = 0.25  # decodes beyond the largest known size grow at least by this part of what they would in proportion
 
 
 class _Row(NamedTuple):
@@ -68,7 +78,10 @@ class _Evidence:
 
 
 class CostFit:
-    """`decode_rows` and `step_tokens` are the sizes and knots of the table. `seed` is a table to start from."""
+    """`decode_rows` and `step_tokens` are the sizes and knots of the table.
+
+    `seed` is a table to start from. It says nothing of sizes beyond its own.
+    """
 
     def __init__(self, decode_rows: list[int], step_tokens: list[int], seed: CostTable | None) -> None:
         self._rows, self._knots = decode_rows, step_tokens
@@ -79,14 +92,29 @@ class CostFit:
         self._known = np.zeros(self._size, bool)
         self._known[self._kv :] = True
         if seed is not None:
+            largest = seed.decode_rows[-1], seed.step_tokens[-1]
             seed = seed.resampled(decode_rows, step_tokens)
             self._values[:] = [*seed.decode_seconds, *seed.step_seconds, seed.kv_token_seconds, seed.attention_pair_seconds]
-            self._known[:] = True
+            self._known[: self._first_knot] = np.array(decode_rows) <= largest[0]
+            self._known[self._first_knot : self._kv] = np.array(step_tokens) <= largest[1]
         self._largest = np.zeros(self._size)  # largest share of a step's seconds for a unit of each value
         self._evidence = {kind: _Evidence(self._size) for kind in (False, True)}
         self._firsts: dict[int, list[float]] = {}
+        self._least_likely = 1.0 if seed is None else LEAST_LIKELY
+        self.num_found = 0  # how often a size or knot was measured that was not known
         self._count = 0
         self.table = self._make_table()
+
+    def known_table(self) -> CostTable:
+        """Return the table without the sizes and knots that are predicted from their neighbours. Each kind must have one."""
+        table = self.table
+        rows, knots = (np.flatnonzero(self._known[self._columns_of(kind)]).tolist() for kind in (False, True))
+        return table._replace(
+            decode_rows=[table.decode_rows[i] for i in rows],
+            decode_seconds=[table.decode_seconds[i] for i in rows],
+            step_tokens=[table.step_tokens[i] for i in knots],
+            step_seconds=[table.step_seconds[i] for i in knots],
+        )
 
     def knows(self, shape: StepShape) -> bool:
         """Return whether the size of `shape` was measured or seeded, so that its prediction is more than a guess."""
@@ -95,12 +123,42 @@ class CostFit:
     def add(self, shape: StepShape, seconds: float, weight: float) -> None:
         """Add an observation with a weight from 0 to 1, and refit if it is time."""
         column = self._nearest(shape)
-        self._evidence[shape.prompt_tokens > 0].new.append(_Row(*self._features(shape), seconds, weight))
         if not self._known[column]:
             self._add_first(column, shape, seconds)
+        if self._known[column]:  # else the fit would explain the whole step by the KV and the attention alone
+            self._evidence[shape.prompt_tokens > 0].new.append(_Row(*self._features(shape), seconds, weight))
         self._count += 1
         if self._count % REFIT == 0 or self._count in EARLY:
             self.refit()
+
+    def lower(self, shape: StepShape, seconds: float) -> None:
+        """Correct a young table by a step that was far faster than predicted: whatever made earlier steps slow is over.
+
+        The size of `shape` and smaller ones take no longer from now on. Earlier observations of this kind of steps are forgotten.
+        """
+        kind = shape.prompt_tokens > 0
+        part = self._columns_of(kind)
+        place = self._nearest(shape) - part.start
+        shared = self._shared_seconds(shape)
+        if shared > seconds / 2:
+            self._values[self._kv :] *= seconds / (shared + self._values[part][place])
+        value = seconds - self._shared_seconds(shape)
+        np.minimum(self._values[part][: place + 1], value, out=self._values[part][: place + 1])
+        self._forget_beyond(shape)
+        self._evidence[kind] = _Evidence(self._size)
+        self.table = self._make_table()
+
+    def _forget_beyond(self, shape: StepShape) -> None:
+        """Make sizes beyond that of `shape` unknown if they take out of proportion longer.
+
+        They were measured while something made the device slow. Limits would else never reach them again.
+        """
+        kind = shape.prompt_tokens > 0
+        part, sizes = self._columns_of(kind), self._knots if kind else self._rows
+        place = self._nearest(shape) - part.start
+        values, known = self._values[part], self._known[part]  # views
+        most = DISPROPORTION * values[place] * np.array(sizes[place + 1 :]) / sizes[place]
+        known[place + 1 :] &= values[place + 1 :] <= most
 
     def refit(self) -> None:
         """Fit the table to all observations so far."""
@@ -112,21 +170,41 @@ class CostFit:
         vector = sum(evidence.vector for evidence in self._evidence.values())
         weights_held = HELD * np.square(self._largest)
         held = HELD * np.square(np.maximum(self._largest, FIRM * self._inverse()))
-        self._values = _solve(
+        self._values = solve(
             matrix + np.diag(held), vector + held * self._values, self._values, self._known & (self._largest > 0)
         )
         for prompts in (False, True):
             part = self._columns_of(prompts)
             known = np.flatnonzero(self._known[part]) + part.start
             weights = np.maximum((np.diag(matrix) + weights_held)[known], 1e-9)
-            self._values[known] = _pool(self._values[known], weights)
+            self._values[known] = pool(self._values[known], weights)
         self.table = self._make_table()
 
     def _inverse(self) -> Floats:
-        """Return 1 over each value, or 0 where the value is 0 or no step has told anything about it."""
+        """Return 1 over each value, or 0 where no step has told anything about it.
+
+        A cost of KV or attention that was not seeded changes as if it were a likely one. Noise of the first steps would else
+        decide it, and then hold it there. One that was seeded may be smaller, down to a part of that.
+        """
+        values = self._values.copy()
+        for column, likely in ((self._kv, self._likely_kv()), (self._kv + 1, self._likely_pair())):
+            values[column] = max(values[column], self._least_likely * likely)
         inverse = np.zeros(self._size)
-        np.divide(1.0, self._values, out=inverse, where=(self._values > 0) & (self._largest > 0))
+        np.divide(1.0, values, out=inverse, where=(values > 0) & (self._largest > 0))
         return inverse
+
+    def _likely_kv(self) -> float:
+        """Return seconds for a token of KV of usual models. 0 if no size of decodes is known."""
+        known = np.flatnonzero(self._known[: self._first_knot])
+        return float(self._values[known[0]] / KV_PER_STEP) if len(known) else 0.0
+
+    def _likely_pair(self) -> float:
+        """Return seconds for a pair of a prompt token and a token that it attends to of usual models. 0 if no knot is known."""
+        known = np.flatnonzero(self._known[self._first_knot : self._kv])
+        if not len(known):
+            return 0.0
+        last = int(known[-1])
+        return float(self._values[self._first_knot + last] / (self._knots[last] * PAIRS_PER_TOKEN))
 
     def rescale(self, ratio: float, *, prompts: bool) -> None:
         """Multiply all values of one kind of steps by `ratio`, and forget the observations of that kind."""
@@ -166,67 +244,55 @@ class CostFit:
         return (column - 1, column, *shared), (1.0 - share, share, *factors)
 
     def _add_first(self, column: int, shape: StepShape, seconds: float) -> None:
-        """Remember an observation of a size that has no value yet. After FIRST of them the size has a value."""
-        kv_seconds, pair_seconds = self._values[self._kv :].tolist()
-        rest = max(0.0, seconds - shape.kv_tokens * kv_seconds - shape.attention * pair_seconds)
-        if shape.prompt_tokens:
-            rest *= self._knots[column - self._first_knot] / (shape.decodes + shape.prompt_tokens)
+        """Learn from an observation of a size that has no value yet."""
+        rest = max(0.0, seconds - self._shared_seconds(shape))
+        scale = self._knots[column - self._first_knot] / (shape.decodes + shape.prompt_tokens) if shape.prompt_tokens else 1.0
+        predicted = float(self._values[column])  # from neighbours; 0 if the kind has none
         firsts = self._firsts.setdefault(column, [])
-        firsts.append(rest)
-        if len(firsts) == FIRST:
-            self._values[column] = median(self._firsts.pop(column))
-            self._known[column] = True
-            self.table = self._make_table()
+        firsts.append(scale * rest)
+        if rest <= NOISE * predicted:
+            self._set_first(column, shape, min(predicted, scale * rest))
+        elif len(firsts) == FIRST:
+            self._set_first(column, shape, median(firsts))
+
+    def _shared_seconds(self, shape: StepShape) -> float:
+        """Return the predicted seconds for KV and attention."""
+        kv_seconds, pair_seconds = self._values[self._kv :].tolist()
+        return float(shape.kv_tokens * kv_seconds + shape.attention * pair_seconds)
+
+    def _set_first(self, column: int, shape: StepShape, value: float) -> None:
+        self._values[column] = value
+        self._known[column] = True
+        self._forget_beyond(shape)
+        self.num_found += 1
+        del self._firsts[column]
+        self.table = self._make_table()
 
     def _make_table(self) -> CostTable:
-        self._fill(self._columns_of(False), self._rows)
-        self._fill(self._columns_of(True), self._knots)
+        self._fill(self._columns_of(False), self._rows, FLATTEST)
+        self._fill(self._columns_of(True), self._knots, 1.0)
         values = self._values.tolist()
         kv_seconds, pair_seconds = values[self._kv :]
         return CostTable(
             self._rows, values[: self._first_knot], self._knots, values[self._first_knot : self._kv], kv_seconds, pair_seconds
         )
 
-    def _fill(self, part: slice, sizes: list[int]) -> None:
-        """Give each unknown value of a list that of the next larger known size, or beyond all of them one in proportion."""
+    def _fill(self, part: slice, sizes: list[int], flattest: float) -> None:
+        """Give each unknown value of a list that of the next larger known size.
+
+        Beyond all known sizes, values grow by the last known slope, and at least by the part `flattest` of proportion.
+        """
         values, known = self._values[part], self._known[part]
         places = np.flatnonzero(known)
         if not len(places):
             return
         last = int(places[-1])
+        slope = flattest * values[last] / sizes[last]
+        if len(places) > 1 and flattest < 1:
+            before = int(places[-2])
+            slope = max(slope, (values[last] - values[before]) / (sizes[last] - sizes[before]))
         for place in np.flatnonzero(~known).tolist():
             after = np.searchsorted(places, place)
-            values[place] = values[last] * sizes[place] / sizes[last] if after == len(places) else values[places[after]]
+            beyond = after == len(places)
+            values[place] = values[last] + slope * (sizes[place] - sizes[last]) if beyond else values[places[after]]
         np.maximum.accumulate(values, out=values)
-
-
-def _solve(matrix: Floats, vector: Floats, values: Floats, free: npt.NDArray[np.bool_]) -> Floats:
-    """Solve for the `free` values, none of which may be negative. The others stay as they are."""
-    values, free = values.copy(), free.copy()
-    while free.any():
-        index, fixed = np.flatnonzero(free), np.flatnonzero(~free)
-        part = matrix[np.ix_(index, index)]
-        right = vector[index] - matrix[np.ix_(index, fixed)] @ values[fixed]
-        scale = 1.0 / np.sqrt(np.diag(part))
-        solved = scale * np.linalg.solve(part * np.outer(scale, scale), right * scale)
-        if (solved >= 0).all():
-            values[index] = solved
-            break
-        values[index[solved < 0]] = 0.0
-        free[index[solved < 0]] = False
-    return values
-
-
-def _pool(values: Floats, weights: Floats) -> Floats:
-    """Return the closest list that never falls: neighbours that fall share their weighted mean."""
-    if (np.diff(values) >= 0).all():
-        return values
-    pools: list[tuple[float, float, int]] = []  # mean, weight, number
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        mean, total, number = value, weight, 1
-        while pools and pools[-1][0] > mean:
-            other, more, count = pools.pop()
-            mean = (mean * total + other * more) / (total + more)
-            total, number = total + more, number + count
-        pools.append((mean, total, number))
-    return np.array([mean for mean, _, number in pools for _ in range(number)])

@@ -6,11 +6,12 @@ The wait behind others is the longer of two: until the prompts that go before ar
 ended to free a place, unless lower classes give up enough. Prompts that go before are those that have started, and what
 `WaitingQueue.work_before` finds. Places become free at the rate of the running requests over the usual length of an output.
 
-Predictions are compared with what comes of them, and later ones are corrected by the usual ratio. A prediction is a median: if
-requests were accepted up to a prediction of their target, half of the last ones would be late in an overload. So a promised
-request is refused if the delay by others, longer by its usual deviation, would be too long. Nothing is refused while the cost of
-steps is not trusted, and an idle engine refuses only a prompt that alone takes too long: if it refused others, it would get no
-first token from which to correct its prediction, and would refuse them for good.
+Predictions are compared with what comes of them, and later ones of the same tenant are corrected by the usual ratio
+(`accuracy.py`). A prediction is a median: if requests were accepted up to a prediction of their target, half of the last ones
+would be late in an overload. So a promised request is refused if the delay by others, longer by its usual deviation, would be
+too long. Nothing is refused while the cost of steps is not trusted, and an idle engine refuses only a prompt that alone takes
+too long: if it refused others, it would get no first token from which to correct its prediction, and would refuse them for
+good.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from engine.errors import Overloaded, RequestTimeout
 from engine.request import Request
+from engine.scheduler.accuracy import MEMORY, AccuracyByTenant
 from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
@@ -27,12 +29,7 @@ from engine.scheduler.step_cost import StepCost
 from engine.scheduler.work import Work, rest_of, total, work_of
 from engine.slo import STANDARD, SloClass
 
-MEMORY = 0.05  # weight of the latest observation in a running mean
-FIRST_SPREAD = 0.2  # deviation of log(actual / predicted) before it is known
-SPREAD_MEMORY = 0.02
 TELLING = 0.25  # a prediction tells about the deviation if it is this share of the target; a shorter one is off by a step or two
-SURE = 1.3  # deviations to allow for: nine of ten requests then have their first token in time
-LARGEST_CORRECTION = math.log(2.0)  # a prediction that is further off is wrong for a reason that a ratio does not mend
 
 
 class Expected(NamedTuple):
@@ -56,8 +53,7 @@ class Forecast:
         self._max_tokens = max_tokens
         self._output_tokens = 0.0  # usual number of tokens of an output; 0 before the first has ended
         self._step_seconds = 0.0  # usual duration of a step
-        self._correction = 0.0  # usual log(actual / predicted)
-        self._variance = FIRST_SPREAD**2  # usual squared deviation of log(actual / predicted) from `_correction`
+        self._accuracy = AccuracyByTenant()
         self._typical_tokens = 1.0  # usual number of prompt tokens that are not cached
         self._slo = STANDARD  # class of the latest request that has a target
 
@@ -85,9 +81,10 @@ class Forecast:
         """Predict the first token of a request that is not in the queue yet."""
         request.num_queued = len(request.tokens)
         own = work_of(request)
-        seconds = self._seconds(self._queue.work_before(request), own, request.slo, limits)
+        accuracy = self._accuracy.of(request.tenant)
+        seconds = self._seconds(self._queue.work_before(request), own, request.slo, limits) * accuracy.factor
         alone = self._cost.prompt_seconds(int(own.tokens), int(own.pairs), decodes=0, kv_tokens=0, budget=self._max_tokens)
-        return Expected(max(alone, seconds), alone, self._margin)
+        return Expected(max(alone, seconds), alone, accuracy.margin)
 
     def waiting_seconds(self, limits: StepLimits) -> float:
         """Return how long it takes to compute all prompts that wait or have started. 0 while the cost is not trusted."""
@@ -102,8 +99,9 @@ class Forecast:
         """
         if not self._cost.trusted or self._slo.ttft is None:
             return 0.0
-        usual = Work(1, self._typical_tokens, 0)
-        return self._seconds(self._queue.work(self._slo.rank), usual, self._slo, limits) * self._margin / self._slo.ttft
+        usual, accuracy = Work(1, self._typical_tokens, 0), self._accuracy.all
+        seconds = self._seconds(self._queue.work(self._slo.rank), usual, self._slo, limits)
+        return seconds * accuracy.factor * accuracy.margin / self._slo.ttft
 
     def itl_over_target(self, shape: StepShape) -> float:
         """Return the predicted duration of a step over the tightest inter-token target of the decodes. 0 if there is none."""
@@ -117,10 +115,8 @@ class Forecast:
         predicted, actual = request.expected_at - request.arrival, now - request.arrival
         request.expected_at = None
         if predicted > 0 and actual > 0:
-            ratio = max(-LARGEST_CORRECTION, min(LARGEST_CORRECTION, self._correction + math.log(actual / predicted)))
-            if request.slo.ttft is not None and predicted >= TELLING * request.slo.ttft:
-                self._variance += SPREAD_MEMORY * ((ratio - self._correction) ** 2 - self._variance)
-            self._correction += MEMORY * (ratio - self._correction)
+            telling = request.slo.ttft is not None and predicted >= TELLING * request.slo.ttft
+            self._accuracy.observe(request.tenant, math.log(actual / predicted), telling=telling)
 
     def ended(self, request: Request) -> None:
         """Learn from the length of an output."""
@@ -135,16 +131,14 @@ class Forecast:
         elif seconds > 0:
             self._step_seconds += MEMORY * (seconds - self._step_seconds)
 
-    @property
-    def _margin(self) -> float:
-        """How many times its prediction a delay hardly exceeds."""
-        return math.exp(SURE * math.sqrt(self._variance))
-
     def _seconds(self, waiting: Work, own: Work, slo: SloClass, limits: StepLimits) -> float:
-        """Return the seconds until a request of class `slo` has its first token: `own` is its work, `waiting` waits before it."""
+        """Return the seconds until a request of class `slo` has its first token, without a correction.
+
+        `own` is its work, and `waiting` waits before it.
+        """
         before = total(rest_of(r) for r in self._running.prompts if r.rank[0] <= slo.rank).plus(waiting)
         seconds = max(self._prompt_seconds(before, limits), self._place_seconds(waiting.requests, slo, limits))
-        return (seconds + self._step_seconds + self._prompt_seconds(own, limits)) * math.exp(self._correction)
+        return seconds + self._step_seconds + self._prompt_seconds(own, limits)
 
     def _prompt_seconds(self, work: Work, limits: StepLimits) -> float:
         decodes = self._running.decodes

@@ -11,6 +11,7 @@ from engine.request import Request
 from engine.scheduler.forecast import Forecast
 from engine.scheduler.limits import StepLimits
 from engine.scheduler.queue import WaitingQueue
+from engine.scheduler.shares import Held, QueueShares
 
 
 class Intake:
@@ -26,8 +27,7 @@ class Intake:
     ) -> None:
         self._cache = cache
         self._queue = queue
-        self._max_queue = config.max_queue
-        self._max_queue_tokens = config.max_queue_tokens
+        self._shares = QueueShares(config.max_queue, config.max_queue_tokens)
         self._forecast = forecast
         self._leader = leader
 
@@ -42,12 +42,11 @@ class Intake:
                 f"requested {request.end_len} tokens: send a shorter prompt or a smaller max_tokens.",
                 param="max_tokens",
             )
-        waiting, tokens = len(self._queue), self._queue.num_tokens
-        if waiting >= self._max_queue or (waiting and tokens + len(request.tokens) > self._max_queue_tokens):
+        waiting = Held(len(self._queue), self._queue.num_tokens)
+        why = self._shares.refusal(request.tenant, len(request.tokens), waiting, self._queue.held_by(request.tenant))
+        if why is not None:
             seconds = self._forecast.waiting_seconds(limits)
-            raise Overloaded(
-                f"{waiting} requests with {tokens} tokens are already waiting: try again later", retry_after=seconds / waiting
-            )
+            raise Overloaded(f"{why}: try again later", retry_after=seconds / waiting.requests)
 
     def check_latency(self, request: Request, limits: StepLimits) -> None:
         """Raise Overloaded or RequestTimeout if the request's first token would come too late."""

@@ -2,7 +2,10 @@
 
 The target is the time between tokens that a request was promised. Limits lie on a geometric grid. They fall at once when a step
 of the present limits would take too long. They rise only after a while, and only if the larger step keeps a margin, so that they
-do not follow the noise of predictions. A fall soon after a rise doubles the wait.
+do not follow the noise of predictions. A fall soon after a rise doubles the wait. A rise need not wait when steps of a size were
+measured for the first time: limits that end where the costs are not known yet move on with what is learnt.
+
+While only the cost of decodes is known, the policy sets the number of requests, and is told the number of tokens.
 
 While nothing is promised to a decode, or nothing decodes, a step may have all tokens that the settings allow. That is no change
 of the limits: they hold again with the next decode.
@@ -40,6 +43,8 @@ class ModelPolicy:
         self._changed_at = self._rise_at = float("-inf")
         self._rise_seconds = RISE_SECONDS
         self._rose = False  # the last change was a rise
+        self._num_found = cost.num_found  # when a rise was last looked for
+        self._told = False  # the number of tokens is another policy's
 
     @property
     def present(self) -> StepLimits:
@@ -50,21 +55,31 @@ class ModelPolicy:
         self._tokens, self._seqs, self._rose = limits.tokens, limits.seqs, False
         self._changed_at, self._rise_at = now, now  # the limits of the other policy may be far too small
 
-    def limits(self, load: Load, now: float) -> StepLimits:
+    def limits(self, load: Load, now: float, tokens: int | None = None) -> StepLimits:
+        """Return the limits of the next step. While the cost of prompts is not known, `tokens` is the limit of another policy."""
+        self._told = tokens is not None
+        if tokens is not None:
+            self._tokens = tokens
         if load.itl is None or not load.decodes:
-            return self._largest
+            return self._largest if tokens is None else make_limits(tokens, self._largest.seqs)
         self._kv_per_decode = load.kv_tokens / load.decodes
         allowed = self._allowed(load.itl * HEADROOM / self._cost.spread)
         if not (self._tokens_fit(self._tokens, load, allowed) and self._seqs_fit(self._seqs, allowed)):
             self._fall(load, allowed, now)
-        elif now >= self._rise_at:
+        elif now >= self._rise_at or self._cost.num_found > self._num_found:
             self._rise(load, allowed * RISE_MARGIN, now)
         return with_room(self.present, load.decodes, self._largest.tokens)
 
     def _allowed(self, wanted: float) -> float:
-        """Return `wanted`, or a longer time if the smallest step takes most of that: see `chunks`."""
-        smallest = self._cost.predict(StepShape(FEWEST_SEQS, int(FEWEST_SEQS * self._kv_per_decode), FEWEST_TOKENS, 0))
-        return wanted if ROOM * smallest <= wanted else max(wanted, RELIEF * smallest)
+        """Return `wanted`, or a longer time if the smallest step takes most of that: see `chunks`.
+
+        A step with prompts counts only once such a step was measured. Until then it is predicted to take as long as a larger one.
+        """
+        smallest = StepShape(FEWEST_SEQS, int(FEWEST_SEQS * self._kv_per_decode), FEWEST_TOKENS, 0)
+        if not self._cost.knows(smallest):
+            smallest = smallest._replace(prompt_tokens=0)
+        seconds = self._cost.predict(smallest)
+        return wanted if ROOM * seconds <= wanted else max(wanted, RELIEF * seconds)
 
     def _decodes(self, seqs: int) -> float:
         return self._cost.predict(StepShape(seqs, int(seqs * self._kv_per_decode), 0, 0))
@@ -80,6 +95,7 @@ class ModelPolicy:
         self._changes.set(self.present, "predicted_over_target", now)
 
     def _rise(self, load: Load, allowed: float, now: float) -> None:
+        self._num_found = self._cost.num_found
         tokens, seqs = max(self._tokens, self._fitting_tokens(load, allowed)), max(self._seqs, self._fitting_seqs(allowed))
         if (tokens, seqs) == (self._tokens, self._seqs):
             self._rise_at = now + CHECK_SECONDS
@@ -94,13 +110,15 @@ class ModelPolicy:
     def _tokens_fit(self, tokens: int, load: Load, allowed: float) -> bool:
         """Return whether a step of `tokens` keeps the allowed time, or has the least number of prompt tokens anyway."""
         prompt_tokens = tokens - load.decodes
-        if prompt_tokens <= FEWEST_TOKENS:
+        if self._told or prompt_tokens <= FEWEST_TOKENS:
             return True
         shape = StepShape(load.decodes, load.kv_tokens, prompt_tokens, pairs(prompt_tokens, load.context))
         return self._cost.predict(shape) <= allowed
 
     def _fitting_tokens(self, load: Load, allowed: float) -> int:
         """Return the largest token limit of the grid that keeps the allowed time."""
+        if self._told:
+            return self._tokens
         most = self._largest.tokens - load.decodes
         num = self._cost.prompt_tokens_within(
             allowed,

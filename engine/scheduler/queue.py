@@ -8,19 +8,23 @@ from operator import attrgetter
 
 from engine.errors import InternalError
 from engine.request import Request
+from engine.scheduler.shares import Held
 from engine.scheduler.work import NO_WORK, Work, total, work_of
+from engine.slo import SLO_CLASSES
 
 _RANK = attrgetter("rank")
+_CLASS_RANKS = tuple(slo.rank for slo in SLO_CLASSES.values())
 
 
 class Lane:
     """The waiting requests of one tenant and one class, sorted by rank. A lane of the queue is never empty."""
 
-    __slots__ = ("requests", "work")
+    __slots__ = ("num_tokens", "requests", "work")
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.work = NO_WORK
+        self.num_tokens = 0  # of all its requests, those included that a cache may have
 
     def before(self, request: Request) -> Work:
         """Return the work of the requests of a better rank than `request`."""
@@ -63,6 +67,7 @@ class WaitingQueue:
         insort(lane.requests, request, key=_RANK)
         request.num_queued = len(request.tokens)
         lane.work = lane.work.plus(work_of(request))
+        lane.num_tokens += request.num_queued
         self._size += 1
         self.num_tokens += request.num_queued
 
@@ -75,10 +80,16 @@ class WaitingQueue:
             raise InternalError(f"{request} is not in the queue")
         del lane.requests[index]
         lane.work = lane.work.plus(work_of(request), share=-1)
+        lane.num_tokens -= request.num_queued
         if not lane.requests:
             del self._lanes[key]
         self._size -= 1
         self.num_tokens -= request.num_queued
+
+    def held_by(self, tenant: str) -> Held:
+        """Return what waits of one tenant."""
+        lanes = [lane for rank in _CLASS_RANKS if (lane := self._lanes.get((tenant, rank)))]
+        return Held(sum(len(lane.requests) for lane in lanes), sum(lane.num_tokens for lane in lanes))
 
     def work(self, worst_class: int = 1 << 30) -> Work:
         """Return the work of the requests in the queue whose class has at most the rank `worst_class`."""
@@ -112,5 +123,7 @@ class WaitingQueue:
                 raise InternalError("the work of a lane is wrong")
         if self._size != sum(len(lane.requests) for lane in self._lanes.values()):
             raise InternalError("the size of the queue is wrong")
-        if self.num_tokens != sum(request.num_queued for request in self):
+        if any(lane.num_tokens != sum(request.num_queued for request in lane.requests) for lane in self.lanes):
+            raise InternalError("the number of waiting tokens of a lane is wrong")
+        if self.num_tokens != sum(lane.num_tokens for lane in self.lanes):
             raise InternalError("the number of waiting tokens is wrong")

@@ -1,9 +1,12 @@
 """StepCost: predicts how long a step takes, and learns it from the steps that have run.
 
 The controller of the batch asks how large a step may be, and admission asks when a prompt will be computed. Both rely on it only
-while it is `trusted`: each kind of steps (decodes alone, steps with prompts) was seeded or measured often enough, and recent
-predictions were right. A table that is wrong by half or more is noticed, reported in the log, scaled to what was measured and
-learnt again.
+while it is `trusted`: each kind of steps (decodes alone, steps with prompts) was seeded, or its latest predictions were right. It
+does not matter how many steps were measured. A table that predicts few steps well is good enough for steps of these sizes, and
+others are mostly predicted to take longer than they will (`cost_fit.py`).
+
+A table that is wrong by half or more is noticed, reported in the log, scaled to what was measured and learnt again. While a table
+is young, that is no news: the first steps of a device may be slow. It is then learnt from all steps alike until it predicts.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from engine.scheduler.cost_fit import CostFit
 from engine.scheduler.cost_table import CostTable, row_sizes, token_knots
 from engine.scheduler.limits import StepShape
 
-ENOUGH = 64  # measured steps of a kind that make an unseeded prediction trusted
-RECENT = 64  # steps of a kind that the error is measured on
-JUDGED = 16  # latest steps of a kind that show a wrong table
+MATURE = 64  # measured steps of a kind after which an unseeded table is no longer young
+RECENT = 64  # steps of a kind that the error of a table is measured on
+JUDGED = 16  # latest steps of a kind that show a wrong table, and that the error of a young one is measured on
 FEW = 4  # steps of a kind that say nothing about its table yet
+PROVEN = 6  # predicted steps of a kind that may make a young table trusted
 CHECKED_EVERY = 8  # steps of a kind between two judgements
 TRUSTED_ERROR, DISTRUSTED_ERROR = 0.15, 0.25  # median relative errors
 WRONG = math.log(1.5)  # median |log(measured / predicted)| of a table that is wrong
@@ -36,7 +40,7 @@ class _Record:
     def __init__(self, name: str, seeded: bool) -> None:
         self.name = name
         self.trusted = seeded
-        self.claimed = seeded  # the kind was trusted at some time
+        self.young = not seeded
         self.wrong = False  # the table was found wrong, and was not trusted since
         self.error = 0.0  # median relative error
         self.usual = USUAL  # a residual of this size, as a relative error, is usual
@@ -51,29 +55,29 @@ class _Record:
         self._logs.append(ratio)
         self.seconds.append(seconds)
         self._num += 1
+        if self.young:
+            return self._num >= PROVEN
         return self._num >= JUDGED and self._num % CHECKED_EVERY == 0
 
     def judge(self) -> float | None:
         """Update the figures. Returns measured / predicted if the table is wrong."""
-        logs = list(self._logs)
+        logs = list(self._logs)[-JUDGED:] if self.young else list(self._logs)
         residual = _middle(sorted(map(abs, logs)))
         self.error = math.expm1(residual)
         self.usual = max(USUAL, 1.5 * residual)
         self.spread = min(WIDEST, max(1.0, math.exp(sorted(logs)[int(UPPER * (len(logs) - 1))])))
         ratio = _middle(sorted(logs[-JUDGED:]))
-        if abs(ratio) > WRONG:
+        if abs(ratio) > WRONG and not self.young:
             return math.exp(ratio)
         if self.error > DISTRUSTED_ERROR:
             self.trusted = False
-        elif self.error < TRUSTED_ERROR and self._num >= ENOUGH:
-            self.trusted = self.claimed = True
-            self.wrong = False
+        elif self.error < TRUSTED_ERROR:
+            self.trusted, self.wrong = True, False
+            self.young = self.young and self._num < MATURE
         return None
 
     def early_ratio(self, other: float) -> float | None:
         """Return measured / predicted if this kind seems to be wrong too, now that the other kind is wrong by `other`."""
-        if not self.claimed:
-            return None
         if len(self._logs) < FEW:
             return other
         ratio = _middle(sorted(list(self._logs)[-JUDGED:]))
@@ -95,6 +99,7 @@ class StepCost:
 
     def __init__(self, decode_rows: list[int], max_tokens: int, seed: CostTable | None = None) -> None:
         self._fit = CostFit(decode_rows, token_knots(max_tokens), seed)
+        self._num_measured = 0
         self._records = tuple(_Record(name, seed is not None) for name in ("decodes", "prompts"))
 
     @staticmethod
@@ -106,13 +111,35 @@ class StepCost:
         """Return the predicted seconds of a step. They never fall when a field of `shape` grows."""
         return self._fit.table.predict(shape)
 
+    def knows(self, shape: StepShape) -> bool:
+        """Return whether a step of about this size was measured or seeded. If not, its prediction is only a bound."""
+        return self._fit.knows(shape)
+
     @property
     def table(self) -> CostTable:
         return self._fit.table
 
     @property
+    def learnt(self) -> CostTable | None:
+        """The sizes and knots that were measured or seeded, for a later engine. None while that is not worth keeping."""
+        if not self.trusted or self._num_measured < MATURE or any(record.young for record in self._records):
+            return None
+        return self._fit.known_table()
+
+    @property
+    def num_found(self) -> int:
+        """How often steps of a size were measured that was not known."""
+        return self._fit.num_found
+
+    @property
     def trusted(self) -> bool:
         return all(record.trusted for record in self._records)
+
+    @property
+    def trusted_for_decodes(self) -> bool:
+        """Whether decodes alone are predicted well, and steps with prompts too, unless they are not known yet."""
+        decodes, prompts = self._records
+        return decodes.trusted and (prompts.trusted or prompts.young)
 
     @property
     def error(self) -> float:
@@ -128,6 +155,7 @@ class StepCost:
         """Learn that a step of `shape` took `seconds`. A step that was not measured (0 seconds) is ignored."""
         if not (shape.decodes or shape.prompt_tokens) or not seconds > 0:
             return
+        self._num_measured += 1
         predicted = self.predict(shape)
         if predicted > 0 and self._fit.knows(shape):
             self._compare(shape, seconds, math.log(seconds / predicted))
@@ -141,8 +169,11 @@ class StepCost:
         a part of it before it is scaled.
         """
         record = self._records[shape.prompt_tokens > 0]
-        if not record.claimed:  # nothing is known yet that could be wrong
-            self._fit.add(shape, seconds, 1.0)
+        if record.young:
+            if ratio < -WRONG:
+                self._fit.lower(shape, seconds)
+            else:
+                self._fit.add(shape, seconds, 1.0)
             if record.add(ratio, seconds):
                 record.judge()
             return
@@ -172,7 +203,7 @@ class StepCost:
                 self._relearn(kind, own)
 
     def _relearn(self, record: _Record, ratio: float) -> None:
-        if record.claimed and not record.wrong and record.seconds:
+        if not (record.young or record.wrong) and record.seconds:
             measured = 1e3 * _middle(sorted(record.seconds))
             log.warning(
                 "step cost is wrong and is learnt again",

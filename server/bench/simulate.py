@@ -35,10 +35,14 @@ _LIMITS = ModelLimits(max_model_len=131_072, vocab_size=1 << 30, eos_token_ids=(
 
 
 class Machine(NamedTuple):
-    """One simulated replica. `costs` is the cost file of the device, and `believed` that from which the controller predicts."""
+    """One simulated replica. `costs` is the cost file of the device, and `believed` that from which the controller predicts.
+
+    With `cold`, the controller has no file, and learns the costs while it serves.
+    """
 
     costs: str | Path
     believed: str | Path | None = None  # None: the same file
+    cold: bool = False
     policy: BatchingPolicy = "auto"
     max_num_seqs: int = 256
     max_step_tokens: int = 8192
@@ -49,6 +53,7 @@ class Machine(NamedTuple):
 
     def config(self) -> EngineConfig:
         block_size = CacheConfig().block_size
+        believed = None if self.cold else str(self.believed or self.costs)
         return EngineConfig(
             model="simulated",
             device="cuda",
@@ -57,7 +62,7 @@ class Machine(NamedTuple):
             max_model_len=min(_LIMITS.max_model_len, self.kv_tokens),
             cache=CacheConfig(num_blocks=-(-self.kv_tokens // block_size), prefix_caching=self.prefix_caching),
             scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_step_tokens=self.max_step_tokens),
-            batching=BatchingConfig(policy=self.policy, cost_file=str(self.believed or self.costs)),
+            batching=BatchingConfig(policy=self.policy, cost_file=believed),
             fake=FakeConfig(cost_file=str(self.costs)),
         )
 

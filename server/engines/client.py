@@ -20,6 +20,7 @@ import zmq
 from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Overloaded, TidegateError
 from engine.messages import EngineInfo, Submit
 from engine.request import FinishReason, TokenEvent
+from engine.scheduler.shares import Held, QueueShares
 from server.engines.base import EngineHealth
 from server.engines.health import Clock
 from server.engines.link import EngineLink
@@ -58,8 +59,7 @@ class EngineClient:
             for endpoint in endpoints
         ]
         self._resume_timeout_s = resume_timeout_s
-        self._max_queue = max_queue
-        self._max_queue_tokens = max_queue_tokens
+        self._shares = QueueShares(max_queue, max_queue_tokens)
         self._clock = clock
         self._streams: dict[str, EngineStream] = {}  # all streams that have not ended, by request id
         self._waiting: dict[str, EngineStream] = {}  # the streams that wait for an engine, by request id
@@ -130,6 +130,7 @@ class EngineClient:
         Raises EngineUnavailable if no engine has connected yet or none is expected, and Overloaded if too many requests wait.
         """
         live = self._live_links()
+        self._shares.note(submit.tenant)
         if not live:
             self._check_may_wait(submit)
         if submit.request_id in self._streams:
@@ -180,11 +181,15 @@ class EngineClient:
         if self._info is None or self._draining or self._gave_up:
             raise EngineUnavailable(self._why_not_ready() or "the engine is restarting")
         max_num_seqs = sum(link.info.max_num_seqs for link in self._links if link.info is not None)
-        if len(self._streams) >= self._max_queue + max_num_seqs:
-            raise Overloaded("the engine is restarting, and its queue is full already: try again later")
-        tokens = sum(stream.request.num_prompt for stream in self._waiting.values() if not stream.resumed)
-        if tokens and tokens + submit.num_prompt > self._max_queue_tokens:
-            raise Overloaded(f"the engine is restarting, and prompts of {tokens} tokens wait for it already: try again later")
+        waiting, own = self._held(None), self._held(submit.tenant)
+        why = self._shares.refusal(submit.tenant, submit.num_prompt, waiting, own, more=max_num_seqs)
+        if why is not None:
+            raise Overloaded(f"the engine is restarting, and {why}: try again later")
+
+    def _held(self, tenant: str | None) -> Held:
+        """Return the streams of `tenant`, or all. Prompts that an engine had before take no room of the queue."""
+        streams = [stream for stream in self._streams.values() if tenant in (None, stream.request.tenant)]
+        return Held(len(streams), sum(stream.request.num_prompt for stream in streams if not stream.resumed))
 
     def _why_not_ready(self) -> str | None:
         if self._draining:

@@ -24,6 +24,7 @@ import setproctitle
 from engine import lifeline, logs
 from engine.errors import EXIT_BAD_SETTINGS, ConfigError
 from engine.scheduler.cost_file import load_costs
+from engine.scheduler.cost_folder import check_folder
 from server.bundled import NOTICE, bundled_checkpoint
 from server.metrics.shared_files import FOLDER_VARIABLE
 from server.metrics.supervisor import SupervisorDrops, worker_died
@@ -205,14 +206,17 @@ def serve(settings: Settings) -> int:
 
 
 def _check_cost_files(settings: Settings) -> None:
-    """Raise ConfigError if a file of step costs cannot be used at all. The engine would find that only after it has the weights.
+    """Raise ConfigError if a file of step costs, or the folder of learnt ones, cannot be used at all.
 
-    Whether the file belongs to the device and the model, only the engine knows.
+    The engine would find that only after it has the weights. Whether a file belongs to the device and the model, only the engine
+    knows.
     """
     for name in ("cost_file", "fake_cost_file"):
         path = getattr(settings, name)
         if path is not None:
             load_costs(path, setting=name)
+    if settings.cost_folder is not None:
+        check_folder(settings.cost_folder, "cost_folder")
 
 
 async def _run(settings: Settings, folder: RunFolder) -> None:

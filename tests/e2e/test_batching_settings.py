@@ -1,5 +1,6 @@
 """Tests that the settings of the batch reach the engine of a real server, and that wrong ones stop the start."""
 
+import httpx
 import pytest
 
 from tests.support.children import ServerChild, wait_until
@@ -49,3 +50,28 @@ def test_a_cost_file_that_cannot_be_used_stops_the_start_before_the_engine(tmp_p
     assert setting in stderr
     assert "batching." not in stderr
     assert "engine 0" not in stderr
+
+
+def test_a_server_starts_from_what_the_one_before_learnt(tmp_path):
+    settings = {"cost_folder": tmp_path / "learnt", "fake_step_ms": 1, "max_num_seqs": 8}
+
+    def serve() -> ServerChild:
+        with ServerChild(**settings) as server:
+            for number in range(100):
+                body = {"prompt_token_ids": [number % 50 + 10, 11, 12], "max_tokens": 3, "ignore_eos": True}
+                assert httpx.post(f"{server.url}/v1/generate", json=body, timeout=30).status_code == 200
+        return server
+
+    messages = [line["message"] for line in serve().lines]
+    assert "learnt step costs read" not in messages
+    (path,) = settings["cost_folder"].iterdir()
+    assert "learnt step costs read" in [line["message"] for line in serve().lines]
+    path.write_text(path.read_text()[:100])
+    (ignored,) = [line for line in serve().lines if line["message"] == "learnt step costs are ignored"]
+    assert str(path) in ignored["why"]
+
+
+def test_a_folder_of_learnt_costs_that_cannot_be_made_stops_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    stderr = refused_start({"TIDEGATE_COST_FOLDER": str(tmp_path / "file")}).stderr
+    assert f"cost_folder is '{tmp_path / 'file'}', which is no folder and cannot be made" in stderr

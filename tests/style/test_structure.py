@@ -36,6 +36,8 @@ LADDER: list[list[set[str]]] = [
         {
             "engine.scheduler.cost_file",
             "engine.scheduler.cost_fit",
+            "engine.scheduler.cost_folder",
+            "engine.scheduler.cost_solve",
             "engine.scheduler.cost_table",
             "engine.scheduler.limits",
             "engine.scheduler.step_cost",

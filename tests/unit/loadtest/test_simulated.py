@@ -20,18 +20,28 @@ def test_results_are_rows_and_lines_of_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["simulated", *words])
     simulated.main()
     lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert len(lines) == len(capsys.readouterr().out.splitlines()) == 8
-    assert [line["policy"] for line in lines] == ["fixed 64", "fixed 256", "aimd", "model"] * 2
+    assert len(lines) == len(capsys.readouterr().out.splitlines()) == 10
+    assert [line["policy"] for line in lines] == ["fixed 64", "fixed 256", "aimd", "model", "auto, no file"] * 2
     assert {line["workload"] for line in lines} == {"rates"}
     assert all(0 < line["goodput"] <= line["sent_s"] for line in lines)
 
 
 def test_a_step_of_load_has_three_parts_for_each_policy():
     rows = list(simulated.load_steps(BASE, 12.0))
-    assert [row["rate"] for row in rows] == [10, 80, 10] * 4
+    assert [row["rate"] for row in rows] == [10, 80, 10] * 5
     model = [row for row in rows if row["policy"] == "model"]
     assert all(row["p99_step_ms"] < 50 for row in model)
     assert model[0]["limits"][0]["at"] < 1
+
+
+def test_a_burst_is_served_nearly_as_fast_without_a_cost_file():
+    rows = list(simulated.burst(BASE, 0.0))
+    for device, num_prompt in (("25 ms", 6), (BASE.costs.stem, 6), (BASE.costs.stem, 400)):
+        found = {row["policy"]: row for row in rows if (row["device"], row["prompt_tokens"]) == (device, num_prompt)}
+        assert (
+            found["auto, no file"]["out_tok_s"] > 0.9 * found["fixed 256"]["out_tok_s"] > 2 * found["fixed 64"]["out_tok_s"] * 0.8
+        )
+        assert 0 < found["auto, no file"]["below_256_places_until_s"] < 1
 
 
 def test_a_long_prompt_is_compared_with_its_time_alone():

@@ -24,6 +24,8 @@ H200 = CostTable(
 CPU = CostTable([1, 2, 4, 8, 16, 64], [20e-3, 21e-3, 23e-3, 26e-3, 32e-3, 70e-3], [16, 512], [29e-3, 300e-3], 1e-6, 1e-8)
 # Two shared cores: the smallest step takes nearly as long as the class `interactive` promises between two tokens.
 LAPTOP = CostTable([1, 4, 8, 16, 64], [30e-3, 40e-3, 47e-3, 60e-3, 150e-3], [16, 64, 512], [45e-3, 85e-3, 435e-3], 1e-6, 1e-8)
+# A device whose steps all take the same time.
+FLAT = CostTable([256], [25e-3], [16, 8192], [25e-3, 25e-3], 0.0, 0.0)
 # A device whose cost jumps, for example where the weights of more experts are read: two decodes more take three times as long.
 CLIFF = CostTable([1, 20, 22], [8e-3, 20e-3, 60e-3], [16, 64, 8192], [20e-3, 25e-3, 400e-3], 0.0, 0.0)
 
@@ -44,6 +46,31 @@ class Device:
     def teach(self, cost: StepCost, shapes: Iterator[StepShape]) -> None:
         for shape in shapes:
             cost.observe(shape, self.seconds(shape))
+
+
+@dataclass
+class ColdDevice(Device):
+    """A device whose first `slow` steps take longer: at first ten times as long, then less and less."""
+
+    slow: int = 40
+    num_steps: int = 0
+
+    def seconds(self, shape: StepShape) -> float:
+        self.num_steps += 1
+        return super().seconds(shape) * (1 + 9 * max(0.0, 1 - self.num_steps / self.slow))
+
+
+@dataclass
+class CompilingDevice(Device):
+    """A device that compiles a kernel for a third of a second at the first step of each octave of rows or tokens."""
+
+    seen: set[tuple[bool, int]] = field(default_factory=set)
+
+    def seconds(self, shape: StepShape) -> float:
+        size = shape.prompt_tokens > 0, (shape.decodes + shape.prompt_tokens).bit_length()
+        compiled = size in self.seen
+        self.seen.add(size)
+        return super().seconds(shape) + (0.0 if compiled else 0.3)
 
 
 def scaled(table: CostTable, factor: float) -> CostTable:

@@ -10,7 +10,7 @@ from engine.scheduler.changes import REASONS
 from engine.scheduler.controller import make_controller
 from engine.scheduler.limits import Load, StepLimits, StepShape
 from engine.scheduler.step_cost import StepCost
-from tests.unit.engine.scheduler.devices import CPU, H200, LAPTOP, Device, chat_steps, scaled
+from tests.unit.engine.scheduler.devices import CPU, FLAT, H200, LAPTOP, ColdDevice, CompilingDevice, Device, chat_steps, scaled
 from tests.unit.engine.scheduler.simulated import Job, SimulatedServer, chat_jobs, step_percentile
 
 LIMITS = ModelLimits(max_model_len=200_000, vocab_size=10, eos_token_ids=(), dtype="float32")
@@ -83,6 +83,50 @@ def test_the_model_takes_over_once_the_costs_are_learnt_and_aimd_while_they_are_
     assert [record.policy for record in switches] == ["model", "aimd", "model"]
     assert controller.changes["policy"] >= 1
     assert cost.trusted
+
+
+@pytest.mark.parametrize("table", [FLAT, H200], ids=["flat", "h200"])
+@pytest.mark.parametrize("itl", [0.05, 0.1])
+def test_a_burst_gets_its_places_although_few_prompts_have_run(table, itl):
+    """256 streams begin at once, and the first of them end after 400 steps. Until then there is no further prompt."""
+    jobs = [Job(6, 400, 0.0, itl) for _ in range(256)]
+    server = served(make("auto")[0], table, jobs, 30)
+    first = next(step for step in server.steps if step.shape.decodes == 256)
+    assert server.steps.index(first) < 60
+    fixed = served(make("fixed")[0], table, jobs, 30)
+    assert len(server.done) == len(fixed.done) == 256
+    assert max(job.last_at for job in server.done) < 1.1 * max(job.last_at for job in fixed.done)
+
+
+def test_tokens_follow_aimd_while_only_decodes_are_known():
+    controller, cost = make("auto")
+    for step in range(30):
+        shape = StepShape(8, 4000, 0, 0) if step else StepShape(0, 0, 500, 125_000)
+        controller.observe(shape, H200.predict(shape), step / 100)
+        limits = controller.limits(BUSY, step / 100)
+    assert (controller.policy, cost.trusted) == ("model", False)
+    assert limits.seqs > 64
+    assert limits.tokens == controller.present.tokens == 512
+    assert controller.limits(BUSY._replace(itl=None), 1.0).tokens == 512  # nothing is promised, and yet nothing is known
+    for step in range(8):  # these steps are too long
+        shape = StepShape(50, 30_000, 450, 100_000)
+        controller.observe(shape, 0.07, 1 + step / 10)
+        limits = controller.limits(BUSY, 1 + step / 10)
+    assert controller.present.tokens < 512
+    assert limits.tokens <= 50 + 16
+    assert controller.changes["prompt_steps_long"] == 1
+
+
+@pytest.mark.parametrize("make_device", [ColdDevice, CompilingDevice])
+def test_a_server_whose_first_steps_are_slow_gets_the_limits_of_one_that_was_warm(make_device):
+    jobs = chat_jobs(lambda _: 25, 12)
+    cold, warm = (SimulatedServer(make("auto")[0], device(H200, outliers=0.0)) for device in (make_device, Device))
+    for server in (cold, warm):
+        server.run(jobs, 14)
+    assert cold.controller.policy == "model"
+    assert cold.controller.present.seqs == warm.controller.present.seqs == 256
+    assert cold.controller.present.tokens >= 0.7 * warm.controller.present.tokens
+    assert changes_between(cold, 6, 14) <= 3
 
 
 def test_a_wrong_table_leaves_the_first_tokens_of_aimd_and_not_all():

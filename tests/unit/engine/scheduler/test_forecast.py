@@ -6,8 +6,8 @@ import pytest
 
 from engine.errors import Overloaded, RequestTimeout
 from engine.request import Status
+from engine.scheduler.accuracy import FIRST_SPREAD, SURE
 from engine.scheduler.cost_table import CostTable
-from engine.scheduler.forecast import FIRST_SPREAD, SURE
 from engine.scheduler.limits import StepLimits
 from engine.scheduler.step_cost import StepCost
 from tests.unit.engine.scheduler.rig import Rig, make_request
@@ -244,3 +244,33 @@ def test_queues_are_bounded_by_requests_and_by_tokens():
 def test_a_prompt_longer_than_the_queue_may_hold_waits_alone():
     rig = Rig(max_queue_tokens=100, blocks=1000)
     assert rig.add("a", 200).status is Status.WAITING
+
+
+def test_a_flood_of_one_tenant_leaves_room_for_another():
+    rig = Rig(max_queue=90, rows=1)
+    rig.add("running", 5, tenant="calm", max_tokens=300)
+    rig.step()
+    for number in range(80):
+        rig.add(f"flood{number}", 5, tenant="flood")
+    with pytest.raises(Overloaded, match="80 requests with 400 tokens of this tenant are already waiting, and the rest"):
+        rig.add("one more", 5, tenant="flood")
+    accepted = [rig.add(f"calm{number}", 5, tenant="calm") for number in range(5)]
+    assert {request.status for request in accepted} == {Status.WAITING}
+    rig.scheduler.check()
+    rig.scheduler.abort("flood3")
+    with pytest.raises(Overloaded):
+        rig.add("more", 5, tenant="flood")  # the calm tenant has taken of the room that was free
+
+
+def test_a_tenant_is_judged_by_its_own_errors():
+    forecast = make_rig().scheduler.forecast
+    for i in range(400):
+        request = make_request(f"r{i}", num_prompt=5, slo="interactive", tenant="flood")
+        request.expected_at = request.arrival + 0.3
+        forecast.began(request, request.arrival + 0.3 * math.exp(0.5 if i % 2 else -0.5))
+        request = make_request(f"s{i}", num_prompt=5, slo="interactive", tenant="calm")
+        request.expected_at = request.arrival + 0.3
+        forecast.began(request, request.arrival + 0.3)
+    calm, flood = (forecast.expected(make_request("new", tenant=t), LIMITS).margin for t in ("calm", "flood"))
+    assert calm < 1.05
+    assert flood == pytest.approx(math.exp(SURE * 0.5), rel=0.05)

@@ -58,3 +58,18 @@ def test_removing_a_request_that_is_not_in_the_queue_is_an_error():
     queue.push(make_request("b"))
     with pytest.raises(InternalError):
         queue.remove(request)
+
+
+def test_the_queue_says_what_waits_of_each_tenant():
+    queue = WaitingQueue()
+    requests = [
+        make_request("a", num_prompt=70, tenant="x"),
+        make_request("b", num_prompt=5, tenant="x", slo="batch"),
+        make_request("c", num_prompt=9, tenant="y"),
+    ]
+    for request in requests:
+        queue.push(request)
+    assert [queue.held_by(tenant) for tenant in ("x", "y", "z")] == [(2, 75), (1, 9), (0, 0)]
+    queue.remove(requests[0])
+    assert queue.held_by("x") == (1, 5)
+    queue.check()

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from engine.scheduler.cost_table import CostTable, row_sizes, token_knots
 from engine.scheduler.limits import StepShape
 from engine.scheduler.step_cost import StepCost, pairs
-from tests.unit.engine.scheduler.devices import CPU, H200, Device, chat_steps, median_error, scaled
+from tests.unit.engine.scheduler.devices import (
+    CPU,
+    FLAT,
+    H200,
+    ColdDevice,
+    CompilingDevice,
+    Device,
+    chat_steps,
+    median_error,
+    scaled,
+)
 
 ROWS, TOKENS = 256, 8192
 
@@ -50,6 +60,91 @@ def test_nothing_is_trusted_before_both_kinds_of_steps_were_measured():
     assert not cost.trusted
     Device(H200).teach(cost, chat_steps(600, seed=9))
     assert cost.trusted
+
+
+def test_decodes_are_trusted_for_themselves_while_prompts_are_not_known():
+    cost = StepCost.of_size(ROWS, TOKENS)
+    Device(H200).teach(cost, iter([StepShape(0, 0, 400, 80_000)]))
+    assert not cost.trusted_for_decodes
+    Device(H200).teach(cost, iter([StepShape(4, 1600 + 4 * i, 0, 0) for i in range(10)]))
+    assert cost.trusted_for_decodes
+    assert not cost.trusted
+
+
+def test_decodes_are_not_trusted_for_themselves_while_prompts_are_known_to_be_wrong():
+    cost = StepCost.of_size(ROWS, TOKENS, H200)
+    for _ in range(40):
+        cost.observe(StepShape(8, 4000, 500, 125_000), 5 * H200.predict(StepShape(8, 4000, 500, 125_000)))
+    assert not cost.trusted_for_decodes
+
+
+def test_ten_steps_that_no_table_predicts_earn_no_trust():
+    cost = StepCost.of_size(ROWS, TOKENS)
+    for step in range(60):
+        cost.observe(StepShape(4, 1600, 0, 0), (0.004, 0.012, 0.03)[step % 3])
+        cost.observe(StepShape(4, 1600, 400, 80_000), (0.01, 0.03, 0.1)[step % 3])
+    assert not cost.trusted_for_decodes
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.15])
+@pytest.mark.parametrize("seed", range(3))
+def test_trust_does_not_come_and_go_with_noise(noise, seed):
+    cost, device, seen = StepCost.of_size(ROWS, TOKENS), Device(H200, noise=noise), []
+    for shape in chat_steps(1500, seed):
+        cost.observe(shape, device.seconds(shape))
+        if not seen or seen[-1] is not cost.trusted:
+            seen.append(cost.trusted)
+    assert seen == [False, True]
+
+
+def test_a_slow_first_step_of_a_size_is_not_believed():
+    cost = StepCost.of_size(ROWS, TOKENS)
+    Device(H200, outliers=0.0).teach(cost, chat_steps(200, most_tokens=600))
+    cost.observe(StepShape(0, 0, 4000, 8_000_000), 3.0)
+    assert cost.predict(StepShape(0, 0, 4000, 8_000_000)) < 0.2
+    cost.observe(StepShape(0, 0, 4000, 8_000_000), H200.predict(StepShape(0, 0, 4000, 8_000_000)))
+    assert cost.knows(StepShape(0, 0, 4000, 0))
+    assert cost.predict(StepShape(0, 0, 4000, 8_000_000)) < 0.12
+
+
+@pytest.mark.parametrize("make", [ColdDevice, CompilingDevice])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_device_that_is_slow_at_first_is_learnt_nevertheless(make, seed, caplog):
+    cost = StepCost.of_size(ROWS, TOKENS)
+    with caplog.at_level(logging.WARNING):
+        make(H200).teach(cost, chat_steps(600, seed))
+    assert caplog.records == []
+    assert cost.trusted
+    assert median_error(cost, H200, chat_steps(500, seed=8)) < 0.05
+
+
+def test_what_was_measured_while_a_device_was_slow_is_forgotten_for_sizes_that_do_not_come_again():
+    cost = StepCost.of_size(ROWS, TOKENS)
+    for _ in range(6):
+        cost.observe(StepShape(0, 0, 512, 0), 0.2)  # 11.5 ms once the device is warm
+    for _ in range(12):
+        cost.observe(StepShape(4, 1600, 188, 18_000), H200.predict(StepShape(4, 1600, 188, 18_000)))
+    assert cost.predict(StepShape(0, 0, 512, 0)) < 2 * H200.predict(StepShape(0, 0, 512, 0))
+
+
+@pytest.mark.parametrize("table", [H200, CPU, FLAT], ids=["h200", "cpu", "flat"])
+def test_larger_batches_of_decodes_are_predicted_to_take_longer_and_not_far_too_long(table):
+    """A GPU waits for the same weights for 4 decodes and for 256. In proportion, 256 would seem to take 64 times as long."""
+    cost = StepCost.of_size(ROWS, TOKENS)
+    for rows in (1, 4):
+        for _ in range(4):
+            cost.observe(StepShape(rows, 0, 0, 0), table.predict(StepShape(rows, 0, 0, 0)))
+    for rows in (16, 64):
+        truth = table.predict(StepShape(rows, 0, 0, 0))
+        assert (
+            0.95 * truth < cost.predict(StepShape(rows, 0, 0, 0)) <= 0.3 * rows / 4 * cost.predict(StepShape(4, 0, 0, 0)) + truth
+        )
+
+
+def test_first_steps_do_not_make_kv_dear_while_its_cost_is_not_known():
+    cost, device = StepCost.of_size(ROWS, TOKENS), Device(H200, noise=0.1)
+    device.teach(cost, iter([StepShape(0, 0, 500, 125_000)] * 4 + [StepShape(1, 500 + i, 0, 0) for i in range(60)]))
+    assert cost.predict(StepShape(64, 64 * 700, 0, 0)) < 4 * H200.predict(StepShape(64, 64 * 700, 0, 0)) + 64 / 4 * 4e-3
 
 
 def test_a_seed_is_trusted_at_once_and_predicts_what_it_says():

@@ -116,6 +116,15 @@ def test_the_model_policy_keeps_gaps_short_where_large_steps_do_not():
     assert found["model"].refused == 0
 
 
+@pytest.mark.parametrize("rate", [20, 36])
+def test_a_server_without_a_cost_file_soon_serves_as_one_that_has_it(rate):
+    good = {}
+    for cold in (False, True):
+        run = simulate(poisson(rate, 8, SHAPES["chat"], PROMISED), Machine(H200, policy="auto", cold=cold))
+        good[cold] = outcome([one for one in run.served if one.arrival.at > 2], 6).goodput
+    assert good[True] >= 0.95 * good[False] > 0.8 * rate
+
+
 def test_an_overload_does_not_collapse_goodput():
     """At twice the rate that the device keeps, at least nine tenths of the goodput remain, since promises are refused in time."""
     good = {}

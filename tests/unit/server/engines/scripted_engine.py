@@ -110,9 +110,10 @@ class ScriptedEngine:
         return EngineInfo(**base | given)
 
 
-def request(name="r", max_tokens=3, prompt=(5, 6), priority=0, fork_of="s", **params):
+def request(name="r", max_tokens=3, prompt=(5, 6), priority=0, fork_of="s", tenant="", **params):
     params = SamplingParams(max_tokens=max_tokens, **params)
-    return Submit(request_id=name, prompt=pack_tokens(list(prompt)), params=params, seed=1, priority=priority, fork_of=fork_of)
+    prompt = pack_tokens(list(prompt))
+    return Submit(request_id=name, prompt=prompt, params=params, seed=1, priority=priority, fork_of=fork_of, tenant=tenant)
 
 
 def outputs_of(submit):

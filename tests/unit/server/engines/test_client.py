@@ -282,8 +282,25 @@ async def test_the_prompts_that_wait_for_the_engine_are_bounded_together(engine)
     client.submit(request("large", prompt=range(5, 17))).abort()  # nothing else waits
     client.submit(request("a", prompt=range(5, 11)))
     client.submit(request("b", prompt=range(5, 9)))
-    with pytest.raises(Overloaded, match="prompts of 10 tokens wait"):
+    with pytest.raises(Overloaded, match="restarting, and 3 requests with 10 tokens are already waiting"):
         client.submit(request("c", prompt=(5,)))
+    await client.close()
+
+
+async def test_a_flood_while_the_engine_restarts_leaves_room_to_other_tenants(engine):
+    client = engine_client([engine.endpoint], resume_timeout_s=30, max_queue=100)
+    await client.start()
+    await engine.accept()
+    await client.wait_ready(5)
+    client.submit(request("early", tenant="calm")).abort()
+    engine.die()
+    await death_noticed(client)
+    for number in range(96):  # max_num_seqs is 8, so 108 requests may wait
+        client.submit(request(f"r{number}", tenant="flood"))
+    with pytest.raises(Overloaded, match="of this tenant are already waiting, and the rest of the queue is for others"):
+        client.submit(request("one more", tenant="flood"))
+    for number in range(5):
+        client.submit(request(f"calm{number}", tenant="calm"))
     await client.close()
 
 
