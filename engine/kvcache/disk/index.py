@@ -64,6 +64,11 @@ class SlotIndex:
         return len(self._reserved)
 
     @property
+    def num_condemned(self) -> int:
+        """Return how many slots wait to be erased on disk."""
+        return len(self._condemned)
+
+    @property
     def num_retired(self) -> int:
         return len(self._retired)
 

@@ -33,11 +33,11 @@ def test_a_record_that_did_not_change_is_right():
     assert (header.digest, header.stamp) == (DIGEST, 7)
 
 
-@pytest.mark.parametrize("bit", range(8 * HEADER_BYTES))
-def test_a_header_with_any_bit_flipped_is_not_right(bit):
-    page = bytearray(encoded())
-    page[bit // 8] ^= 1 << bit % 8
-    assert verified(page) in (Outcome.FOREIGN, Outcome.CORRUPT)
+def test_a_header_with_any_bit_flipped_is_not_right():
+    for bit in range(8 * HEADER_BYTES):
+        page = bytearray(encoded())
+        page[bit // 8] ^= 1 << bit % 8
+        assert verified(page) in (Outcome.FOREIGN, Outcome.CORRUPT)
 
 
 @given(st.integers(0, 8 * len(PAYLOAD) - 1))
