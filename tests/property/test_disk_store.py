@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine.kvcache.disk.index import Reserved
 from engine.kvcache.disk.outcome import Outcome
-from tests.support.disk_store import digest_of, end_of_move, open_store, read, scanned, wait_for
+from tests.support.disk_store import aligned, digest_of, end_of_move, open_store, read, scanned, wait_for
 
 NUM_SLOTS = 6
 FORMS = [b"bf16", b"fp8"]
@@ -82,7 +82,7 @@ class Disk(RuleBasedStateMachine):
         else:
             self.doubt({reserved.slot})  # the slot may hold a record of the other format
         before, payload = self.raw(reserved.slot), self.content(digest)
-        assert self.store.submit_write(reserved.slot, digest, memoryview(payload))
+        assert self.store.submit_write(reserved.slot, digest, aligned(payload))
         assert end_of_move(self.store) is Outcome.OK
         self.doubtful[self.form] -= {digest, reserved.evicted}
         self.torn = (*self.store.files.sizes.where(reserved.slot), before, self.raw(reserved.slot), digest, reserved.evicted)
@@ -156,7 +156,12 @@ class Disk(RuleBasedStateMachine):
             file.seek(offset)
             return file.read(num_bytes)
 
-    @rule(slot=st.integers(0, NUM_SLOTS - 1), share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), in_header=st.booleans())
+    @rule(
+        slot=st.integers(0, NUM_SLOTS - 1),
+        share=st.floats(0, 1, exclude_max=True),
+        bit=st.integers(0, 7),
+        in_header=st.booleans(),
+    )
     def flip_a_bit(self, slot, share, bit, in_header):
         segment, offset = self.store.files.sizes.where(slot)
         at = offset + int(share * (140 if in_header else self.store.files.sizes.stride))

@@ -24,6 +24,13 @@ def payload_of(digest: bytes, num_bytes: int) -> bytes:
     return hashlib.shake_128(digest).digest(num_bytes)
 
 
+def aligned(payload: bytes) -> memoryview:
+    """Return a copy of `payload` at the beginning of a page, as direct I/O needs it."""
+    buffer = memoryview(mmap.mmap(-1, len(payload)))
+    buffer[:] = payload
+    return buffer
+
+
 def open_store(folder: Path, num_records: int, payload_bytes: int = 5000, *, form: bytes = b"form", **settings) -> DiskStore:
     """Return a store with room for `num_records`, in files of four, whose clock a test may pass as `clock`."""
     stride = 4096 + -(-payload_bytes // 4096) * 4096
@@ -68,7 +75,7 @@ def write(store: DiskStore, digest: bytes, payload: bytes | None = None) -> Outc
     reserved = store.reserve(digest)
     if not isinstance(reserved, Reserved):
         return reserved
-    assert store.submit_write(reserved.slot, digest, memoryview(payload))
+    assert store.submit_write(reserved.slot, digest, aligned(payload))
     return end_of_move(store)
 
 

@@ -78,13 +78,15 @@ class RecordFiles:
     def is_open(self, slot: int) -> bool:
         return slot // self.sizes.per_segment < len(self._segments)
 
-    def open_segment(self) -> bool:
-        """Open the next segment file. Returns whether it was empty. Raises OSError, and then the file is not open."""
+    def open_segment(self) -> None:
+        """Open the next segment file. Raises OSError, and then the file is not open."""
         number = len(self._segments)
         path = self.folder.path / f"segment-{number:05}"
-        segment = SegmentFile(path, self.sizes.file_bytes(number), direct=self._direct)
-        self._segments.append(segment)
-        return segment.was_empty
+        self._segments.append(SegmentFile(path, self.sizes.file_bytes(number), direct=self._direct))
+
+    def was_empty(self, segment: int) -> bool:
+        """Return whether an open segment file was empty or missing when it was opened."""
+        return self._segments[segment].was_empty
 
     def remove_surplus(self) -> None:
         """Delete segment files beyond the cap, which an earlier start with a larger cap left. Raises OSError."""

@@ -31,7 +31,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ScanEnded:
-    """OK if all segments are open; otherwise why the next one cannot be opened. A new Scan continues there."""
+    """OK if all segments are scanned; otherwise why the next one cannot be opened. A new Scan can continue there."""
 
     outcome: Outcome
 
@@ -59,10 +59,12 @@ class Stamps:
 
 
 class Scan:
-    def __init__(self, files: RecordFiles, stamps: Stamps, tell: Callable[[Batch | ScanEnded], None]) -> None:
+    def __init__(self, files: RecordFiles, stamps: Stamps, tell: Callable[[Batch | ScanEnded], None], first: int = 0) -> None:
+        """`first` is the segment to begin with, and `tell` takes what each step found, in the thread that does the step."""
         self._files = files
         self._stamps = stamps
         self._tell = tell
+        self.next_segment = first  # the first segment that is not scanned yet
         self._batches = self._run()
         self._is_stopped = False
 
@@ -85,17 +87,20 @@ class Scan:
         self._is_stopped = True
 
     def _run(self) -> Iterator[Batch]:
-        """Yield the batches of all segments that are not open yet. Raises OSError if one cannot be opened."""
+        """Yield the batches of all segments. Raises OSError if one cannot be opened."""
         files = self._files
         files.remove_surplus()
-        for segment in range(files.num_open, files.sizes.num_segments):
+        for segment in range(self.next_segment, files.sizes.num_segments):
+            if segment == files.num_open:
+                files.open_segment()
             slots = files.sizes.slots(segment)
-            if files.open_segment():
+            if files.was_empty(segment):
                 yield Batch(free=slots)
-                continue
-            remaining = iter(slots)
-            while some := list(islice(remaining, HEADERS_A_STEP)):
-                yield self._look(some)
+            else:
+                remaining = iter(slots)
+                while some := list(islice(remaining, HEADERS_A_STEP)):
+                    yield self._look(some)
+            self.next_segment = segment + 1
 
     def _look(self, slots: list[int]) -> Batch:
         batch = Batch()

@@ -68,6 +68,7 @@ class Upkeep:
         self._is_looking = False  # an inspection or a probe is queued or runs
         self._inspect_at = clock() + settings.inspect
         self._scan: Scan | None = None
+        self._next_segment = 0  # where the next scan begins
         self._scan_at: float | None = clock()  # when to begin or continue the scan; None while it runs, and after its end
 
     @property
@@ -102,7 +103,7 @@ class Upkeep:
             return
         if self._scan_at is not None and now >= self._scan_at:
             self._scan_at = None
-            self._scan = Scan(self._files, self._stamps, self._news.append)
+            self._scan = Scan(self._files, self._stamps, self._news.append, self._next_segment)
             self._workers.keep_up(self._scan.step)
         if now >= self._inspect_at and not self._is_looking:
             self._is_looking = True
@@ -121,6 +122,8 @@ class Upkeep:
         self._counts.dropped.update(batch.dropped)
 
     def _end_scan(self, outcome: Outcome) -> None:
+        if self._scan is not None:
+            self._next_segment = self._scan.next_segment
         self._scan = None
         if outcome is Outcome.OK:
             self._index.end_scan()
@@ -150,7 +153,7 @@ class Upkeep:
         self._is_looking = False
         if news.is_new:
             self._index.reset()
-            self._scan, self._scan_at = None, self._clock()
+            self._scan, self._scan_at, self._next_segment = None, self._clock(), 0
         if news.outcome is Outcome.OK and self._health.is_slow(news.seconds):
             self._health.turn_off(Outcome.SLOW)
         elif news.outcome is Outcome.OK:
@@ -186,6 +189,8 @@ class Upkeep:
                     self._scan.stop()
                 self._files.close()
                 self._files.folder.claim()
+            if not self._files.num_open:
+                self._files.open_segment()
         except OSError as error:
             outcome = of_error(error)
         self._news.append(_Probed(outcome, is_new, self._clock() - began))

@@ -1,0 +1,170 @@
+"""Measures the disk cache: GB/s of writes and of verified reads, by record size, threads and kind of I/O.
+
+    python -m loadtest.bench_disk [--folder build/bench-disk] [--megabytes 1024] [--rounds 3]
+
+Records of 8 MiB are blocks of 64 tokens of an 8B Llama in bfloat16. Each cell fills a new store and reads all of it in random
+order, through the store's own threads; a figure is the median of the rounds. "cold": the page cache was emptied before the reads
+(as root). Prints a table, and one JSON line with all cells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from engine.kvcache.disk.index import Reserved
+from engine.kvcache.disk.outcome import Outcome
+from engine.kvcache.disk.records import RecordFormat
+from engine.kvcache.disk.settings import DiskSettings
+from engine.kvcache.disk.store import DiskStore
+from loadtest.bench import commit
+
+SIZES = (8 << 20, 2 << 20, 256 << 10)  # bytes of a record
+THREADS = (1, 4, 8)
+AHEAD = 2  # moves on their way, for each thread
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="GB/s of the disk cache.")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench-disk"), help="a folder on the disk to measure; it is deleted"
+    )
+    parser.add_argument("--megabytes", type=int, default=1024, help="bytes that each cell writes and reads, in MB")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    cells = []
+    print(f"{args.folder} ({_file_system(args.folder)}), {args.megabytes} MB a cell, median of {args.rounds} rounds; GB/s")
+    print(f"{'record':>10}{'threads':>9}{'I/O':>8}{'write':>8}{'read':>8}   {'write':>8}{'read':>8}  ms a record")
+    for size in SIZES:
+        for direct in (True, False):
+            for threads in THREADS:
+                rounds = [_cell(args.folder, size, threads, direct, args.megabytes * 10**6) for _ in range(args.rounds)]
+                cell = _middle(size, threads, rounds)
+                cells.append(cell)
+                print(
+                    f"{size >> 10:6} KiB{threads:9}{cell['io']:>8}{cell['write_gb_s']:8.2f}{cell['read_gb_s']:8.2f}   "
+                    f"{cell['write_ms']:8.2f}{cell['read_ms']:8.2f}",
+                    flush=True,
+                )
+    print(json.dumps(_line(args, cells, time.perf_counter() - began)))
+
+
+def _cell(folder: Path, size: int, threads: int, direct: bool, total: int) -> dict[str, float | str]:
+    """Write and read `total` bytes of records. Returns GB/s, and milliseconds that a record takes in its thread."""
+    shutil.rmtree(folder, ignore_errors=True)
+    number = max(total // size, 2 * AHEAD * threads)
+    stride = RecordFormat(size, b"", bytes(32)).stride
+    settings = DiskSettings(
+        folder=folder,
+        max_bytes=(number + 1) * stride + number * 4096,
+        num_threads=threads,
+        direct=direct,
+        filter_writes=False,
+    )
+    store = DiskStore(settings, size, b"bench")
+    while not store.is_scanned:
+        store.poll(1.0)
+    buffers = [_random(size) for _ in range(AHEAD * threads)]
+    digests = [hashlib.blake2b(i.to_bytes(8, "little"), digest_size=16).digest() for i in range(number)]
+    io = "direct" if store.files.is_direct else "plain"
+    began = time.perf_counter()
+    _move(store, digests, buffers, is_read=False)
+    os.sync()
+    written = time.perf_counter()
+    if os.geteuid() == 0:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    random.Random(1).shuffle(digests)
+    read_from = time.perf_counter()
+    _move(store, digests, buffers, is_read=True)
+    read = time.perf_counter()
+    seconds = store.counts.seconds
+    store.close()
+    shutil.rmtree(folder)
+    gigabytes = number * size / 1e9
+    found: dict[str, float | str] = {
+        "io": io,
+        "write_gb_s": gigabytes / (written - began),
+        "read_gb_s": gigabytes / (read - read_from),
+    }
+    return {**found, **{f"{kind}_ms": 1e3 * spent / number for kind, spent in seconds.items()}}
+
+
+def _move(store: DiskStore, digests: Iterable[bytes], buffers: list[memoryview], *, is_read: bool) -> None:
+    """Move all records through `buffers`, as many at a time as there are. Ends the process if one fails."""
+    free, held = list(buffers), dict[bytes, memoryview]()
+    waiting = iter(digests)
+    digest = next(waiting, None)
+    while digest is not None or held:
+        while digest is not None and free:
+            held[digest] = free.pop()
+            if is_read:
+                slot = store.find(digest)
+                if slot is None:
+                    raise SystemExit("a record that was written is not found: the benchmark is wrong")
+                store.index.pin(slot)
+                store.submit_read(slot, digest, held[digest])
+            else:
+                reserved = store.reserve(digest)
+                if not isinstance(reserved, Reserved):
+                    raise SystemExit(f"a record is not written: {reserved}")
+                store.submit_write(reserved.slot, digest, held[digest])
+            digest = next(waiting, None)
+        for move in store.poll(1.0):
+            if move.outcome is not Outcome.OK:
+                raise SystemExit(f"a {move.kind} failed: {move.outcome}")
+            free.append(held.pop(move.digest))
+
+
+def _random(size: int) -> memoryview:
+    """Return a buffer at the beginning of a page, with bytes that no disk can compress."""
+    buffer = memoryview(mmap.mmap(-1, size))
+    buffer[:] = np.random.default_rng(1).bytes(size)
+    return buffer
+
+
+def _middle(size: int, threads: int, rounds: list[dict[str, float | str]]) -> dict[str, int | float | str]:
+    figures = ("write_gb_s", "read_gb_s", "write_ms", "read_ms")
+    medians = {name: round(statistics.median(float(one[name]) for one in rounds), 3) for name in figures}
+    return {"bytes": size, "threads": threads, "io": rounds[0]["io"], **medians}
+
+
+def _file_system(folder: Path) -> str:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(existing)], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _line(args: argparse.Namespace, cells: list[dict[str, int | float | str]], seconds: float) -> dict[str, object]:
+    best = max(cells, key=lambda cell: float(cell["read_gb_s"]))
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": f"{os.uname().machine}, {os.cpu_count()} CPUs, {_file_system(args.folder)}",
+        "engine": "tidegate",
+        "workload": f"disk cache, {args.megabytes} MB written and read a cell, {'cold' if os.geteuid() == 0 else 'warm'} reads",
+        "seconds": round(seconds, 1),
+        "read_gb_s": best["read_gb_s"],
+        "write_gb_s": max(cell["write_gb_s"] for cell in cells),
+        "load_average": round(os.getloadavg()[0], 2),
+        "cells": cells,
+        "command": " ".join(["python -m loadtest.bench_disk", *sys.argv[1:]]),
+    }
+
+
+if __name__ == "__main__":
+    main()
