@@ -1,4 +1,4 @@
-"""Kills a process with SIGKILL while it writes to a disk cache, again and again on one folder, and reads everything after each kill.
+"""Kills a process with SIGKILL while it writes to a disk cache, and reads everything after each kill, again and again in one folder.
 
 Runs 10 kills. TIDEGATE_TEST_KILLS=200 in the environment runs 200.
 """
@@ -43,7 +43,7 @@ def test_after_a_kill_at_any_moment_no_record_is_wrong_and_the_latest_are_there(
         }
         right = {number for number, payload in found.items() if payload == payload_of(digest_of(number), NUM_BYTES)}
         assert all(found[number] is Outcome.CORRUPT for number in found.keys() - right)
-        # Of 40 records, 12 cannot have been evicted: the writer moves up to 8 at a time and reads one of the latest 20 now and then.
+        # Of 40 records, the latest 12 are not evicted: 8 are written at a time, and reads renew no others than the latest 20.
         latest = [number for number in written if number not in forgotten][-12:]
         assert set(latest) <= right
         assert not forgotten & found.keys()
