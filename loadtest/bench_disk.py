@@ -1,4 +1,4 @@
-"""Measures the disk cache: GB/s of writes and of verified reads, by record size, threads and kind of I/O.
+"""Measures the disk tier: GB/s of writes and of verified reads, by record size, threads and kind of I/O.
 
     python -m loadtest.bench_disk [--folder build/bench-disk] [--megabytes 256] [--rounds 3]
 
@@ -39,7 +39,7 @@ AHEAD = 2  # moves on their way, for each thread
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="GB/s of the disk cache.")
+    parser = argparse.ArgumentParser(description="GB/s of the disk tier.")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/bench-disk"), help="a folder on the disk to measure; it is deleted"
     )
@@ -162,7 +162,7 @@ def _line(args: argparse.Namespace, cells: list[dict[str, int | float | str]], s
         "commit": commit(),
         "device": f"{os.uname().machine}, {os.cpu_count()} CPUs, {_file_system(args.folder)}",
         "engine": "tidegate",
-        "workload": f"disk cache, {args.megabytes} MB written and read a cell",
+        "workload": f"disk tier, {args.megabytes} MB written and read a cell",
         "seconds": round(seconds, 1),
         "read_gb_s": best["read_gb_s"],
         "write_gb_s": max(cell["write_gb_s"] for cell in cells),

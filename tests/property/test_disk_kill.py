@@ -1,4 +1,4 @@
-"""Kills a process with SIGKILL while it writes to a disk cache, and reads everything after each kill, again and again in one folder.
+"""Kills a process with SIGKILL while it writes to a disk tier, and reads everything after each kill, again and again.
 
 Runs 10 kills. TIDEGATE_TEST_KILLS=200 in the environment runs 200.
 """

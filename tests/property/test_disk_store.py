@@ -1,4 +1,4 @@
-"""Damages the files of a disk cache in random ways, between random reads, writes, evictions and restarts.
+"""Damages the files of a disk tier in random ways, between random reads, writes, evictions and restarts.
 
 Every read must return what was written under that digest, or say that it cannot. Records that nothing happened to must be read.
 """

@@ -1,4 +1,4 @@
-"""A process that writes, reads and forgets records of a disk cache until it is killed. Run as a module:
+"""A process that writes, reads and forgets records of a disk tier until it is killed. Run as a module:
 
     python -m tests.support.disk_writer FOLDER SEED NUM_RECORDS PAYLOAD_BYTES
 

@@ -1,4 +1,4 @@
-"""Counts: what the disk cache did since its start, for metrics. The thread that polls the store writes them."""
+"""Counts: what the disk tier did since its start, for metrics. The thread that polls the store writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folder: the directory of a disk cache, with its lock and its key.
+"""Folder: the directory of a disk tier, with its lock and its key.
 
 lock             locked with flock while a process uses the folder; holds that process's id
 key              32 random bytes, mode 0600
@@ -66,7 +66,7 @@ class Folder:
         holder = ""
         with contextlib.suppress(OSError, ValueError):
             holder = f" (process {int((self.path / 'lock').read_bytes()[:20])})"
-        what = f"the folder of the disk cache, {self.path}, is in use by another process{holder}"
+        what = f"the folder of the disk tier, {self.path}, is in use by another process{holder}"
         return ConfigError(f"{what}: each engine needs a folder of its own")
 
     def _settle_key(self) -> None:

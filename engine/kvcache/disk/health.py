@@ -1,4 +1,4 @@
-"""Health: whether the disk cache is on, why it is off, and when it is tried again. One thread uses it."""
+"""Health: whether the disk tier is on, why it is off, and when it is tried again. One thread uses it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Health:
             self._wait = self._longer()
         if self.reason != reason:
             extra = {"folder": str(self._settings.folder), "retry_s": round(self._wait, 1)}
-            _log.warning("the disk cache is off: %s", reason.replace("_", " "), extra=extra)
+            _log.warning("the disk tier is off: %s", reason.replace("_", " "), extra=extra)
         self.reason = reason
         self._retry_at = now + self._wait
 
@@ -77,7 +77,7 @@ class Health:
         if self.reason is not None:
             now = self._clock()
             extra = {"folder": str(self._settings.folder), "off_s": round(now - self._since, 1)}
-            _log.warning("the disk cache is on again", extra=extra)
+            _log.warning("the disk tier is on again", extra=extra)
             self.reason = None
             self._since = now
             self._num_slow = 0

@@ -1,4 +1,4 @@
-"""SlotIndex: which slot of the disk cache holds which digest. One thread uses it, and it does no I/O.
+"""SlotIndex: which slot of the disk tier holds which digest. One thread uses it, and it does no I/O.
 
     free        holds no record; is taken first
     reserved    its record is being written, and can be found once it is committed

@@ -1,4 +1,4 @@
-"""EvictionOrder: which record of the disk cache goes first."""
+"""EvictionOrder: which record of the disk tier goes first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RecordFiles: the I/O half of the disk cache. It reads and writes records by slot number and verifies what it reads.
+"""RecordFiles: the I/O half of the disk tier. It reads and writes records by slot number and verifies what it reads.
 
 Slots are numbered through all segment files. Any thread may call `write`, `read`, `erase` and `header`. The caller sees to it
 that no two calls use one slot at a time, unless both read. One thread at a time opens segments. `close` runs while no other
@@ -27,7 +27,7 @@ class Sizes:
     def __init__(self, stride: int, max_bytes: int, segment_bytes: int) -> None:
         """Raises ConfigError if not even one record fits."""
         if max_bytes < PAGE + stride:
-            raise ConfigError(f"the disk cache has {max_bytes} bytes, and one record takes {PAGE + stride}: give it more")
+            raise ConfigError(f"the disk tier has {max_bytes} bytes, and one record takes {PAGE + stride}: give it more")
         self.stride = stride
         self.per_segment = max(1, (min(segment_bytes, max_bytes) - PAGE) // stride)
         full, rest = divmod(max_bytes, PAGE + self.per_segment * stride)

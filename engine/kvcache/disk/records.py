@@ -52,7 +52,7 @@ class RecordFormat:
         if not 1 <= payload_bytes <= MAX_PAYLOAD:
             raise ConfigError(f"a record on disk has 1 to {MAX_PAYLOAD} bytes, not {payload_bytes}")
         if len(key) != KEY_BYTES:
-            raise ConfigError(f"the key of the disk cache has {KEY_BYTES} bytes, not {len(key)}")
+            raise ConfigError(f"the key of the disk tier has {KEY_BYTES} bytes, not {len(key)}")
         self.payload_bytes = payload_bytes
         self.padded_bytes = -(-payload_bytes // PAGE) * PAGE
         self.stride = PAGE + self.padded_bytes  # bytes of a slot
@@ -94,4 +94,4 @@ class RecordFormat:
 
 
 def _derive(key: bytes, purpose: bytes, size: int) -> bytes:
-    return hashlib.blake2b(b"tidegate disk cache", key=key, person=purpose, digest_size=size).digest()
+    return hashlib.blake2b(b"tidegate disk tier", key=key, person=purpose, digest_size=size).digest()

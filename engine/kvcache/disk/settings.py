@@ -1,4 +1,4 @@
-"""DiskSettings: what can be set about the disk cache."""
+"""DiskSettings: what can be set about the disk tier."""
 
 from __future__ import annotations
 

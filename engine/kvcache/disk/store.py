@@ -1,4 +1,4 @@
-"""DiskStore: the disk cache as its owner sees it. It joins the index, the threads and the files, and turns off and on by itself.
+"""DiskStore: the disk tier as its owner sees it. It joins the index, the threads and the files, and turns off and on by itself.
 
     find, index.pin ------- submit_read ---+
                                            +--- poll ---> Ended: the record is in the buffer, or can be found, or why not
@@ -129,7 +129,7 @@ class DiskStore:
         self._upkeep.take_news()
         self._upkeep.look_after()
         if self.health.is_on is not was_on:
-            self._workers.refuse(was_on)
+            self._workers.refuse(not self.health.is_on)
         return ended
 
     def check(self) -> None:
@@ -153,7 +153,7 @@ class DiskStore:
         try:
             folder.claim()
         except FileExistsError:
-            raise ConfigError(f"the folder of the disk cache, {folder.path}, is a file: name a directory, or a new one") from None
+            raise ConfigError(f"the folder of the disk tier, {folder.path}, is a file: name a directory, or a new one") from None
         except OSError as error:
             outcome = of_error(error)
             if outcome is Outcome.IN_USE:

@@ -1,4 +1,4 @@
-"""Upkeep: what the disk cache does besides reads and writes: scan, erase, look for its files, try a disk that failed.
+"""Upkeep: what the disk tier does besides reads and writes: scan, erase, look for its files, try a disk that failed.
 
 The work runs in the threads of Workers, while no read or write waits. Its results are taken over by `take_news`, in the thread
 that owns the index.
@@ -127,14 +127,15 @@ class Upkeep:
         self._scan = None
         if outcome is Outcome.OK:
             self._index.end_scan()
-            sizes = {"records": len(self._index), "slots": self._index.num_slots, "dropped": self._counts.dropped.total()}
-            _log.info("the disk cache is ready", extra={"folder": str(self._settings.folder), **sizes})
+            found = {"records": len(self._index), "slots": self._index.num_slots, "dropped": self._counts.dropped.total()}
+            where = {"folder": str(self._settings.folder), "direct_io": self._files.is_direct}
+            _log.info("the disk tier is ready", extra=where | found)
             return
         self._scan_at = self._clock()
         if outcome is Outcome.DISK_FULL and self._files.num_open:
             self._scan_at += self._settings.max_retry
             sizes = {"slots": self._index.num_slots, "wanted": self._files.sizes.num_slots}
-            message = "the disk is full: the disk cache stays smaller than it may be"
+            message = "the disk is full: the disk tier stays smaller than it may be"
             _log.warning(message, extra={"folder": str(self._settings.folder), **sizes})
         else:
             self._health.turn_off(outcome)

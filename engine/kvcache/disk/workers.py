@@ -1,4 +1,4 @@
-"""Workers: threads that do the reads and writes of the disk cache, and its upkeep while nothing else waits.
+"""Workers: threads that do the reads and writes of the disk tier, and its upkeep while nothing else waits.
 
 Reads go first, since requests wait for them; then writes; then upkeep. One thread at least is always left for reads and upkeep,
 however slow writes are (with a single thread, there is none to leave).
@@ -114,7 +114,7 @@ class Workers:
             if not self._ended and seconds > 0.0:
                 self._news.wait(seconds)
             if self._has_crashed:
-                raise InternalError("a thread of the disk cache ended by an exception: see the log above")
+                raise InternalError("a thread of the disk tier ended by an exception: see the log above")
             ended = list(self._ended)
             self._ended.clear()
             return ended

@@ -1,4 +1,4 @@
-"""Tests the folder of the disk cache: one process at a time, and a key that outlives it."""
+"""Tests the folder of the disk tier: one process at a time, and a key that outlives it."""
 
 import os
 import shutil

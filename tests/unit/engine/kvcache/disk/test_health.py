@@ -1,4 +1,4 @@
-"""Tests when the disk cache turns off, why, and when it tries again. The clock is the test's."""
+"""Tests when the disk tier turns off, why, and when it tries again. The clock is the test's."""
 
 from pathlib import Path
 
@@ -108,8 +108,8 @@ def test_the_log_has_one_line_for_each_change(health, clock, caplog):
     health.note(Outcome.DISK_FULL)
     waits(health, clock, [Outcome.DISK_FULL, Outcome.READ_ONLY, Outcome.OK])
     assert [record.message for record in caplog.records] == [
-        "the disk cache is off: disk full",
-        "the disk cache is off: read only",
-        "the disk cache is on again",
+        "the disk tier is off: disk full",
+        "the disk tier is off: read only",
+        "the disk tier is on again",
     ]
     assert {record.folder for record in caplog.records} == {"/kv"}

@@ -1,4 +1,4 @@
-"""Tests the disk cache on a healthy disk: what is written is read again, after a restart too, and some blocks are not written."""
+"""Tests the disk tier on a healthy disk: what is written is read again, after a restart too, and some blocks are not written."""
 
 import itertools
 
@@ -186,6 +186,20 @@ def test_reading_into_a_buffer_that_cannot_be_written_is_an_error(opened):
     store = opened()
     with pytest.raises(InternalError, match="cannot be written"):
         store.submit_read(0, digest_of(0), memoryview(bytes(5000)))
+
+
+def test_a_closed_store_takes_no_moves_and_gives_their_slots_back(tmp_path):
+    store = scanned(open_store(tmp_path / "kv", 4))
+    assert write(store, digest_of(0)) is Outcome.OK
+    slot = store.find(digest_of(0))
+    reserved = store.reserve(digest_of(1))
+    store.index.pin(slot)
+    assert store.close()
+    assert not store.submit_read(slot, digest_of(0), memoryview(bytearray(5000)))
+    assert not store.submit_write(reserved.slot, digest_of(1), memoryview(bytes(5000)))
+    assert store.counts.full_queues == store.counts.refused[Refusal.BUSY] == 1
+    assert store.index.num_reserved == 0
+    store.check()
 
 
 def test_many_moves_at_once_end_once_each(opened):

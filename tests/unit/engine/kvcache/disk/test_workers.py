@@ -1,4 +1,4 @@
-"""Tests the threads of the disk cache: who goes first, what is refused, and that every move comes back."""
+"""Tests the threads of the disk tier: who goes first, what is refused, and that every move comes back."""
 
 import threading
 import time
