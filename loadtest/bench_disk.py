@@ -4,7 +4,8 @@
 
 Records of 8 MiB are blocks of 64 tokens of an 8B Llama in bfloat16. Each cell fills a new store and reads all of it in random
 order, through the store's own threads; a figure is the median of the rounds. A write ends on the disk: the time includes the
-sync of the files. Before the reads, the files are removed from the page cache. Prints a table, and one JSON line with all cells.
+sync of the files. Before the reads, the files are removed from the page cache. Then it measures how many headers a second a start
+finds, and how fast a payload is summed. Prints a table, and one JSON line with all cells.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -61,26 +62,18 @@ def main() -> None:
                     f"{cell['write_ms']:8.2f}{cell['read_ms']:8.2f}",
                     flush=True,
                 )
-    print(json.dumps(_line(args, cells, time.perf_counter() - began)))
+    extra = {"scan_headers_s": _scan(args.folder), **_checksums()}
+    print(", ".join(f"{name} {figure:,}" for name, figure in extra.items()))
+    print(json.dumps(_line(args, cells, time.perf_counter() - began) | extra))
 
 
 def _cell(folder: Path, size: int, threads: int, direct: bool, total: int) -> dict[str, float | str]:
     """Write and read `total` bytes of records. Returns GB/s, and milliseconds that a record takes in its thread."""
-    shutil.rmtree(folder, ignore_errors=True)
     number = max(total // size, 2 * AHEAD * threads)
-    stride = RecordFormat(size, b"", bytes(32)).stride
-    settings = DiskSettings(
-        folder=folder,
-        max_bytes=(number + 1) * stride + number * 4096,
-        num_threads=threads,
-        direct=direct,
-        filter_writes=False,
-    )
-    store = DiskStore(settings, size, b"bench")
-    while not store.is_scanned:
-        store.poll(1.0)
+    shutil.rmtree(folder, ignore_errors=True)
+    store = _open(folder, size, number, threads, direct)
     buffers = [_random(size) for _ in range(AHEAD * threads)]
-    digests = [hashlib.blake2b(i.to_bytes(8, "little"), digest_size=16).digest() for i in range(number)]
+    digests = _digests(number)
     io = "direct" if store.files.is_direct else "plain"
     began = time.perf_counter()
     _move(store, digests, buffers, is_read=False)
@@ -100,6 +93,60 @@ def _cell(folder: Path, size: int, threads: int, direct: bool, total: int) -> di
         "read_gb_s": gigabytes / (read - read_from),
     }
     return {**found, **{f"{kind}_ms": 1e3 * spent / number for kind, spent in seconds.items()}}
+
+
+def _open(folder: Path, size: int, number: int, threads: int, direct: bool) -> DiskStore:
+    """Return a store with room for `number` records that has ended its scan."""
+    stride = RecordFormat(size, b"", bytes(32)).stride
+    settings = DiskSettings(
+        folder=folder,
+        max_bytes=(number + 1) * stride + number * 4096,
+        num_threads=threads,
+        direct=direct,
+        filter_writes=False,
+    )
+    store = DiskStore(settings, size, b"bench")
+    while not store.is_scanned:
+        store.poll(1.0)
+    return store
+
+
+def _scan(folder: Path) -> int:
+    """Return how many headers a second a start finds, of 20,000 records that are not in the page cache."""
+    size, number = 4096, 20_000
+    store = _open(folder, size, number, 4, True)
+    _move(store, _digests(number), [_random(size) for _ in range(32)], is_read=False)
+    store.close()
+    _sync(folder)
+    began = time.perf_counter()
+    store = _open(folder, size, number, 4, True)
+    seconds = time.perf_counter() - began
+    if len(store.index) != number:
+        raise SystemExit("the scan did not find all records: the benchmark is wrong")
+    store.close()
+    shutil.rmtree(folder)
+    return round(number / seconds)
+
+
+def _checksums() -> dict[str, float]:
+    """Return GB/s at which one thread sums a payload as records do, and as a keyed BLAKE2b of all of it would."""
+    payload = _random(SIZES[0])
+    form = RecordFormat(len(payload), b"", bytes(32))
+    sums: dict[str, Callable[[], object]] = {
+        "sum_gb_s": lambda: form.encode(bytes(16), 1, payload),
+        "blake2b_gb_s": lambda: hashlib.blake2b(payload, key=bytes(32), digest_size=16).digest(),
+    }
+    return {name: round(len(payload) / min(_seconds(run) for _ in range(9)) / 1e9, 2) for name, run in sums.items()}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _digests(number: int) -> list[bytes]:
+    return [hashlib.blake2b(i.to_bytes(8, "little"), digest_size=16).digest() for i in range(number)]
 
 
 def _sync(folder: Path) -> None:

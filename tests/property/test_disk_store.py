@@ -106,7 +106,7 @@ class Disk(RuleBasedStateMachine):
         self.wait_for_erasures()
 
     def wait_for_erasures(self):
-        wait_for(self.store, lambda: not self.store.index.num_condemned)
+        wait_for(self.store, lambda: not self.store.index.condemned)
 
     @rule(direct=st.booleans())
     def restart(self, direct):

@@ -65,7 +65,7 @@ class Writer:
                 for move in self.store.poll(1.0):
                     print("written" if move.kind is Kind.WRITE else "read", self.buffers.pop(move.slot)[0], flush=True)
             self.store.forget(digest_of(number))
-            wait_for(self.store, lambda: not self.store.index.num_condemned)
+            wait_for(self.store, lambda: not self.store.index.condemned)
             print("forgotten", number, flush=True)
 
 

@@ -12,7 +12,7 @@ from engine.kvcache.disk.settings import DiskSettings
 
 _log = logging.getLogger("tidegate.disk")
 
-SLOW_READS = 3  # reads in a row over the bound that turn the cache off; a single one of as many times the bound does too
+SLOW_READS = 3  # reads in a row over the bound that turn the tier off; so does a single one that takes as many times the bound
 
 
 class Health:

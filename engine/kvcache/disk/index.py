@@ -64,9 +64,9 @@ class SlotIndex:
         return len(self._reserved)
 
     @property
-    def num_condemned(self) -> int:
-        """Return how many slots wait to be erased on disk."""
-        return len(self._condemned)
+    def condemned(self) -> frozenset[int]:
+        """Return the slots that wait to be erased on disk."""
+        return frozenset(self._condemned)
 
     @property
     def num_retired(self) -> int:

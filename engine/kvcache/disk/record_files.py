@@ -20,14 +20,21 @@ from engine.kvcache.disk.outcome import Outcome, of_error
 from engine.kvcache.disk.records import PAGE, Header, RecordFormat
 from engine.kvcache.disk.segments import SegmentFile
 
+MAX_SEGMENTS = 128  # each has two descriptors
+
 
 class Sizes:
-    """Divides a byte cap into segment files of slots. All files together have at most `max_bytes` bytes."""
+    """Divides a byte cap into segment files of slots. All files together have at most `max_bytes` bytes.
+
+    A file has about `segment_bytes`, or twice, four times as many and so on, if there would be more than MAX_SEGMENTS files.
+    """
 
     def __init__(self, stride: int, max_bytes: int, segment_bytes: int) -> None:
         """Raises ConfigError if not even one record fits."""
         if max_bytes < PAGE + stride:
             raise ConfigError(f"the disk tier has {max_bytes} bytes, and one record takes {PAGE + stride}: give it more")
+        while MAX_SEGMENTS * segment_bytes < max_bytes:
+            segment_bytes *= 2
         self.stride = stride
         self.per_segment = max(1, (min(segment_bytes, max_bytes) - PAGE) // stride)
         full, rest = divmod(max_bytes, PAGE + self.per_segment * stride)
@@ -161,15 +168,14 @@ class RecordFiles:
         return self.folder.is_same() and all(segment.is_same() for segment in self._segments)
 
     def probe(self) -> None:
-        """Write and read a page of each open segment that holds no record. Raises OSError."""
-        page = self._scratch.header
-        for segment in self._segments:
-            page[:] = os.urandom(PAGE)
-            written = bytes(page)
-            segment.write([page], 0, aligned=True)
-            segment.sync()
-            if not segment.read([page], 0, aligned=True) or page != written:
-                raise OSError(None, "a page was read back wrong", str(segment.path))
+        """Write and read the page of the first segment that holds no record. Raises OSError."""
+        segment, page = self._segments[0], self._scratch.header
+        page[:] = os.urandom(PAGE)
+        written = bytes(page)
+        segment.write([page], 0, aligned=True)
+        segment.sync()
+        if not segment.read([page], 0, aligned=True) or page != written:
+            raise OSError(None, "a page was read back wrong", str(segment.path))
 
     def _place(self, slot: int) -> tuple[SegmentFile, int]:
         number, offset = self.sizes.where(slot)

@@ -11,7 +11,7 @@ class DiskSettings:
     folder: Path
     max_bytes: int  # cap of all segment files together
     key: bytes | None = None  # 32 bytes that replicas share; None: the folder's own
-    segment_bytes: int = 1 << 30  # largest size of one file, unless a record is larger
+    segment_bytes: int = 1 << 30  # size of one file; doubled until there are at most 128
     direct: bool = True  # bypass the page cache where the file system can
     num_threads: int = 4
     max_reads: int = 4096  # largest number of reads that wait

@@ -139,12 +139,16 @@ class DiskStore:
             raise InternalError(f"the disk index has {self.index.num_slots} slots; the cap allows {self.files.sizes.num_slots}")
 
     def close(self, seconds: float = 5.0) -> bool:
-        """Finish the queued writes and release the folder. Returns False if the disk takes longer than `seconds`.
+        """Finish the queued moves, erase what was forgotten, and release the folder.
 
-        The folder then stays locked until the process ends.
+        Returns False if the disk takes longer than `seconds` for the moves. The folder then stays locked until the process ends.
         """
         if not self._workers.close(seconds):
             return False
+        for move in self._workers.poll():
+            self._settle(move)
+        for slot in self.index.condemned if self.health.is_on else ():
+            self.files.erase(slot)
         self.files.close()
         self.files.folder.release()
         return True

@@ -179,19 +179,19 @@ class Upkeep:
 
     def _probe(self) -> bool:
         """Try the disk. If the folder is not the one that was claimed, close its files and claim the present one or a new one."""
-        began = self._clock()
-        outcome, is_new = Outcome.OK, False
+        outcome, is_new, began = Outcome.OK, False, self._clock()
         try:
-            if self._files.is_same():
-                self._files.probe()
-            else:
-                is_new = True
-                if self._scan is not None:
-                    self._scan.stop()
+            is_new = not self._files.is_same()
+            if is_new:
+                scan = self._scan  # the owner's thread may set it to None meanwhile
+                if scan is not None:
+                    scan.stop()
                 self._files.close()
                 self._files.folder.claim()
             if not self._files.num_open:
                 self._files.open_segment()
+            began = self._clock()
+            self._files.probe()
         except OSError as error:
             outcome = of_error(error)
         self._news.append(_Probed(outcome, is_new, self._clock() - began))

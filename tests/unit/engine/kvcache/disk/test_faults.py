@@ -172,7 +172,7 @@ def test_moves_on_their_way_while_the_folder_vanishes_are_never_found_wrong(tmp_
     into = memoryview(bytearray(5000))
     store.submit_read(pinned, digest_of(1), into)
     store.submit_write(reserved.slot, digest_of(7), into)
-    wait_for(store, lambda: store.counts.moves.total() == 8 + 2 and not store.index.num_condemned)
+    wait_for(store, lambda: store.counts.moves.total() == 8 + 2 and not store.index.condemned)
     store.check()
     assert read(store, digest_of(7)) is None
     assert works(store, range(8))
@@ -192,7 +192,7 @@ def test_unreadable_blocks_turn_it_off_and_cost_only_their_records(tmp_path, ope
         found = [number for number in range(80) if read(store, digest_of(number)) in (None, Outcome.CORRUPT, Outcome.EMPTY)]
         assert lost[0] in found
         assert len(found) < 80
-        wait_for(store, lambda: not store.index.num_condemned)
+        wait_for(store, lambda: not store.index.condemned)
         assert works(store, range(80))
         assert store.counts.dropped[Outcome.IO_ERROR] == 1
 

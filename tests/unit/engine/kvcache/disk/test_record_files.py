@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.kvcache.disk.folder import Folder
 from engine.kvcache.disk.outcome import Outcome
-from engine.kvcache.disk.record_files import RecordFiles, Sizes
+from engine.kvcache.disk.record_files import MAX_SEGMENTS, RecordFiles, Sizes
 from engine.kvcache.disk.records import PAGE, Header, RecordFormat
 from engine.kvcache.disk.scan import Stamps
 from tests.support.disk_store import digest_of, payload_of
@@ -124,6 +124,7 @@ def test_the_sizes_of_all_files_stay_within_the_cap(stride, max_pages, segment_p
     assert slots
     total = sum(sizes.file_bytes(segment) for segment in range(sizes.num_segments))
     assert total <= max_bytes < total + PAGE + stride
+    assert sizes.num_segments <= 2 * MAX_SEGMENTS
     for slot in slots[:: max(1, len(slots) // 7)]:
         segment, offset = sizes.where(slot)
         assert slot in sizes.slots(segment)

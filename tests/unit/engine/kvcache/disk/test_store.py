@@ -103,7 +103,14 @@ def test_a_forgotten_record_stays_forgotten_after_a_restart(opened):
     fill(store, range(4))
     store.forget(digest_of(2))
     assert read(store, digest_of(2)) is None
-    wait_for(store, lambda: not store.index.num_condemned)
+    wait_for(store, lambda: not store.index.condemned)
+    assert kept(opened()) == [0, 1, 3]
+
+
+def test_a_record_that_is_forgotten_just_before_the_end_is_erased(opened):
+    store = opened()
+    fill(store, range(4))
+    store.forget(digest_of(2))
     assert kept(opened()) == [0, 1, 3]
 
 
@@ -113,7 +120,7 @@ def test_a_forgotten_digest_can_be_written_anew(opened):
     store.forget(digest_of(0))
     assert write(store, digest_of(0), bytes(5000)) is Outcome.OK
     assert read(store, digest_of(0)) == bytes(5000)
-    wait_for(store, lambda: not store.index.num_condemned)
+    wait_for(store, lambda: not store.index.condemned)
     assert read(opened(), digest_of(0)) == bytes(5000)
 
 
