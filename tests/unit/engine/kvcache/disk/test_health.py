@@ -28,7 +28,7 @@ def health(clock):
     return Health(SETTINGS, clock)
 
 
-@pytest.mark.parametrize("fault", DISK_FAULT)
+@pytest.mark.parametrize("fault", sorted(DISK_FAULT))
 def test_a_fault_of_the_disk_turns_it_off_with_its_reason(health, fault):
     health.note(fault)
     assert not health.is_on
@@ -36,7 +36,7 @@ def test_a_fault_of_the_disk_turns_it_off_with_its_reason(health, fault):
     assert health.outages == {fault: 1}
 
 
-@pytest.mark.parametrize("outcome", [*BAD_RECORD, Outcome.OK, Outcome.OFF])
+@pytest.mark.parametrize("outcome", [*sorted(BAD_RECORD), Outcome.OK, Outcome.OFF])
 def test_what_is_no_fault_of_the_disk_does_not(health, outcome):
     for _ in range(10):
         health.note(outcome, 0.5)
