@@ -44,6 +44,7 @@ LADDER: list[list[set[str]]] = [
         }
     ],
     [{"engine.kvcache"}, {"engine.sampling"}],
+    [{"engine.kvcache.disk"}],
     [{"engine.backends"}],
     [{"engine.weights", "engine.quant"}],
     [{"engine.models"}],
@@ -74,6 +75,7 @@ TORCH_FREE = (
     "engine.fake",
     "engine.fake_device",
     "engine.scheduler",
+    "engine.kvcache.disk",
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
     "engine.kvcache.manager",

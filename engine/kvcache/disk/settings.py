@@ -1,0 +1,28 @@
+"""DiskSettings: what can be set about the disk tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSettings:
+    folder: Path
+    max_bytes: int  # cap of all segment files together
+    key: bytes | None = None  # 32 bytes that replicas share; None: the folder's own
+    segment_bytes: int = 1 << 30  # size of one file; doubled until there are at most 128
+    direct: bool = True  # bypass the page cache where the file system can
+    num_threads: int = 4
+    max_reads: int = 4096  # largest number of reads that wait
+    max_writes: int = 64  # largest number of writes that wait or run
+    write_rate: float | None = None  # bytes/s; None: no limit
+    write_burst: float = 1 << 30  # bytes that may be written at once after a pause; one record at least
+    filter_writes: bool = True  # write a block on its second use or at the end of a turn; False: write every block
+    filter_digests: int = 1 << 18  # number of digests that the filter remembers
+
+    # In seconds.
+    slow_read: float = 1.0  # a read of one record, from its start to its end, queueing not included, that is too slow
+    retry: float = 5.0  # from turning off to the first attempt to turn on; doubles with each attempt that fails
+    max_retry: float = 300.0
+    inspect: float = 5.0  # how often the store makes sure that its files still have their names
