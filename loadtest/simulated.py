@@ -84,7 +84,7 @@ def burst(base: Machine, _: float) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         flat = Path(folder) / "25 ms"
         save_costs(
-            flat, CostKey("25 ms", "any", "any"), "made up", CostTable([256], [0.025], [16, 8192], [0.025, 0.025], 0.0, 0.0)
+            flat, CostKey("25 ms", "any", "any"), "made up", CostTable([256], [0.025], [16, 8192], [0.025, 0.025], 0.0, 0.0, 0.0)
         )
         for costs, num_prompt in ((flat, 6), (base.costs, 6), (base.costs, 400)):
             rng = random.Random(1)
@@ -204,6 +204,7 @@ def scaled(table: CostTable, factor: float) -> CostTable:
         step_seconds=[seconds * factor for seconds in table.step_seconds],
         kv_token_seconds=table.kv_token_seconds * factor,
         attention_pair_seconds=table.attention_pair_seconds * factor,
+        long_pair_seconds=table.long_pair_seconds * factor,
     )
 
 

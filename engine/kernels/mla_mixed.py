@@ -101,7 +101,7 @@ def _attend(
     slot = tile * most * groups + group
     store_part(acc_ptr, lse_ptr, slot + part * groups, acc, best + tl.log2(total), ROWS, LATENT)
     if is_last(arrived_ptr + tile * groups + group, parts):
-        for start in range(0, ROWS, MERGED):
+        for start in range(0, tl.minimum(ROWS, (chunk - first) * GROUP), MERGED):
             some = start + tl.arange(0, MERGED)
             merged = merged_rows(acc_ptr, lse_ptr, slot, groups, parts, some, ROWS, LATENT)
             its_token, its_head = first + some // GROUP, group * GROUP + some % GROUP

@@ -19,6 +19,7 @@ from engine.kernels.launch import cdiv
 
 MOST_PARTS = 32  # one program merges the parts of a tile, so more of them would take longer to merge than they save
 MERGED_ROWS = 16  # rows that are merged at a time; more would not fit into the registers beside the kernel's own
+UNROLLED = tl.constexpr(4)  # parts whose loads are in flight together
 
 
 @triton.jit
@@ -66,11 +67,11 @@ def merged_rows(acc_ptr, lse_ptr, slot, stride, parts, row, ROWS: tl.constexpr, 
     """
     dim = tl.arange(0, DIM)
     best = tl.load(lse_ptr + slot * ROWS + row, cache_modifier=".cg")
-    for part in range(1, parts):
+    for part in tl.range(1, parts, loop_unroll_factor=UNROLLED):
         best = tl.maximum(best, tl.load(lse_ptr + (slot + part * stride) * ROWS + row, cache_modifier=".cg"))
     total = best * 0.0
     merged = total[:, None] + dim[None, :] * 0.0
-    for part in range(parts):
+    for part in tl.range(0, parts, loop_unroll_factor=UNROLLED):
         at = (slot + part * stride) * ROWS + row
         weight = tl.exp2(tl.load(lse_ptr + at, cache_modifier=".cg") - best)
         merged += tl.load(acc_ptr + at[:, None] * DIM + dim[None, :], cache_modifier=".cg") * weight[:, None]

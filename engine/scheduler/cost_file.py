@@ -19,7 +19,7 @@ from engine.errors import ConfigError, InternalError
 from engine.scheduler.cost_table import CostTable
 from engine.scheduler.step_cost import StepCost
 
-VERSION = 1
+VERSION = 2
 LONGEST = 3600.0  # seconds; a step that takes longer is an error in the file, and sums of such numbers would overflow
 REMEDY = "write the file again, or unset the setting: then the costs are learnt while the engine serves"
 
@@ -52,6 +52,7 @@ class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_seconds: list[float]
     kv_token_seconds: float
     attention_pair_seconds: float
+    long_pair_seconds: float
 
 
 def save_costs(path: str | Path, key: CostKey, source: str, table: CostTable) -> None:
@@ -87,7 +88,7 @@ def load_costs(path: str | Path, *, setting: str) -> CostFile:
         raise _wrong(path, str(error), setting) from None
     _check_list("decode_rows", content.decode_rows, "decode_seconds", content.decode_seconds, path, setting)
     _check_list("step_tokens", content.step_tokens, "step_seconds", content.step_seconds, path, setting)
-    for name in ("kv_token_seconds", "attention_pair_seconds"):
+    for name in ("kv_token_seconds", "attention_pair_seconds", "long_pair_seconds"):
         _check_seconds(name, getattr(content, name), path, setting)
     values = msgspec.structs.astuple(content)
     return CostFile(CostKey(*values[1:4]), content.source, CostTable(*values[5:]))

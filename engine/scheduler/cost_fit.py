@@ -87,14 +87,15 @@ class CostFit:
         self._rows, self._knots = decode_rows, step_tokens
         self._first_knot = len(decode_rows)
         self._kv = self._first_knot + len(step_tokens)
-        self._size = self._kv + 2
+        self._size = self._kv + 3
         self._values = np.zeros(self._size)
         self._known = np.zeros(self._size, bool)
         self._known[self._kv :] = True
         if seed is not None:
             largest = seed.decode_rows[-1], seed.step_tokens[-1]
             seed = seed.resampled(decode_rows, step_tokens)
-            self._values[:] = [*seed.decode_seconds, *seed.step_seconds, seed.kv_token_seconds, seed.attention_pair_seconds]
+            shared = seed.kv_token_seconds, seed.attention_pair_seconds, seed.long_pair_seconds
+            self._values[:] = [*seed.decode_seconds, *seed.step_seconds, *shared]
             self._known[: self._first_knot] = np.array(decode_rows) <= largest[0]
             self._known[self._first_knot : self._kv] = np.array(step_tokens) <= largest[1]
         self._largest = np.zeros(self._size)  # largest share of a step's seconds for a unit of each value
@@ -187,7 +188,8 @@ class CostFit:
         decide it, and then hold it there. One that was seeded may be smaller, down to a part of that.
         """
         values = self._values.copy()
-        for column, likely in ((self._kv, self._likely_kv()), (self._kv + 1, self._likely_pair())):
+        pair = self._likely_pair()
+        for column, likely in zip(range(self._kv, self._size), (self._likely_kv(), pair, pair), strict=True):
             values[column] = max(values[column], self._least_likely * likely)
         inverse = np.zeros(self._size)
         np.divide(1.0, values, out=inverse, where=(values > 0) & (self._largest > 0))
@@ -209,7 +211,8 @@ class CostFit:
     def rescale(self, ratio: float, *, prompts: bool) -> None:
         """Multiply all values of one kind of steps by `ratio`, and forget the observations of that kind."""
         self._values[self._columns_of(prompts)] *= ratio
-        self._values[self._kv + prompts] *= ratio
+        self._values[self._kv + 1 :] *= ratio if prompts else 1.0
+        self._values[self._kv] *= 1.0 if prompts else ratio
         self._evidence[prompts] = _Evidence(self._size)
         self._count = 0
         self.table = self._make_table()
@@ -229,13 +232,13 @@ class CostFit:
 
     def _features(self, shape: StepShape) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Return the columns that the predicted seconds of `shape` depend on, and the factor of each."""
-        decodes, kv_tokens, prompt_tokens, attention = shape
+        decodes, kv_tokens, prompt_tokens, *attention = shape
         if not prompt_tokens:
             return (self._nearest(shape), self._kv), (max(1.0, decodes / self._rows[-1]), float(kv_tokens))
         tokens, knots = decodes + prompt_tokens, self._knots
         above = bisect_left(knots, tokens)
         column = self._first_knot + above
-        shared, factors = (self._kv, self._kv + 1), (float(kv_tokens), float(attention))
+        shared, factors = range(self._kv, self._size), (float(kv_tokens), *map(float, attention))
         if above == len(knots):
             return (column - 1, *shared), (tokens / knots[-1], *factors)
         if above == 0:
@@ -257,8 +260,8 @@ class CostFit:
 
     def _shared_seconds(self, shape: StepShape) -> float:
         """Return the predicted seconds for KV and attention."""
-        kv_seconds, pair_seconds = self._values[self._kv :].tolist()
-        return float(shape.kv_tokens * kv_seconds + shape.attention * pair_seconds)
+        kv_seconds, pair_seconds, long_seconds = self._values[self._kv :].tolist()
+        return float(shape.kv_tokens * kv_seconds + shape.attention * pair_seconds + shape.long_attention * long_seconds)
 
     def _set_first(self, column: int, shape: StepShape, value: float) -> None:
         self._values[column] = value
@@ -272,9 +275,8 @@ class CostFit:
         self._fill(self._columns_of(False), self._rows, FLATTEST)
         self._fill(self._columns_of(True), self._knots, 1.0)
         values = self._values.tolist()
-        kv_seconds, pair_seconds = values[self._kv :]
         return CostTable(
-            self._rows, values[: self._first_knot], self._knots, values[self._first_knot : self._kv], kv_seconds, pair_seconds
+            self._rows, values[: self._first_knot], self._knots, values[self._first_knot : self._kv], *values[self._kv :]
         )
 
     def _fill(self, part: slice, sizes: list[int], flattest: float) -> None:

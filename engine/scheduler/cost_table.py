@@ -3,6 +3,7 @@
     decodes alone       decode_seconds[rows padded to a size]                     + kv_tokens * kv_token_seconds
     with prompts        max(prompt_seconds(tokens), decode_seconds[rows padded])  + kv_tokens * kv_token_seconds
                                                                                   + attention * attention_pair_seconds
+                                                                                  + long_attention * long_pair_seconds
 
 `decode_seconds` is a staircase, since a captured step of decodes computes as many rows as its CUDA graph. `prompt_seconds` is
 linear between its knots: with few tokens a step reads all weights and takes a constant time, and with many tokens it is bound by
@@ -45,16 +46,18 @@ class CostTable(NamedTuple):
     decode_seconds: list[float]
     step_tokens: list[int]  # knots: all tokens of a step that contains prompts
     step_seconds: list[float]
-    kv_token_seconds: float  # seconds for each token of KV that the decodes read
-    attention_pair_seconds: float  # seconds for each pair of a prompt token and a token that it attends to
+    kv_token_seconds: float  # seconds for each cached token of KV that is read
+    attention_pair_seconds: float  # seconds for each pair of a prompt token and a token that it attends to, see StepShape
+    long_pair_seconds: float  # the same for further pairs of a long chunk
 
     def predict(self, shape: StepShape) -> float:
         """Return the seconds of a step. They never fall when a field of `shape` grows."""
-        decodes, kv_tokens, prompt_tokens, attention = shape
+        decodes, kv_tokens, prompt_tokens, attention, long_attention = shape
         seconds = self.decode(decodes) if decodes else 0.0
         if prompt_tokens:
             seconds = max(seconds, self.prompts(decodes + prompt_tokens))
-        return seconds + kv_tokens * self.kv_token_seconds + attention * self.attention_pair_seconds
+            seconds += attention * self.attention_pair_seconds + long_attention * self.long_pair_seconds
+        return seconds + kv_tokens * self.kv_token_seconds
 
     def decode(self, rows: int) -> float:
         """Return the seconds of `rows` decodes, without reading KV. Beyond the last size, they grow in proportion."""
@@ -85,4 +88,5 @@ class CostTable(NamedTuple):
             [self.prompts(knot) for knot in tokens],
             self.kv_token_seconds,
             self.attention_pair_seconds,
+            self.long_pair_seconds,
         )

@@ -31,21 +31,42 @@ class Load(NamedTuple):
     itl: float | None  # seconds: the tightest inter-token target among the decodes; None: nothing is promised to them
 
 
+# A chunk with more pairs of a prompt token and a token that it attends to is long. A GPU computes its further pairs up to twice
+# as fast, by other kernels (docs/gpu.md).
+LONG_PAIRS = 1 << 24
+
+
 class StepShape(NamedTuple):
     """What a step computes, as far as its duration depends on it."""
 
     decodes: int  # slices of one token each
-    kv_tokens: int  # tokens of KV that the decodes read
+    kv_tokens: int  # cached tokens of KV that the decodes read, and the prompt chunks, each once
     prompt_tokens: int  # tokens of the prompt chunks
-    attention: int  # pairs of a prompt token and a token that it attends to
+    attention: int  # pairs of a prompt token and a token that it attends to, up to LONG_PAIRS of each chunk
+    long_attention: int = 0  # the other pairs
 
     @staticmethod
     def of(plan: StepPlan) -> StepShape:
         decodes = plan.num_decodes
         starts, nums = plan.starts, plan.nums
-        prompt_tokens = attention = 0
+        prompt_tokens = attention = long_attention = 0
         for i in range(decodes, len(nums)):
             num = nums[i]
             prompt_tokens += num
-            attention += num * starts[i] + num * (num + 1) // 2
-        return StepShape(decodes, sum(starts[:decodes]) + decodes, prompt_tokens, attention)
+            own = num * starts[i] + num * (num + 1) // 2
+            if own > LONG_PAIRS:
+                long_attention += own - LONG_PAIRS
+                own = LONG_PAIRS
+            attention += own
+        return StepShape(decodes, sum(starts) + decodes, prompt_tokens, attention, long_attention)
+
+    @staticmethod
+    def with_chunk(decodes: int, kv_tokens: int, tokens: int, context: int) -> StepShape:
+        """Return the shape of a step of `decodes` that read `kv_tokens`, and one chunk of `tokens` behind `context` others."""
+        num = pairs(tokens, context)
+        return StepShape(decodes, kv_tokens + context, tokens, min(num, LONG_PAIRS), max(0, num - LONG_PAIRS))
+
+
+def pairs(tokens: int, context: int) -> int:
+    """Return the number of pairs of a prompt token and a token that it attends to, for `tokens` tokens after `context` others."""
+    return tokens * context + tokens * (tokens + 1) // 2

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from engine.scheduler.changes import LimitChanges
 from engine.scheduler.chunks import FEWEST_SEQS, FEWEST_TOKENS, RELIEF, ROOM, make_limits, with_room
 from engine.scheduler.limits import Load, StepLimits, StepShape
-from engine.scheduler.step_cost import StepCost, pairs
+from engine.scheduler.step_cost import StepCost
 
 GRID = 2**0.25  # ratio of neighbouring token limits
 HEADROOM = 0.9  # share of the target that a predicted step may take; the rest is for what happens between two steps
@@ -112,7 +112,7 @@ class ModelPolicy:
         prompt_tokens = tokens - load.decodes
         if self._told or prompt_tokens <= FEWEST_TOKENS:
             return True
-        shape = StepShape(load.decodes, load.kv_tokens, prompt_tokens, pairs(prompt_tokens, load.context))
+        shape = StepShape.with_chunk(load.decodes, load.kv_tokens, prompt_tokens, load.context)
         return self._cost.predict(shape) <= allowed
 
     def _fitting_tokens(self, load: Load, allowed: float) -> int:

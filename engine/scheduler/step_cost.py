@@ -17,7 +17,7 @@ from collections import deque
 
 from engine.scheduler.cost_fit import CostFit
 from engine.scheduler.cost_table import CostTable, row_sizes, token_knots
-from engine.scheduler.limits import StepShape
+from engine.scheduler.limits import LONG_PAIRS, StepShape
 
 MATURE = 64  # measured steps of a kind after which an unseeded table is no longer young
 RECENT = 64  # steps of a kind that the error of a table is measured on
@@ -221,7 +221,7 @@ class StepCost:
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self.predict(StepShape(decodes, kv_tokens, middle, pairs(middle, context))) <= seconds:
+            if self.predict(StepShape.with_chunk(decodes, kv_tokens, middle, context)) <= seconds:
                 low = middle
             else:
                 high = middle - 1
@@ -232,16 +232,13 @@ class StepCost:
 
         `attention` is the number of pairs of all these tokens (see `pairs`). Each step also runs `decodes` that read `kv_tokens`.
         """
-        full, rest = divmod(tokens, max(1, budget))
+        budget = max(1, budget)
+        full, rest = divmod(tokens, budget)
         seconds = full * self.predict(StepShape(decodes, kv_tokens, budget, 0))
         if rest:
             seconds += self.predict(StepShape(decodes, kv_tokens, rest, 0))
-        return seconds + attention * self.table.attention_pair_seconds
-
-
-def pairs(tokens: int, context: int) -> int:
-    """Return the number of pairs of a prompt token and a token that it attends to, for `tokens` tokens after `context` others."""
-    return tokens * context + tokens * (tokens + 1) // 2
+        within = min(attention, (full + (rest > 0)) * LONG_PAIRS)  # as if each step had one chunk, and all as many pairs
+        return seconds + self.predict(StepShape(0, attention // budget, 1, within, attention - within)) - self.table.prompts(1)
 
 
 def _middle(ascending: list[float]) -> float:

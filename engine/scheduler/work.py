@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from engine.request import Request
-from engine.scheduler.step_cost import pairs
+from engine.scheduler.limits import pairs
 
 
 class Work(NamedTuple):

@@ -22,7 +22,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def slow(tmp_path) -> str:
     """A cost file of a device whose steps take 0.2 s for up to 256 rows, and 0.4 s for 1,000 prompt tokens."""
-    table = CostTable([256], [0.2], [100, 1000], [0.2, 0.4], 0.0, 0.0)
+    table = CostTable([256], [0.2], [100, 1000], [0.2, 0.4], 0.0, 0.0, 0.0)
     save_costs(tmp_path / "slow.json", CostKey("a slow card", "some model", "bfloat16"), "a test", table)
     return str(tmp_path / "slow.json")
 

@@ -71,7 +71,7 @@ def test_arrivals_deadlines_and_the_controller_go_by_the_clock_of_the_core():
 
 
 def test_a_new_request_is_predicted_with_the_limits_of_its_own_steps(tmp_path):
-    table = CostTable([8], [0.01], [32, 64, 512], [0.01, 0.1, 0.1], 0.0, 0.0)
+    table = CostTable([8], [0.01], [32, 64, 512], [0.01, 0.1, 0.1], 0.0, 0.0, 0.0)
     save_costs(path := str(tmp_path / "costs.json"), CostKey("device", "model", "float32"), "invented", table)
     time = SimulatedTime()
     config = make_config(

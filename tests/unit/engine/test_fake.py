@@ -148,7 +148,7 @@ def test_by_default_steps_take_real_time_and_none_without_durations(monkeypatch)
 
 @pytest.mark.parametrize(("tokens", "decodes"), [(50, 0), (1, 1)])
 def test_a_cost_file_says_how_long_the_steps_of_a_simulated_device_take(tmp_path, tokens, decodes):
-    table = CostTable([1, 8], [0.004, 0.005], [16, 64], [0.006, 0.012], 1e-5, 1e-6)
+    table = CostTable([1, 8], [0.004, 0.005], [16, 64], [0.006, 0.012], 1e-5, 1e-6, 1e-6)
     save_costs(tmp_path / "costs.json", CostKey("some GPU", "some model", "bfloat16"), "a test", table)
     time = SimulatedTime()
     config = EngineConfig(model="none", runner="fake", fake=FakeConfig(cost_file=str(tmp_path / "costs.json")))

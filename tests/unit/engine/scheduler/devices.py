@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from engine.scheduler.cost_table import CostTable
 from engine.scheduler.limits import StepShape
-from engine.scheduler.step_cost import StepCost, pairs
+from engine.scheduler.step_cost import StepCost
 
 # An H200 with llama-8b, in round numbers.
 H200 = CostTable(
@@ -19,15 +19,18 @@ H200 = CostTable(
     [4.3e-3, 4.6e-3, 5.1e-3, 6.8e-3, 11.5e-3, 22.6e-3, 44.8e-3, 90e-3, 180e-3, 360e-3],
     3.5e-8,
     8.5e-10,
+    8.5e-10,
 )
 # A CPU: a step of 512 prompt tokens takes 300 ms, and weights are read in 20 ms.
-CPU = CostTable([1, 2, 4, 8, 16, 64], [20e-3, 21e-3, 23e-3, 26e-3, 32e-3, 70e-3], [16, 512], [29e-3, 300e-3], 1e-6, 1e-8)
+CPU = CostTable([1, 2, 4, 8, 16, 64], [20e-3, 21e-3, 23e-3, 26e-3, 32e-3, 70e-3], [16, 512], [29e-3, 300e-3], 1e-6, 1e-8, 1e-8)
 # Two shared cores: the smallest step takes nearly as long as the class `interactive` promises between two tokens.
-LAPTOP = CostTable([1, 4, 8, 16, 64], [30e-3, 40e-3, 47e-3, 60e-3, 150e-3], [16, 64, 512], [45e-3, 85e-3, 435e-3], 1e-6, 1e-8)
+LAPTOP = CostTable(
+    [1, 4, 8, 16, 64], [30e-3, 40e-3, 47e-3, 60e-3, 150e-3], [16, 64, 512], [45e-3, 85e-3, 435e-3], 1e-6, 1e-8, 1e-8
+)
 # A device whose steps all take the same time.
-FLAT = CostTable([256], [25e-3], [16, 8192], [25e-3, 25e-3], 0.0, 0.0)
+FLAT = CostTable([256], [25e-3], [16, 8192], [25e-3, 25e-3], 0.0, 0.0, 0.0)
 # A device whose cost jumps, for example where the weights of more experts are read: two decodes more take three times as long.
-CLIFF = CostTable([1, 20, 22], [8e-3, 20e-3, 60e-3], [16, 64, 8192], [20e-3, 25e-3, 400e-3], 0.0, 0.0)
+CLIFF = CostTable([1, 20, 22], [8e-3, 20e-3, 60e-3], [16, 64, 8192], [20e-3, 25e-3, 400e-3], 0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -81,6 +84,7 @@ def scaled(table: CostTable, factor: float) -> CostTable:
         [seconds * factor for seconds in table.step_seconds],
         table.kv_token_seconds * factor,
         table.attention_pair_seconds * factor,
+        table.long_pair_seconds * factor,
     )
 
 
@@ -94,7 +98,7 @@ def chat_steps(num: int, seed: int = 3, *, most_rows: int = 200, most_tokens: in
         kv_tokens = int(decodes * rng.uniform(300, 900))
         if rng.random() < 0.3:
             tokens = int(min(most_tokens, max(1, rng.lognormvariate(6, 0.8))))
-            yield StepShape(decodes, kv_tokens, tokens, pairs(tokens, rng.choice((0, 0, 0, 2000, 30000))))
+            yield StepShape.with_chunk(decodes, kv_tokens, tokens, rng.choice((0, 0, 0, 2000, 30000)))
         else:
             yield StepShape(decodes, kv_tokens, 0, 0)
 

@@ -63,7 +63,7 @@ def test_what_was_learnt_can_be_saved_and_predicts_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("version", 2, "version is 2, and this program reads version 1"),
+        ("version", 1, "version is 1, and this program reads version 2"),
         ("version", None, "version is None"),
         ("version", True, "version is True"),
         ("kv_token_seconds", -1e-9, "kv_token_seconds is -1e-09: it must be a number of seconds from 0 to 3600"),

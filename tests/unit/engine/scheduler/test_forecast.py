@@ -21,7 +21,7 @@ def make_rig(*, seeded: bool = True, **options) -> Rig:
 
     All its steps report 0.1 s, so that is the usual step.
     """
-    table = CostTable([8], [0.01], [1, 100], [0.001, STEP_SECONDS], 0.0, 0.0)
+    table = CostTable([8], [0.01], [1, 100], [0.001, STEP_SECONDS], 0.0, 0.0, 0.0)
     cost = StepCost([8], 100, table if seeded else None)
     return Rig(budget=100, blocks=2000, block_size=10, cost=cost, **{"rows": 8, "max_model_len": 100_000} | options)
 

@@ -4,7 +4,7 @@ import pytest
 
 from engine.plan import StepPlan
 from engine.request import Status
-from engine.scheduler.limits import Load, StepLimits, StepShape
+from engine.scheduler.limits import LONG_PAIRS, Load, StepLimits, StepShape
 from engine.scheduler.policy import AGEING_SECONDS
 from tests.unit.engine.scheduler.rig import Rig, slices
 
@@ -221,7 +221,12 @@ def test_the_load_is_what_the_next_step_has_to_do():
     [
         (StepPlan(1, rows=[0, 1], starts=[10, 4], nums=[1, 1], num_decodes=2), StepShape(2, 16, 0, 0)),
         (StepPlan(1, rows=[0], starts=[0], nums=[3]), StepShape(0, 0, 3, 1 + 2 + 3)),
-        (StepPlan(1, rows=[0, 1], starts=[9, 5], nums=[1, 2], num_decodes=1), StepShape(1, 10, 2, 6 + 7)),
+        (StepPlan(1, rows=[0, 1], starts=[9, 5], nums=[1, 2], num_decodes=1), StepShape(1, 10 + 5, 2, 6 + 7)),
+        # Two long chunks of 2**13 tokens, one of them behind as many.
+        (
+            StepPlan(1, rows=[0, 1], starts=[0, 8192], nums=[8192, 8192], num_decodes=0),
+            StepShape(0, 8192, 16384, 2 * LONG_PAIRS, 2**25 + 2**12 - LONG_PAIRS + 2**26 + 2**25 + 2**12 - LONG_PAIRS),
+        ),
     ],
 )
 def test_the_shape_of_a_step_counts_what_its_duration_depends_on(plan, shape):

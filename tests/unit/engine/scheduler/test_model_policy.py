@@ -6,7 +6,7 @@ from engine.scheduler.changes import LimitChanges
 from engine.scheduler.chunks import FEWEST_SEQS, FEWEST_TOKENS, ROOM
 from engine.scheduler.limits import Load, StepLimits, StepShape
 from engine.scheduler.model_policy import HEADROOM, ModelPolicy
-from engine.scheduler.step_cost import StepCost, pairs
+from engine.scheduler.step_cost import StepCost
 from tests.unit.engine.scheduler.devices import H200
 
 LARGEST = StepLimits(8192, 256, 8192)
@@ -25,7 +25,7 @@ class Rig:
     def seconds(self, limits: StepLimits, **changes) -> float:
         load = LOAD._replace(**changes)
         tokens = limits.tokens - load.decodes
-        return self.cost.predict(StepShape(load.decodes, load.kv_tokens, tokens, pairs(tokens, load.context)))
+        return self.cost.predict(StepShape.with_chunk(load.decodes, load.kv_tokens, tokens, load.context))
 
 
 @pytest.mark.parametrize("itl", [0.02, 0.05, 0.1])
@@ -88,7 +88,7 @@ def test_where_small_steps_take_most_of_the_target_steps_take_three_times_as_lon
     limits = rig.limits(itl=0.001, decodes=4, kv_tokens=2000)
     smallest = rig.cost.predict(StepShape(4, 2000, 16, 0))
     prompt_tokens = limits.tokens - 4
-    assert 2.2 < rig.cost.predict(StepShape(4, 2000, prompt_tokens, pairs(prompt_tokens, 0))) / smallest <= 3
+    assert 2.2 < rig.cost.predict(StepShape.with_chunk(4, 2000, prompt_tokens, 0)) / smallest <= 3
     assert limits.seqs == 256
     assert Rig(StepLimits(64, 2, 64)).limits(itl=0.001, decodes=2).seqs == 2
 
@@ -106,7 +106,7 @@ def test_larger_spread_leaves_more_room():
     for i in range(400):
         shape = StepShape(60, 40_000, 0, 0)
         rig.cost.observe(shape, rig.cost.predict(shape) * (1.3 if i % 8 == 0 else 1.0))
-        shape = StepShape(60, 40_000, 500, pairs(500, 0))
+        shape = StepShape.with_chunk(60, 40_000, 500, 0)
         rig.cost.observe(shape, rig.cost.predict(shape) * (1.3 if i % 8 == 0 else 1.0))
     assert rig.cost.spread > 1.2
     assert rig.limits().tokens < Rig().limits().tokens

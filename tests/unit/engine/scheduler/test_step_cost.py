@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.scheduler.cost_table import CostTable, row_sizes, token_knots
-from engine.scheduler.limits import StepShape
-from engine.scheduler.step_cost import StepCost, pairs
+from engine.scheduler.limits import StepShape, pairs
+from engine.scheduler.step_cost import StepCost
 from tests.unit.engine.scheduler.devices import (
     CPU,
     FLAT,
@@ -253,7 +253,7 @@ def test_the_number_of_prompt_tokens_within_a_time_is_the_largest_one(seconds, d
     cost = LEARNT[name]
 
     def predict(tokens: int) -> float:
-        return cost.predict(StepShape(decodes, kv_tokens, tokens, pairs(tokens, context)))
+        return cost.predict(StepShape.with_chunk(decodes, kv_tokens, tokens, context))
 
     found = cost.prompt_tokens_within(seconds, decodes=decodes, kv_tokens=kv_tokens, context=context, most=most)
     assert 0 <= found <= most
@@ -266,7 +266,7 @@ def test_the_time_of_a_long_prompt_is_the_sum_of_its_steps():
     computed = total = 0
     while computed < 100_000:
         tokens = min(1000, 99_500 - computed) or 500
-        total += cost.predict(StepShape(64, kv_tokens, tokens, pairs(tokens, computed)))
+        total += cost.predict(StepShape.with_chunk(64, kv_tokens, tokens, computed))
         computed += tokens
     predicted = cost.prompt_seconds(100_000, pairs(100_000, 0), decodes=64, kv_tokens=kv_tokens, budget=1000)
     assert predicted == pytest.approx(total, rel=0.01)

@@ -20,7 +20,7 @@ from server.settings import Settings
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 LIMITS = ModelLimits(max_model_len=4096, vocab_size=500, eos_token_ids=(3,), dtype="float32")
-TABLE = CostTable([4, 8, 32], [4e-3, 5e-3, 6e-3], [16, 64, 256], [8e-3, 10e-3, 40e-3], 1e-7, 1e-8)
+TABLE = CostTable([4, 8, 32], [4e-3, 5e-3, 6e-3], [16, 64, 256], [8e-3, 10e-3, 40e-3], 1e-7, 1e-8, 1e-8)
 
 
 def built(tmp_path, *, noise: float = 0.0):

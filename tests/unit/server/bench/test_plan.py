@@ -31,6 +31,7 @@ def scaled(folder: Path, factor: float) -> Path:
         step_seconds=[seconds * factor for seconds in found.table.step_seconds],
         kv_token_seconds=found.table.kv_token_seconds * factor,
         attention_pair_seconds=found.table.attention_pair_seconds * factor,
+        long_pair_seconds=found.table.long_pair_seconds * factor,
     )
     path = folder / f"{factor}.json"
     save_costs(path, found.key._replace(device=f"card {factor}"), "a test", table)

@@ -16,7 +16,7 @@ from server.bench.simulate import Machine, Run, Sample, limits_over_time, simula
 
 H200 = Path(__file__).resolve().parents[4] / "loadtest/costs/h200-llama-8b-bf16.json"
 PROMISED = Client(slo="interactive", promised=True)
-TABLE = CostTable([8], [0.01], [10, 1000], [0.02, 0.2], 0.0, 0.0)
+TABLE = CostTable([8], [0.01], [10, 1000], [0.02, 0.2], 0.0, 0.0, 0.0)
 
 
 @pytest.fixture
