@@ -14,6 +14,7 @@ TINY = {
     "seqs": 2,
     "context": 70,
     "chunk": 33,
+    "behind": 40,
     "tile": 4,
     "rows": 2,
     "heads": 4,

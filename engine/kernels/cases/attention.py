@@ -20,6 +20,7 @@ from engine.kernels.paged_prefill import paged_prefill, tile_tokens
 from engine.kernels.query_tiles import Tiles, columns, cut_tiles, map_tiles
 
 HEAD = 128
+MOST_QUERIES = 256  # of a captured step of an engine with usual settings
 
 
 def _lens(device: torch.device, *lens: int) -> torch.Tensor:
@@ -60,6 +61,45 @@ def prefill(device: torch.device, seqs: int, context: int, heads: int, kv_heads:
         return out
 
     return Launch(run, num_bytes, 4 * seqs * _pairs(context) * heads * HEAD)
+
+
+def chunk(device: torch.device, tokens: int, behind: int, heads: int, kv_heads: int) -> Launch:
+    """Make a launch of `paged_prefill` for one chunk of `tokens` behind `behind` cached tokens, in the largest captured step."""
+    tables, lens, starts = _captured_chunk(device, tokens, behind)
+    k, v = (random(device, tables.shape[1], BLOCK, kv_heads, HEAD) for _ in range(2))
+    q = random(device, tokens, heads, HEAD)
+    out = torch.empty_like(q)
+    tiles = map_tiles(starts, tokens, tile_tokens(heads, kv_heads), least=2)
+
+    def run() -> torch.Tensor:
+        paged_prefill(q, k, v, tables, lens, starts, tiles, HEAD**-0.5, out)
+        return out
+
+    num_bytes = 2 * q.nbytes + 2 * (behind + tokens) * kv_heads * HEAD * q.itemsize
+    return Launch(run, num_bytes, 4 * (tokens * behind + _pairs(tokens)) * heads * HEAD)
+
+
+def latent_chunk(device: torch.device, tokens: int, behind: int, heads: int, latent: int, rope: int) -> Launch:
+    """Make a launch of `mla_mixed` for one chunk of `tokens` behind `behind` cached tokens, in the largest captured step."""
+    tables, lens, starts = _captured_chunk(device, tokens, behind)
+    cache = random(device, tables.shape[1], BLOCK, latent + rope)
+    q_latent, q_rope = random(device, tokens, heads, latent), random(device, tokens, heads, rope)
+    tiles = map_tiles(starts, tokens, latent_tile_tokens(heads, q_latent.dtype), least=1)
+    num_bytes = 2 * q_latent.nbytes + q_rope.nbytes + (behind + tokens) * (latent + rope) * cache.itemsize
+    return Launch(
+        lambda: mla_mixed(q_latent, q_rope, cache, tables, lens, starts, tiles, 0.1),
+        num_bytes,
+        2 * (tokens * behind + _pairs(tokens)) * heads * (2 * latent + rope),
+    )
+
+
+def _captured_chunk(device: torch.device, tokens: int, behind: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make block tables, KV lengths and query starts of a step of MOST_QUERIES, of which only the first has tokens."""
+    total = behind + tokens
+    tables = block_tables(device, 1, total).expand(MOST_QUERIES, -1).contiguous()
+    starts = torch.full((MOST_QUERIES + 1,), tokens, dtype=torch.int32, device=device)
+    starts[0] = 0
+    return tables, _lens(device, *[total] * MOST_QUERIES), starts
 
 
 def tiles_of_step(device: torch.device, seqs: int, chunk: int, tile: int) -> Launch:
