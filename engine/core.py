@@ -69,7 +69,7 @@ class Core:
         cost = seeded_cost(built.config, key, None if learnt is None else learnt.read())
         self._keeper = None if learnt is None else CostKeeper(cost, learnt, clock)
         self._controller = make_controller(built.config, cost)
-        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost, clock=clock)
+        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost, clock=clock, kv=built.kv)
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0

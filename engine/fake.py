@@ -22,7 +22,7 @@ from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, reso
 from engine.errors import ConfigError, InternalError
 from engine.fake_device import SimulatedDevice
 from engine.models.families import read_spec
-from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
+from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, KVFormat, PendingStep, StepPlan, StepResult
 from engine.request import SamplingParams, TokenLogprobs
 from engine.scheduler.cost_file import load_costs
 from engine.scheduler.cost_table import CostTable
@@ -252,7 +252,8 @@ def build_fake(
         device=make_device(config.fake, costs.table if costs else None),
         only_token=only_token,
     )
-    return BuiltRunner(runner, resolved, limits, f"fake {costs.key.device}" if costs else "fake device")
+    device = f"fake {costs.key.device}" if costs else "fake device"
+    return BuiltRunner(runner, resolved, limits, device, KVFormat("fake", "hashes of prefixes"))
 
 
 def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:

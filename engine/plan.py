@@ -119,6 +119,13 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+class KVFormat(msgspec.Struct, frozen=True):
+    """What decides on the content of a KV block besides its tokens. Engines of other formats cannot use it."""
+
+    model: str = ""  # fingerprint of the checkpoint, and of what else decides on the numbers that the model computes
+    pools: str = ""  # name, shape and type of each pool of each layer
+
+
 class BuiltRunner(NamedTuple):
     """The return value of a runner module's `build(config)`."""
 
@@ -126,3 +133,4 @@ class BuiltRunner(NamedTuple):
     config: EngineConfig  # resolved: every automatic choice is made
     limits: ModelLimits
     device: str  # description for people
+    kv: KVFormat = KVFormat()

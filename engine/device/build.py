@@ -28,8 +28,9 @@ from engine.kernels import hardware
 from engine.kvcache.storage import KVStorage
 from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
-from engine.plan import BuiltRunner, StepPlan
+from engine.plan import BuiltRunner, KVFormat, StepPlan
 from engine.startup import StartupClock
+from engine.weights.fingerprint import fingerprint
 
 log = logging.getLogger("tidegate.engine")
 
@@ -77,7 +78,7 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         _prepare(runner, config.startup_budget_s, clock)
         backend.allow_plans(False)
     clock.end("prepare")
-    return BuiltRunner(runner, fitted, limits, _describe(device))
+    return BuiltRunner(runner, fitted, limits, _describe(device), KVFormat(fingerprint(fitted), str(backend.kv_pools())))
 
 
 def _load(spec: ModelSpec, config: EngineConfig, device: torch.device, clock: StartupClock) -> Backend:

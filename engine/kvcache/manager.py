@@ -13,19 +13,26 @@ from collections import Counter
 from collections.abc import Iterable
 
 from engine.errors import InternalError
+from engine.kvcache.chain import Chain
+from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.pool import BlockPool
-from engine.kvcache.prefix import Chain, PrefixIndex
+from engine.kvcache.prefix import PrefixIndex
 from engine.plan import BlockCopy
 from engine.request import Request
 
 
 class KVCacheManager:
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    """`identity` computes the digests of blocks; by default its key is random, and it knows of one model only."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, identity: BlockIdentity | None = None
+    ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
+        self._identity = identity or BlockIdentity(block_size)
         self._pool = BlockPool(num_blocks)
-        self._index = PrefixIndex(block_size)
+        self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
 
     @property
@@ -54,7 +61,7 @@ class KVCacheManager:
         return len(chain.matched)
 
     def next_digest(self, request: Request) -> bytes | None:
-        """Return the hash of the first full block that is not cached (waiting request) or not published (running request).
+        """Return the digest of the first full block that is not cached (waiting request) or not published (running request).
 
         Returns None if there is no such block, or if the block will not be published.
         """
@@ -63,8 +70,7 @@ class KVCacheManager:
         chain = self._chain(request)
         if chain.closed:
             return None
-        link = chain.link(chain.num_published if request.blocks else len(chain.matched), self.block_size)
-        return None if link is None else link.digest
+        return chain.digest(chain.num_published if request.blocks else len(chain.matched))
 
     def admit(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
         """Give `request` blocks for all its tokens. Returns False if fewer than `spare` blocks would stay free.
@@ -78,6 +84,7 @@ class KVCacheManager:
             chain = self._chains[request]
             if self._pool.num_released < chain.retry_at:
                 return False
+            self._index.verify(chain)
             shared = [entry.block for entry in chain.matched]
         missing = self._missing(request, shared)
         if missing + spare > 0:
@@ -87,7 +94,7 @@ class KVCacheManager:
             return False
         self._hold(request, shared)
         if chain is not None:
-            chain.num_published, chain.parent = len(shared), chain.matched[-1] if shared else None
+            chain.num_published = len(shared)
             chain.matched = []
         request.num_computed = len(shared) * self.block_size
         return True
@@ -104,9 +111,10 @@ class KVCacheManager:
             return None
         self._hold(request, leader.blocks[:full])
         if self.prefix_caching and leader in self._chains:
-            chain = self._chain(request)
-            chain.links = self._chains[leader].links[:full]
-            chain.closed = self._chains[leader].closed
+            chain, leading = self._chain(request), self._chains[leader]
+            chain.digests = leading.digests[:full]
+            chain.num_published = min(full, leading.num_published)
+            chain.closed = leading.closed
         request.num_computed = computed
         return [BlockCopy(leader.blocks[full], request.blocks[full])] if part else []
 
@@ -129,17 +137,15 @@ class KVCacheManager:
             self._index.publish(chain, request.blocks, full)
 
     def withdraw(self, request: Request) -> None:
-        """Remove all blocks of the request's tokens from the prefix cache, because their content may be wrong.
+        """Remove the request's blocks from the prefix cache, and all others that begin with its first block.
 
-        A preempted request has no blocks, so the cached blocks that match its tokens are removed.
+        The content of the request's blocks may be wrong, and with it what others computed from it.
         """
         chain = self._chain(request)
-        blocks = request.blocks
-        if not blocks:
-            self._index.match(chain, len(request.tokens) // self.block_size)
-            blocks = [block for entry in chain.matched for block in (entry.block, *entry.copies)]
-        self._index.withdraw(blocks)
         chain.closed = True
+        family = chain.digest(0)
+        if family is not None:
+            self._index.withdraw(family)
 
     def release(self, request: Request) -> None:
         """Release all blocks of a request. Published blocks stay in the prefix cache; a prefix's last block is evicted first."""
@@ -174,7 +180,7 @@ class KVCacheManager:
     def _chain(self, request: Request) -> Chain:
         chain = self._chains.get(request)
         if chain is None:
-            chain = self._chains[request] = Chain(request.salt, request.tokens)
+            chain = self._chains[request] = Chain(self._identity, request.salt, request.tokens)
         return chain
 
     def _missing(self, request: Request, shared: list[int]) -> int:

@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.errors import InternalError, InvalidRequest, TidegateError
+from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, StepPlan, StepResult
+from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, KVFormat, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
@@ -50,7 +51,9 @@ class _UncommittedStep(NamedTuple):
 
 
 class Scheduler:
-    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache. `policy` is by default a FairPolicy.
+    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache, and `kv` the format of its blocks.
+
+    `policy` is by default a FairPolicy.
 
     While `cost` is trusted, requests whose first token would come too late are refused. By default nothing is known of it.
     """
@@ -63,8 +66,11 @@ class Scheduler:
         policy: Policy | None = None,
         cost: StepCost | None = None,
         clock: Callable[[], float] = time.monotonic,
+        kv: KVFormat | None = None,
     ) -> None:
-        self.cache = KVCacheManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
+        size, cached = config.cache.block_size, config.cache.prefix_caching
+        identity = BlockIdentity(size, kv.model, kv.pools) if kv else None
+        self.cache = KVCacheManager(num_blocks, size, prefix_caching=cached, identity=identity)
         self.counts = SchedulerCounts()
         self.step = 0
         self._policy = policy or FairPolicy()

@@ -76,6 +76,8 @@ TORCH_FREE = (
     "engine.fake_device",
     "engine.scheduler",
     "engine.kvcache.disk",
+    "engine.kvcache.chain",
+    "engine.kvcache.identity",
     "engine.kvcache.pool",
     "engine.kvcache.prefix",
     "engine.kvcache.manager",
