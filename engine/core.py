@@ -244,8 +244,9 @@ class Core:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Apply a step's result, and let the controller learn how long the step took."""
         self._device_seconds += result.device_seconds
-        self._latest_shape = StepShape.of(plan)
-        self._controller.observe(self._latest_shape, result.device_seconds, self._clock())
+        if plan.rows:  # a plan that only moves blocks tells nothing about steps
+            self._latest_shape = StepShape.of(plan)
+            self._controller.observe(self._latest_shape, result.device_seconds, self._clock())
         return self._scheduler.commit(plan, result)
 
     def _nothing_to_run(self) -> list[TokenEvent]:

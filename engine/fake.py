@@ -22,7 +22,18 @@ from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, reso
 from engine.errors import ConfigError, InternalError
 from engine.fake_device import SimulatedDevice
 from engine.models.families import read_spec
-from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, KVFormat, PendingStep, StepPlan, StepResult
+from engine.plan import (
+    NO_CHOICE,
+    NO_TOKEN,
+    AdmittedRow,
+    Arrival,
+    BlockCopy,
+    BuiltRunner,
+    KVFormat,
+    PendingStep,
+    StepPlan,
+    StepResult,
+)
 from engine.request import SamplingParams, TokenLogprobs
 from engine.scheduler.cost_file import load_costs
 from engine.scheduler.cost_table import CostTable
@@ -126,6 +137,9 @@ class FakeRunner:
             self._sample(plan, index, result)
         return FakeStep(result, self._device, self._device.submit(seconds))
 
+    def poll(self, seconds: float = 0.0) -> list[Arrival]:
+        return []
+
     def prepare(self) -> bool:
         return False
 
@@ -218,7 +232,7 @@ class SimulatedBlocks:
                     raise InternalError(f"block {block} does not hold position {position} of the row that reads it")
 
     def _copy(self, copy: BlockCopy) -> None:
-        self._slots[copy.dst] = self._slots[copy.src].copy()
+        self._slots[copy.dst.number] = self._slots[copy.src.number].copy()
 
 
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:

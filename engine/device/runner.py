@@ -29,7 +29,7 @@ from engine.device.step_programs import StepOutput, StepPrograms
 from engine.device.warmup import PromptWarmup
 from engine.errors import ConfigError
 from engine.kvcache.storage import KVStorage
-from engine.plan import PendingStep, StepPlan
+from engine.plan import Arrival, PendingStep, StepPlan
 from engine.sampling import prompt_logprobs
 from engine.sampling.prompt_logprobs import PromptSlices
 from engine.sampling.sampler import Sampler
@@ -108,6 +108,8 @@ class TorchRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> PendingStep:
         self._storage.copy(plan.copies, self._upload)
+        if not plan.rows:
+            return self._without_slices(plan)
         self._sampler.admit(plan.admitted)
         self._rows.apply(plan)
         slices = Slices.of(plan)
@@ -125,6 +127,9 @@ class TorchRunner:
         self._last_done = step.done
         return step
 
+    def poll(self, seconds: float = 0.0) -> list[Arrival]:
+        return []
+
     @torch.inference_mode()
     def prepare(self) -> bool:
         """Capture one CUDA graph that later steps may need or, if all are captured, run one warm-up prompt.
@@ -135,6 +140,14 @@ class TorchRunner:
 
     def close(self) -> None:
         self._backend.close()
+
+    def _without_slices(self, plan: StepPlan) -> PendingStep:
+        """Return the step of a plan that only copies blocks."""
+        step = DeviceStep(plan, on_cuda=self._on_cuda, after=None)
+        step.begins()
+        step.submitted()
+        self._last_done = step.done
+        return step
 
     def _finish_graph(self, output: StepOutput, slices: Slices, step: DeviceStep) -> None:
         """Take the tokens from a graph's output, or sample again if some row's logits must be adjusted first.

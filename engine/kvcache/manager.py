@@ -17,7 +17,7 @@ from engine.kvcache.chain import Chain
 from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
-from engine.plan import BlockCopy
+from engine.plan import BlockCopy, gpu
 from engine.request import Request
 
 
@@ -34,6 +34,7 @@ class KVCacheManager:
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
+        self._copies: list[BlockCopy] = []
 
     @property
     def num_free(self) -> int:
@@ -99,8 +100,8 @@ class KVCacheManager:
         request.num_computed = len(shared) * self.block_size
         return True
 
-    def fork(self, request: Request, leader: Request, *, spare: int = 0) -> list[BlockCopy] | None:
-        """Give `request` the computed prompt of `leader`, all but its last token. Returns None if blocks are short.
+    def fork(self, request: Request, leader: Request, *, spare: int = 0) -> bool:
+        """Give `request` the computed prompt of `leader`, all but its last token. Returns False if blocks are short.
 
         Full blocks are shared. The block that both requests would write to is copied.
         """
@@ -108,7 +109,7 @@ class KVCacheManager:
         full, part = divmod(computed, self.block_size)
         num_new = self.blocks_for(len(request.tokens)) - full
         if num_new + spare > self._pool.num_free:
-            return None
+            return False
         self._hold(request, leader.blocks[:full])
         if self.prefix_caching and leader in self._chains:
             chain, leading = self._chain(request), self._chains[leader]
@@ -116,7 +117,14 @@ class KVCacheManager:
             chain.num_published = min(full, leading.num_published)
             chain.closed = leading.closed
         request.num_computed = computed
-        return [BlockCopy(leader.blocks[full], request.blocks[full])] if part else []
+        if part:
+            self._copies.append(BlockCopy(gpu(leader.blocks[full]), gpu(request.blocks[full])))
+        return True
+
+    def take_copies(self) -> list[BlockCopy]:
+        """Return the copies that the next plan must carry, in order, and forget them."""
+        copies, self._copies = self._copies, []
+        return copies
 
     def extend(self, request: Request) -> int | None:
         """Append one block to a request whose blocks are all full. Returns the block, or None if no block is free."""

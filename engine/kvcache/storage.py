@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.batch import LayerPools, PoolSpec, Upload
-from engine.plan import BlockCopy
+from engine.plan import BlockCopy, Place
 
 
 class KVStorage:
@@ -30,9 +30,9 @@ class KVStorage:
         ]
 
     def copy(self, copies: list[BlockCopy], upload: Upload) -> None:
-        """Copy blocks in all pools of all layers. The result is the same as if `copies` were carried out one after the other."""
+        """Copy GPU blocks in all pools of all layers. The result is the same as if one copy followed the other."""
         for group in _independent(copies):
-            src, dst = upload([np.array(column, np.int64) for column in zip(*group, strict=True)])
+            src, dst = upload([np.array([place.number for place in places], np.int64) for places in zip(*group, strict=True)])
             for layer in self.layers:
                 for pool in layer.values():
                     pool.index_copy_(0, dst, pool.index_select(0, src))
@@ -44,7 +44,7 @@ def _independent(copies: list[BlockCopy]) -> list[list[BlockCopy]]:
     A new group begins at a copy that reads or overwrites a block that an earlier copy of the same group wrote.
     """
     groups: list[list[BlockCopy]] = []
-    written: set[int] = set()
+    written: set[Place] = set()
     for copy in copies:
         if not groups or copy.src in written or copy.dst in written:
             groups.append([])

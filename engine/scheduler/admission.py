@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import BlockCopy
 from engine.request import Request, Status
 from engine.scheduler.policy import Policy
 from engine.scheduler.queue import WaitingQueue
@@ -60,8 +59,8 @@ class Admission:
         *,
         above: int | None = None,
         longest: Callable[[], int | None] = lambda: None,
-    ) -> Iterator[tuple[Request, list[BlockCopy]]]:
-        """Yield each waiting request that can start now, after giving it its blocks, with the copies that its blocks need.
+    ) -> Iterator[Request]:
+        """Yield each waiting request that can start now, after giving it its blocks.
 
         `in_step` are the requests whose prompt chunks are already in this step, and `seqs` is the largest number of requests that
         may run. The caller must admit each yielded request before it continues the iteration. Only requests of a better level
@@ -91,11 +90,10 @@ class Admission:
             if self._is_in_the_way(request, deferred, seqs):
                 deferred.append(request)
                 continue
-            copies = self._reserve(request, leader)
-            if copies is None:
+            if not self._reserve(request, leader):
                 blocked.append(request)
                 continue
-            yield request, copies
+            yield request
             in_step.append(request)
             computing[self._cache.next_digest(request)] = request
             for other in blocked:
@@ -168,10 +166,10 @@ class Admission:
         request.leader = leader
         return leader
 
-    def _reserve(self, request: Request, leader: Request | None) -> list[BlockCopy] | None:
-        """Give `request` blocks for all its tokens. Returns the copies to make, or None if the request does not fit."""
+    def _reserve(self, request: Request, leader: Request | None) -> bool:
+        """Give `request` blocks for all its tokens. Returns False if the request does not fit."""
         # One block in a hundred stays free for running requests, so that an admission does not cause a preemption.
         spare = self._cache.num_blocks // 100 if len(self._running) else 0
         if leader is not None and leader.status is Status.RUNNING:
             return self._cache.fork(request, leader, spare=spare)
-        return [] if self._cache.admit(request, spare=spare, match=self._may_match(request)) else None
+        return self._cache.admit(request, spare=spare, match=self._may_match(request))

@@ -26,7 +26,7 @@ from engine.config import EngineConfig
 from engine.errors import InternalError, InvalidRequest, TidegateError
 from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, KVFormat, StepPlan, StepResult
+from engine.plan import NO_CHOICE, AdmittedRow, KVFormat, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
@@ -149,7 +149,8 @@ class Scheduler:
         may_admit = self._decodes.plan(draft) and len(self._queue) > 0 and self._running.num_places(limits.seqs) > 0
         if may_admit or self._running.prompts:
             self._prompts.plan(draft, limits, self._clock(), may_admit=may_admit)
-        if not requests:
+        plan.copies = self.cache.take_copies()
+        if not requests and not plan.copies:
             return None
         for request in requests[plan.num_decodes :]:
             self.cache.publish(request)
@@ -181,7 +182,8 @@ class Scheduler:
             raise InternalError(f"step {step} is due, not the plan of {plan.step} with the result of {result.step}")
         if result.prompt_logprobs:
             collect_prompt_logprobs(plan, requests, result.prompt_logprobs)
-        self.forecast.stepped(result.device_seconds)
+        if requests:
+            self.forecast.stepped(result.device_seconds)
         logprobs = result.logprobs
         events: list[TokenEvent] = []
         finished = Status.FINISHED
@@ -262,7 +264,7 @@ class Scheduler:
             self._preempt(victim)
         return True
 
-    def _admit(self, plan: StepPlan, request: Request, copies: list[BlockCopy]) -> None:
+    def _admit(self, plan: StepPlan, request: Request) -> None:
         """Move `request`, which already has its blocks, from the queue to the running prompts."""
         now = self._clock()
         self._queue.remove(request)
@@ -276,7 +278,6 @@ class Scheduler:
         row = self._running.add(request)
         blocks = request.blocks.copy()
         plan.admitted.append(AdmittedRow(row, request.tokens[:], request.num_prompt, blocks, request.params, request.seed))
-        plan.copies += copies
 
     def _preempt(self, request: Request) -> None:
         """Move a running request back to the queue and release its blocks.

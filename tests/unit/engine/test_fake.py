@@ -10,7 +10,7 @@ from engine.config import EngineConfig, FakeConfig, ModelLimits
 from engine.errors import ConfigError, InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
 from engine.fake_device import SimulatedDevice, SimulatedTime
-from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan
+from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan, gpu
 from engine.request import SamplingParams
 from engine.scheduler.cost_file import CostKey, cost_key, save_costs
 from engine.scheduler.cost_table import CostTable
@@ -62,7 +62,7 @@ def test_a_row_may_share_a_full_block_and_copy_the_next_one():
     runner = make_runner()
     first_step(runner)
     sibling = row(1, [1, 2, 3, 4, 5, 6], [0, 2])
-    runner.submit(make_plan(2, [(1, 5, 1)], samples=[0], admitted=[sibling], copies=[BlockCopy(1, 2)]))
+    runner.submit(make_plan(2, [(1, 5, 1)], samples=[0], admitted=[sibling], copies=[BlockCopy(gpu(1), gpu(2))]))
 
 
 @pytest.mark.parametrize(
@@ -190,3 +190,11 @@ def test_build_sets_the_number_of_blocks_and_overlap():
     built = build_fake(EngineConfig(model="none", runner="fake"), LIMITS)
     assert (built.runner.num_blocks, built.config.overlap, built.config.max_model_len) == (4096, True, 100)
     assert build_fake(EngineConfig(model="none", runner="fake", overlap=False), LIMITS).config.overlap is False
+
+
+def test_a_plan_may_copy_blocks_and_have_no_slices():
+    runner = make_runner()
+    first_step(runner)
+    result = runner.submit(StepPlan(2, copies=[BlockCopy(gpu(1), gpu(2))])).result()
+    assert (result.step, result.tokens) == (2, [])
+    runner.submit(make_plan(3, [(1, 5, 1)], samples=[0], admitted=[row(1, [1, 2, 3, 4, 5, 6], [0, 2])]))

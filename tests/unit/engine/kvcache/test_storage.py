@@ -7,7 +7,7 @@ import torch
 
 from engine.batch import PoolSpec, block_bytes
 from engine.kvcache.storage import KVStorage
-from engine.plan import BlockCopy
+from engine.plan import BlockCopy, gpu
 
 POOLS = [
     [PoolSpec(name="k", shape=(2, 3), dtype=torch.float32), PoolSpec(name="v", shape=(2, 3), dtype=torch.float32)],
@@ -42,10 +42,10 @@ def test_pools_have_the_shapes_and_dtypes_of_their_specs_and_hold_zeros_and_a_sc
 @pytest.mark.parametrize("seed", range(10))
 def test_copies_have_the_result_of_running_one_after_the_other(seed):
     r = random.Random(seed)
-    copies = [BlockCopy(r.randrange(8), r.randrange(8)) for _ in range(r.randint(1, 10))]
+    copies = [BlockCopy(gpu(r.randrange(8)), gpu(r.randrange(8))) for _ in range(r.randint(1, 10))]
     expected = list(range(8))
     for copy in copies:
-        expected[copy.dst] = expected[copy.src]
+        expected[copy.dst.number] = expected[copy.src.number]
     storage = numbered()
     storage.copy(copies, upload)
     for layer in storage.layers:

@@ -154,7 +154,7 @@ def test_the_wait_for_a_request_that_does_not_advance_is_bounded():
     assert rig.scheduler.cache.admit(rig.scheduler._requests["urgent"])
     waiting = rig.add("waiting", PREFIX, priority=-1)
     admission = rig.scheduler._prompts._admission
-    admitted_at = next(look for look in range(100) if any(r is waiting for r, _ in admission.admissible([], 0.0, 8)))
+    admitted_at = next(look for look in range(100) if any(r is waiting for r in admission.admissible([], 0.0, 8)))
     assert slow.num_computed == 8
     assert admitted_at == 1 + MAX_STALLED  # the first look sees `slow` advance; the others do not
     assert waiting.num_computed == 8  # `waiting` shares the blocks that `slow` has computed
