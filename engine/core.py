@@ -35,6 +35,7 @@ from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
 
+POLL_SECONDS = 0.005  # longest wait for a move between tiers while no request can run; the caller reads its socket in between
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
@@ -69,7 +70,9 @@ class Core:
         cost = seeded_cost(built.config, key, None if learnt is None else learnt.read())
         self._keeper = None if learnt is None else CostKeeper(cost, learnt, clock)
         self._controller = make_controller(built.config, cost)
-        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost, clock=clock, kv=built.kv)
+        self._scheduler = Scheduler(
+            built.config, built.runner.num_blocks, cost=cost, clock=clock, kv=built.kv, host_slots=built.host_slots
+        )
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0
@@ -79,8 +82,10 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        """True if `step` must be called: there are requests, a submitted step without a result, or events to return."""
-        return self._scheduler.has_requests or self._in_flight is not None or bool(self._ended)
+        """True if `step` must be called: there are requests, a submitted step without a result, moves between tiers that are not
+        known to have ended, or events to return."""
+        scheduler = self._scheduler
+        return scheduler.has_requests or self._in_flight is not None or bool(self._ended) or scheduler.cache.num_moving > 0
 
     @property
     def num_committed_steps(self) -> int:
@@ -132,6 +137,8 @@ class Core:
         """Run one step and return its events. With overlap, the events are those of the previous step."""
         began = time.perf_counter()
         events, self._ended = self._ended, []
+        if self._scheduler.cache.num_moving:
+            self._scheduler.arrived(self._runner.poll())
         events += self._overlapped_step(began) if self._config.overlap else self._plain_step(began)
         if self._config.debug_checks:
             self._scheduler.check()
@@ -250,6 +257,10 @@ class Core:
         return self._scheduler.commit(plan, result)
 
     def _nothing_to_run(self) -> list[TokenEvent]:
+        """Wait for a short while for blocks on their way between tiers, since no request can run without them."""
+        if self._scheduler.cache.num_moving:
+            self._scheduler.arrived(self._runner.poll(POLL_SECONDS))
+            return []
         if self._scheduler.has_requests:
             raise InternalError("requests are running or waiting, no step is in flight, and none of them can be scheduled")
         return []

@@ -185,3 +185,4 @@ class BuiltRunner(NamedTuple):
     limits: ModelLimits
     device: str  # description for people
     kv: KVFormat = KVFormat()
+    host_slots: int = 0  # blocks that the host tier of the KV cache holds

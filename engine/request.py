@@ -153,7 +153,8 @@ def _check(name: str, value: float | None, bound: Bound) -> None:
 
 
 class Status(enum.Enum):
-    WAITING = "waiting"  # in the queue; holds no blocks
+    WAITING = "waiting"  # in the queue; holds no blocks, or the blocks that were loaded for it
+    LOADING = "loading"  # in the queue; blocks of its prefix are on their way from a lower tier
     RUNNING = "running"  # owns a batch row and blocks
     FINISHED = "finished"  # has ended for any reason; holds nothing
 

@@ -60,6 +60,11 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     elif config.kernel_folder is not None:
         log.warning("kernel_folder has no effect: the device is the CPU, which runs no compiled kernels")
     clock.end("kernels")
+    if config.cache.host_tier_bytes:
+        raise ConfigError(
+            f"cache.host_tier_bytes is {config.cache.host_tier_bytes}: the runner 'torch' has no host tier; set it to 0",
+            param="cache.host_tier_bytes",
+        )
     backend = _load(spec, config, device, clock)
     clock.end("weights")
     num_blocks = config.cache.num_blocks

@@ -15,26 +15,41 @@ from collections.abc import Iterable
 from engine.errors import InternalError
 from engine.kvcache.chain import Chain
 from engine.kvcache.identity import BlockIdentity
+from engine.kvcache.loads import Loads
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
-from engine.plan import BlockCopy, gpu
+from engine.kvcache.tiers import LowerTier, Slot
+from engine.plan import Arrival, BlockCopy, Place, Tier, gpu
 from engine.request import Request
 
 
 class KVCacheManager:
-    """`identity` computes the digests of blocks; by default its key is random, and it knows of one model only."""
+    """`identity` computes the digests of blocks; by default its key is random, and it knows of one model only.
+
+    If `host_slots` is not 0, the content of a published block is moved to a slot in host memory before the block is overwritten,
+    and comes back when a request has the same prefix.
+    """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, identity: BlockIdentity | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        identity: BlockIdentity | None = None,
+        host_slots: int = 0,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
+        self.num_moving = 0  # moves that a plan carries or will carry, and that have not arrived
         self._identity = identity or BlockIdentity(block_size)
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
         self._copies: list[BlockCopy] = []
+        self._host = LowerTier(Tier.HOST, host_slots)
+        self._loads = Loads(self._pool, self._index, self._host)
 
     @property
     def num_free(self) -> int:
@@ -49,6 +64,20 @@ class KVCacheManager:
         """Return how many published blocks a prompt can be matched with. Blocks with the same content count once."""
         return len(self._index)
 
+    @property
+    def has_tiers(self) -> bool:
+        return self._host.num_slots > 0
+
+    @property
+    def num_in_host(self) -> int:
+        """Return how many blocks the host tier holds, or is about to hold."""
+        return len(self._host)
+
+    @property
+    def num_loading(self) -> int:
+        """Return how many GPU blocks are being loaded from a lower tier. They cannot be given back before they have arrived."""
+        return self._loads.num_under_way
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
@@ -60,6 +89,10 @@ class KVCacheManager:
         chain = self._chain(request)
         chain.retry_at -= self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
         return len(chain.matched)
+
+    def reach(self, request: Request) -> int:
+        """Return how many blocks of a waiting request's tokens are in the cache, or follow these in the host tier."""
+        return self.match(request) + (len(self._in_host(self._chains[request], request)) if self.has_tiers else 0)
 
     def next_digest(self, request: Request) -> bytes | None:
         """Return the digest of the first full block that is not cached (waiting request) or not published (running request).
@@ -76,7 +109,7 @@ class KVCacheManager:
     def admit(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
         """Give `request` blocks for all its tokens. Returns False if fewer than `spare` blocks would stay free.
 
-        The leading blocks come from the cache, unless `match` is off.
+        The leading blocks come from the cache, unless `match` is off. What was held for the request while it waited is given up.
         """
         chain: Chain | None = None
         shared: list[int] = []
@@ -94,6 +127,7 @@ class KVCacheManager:
                 chain.retry_at = self._pool.num_released + missing
             return False
         self._hold(request, shared)
+        self._loads.release(request)
         if chain is not None:
             chain.num_published = len(shared)
             chain.matched = []
@@ -111,6 +145,7 @@ class KVCacheManager:
         if num_new + spare > self._pool.num_free:
             return False
         self._hold(request, leader.blocks[:full])
+        self._loads.release(request)
         if self.prefix_caching and leader in self._chains:
             chain, leading = self._chain(request), self._chains[leader]
             chain.digests = leading.digests[:full]
@@ -120,6 +155,67 @@ class KVCacheManager:
         if part:
             self._copies.append(BlockCopy(gpu(leader.blocks[full]), gpu(request.blocks[full])))
         return True
+
+    def load(self, request: Request, *, spare: int = 0) -> bool:
+        """Begin to load the blocks of a waiting request that the host tier has and the GPU lacks. Returns False if none is.
+
+        It begins only if the request could be admitted now with all its blocks. The request then holds what the GPU has of its
+        prefix and what is loaded, and must not be admitted before `arrived` returns it.
+        """
+        if request in self._loads:
+            return False
+        self.match(request)
+        chain = self._chains[request]
+        if self._pool.num_released < chain.retry_at:
+            return False
+        self._index.verify(chain)
+        slots = self._in_host(chain, request)
+        shared = [entry.block for entry in chain.matched]
+        if not slots or self._missing(request, shared) + spare > 0:
+            return False
+        for slot in slots:
+            self._host.pin(slot)
+        for block in shared:
+            self._pool.hold(block)
+        blocks = [self._take() for _ in slots]
+        for slot, block in zip(slots, blocks, strict=True):
+            self._move(self._host.place(slot), gpu(block))
+        self._loads.start(request, chain.digests[: len(shared) + len(slots)], shared + blocks, slots)
+        return True
+
+    def awaits_load(self, request: Request) -> bool:
+        """Return whether the first block that the GPU lacks of a waiting request is being loaded for another one."""
+        digest = self.next_digest(request)
+        return digest is not None and self._loads.is_under_way(digest)
+
+    def arrived(self, arrivals: Iterable[Arrival]) -> list[Request]:
+        """Note the ends of moves. Returns the waiting requests whose loads have ended."""
+        loaded = []
+        for (tier, number), ok in arrivals:
+            self.num_moving -= 1
+            if tier is Tier.HOST:
+                self._host.arrived(number, ok=ok)
+                continue
+            request = self._loads.arrived(number, ok=ok)
+            if request is not None:
+                loaded.append(request)
+        return loaded
+
+    def is_loading(self, request: Request) -> bool:
+        """Return whether blocks of a waiting request are on their way from a lower tier."""
+        return self._loads.is_loading(request)
+
+    def holders(self) -> list[Request]:
+        """Return the waiting requests that hold blocks, none of which is still being loaded."""
+        return self._loads.holders()
+
+    def num_held(self, request: Request) -> int:
+        """Return how many blocks a waiting request holds."""
+        return self._loads.num_held(request)
+
+    def give_back(self, request: Request) -> None:
+        """Free what a waiting request holds. It is still found in the cache until it is overwritten."""
+        self._loads.release(request)
 
     def take_copies(self) -> list[BlockCopy]:
         """Return the copies that the next plan must carry, in order, and forget them."""
@@ -154,9 +250,15 @@ class KVCacheManager:
         family = chain.digest(0)
         if family is not None:
             self._index.withdraw(family)
+            self._host.withdraw(family)
+            self._loads.withdraw(family)
 
     def release(self, request: Request) -> None:
-        """Release all blocks of a request. Published blocks stay in the prefix cache; a prefix's last block is evicted first."""
+        """Release all blocks of a request, and what is held for it while it waits.
+
+        Published blocks stay in the prefix cache. The last block of a prefix is evicted first.
+        """
+        self._loads.release(request)
         if request.blocks:
             self.publish(request)
         for block in reversed(request.blocks):
@@ -174,7 +276,9 @@ class KVCacheManager:
         """Raise InternalError if block counts are wrong, or if a request could write to a block that another can read."""
         self._pool.check()
         self._index.check()
-        held: Counter[int] = Counter()
+        self._host.check()
+        self._loads.check()
+        held = Counter(self._loads.blocks())
         for request in holders:
             held.update(request.blocks)
             if request.num_computed > len(request.blocks) * self.block_size:
@@ -191,6 +295,17 @@ class KVCacheManager:
             chain = self._chains[request] = Chain(self._identity, request.salt, request.tokens)
         return chain
 
+    def _in_host(self, chain: Chain, request: Request) -> list[Slot]:
+        """Return the slots of the blocks that follow the chain's match, as far as the host tier has them."""
+        slots: list[Slot] = []
+        for index in range(len(chain.matched), (len(request.tokens) - 1) // self.block_size):
+            digest = chain.digest(index)
+            slot = None if digest is None else self._host.find(digest)
+            if digest is None or slot is None or self._loads.is_under_way(digest):
+                break
+            slots.append(slot)
+        return slots
+
     def _missing(self, request: Request, shared: list[int]) -> int:
         """Return how many blocks the request lacks: needed minus free blocks. A negative result is the number that stay free."""
         refs = self._pool.refs
@@ -205,6 +320,15 @@ class KVCacheManager:
         request.blocks = shared + [self._take() for _ in range(num_new)]
 
     def _take(self) -> int:
+        """Return a block to be overwritten. If its content would be lost, it is moved to the host tier."""
         block = self._pool.take()
-        self._index.forget(block)
+        entry = self._index.forget(block)
+        if entry is not None and self._host.num_slots and not self._host.touch(entry.digest):
+            slot = self._host.take(entry.digest, entry.family)
+            if slot is not None:
+                self._move(gpu(block), self._host.place(slot))
         return block
+
+    def _move(self, src: Place, dst: Place) -> None:
+        self._copies.append(BlockCopy(src, dst))
+        self.num_moving += 1

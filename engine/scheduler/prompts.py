@@ -43,6 +43,10 @@ class PromptPlanner:
         if may_admit:
             self._add_waiting(draft, limits, now)
 
+    def load_ahead(self, now: float) -> None:
+        """Begin to load the prefixes of waiting requests, whether there is a place for them or not."""
+        self._admission.load_ahead(now)
+
     def _add_short(self, draft: Draft, limits: StepLimits, now: float, *, may_admit: bool) -> None:
         """Add prompts that can be computed completely beside the first one, and keep the first one's share.
 
