@@ -19,17 +19,19 @@ import xxhash
 
 from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, host_slots, resolve
 from engine.errors import ConfigError, InternalError
-from engine.fake_blocks import MASK, SimulatedBlocks, mix
+from engine.fake_blocks import MASK, SimulatedBlocks, SliceOfRow, mix
 from engine.fake_device import SimulatedDevice, SimulatedMoves
 from engine.models.families import read_spec
 from engine.plan import (
     NO_CHOICE,
     NO_TOKEN,
+    PER_TOKEN,
     AdmittedRow,
     Arrival,
     BuiltRunner,
     KVFormat,
     PendingStep,
+    PoolKind,
     StepPlan,
     StepResult,
 )
@@ -103,12 +105,13 @@ class FakeRunner:
         device: SimulatedDevice | None = None,
         only_token: int | None = None,
         host_slots: int = 0,
+        kinds: tuple[PoolKind, ...] = PER_TOKEN,
     ) -> None:
         self._limits = limits
         self._num_blocks = num_blocks
         self._simulated = simulated or FakeConfig()
         self._rows: dict[int, _Row] = {}
-        self._blocks = SimulatedBlocks(num_blocks, block_size, host_slots) if verify else None
+        self._blocks = SimulatedBlocks(num_blocks, block_size, host_slots, kinds) if verify else None
         self._device = device or SimulatedDevice(self._simulated)
         self._moves = SimulatedMoves(self._simulated, self._device)
         self._only_token = only_token
@@ -129,7 +132,8 @@ class FakeRunner:
             return FakeStep(result, self._device, self._device.submit(seconds))
         self._update_rows(plan)
         if self._blocks is not None:
-            self._blocks.run(plan, [(row.tokens, row.blocks) for row in map(self._rows.__getitem__, plan.rows)])
+            slices = zip(map(self._rows.__getitem__, plan.rows), plan.starts, plan.nums, strict=True)
+            self._blocks.run(plan, [SliceOfRow(row.tokens, row.blocks, start, start + num) for row, start, num in slices])
         seconds = self._device.seconds(plan)
         result = StepResult(plan.step, [], {}, {}, device_seconds=seconds)
         for index in self._with_prompt_logprobs(plan):
@@ -219,9 +223,17 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
 
 
 def build_fake(
-    config: EngineConfig, limits: ModelLimits, *, make_device: MakeDevice = SimulatedDevice, only_token: int | None = None
+    config: EngineConfig,
+    limits: ModelLimits,
+    *,
+    make_device: MakeDevice = SimulatedDevice,
+    only_token: int | None = None,
+    kinds: tuple[PoolKind, ...] = PER_TOKEN,
 ) -> BuiltRunner:
-    """Build a FakeRunner with the given limits, without a checkpoint folder. `make_device` makes a device from the config."""
+    """Build a FakeRunner with the given limits, without a checkpoint folder. `make_device` makes a device from the config.
+
+    `kinds` are those of the simulated model's pools.
+    """
     # The simulated device is asynchronous even if `device` is "cpu".
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
     resolved = resolve(config, limits, has_cuda=config.device == "cuda")
@@ -242,9 +254,10 @@ def build_fake(
         device=make_device(config.fake, costs.table if costs else None),
         only_token=only_token,
         host_slots=slots,
+        kinds=kinds,
     )
     device = f"fake {costs.key.device}" if costs else "fake device"
-    return BuiltRunner(runner, resolved, limits, device, KVFormat("fake", "hashes of prefixes"), slots)
+    return BuiltRunner(runner, resolved, limits, device, KVFormat("fake", "hashes of prefixes", kinds), slots)
 
 
 def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -170,11 +170,27 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+class PoolKind(msgspec.Struct, frozen=True):
+    """What a pool of the KV cache keeps of a sequence, and what of it the next token needs.
+
+    token: a record for each token, all of which are needed. window: a record for each token, of which the latest `window` are
+    needed. state: one record for all tokens so far. A slice reads it in the block of the token before, and writes it in the block
+    of its last token, so a full block holds the state at its end if a slice ended there.
+    """
+
+    name: Literal["token", "window", "state"]
+    window: int = 0
+
+
+PER_TOKEN = (PoolKind("token"),)
+
+
 class KVFormat(msgspec.Struct, frozen=True):
     """What decides on the content of a KV block besides its tokens. Engines of other formats cannot use it."""
 
     model: str = ""  # fingerprint of the checkpoint, and of what else decides on the numbers that the model computes
     pools: str = ""  # name, shape and type of each pool of each layer
+    kinds: tuple[PoolKind, ...] = PER_TOKEN  # of the pools
 
 
 class BuiltRunner(NamedTuple):

@@ -27,7 +27,7 @@ class Chain:
     which grows. A digest is computed when it is first needed.
     """
 
-    __slots__ = ("_identity", "closed", "digests", "matched", "num_published", "retry_at", "salt", "tokens")
+    __slots__ = ("_identity", "closed", "digests", "matched", "num_published", "num_usable", "retry_at", "salt", "tokens")
 
     def __init__(self, identity: BlockIdentity, salt: str, tokens: array[int]) -> None:
         self._identity = identity
@@ -35,6 +35,7 @@ class Chain:
         self.tokens = tokens
         self.digests: list[bytes] = []
         self.matched: list[Entry] = []  # entries of the first blocks, as far as they were found
+        self.num_usable = 0  # blocks of `matched` that can be used, as of the latest match
         self.retry_at = 0  # the request cannot fit until BlockPool.num_released has reached this
         self.num_published = 0
         self.closed = False  # nothing more may be published: blocks were withdrawn

@@ -138,7 +138,7 @@ class Loads:
         """Publish what has arrived, and give up the rest."""
         num_good = 0 if load.withdrawn else load.num_good
         for at in range(load.num_found, num_good):
-            self._index.put(load.digests[at], load.digests[0], load.blocks[at])
+            self._index.put(load.digests[at], load.digests[0], load.blocks[at], load.slots[at - load.num_found].mask)
         for slot in reversed(load.slots):  # the end of a prefix is evicted before its beginning
             self._tier.unpin(slot)
         if load.owner is None:

@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from engine.errors import InternalError
 from engine.kvcache.chain import Chain
 from engine.kvcache.identity import BlockIdentity
+from engine.kvcache.kinds import ALL, HitRule
 from engine.kvcache.loads import Loads
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
 from engine.kvcache.tiers import LowerTier, Slot
-from engine.plan import Arrival, BlockCopy, Place, Tier, gpu
+from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, Tier, gpu
 from engine.request import Request
 
 
@@ -38,12 +39,14 @@ class KVCacheManager:
         prefix_caching: bool = True,
         identity: BlockIdentity | None = None,
         host_slots: int = 0,
+        kinds: tuple[PoolKind, ...] = PER_TOKEN,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
         self.num_moving = 0  # moves that a plan carries or will carry, and that have not arrived
         self._identity = identity or BlockIdentity(block_size)
+        self._rule = HitRule(kinds, block_size)
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
@@ -65,6 +68,16 @@ class KVCacheManager:
         return len(self._index)
 
     @property
+    def can_fork(self) -> bool:
+        """Whether a sibling can take over a prompt but its last token. A state is only kept at the end of what was computed."""
+        return not self._rule.has_state
+
+    @property
+    def align(self) -> int:
+        """The tokens at whose multiples a prompt's slices should end, so that states are kept there. 1 if it does not matter."""
+        return self.block_size if self._rule.has_state and self.prefix_caching else 1
+
+    @property
     def has_tiers(self) -> bool:
         return self._host.num_slots > 0
 
@@ -82,17 +95,24 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def match(self, request: Request) -> int:
-        """Return how many blocks of a waiting request's tokens are in the cache. The last token is never matched.
+        """Return how many blocks of a waiting request's tokens are in the cache and can be used. The last token is never matched.
 
         The result is remembered, so that the next call does only the work for what changed in between.
         """
         chain = self._chain(request)
-        chain.retry_at -= self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
-        return len(chain.matched)
+        added = self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
+        if self._rule.is_plain:
+            chain.retry_at -= added
+            return len(chain.matched)
+        before, chain.num_usable = chain.num_usable, self._rule.longest(self._masks(chain))
+        chain.retry_at -= max(0, chain.num_usable - before)
+        return chain.num_usable
 
     def reach(self, request: Request) -> int:
-        """Return how many blocks of a waiting request's tokens are in the cache, or follow these in the host tier."""
-        return self.match(request) + (len(self._in_host(self._chains[request], request)) if self.has_tiers else 0)
+        """Return how many blocks of a waiting request's tokens can be used once those in the host tier are loaded."""
+        num, chain = self.match(request), self._chains[request]
+        slots = self._in_host(chain, request) if self.has_tiers else []
+        return len(chain.matched) + len(slots) if slots else num
 
     def next_digest(self, request: Request) -> bytes | None:
         """Return the digest of the first full block that is not cached (waiting request) or not published (running request).
@@ -118,8 +138,7 @@ class KVCacheManager:
             chain = self._chains[request]
             if self._pool.num_released < chain.retry_at:
                 return False
-            self._index.verify(chain)
-            shared = [entry.block for entry in chain.matched]
+            shared = self._shared(chain)
         missing = self._missing(request, shared)
         if missing + spare > 0:
             if chain is not None and missing > 0:
@@ -238,7 +257,8 @@ class KVCacheManager:
         full = min(request.num_computed, len(request.tokens)) // self.block_size
         chain = self._chain(request)
         if chain.num_published < full:
-            self._index.publish(chain, request.blocks, full)
+            last = ALL if request.num_computed == full * self.block_size else self._rule.inner
+            self._index.publish(chain, request.blocks, full, inner=self._rule.inner, last=last)
 
     def withdraw(self, request: Request) -> None:
         """Remove the request's blocks from the prefix cache, and all others that begin with its first block.
@@ -296,7 +316,7 @@ class KVCacheManager:
         return chain
 
     def _in_host(self, chain: Chain, request: Request) -> list[Slot]:
-        """Return the slots of the blocks that follow the chain's match, as far as the host tier has them."""
+        """Return the slots of the blocks that follow the chain's match, as far as the host tier has them and they can be used."""
         slots: list[Slot] = []
         for index in range(len(chain.matched), (len(request.tokens) - 1) // self.block_size):
             digest = chain.digest(index)
@@ -304,7 +324,19 @@ class KVCacheManager:
             if digest is None or slot is None or self._loads.is_under_way(digest):
                 break
             slots.append(slot)
+        if slots and not self._rule.is_plain:
+            usable = self._rule.longest([*self._masks(chain), *(slot.mask for slot in slots)])
+            del slots[max(0, usable - len(chain.matched)) :]
         return slots
+
+    def _masks(self, chain: Chain) -> list[int]:
+        return [self._index.mask(entry.block) for entry in chain.matched]
+
+    def _shared(self, chain: Chain) -> list[int]:
+        """Return the blocks of the chain's match that can be used."""
+        self._index.verify(chain)
+        blocks = [entry.block for entry in chain.matched]
+        return blocks if self._rule.is_plain else blocks[: self._rule.longest(self._masks(chain))]
 
     def _missing(self, request: Request, shared: list[int]) -> int:
         """Return how many blocks the request lacks: needed minus free blocks. A negative result is the number that stay free."""
@@ -322,9 +354,10 @@ class KVCacheManager:
     def _take(self) -> int:
         """Return a block to be overwritten. If its content would be lost, it is moved to the host tier."""
         block = self._pool.take()
+        mask = self._index.mask(block)
         entry = self._index.forget(block)
-        if entry is not None and self._host.num_slots and not self._host.touch(entry.digest):
-            slot = self._host.take(entry.digest, entry.family)
+        if entry is not None and self._host.num_slots and not self._host.touch(entry.digest, mask):
+            slot = self._host.take(entry.digest, entry.family, mask)
             if slot is not None:
                 self._move(gpu(block), self._host.place(slot))
         return block

@@ -5,6 +5,8 @@ A full block is published under its digest (`identity.py`). Equal digests mean e
 Requests that compute the same tokens side by side have the same content in different blocks. One block is the entry's
 `block`; the others are its `copies`. An entry loses its content only when the last of these blocks is overwritten.
 
+A block may lack the records of some kinds of pools (`kinds.py`). The entry's `block` is one that lacks least.
+
 All entries that begin with the same first block are a family. If the content of a block may be wrong, then so may all that was
 computed from it, and its family is withdrawn as a whole.
 """
@@ -13,20 +15,26 @@ from __future__ import annotations
 
 from engine.errors import InternalError
 from engine.kvcache.chain import Chain, Entry
+from engine.kvcache.kinds import ALL
 
 
 class PrefixIndex:
-    __slots__ = ("_by_block", "_by_digest")
+    __slots__ = ("_by_block", "_by_digest", "_partial")
 
     def __init__(self) -> None:
         self._by_digest: dict[bytes, Entry] = {}
         self._by_block: dict[int, Entry] = {}
+        self._partial: dict[int, int] = {}  # masks of the published blocks that lack records of some kind
 
     def __len__(self) -> int:
         return len(self._by_digest)
 
     def __contains__(self, block: int) -> bool:
         return block in self._by_block
+
+    def mask(self, block: int) -> int:
+        """Return the mask of the kinds of pools whose records a published block holds."""
+        return self._partial.get(block, ALL)
 
     def find(self, digest: bytes) -> Entry | None:
         return self._by_digest.get(digest)
@@ -57,10 +65,11 @@ class PrefixIndex:
         del matched[alive:]
         return alive
 
-    def publish(self, chain: Chain, blocks: list[int], num_full: int) -> None:
+    def publish(self, chain: Chain, blocks: list[int], num_full: int, *, inner: int = ALL, last: int = ALL) -> None:
         """Publish the chain's blocks up to `num_full` that are not published yet. `blocks` is the request's block table.
 
-        A chain whose latest published block has been withdrawn publishes nothing more.
+        The last of them has the mask `last`, and the others `inner`. A chain whose latest published block has been withdrawn
+        publishes nothing more.
         """
         at = chain.num_published
         if at and blocks[at - 1] not in self._by_block:
@@ -71,20 +80,24 @@ class PrefixIndex:
             digest = chain.digest(index)
             if digest is None:
                 raise InternalError(f"block {blocks[index]} is published before it is full")
-            self.put(digest, chain.digests[0], blocks[index])
+            self.put(digest, chain.digests[0], blocks[index], last if index == num_full - 1 else inner)
         chain.num_published = num_full
 
-    def put(self, digest: bytes, family: bytes, block: int) -> None:
-        """Enter `block` as one that holds the content of `digest`."""
+    def put(self, digest: bytes, family: bytes, block: int, mask: int = ALL) -> None:
+        """Enter `block`, which is not published under another digest, as one that holds the content of `digest`."""
         entry = self._by_digest.get(digest)
         if entry is not None and self._by_block.get(block) is entry:
             return
         self.forget(block)
         if entry is None:
             entry = self._by_digest[digest] = Entry(digest, family, block)
+        elif self.mask(entry.block) & mask != mask:
+            entry.block, entry.copies = block, (*entry.copies, entry.block)
         else:
             entry.copies += (block,)
         self._by_block[block] = entry
+        if mask != ALL:
+            self._partial[block] = mask
 
     def forget(self, block: int) -> Entry | None:
         """Remove a block from the prefix index, since it is about to be overwritten.
@@ -94,12 +107,13 @@ class PrefixIndex:
         entry = self._by_block.pop(block, None)
         if entry is None:
             return None
+        self._partial.pop(block, None)
         if block != entry.block:
             entry.copies = tuple(copy for copy in entry.copies if copy != block)
             return None
         if entry.copies:
-            entry.block, *others = entry.copies
-            entry.copies = tuple(others)
+            entry.block = max(entry.copies, key=self.mask) if self._partial else entry.copies[0]
+            entry.copies = tuple(copy for copy in entry.copies if copy != entry.block)
             return None
         del self._by_digest[entry.digest]
         return entry
@@ -109,6 +123,7 @@ class PrefixIndex:
         for entry in [entry for entry in self._by_digest.values() if entry.family == family]:
             for block in (entry.block, *entry.copies):
                 del self._by_block[block]
+                self._partial.pop(block, None)
             del self._by_digest[entry.digest]
 
     def check(self) -> None:
@@ -120,6 +135,8 @@ class PrefixIndex:
             blocks = (entry.block, *entry.copies)
             if digest != entry.digest or any(self._by_block.get(block) is not entry for block in blocks):
                 raise InternalError(f"the entry of block {entry.block} is listed under a wrong digest or block")
+        if not self._partial.keys() <= self._by_block.keys():
+            raise InternalError("a block that is not published has a mask")
         if len(self._by_block) != sum(1 + len(entry.copies) for entry in self._by_digest.values()):
             raise InternalError(f"{len(self._by_block)} blocks are published under {len(self._by_digest)} digests")
 

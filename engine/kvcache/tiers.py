@@ -23,6 +23,7 @@ class Slot(msgspec.Struct, gc=False, eq=False):
     number: int
     digest: bytes
     family: bytes  # digest of the first block of the prefix
+    mask: int  # kinds of pools whose records it holds
     pins: int = 0  # moves that write or read the slot now
     ready: bool = False  # the content has arrived
     listed: bool = True  # the content counts; if not, the slot becomes free once no move needs it
@@ -50,13 +51,20 @@ class LowerTier:
         slot = self._by_digest.get(digest)
         return slot if slot is not None and slot.ready else None
 
-    def touch(self, digest: bytes) -> bool:
-        """Note that the content was used. Returns False if the tier does not have it, and is not about to get it."""
-        if digest in self._idle:
+    def touch(self, digest: bytes, mask: int) -> bool:
+        """Note that content with the records of `mask` was used. Returns False if the tier does not have all of them, and is not
+        about to get them. Content that lacks some of them is forgotten."""
+        slot = self._by_digest.get(digest)
+        if slot is None:
+            return False
+        if slot.mask & mask != mask:
+            self.drop(slot)
+            return False
+        if not slot.pins:
             self._idle.move_to_end(digest)
-        return digest in self._by_digest
+        return True
 
-    def take(self, digest: bytes, family: bytes) -> Slot | None:
+    def take(self, digest: bytes, family: bytes, mask: int) -> Slot | None:
         """Return a pinned slot for content that the tier does not have. Returns None if all slots are pinned.
 
         The least recently used content is lost if no slot is free.
@@ -70,7 +78,7 @@ class LowerTier:
             self.num_evicted += 1
         else:
             return None
-        slot = self._by_digest[digest] = self._moving[number] = Slot(number, digest, family, pins=1)
+        slot = self._by_digest[digest] = self._moving[number] = Slot(number, digest, family, mask, pins=1)
         return slot
 
     def pin(self, slot: Slot) -> None:

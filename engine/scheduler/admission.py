@@ -192,7 +192,7 @@ class Admission:
 
     def leader(self, request: Request) -> Request | None:
         """Return the sibling that `request` can fork: its prompt and salt are the same, and nothing must be computed again."""
-        if request.fork_of is None:
+        if request.fork_of is None or not self._cache.can_fork:
             return None
         leader = self._requests.get(request.fork_of)
         if leader is None or leader is request or request.num_outputs or request.params.prompt_logprobs is not None:

@@ -69,8 +69,11 @@ class Scheduler:
         host_slots: int = 0,
     ) -> None:
         size, cached = config.cache.block_size, config.cache.prefix_caching
-        identity = BlockIdentity(size, kv.model, kv.pools) if kv else None
-        self.cache = KVCacheManager(num_blocks, size, prefix_caching=cached, identity=identity, host_slots=host_slots)
+        kv = kv or KVFormat()
+        identity = BlockIdentity(size, kv.model, kv.pools, str(kv.kinds))
+        self.cache = KVCacheManager(
+            num_blocks, size, prefix_caching=cached, identity=identity, host_slots=host_slots, kinds=kv.kinds
+        )
         self.counts = SchedulerCounts()
         self.step = 0
         self._policy = policy or FairPolicy()
@@ -143,7 +146,7 @@ class Scheduler:
         self.limits = limits
         if len(self._queue) and self._running.worst_level > self._queue.best_class:
             self._give_up_places(limits)
-        draft = Draft(self.step + 1, limits.tokens)
+        draft = Draft(self.step + 1, limits.tokens, align=self.cache.align)
         plan, requests = draft.plan, draft.requests
         # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
         may_start = self._decodes.plan(draft) and len(self._queue) > 0

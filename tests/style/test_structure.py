@@ -79,6 +79,7 @@ TORCH_FREE = (
     "engine.kvcache.disk",
     "engine.kvcache.chain",
     "engine.kvcache.identity",
+    "engine.kvcache.kinds",
     "engine.kvcache.loads",
     "engine.kvcache.pool",
     "engine.kvcache.prefix",

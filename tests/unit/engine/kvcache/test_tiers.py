@@ -5,6 +5,7 @@ import random
 import pytest
 
 from engine.errors import InternalError
+from engine.kvcache.kinds import ALL
 from engine.kvcache.tiers import LowerTier
 from engine.plan import Tier
 
@@ -12,7 +13,7 @@ from engine.plan import Tier
 def filled(tier: LowerTier, *names: str) -> None:
     """Put content into the tier, and let it arrive."""
     for name in names:
-        slot = tier.take(name.encode(), name[:1].encode())
+        slot = tier.take(name.encode(), name[:1].encode(), ALL)
         assert slot is not None
         tier.arrived(slot.number, ok=True)
 
@@ -24,7 +25,7 @@ def there(tier: LowerTier, *names: str) -> str:
 def test_the_least_recently_used_content_makes_room():
     tier = LowerTier(Tier.HOST, 3)
     filled(tier, "a", "b", "c")
-    assert tier.touch(b"a")
+    assert tier.touch(b"a", ALL)
     filled(tier, "d")
     assert there(tier, *"abcd") == "acd"
     slot = tier.find(b"c")
@@ -38,13 +39,13 @@ def test_the_least_recently_used_content_makes_room():
 
 def test_content_is_found_once_it_has_arrived_and_known_before():
     tier = LowerTier(Tier.HOST, 2)
-    slot = tier.take(b"a", b"f")
+    slot = tier.take(b"a", b"f", ALL)
     assert tier.find(b"a") is None
-    assert tier.touch(b"a")
+    assert tier.touch(b"a", ALL)
     tier.check()
     tier.arrived(slot.number, ok=True)
     assert tier.find(b"a") is slot
-    assert not tier.touch(b"b")
+    assert not tier.touch(b"b", ALL)
 
 
 def test_pinned_slots_are_not_taken_and_none_is_taken_if_all_are():
@@ -54,13 +55,13 @@ def test_pinned_slots_are_not_taken_and_none_is_taken_if_all_are():
     filled(tier, "c")
     assert there(tier, *"abc") == "ac"
     tier.pin(tier.find(b"c"))
-    assert tier.take(b"d", b"f") is None
+    assert tier.take(b"d", b"f", ALL) is None
     tier.check()
 
 
 def test_content_whose_move_failed_is_forgotten():
     tier = LowerTier(Tier.HOST, 1)
-    slot = tier.take(b"a", b"f")
+    slot = tier.take(b"a", b"f", ALL)
     tier.arrived(slot.number, ok=False)
     tier.check()
     assert len(tier) == 0
@@ -80,7 +81,7 @@ def test_a_withdrawn_family_is_gone_at_once_and_its_slots_once_their_moves_have_
     tier.check()
     filled(tier, "z1")
     if moving:
-        assert tier.take(b"z2", b"z").number != slot.number
+        assert tier.take(b"z2", b"z", ALL).number != slot.number
         tier.unpin(slot)
         tier.check()
     filled(tier, "z3")
@@ -92,8 +93,8 @@ def test_random_operations_keep_the_cap_and_agree_with_a_list():
     order: list[bytes] = []  # contents that are idle, least recently used first
     for _ in range(4000):
         action, digest = rng.choice("taupdw"), bytes([rng.randrange(12)])
-        if action == "t" and not tier.touch(digest):
-            slot = tier.take(digest, bytes([digest[0] % 3]))
+        if action == "t" and not tier.touch(digest, ALL):
+            slot = tier.take(digest, bytes([digest[0] % 3]), ALL)
             assert (slot is None) == (len({id(s) for s in pinned}) == 5)
             if slot is not None:
                 if len(order) + len({id(s) for s in pinned}) == 5:
@@ -126,7 +127,7 @@ def test_random_operations_keep_the_cap_and_agree_with_a_list():
 def test_check_finds_a_lost_slot_and_a_lost_digest(name):
     tier = LowerTier(Tier.HOST, 3)
     filled(tier, "a")
-    tier.take(b"b", b"f")
+    tier.take(b"b", b"f", ALL)
     found = getattr(tier, name)
     found.pop() if name == "_free" else found.popitem()
     with pytest.raises(InternalError, match="tier HOST"):
