@@ -25,7 +25,7 @@ import msgspec
 from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
+from engine.messages import EngineInfo, EngineStats, Submit, TierStats, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
@@ -165,6 +165,7 @@ class Core:
             step=scheduler.step,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            loading=cache.num_waiting_loads,
             blocks_used=cache.num_used,
             blocks_cached=cache.num_cached,
             blocks_total=cache.num_blocks,
@@ -189,7 +190,23 @@ class Core:
             work_seconds=forecast.waiting_seconds(limits),
             predicted_ttft_over_target=forecast.ttft_over_target(limits),
             predicted_itl_over_target=forecast.itl_over_target(self._latest_shape),
+            tiers=self._tiers(),
         )
+
+    def _tiers(self) -> dict[str, TierStats]:
+        cache = self._scheduler.cache
+        if not cache.has_tiers:
+            return {}
+        host = TierStats(
+            blocks_used=len(cache.host),
+            blocks_limit=cache.host.num_slots,
+            cached_tokens=self._scheduler.counts.host_cached_tokens,
+            num_demoted=cache.num_demoted,
+            num_promoted=cache.num_promoted,
+            num_failed=cache.num_failed_moves,
+            num_evicted=cache.host.num_evicted,
+        )
+        return {"host": host}
 
     def info(self) -> EngineInfo:
         return EngineInfo(

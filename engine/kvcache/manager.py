@@ -45,6 +45,7 @@ class KVCacheManager:
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
         self.num_moving = 0  # moves that a plan carries or will carry, and that have not arrived
+        self.num_demoted = self.num_promoted = self.num_failed_moves = 0  # moves to and from the host tier that have ended
         self._identity = identity or BlockIdentity(block_size)
         self._rule = HitRule(kinds, block_size)
         self._pool = BlockPool(num_blocks)
@@ -82,9 +83,14 @@ class KVCacheManager:
         return self._host.num_slots > 0
 
     @property
-    def num_in_host(self) -> int:
-        """Return how many blocks the host tier holds, or is about to hold."""
-        return len(self._host)
+    def host(self) -> LowerTier:
+        """The host tier, to look at."""
+        return self._host
+
+    @property
+    def num_waiting_loads(self) -> int:
+        """Return how many waiting requests have blocks on their way from a lower tier."""
+        return len(self._loads) - len(self._loads.holders())
 
     @property
     def num_loading(self) -> int:
@@ -146,6 +152,7 @@ class KVCacheManager:
                 chain.retry_at = self._pool.num_released + missing
             return False
         self._hold(request, shared)
+        request.num_loaded = min(len(shared), self._loads.num_loaded(request)) * self.block_size
         self._loads.release(request)
         if chain is not None:
             chain.num_published = len(shared)
@@ -212,6 +219,9 @@ class KVCacheManager:
         loaded = []
         for (tier, number), ok in arrivals:
             self.num_moving -= 1
+            self.num_failed_moves += not ok
+            self.num_demoted += ok and tier is Tier.HOST
+            self.num_promoted += ok and tier is Tier.GPU
             if tier is Tier.HOST:
                 self._host.arrived(number, ok=ok)
                 continue

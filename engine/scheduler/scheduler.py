@@ -291,6 +291,7 @@ class Scheduler:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counts.prompt_tokens += request.num_prompt
             self.counts.cached_tokens += request.num_cached
+            self.counts.host_cached_tokens += min(request.num_loaded, request.num_cached)
         self._policy.admitted(request, now)
         row = self._running.add(request)
         blocks = request.blocks.copy()

@@ -74,7 +74,14 @@ class TieredWorkload(Workload):
 
     def check(self) -> None:
         super().check()
-        assert self.scheduler.cache.num_in_host <= self.host_slots
+        stats = self.core.stats()
+        tier = stats.tiers["host"]
+        moves = self.moves[Tier.GPU, Tier.HOST] + self.moves[Tier.HOST, Tier.GPU]
+        assert tier.num_demoted + tier.num_promoted + tier.num_failed + self.scheduler.cache.num_moving == moves
+        assert tier.num_failed == self.failed
+        assert tier.blocks_used <= self.host_slots
+        assert tier.cached_tokens <= stats.cached_tokens
+        assert stats.loading <= stats.waiting
 
 
 class CountMoves:
@@ -102,7 +109,7 @@ def test_thousands_of_random_operations_over_two_tiers(overlap):
         run(workload, 400)
         stats = workload.core.stats()
         assert workload.scheduler.cache.num_moving == 0
-        assert not workload.scheduler.cache._host._moving
+        assert not workload.scheduler.cache.host._moving
         seen.update(
             demoted=workload.moves[Tier.GPU, Tier.HOST],
             promoted=workload.moves[Tier.HOST, Tier.GPU],
@@ -111,7 +118,8 @@ def test_thousands_of_random_operations_over_two_tiers(overlap):
             aborted_loads=workload.aborted_loads,
             preempted=stats.num_preemptions,
             failed=stats.num_failed,
-            evicted=workload.scheduler.cache._host.num_evicted,
+            loaded_tokens=stats.tiers["host"].cached_tokens,
+            evicted=workload.scheduler.cache.host.num_evicted,
         )
     # The random runs must cover each kind of event often.
     assert min(seen.values()) > 20, seen

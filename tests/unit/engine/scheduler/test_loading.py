@@ -30,7 +30,7 @@ def demoted(**options) -> Rig:
     rig = Rig(**{"blocks": 24, "host_slots": 100} | options)
     run(rig, "first", PREFIX)
     run(rig, "filler", 24 * BLOCK - 1)
-    assert rig.scheduler.cache.num_in_host >= 10
+    assert len(rig.scheduler.cache.host) >= 10
     return rig
 
 
@@ -45,6 +45,7 @@ def test_a_request_computes_only_what_was_not_loaded():
     assert request.status is Status.WAITING
     assert slices(rig.schedule()) == [(request.row, 40, 1)]
     assert request.num_cached == 40
+    assert (rig.scheduler.counts.cached_tokens, rig.scheduler.counts.host_cached_tokens) == (40, 40)
 
 
 def test_others_start_while_a_request_loads():
@@ -80,6 +81,7 @@ def test_a_request_with_the_same_prefix_waits_for_the_load_and_shares_it():
     plan = rig.schedule()
     assert {request.status for request in (first, second)} == {Status.RUNNING}
     assert second.blocks[:10] == first.blocks[:10]
+    assert (rig.scheduler.counts.cached_tokens, rig.scheduler.counts.host_cached_tokens) == (80, 40)
 
 
 @pytest.mark.parametrize("ok", [True, False])
