@@ -42,15 +42,13 @@ class Chain:
 
     def digest(self, index: int) -> bytes | None:
         """Return the digest of block `index`, or None if the tokens do not fill that block."""
-        if index >= len(self.digests):
-            num_full = len(self.tokens) // self._identity.block_size
+        digests = self.digests
+        if index >= len(digests):
+            size, tokens = self._identity.block_size, self.tokens
+            num_full = len(tokens) // size
             if index >= num_full:
                 return None
-            self._lengthen(min(index + HASH_AHEAD, num_full))
-        return self.digests[index]
-
-    def _lengthen(self, num_blocks: int) -> None:
-        digests, size = self.digests, self._identity.block_size
-        data = self.tokens[len(digests) * size : num_blocks * size].tobytes()
-        before = digests[-1] if digests else self._identity.root(self.salt)
-        self._identity.extend(digests, before, data, size * self.tokens.itemsize)
+            data = tokens[len(digests) * size : min(index + HASH_AHEAD, num_full) * size].tobytes()
+            before = digests[-1] if digests else self._identity.root(self.salt)
+            self._identity.extend(digests, before, data, size * tokens.itemsize)
+        return digests[index]

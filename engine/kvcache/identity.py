@@ -35,7 +35,7 @@ class BlockIdentity:
         self._facts = facts
         # `person` separates the two uses of the key: no salt can be chosen such that its root digest is that of a block.
         self._root = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"root")
-        self._block = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"block")
+        self._block = hashlib.blake2b(b"\0", digest_size=DIGEST_BYTES, key=key, person=b"block")  # has taken in the key's block
 
     def root(self, salt: str) -> bytes:
         """Return the digest that stands before the first block of every prompt with this salt."""
@@ -45,9 +45,9 @@ class BlockIdentity:
 
     def extend(self, digests: list[bytes], before: bytes, data: bytes, size: int) -> None:
         """Append the digests of the blocks in `data`, the packed tokens of `size` bytes a block that follow digest `before`."""
-        blank = self._block
+        begin = self._block.copy
         for at in range(0, len(data), size):
-            state = blank.copy()
+            state = begin()
             state.update(before + data[at : at + size])
             before = state.digest()
             digests.append(before)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from engine.errors import InternalError
-from engine.kvcache.chain import Chain
+from engine.kvcache.chain import Chain, Entry
 from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.kinds import ALL, HitRule
 from engine.kvcache.loads import Loads
@@ -48,6 +48,11 @@ class KVCacheManager:
         self.num_demoted = self.num_promoted = self.num_failed_moves = 0  # moves to and from the host tier that have ended
         self._identity = identity or BlockIdentity(block_size)
         self._rule = HitRule(kinds, block_size)
+        # Whether a sibling can take over a prompt but its last token. A state is only kept at the end of what was computed.
+        self.can_fork = not self._rule.has_state
+        # Slices of prompts should end at multiples of so many tokens, so that states are kept there. 1: it does not matter.
+        self.align = block_size if self._rule.has_state and prefix_caching else 1
+        self.has_tiers = host_slots > 0
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
@@ -67,20 +72,6 @@ class KVCacheManager:
     def num_cached(self) -> int:
         """Return how many published blocks a prompt can be matched with. Blocks with the same content count once."""
         return len(self._index)
-
-    @property
-    def can_fork(self) -> bool:
-        """Whether a sibling can take over a prompt but its last token. A state is only kept at the end of what was computed."""
-        return not self._rule.has_state
-
-    @property
-    def align(self) -> int:
-        """The tokens at whose multiples a prompt's slices should end, so that states are kept there. 1 if it does not matter."""
-        return self.block_size if self._rule.has_state and self.prefix_caching else 1
-
-    @property
-    def has_tiers(self) -> bool:
-        return self._host.num_slots > 0
 
     @property
     def host(self) -> LowerTier:
@@ -246,6 +237,10 @@ class KVCacheManager:
         """Free what a waiting request holds. It is still found in the cache until it is overwritten."""
         self._loads.release(request)
 
+    @property
+    def has_copies(self) -> bool:
+        return bool(self._copies)
+
     def take_copies(self) -> list[BlockCopy]:
         """Return the copies that the next plan must carry, in order, and forget them."""
         copies, self._copies = self._copies, []
@@ -267,8 +262,9 @@ class KVCacheManager:
         full = min(request.num_computed, len(request.tokens)) // self.block_size
         chain = self._chain(request)
         if chain.num_published < full:
-            last = ALL if request.num_computed == full * self.block_size else self._rule.inner
-            self._index.publish(chain, request.blocks, full, inner=self._rule.inner, last=last)
+            inner = self._rule.inner
+            last = ALL if inner == ALL or request.num_computed == full * self.block_size else inner
+            self._index.publish(chain, request.blocks, full, inner, last)
 
     def withdraw(self, request: Request) -> None:
         """Remove the request's blocks from the prefix cache, and all others that begin with its first block.
@@ -364,13 +360,17 @@ class KVCacheManager:
     def _take(self) -> int:
         """Return a block to be overwritten. If its content would be lost, it is moved to the host tier."""
         block = self._pool.take()
-        mask = self._index.mask(block)
-        entry = self._index.forget(block)
-        if entry is not None and self._host.num_slots and not self._host.touch(entry.digest, mask):
-            slot = self._host.take(entry.digest, entry.family, mask)
-            if slot is not None:
-                self._move(gpu(block), self._host.place(slot))
+        if block in self._index:
+            mask = self._index.mask(block)
+            entry = self._index.forget(block)
+            if entry is not None and self.has_tiers and not self._host.touch(entry.digest, mask):
+                self._demote(block, entry, mask)
         return block
+
+    def _demote(self, block: int, entry: Entry, mask: int) -> None:
+        slot = self._host.take(entry.digest, entry.family, mask)
+        if slot is not None:
+            self._move(gpu(block), self._host.place(slot))
 
     def _move(self, src: Place, dst: Place) -> None:
         self._copies.append(BlockCopy(src, dst))

@@ -65,7 +65,7 @@ class PrefixIndex:
         del matched[alive:]
         return alive
 
-    def publish(self, chain: Chain, blocks: list[int], num_full: int, *, inner: int = ALL, last: int = ALL) -> None:
+    def publish(self, chain: Chain, blocks: list[int], num_full: int, inner: int = ALL, last: int = ALL) -> None:
         """Publish the chain's blocks up to `num_full` that are not published yet. `blocks` is the request's block table.
 
         The last of them has the mask `last`, and the others `inner`. A chain whose latest published block has been withdrawn
@@ -76,19 +76,21 @@ class PrefixIndex:
             chain.closed = True
         if chain.closed:
             return
-        for index in range(at, num_full):
-            digest = chain.digest(index)
-            if digest is None:
-                raise InternalError(f"block {blocks[index]} is published before it is full")
-            self.put(digest, chain.digests[0], blocks[index], last if index == num_full - 1 else inner)
+        if chain.digest(num_full - 1) is None:
+            raise InternalError(f"block {blocks[num_full - 1]} is published before it is full")
+        digests = chain.digests
+        for index in range(at, num_full - 1):
+            self.put(digests[index], digests[0], blocks[index], inner)
+        self.put(digests[num_full - 1], digests[0], blocks[num_full - 1], last)
         chain.num_published = num_full
 
     def put(self, digest: bytes, family: bytes, block: int, mask: int = ALL) -> None:
         """Enter `block`, which is not published under another digest, as one that holds the content of `digest`."""
         entry = self._by_digest.get(digest)
-        if entry is not None and self._by_block.get(block) is entry:
-            return
-        self.forget(block)
+        if block in self._by_block:
+            if self._by_block[block] is entry:
+                return
+            self.forget(block)
         if entry is None:
             entry = self._by_digest[digest] = Entry(digest, family, block)
         elif self.mask(entry.block) & mask != mask:

@@ -155,8 +155,9 @@ class Scheduler:
             self._prompts.load_ahead(self._clock())
         if may_admit or self._running.prompts:
             self._prompts.plan(draft, limits, self._clock(), may_admit=may_admit)
-        plan.copies = self.cache.take_copies()
-        if not requests and not plan.copies:
+        if self.cache.has_copies:
+            plan.copies = self.cache.take_copies()
+        elif not requests:
             return None
         for request in requests[plan.num_decodes :]:
             self.cache.publish(request)
