@@ -31,6 +31,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory_fraction: float = 0.9  # GPU: share of the memory that is free once the weights are loaded
     host_bytes: int = 4 << 30  # CPU: bytes of the KV cache; a page of memory is used once it is written to
     prefix_caching: bool = True
+    host_tier_bytes: int = 0  # host memory for blocks that are evicted from the device, from where they come back; 0: none
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +76,9 @@ class FakeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     token_us: float = 0.0
     cost_file: str | None = None  # simulate the device and model of this file of step costs
     num_blocks: int = 4096
+    block_bytes: int = 1 << 20  # bytes that a block takes in a lower tier
+    host_gb_s: float = 0.0  # bandwidth of moves between device and host tier, in 10^9 bytes a second; 0: they take no time
+    failing_moves: float = 0.0  # share of the moves between tiers that fail
     nan_token: int | None = None  # a row that would sample this token id reports logits that are not finite; None: no such token
 
 
@@ -154,12 +158,24 @@ def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> En
     )
 
 
+def host_slots(config: EngineConfig, block_bytes: int) -> int:
+    """Return how many blocks of so many bytes the host tier holds. Raises ConfigError if it is on and cannot hold one."""
+    size = config.cache.host_tier_bytes
+    if 0 < size < block_bytes:
+        raise ConfigError(
+            f"cache.host_tier_bytes is {size}, and one block takes {block_bytes}: raise it, or set it to 0 for no host tier",
+            param="cache.host_tier_bytes",
+        )
+    return size // block_bytes
+
+
 def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
     """Raise ConfigError for a setting that cannot work. The message names the setting, its value and what would be right."""
     cache, sched = config.cache, config.scheduler
     _at_least("cache.block_size", cache.block_size, 1)
     _at_least("cache.num_blocks", cache.num_blocks, 1)
     _at_least("cache.host_bytes", cache.host_bytes, 1)
+    _at_least("cache.host_tier_bytes", cache.host_tier_bytes, 0)
     _at_least("scheduler.max_num_seqs", sched.max_num_seqs, 1)
     _at_least("scheduler.max_step_tokens", sched.max_step_tokens, sched.max_num_seqs)
     _at_least("scheduler.max_queue", sched.max_queue, 1)
@@ -171,6 +187,12 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
         raise ConfigError(
             "fake.cost_file is set beside fake.step_ms or fake.token_us: set either the file or the two durations",
             param="fake.cost_file",
+        )
+    if cache.host_tier_bytes and not cache.prefix_caching:
+        raise ConfigError(
+            f"cache.host_tier_bytes is {cache.host_tier_bytes}, and cache.prefix_caching is off: without it no evicted block is "
+            "found again. Turn prefix_caching on, or set host_tier_bytes to 0",
+            param="cache.host_tier_bytes",
         )
     if not 0 < cache.memory_fraction <= 1:
         raise ConfigError(

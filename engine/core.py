@@ -25,7 +25,7 @@ import msgspec
 from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
+from engine.messages import EngineInfo, EngineStats, Submit, TierStats, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
@@ -35,6 +35,7 @@ from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
 
+POLL_SECONDS = 0.005  # longest wait for a move between tiers while no request can run; the caller reads its socket in between
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
@@ -69,7 +70,9 @@ class Core:
         cost = seeded_cost(built.config, key, None if learnt is None else learnt.read())
         self._keeper = None if learnt is None else CostKeeper(cost, learnt, clock)
         self._controller = make_controller(built.config, cost)
-        self._scheduler = Scheduler(built.config, built.runner.num_blocks, cost=cost, clock=clock)
+        self._scheduler = Scheduler(
+            built.config, built.runner.num_blocks, cost=cost, clock=clock, kv=built.kv, host_slots=built.host_slots
+        )
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
         self._step_seconds = 0.0
@@ -79,8 +82,10 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        """True if `step` must be called: there are requests, a submitted step without a result, or events to return."""
-        return self._scheduler.has_requests or self._in_flight is not None or bool(self._ended)
+        """True if `step` must be called: there are requests, a submitted step without a result, moves between tiers that are not
+        known to have ended, or events to return."""
+        scheduler = self._scheduler
+        return scheduler.has_requests or self._in_flight is not None or bool(self._ended) or scheduler.cache.num_moving > 0
 
     @property
     def num_committed_steps(self) -> int:
@@ -132,6 +137,8 @@ class Core:
         """Run one step and return its events. With overlap, the events are those of the previous step."""
         began = time.perf_counter()
         events, self._ended = self._ended, []
+        if self._scheduler.cache.num_moving:
+            self._scheduler.arrived(self._runner.poll())
         events += self._overlapped_step(began) if self._config.overlap else self._plain_step(began)
         if self._config.debug_checks:
             self._scheduler.check()
@@ -158,6 +165,7 @@ class Core:
             step=scheduler.step,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            loading=cache.num_waiting_loads,
             blocks_used=cache.num_used,
             blocks_cached=cache.num_cached,
             blocks_total=cache.num_blocks,
@@ -182,7 +190,23 @@ class Core:
             work_seconds=forecast.waiting_seconds(limits),
             predicted_ttft_over_target=forecast.ttft_over_target(limits),
             predicted_itl_over_target=forecast.itl_over_target(self._latest_shape),
+            tiers=self._tiers(),
         )
+
+    def _tiers(self) -> dict[str, TierStats]:
+        cache = self._scheduler.cache
+        if not cache.has_tiers:
+            return {}
+        host = TierStats(
+            blocks_used=len(cache.host),
+            blocks_limit=cache.host.num_slots,
+            cached_tokens=self._scheduler.counts.host_cached_tokens,
+            num_demoted=cache.num_demoted,
+            num_promoted=cache.num_promoted,
+            num_failed=cache.num_failed_moves,
+            num_evicted=cache.host.num_evicted,
+        )
+        return {"host": host}
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -244,11 +268,16 @@ class Core:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Apply a step's result, and let the controller learn how long the step took."""
         self._device_seconds += result.device_seconds
-        self._latest_shape = StepShape.of(plan)
-        self._controller.observe(self._latest_shape, result.device_seconds, self._clock())
+        if plan.rows:  # a plan that only moves blocks tells nothing about steps
+            self._latest_shape = StepShape.of(plan)
+            self._controller.observe(self._latest_shape, result.device_seconds, self._clock())
         return self._scheduler.commit(plan, result)
 
     def _nothing_to_run(self) -> list[TokenEvent]:
+        """Wait for a short while for blocks on their way between tiers, since no request can run without them."""
+        if self._scheduler.cache.num_moving:
+            self._scheduler.arrived(self._runner.poll(POLL_SECONDS))
+            return []
         if self._scheduler.has_requests:
             raise InternalError("requests are running or waiting, no step is in flight, and none of them can be scheduled")
         return []

@@ -4,9 +4,8 @@ A row's next token is a hash of all its earlier tokens and, unless the row is gr
 depends only on the request and never on how the request was scheduled. The simulated device runs one step after the other
 and takes the time that FakeConfig says, by the real clock or by a simulated one.
 
-With `verify`, FakeRunner also simulates the content of the blocks. Each slot remembers the prefix whose KV was written to
-it, and a step that would attend to any other prefix raises InternalError. This finds wrong block tables, missing copies,
-writes to shared blocks and wrong positions.
+With `verify`, FakeRunner also simulates the content of the blocks (`fake_blocks.py`), and raises InternalError if a step would
+attend to anything but its own prefix.
 """
 
 from __future__ import annotations
@@ -18,17 +17,29 @@ from collections.abc import Callable, Sequence
 import msgspec
 import xxhash
 
-from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, resolve
+from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, host_slots, resolve
 from engine.errors import ConfigError, InternalError
-from engine.fake_device import SimulatedDevice
+from engine.fake_blocks import MASK, SimulatedBlocks, SliceOfRow, mix
+from engine.fake_device import SimulatedDevice, SimulatedMoves
 from engine.models.families import read_spec
-from engine.plan import NO_CHOICE, NO_TOKEN, AdmittedRow, BlockCopy, BuiltRunner, PendingStep, StepPlan, StepResult
+from engine.plan import (
+    NO_CHOICE,
+    NO_TOKEN,
+    PER_TOKEN,
+    AdmittedRow,
+    Arrival,
+    BuiltRunner,
+    KVFormat,
+    PendingStep,
+    PoolKind,
+    StepPlan,
+    StepResult,
+)
 from engine.request import SamplingParams, TokenLogprobs
 from engine.scheduler.cost_file import load_costs
 from engine.scheduler.cost_table import CostTable
 from engine.startup import StartupClock
 
-_MASK = (1 << 64) - 1
 MakeDevice = Callable[[FakeConfig, CostTable | None], SimulatedDevice]
 MAX_BLOCKS = 1 << 24  # the lists of more blocks would fill the memory of a small machine
 
@@ -43,17 +54,17 @@ class _Row:
         self.num_prompt = admitted.num_prompt
         self.blocks = admitted.blocks.copy()
         self.params = admitted.params
-        self.salt = 0 if admitted.params.greedy else admitted.seed * 0x9E3779B97F4A7C15 & _MASK
+        self.salt = 0 if admitted.params.greedy else admitted.seed * 0x9E3779B97F4A7C15 & MASK
         self.masked = frozenset((*admitted.params.stop_token_ids, *admitted.params.end_ids(eos)))
         allowed = admitted.params.allowed_token_ids
         self.allowed = None if allowed is None else frozenset(allowed)
         self.chain = xxhash.xxh3_64_intdigest(self.tokens[: self.num_prompt].tobytes())
         for token in self.tokens[self.num_prompt :]:
-            self.chain = _mix(self.chain, token)
+            self.chain = mix(self.chain, token)
 
     def sample(self, vocab_size: int) -> int:
         """Return the row's next token, or NO_CHOICE. The caller must then pass the token to `append`."""
-        token = _mix(self.chain, self.salt) % vocab_size
+        token = mix(self.chain, self.salt) % vocab_size
         if not self.params.is_restricted:
             return token
         excluded = self._excluded()
@@ -73,7 +84,7 @@ class _Row:
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
-        self.chain = _mix(self.chain, token)
+        self.chain = mix(self.chain, token)
 
 
 class FakeRunner:
@@ -93,13 +104,16 @@ class FakeRunner:
         verify: bool = False,
         device: SimulatedDevice | None = None,
         only_token: int | None = None,
+        host_slots: int = 0,
+        kinds: tuple[PoolKind, ...] = PER_TOKEN,
     ) -> None:
         self._limits = limits
         self._num_blocks = num_blocks
         self._simulated = simulated or FakeConfig()
         self._rows: dict[int, _Row] = {}
-        self._blocks = SimulatedBlocks(num_blocks, block_size) if verify else None
+        self._blocks = SimulatedBlocks(num_blocks, block_size, host_slots, kinds) if verify else None
         self._device = device or SimulatedDevice(self._simulated)
+        self._moves = SimulatedMoves(self._simulated, self._device)
         self._only_token = only_token
 
     @property
@@ -111,13 +125,15 @@ class FakeRunner:
         return 0
 
     def submit(self, plan: StepPlan) -> PendingStep:
+        self._moves.submit(plan)
         if self._only_token is not None:
             seconds = self._device.seconds(plan)
             result = StepResult(plan.step, [self._only_token] * len(plan.samples), device_seconds=seconds)
             return FakeStep(result, self._device, self._device.submit(seconds))
         self._update_rows(plan)
         if self._blocks is not None:
-            self._blocks.run(plan, self._rows)
+            slices = zip(map(self._rows.__getitem__, plan.rows), plan.starts, plan.nums, strict=True)
+            self._blocks.run(plan, [SliceOfRow(row.tokens, row.blocks, start, start + num) for row, start, num in slices])
         seconds = self._device.seconds(plan)
         result = StepResult(plan.step, [], {}, {}, device_seconds=seconds)
         for index in self._with_prompt_logprobs(plan):
@@ -125,6 +141,13 @@ class FakeRunner:
         for index in plan.samples:
             self._sample(plan, index, result)
         return FakeStep(result, self._device, self._device.submit(seconds))
+
+    def poll(self, seconds: float = 0.0) -> list[Arrival]:
+        arrivals = self._moves.poll(seconds)
+        if self._blocks is not None:
+            for arrival in arrivals:
+                self._blocks.arrive(arrival)
+        return arrivals
 
     def prepare(self) -> bool:
         return False
@@ -191,36 +214,6 @@ class FakeStep:
         return self._result
 
 
-class SimulatedBlocks:
-    """Simulates the content of each slot: a hash of the tokens up to and including the slot's own, or None if never written."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._block_size = block_size
-        self._slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
-
-    def run(self, plan: StepPlan, rows: dict[int, _Row]) -> None:
-        """Run the copies, then the writes of all slices, then the reads: each slice attends to all positions before its end."""
-        for copy in plan.copies:
-            self._copy(copy)
-        if len(set(plan.rows)) != len(plan.rows):
-            raise InternalError("a row occurs twice in a step")
-        slices = [(rows[row], start, start + num) for row, start, num in zip(plan.rows, plan.starts, plan.nums, strict=True)]
-        prefixes = [_prefixes(row.tokens[:end]) for row, _, end in slices]
-        for (row, start, end), prefix in zip(slices, prefixes, strict=True):
-            if len(prefix) != end or end > len(row.blocks) * self._block_size:
-                raise InternalError(f"positions {start} to {end} of {len(row.tokens)} tokens in {len(row.blocks)} blocks")
-            for position in range(start, end):
-                self._slots[row.blocks[position // self._block_size]][position % self._block_size] = prefix[position]
-        for (row, _, end), prefix in zip(slices, prefixes, strict=True):
-            for position in range(end):
-                block = row.blocks[position // self._block_size]
-                if self._slots[block][position % self._block_size] != prefix[position]:
-                    raise InternalError(f"block {block} does not hold position {position} of the row that reads it")
-
-    def _copy(self, copy: BlockCopy) -> None:
-        self._slots[copy.dst] = self._slots[copy.src].copy()
-
-
 def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunner:
     """Build a FakeRunner with the limits of the model in the folder `config.model`. `debug_checks` turns `verify` on."""
     limits = read_spec(config.model).limits()
@@ -230,9 +223,17 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
 
 
 def build_fake(
-    config: EngineConfig, limits: ModelLimits, *, make_device: MakeDevice = SimulatedDevice, only_token: int | None = None
+    config: EngineConfig,
+    limits: ModelLimits,
+    *,
+    make_device: MakeDevice = SimulatedDevice,
+    only_token: int | None = None,
+    kinds: tuple[PoolKind, ...] = PER_TOKEN,
 ) -> BuiltRunner:
-    """Build a FakeRunner with the given limits, without a checkpoint folder. `make_device` makes a device from the config."""
+    """Build a FakeRunner with the given limits, without a checkpoint folder. `make_device` makes a device from the config.
+
+    `kinds` are those of the simulated model's pools.
+    """
     # The simulated device is asynchronous even if `device` is "cpu".
     config = msgspec.structs.replace(config, overlap=config.overlap is not False)
     resolved = resolve(config, limits, has_cuda=config.device == "cuda")
@@ -243,6 +244,7 @@ def build_fake(
         )
     resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
     costs = config.fake.cost_file and load_costs(config.fake.cost_file, setting="fake.cost_file")
+    slots = host_slots(config, config.fake.block_bytes)
     runner = FakeRunner(
         limits,
         num_blocks=num_blocks,
@@ -251,8 +253,11 @@ def build_fake(
         verify=config.debug_checks,
         device=make_device(config.fake, costs.table if costs else None),
         only_token=only_token,
+        host_slots=slots,
+        kinds=kinds,
     )
-    return BuiltRunner(runner, resolved, limits, f"fake {costs.key.device}" if costs else "fake device")
+    device = f"fake {costs.key.device}" if costs else "fake device"
+    return BuiltRunner(runner, resolved, limits, device, KVFormat("fake", "hashes of prefixes", kinds), slots)
 
 
 def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:
@@ -261,17 +266,3 @@ def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, see
     for _ in range(num):
         row.append(row.sample(limits.vocab_size))
     return row.tokens[len(prompt) :].tolist()
-
-
-def _mix(state: int, value: int) -> int:
-    state = (state ^ value) * 0xBF58476D1CE4E5B9 & _MASK
-    return state ^ state >> 29
-
-
-def _prefixes(tokens: Sequence[int]) -> list[int]:
-    """Return a hash of tokens[: i + 1] for each i."""
-    state, out = 1, []
-    for token in tokens:
-        state = _mix(state + 1, token)
-        out.append(state)
-    return out

@@ -1,14 +1,15 @@
-"""The device that FakeRunner simulates: how long its steps take, by the real clock or by a simulated one."""
+"""The device that FakeRunner simulates: how long its steps and moves take, by the real clock or by a simulated one."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 
 from engine.config import FakeConfig
-from engine.plan import StepPlan
+from engine.plan import Arrival, Place, StepPlan
 from engine.scheduler.cost_table import CostTable
 from engine.scheduler.limits import StepShape
 
@@ -52,7 +53,9 @@ class SimulatedDevice:
         self._free_at = 0.0
 
     def seconds(self, plan: StepPlan) -> float:
-        """Return how long a step takes."""
+        """Return how long a step takes. A plan that only copies blocks takes no time."""
+        if not plan.rows:
+            return 0.0
         if self._costs is None:
             seconds = self._simulated.step_ms / 1e3 + self._simulated.token_us / 1e6 * plan.num_tokens
         else:
@@ -72,3 +75,40 @@ class SimulatedDevice:
             wait = until - self._clock()
             if wait > 0:
                 self._sleep(wait)
+
+    def after_steps(self, free_at: float, seconds: float) -> float:
+        """Return when work of `seconds` ends that begins after all steps so far, and not before `free_at`."""
+        return max(self._clock(), self._free_at, free_at) + seconds
+
+    def wait_until(self, at: float, most: float) -> bool:
+        """Wait until the time `at`, for `most` seconds at most. Returns whether it has come."""
+        wait = at - self._clock()
+        if wait > 0:
+            self._sleep(min(wait, most))
+        return at <= self._clock()
+
+
+class SimulatedMoves:
+    """The moves of plans between tiers, one after the other over one link, and beside the steps. Some of them fail."""
+
+    def __init__(self, simulated: FakeConfig, device: SimulatedDevice) -> None:
+        self._seconds = simulated.block_bytes / (simulated.host_gb_s * 1e9) if simulated.host_gb_s else 0.0
+        self._failing = simulated.failing_moves
+        self._random = random.Random(0).random
+        self._device = device
+        self._free_at = 0.0
+        self._under_way: deque[tuple[float, Place]] = deque()  # when it ends, and its destination
+
+    def submit(self, plan: StepPlan) -> None:
+        for copy in plan.copies:
+            if copy.is_move:
+                self._free_at = self._device.after_steps(self._free_at, self._seconds) if self._seconds else 0.0
+                self._under_way.append((self._free_at, copy.dst))
+
+    def poll(self, seconds: float) -> list[Arrival]:
+        """Return the moves that have ended, after a wait of at most `seconds` for the first."""
+        arrivals: list[Arrival] = []
+        while self._under_way and self._device.wait_until(self._under_way[0][0], 0.0 if arrivals else seconds):
+            _, dst = self._under_way.popleft()
+            arrivals.append(Arrival(dst, self._random() >= self._failing))
+        return arrivals

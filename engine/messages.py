@@ -193,6 +193,18 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True, gc=False):
     events: list[TokenEvent]
 
 
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tier below the device holds now (blocks), and what has happened to it since the start. All add up over engines."""
+
+    blocks_used: int = 0
+    blocks_limit: int = 0
+    cached_tokens: int = 0  # the part of EngineStats.cached_tokens that was loaded from this tier for the request
+    num_demoted: int = 0  # blocks that were moved to it
+    num_promoted: int = 0  # blocks that were moved from it to the device
+    num_failed: int = 0  # moves to it or from it that failed
+    num_evicted: int = 0  # blocks whose content made room for others
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters since start (num_* of requests, tokens, steps, seconds) and gauges of the present moment. At every moment:
 
@@ -202,6 +214,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     running: int = 0
     waiting: int = 0
+    loading: int = 0  # waiting requests whose prefix is on its way from a lower tier
     blocks_used: int = 0
     blocks_cached: int = 0
     blocks_total: int = 0
@@ -227,6 +240,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     work_seconds: float = 0.0  # predicted duration of the work that waits
     predicted_ttft_over_target: float = 0.0  # time to first token predicted for a request that arrives now / its target
     predicted_itl_over_target: float = 0.0  # predicted duration of the next step / the tightest target among the decodes
+    tiers: dict[str, TierStats] = {}  # of the tiers that are on, by their name: host
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -7,14 +7,16 @@ and which positions of which rows to run. The plan of a decode step of 256 reque
 
     admitted    row 7 := tokens, blocks, params              once per admission, again after a preemption
     grown       row 7 += [block 41]                          once per block_size tokens
+    copies      block 41 := block 8                          forks, and moves between the tiers of the KV cache
     slices      row 7: positions [start, start + num)        every step
     samples     indices of the slices whose last position yields a token
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -24,11 +26,51 @@ from engine.request import NO_TOKEN as NO_TOKEN
 from engine.request import SamplingParams, TokenLogprobs
 
 
-class BlockCopy(NamedTuple):
-    """Tells the runner to copy block `src` to block `dst` in every pool. All copies of a plan run before the plan's slices."""
+class Tier(enum.IntEnum):
+    """Where blocks of the KV cache lie. A smaller value is a faster tier."""
 
-    src: int
-    dst: int
+    GPU = 0  # the memory of the device that computes, whatever it is
+    HOST = 1
+
+
+class Place(NamedTuple):
+    """A place for one block: a KV block of the device, or a slot of a lower tier."""
+
+    tier: Tier
+    number: int
+
+
+class BlockCopy(NamedTuple):
+    """Tells the runner to copy the content of a block, in all pools, from one place to another.
+
+    The copies of a plan have the result of running one after the other, after the slices of earlier plans and before its own.
+
+    A move is a copy between two tiers. It may end later, and the runner reports its arrival. A move out of the GPU nevertheless
+    copies the content that its block has at this place in the order. Until a move into the GPU has arrived, no slice of this plan
+    or of a later one reads or writes its block, and nothing overwrites its source.
+    """
+
+    src: Place
+    dst: Place
+
+    @property
+    def is_move(self) -> bool:
+        return self.src.tier is not self.dst.tier
+
+
+class Arrival(NamedTuple):
+    """Reports the end of a move. If it failed (`ok` is false), the content of `dst` is undefined."""
+
+    dst: Place
+    ok: bool
+
+
+def gpu(block: int) -> Place:
+    return Place(Tier.GPU, block)
+
+
+def host(slot: int) -> Place:
+    return Place(Tier.HOST, slot)
 
 
 class AdmittedRow(msgspec.Struct, gc=False):
@@ -58,6 +100,8 @@ class StepPlan(msgspec.Struct, gc=False):
 
     The first `num_decodes` slices have one token each, the latest token of their row. The other slices are chunks of
     prompts, or of prompts and outputs that are computed again after a preemption. A row occurs at most once.
+
+    A plan may have copies and no slices.
     """
 
     step: int
@@ -111,12 +155,42 @@ class Runner(Protocol):
 
     def submit(self, plan: StepPlan) -> PendingStep: ...
 
+    def poll(self, seconds: float = 0.0) -> list[Arrival]:
+        """Return the moves that have ended since the last call. If there is none, wait for one, at most `seconds`.
+
+        The call never waits if no move is under way. The core lets it wait only while no step could run.
+        """
+        ...
+
     def prepare(self) -> bool:
         """Do one short piece of preparation for later steps, such as capturing a graph. Called only while there is no
         work. Returns False when nothing is left to prepare."""
         ...
 
     def close(self) -> None: ...
+
+
+class PoolKind(msgspec.Struct, frozen=True):
+    """What a pool of the KV cache keeps of a sequence, and what of it the next token needs.
+
+    token: a record for each token, all of which are needed. window: a record for each token, of which the latest `window` are
+    needed. state: one record for all tokens so far. A slice reads it in the block of the token before, and writes it in the block
+    of its last token, so a full block holds the state at its end if a slice ended there.
+    """
+
+    name: Literal["token", "window", "state"]
+    window: int = 0
+
+
+PER_TOKEN = (PoolKind("token"),)
+
+
+class KVFormat(msgspec.Struct, frozen=True):
+    """What decides on the content of a KV block besides its tokens. Engines of other formats cannot use it."""
+
+    model: str = ""  # fingerprint of the checkpoint, and of what else decides on the numbers that the model computes
+    pools: str = ""  # name, shape and type of each pool of each layer
+    kinds: tuple[PoolKind, ...] = PER_TOKEN  # of the pools
 
 
 class BuiltRunner(NamedTuple):
@@ -126,3 +200,5 @@ class BuiltRunner(NamedTuple):
     config: EngineConfig  # resolved: every automatic choice is made
     limits: ModelLimits
     device: str  # description for people
+    kv: KVFormat = KVFormat()
+    host_slots: int = 0  # blocks that the host tier of the KV cache holds

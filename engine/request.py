@@ -153,7 +153,8 @@ def _check(name: str, value: float | None, bound: Bound) -> None:
 
 
 class Status(enum.Enum):
-    WAITING = "waiting"  # in the queue; holds no blocks
+    WAITING = "waiting"  # in the queue; holds no blocks, or the blocks that were loaded for it
+    LOADING = "loading"  # in the queue; blocks of its prefix are on their way from a lower tier
     RUNNING = "running"  # owns a batch row and blocks
     FINISHED = "finished"  # has ended for any reason; holds nothing
 
@@ -235,6 +236,7 @@ class Request:
         "leader",
         "num_cached",
         "num_computed",
+        "num_loaded",
         "num_matched",
         "num_prompt",
         "num_queued",
@@ -302,6 +304,7 @@ class Request:
         self.num_computed = 0
         self.num_uncommitted = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
+        self.num_loaded = 0  # tokens of its prefix that were loaded from a lower tier for the latest admission
         self.num_matched = 0  # tokens found in the prefix cache when the request arrived, if that was looked up
         self.num_queued = 0  # number of tokens when the request came into the queue
         self.expected_at: float | None = None  # when its first token was predicted to come, if that was predicted

@@ -177,6 +177,9 @@ class Settings(BaseSettings):
         _CACHE.memory_fraction, gt=0, le=1, description="Fraction of free device memory for the KV cache"
     )
     host_bytes: int = Field(_CACHE.host_bytes, ge=1, description="Bytes of the KV cache if the device is the CPU")
+    host_tier_bytes: int = Field(
+        _CACHE.host_tier_bytes, ge=0, description="Host memory for KV blocks that are evicted from the device; 0: none"
+    )
     prefix_caching: bool = Field(_CACHE.prefix_caching, description="Reuse KV blocks for equal prompt prefixes")
     max_num_seqs: int = Field(_SCHEDULER.max_num_seqs, ge=1, le=1 << 16, description="Largest number of outputs that run at once")
     max_step_tokens: int | None = Field(
@@ -224,6 +227,15 @@ class Settings(BaseSettings):
         None, min_length=1, description="Fake runner: a cost_file, whose device and model it imitates instead of the two above"
     )
     fake_num_blocks: int = Field(_FAKE.num_blocks, ge=1, le=1 << 24, description="Fake runner: blocks of the KV cache")
+    fake_block_bytes: int = Field(
+        _FAKE.block_bytes, ge=1, le=1 << 40, description="Fake runner: bytes that a KV block takes in host memory"
+    )
+    fake_host_gb_s: float = Field(
+        _FAKE.host_gb_s, ge=0, le=1e6, description="Fake runner: GB/s of moves between device and host memory; 0: without limit"
+    )
+    fake_failing_moves: float = Field(
+        _FAKE.failing_moves, ge=0, le=1, description="Fake runner: fraction of moves of KV blocks that fail"
+    )
     fake_nan_token: int | None = Field(
         _FAKE.nan_token, ge=0, description="Fake runner: a row that would sample this token id reports logits that are not finite"
     )

@@ -19,8 +19,9 @@ from engine.backends.base import Backend
 from engine.backends.rehearsal import Rehearsal
 from engine.backends.torch import load
 from engine.batch import block_bytes
-from engine.config import EngineConfig, ModelLimits, fit_cache, resolve
+from engine.config import EngineConfig, ModelLimits, fit_cache, host_slots, resolve
 from engine.device.memory import CudaMemory, MemoryProbe, Trials, measure
+from engine.device.moves import buffer_bytes
 from engine.device.runner import TorchRunner
 from engine.device.trial_steps import TrialLimits, graph_keys
 from engine.errors import ConfigError
@@ -28,8 +29,10 @@ from engine.kernels import hardware
 from engine.kvcache.storage import KVStorage
 from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
-from engine.plan import BuiltRunner, StepPlan
+from engine.plan import BuiltRunner, KVFormat, StepPlan
 from engine.startup import StartupClock
+from engine.weights import capacity
+from engine.weights.fingerprint import fingerprint
 
 log = logging.getLogger("tidegate.engine")
 
@@ -71,13 +74,15 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         )
     storage = _allocate(backend, fitted, param="cache.num_blocks" if num_blocks else _memory_param(fitted))
     clock.end("memory")
-    runner = TorchRunner(backend, storage, fitted, limits, compiles=compiles)
+    slots = _host_slots(fitted, storage.record_bytes)
+    runner = TorchRunner(backend, storage, fitted, limits, compiles=compiles, host_slots=slots)
     clock.end("runner")
     if not config.offline:
         _prepare(runner, config.startup_budget_s, clock)
         backend.allow_plans(False)
     clock.end("prepare")
-    return BuiltRunner(runner, fitted, limits, _describe(device))
+    kv = KVFormat(fingerprint(fitted), str(backend.kv_pools()))
+    return BuiltRunner(runner, fitted, limits, _describe(device), kv, slots)
 
 
 def _load(spec: ModelSpec, config: EngineConfig, device: torch.device, clock: StartupClock) -> Backend:
@@ -124,13 +129,25 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     if config.device == "cpu":
         available, remedy = config.cache.host_bytes, "raise it"
     else:
-        available = int(config.cache.memory_fraction * _free_on_cuda(backend, config, limits))
+        free = _free_on_cuda(backend, config, limits) - (buffer_bytes(each) if config.cache.host_tier_bytes else 0)
+        available = int(config.cache.memory_fraction * free)
         remedy = f"raise it, or {SMALLER_STEPS}"
     if available < each:
         raise ConfigError(
             f"{param} leaves {max(0, available)} bytes for the KV cache, and one block takes {each}: {remedy}", param=param
         )
     return min(available // each, MAX_BLOCKS)
+
+
+def _host_slots(config: EngineConfig, record_bytes: int) -> int:
+    """Return how many blocks the host tier holds. Raises ConfigError if it is too small or too large."""
+    free = capacity.free_bytes(torch.device("cpu"))
+    if free is not None and config.cache.host_tier_bytes > free:
+        raise ConfigError(
+            f"cache.host_tier_bytes is {config.cache.host_tier_bytes}, and the host has {free} bytes free: set a smaller one",
+            param="cache.host_tier_bytes",
+        )
+    return host_slots(config, record_bytes)
 
 
 def _memory_param(config: EngineConfig) -> str:

@@ -25,11 +25,12 @@ from engine.config import EngineConfig, ModelLimits
 from engine.device.device_step import DeviceStep, ReportedLogprobs, to_host
 from engine.device.graphs import StepGraphs
 from engine.device.inputs import Rows, Slices
+from engine.device.moves import BlockCopies
 from engine.device.step_programs import StepOutput, StepPrograms
 from engine.device.warmup import PromptWarmup
 from engine.errors import ConfigError
 from engine.kvcache.storage import KVStorage
-from engine.plan import PendingStep, StepPlan
+from engine.plan import Arrival, PendingStep, StepPlan
 from engine.sampling import prompt_logprobs
 from engine.sampling.prompt_logprobs import PromptSlices
 from engine.sampling.sampler import Sampler
@@ -51,8 +52,12 @@ class TorchRunner:
         *,
         device: torch.device | None = None,
         compiles: Compiles | None = None,
+        host_slots: int = 0,
     ) -> None:
-        """`config` must be the result of `resolve`. `device` is by default that of `config`. `compiles` counts compilations."""
+        """`config` must be the result of `resolve`. `device` is by default that of `config`. `compiles` counts compilations.
+
+        `host_slots` is the size of the host tier in blocks.
+        """
         self._compiles = compiles
         device = device or torch.device(config.device)
         self._on_cuda = device.type == "cuda"
@@ -60,6 +65,7 @@ class TorchRunner:
         self._backend = backend
         self._storage = storage
         self._upload = Uploader(device)
+        self._copies = BlockCopies(storage, self._upload, device, host_slots)
         self._vocab_size = limits.vocab_size
         max_rows, max_len = config.scheduler.max_num_seqs, config.max_model_len or limits.max_model_len
         block_size = config.cache.block_size
@@ -107,7 +113,9 @@ class TorchRunner:
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> PendingStep:
-        self._storage.copy(plan.copies, self._upload)
+        self._copies.run(plan.copies)
+        if not plan.rows:
+            return self._without_slices(plan)
         self._sampler.admit(plan.admitted)
         self._rows.apply(plan)
         slices = Slices.of(plan)
@@ -125,6 +133,9 @@ class TorchRunner:
         self._last_done = step.done
         return step
 
+    def poll(self, seconds: float = 0.0) -> list[Arrival]:
+        return self._copies.poll(seconds)
+
     @torch.inference_mode()
     def prepare(self) -> bool:
         """Capture one CUDA graph that later steps may need or, if all are captured, run one warm-up prompt.
@@ -134,7 +145,16 @@ class TorchRunner:
         return (self.graphs is not None and self.graphs.capture_next()) or self._warmup.run_next()
 
     def close(self) -> None:
+        self._copies.close()
         self._backend.close()
+
+    def _without_slices(self, plan: StepPlan) -> PendingStep:
+        """Return the step of a plan that only copies blocks."""
+        step = DeviceStep(plan, on_cuda=self._on_cuda, after=None)
+        step.begins()
+        step.submitted()
+        self._last_done = step.done
+        return step
 
     def _finish_graph(self, output: StepOutput, slices: Slices, step: DeviceStep) -> None:
         """Take the tokens from a graph's output, or sample again if some row's logits must be adjusted first.

@@ -13,20 +13,52 @@ from collections import Counter
 from collections.abc import Iterable
 
 from engine.errors import InternalError
+from engine.kvcache.chain import Chain, Entry
+from engine.kvcache.identity import BlockIdentity
+from engine.kvcache.kinds import ALL, HitRule
+from engine.kvcache.loads import Loads
 from engine.kvcache.pool import BlockPool
-from engine.kvcache.prefix import Chain, PrefixIndex
-from engine.plan import BlockCopy
+from engine.kvcache.prefix import PrefixIndex
+from engine.kvcache.tiers import LowerTier, Slot
+from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, Tier, gpu
 from engine.request import Request
 
 
 class KVCacheManager:
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    """`identity` computes the digests of blocks; by default its key is random, and it knows of one model only.
+
+    If `host_slots` is not 0, the content of a published block is moved to a slot in host memory before the block is overwritten,
+    and comes back when a request has the same prefix.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        identity: BlockIdentity | None = None,
+        host_slots: int = 0,
+        kinds: tuple[PoolKind, ...] = PER_TOKEN,
+    ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
+        self.num_moving = 0  # moves that a plan carries or will carry, and that have not arrived
+        self.num_demoted = self.num_promoted = self.num_failed_moves = 0  # moves to and from the host tier that have ended
+        self._identity = identity or BlockIdentity(block_size)
+        self._rule = HitRule(kinds, block_size)
+        # Whether a sibling can take over a prompt but its last token. A state is only kept at the end of what was computed.
+        self.can_fork = not self._rule.has_state
+        # Slices of prompts should end at multiples of so many tokens, so that states are kept there. 1: it does not matter.
+        self.align = block_size if self._rule.has_state and prefix_caching else 1
+        self.has_tiers = host_slots > 0
         self._pool = BlockPool(num_blocks)
-        self._index = PrefixIndex(block_size)
+        self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
+        self._copies: list[BlockCopy] = []
+        self._host = LowerTier(Tier.HOST, host_slots)
+        self._loads = Loads(self._pool, self._index, self._host)
 
     @property
     def num_free(self) -> int:
@@ -41,20 +73,46 @@ class KVCacheManager:
         """Return how many published blocks a prompt can be matched with. Blocks with the same content count once."""
         return len(self._index)
 
+    @property
+    def host(self) -> LowerTier:
+        """The host tier, to look at."""
+        return self._host
+
+    @property
+    def num_waiting_loads(self) -> int:
+        """Return how many waiting requests have blocks on their way from a lower tier."""
+        return len(self._loads) - len(self._loads.holders())
+
+    @property
+    def num_loading(self) -> int:
+        """Return how many GPU blocks are being loaded from a lower tier. They cannot be given back before they have arrived."""
+        return self._loads.num_under_way
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def match(self, request: Request) -> int:
-        """Return how many blocks of a waiting request's tokens are in the cache. The last token is never matched.
+        """Return how many blocks of a waiting request's tokens are in the cache and can be used. The last token is never matched.
 
         The result is remembered, so that the next call does only the work for what changed in between.
         """
         chain = self._chain(request)
-        chain.retry_at -= self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
-        return len(chain.matched)
+        added = self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
+        if self._rule.is_plain:
+            chain.retry_at -= added
+            return len(chain.matched)
+        before, chain.num_usable = chain.num_usable, self._rule.longest(self._masks(chain))
+        chain.retry_at -= max(0, chain.num_usable - before)
+        return chain.num_usable
+
+    def reach(self, request: Request) -> int:
+        """Return how many blocks of a waiting request's tokens can be used once those in the host tier are loaded."""
+        num, chain = self.match(request), self._chains[request]
+        slots = self._in_host(chain, request) if self.has_tiers else []
+        return len(chain.matched) + len(slots) if slots else num
 
     def next_digest(self, request: Request) -> bytes | None:
-        """Return the hash of the first full block that is not cached (waiting request) or not published (running request).
+        """Return the digest of the first full block that is not cached (waiting request) or not published (running request).
 
         Returns None if there is no such block, or if the block will not be published.
         """
@@ -63,13 +121,12 @@ class KVCacheManager:
         chain = self._chain(request)
         if chain.closed:
             return None
-        link = chain.link(chain.num_published if request.blocks else len(chain.matched), self.block_size)
-        return None if link is None else link.digest
+        return chain.digest(chain.num_published if request.blocks else len(chain.matched))
 
     def admit(self, request: Request, *, spare: int = 0, match: bool = True) -> bool:
         """Give `request` blocks for all its tokens. Returns False if fewer than `spare` blocks would stay free.
 
-        The leading blocks come from the cache, unless `match` is off.
+        The leading blocks come from the cache, unless `match` is off. What was held for the request while it waited is given up.
         """
         chain: Chain | None = None
         shared: list[int] = []
@@ -78,7 +135,7 @@ class KVCacheManager:
             chain = self._chains[request]
             if self._pool.num_released < chain.retry_at:
                 return False
-            shared = [entry.block for entry in chain.matched]
+            shared = self._shared(chain)
         missing = self._missing(request, shared)
         if missing + spare > 0:
             if chain is not None and missing > 0:
@@ -86,14 +143,16 @@ class KVCacheManager:
                 chain.retry_at = self._pool.num_released + missing
             return False
         self._hold(request, shared)
+        request.num_loaded = min(len(shared), self._loads.num_loaded(request)) * self.block_size
+        self._loads.release(request)
         if chain is not None:
-            chain.num_published, chain.parent = len(shared), chain.matched[-1] if shared else None
+            chain.num_published = len(shared)
             chain.matched = []
         request.num_computed = len(shared) * self.block_size
         return True
 
-    def fork(self, request: Request, leader: Request, *, spare: int = 0) -> list[BlockCopy] | None:
-        """Give `request` the computed prompt of `leader`, all but its last token. Returns None if blocks are short.
+    def fork(self, request: Request, leader: Request, *, spare: int = 0) -> bool:
+        """Give `request` the computed prompt of `leader`, all but its last token. Returns False if blocks are short.
 
         Full blocks are shared. The block that both requests would write to is copied.
         """
@@ -101,14 +160,91 @@ class KVCacheManager:
         full, part = divmod(computed, self.block_size)
         num_new = self.blocks_for(len(request.tokens)) - full
         if num_new + spare > self._pool.num_free:
-            return None
+            return False
         self._hold(request, leader.blocks[:full])
+        self._loads.release(request)
         if self.prefix_caching and leader in self._chains:
-            chain = self._chain(request)
-            chain.links = self._chains[leader].links[:full]
-            chain.closed = self._chains[leader].closed
+            chain, leading = self._chain(request), self._chains[leader]
+            chain.digests = leading.digests[:full]
+            chain.num_published = min(full, leading.num_published)
+            chain.closed = leading.closed
         request.num_computed = computed
-        return [BlockCopy(leader.blocks[full], request.blocks[full])] if part else []
+        if part:
+            self._copies.append(BlockCopy(gpu(leader.blocks[full]), gpu(request.blocks[full])))
+        return True
+
+    def load(self, request: Request, *, spare: int = 0) -> bool:
+        """Begin to load the blocks of a waiting request that the host tier has and the GPU lacks. Returns False if none is.
+
+        It begins only if the request could be admitted now with all its blocks. The request then holds what the GPU has of its
+        prefix and what is loaded, and must not be admitted before `arrived` returns it.
+        """
+        if request in self._loads:
+            return False
+        self.match(request)
+        chain = self._chains[request]
+        if self._pool.num_released < chain.retry_at:
+            return False
+        self._index.verify(chain)
+        slots = self._in_host(chain, request)
+        shared = [entry.block for entry in chain.matched]
+        if not slots or self._missing(request, shared) + spare > 0:
+            return False
+        for slot in slots:
+            self._host.pin(slot)
+        for block in shared:
+            self._pool.hold(block)
+        blocks = [self._take() for _ in slots]
+        for slot, block in zip(slots, blocks, strict=True):
+            self._move(self._host.place(slot), gpu(block))
+        self._loads.start(request, chain.digests[: len(shared) + len(slots)], shared + blocks, slots)
+        return True
+
+    def awaits_load(self, request: Request) -> bool:
+        """Return whether the first block that the GPU lacks of a waiting request is being loaded for another one."""
+        digest = self.next_digest(request)
+        return digest is not None and self._loads.is_under_way(digest)
+
+    def arrived(self, arrivals: Iterable[Arrival]) -> list[Request]:
+        """Note the ends of moves. Returns the waiting requests whose loads have ended."""
+        loaded = []
+        for (tier, number), ok in arrivals:
+            self.num_moving -= 1
+            self.num_failed_moves += not ok
+            self.num_demoted += ok and tier is Tier.HOST
+            self.num_promoted += ok and tier is Tier.GPU
+            if tier is Tier.HOST:
+                self._host.arrived(number, ok=ok)
+                continue
+            request = self._loads.arrived(number, ok=ok)
+            if request is not None:
+                loaded.append(request)
+        return loaded
+
+    def is_loading(self, request: Request) -> bool:
+        """Return whether blocks of a waiting request are on their way from a lower tier."""
+        return self._loads.is_loading(request)
+
+    def holders(self) -> list[Request]:
+        """Return the waiting requests that hold blocks, none of which is still being loaded."""
+        return self._loads.holders()
+
+    def num_held(self, request: Request) -> int:
+        """Return how many blocks a waiting request holds."""
+        return self._loads.num_held(request)
+
+    def give_back(self, request: Request) -> None:
+        """Free what a waiting request holds. It is still found in the cache until it is overwritten."""
+        self._loads.release(request)
+
+    @property
+    def has_copies(self) -> bool:
+        return bool(self._copies)
+
+    def take_copies(self) -> list[BlockCopy]:
+        """Return the copies that the next plan must carry, in order, and forget them."""
+        copies, self._copies = self._copies, []
+        return copies
 
     def extend(self, request: Request) -> int | None:
         """Append one block to a request whose blocks are all full. Returns the block, or None if no block is free."""
@@ -126,23 +262,29 @@ class KVCacheManager:
         full = min(request.num_computed, len(request.tokens)) // self.block_size
         chain = self._chain(request)
         if chain.num_published < full:
-            self._index.publish(chain, request.blocks, full)
+            inner = self._rule.inner
+            last = ALL if inner == ALL or request.num_computed == full * self.block_size else inner
+            self._index.publish(chain, request.blocks, full, inner, last)
 
     def withdraw(self, request: Request) -> None:
-        """Remove all blocks of the request's tokens from the prefix cache, because their content may be wrong.
+        """Remove the request's blocks from the prefix cache, and all others that begin with its first block.
 
-        A preempted request has no blocks, so the cached blocks that match its tokens are removed.
+        The content of the request's blocks may be wrong, and with it what others computed from it.
         """
         chain = self._chain(request)
-        blocks = request.blocks
-        if not blocks:
-            self._index.match(chain, len(request.tokens) // self.block_size)
-            blocks = [block for entry in chain.matched for block in (entry.block, *entry.copies)]
-        self._index.withdraw(blocks)
         chain.closed = True
+        family = chain.digest(0)
+        if family is not None:
+            self._index.withdraw(family)
+            self._host.withdraw(family)
+            self._loads.withdraw(family)
 
     def release(self, request: Request) -> None:
-        """Release all blocks of a request. Published blocks stay in the prefix cache; a prefix's last block is evicted first."""
+        """Release all blocks of a request, and what is held for it while it waits.
+
+        Published blocks stay in the prefix cache. The last block of a prefix is evicted first.
+        """
+        self._loads.release(request)
         if request.blocks:
             self.publish(request)
         for block in reversed(request.blocks):
@@ -160,7 +302,9 @@ class KVCacheManager:
         """Raise InternalError if block counts are wrong, or if a request could write to a block that another can read."""
         self._pool.check()
         self._index.check()
-        held: Counter[int] = Counter()
+        self._host.check()
+        self._loads.check()
+        held = Counter(self._loads.blocks())
         for request in holders:
             held.update(request.blocks)
             if request.num_computed > len(request.blocks) * self.block_size:
@@ -174,8 +318,31 @@ class KVCacheManager:
     def _chain(self, request: Request) -> Chain:
         chain = self._chains.get(request)
         if chain is None:
-            chain = self._chains[request] = Chain(request.salt, request.tokens)
+            chain = self._chains[request] = Chain(self._identity, request.salt, request.tokens)
         return chain
+
+    def _in_host(self, chain: Chain, request: Request) -> list[Slot]:
+        """Return the slots of the blocks that follow the chain's match, as far as the host tier has them and they can be used."""
+        slots: list[Slot] = []
+        for index in range(len(chain.matched), (len(request.tokens) - 1) // self.block_size):
+            digest = chain.digest(index)
+            slot = None if digest is None else self._host.find(digest)
+            if digest is None or slot is None or self._loads.is_under_way(digest):
+                break
+            slots.append(slot)
+        if slots and not self._rule.is_plain:
+            usable = self._rule.longest([*self._masks(chain), *(slot.mask for slot in slots)])
+            del slots[max(0, usable - len(chain.matched)) :]
+        return slots
+
+    def _masks(self, chain: Chain) -> list[int]:
+        return [self._index.mask(entry.block) for entry in chain.matched]
+
+    def _shared(self, chain: Chain) -> list[int]:
+        """Return the blocks of the chain's match that can be used."""
+        self._index.verify(chain)
+        blocks = [entry.block for entry in chain.matched]
+        return blocks if self._rule.is_plain else blocks[: self._rule.longest(self._masks(chain))]
 
     def _missing(self, request: Request, shared: list[int]) -> int:
         """Return how many blocks the request lacks: needed minus free blocks. A negative result is the number that stay free."""
@@ -191,6 +358,20 @@ class KVCacheManager:
         request.blocks = shared + [self._take() for _ in range(num_new)]
 
     def _take(self) -> int:
+        """Return a block to be overwritten. If its content would be lost, it is moved to the host tier."""
         block = self._pool.take()
-        self._index.forget(block)
+        if block in self._index:
+            mask = self._index.mask(block)
+            entry = self._index.forget(block)
+            if entry is not None and self.has_tiers and not self._host.touch(entry.digest, mask):
+                self._demote(block, entry, mask)
         return block
+
+    def _demote(self, block: int, entry: Entry, mask: int) -> None:
+        slot = self._host.take(entry.digest, entry.family, mask)
+        if slot is not None:
+            self._move(gpu(block), self._host.place(slot))
+
+    def _move(self, src: Place, dst: Place) -> None:
+        self._copies.append(BlockCopy(src, dst))
+        self.num_moving += 1

@@ -1,9 +1,10 @@
 """Admission: which waiting requests may start in a step, in the policy's order.
 
-A waiting request is passed over in five cases.
+A waiting request is passed over in six cases.
 
     deferred   Another request is computing the next block of its prompt right now. The request shares that block one step later.
                A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
+    loading    Blocks of its prompt are on their way from a lower tier, for this request or for another one.
     blocked    The request does not fit into the free blocks. Later requests may pass it at most `max_skips` times.
     unknown    The request was preempted, and its next token is not committed yet.
     long       The step has only so many tokens left beside a long prompt, and this request could not finish its own in them.
@@ -12,19 +13,24 @@ A waiting request is passed over in five cases.
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
 at once if the other request ends or is preempted.
+
+A request whose next blocks lie in a lower tier gets GPU blocks for them if it could be admitted with all its blocks. Once they
+are loaded it is admitted like any other. Until then it holds its prefix, and gives it back if a running request, or the first one
+that does not fit, lacks blocks. So a request that waits neither preempts nor blocks one that could run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import BlockCopy
 from engine.request import Request, Status
 from engine.scheduler.policy import Policy
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
 
+MAX_AHEAD = 16  # waiting requests whose prefixes are loaded before there is a place for them
 MAX_BLOCKED = 16  # blocked requests after which a step stops looking for one that fits
 MAX_DEFERRED = 128  # deferred requests after which a step stops looking for others
 MAX_STALLED = 4  # steps that a request waits for a block while the request that computes the block does not advance
@@ -60,8 +66,8 @@ class Admission:
         *,
         above: int | None = None,
         longest: Callable[[], int | None] = lambda: None,
-    ) -> Iterator[tuple[Request, list[BlockCopy]]]:
-        """Yield each waiting request that can start now, after giving it its blocks, with the copies that its blocks need.
+    ) -> Iterator[Request]:
+        """Yield each waiting request that can start now, after giving it its blocks. Begin the loads of those passed over.
 
         `in_step` are the requests whose prompt chunks are already in this step, and `seqs` is the largest number of requests that
         may run. The caller must admit each yielded request before it continues the iteration. Only requests of a better level
@@ -80,6 +86,9 @@ class Admission:
                 return
             if request.num_uncommitted:
                 continue
+            if self._cache.is_loading(request):
+                deferred.append(request)
+                continue
             leader = self.leader(request)
             if self._awaits_leader(request, leader, in_step) or self._awaits_prefix(request, leader, computing):
                 deferred.append(request)
@@ -91,21 +100,48 @@ class Admission:
             if self._is_in_the_way(request, deferred, seqs):
                 deferred.append(request)
                 continue
-            copies = self._reserve(request, leader)
-            if copies is None:
+            if self._loads(request, leader, spare=self._spare):
+                deferred.append(request)
+                if self._cache.is_loading(request):
+                    _overtake(blocked)
+                continue
+            if not self._reserve(request, leader) and (blocked or not self._reserve_held(request, leader)):
                 blocked.append(request)
                 continue
-            yield request, copies
+            yield request
             in_step.append(request)
             computing[self._cache.next_digest(request)] = request
-            for other in blocked:
-                other.skips += 1
+            _overtake(blocked)
+
+    def load_ahead(self, now: float) -> None:
+        """Begin the loads of the first waiting requests, whether there is a place for them or not.
+
+        A load takes no blocks that requests before it will need.
+        """
+        needed = self._spare
+        for request in islice(self._policy.order(self._queue.lanes, now), MAX_AHEAD):
+            if not request.num_uncommitted and not self._cache.num_held(request):
+                self._loads(request, self.leader(request), spare=needed)
+            needed += self._cache.blocks_for(len(request.tokens)) - self._cache.num_held(request)
+            if needed > self._cache.num_free:
+                return
+
+    def _loads(self, request: Request, leader: Request | None, *, spare: int) -> bool:
+        """Begin to load what a lower tier has of the request's prefix. Returns whether the request must wait for a load."""
+        if not self._cache.has_tiers or not self._may_match(request) or (leader and leader.status is Status.RUNNING):
+            return False
+        if self._cache.awaits_load(request):
+            return True
+        if not self._cache.load(request, spare=spare):
+            return False
+        request.status = Status.LOADING
+        return True
 
     def _awaits_leader(self, request: Request, leader: Request | None, in_step: list[Request]) -> bool:
         """Return whether `request` must wait for its leader, whose prompt is to be computed in this step or in a later one."""
         if leader is None:
             return False
-        if leader.status is Status.WAITING:
+        if leader.status is not Status.RUNNING:
             return leader.rank < request.rank
         return leader.num_computed < leader.num_prompt or any(other is leader for other in in_step)
 
@@ -156,7 +192,7 @@ class Admission:
 
     def leader(self, request: Request) -> Request | None:
         """Return the sibling that `request` can fork: its prompt and salt are the same, and nothing must be computed again."""
-        if request.fork_of is None:
+        if request.fork_of is None or not self._cache.can_fork:
             return None
         leader = self._requests.get(request.fork_of)
         if leader is None or leader is request or request.num_outputs or request.params.prompt_logprobs is not None:
@@ -168,10 +204,31 @@ class Admission:
         request.leader = leader
         return leader
 
-    def _reserve(self, request: Request, leader: Request | None) -> list[BlockCopy] | None:
-        """Give `request` blocks for all its tokens. Returns the copies to make, or None if the request does not fit."""
-        # One block in a hundred stays free for running requests, so that an admission does not cause a preemption.
-        spare = self._cache.num_blocks // 100 if len(self._running) else 0
+    def _reserve(self, request: Request, leader: Request | None) -> bool:
+        """Give `request` blocks for all its tokens. Returns False if the request does not fit."""
+        spare = self._spare
         if leader is not None and leader.status is Status.RUNNING:
             return self._cache.fork(request, leader, spare=spare)
-        return [] if self._cache.admit(request, spare=spare, match=self._may_match(request)) else None
+        return self._cache.admit(request, spare=spare, match=self._may_match(request))
+
+    def _reserve_held(self, request: Request, leader: Request | None) -> bool:
+        """Give `request` blocks that other waiting requests hold and give back, the worst rank first."""
+        holders = [other for other in self._cache.holders() if other is not request]
+        while holders:
+            worst = self._policy.victim(holders)
+            holders.remove(worst)
+            self._cache.give_back(worst)
+            if self._reserve(request, leader):
+                return True
+        return False
+
+    @property
+    def _spare(self) -> int:
+        """The blocks that stay free for running requests, one in a hundred, so that an admission does not cause a preemption."""
+        return self._cache.num_blocks // 100 if len(self._running) else 0
+
+
+def _overtake(blocked: list[Request]) -> None:
+    """Count that a later request has got blocks before those that do not fit."""
+    for other in blocked:
+        other.skips += 1

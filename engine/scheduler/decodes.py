@@ -46,17 +46,21 @@ class DecodePlanner:
     def _grow_best_first(self, plan: StepPlan) -> bool:
         """Give one KV block to each decode that needs one, the best rank first. Returns False if there are too few.
 
-        Then requests are preempted, the worst rank first, until the rest have one each. No request is preempted while the last
-        token of a running request is uncommitted. That request's blocks become free within two steps, and waiting for them costs
-        less than computing a whole request again.
+        Waiting requests then give back the blocks that they hold. If that is not enough, requests are preempted, the worst rank
+        first, until the rest have one each. No request is preempted while the last token of a running request is uncommitted.
+        That request's blocks become free within two steps, and waiting for them costs less than computing a whole request again.
         """
         size = self._cache.block_size
         growing = [r for r in self._running.decodes if r.num_computed == len(r.blocks) * size and r.num_tokens < r.end_len]
         growing.sort(key=attrgetter("rank"))
         if len(growing) <= self._cache.num_free:
             return True
+        while len(growing) > self._cache.num_free and (holders := self._cache.holders()):
+            self._cache.give_back(self._policy.victim(holders))
         if not any(other.num_tokens >= other.end_len for other in self._running.decodes):
             while len(growing) > self._cache.num_free:
+                if len(self._running) == 1 and self._cache.num_loading:
+                    break  # the blocks that are missing come back when the loads have ended
                 victim = self._policy.victim(self._running)
                 self._preempt(victim)
                 if victim in growing:

@@ -12,15 +12,17 @@ from engine.scheduler.running import row_of
 class Draft:
     """A plan that grows slice by slice. `requests` is parallel to the plan's slices. `left` is the rest of the step's tokens.
 
-    A part of these tokens may be kept for the step's first prompt, whose slice is added later.
+    A part of these tokens may be kept for the step's first prompt, whose slice is added later. Slices of prompts end at multiples
+    of `align` where they can, and at the last one before the prompt's end.
     """
 
-    __slots__ = ("_kept", "first", "left", "plan", "requests")
+    __slots__ = ("_align", "_kept", "first", "left", "plan", "requests")
 
-    def __init__(self, step: int, tokens: int) -> None:
+    def __init__(self, step: int, tokens: int, *, align: int = 1) -> None:
         self.plan = StepPlan(step)
         self.requests: list[Request] = []
         self.left = tokens
+        self._align = align
         self.first: Request | None = None
         self._kept = 0
 
@@ -55,10 +57,15 @@ class Draft:
     def add_chunk(self, request: Request) -> bool:
         """Add a slice of a request's prompt, as long as the tokens that are left allow.
 
-        Returns whether the slice reaches the last token, so that the request samples.
+        Returns whether the slice reaches the last token, so that the request samples. A request gets one slice in a step, even if
+        `align` has cut that short.
         """
+        if self._align > 1 and any(other is request for other in self.prompts):
+            return False
         plan, start = self.plan, request.num_computed
         num = min(len(request.tokens) - start, self.left)
+        if self._align > 1:
+            num = self._aligned(start, num, len(request.tokens))
         is_last = start + num == len(request.tokens)
         if is_last:
             plan.samples.append(len(self.requests))
@@ -70,6 +77,11 @@ class Draft:
         request.num_computed = start + num
         self.left -= num
         return is_last
+
+    def _aligned(self, start: int, num: int, length: int) -> int:
+        """Shorten a slice of `num` tokens at `start` so that it ends at a multiple of `align`, if there is one in it."""
+        end = min(start + num, length - 1) // self._align * self._align
+        return end - start if end > start else num
 
 
 def _longest_first(plan: StepPlan, requests: list[Request]) -> None:

@@ -53,6 +53,6 @@ class Intake:
         if self._leader(request) is not None:
             request.num_matched = len(request.tokens) - 1
         elif (request.promised or request.deadline is not None) and request.params.prompt_logprobs is None:
-            # Only such requests are worth a look at the prefix cache now: the hashes of a long queue would fill the memory.
-            request.num_matched = self._cache.match(request) * self._cache.block_size if self._cache.prefix_caching else 0
+            # Only such requests are worth a look at the cache now: the hashes of a long queue would fill the memory.
+            request.num_matched = self._cache.reach(request) * self._cache.block_size if self._cache.prefix_caching else 0
         self._forecast.check(request, limits)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.plan import BlockCopy, StepPlan
+from engine.plan import StepPlan
 from engine.request import Request
 from engine.scheduler.admission import Admission
 from engine.scheduler.draft import Draft
 from engine.scheduler.limits import StepLimits
 from engine.scheduler.running import RunningSet
 
-Admit = Callable[[StepPlan, Request, list[BlockCopy]], None]
+Admit = Callable[[StepPlan, Request], None]
 
 
 class PromptPlanner:
@@ -43,6 +43,10 @@ class PromptPlanner:
         if may_admit:
             self._add_waiting(draft, limits, now)
 
+    def load_ahead(self, now: float) -> None:
+        """Begin to load the prefixes of waiting requests, whether there is a place for them or not."""
+        self._admission.load_ahead(now)
+
     def _add_short(self, draft: Draft, limits: StepLimits, now: float, *, may_admit: bool) -> None:
         """Add prompts that can be computed completely beside the first one, and keep the first one's share.
 
@@ -55,8 +59,8 @@ class PromptPlanner:
                 self._add_chunk(draft, request)
         if not may_admit or draft.spare <= 0:
             return
-        for request, copies in self._admission.admissible(draft.prompts, now, limits.seqs, longest=draft.longest):
-            self._admit(draft.plan, request, copies)
+        for request in self._admission.admissible(draft.prompts, now, limits.seqs, longest=draft.longest):
+            self._admit(draft.plan, request)
             if draft.first is None:
                 draft.keep_for(request, limits.chunk)
             else:
@@ -68,8 +72,8 @@ class PromptPlanner:
         """Admit waiting requests while there are places and tokens, and add the first chunk of each."""
         if not draft.left or self._running.num_places(limits.seqs) < 1:
             return
-        for request, copies in self._admission.admissible(draft.prompts, now, limits.seqs, above=above):
-            self._admit(draft.plan, request, copies)
+        for request in self._admission.admissible(draft.prompts, now, limits.seqs, above=above):
+            self._admit(draft.plan, request)
             self._add_chunk(draft, request)
             if not draft.left or self._running.num_places(limits.seqs) < 1:
                 return

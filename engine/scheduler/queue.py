@@ -1,4 +1,4 @@
-"""WaitingQueue: the requests that hold no blocks, in a lane for each tenant and class. Each lane is in rank order."""
+"""WaitingQueue: the requests that do not run, in a lane for each tenant and class. Each lane is in rank order."""
 
 from __future__ import annotations
 

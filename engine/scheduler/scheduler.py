@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.errors import InternalError, InvalidRequest, TidegateError
+from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import NO_CHOICE, AdmittedRow, BlockCopy, StepPlan, StepResult
+from engine.plan import NO_CHOICE, AdmittedRow, Arrival, KVFormat, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
@@ -50,7 +51,8 @@ class _UncommittedStep(NamedTuple):
 
 
 class Scheduler:
-    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache. `policy` is by default a FairPolicy.
+    """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache, and `kv` the format of its blocks.
+    The runner has `host_slots` slots for blocks in host memory. `policy` is by default a FairPolicy.
 
     While `cost` is trusted, requests whose first token would come too late are refused. By default nothing is known of it.
     """
@@ -63,8 +65,15 @@ class Scheduler:
         policy: Policy | None = None,
         cost: StepCost | None = None,
         clock: Callable[[], float] = time.monotonic,
+        kv: KVFormat | None = None,
+        host_slots: int = 0,
     ) -> None:
-        self.cache = KVCacheManager(num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching)
+        size, cached = config.cache.block_size, config.cache.prefix_caching
+        kv = kv or KVFormat()
+        identity = BlockIdentity(size, kv.model, kv.pools, str(kv.kinds))
+        self.cache = KVCacheManager(
+            num_blocks, size, prefix_caching=cached, identity=identity, host_slots=host_slots, kinds=kv.kinds
+        )
         self.counts = SchedulerCounts()
         self.step = 0
         self._policy = policy or FairPolicy()
@@ -137,13 +146,18 @@ class Scheduler:
         self.limits = limits
         if len(self._queue) and self._running.worst_level > self._queue.best_class:
             self._give_up_places(limits)
-        draft = Draft(self.step + 1, limits.tokens)
+        draft = Draft(self.step + 1, limits.tokens, align=self.cache.align)
         plan, requests = draft.plan, draft.requests
         # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
-        may_admit = self._decodes.plan(draft) and len(self._queue) > 0 and self._running.num_places(limits.seqs) > 0
+        may_start = self._decodes.plan(draft) and len(self._queue) > 0
+        may_admit = may_start and self._running.num_places(limits.seqs) > 0
+        if may_start and self.cache.has_tiers:
+            self._prompts.load_ahead(self._clock())
         if may_admit or self._running.prompts:
             self._prompts.plan(draft, limits, self._clock(), may_admit=may_admit)
-        if not requests:
+        if self.cache.has_copies:
+            plan.copies = self.cache.take_copies()
+        elif not requests:
             return None
         for request in requests[plan.num_decodes :]:
             self.cache.publish(request)
@@ -175,7 +189,8 @@ class Scheduler:
             raise InternalError(f"step {step} is due, not the plan of {plan.step} with the result of {result.step}")
         if result.prompt_logprobs:
             collect_prompt_logprobs(plan, requests, result.prompt_logprobs)
-        self.forecast.stepped(result.device_seconds)
+        if requests:
+            self.forecast.stepped(result.device_seconds)
         logprobs = result.logprobs
         events: list[TokenEvent] = []
         finished = Status.FINISHED
@@ -205,6 +220,11 @@ class Scheduler:
         self.counts.output_tokens += len(events)
         return events
 
+    def arrived(self, arrivals: list[Arrival]) -> None:
+        """Note the ends of moves between tiers. Requests whose prefix is loaded may then start."""
+        for request in self.cache.arrived(arrivals):
+            request.status = Status.WAITING
+
     def check(self) -> None:
         """Raise InternalError if the queue, the running set, the batch rows, the KV blocks and the counters disagree."""
         running = self._running.prompts + self._running.decodes
@@ -212,13 +232,15 @@ class Scheduler:
         self._queue.check()
         self._running.check()
         self.cache.check(running)
-        for status, group in ((Status.RUNNING, running), (Status.WAITING, waiting)):
+        for statuses, group in (((Status.RUNNING,), running), ((Status.WAITING, Status.LOADING), waiting)):
             for request in group:
-                if request.status is not status or self._requests.get(request.request_id) is not request:
-                    raise InternalError(f"{request} is listed as {status.value}")
+                if request.status not in statuses or self._requests.get(request.request_id) is not request:
+                    raise InternalError(f"{request} is in a list of requests of another status")
         for request in waiting:
             if request.blocks or request.num_computed or request.row is not None:
-                raise InternalError(f"{request} is waiting, but holds blocks or a row")
+                raise InternalError(f"{request} is waiting, but has a block table or a row")
+            if (request.status is Status.LOADING) != self.cache.is_loading(request):
+                raise InternalError(f"{request} waits for moves that are not under way, or does not wait for some that are")
         if len(running) + len(waiting) != len(self._requests):
             raise InternalError("a request is neither running nor waiting")
         self.counts.check(len(self._requests))
@@ -232,18 +254,22 @@ class Scheduler:
         for request in self._policy.order(self._queue.lanes, self._clock()):
             if tokens <= 0:
                 return
-            if request.num_uncommitted:
+            if request.num_uncommitted or request.status is Status.LOADING:
                 continue
             tokens, taken = tokens - len(request.tokens), taken + 1
-            blocks_taken += self.cache.blocks_for(len(request.tokens))
+            blocks_taken += self.cache.blocks_for(len(request.tokens)) - self.cache.num_held(request)
             if not self._preempt_lower(request.slo.rank, limits.seqs, places=taken, blocks=blocks_taken):
                 return
 
     def _preempt_lower(self, slo: int, seqs: int, *, places: int, blocks: int) -> bool:
         """Preempt running requests of levels below class `slo` until there are so many places and free blocks.
 
-        Returns False, and preempts nobody, if that cannot be reached.
+        Waiting requests of lower classes give back what they hold before. Returns False, and preempts nobody, if that cannot be
+        reached.
         """
+        for holder in self.cache.holders():
+            if self.cache.num_free < blocks and holder.slo.rank > slo:
+                self.cache.give_back(holder)
         missing, missing_blocks = places - self._running.num_places(seqs), blocks - self.cache.num_free
         if missing <= 0 and missing_blocks <= 0:
             return True
@@ -256,7 +282,7 @@ class Scheduler:
             self._preempt(victim)
         return True
 
-    def _admit(self, plan: StepPlan, request: Request, copies: list[BlockCopy]) -> None:
+    def _admit(self, plan: StepPlan, request: Request) -> None:
         """Move `request`, which already has its blocks, from the queue to the running prompts."""
         now = self._clock()
         self._queue.remove(request)
@@ -266,11 +292,11 @@ class Scheduler:
             request.num_cached = min(request.num_computed, request.num_prompt)
             self.counts.prompt_tokens += request.num_prompt
             self.counts.cached_tokens += request.num_cached
+            self.counts.host_cached_tokens += min(request.num_loaded, request.num_cached)
         self._policy.admitted(request, now)
         row = self._running.add(request)
         blocks = request.blocks.copy()
         plan.admitted.append(AdmittedRow(row, request.tokens[:], request.num_prompt, blocks, request.params, request.seed))
-        plan.copies += copies
 
     def _preempt(self, request: Request) -> None:
         """Move a running request back to the queue and release its blocks.

@@ -68,15 +68,19 @@ def open_folder(folder: Path, stack: ExitStack) -> dict[str, Stored]:
 
     An index may list tensors that no shard has: the model's own list of tensors decides what is missing.
     """
-    files = [folder / shard for shard in _shards(folder)] or [_single_file(folder)]
     stored: dict[str, Stored] = {}
-    for file in files:
+    for file in weight_files(folder):
         for tensor in _open_file(file, stack):
             name = text_name(tensor.name)
             if name in stored:
                 tensor.refuse(f"is also in {stored[name].file}")
             stored[name] = tensor
     return stored
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the files of weights: the shards that the index names, or the one file. Raises CheckpointError if one is missing."""
+    return [folder / shard for shard in _shards(folder)] or [_single_file(folder)]
 
 
 def _shards(folder: Path) -> list[str]:

@@ -151,7 +151,7 @@ def run(settings: Settings, *, out: Path, rounds: int = ROUNDS, record: Path | N
     lines.check_record(record)
     began = time.perf_counter()
     config = settings.engine_config()
-    cache = msgspec.structs.replace(config.cache, prefix_caching=False)
+    cache = msgspec.structs.replace(config.cache, prefix_caching=False, host_tier_bytes=0)
     config = msgspec.structs.replace(config, cache=cache, overlap=False, offline=False, batching=BatchingConfig())
     built: BuiltRunner = importlib.import_module(RUNNERS[config.runner]).build(config)
     console = Console(stderr=True)

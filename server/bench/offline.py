@@ -132,7 +132,7 @@ def _context_of(workload: str, work: list[Work], limits: ModelLimits, max_model_
 def _run_job(job: _Job, rounds: int, console: Console, *, before: float) -> Iterator[OfflineLine]:
     """Run all workloads of one model, and yield their results. `before` is the time from the start of the process to the building
     of the engine in seconds, or 0 for later engines."""
-    cache = msgspec.structs.replace(job.config.cache, prefix_caching=False)
+    cache = msgspec.structs.replace(job.config.cache, prefix_caching=False, host_tier_bytes=0)
     with LLM(**msgspec.structs.asdict(msgspec.structs.replace(job.config, cache=cache, offline=True))) as llm:
         startup = dict(llm.info.startup)
         startup["imports"] += before

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from engine.messages import EngineStats
+from engine.messages import EngineStats, TierStats
 
 # Fields of which the server reports the largest value among its engines. The other numbers are added up.
 _LARGEST = frozenset({"gc_pause_seconds", "chunk_limit", "predicted_ttft_over_target", "predicted_itl_over_target"})
@@ -30,4 +30,11 @@ def _combine(name: str, values: list[Any]) -> Any:
         return ",".join(sorted(set(values)))
     if name == "limit_changes":
         return dict(sum(map(Counter, values), Counter()))
+    if name == "tiers":
+        names = sorted({tier for each in values for tier in each})
+        return {tier: _added([each[tier] for each in values if tier in each]) for tier in names}
     return max(values) if name in _LARGEST else sum(values)
+
+
+def _added(stats: Sequence[TierStats]) -> TierStats:
+    return TierStats(**{name: sum(getattr(each, name) for each in stats) for name in TierStats.__struct_fields__})

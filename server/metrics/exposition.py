@@ -66,13 +66,26 @@ def engine_families(health: EngineHealth) -> list[Metric]:
         families += [GaugeMetricFamily(name, text, float(value)) for name, text, value in _gauges(health.stats)]
         families += [CounterMetricFamily(name, text, float(value)) for name, text, value in _counters(health.stats)]
         families += _batching(health.stats)
+        families += _tiers(health.stats)
     return families
+
+
+# Metrics of each tier below the device: kind, name, description, and the field of TierStats.
+_OF_A_TIER: tuple[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, str], ...] = (
+    (GaugeMetricFamily, "tidegate_tier_blocks_used", "KV blocks in a tier below the device.", "blocks_used"),
+    (GaugeMetricFamily, "tidegate_tier_blocks_limit", "Most KV blocks in a tier below the device.", "blocks_limit"),
+    (CounterMetricFamily, "tidegate_tier_demoted_blocks", "KV blocks moved from the device to a tier.", "num_demoted"),
+    (CounterMetricFamily, "tidegate_tier_promoted_blocks", "KV blocks moved from a tier to the device.", "num_promoted"),
+    (CounterMetricFamily, "tidegate_tier_failed_moves", "Moves of KV blocks to or from a tier that failed.", "num_failed"),
+    (CounterMetricFamily, "tidegate_tier_evicted_blocks", "KV blocks of a tier that made room for others.", "num_evicted"),
+)
 
 
 def _gauges(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
     return (
         ("tidegate_engine_requests_running", "Outputs that own a row of the batch.", stats.running),
         ("tidegate_engine_requests_waiting", "Outputs that wait in the engine's queue.", stats.waiting),
+        ("tidegate_engine_requests_loading", "Waiting outputs whose prefix is on its way from a lower tier.", stats.loading),
         (
             "tidegate_engine_gc_pause_seconds",
             "Longest pause of the engine by Python's garbage collector.",
@@ -133,6 +146,23 @@ def _batching(stats: EngineStats) -> list[Metric]:
     for reason, number in stats.limit_changes.items():
         changes.add_metric([reason], float(number))
     return [policy, changes]
+
+
+def _tiers(stats: EngineStats) -> list[Metric]:
+    """Return the hits by tier, which add up to those of the prefix cache, and the metrics of the tiers below the device."""
+    hits = CounterMetricFamily(
+        "tidegate_tier_hits_tokens", "Prompt tokens found in the cache, by the tier that had them.", labels=["tier"]
+    )
+    hits.add_metric(["gpu"], float(stats.cached_tokens - sum(tier.cached_tokens for tier in stats.tiers.values())))
+    families: list[Metric] = [hits]
+    for make, name, text, field in _OF_A_TIER:
+        family = make(name, text, labels=["tier"])
+        for tier, values in stats.tiers.items():
+            family.add_metric([tier], float(getattr(values, field)))
+        families.append(family)
+    for tier, values in stats.tiers.items():
+        hits.add_metric([tier], float(values.cached_tokens))
+    return families
 
 
 def _startup(health: EngineHealth) -> Metric:

@@ -165,3 +165,23 @@ def test_the_largest_graph_is_captured_before_the_cache_is_sized_and_first_of_al
     probe = Probe(free=FREE, peaks=[20, 40, 30])
     assert free_beside_steps(load(spec, config, torch.device("cpu")), config, spec.limits(), probe) == FREE - 40
     assert captured == [(1, 0), (48, 4), (3, 0), (2, 0), (32, 4)]
+
+
+@pytest.mark.parametrize(("size", "slots"), [(0, 0), (BLOCK_BYTES, 1), (10 * BLOCK_BYTES + 5, 10)])
+def test_the_host_tier_has_as_many_slots_as_fit_into_its_bytes(config, size, slots):
+    assert build(config(num_blocks=8, host_tier_bytes=size)).host_slots == slots
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ({"host_tier_bytes": BLOCK_BYTES - 1}, f"is {BLOCK_BYTES - 1}, and one block takes {BLOCK_BYTES}"),
+        ({"host_tier_bytes": 1 << 60}, "bytes free: set a smaller one"),
+        ({"host_tier_bytes": 1 << 20, "prefix_caching": False}, "Turn prefix_caching on"),
+        ({"host_tier_bytes": -1}, "it must be at least 0"),
+    ],
+)
+def test_a_host_tier_that_cannot_work_is_refused_by_name(config, cache, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        build(config(num_blocks=8, **cache))
+    assert refused.value.param == "cache.host_tier_bytes"

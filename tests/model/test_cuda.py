@@ -56,6 +56,7 @@ def run(folder, **options):
     "options",
     [
         {"overlap": True},
+        {"overlap": True, "cache": {"num_blocks": 100, "host_tier_bytes": 64 << 20}, "scheduler": {"max_num_seqs": 4}},
         {"overlap": False},
         {"cuda_graphs": False},
         {"overlap": True, "cache": {"num_blocks": 60}, "scheduler": {"max_step_tokens": 300}},

@@ -120,13 +120,13 @@ def prompts(n, seed=0, low=1, high=40):
     return [[r.randrange(tiny.VOCAB) for _ in range(r.randint(low, high))] for _ in range(n)]
 
 
-def llm(folder, *, step=64, rows=32, blocks=600, overlap=False, prefix=False):
+def llm(folder, *, step=64, rows=32, blocks=600, overlap=False, prefix=False, host=0):
     return LLM(
         folder,
         device="cpu",
         overlap=overlap,
         debug_checks=True,
-        cache={"block_size": BLOCK, "num_blocks": blocks, "prefix_caching": prefix},
+        cache={"block_size": BLOCK, "num_blocks": blocks, "prefix_caching": prefix, "host_tier_bytes": host},
         scheduler={"max_num_seqs": rows, "max_step_tokens": step},
     )
 
@@ -156,8 +156,9 @@ def greedy(model):
         {"rows": 4, "step": 5},
         {"rows": 32, "step": 32, "blocks": 40},
         {"rows": 32, "step": 64, "prefix": True, "blocks": 900},
+        {"rows": 4, "step": 64, "prefix": True, "blocks": 100, "host": 1 << 22},
     ],
-    ids=["one at a time", "all at once", "in small chunks", "with preemption", "with prefix cache"],
+    ids=["one at a time", "all at once", "in small chunks", "with preemption", "with prefix cache", "with a host tier"],
 )
 def test_greedy_tokens_do_not_depend_on_how_they_were_scheduled(folder, greedy, options, overlap):
     many, expected = greedy
@@ -167,7 +168,9 @@ def test_greedy_tokens_do_not_depend_on_how_they_were_scheduled(folder, greedy, 
             assert [c.token_ids for c in got] == expected
             if options.get("prefix") and again:
                 assert sum(c.num_cached for c in got) > 200
-        if "blocks" in options and options["blocks"] < 100:
+            if options.get("host") and again:
+                assert engine.stats().tiers["host"].cached_tokens > 200
+        if "blocks" in options and options["blocks"] < 100 and not options.get("prefix"):
             assert engine.stats().num_preemptions > 10
 
 

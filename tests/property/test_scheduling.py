@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.config import CacheConfig, EngineConfig, FakeConfig, ModelLimits, SchedulerConfig
 from engine.core import Core
-from engine.errors import ContextTooLong, Overloaded
+from engine.errors import ContextTooLong, Overloaded, RequestTimeout
 from engine.fake import build_fake, expected_tokens
 from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.request import FinishReason, SamplingParams, Status, TokenEvent
@@ -59,7 +59,7 @@ class Workload:
             ),
             fake=FakeConfig(nan_token=rng.choice((None, None, NAN_TOKEN))),
         )
-        self.core = Core(build_fake(self.config, LIMITS))
+        self.core = self.make_core()
         if rng.random() < 0.5:
             self.core._controller = RandomLimits(rng, self.core._controller.present)
         self.scheduler = self.core._scheduler
@@ -69,10 +69,16 @@ class Workload:
         self.refused = 0
         self.stalls = 0  # consecutive steps in which the running request of the best rank did not advance
 
+    def make_core(self) -> Core:
+        return Core(build_fake(self.config, LIMITS))
+
+    def prompt(self) -> list[int]:
+        rng = self.rng
+        return SHARED[: rng.randint(1, len(SHARED))] + [rng.randrange(40) for _ in range(rng.choice((0, 0, 1, 5, 20)))]
+
     def submit(self) -> None:
         """Submit one to four siblings with one prompt. Some of them continue a stream that an earlier engine began."""
-        rng = self.rng
-        prompt = SHARED[: rng.randint(1, len(SHARED))] + [rng.randrange(40) for _ in range(rng.choice((0, 0, 1, 5, 20)))]
+        rng, prompt = self.rng, self.prompt()
         num, leader = rng.choice((1, 1, 2, 4)), None
         priority, salt = rng.choice((0, 0, 0, -1, 2)), rng.choice(("", "", "x"))
         tenant, slo = rng.choice(("", "", "a", "b")), rng.choice(("standard", "standard", "interactive", "batch"))
@@ -110,7 +116,7 @@ class Workload:
     def offer(self, submit: Submit) -> None:
         try:
             self.core.submit(submit)
-        except (ContextTooLong, Overloaded):
+        except (ContextTooLong, Overloaded, RequestTimeout):
             self.refused += 1
             return
         self.submits[submit.request_id] = submit
@@ -127,14 +133,19 @@ class Workload:
         running = list(self.scheduler._running)
         best = min((r for r in running if r.num_tokens < r.end_len), key=lambda r: r.rank, default=None)
         at = best.num_computed if best else 0
+        waits = self.waits_for_moves()
         displaced = best is not None and any(r.slo.rank < best.rank[0] for r in self.scheduler._queue)
         events = self.core.step()
         if best is not None and best.status is not Status.FINISHED and not displaced:
             assert best.status is Status.RUNNING, f"{best} was preempted, although it has the best rank"
-            self.stalls = self.stalls + 1 if best.num_computed == at else 0
+            self.stalls = self.stalls + 1 if best.num_computed == at and not waits else 0
             assert self.stalls <= 2, f"{best} does not advance"
         for event in events:
             self.receive(event)
+
+    def waits_for_moves(self) -> bool:
+        """Return whether a running request may lack blocks until moves between tiers have ended."""
+        return False
 
     def receive(self, event: TokenEvent) -> None:
         name = event.request_id

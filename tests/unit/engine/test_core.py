@@ -393,3 +393,47 @@ def test_build_core_builds_the_runner_that_the_config_names(tmp_path):
 
 def test_every_runner_of_the_config_has_a_module():
     assert set(RUNNERS) == set(get_args(RunnerKind))
+
+
+def tiered_core(overlap: bool, *, move_ms: float) -> tuple[Core, SimulatedTime]:
+    """Return a core with 8 blocks and a host tier, whose moves take `move_ms` each, and the time by which it goes."""
+    time = SimulatedTime()
+    fake = FakeConfig(step_ms=1.0, block_bytes=10**6, host_gb_s=1.0 / move_ms)
+    config = make_config(overlap=overlap, cache=CacheConfig(block_size=4, num_blocks=8, host_tier_bytes=100 * 10**6), fake=fake)
+    device = SimulatedDevice(fake, clock=time.clock, sleep=time.sleep)
+    return Core(build_fake(config, LIMITS, make_device=lambda *_: device), clock=time.clock), time
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_core_whose_requests_only_load_waits_for_a_few_milliseconds_at_a_time(overlap):
+    core, time = tiered_core(overlap, move_ms=20.0)
+    long = make_submit("a", tuple(range(20, 37)), max_tokens=2)
+    core.submit(long)
+    drain(core)
+    core.submit(make_submit("b", tuple(range(1, 30)), max_tokens=2))  # evicts the blocks of the first request
+    drain(core)
+    core.submit(long)
+    steps, began = 0, time.now
+    events = []
+    while not events:
+        before = time.now
+        events = core.step()
+        steps += 1
+        assert time.now - before <= 0.006
+    assert time.now - began > 4 * 0.02  # four blocks were loaded, one after the other
+    assert steps > 4 * 20 / 5
+    assert events[0].num_cached == 16
+    assert tokens_of([*events, *drain(core)["a"]]) == expected_tokens(unpack_tokens(long.prompt), 2, long.params, 0, LIMITS)
+
+
+def test_a_core_has_work_until_the_moves_of_an_aborted_request_have_arrived():
+    core, _ = tiered_core(False, move_ms=20.0)
+    core.submit(make_submit("a", tuple(range(20, 37)), max_tokens=2))
+    drain(core)
+    core.submit(make_submit("b", tuple(range(1, 30)), max_tokens=2))
+    drain(core)
+    core.submit(make_submit("c", tuple(range(20, 37)), max_tokens=2))
+    core.step()
+    core.abort("c")
+    assert [event.finish for event in drain(core)["c"]] == [FinishReason.ABORT]
+    assert (core.stats().blocks_used, core.has_work) == (0, False)

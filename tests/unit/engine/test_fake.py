@@ -10,7 +10,7 @@ from engine.config import EngineConfig, FakeConfig, ModelLimits
 from engine.errors import ConfigError, InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
 from engine.fake_device import SimulatedDevice, SimulatedTime
-from engine.plan import NO_TOKEN, AdmittedRow, BlockCopy, GrownRow, StepPlan
+from engine.plan import NO_TOKEN, AdmittedRow, Arrival, BlockCopy, GrownRow, Place, StepPlan, gpu, host
 from engine.request import SamplingParams
 from engine.scheduler.cost_file import CostKey, cost_key, save_costs
 from engine.scheduler.cost_table import CostTable
@@ -62,7 +62,7 @@ def test_a_row_may_share_a_full_block_and_copy_the_next_one():
     runner = make_runner()
     first_step(runner)
     sibling = row(1, [1, 2, 3, 4, 5, 6], [0, 2])
-    runner.submit(make_plan(2, [(1, 5, 1)], samples=[0], admitted=[sibling], copies=[BlockCopy(1, 2)]))
+    runner.submit(make_plan(2, [(1, 5, 1)], samples=[0], admitted=[sibling], copies=[BlockCopy(gpu(1), gpu(2))]))
 
 
 @pytest.mark.parametrize(
@@ -190,3 +190,98 @@ def test_build_sets_the_number_of_blocks_and_overlap():
     built = build_fake(EngineConfig(model="none", runner="fake"), LIMITS)
     assert (built.runner.num_blocks, built.config.overlap, built.config.max_model_len) == (4096, True, 100)
     assert build_fake(EngineConfig(model="none", runner="fake", overlap=False), LIMITS).config.overlap is False
+
+
+def test_a_plan_may_copy_blocks_and_have_no_slices():
+    runner = make_runner()
+    first_step(runner)
+    result = runner.submit(StepPlan(2, copies=[BlockCopy(gpu(1), gpu(2))])).result()
+    assert (result.step, result.tokens) == (2, [])
+    runner.submit(make_plan(3, [(1, 5, 1)], samples=[0], admitted=[row(1, [1, 2, 3, 4, 5, 6], [0, 2])]))
+
+
+def moved(runner: FakeRunner, *copies: tuple[Place, Place]) -> list[bool]:
+    """Submit a plan that only moves blocks, and return whether each move ended well."""
+    runner.submit(StepPlan(2, copies=[BlockCopy(src, dst) for src, dst in copies]))
+    return [ok for _, ok in runner.poll()]
+
+
+SIBLING = [1, 2, 3, 4, 5, 6]
+
+
+def read_back(runner: FakeRunner, first_block: int) -> None:
+    """Submit a step of a row whose first block is `first_block`, and that computes the rest itself."""
+    runner.submit(make_plan(3, [(1, 4, 2)], samples=[0], admitted=[row(1, SIBLING, [first_block, 7])]))
+
+
+def test_a_block_that_went_to_the_host_and_came_back_can_be_read():
+    runner = make_runner(host_slots=2)
+    first_step(runner)
+    assert moved(runner, (gpu(0), host(1))) == [True]
+    runner.submit(make_plan(3, [(2, 0, 4)], admitted=[row(2, [9, 9, 9, 9], [0])]))
+    assert moved(runner, (host(1), gpu(5))) == [True]
+    read_back(runner, 5)
+
+
+@pytest.mark.parametrize(
+    ("moves", "first_block"),
+    [
+        pytest.param([(gpu(0), host(1)), (host(0), gpu(5))], 5, id="slot that holds nothing"),
+        pytest.param([(gpu(0), host(1)), (host(1), gpu(5))], 5, id="loaded before it has arrived"),
+        pytest.param([(gpu(0), host(2))], 0, id="slot that does not exist"),
+        pytest.param([(gpu(3), host(0))], 0, id="block that holds nothing"),
+        pytest.param([(gpu(0), host(0))], 5, id="block that was not loaded"),
+    ],
+)
+def test_a_wrong_move_raises(moves, first_block):
+    runner = make_runner(host_slots=2)
+    first_step(runner)
+
+    def move_and_read() -> None:
+        moved(runner, *moves)
+        read_back(runner, first_block)
+
+    with pytest.raises(InternalError):
+        move_and_read()
+
+
+def test_a_block_that_is_read_before_its_move_has_arrived_raises():
+    runner = make_runner(host_slots=2)
+    first_step(runner)
+    moved(runner, (gpu(0), host(0)))
+    runner.submit(StepPlan(2, copies=[BlockCopy(host(0), gpu(5))]))
+    with pytest.raises(InternalError, match="before it is loaded"):
+        read_back(runner, 5)
+
+
+def test_a_slot_that_is_overwritten_while_it_is_read_raises():
+    runner = make_runner(host_slots=2)
+    first_step(runner)
+    runner.submit(make_plan(2, [(2, 0, 4)], admitted=[row(2, [9, 9, 9, 9], [2])]))
+    moved(runner, (gpu(0), host(0)))
+    with pytest.raises(InternalError, match="overwritten while it was read"):
+        moved(runner, (host(0), gpu(5)), (gpu(2), host(0)))
+
+
+def test_moves_take_time_one_after_the_other_and_begin_after_the_steps_before_them():
+    time = SimulatedTime(100.0)
+    simulated = FakeConfig(step_ms=20.0, block_bytes=10**9, host_gb_s=100.0)
+    device = SimulatedDevice(simulated, clock=time.clock, sleep=time.sleep)
+    runner = make_runner(host_slots=2, device=device, simulated=simulated)
+    first_step(runner)
+    runner.submit(StepPlan(2, copies=[BlockCopy(gpu(0), host(0)), BlockCopy(gpu(0), host(1))]))
+    assert (runner.poll(), time.now) == ([], 100.0)
+    assert (runner.poll(0.005), time.now) == ([], 100.005)
+    assert runner.poll(1.0) == [Arrival(host(0), True)]
+    assert time.now == pytest.approx(100.03)
+    time.now += 5.0
+    assert runner.poll() == [Arrival(host(1), True)]
+    assert runner.poll(1.0) == []
+    assert time.now == pytest.approx(105.03)  # a poll does not wait if no move is under way
+
+
+def test_a_share_of_the_moves_fails():
+    runner = make_runner(host_slots=1000, simulated=FakeConfig(failing_moves=0.25))
+    first_step(runner)
+    ended = moved(runner, *((gpu(0), host(slot)) for slot in range(1000)))
+    assert 200 < ended.count(False) < 300

@@ -284,3 +284,49 @@ def test_a_socket_that_cannot_be_made_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "missing" / "engine"
     with pytest.raises(ConfigError, match=rf"^the engine's socket {path} cannot be made: .*; set TMPDIR to another folder$"):
         EngineProcess(Core(build_fake(CONFIG, LIMITS)), f"ipc://{path}")
+
+
+class GatedMoves:
+    """Wraps a runner, whose moves between tiers arrive only while `gate` is set."""
+
+    def __init__(self, runner):
+        self.runner, self.num_blocks, self.num_compiled, self.submit = runner, runner.num_blocks, 0, runner.submit
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def poll(self, seconds=0.0):
+        return self.runner.poll() if self.gate.wait(seconds) else []
+
+    def prepare(self):
+        return False
+
+    def close(self):
+        self.runner.close()
+
+
+def test_the_loop_serves_others_and_sends_heartbeats_while_a_request_loads(start):
+    cache = msgspec.structs.replace(CONFIG.cache, block_size=4, num_blocks=8, host_tier_bytes=100)
+    config = msgspec.structs.replace(CONFIG, cache=cache, fake=FakeConfig(block_bytes=1), max_model_len=32)
+    engine = start(config)
+    runner = engine.core._runner = GatedMoves(engine.core._runner)
+    worker, params = engine.connect(), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+    def submit(name, prompt):
+        worker.send(Submit(request_id=name, prompt=pack_tokens(prompt), params=params, seed=0))
+
+    submit("first", range(20, 37))
+    first = worker.receive_events("first")
+    submit("filler", range(1, 30))  # evicts the blocks of the first request
+    worker.receive_events("filler")
+    while engine.core.has_work:
+        worker.receive()
+    runner.gate.clear()
+    submit("again", range(20, 37))
+    beats = 0
+    while beats < 3:
+        message = worker.receive()
+        beats += isinstance(message, Heartbeat) and message.stats.waiting == 1
+    submit("other", [1, 2, 3])
+    assert worker.receive_events("other")[1] is FinishReason.LENGTH
+    runner.gate.set()
+    assert worker.receive_events("again") == first

@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import InternalError
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import BlockCopy
+from engine.plan import BlockCopy, gpu
 from engine.request import Request, SamplingParams
 
 
@@ -159,11 +159,13 @@ def test_fork_shares_full_blocks_and_copies_the_partial_one(length, shared, copi
     manager = KVCacheManager(20, 4)
     leader = computed(manager, list(range(length)), "a")
     sibling = make_request(list(range(length)), "b")
-    copies = manager.fork(sibling, leader)
+    assert manager.fork(sibling, leader)
+    copies = manager.take_copies()
     assert sibling.num_computed == length - 1
     assert sibling.blocks[:shared] == leader.blocks[:shared]
     assert not set(sibling.blocks[shared:]) & set(leader.blocks)
-    assert copies == ([BlockCopy(leader.blocks[shared], sibling.blocks[shared])] if copied else [])
+    assert copies == ([BlockCopy(gpu(leader.blocks[shared]), gpu(sibling.blocks[shared]))] if copied else [])
+    assert manager.take_copies() == []
     manager.check([leader, sibling])
     manager.release(leader)
     manager.check([sibling])

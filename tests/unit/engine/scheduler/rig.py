@@ -28,6 +28,7 @@ class Rig:
         prefix_caching=True,
         max_model_len=1000,
         cost=None,
+        host_slots=0,
     ):
         self.now = 0.0
         self.limits = StepLimits(tokens=budget, seqs=rows, chunk=budget)
@@ -47,6 +48,7 @@ class Rig:
             blocks,
             cost=cost,
             clock=lambda: self.now,
+            host_slots=host_slots,
         )
 
     def add(

@@ -116,7 +116,7 @@ def test_a_sibling_that_ends_without_a_token_does_not_publish_its_failed_leaders
 
 
 def test_content_that_another_request_computed_by_itself_goes_too():
-    """It could stay, but then an entry might outlive its ancestors: see `PrefixIndex.withdraw`."""
+    """Content is known by its digest alone, so the block of the other request goes with the failed one's."""
     rig = Rig(budget=1000)
     own = rig.add("own", PROMPT, prompt_logprobs=0)
     bad = rig.add("bad", PROMPT, prompt_logprobs=0)

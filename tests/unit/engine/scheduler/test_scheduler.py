@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
-from engine.plan import StepResult
+from engine.plan import BlockCopy, StepResult, gpu
 from engine.request import FinishReason, Status, TokenEvent, TokenLogprobs
 from tests.unit.engine.scheduler.rig import Rig, slices
 
@@ -312,7 +312,7 @@ def test_a_sibling_waits_for_its_leaders_prompt_and_then_shares_it():
     assert sibling.status is Status.WAITING
     third = rig.schedule()
     assert slices(third) == [(leader.row, 10, 1), (sibling.row, 9, 1)]
-    assert third.copies == [(leader.blocks[2], sibling.blocks[2])]
+    assert third.copies == [BlockCopy(gpu(leader.blocks[2]), gpu(sibling.blocks[2]))]
     assert sibling.blocks[:2] == leader.blocks[:2]
     assert third.samples == [0, 1]
     for plan in (first, second, third):

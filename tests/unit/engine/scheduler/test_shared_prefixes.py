@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from engine.kvcache.prefix import Chain, PrefixIndex
+from engine.kvcache.chain import Chain
+from engine.kvcache.prefix import PrefixIndex
 from engine.request import Request, Status
 from engine.scheduler.admission import MAX_BLOCKED, MAX_DEFERRED, MAX_STALLED
 from tests.unit.engine.scheduler.rig import Rig, slices
@@ -153,7 +154,7 @@ def test_the_wait_for_a_request_that_does_not_advance_is_bounded():
     assert rig.scheduler.cache.admit(rig.scheduler._requests["urgent"])
     waiting = rig.add("waiting", PREFIX, priority=-1)
     admission = rig.scheduler._prompts._admission
-    admitted_at = next(look for look in range(100) if any(r is waiting for r, _ in admission.admissible([], 0.0, 8)))
+    admitted_at = next(look for look in range(100) if any(r is waiting for r in admission.admissible([], 0.0, 8)))
     assert slow.num_computed == 8
     assert admitted_at == 1 + MAX_STALLED  # the first look sees `slow` advance; the others do not
     assert waiting.num_computed == 8  # `waiting` shares the blocks that `slow` has computed
@@ -163,13 +164,13 @@ def test_the_wait_for_a_request_that_does_not_advance_is_bounded():
 def lookups(monkeypatch):
     """Count the look-ups of blocks in the prefix index. The fixture is a list whose only element is the count."""
     count = [0]
-    find = PrefixIndex._find
+    find = PrefixIndex.find
 
-    def counted(self, link, parent):
+    def counted(self, digest):
         count[0] += 1
-        return find(self, link, parent)
+        return find(self, digest)
 
-    monkeypatch.setattr(PrefixIndex, "_find", counted)
+    monkeypatch.setattr(PrefixIndex, "find", counted)
     return count
 
 
@@ -222,7 +223,7 @@ def test_a_remembered_match_is_what_a_new_match_finds(seed):
             rig.commit(plan)
         for request in rig.scheduler._queue:
             cache.match(request)
-            remembered, fresh = cache._chains[request], Chain(request.salt, request.tokens)
+            remembered, fresh = cache._chains[request], Chain(cache._identity, request.salt, request.tokens)
             cache._index.match(fresh, (len(request.tokens) - 1) // BLOCK)
             assert all(a is b for a, b in zip(remembered.matched, fresh.matched, strict=True))
             if cache._pool.num_released < remembered.retry_at:

@@ -1,6 +1,6 @@
 """Tests of the statistics that several engines have together."""
 
-from engine.messages import EngineStats
+from engine.messages import EngineStats, TierStats
 from server.engines.stats import combined
 
 
@@ -33,3 +33,13 @@ def test_policies_are_listed_once_and_changes_are_added_by_reason():
     ]
     total = combined(engines)
     assert (total.batching, total.limit_changes) == ("aimd,model", {"fast_steps": 1, "slow_step": 5})
+
+
+def test_tiers_are_added_up_by_name():
+    engines = [
+        EngineStats(tiers={"host": TierStats(blocks_used=1, blocks_limit=4, cached_tokens=10, num_demoted=3)}),
+        EngineStats(tiers={"host": TierStats(blocks_used=2, blocks_limit=4, num_promoted=5)}),
+        EngineStats(),
+    ]
+    added = TierStats(blocks_used=3, blocks_limit=8, cached_tokens=10, num_demoted=3, num_promoted=5)
+    assert combined(engines).tiers == {"host": added}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import EngineStats
+from engine.messages import EngineStats, TierStats
 from engine.slo import SLO_CLASSES
 from server.engines.base import EngineHealth
 from server.metrics.registry import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Metrics
@@ -231,6 +231,25 @@ def test_the_batchs_limits_and_the_predictions_are_shown():
     }
     assert found["tidegate_engine_work_seconds", ()] == 4.5
     assert found["tidegate_engine_device_seconds_total", ()] == 9.5
+
+
+def test_hits_of_all_tiers_add_up_and_each_lower_tier_has_its_own_metrics():
+    tier = TierStats(blocks_used=7, blocks_limit=9, cached_tokens=30, num_demoted=4, num_promoted=3, num_failed=2, num_evicted=1)
+    stats = EngineStats(cached_tokens=100, waiting=5, loading=2, tiers={"host": tier})
+    found = samples(Metrics("m", lambda: EngineHealth(ready=True, stats=stats)))
+    host = (("tier", "host"),)
+    assert {key: value for key, value in found.items() if key[0].startswith("tidegate_tier_")} == {
+        ("tidegate_tier_hits_tokens_total", (("tier", "gpu"),)): 70,
+        ("tidegate_tier_hits_tokens_total", host): 30,
+        ("tidegate_tier_blocks_used", host): 7,
+        ("tidegate_tier_blocks_limit", host): 9,
+        ("tidegate_tier_demoted_blocks_total", host): 4,
+        ("tidegate_tier_promoted_blocks_total", host): 3,
+        ("tidegate_tier_failed_moves_total", host): 2,
+        ("tidegate_tier_evicted_blocks_total", host): 1,
+    }
+    assert found["tidegate_prefix_cache_hits_tokens_total", ()] == 100
+    assert found["tidegate_engine_requests_loading", ()] == 2
 
 
 def test_refusals_and_dropped_log_lines_are_counted():

@@ -1,0 +1,145 @@
+"""SimulatedBlocks: what each place of a KV cache holds, so that FakeRunner finds every step that would read anything else.
+
+Each slot of a block remembers the prefix whose KV was written to it, in pools of all kinds (`PoolKind`). This finds wrong block
+tables, missing copies, writes to shared blocks, wrong positions, and moves between tiers that are wrong or used before they have
+arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engine.errors import InternalError
+from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, StepPlan, Tier
+
+MASK = (1 << 64) - 1
+
+Record = list[int | None]
+"""What one pool holds of a block: for each slot, or for the one state, a hash of the tokens up to and including its own. It is
+None if it was never written, or is garbage."""
+
+Content = list[Record]
+"""The records of a block, one for each kind of pool."""
+
+
+class SliceOfRow(NamedTuple):
+    """A slice, with the tokens and the block table of its row."""
+
+    tokens: Sequence[int]
+    blocks: list[int]
+    start: int
+    end: int
+
+
+class _Move(NamedTuple):
+    src: Place
+    content: Content  # of the source when the move began
+
+
+class SimulatedBlocks:
+    """Holds the content of all GPU blocks and host slots, with a pool of each of `kinds`."""
+
+    def __init__(self, num_blocks: int, block_size: int, host_slots: int = 0, kinds: tuple[PoolKind, ...] = PER_TOKEN) -> None:
+        self._block_size = block_size
+        self._kinds = kinds
+        self._content: dict[Tier, list[Content]] = {
+            tier: [self._garbage() for _ in range(num)] for tier, num in ((Tier.GPU, num_blocks), (Tier.HOST, host_slots))
+        }
+        self._moves: dict[Place, _Move] = {}  # destination -> move under way
+
+    def run(self, plan: StepPlan, slices: Sequence[SliceOfRow]) -> None:
+        """Run the copies and then all slices. What a slice reads must be what the tokens before it have written."""
+        for copy in plan.copies:
+            self._copy(copy)
+        if len(set(plan.rows)) != len(plan.rows):
+            raise InternalError("a row occurs twice in a step")
+        prefixes = [_prefixes(one.tokens[: one.end]) for one in slices]
+        for one, prefix in zip(slices, prefixes, strict=True):
+            if len(prefix) != one.end or one.end > len(one.blocks) * self._block_size:
+                raise InternalError(f"positions {one.start} to {one.end} of {len(one.tokens)} tokens in {len(one.blocks)} blocks")
+            self._read_states(one, prefix)
+        for one, prefix in zip(slices, prefixes, strict=True):
+            self._write(one, prefix)
+        for one, prefix in zip(slices, prefixes, strict=True):
+            self._read_tokens(one, prefix)
+
+    def _read_states(self, one: SliceOfRow, prefix: list[int]) -> None:
+        for at, kind in enumerate(self._kinds):
+            if kind.name == "state" and one.start:
+                block = one.blocks[(one.start - 1) // self._block_size]
+                if self._block(block)[at] != [prefix[one.start - 1]]:
+                    raise InternalError(
+                        f"block {block} does not hold the state before position {one.start} of the row that reads it"
+                    )
+
+    def _write(self, one: SliceOfRow, prefix: list[int]) -> None:
+        for at, kind in enumerate(self._kinds):
+            if kind.name == "state":
+                self._block(one.blocks[(one.end - 1) // self._block_size])[at] = [prefix[one.end - 1]]
+                continue
+            for position in range(one.start, one.end):
+                self._block(one.blocks[position // self._block_size])[at][position % self._block_size] = prefix[position]
+
+    def _read_tokens(self, one: SliceOfRow, prefix: list[int]) -> None:
+        """Read what each token of the slice attends to: all tokens before it, or those of its window, which includes itself."""
+        for at, kind in enumerate(self._kinds):
+            if kind.name == "state":
+                continue
+            first = max(0, one.start + 1 - kind.window) if kind.name == "window" else 0
+            for position in range(first, one.end):
+                block = one.blocks[position // self._block_size]
+                if self._block(block)[at][position % self._block_size] != prefix[position]:
+                    raise InternalError(f"block {block} does not hold position {position} of the row that reads it")
+
+    def arrive(self, arrival: Arrival) -> None:
+        """End a move. If it failed, its destination holds garbage."""
+        dst, ok = arrival
+        move = self._moves.pop(dst)
+        if move.src.tier is not Tier.GPU and self._at(move.src) != move.content:
+            raise InternalError(f"{move.src} was overwritten while it was read")
+        if ok:
+            self._put(dst, move.content)
+
+    def _copy(self, copy: BlockCopy) -> None:
+        src, dst = copy
+        if src in self._moves or dst in self._moves:
+            raise InternalError(f"a copy from {src} to {dst}, of which one is about to be written by a move")
+        content = [record.copy() for record in self._at(src)]
+        if not copy.is_move:
+            self._put(dst, content)
+            return
+        if any(None in record for kind, record in zip(self._kinds, content, strict=True) if kind.name == "token"):
+            raise InternalError(f"{src} is moved, and holds no block")
+        self._put(dst, self._garbage())
+        self._moves[dst] = _Move(src, content)
+
+    def _garbage(self) -> Content:
+        return [[None] if kind.name == "state" else [None] * self._block_size for kind in self._kinds]
+
+    def _block(self, block: int) -> Content:
+        if Place(Tier.GPU, block) in self._moves:
+            raise InternalError(f"block {block} is used before it is loaded")
+        return self._content[Tier.GPU][block]
+
+    def _at(self, place: Place) -> Content:
+        return self._content[place.tier][place.number]
+
+    def _put(self, place: Place, content: Content) -> None:
+        if not 0 <= place.number < len(self._content[place.tier]):
+            raise InternalError(f"{place} does not exist: the tier holds {len(self._content[place.tier])} blocks")
+        self._content[place.tier][place.number] = content
+
+
+def mix(state: int, value: int) -> int:
+    state = (state ^ value) * 0xBF58476D1CE4E5B9 & MASK
+    return state ^ state >> 29
+
+
+def _prefixes(tokens: Sequence[int]) -> list[int]:
+    """Return a hash of tokens[: i + 1] for each i."""
+    state, out = 1, []
+    for token in tokens:
+        state = mix(state + 1, token)
+        out.append(state)
+    return out

@@ -1,0 +1,140 @@
+"""LowerTier: which blocks a tier below the GPU holds, and which of them makes room for the next one.
+
+    free      the slot holds nothing
+    idle      its content is found by the digest; the least recently used idle slot is the next to be overwritten
+    moving    a move writes or reads it, so it is pinned; its content is found once it has arrived
+
+The tier knows digests and slot numbers only. `manager.py` decides what is moved, and the runner moves it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import msgspec
+
+from engine.errors import InternalError
+from engine.plan import Place, Tier
+
+
+class Slot(msgspec.Struct, gc=False, eq=False):
+    """Describes the content of one slot."""
+
+    number: int
+    digest: bytes
+    family: bytes  # digest of the first block of the prefix
+    mask: int  # kinds of pools whose records it holds
+    pins: int = 0  # moves that write or read the slot now
+    ready: bool = False  # the content has arrived
+    listed: bool = True  # the content counts; if not, the slot becomes free once no move needs it
+
+
+class LowerTier:
+    """Holds at most `num_slots` blocks. All operations are O(1), except `withdraw` and `check`."""
+
+    __slots__ = ("_by_digest", "_free", "_idle", "_moving", "num_evicted", "num_slots", "tier")
+
+    def __init__(self, tier: Tier, num_slots: int) -> None:
+        self.tier = tier
+        self.num_slots = num_slots
+        self.num_evicted = 0  # blocks whose content was overwritten by another, since the start
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._by_digest: dict[bytes, Slot] = {}  # the listed slots
+        self._idle: OrderedDict[bytes, Slot] = OrderedDict()  # listed slots that no move needs, least recently used first
+        self._moving: dict[int, Slot] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def find(self, digest: bytes) -> Slot | None:
+        """Return the slot with this content, if the content has arrived."""
+        slot = self._by_digest.get(digest)
+        return slot if slot is not None and slot.ready else None
+
+    def touch(self, digest: bytes, mask: int) -> bool:
+        """Note that content with the records of `mask` was used. Returns False if the tier does not have all of them, and is not
+        about to get them. Content that lacks some of them is forgotten."""
+        slot = self._by_digest.get(digest)
+        if slot is None:
+            return False
+        if slot.mask & mask != mask:
+            self.drop(slot)
+            return False
+        if not slot.pins:
+            self._idle.move_to_end(digest)
+        return True
+
+    def take(self, digest: bytes, family: bytes, mask: int) -> Slot | None:
+        """Return a pinned slot for content that the tier does not have. Returns None if all slots are pinned.
+
+        The least recently used content is lost if no slot is free.
+        """
+        if self._free:
+            number = self._free.pop()
+        elif self._idle:
+            _, old = self._idle.popitem(last=False)
+            del self._by_digest[old.digest]
+            number = old.number
+            self.num_evicted += 1
+        else:
+            return None
+        slot = self._by_digest[digest] = self._moving[number] = Slot(number, digest, family, mask, pins=1)
+        return slot
+
+    def pin(self, slot: Slot) -> None:
+        """Keep the content of `slot` until `unpin` is called as often."""
+        self._idle.pop(slot.digest, None)
+        self._moving[slot.number] = slot
+        slot.pins += 1
+
+    def unpin(self, slot: Slot) -> None:
+        """End one move that needs `slot`. Without any, the slot is the most recently used one, or free."""
+        slot.pins -= 1
+        if slot.pins:
+            return
+        del self._moving[slot.number]
+        if slot.listed:
+            self._idle[slot.digest] = slot
+        else:
+            self._free.append(slot.number)
+
+    def arrived(self, number: int, *, ok: bool) -> None:
+        """End the move that writes slot `number`. If it failed, the slot holds nothing."""
+        slot = self._moving[number]
+        slot.ready = True
+        if not ok:
+            self.drop(slot)
+        self.unpin(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """Forget the content of a slot, because it may be wrong."""
+        if not slot.listed:
+            return
+        slot.listed = False
+        del self._by_digest[slot.digest]
+        if self._idle.pop(slot.digest, None) is not None:
+            self._free.append(slot.number)
+
+    def withdraw(self, family: bytes) -> None:
+        """Forget all contents of a family, because they may be wrong. The cost grows with the size of the tier."""
+        for slot in [slot for slot in self._by_digest.values() if slot.family == family]:
+            self.drop(slot)
+
+    def place(self, slot: Slot) -> Place:
+        return Place(self.tier, slot.number)
+
+    def check(self) -> None:
+        """Raise InternalError unless each slot is free, idle or moving, once, and is found by its digest if it is listed."""
+        name = self.tier.name
+        numbers = sorted([*self._free, *(slot.number for slot in self._idle.values()), *self._moving])
+        if numbers != list(range(self.num_slots)):
+            raise InternalError(f"tier {name}: slots are lost, listed twice, or more than {self.num_slots}")
+        for slot in [*self._idle.values(), *self._moving.values()]:
+            if slot.listed != (self._by_digest.get(slot.digest) is slot):
+                raise InternalError(f"tier {name}: slot {slot.number} is not found by its digest, or though it is dropped")
+        if any(slot.pins or not slot.ready or not slot.listed for slot in self._idle.values()):
+            raise InternalError(f"tier {name}: an idle slot is pinned or without content")
+        if any(slot.pins < 1 or self._moving[number].number != number for number, slot in self._moving.items()):
+            raise InternalError(f"tier {name}: a moving slot is not pinned")
+        if len(self._by_digest) > len(self._idle) + len(self._moving):
+            raise InternalError(f"tier {name}: a digest leads to a slot that is neither idle nor moving")
