@@ -65,9 +65,9 @@ class Core:
         self._limits = msgspec.structs.replace(
             built.limits, max_model_len=built.config.max_model_len or built.limits.max_model_len
         )
-        key, folder = cost_key(built.config, built.device), built.config.batching.cost_folder
-        learnt = None if folder is None or built.config.offline else LearntCosts(folder, key)
-        cost = seeded_cost(built.config, key, None if learnt is None else learnt.read())
+        key, batching = cost_key(built.config, built.device), built.config.batching
+        learnt = None if batching.cost_folder is None or built.config.offline else LearntCosts(batching.cost_folder, key)
+        cost = seeded_cost(built.config, key, learnt.read() if learnt is not None and batching.cost_file is None else None)
         self._keeper = None if learnt is None else CostKeeper(cost, learnt, clock)
         self._controller = make_controller(built.config, cost)
         self._scheduler = Scheduler(
@@ -227,9 +227,9 @@ class Core:
         Running and waiting requests get no event: whoever submitted them can submit them again.
         """
         self._in_flight = None
+        self._runner.close()
         if self._keeper is not None:
             self._keeper.close()
-        self._runner.close()
 
     def _plain_step(self, began: float) -> list[TokenEvent]:
         plan = self._scheduler.schedule(self._step_limits())

@@ -22,6 +22,7 @@ BENCHMARKS = {
     "scheduler": "schedule + commit at 256 running requests, microseconds a step",
     "api": "an API worker's CPU per streamed token, 256 streams on FakeRunner",
     "disk": "writes and verified reads of the disk tier in build/, GB/s by record size and threads",
+    "tiers": "time to first token of 3,500 tokens from the host tier, beside computing them, with Tidepool",
     "cpu": "tokens/s on this CPU beside transformers.generate, 0.1B parameters, float32",
 }
 

@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import cdiv
-
 MOST_PARTS = 32  # one program merges the parts of a tile, so more of them would take longer to merge than they save
 MERGED_ROWS = 16  # rows that are merged at a time; more would not fit into the registers beside the kernel's own
 UNROLLED = tl.constexpr(4)  # parts whose loads are in flight together
@@ -26,10 +24,11 @@ UNROLLED = tl.constexpr(4)  # parts whose loads are in flight together
 def share(tiles, programs, MOST: tl.constexpr):
     """Share the programs of the grid's first dimension out to `tiles` tiles. Returns (tile, part, parts of each tile at most).
 
-    There is no work for a program whose tile is not below `tiles`. At most `programs` programs attend if tiles are divided.
+    There is no work for a program whose tile is not below `tiles`. At most `programs` programs attend if tiles are divided; the
+    grid has no fewer.
     """
     program = tl.program_id(0)
-    parts = tl.minimum(tl.num_programs(0), programs) // tl.maximum(tiles, 1)
+    parts = programs // tl.maximum(tiles, 1)
     parts = tl.maximum(tl.minimum(parts, MOST), 1)
     return program // parts, program % parts, parts
 
@@ -91,5 +90,5 @@ def grid(num_tiles: int, groups: int, num_programs: int) -> tuple[int, int, int]
 
 def places(num: int, rows: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return memory for `num` parts of [rows, dim] numbers and for their log-sum-exps [num, rows], float32 each."""
-    lse = torch.empty(cdiv(num * rows, 4) * 4, dtype=torch.float32, device=device)
-    return torch.empty(num, rows, dim, dtype=torch.float32, device=device), lse
+    acc = torch.empty(num, rows, dim, dtype=torch.float32, device=device)
+    return acc, torch.empty(num, rows, dtype=torch.float32, device=device)

@@ -24,6 +24,7 @@ from engine.scheduler.step_cost import StepCost
 
 SETTING = "batching.cost_folder"
 KEEP_SECONDS = 300.0  # an engine that dies loses what it learnt within this time
+CLOSE_SECONDS = 2.0  # a disk that takes longer does not delay the end of the engine
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +100,16 @@ class CostKeeper:
             self._writer.start()
 
     def close(self) -> None:
-        """Write what was learnt last."""
+        """Write what was learnt last. Gives up, and says so in the log, after CLOSE_SECONDS."""
         if self._writer is not None:
-            self._writer.join()
-        table = self._cost.learnt
-        if table is not None:
-            self._file.write(table)
+            self._writer.join(CLOSE_SECONDS)
+        if self._writer is None or not self._writer.is_alive():
+            self._due_at = self._clock()
+            self.keep()
+        if self._writer is not None:
+            self._writer.join(CLOSE_SECONDS)
+            if self._writer.is_alive():
+                log.warning("learnt step costs are not written in time", extra={"path": str(self._file.path)})
 
 
 def _file_name(key: CostKey) -> str:

@@ -43,7 +43,8 @@ class Intake:
                 param="max_tokens",
             )
         waiting = Held(len(self._queue), self._queue.num_tokens)
-        why = self._shares.refusal(request.tenant, len(request.tokens), waiting, self._queue.held_by(request.tenant))
+        self._shares.note(request.tenant)
+        why = self._shares.refusal(len(request.tokens), waiting, self._queue.held_by(request.tenant))
         if why is not None:
             seconds = self._forecast.waiting_seconds(limits)
             raise Overloaded(f"{why}: try again later", retry_after=seconds / waiting.requests)

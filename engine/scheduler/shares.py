@@ -31,17 +31,19 @@ class QueueShares:
         self._shared = False  # whether another tenant has sent a request too
 
     def note(self, tenant: str) -> None:
-        """Take note of a request of `tenant`, which may not have to wait."""
+        """Take note of a request of `tenant`, whether it has to wait, and may, or not.
+
+        A request that finds the queue full of another tenant's thus makes room for those that follow it.
+        """
         if self._first is None:
             self._first = tenant
         self._shared = self._shared or tenant != self._first
 
-    def refusal(self, tenant: str, tokens: int, waiting: Held, own: Held, *, more: int = 0) -> str | None:
-        """Return why a new request of `tenant` with so many `tokens` may not wait. None if it may.
+    def refusal(self, tokens: int, waiting: Held, own: Held, *, more: int = 0) -> str | None:
+        """Return why a new request of so many `tokens` may not wait. None if it may. Its tenant must have been noted.
 
         `waiting` is what waits already, and `own` the part of it that is the tenant's. `more` requests may wait beyond the bound.
         """
-        self.note(tenant)
         free = Held(self._most.requests + more - waiting.requests, self._most.tokens - waiting.tokens)
         if free.requests < 1 or (waiting.tokens and tokens > free.tokens):
             return f"{waiting.requests} requests with {waiting.tokens} tokens are already waiting"

@@ -182,7 +182,7 @@ class EngineClient:
             raise EngineUnavailable(self._why_not_ready() or "the engine is restarting")
         max_num_seqs = sum(link.info.max_num_seqs for link in self._links if link.info is not None)
         waiting, own = self._held(None), self._held(submit.tenant)
-        why = self._shares.refusal(submit.tenant, submit.num_prompt, waiting, own, more=max_num_seqs)
+        why = self._shares.refusal(submit.num_prompt, waiting, own, more=max_num_seqs)
         if why is not None:
             raise Overloaded(f"the engine is restarting, and {why}: try again later")
 

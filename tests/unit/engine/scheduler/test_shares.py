@@ -18,7 +18,8 @@ class Queue:
     def offer(self, tenant: str) -> bool:
         total, own = sum(self.held.values()), self.held.get(tenant, 0)
         waiting, mine = (Held(num, num * self.tokens) for num in (total, own))
-        if self.shares.refusal(tenant, self.tokens, waiting, mine) is not None:
+        self.shares.note(tenant)
+        if self.shares.refusal(self.tokens, waiting, mine) is not None:
             return False
         self.held[tenant] = own + 1
         return True
@@ -75,14 +76,16 @@ def test_two_floods_end_with_equal_parts():
 
 def test_a_long_prompt_waits_where_nothing_else_waits():
     shares = QueueShares(10, 100)
-    assert shares.refusal("a", 1000, NOTHING, NOTHING) is None
-    assert shares.refusal("b", 101, Held(1, 10), NOTHING) == "1 requests with 10 tokens are already waiting"
+    assert shares.refusal(1000, NOTHING, NOTHING) is None
+    assert shares.refusal(101, Held(1, 10), NOTHING) == "1 requests with 10 tokens are already waiting"
 
 
 def test_a_refusal_says_whose_requests_wait():
     shares = QueueShares(18, 100)
-    assert shares.refusal("calm", 1, NOTHING, NOTHING) is None
-    assert "16 requests with 16 tokens of this tenant" in shares.refusal("flood", 1, Held(16, 16), Held(16, 16))
+    assert shares.refusal(1, Held(16, 16), Held(16, 16)) is None
+    shares.note("flood")
+    shares.note("calm")
+    assert "16 requests with 16 tokens of this tenant" in shares.refusal(1, Held(16, 16), Held(16, 16))
 
 
 @given(
