@@ -15,6 +15,7 @@ from engine.errors import ConfigError
 STEP_TOKENS = 8192  # default of max_step_tokens on a GPU
 OFFLINE_STEP_TOKENS = 16384  # default of max_step_tokens for an offline engine on a GPU: a long step delays no stream there
 CPU_STEP_TOKENS = 512
+MAX_HOST_SLOTS = 1 << 24  # the lists of more blocks would fill the memory of a small machine
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -159,11 +160,20 @@ def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> En
 
 
 def host_slots(config: EngineConfig, block_bytes: int) -> int:
-    """Return how many blocks of so many bytes the host tier holds. Raises ConfigError if it is on and cannot hold one."""
+    """Return how many blocks of so many bytes the host tier holds.
+
+    Raises ConfigError if it is on and cannot hold one, or if it would hold more than MAX_HOST_SLOTS.
+    """
     size = config.cache.host_tier_bytes
     if 0 < size < block_bytes:
         raise ConfigError(
             f"cache.host_tier_bytes is {size}, and one block takes {block_bytes}: raise it, or set it to 0 for no host tier",
+            param="cache.host_tier_bytes",
+        )
+    if size // block_bytes > MAX_HOST_SLOTS:
+        raise ConfigError(
+            f"cache.host_tier_bytes is {size}, which is {size // block_bytes} blocks of {block_bytes} bytes: the host tier holds "
+            f"at most {MAX_HOST_SLOTS} blocks, so set at most {MAX_HOST_SLOTS * block_bytes}",
             param="cache.host_tier_bytes",
         )
     return size // block_bytes

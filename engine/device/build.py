@@ -74,7 +74,7 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         )
     storage = _allocate(backend, fitted, param="cache.num_blocks" if num_blocks else _memory_param(fitted))
     clock.end("memory")
-    slots = _host_slots(fitted, storage.record_bytes)
+    slots = _host_slots(fitted, storage)
     runner = TorchRunner(backend, storage, fitted, limits, compiles=compiles, host_slots=slots)
     clock.end("runner")
     if not config.offline:
@@ -139,15 +139,21 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     return min(available // each, MAX_BLOCKS)
 
 
-def _host_slots(config: EngineConfig, record_bytes: int) -> int:
-    """Return how many blocks the host tier holds. Raises ConfigError if it is too small or too large."""
-    free = capacity.free_bytes(torch.device("cpu"))
-    if free is not None and config.cache.host_tier_bytes > free:
+def _host_slots(config: EngineConfig, storage: KVStorage) -> int:
+    """Return how many blocks the host tier holds. Raises ConfigError if it is too small or too large.
+
+    On a CPU the KV cache lies in the same memory, whose pages are taken as they are written to.
+    """
+    free, size, beside = capacity.free_bytes(torch.device("cpu")), config.cache.host_tier_bytes, ""
+    if free is not None and config.device == "cpu":
+        kv_bytes = storage.num_blocks * storage.record_bytes
+        free, beside = max(0, free - kv_bytes), f" beside the KV cache of {kv_bytes}"
+    if free is not None and size > free:
         raise ConfigError(
-            f"cache.host_tier_bytes is {config.cache.host_tier_bytes}, and the host has {free} bytes free: set a smaller one",
+            f"cache.host_tier_bytes is {size}, and the host has {free} bytes free{beside}: set a smaller one",
             param="cache.host_tier_bytes",
         )
-    return host_slots(config, record_bytes)
+    return host_slots(config, storage.record_bytes)
 
 
 def _memory_param(config: EngineConfig) -> str:

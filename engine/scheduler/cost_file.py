@@ -124,7 +124,7 @@ def _check_version(data: bytes, path: str | Path, setting: str) -> None:
     """Check the version before anything else: a file of another version may have other keys."""
     try:
         content = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:  # the latter for a file of brackets in brackets
         raise _wrong(path, f"it is not a complete JSON document ({error})", setting) from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION or isinstance(version, bool):

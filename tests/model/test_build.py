@@ -176,7 +176,7 @@ def test_the_host_tier_has_as_many_slots_as_fit_into_its_bytes(config, size, slo
     ("cache", "message"),
     [
         ({"host_tier_bytes": BLOCK_BYTES - 1}, f"is {BLOCK_BYTES - 1}, and one block takes {BLOCK_BYTES}"),
-        ({"host_tier_bytes": 1 << 60}, "bytes free: set a smaller one"),
+        ({"host_tier_bytes": 1 << 60}, f"bytes free beside the KV cache of {8 * BLOCK_BYTES}: set a smaller one"),
         ({"host_tier_bytes": 1 << 20, "prefix_caching": False}, "Turn prefix_caching on"),
         ({"host_tier_bytes": -1}, "it must be at least 0"),
     ],

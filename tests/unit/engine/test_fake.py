@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from engine.config import EngineConfig, FakeConfig, ModelLimits
+from engine.config import CacheConfig, EngineConfig, FakeConfig, ModelLimits
 from engine.errors import ConfigError, InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
 from engine.fake_device import SimulatedDevice, SimulatedTime
@@ -285,3 +285,10 @@ def test_a_share_of_the_moves_fails():
     first_step(runner)
     ended = moved(runner, *((gpu(0), host(slot)) for slot in range(1000)))
     assert 200 < ended.count(False) < 300
+
+
+def test_a_host_tier_of_too_many_blocks_is_refused_by_name():
+    config = EngineConfig(model="", runner="fake", cache=CacheConfig(host_tier_bytes=10**23))
+    with pytest.raises(ConfigError, match="the host tier holds at most 16777216 blocks") as refused:
+        build_fake(config, LIMITS)
+    assert refused.value.param == "cache.host_tier_bytes"

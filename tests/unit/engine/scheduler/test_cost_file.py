@@ -104,6 +104,10 @@ def test_a_torn_file_is_refused(path):
     assert "version is None" in refusal(path, "[]")
 
 
+def test_a_file_of_brackets_in_brackets_is_refused(path):
+    assert "it is not a complete JSON document" in refusal(path, "[" * 200_000)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     assert "cannot be read (No such file or directory): name a cost file" in refusal(tmp_path / "none.json")
     assert "cannot be read (Is a directory)" in refusal(tmp_path)
