@@ -209,13 +209,13 @@ def scaled(table: CostTable, factor: float) -> CostTable:
 
 
 def check(base: Machine, _: float) -> Iterator[Row]:
-    """The requests of the run at 30 requests/s that docs/gpu.md reports, before there was a controller."""
-    load = poisson(30, 15, CHAT, seed=7 + 30_000)
-    for between in (0.05e-3, 0.5e-3, 1e-3, base.between, 2e-3):
-        run = simulate(load, base._replace(policy="fixed", between=between))
-        found = outcome(run.served, 15)
-        names = ("ttft_ms", "gap_ms", "tpot_ms", "e2e_ms", "goodput")
-        yield {"between_ms": between * 1e3, **{name: getattr(found, name) for name in names}}
+    """The requests of the runs on an H200 with which docs/batching.md compares the simulation (`online.jsonl`)."""
+    names = ("goodput", "refused", "ttft_ms", "gap_ms", "tpot_ms", "e2e_ms")
+    for between in (0.05e-3, base.between, 0.6e-3, 1e-3):
+        for rate in RATES:
+            load = poisson(rate, 15, CHAT, interactive(promised=True), seed=7 + 1000 * rate)
+            found = outcome(simulate(load, base._replace(policy="model", between=between)).served, 15)
+            yield {"between_ms": between * 1e3, "rate": rate, **{name: getattr(found, name) for name in names}}
 
 
 STUDIES: dict[str, Study] = {

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import msgspec
 from rich.console import Console
 
-from engine.config import BatchingConfig
+from engine.config import BatchingConfig, SchedulerConfig
 from engine.core import RUNNERS
 from engine.errors import ConfigError
 from engine.plan import BuiltRunner
@@ -159,7 +159,7 @@ def run(settings: Settings, *, out: Path, rounds: int = ROUNDS, record: Path | N
         found = measure(built, rounds, console)
     finally:
         built.runner.close()
-    fitted = fit(built, found)
+    fitted = fit(built.config.scheduler, found)
     key = cost_key(built.config, built.device)
     if fitted.error > MOST_ERROR:
         raise ConfigError(
@@ -204,9 +204,8 @@ def measure(built: BuiltRunner, rounds: int, console: Console) -> list[Observati
     return bench.observations
 
 
-def fit(built: BuiltRunner, found: list[Observation]) -> Fitted:
-    """Fit a table to four fifths of the steps, and compare it with the rest."""
-    scheduler = built.config.scheduler
+def fit(scheduler: SchedulerConfig, found: list[Observation]) -> Fitted:
+    """Fit a table to four fifths of the steps, and compare it with the rest. `scheduler` has the sizes of the table."""
     cost = StepCost.of_size(scheduler.max_num_seqs, scheduler.max_step_tokens or scheduler.max_num_seqs)
     rng = random.Random(SEED)
     shuffled = rng.sample(found, len(found))

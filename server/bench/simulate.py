@@ -25,10 +25,9 @@ from engine.request import FinishReason, SamplingParams
 from engine.scheduler.cost_table import CostTable
 from server.bench.loads import Arrival
 
-# Seconds in which the device is idle before each step. With this figure a simulation has the times between tokens of the server
-# that docs/gpu.md measured at 30 requests/s ("The first minute of a server"); docs/batching.md compares them. An offline engine
-# has 0.05 ms.
-BETWEEN = 1.5e-3
+# Seconds in which the device is idle before each step. docs/batching.md compares simulations with an H200: with less, first
+# tokens come too early, and with more, the times between tokens are too long. An offline engine has 0.05 ms.
+BETWEEN = 0.3e-3
 SAMPLE_SECONDS = 0.05  # simulated time between two looks at the limits
 _TOKEN = 10
 _LIMITS = ModelLimits(max_model_len=131_072, vocab_size=1 << 30, eos_token_ids=(), dtype="bfloat16")

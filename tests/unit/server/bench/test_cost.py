@@ -41,7 +41,7 @@ def built(tmp_path, *, noise: float = 0.0):
 def test_the_costs_of_a_known_device_are_found(tmp_path):
     device = built(tmp_path)
     found = cost.measure(device, 2, Console(quiet=True))
-    fitted = cost.fit(device, found)
+    fitted = cost.fit(device.config.scheduler, found)
     assert fitted.error < 0.02
     assert fitted.held_out == pytest.approx(len(found) / 5, abs=1)
     for shape in (StepShape(1, 300, 0, 0), StepShape(8, 2000, 0, 0), StepShape(32, 8000, 0, 0), StepShape(20, 4000, 100, 50_000)):
@@ -59,7 +59,7 @@ def test_the_steps_have_all_numbers_of_rows_and_chunks_of_all_sizes(tmp_path):
 
 def test_costs_that_vary_are_off_by_as_much(tmp_path):
     device = built(tmp_path, noise=0.6)
-    assert cost.fit(device, cost.measure(device, 2, Console(quiet=True))).error > cost.MOST_ERROR
+    assert cost.fit(device.config.scheduler, cost.measure(device, 2, Console(quiet=True))).error > cost.MOST_ERROR
 
 
 def test_a_device_that_computes_nothing_has_no_costs(tmp_path):

@@ -48,8 +48,9 @@ def test_the_rate_that_a_replica_keeps_decides_on_the_number_of_replicas(tmp_pat
         assert by_rate[above] < 0.99
         assert above / card.kept_rate < 1.11
         assert (card.replicas - 1) * card.kept_rate < 30.0 <= card.replicas * card.kept_rate
-    assert 6 < fast.kept_rate < 14
-    assert 1.5 < fast.kept_rate / slow.kept_rate < 4
+    assert 4 < fast.kept_rate < 10
+    # The slow card cannot keep the 100 ms of the class, so its steps may be larger, and cost less for each token.
+    assert 1.2 < fast.kept_rate / slow.kept_rate < 4
     out, err = capsys.readouterr()
     assert json.loads(out)["cards"][0]["kept_rate"] == fast.kept_rate
     assert err.splitlines()[-1] == (
@@ -69,7 +70,7 @@ def test_a_card_that_cannot_keep_the_targets_is_named_beside_one_that_can(tmp_pa
     ("changes", "message"),
     [
         ({"ttft_ms": 200.0}, r"no rate keeps it: the prompt alone takes \d+ ms for 0\.99 of the requests, and ttft_ms is 200"),
-        ({"gap_ms": 25.0}, r"no rate keeps it: a token alone takes \d+(\.\d)? ms, and gap_ms is 25: allow more"),
+        ({"gap_ms": 20.0}, r"no rate keeps it: a token alone takes \d+(\.\d)? ms, and gap_ms is 20: allow more"),
         ({"rate": 0.0}, r"rate is 0\.0: it must be a finite number above 0"),
         ({"rate": float("nan")}, "rate is nan"),
         ({"ttft_ms": -1.0}, r"ttft_ms is -1\.0"),
