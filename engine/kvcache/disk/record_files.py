@@ -71,6 +71,7 @@ class RecordFiles:
         self._direct = direct
         self._stamp = stamp
         self._segments: list[SegmentFile] = []
+        self.generation = 0  # how often the files were closed: a slot number is good for the files of one generation
         self._scratch = _Scratch()
 
     @property
@@ -106,6 +107,7 @@ class RecordFiles:
         for segment in self._segments:
             segment.close()
         self._segments.clear()
+        self.generation += 1
 
     def write(self, slot: int, digest: bytes, payload: memoryview) -> Outcome:
         """Write the record of `digest`. `payload` must not change meanwhile. After a fault, the slot may hold anything."""

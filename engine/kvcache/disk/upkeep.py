@@ -111,7 +111,8 @@ class Upkeep:
             self._workers.keep_up(self._inspect)
         slots = self._index.take_condemned()
         if slots:
-            self._workers.keep_up(lambda: self._erase(slots))
+            generation = self._files.generation
+            self._workers.keep_up(lambda: self._erase(slots, generation))
 
     def _take_batch(self, batch: Batch) -> None:
         self._index.add_free(batch.free)
@@ -163,8 +164,14 @@ class Upkeep:
         else:
             self._health.turn_off(news.outcome)
 
-    def _erase(self, slots: list[int]) -> bool:
-        """Erase the last of `slots` and remove it from the list. Returns whether there are more."""
+    def _erase(self, slots: list[int], generation: int) -> bool:
+        """Erase the last of `slots` and remove it from the list. Returns whether there are more.
+
+        A list of an earlier generation names slots of files that are closed. In the present files these slots hold other
+        records, so nothing is erased, and no news of such a slot comes after the reset of the index.
+        """
+        if generation != self._files.generation:
+            return False
         slot = slots.pop()
         self._news.append(_Erased(slot, self._files.erase(slot)))
         return bool(slots)
