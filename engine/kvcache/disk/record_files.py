@@ -155,14 +155,11 @@ class RecordFiles:
         return Outcome.OK
 
     def header(self, slot: int) -> Header | Outcome:
-        """Return the header of the slot's record. Its payload is not read."""
+        """Return the header of the slot's record, or a BAD_RECORD. Its payload is not read. Raises OSError."""
         segment, offset = self._place(slot)
         page = self._scratch.header
-        try:
-            if not segment.read([page], offset, aligned=True):
-                return Outcome.CORRUPT
-        except OSError as error:
-            return of_error(error)
+        if not segment.read([page], offset, aligned=True):
+            return Outcome.CORRUPT
         return self.record.decode(page)
 
     def is_same(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from engine.kvcache.disk.outcome import BAD_RECORD, Outcome, of_error
+from engine.kvcache.disk.outcome import Outcome, of_error
 from engine.kvcache.disk.record_files import RecordFiles
 from engine.kvcache.disk.records import Header
 
@@ -31,7 +31,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ScanEnded:
-    """OK if all segments are scanned; otherwise why the next one cannot be opened. A new Scan can continue there."""
+    """OK if all segments are scanned; otherwise why the next one cannot be opened or read. A new Scan can continue there."""
 
     outcome: Outcome
 
@@ -87,7 +87,7 @@ class Scan:
         self._is_stopped = True
 
     def _run(self) -> Iterator[Batch]:
-        """Yield the batches of all segments. Raises OSError if one cannot be opened."""
+        """Yield the batches of all segments. Raises OSError if one cannot be opened, or its headers cannot be read."""
         files = self._files
         files.remove_surplus()
         for segment in range(self.next_segment, files.sizes.num_segments):
@@ -103,19 +103,27 @@ class Scan:
             self.next_segment = segment + 1
 
     def _look(self, slots: list[int]) -> Batch:
+        """Read the headers of `slots`. A bad spot of the disk costs its slot, since the rest of the disk may be good.
+
+        Raises OSError for every other fault, and if none of several headers can be read: then it is the disk, not a spot.
+        """
         batch = Batch()
         free = []
         for slot in slots:
-            header = self._files.header(slot)
+            try:
+                header = self._files.header(slot)
+            except OSError as error:
+                batch.unreadable.append(slot)
+                batch.dropped[Outcome.IO_ERROR] += 1
+                if of_error(error) is not Outcome.IO_ERROR or 1 < len(slots) == len(batch.unreadable):
+                    raise
+                continue
             if isinstance(header, Header):
                 self._stamps.saw(header.stamp)
                 batch.found.append((slot, header.digest, header.stamp))
-            elif header in BAD_RECORD:
+            else:
                 free.append(slot)
                 if header is not Outcome.EMPTY:
                     batch.dropped[header] += 1
-            else:
-                batch.unreadable.append(slot)
-                batch.dropped[header] += 1
         batch.free = free
         return batch

@@ -1,5 +1,7 @@
 """Tests the scan: it finds records in small steps, and goes on where a fault stopped it."""
 
+import errno
+
 import pytest
 
 from engine.kvcache.disk.folder import Folder
@@ -7,6 +9,7 @@ from engine.kvcache.disk.outcome import Outcome
 from engine.kvcache.disk.record_files import RecordFiles, Sizes
 from engine.kvcache.disk.records import PAGE, RecordFormat
 from engine.kvcache.disk.scan import HEADERS_A_STEP, Batch, Scan, ScanEnded, Stamps
+from engine.kvcache.disk.segments import SegmentFile
 from tests.support.disk_store import digest_of
 
 NUM_SLOTS = 2 * HEADERS_A_STEP + 10  # of a segment file
@@ -68,6 +71,51 @@ def test_a_file_that_cannot_be_opened_ends_the_scan_and_the_next_one_begins_ther
     obstacle.rmdir()
     _, told = run(files, first=scan.next_segment)
     assert told == [Batch(free=range(NUM_SLOTS, 2 * NUM_SLOTS)), ScanEnded(Outcome.OK)]
+
+
+def faulty(files, monkeypatch, slots, number):
+    """Make reading the headers of `slots`, which are of the first file, fail with error `number`."""
+    read = SegmentFile.read
+
+    def read_or_fail(segment, pages, offset, *, aligned):
+        if offset in {files.sizes.where(slot)[1] for slot in slots}:
+            raise OSError(number, "as the test wants it")
+        return read(segment, pages, offset, aligned=aligned)
+
+    monkeypatch.setattr(SegmentFile, "read", read_or_fail)
+
+
+@pytest.fixture
+def written(files):
+    """Return the files with a record in each slot of the first one, and none open."""
+    run(files)
+    write(files, range(NUM_SLOTS))
+    files.close()
+    return files
+
+
+def test_a_bad_spot_costs_its_slot_alone(written, monkeypatch):
+    faulty(written, monkeypatch, {3}, errno.EIO)
+    _, told = run(written)
+    assert told[0].unreadable == [3]
+    assert told[0].dropped == {Outcome.IO_ERROR: 1}
+    assert len(told[0].found) == HEADERS_A_STEP - 1
+    assert told[-1] == ScanEnded(Outcome.OK)
+
+
+@pytest.mark.parametrize(
+    ("slots", "number", "outcome"),
+    [({HEADERS_A_STEP + 3}, errno.ESTALE, Outcome.GONE), (set(range(HEADERS_A_STEP, NUM_SLOTS)), errno.EIO, Outcome.IO_ERROR)],
+)
+def test_a_fault_of_the_disk_ends_the_scan_and_retires_no_slot(written, monkeypatch, slots, number, outcome):
+    faulty(written, monkeypatch, slots, number)
+    scan, told = run(written)
+    assert [len(batch.found) for batch in told[:-1]] == [HEADERS_A_STEP]
+    assert told[-1] == ScanEnded(outcome)
+    assert scan.next_segment == 0
+    monkeypatch.undo()
+    _, told = run(written, first=scan.next_segment)
+    assert sum(len(news.found) for news in told if isinstance(news, Batch)) == NUM_SLOTS
 
 
 def test_a_scan_that_was_stopped_tells_nothing_more(files):

@@ -1,5 +1,6 @@
 """Tests the upkeep step by step: the test runs each queued piece of work itself, in the order that it wants."""
 
+import errno
 import shutil
 from collections import deque
 
@@ -13,6 +14,7 @@ from engine.kvcache.disk.outcome import Outcome
 from engine.kvcache.disk.record_files import RecordFiles, Sizes
 from engine.kvcache.disk.records import PAGE, Header, RecordFormat
 from engine.kvcache.disk.scan import Stamps
+from engine.kvcache.disk.segments import SegmentFile
 from engine.kvcache.disk.settings import DiskSettings
 from engine.kvcache.disk.upkeep import Upkeep
 from tests.support.disk_store import digest_of
@@ -48,10 +50,14 @@ class Tier:
         self.folder.claim()
         form = RecordFormat(10, b"", self.folder.key)
         sizes = Sizes(form.stride, PAGE + NUM_SLOTS * form.stride, 1 << 30)
-        stamps = Stamps()
-        self.files = RecordFiles(self.folder, form, sizes, direct=False, stamp=stamps.next)
+        self.files = RecordFiles(self.folder, form, sizes, direct=False, stamp=Stamps().next)
+        self.begin()
+
+    def begin(self):
+        """Begin as a start does, with no file open and nothing found."""
+        self.files.close()
         self.index, self.health, self.workers = SlotIndex(), Health(self.settings, self.clock), HandWorkers()
-        parts = (self.settings, self.files, self.index, self.health, self.workers, Counts(), stamps, self.clock)
+        parts = (self.settings, self.files, self.index, self.health, self.workers, Counts(), Stamps(), self.clock)
         self.upkeep = Upkeep(*parts)
 
     def clock(self):
@@ -122,3 +128,21 @@ def test_an_erasure_between_a_probe_and_the_reset_neither_erases_nor_frees_a_slo
     tier.workers.step()  # the erasure
     tier.run_all()
     assert tier.records() == len(tier.index) == 3
+
+
+def test_headers_that_are_gone_turn_the_store_off_and_the_scan_goes_on_when_they_are_back(tier, monkeypatch):
+    tier.write(range(NUM_SLOTS))
+    tier.begin()
+
+    def gone(*_, **__):
+        raise OSError(errno.ESTALE, "as after the loss of a server")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentFile, "read", gone)
+        tier.run_all()
+        assert tier.health.reason is Outcome.GONE
+        assert tier.index.num_retired == 0
+    tier.now += tier.settings.retry
+    tier.run_all()
+    assert tier.health.is_on
+    assert len(tier.index) == NUM_SLOTS
