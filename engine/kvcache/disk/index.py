@@ -69,6 +69,16 @@ class SlotIndex:
         return frozenset(self._condemned)
 
     @property
+    def doomed(self) -> frozenset[int]:
+        """Return the slots that may hold a record that must not be found after a restart. All submitted moves have ended."""
+        return frozenset(self._condemned | self._lost | self._reserved.keys())
+
+    @property
+    def is_seeking(self) -> bool:
+        """Return whether the rest of a scan may find a record of a forgotten digest."""
+        return self._is_scanning and bool(self._forgotten)
+
+    @property
     def num_retired(self) -> int:
         return len(self._retired)
 

@@ -65,6 +65,7 @@ class Scan:
         self._stamps = stamps
         self._tell = tell
         self.next_segment = first  # the first segment that is not scanned yet
+        self.allocates = True  # whether missing files are made; without, the scan ends after the last file that exists
         self._batches = self._run()
         self._is_stopped = False
 
@@ -92,6 +93,8 @@ class Scan:
         files.remove_surplus()
         for segment in range(self.next_segment, files.sizes.num_segments):
             if segment == files.num_open:
+                if not self.allocates and not files.has_unopened():
+                    return
                 files.open_segment()
             slots = files.sizes.slots(segment)
             if files.was_empty(segment):

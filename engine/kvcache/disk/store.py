@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.errors import ConfigError, InternalError
+from engine.kvcache.disk.closing import finish
 from engine.kvcache.disk.counts import Counts
 from engine.kvcache.disk.folder import Folder
 from engine.kvcache.disk.health import Health
@@ -51,6 +52,7 @@ class DiskStore:
         except ConfigError:
             folder.release()
             raise
+        self._clock = clock
         self._max_writes = settings.max_writes
         self._bucket = None
         if settings.write_rate is not None:
@@ -139,19 +141,22 @@ class DiskStore:
             raise InternalError(f"the disk index has {self.index.num_slots} slots; the cap allows {self.files.sizes.num_slots}")
 
     def close(self, seconds: float = 5.0) -> bool:
-        """Finish the queued moves, erase what was forgotten, and release the folder.
+        """Finish the queued moves, find and erase what was forgotten, and release the folder, within `seconds`.
 
-        Returns False if the disk takes longer than `seconds` for the moves. The folder then stays locked until the process ends.
+        Returns False if there was too little time, or a fault: a record that was forgotten may then be found after a restart. If
+        a call into the disk has not returned by then, the folder stays locked until the process ends.
         """
+        until = self._clock() + seconds
         if not self._workers.close(seconds):
             return False
         for move in self._workers.poll():
             self._settle(move)
-        for slot in self.index.condemned if self.health.is_on else ():
-            self.files.erase(slot)
+        is_erased = finish(self._upkeep, self.index, self.files, max(0.0, until - self._clock()), self._clock)
+        if is_erased is None:
+            return False
         self.files.close()
         self.files.folder.release()
-        return True
+        return is_erased
 
     def _claim(self, folder: Folder) -> None:
         try:

@@ -114,6 +114,29 @@ class Upkeep:
             generation = self._files.generation
             self._workers.keep_up(lambda: self._erase(slots, generation))
 
+    def finish_scan(self, is_late: Callable[[], bool]) -> bool:
+        """Scan on in the calling thread if a forgotten record may be found, when the threads of Workers have ended.
+
+        No file is allocated. Returns whether no such record is left to find: False after a fault, while off, or once `is_late()`.
+        """
+        self.take_news()
+        if not self._index.is_seeking:
+            return True
+        if not self._health.is_on:
+            return False
+        scan = self._scan or Scan(self._files, self._stamps, self._news.append, self._next_segment)
+        scan.allocates = False
+        while not is_late() and scan.step():
+            pass
+        outcome = None
+        while self._news:
+            match self._news.popleft():
+                case Batch() as batch:
+                    self._take_batch(batch)
+                case ScanEnded() as ended:
+                    outcome = ended.outcome
+        return outcome is Outcome.OK
+
     def _take_batch(self, batch: Batch) -> None:
         self._index.add_free(batch.free)
         for slot, digest, stamp in batch.found:
