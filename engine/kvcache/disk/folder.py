@@ -29,6 +29,7 @@ class Folder:
         self._key = key
         self._is_given = key is not None
         self._lock: int | None = None
+        self._device: int | None = None  # of the file system where the directory was claimed first
 
     @property
     def key(self) -> bytes:
@@ -41,10 +42,11 @@ class Folder:
         """Make the directory if it is missing, lock it, and read or write its key.
 
         The key stays the same from the first use of `key` on, since digests were made with it: a later `claim` writes it into
-        the directory, if that was made again meanwhile or could not be read before.
+        the directory if that has none, as one that was made again. Another key in the directory is never replaced, and raises
+        EKEYREJECTED. A later `claim` raises ENOENT or ENXIO if the file system of the first one is not there.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.release()
+        self._make()
         self._lock = _lock(self.path / "lock")
         try:
             self._settle_key()
@@ -69,14 +71,31 @@ class Folder:
         what = f"the folder of the disk tier, {self.path}, is in use by another process{holder}"
         return ConfigError(f"{what}: each engine needs a folder of its own")
 
+    def _make(self) -> None:
+        """Make the directory if it is missing: after the first time, never in the file system below one that was unmounted.
+
+        A directory on another file system is taken if it holds the key that was made at the first time: it is a copy.
+        """
+        if self._device is None:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._device = self.path.stat().st_dev
+            return
+        place = self.path if self.path.exists() else self.path.parent
+        is_copy = not self._is_given and self._key is not None and _read_key(self.path / "key") == self._key
+        if place.stat().st_dev != self._device and not is_copy:
+            raise OSError(errno.ENXIO, "the file system of the folder is not mounted", str(self.path))
+        self.path.mkdir(mode=0o700, exist_ok=True)
+
     def _settle_key(self) -> None:
         if self._is_given:
             return
         file = self.path / "key"
         found = _read_key(file)
         self._key = self._key or found
-        if self.key != found:
+        if found is None:
             _write_key(file, self.key)
+        elif found != self.key:
+            raise OSError(errno.EKEYREJECTED, "the folder has another key than the one in use", str(file))
 
 
 def is_at(fd: int, path: Path) -> bool:

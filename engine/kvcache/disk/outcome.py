@@ -27,12 +27,15 @@ class Outcome(StrEnum):
     # What the store decided.
     SLOW = "slow"  # reads take longer than the bound
     IN_USE = "in_use"  # another process uses the folder
+    OTHER_KEY = "other_key"  # the folder has a key, and not the one that digests were made with
     OFF = "off"  # the store was turned off before the operation began
     CRASHED = "crashed"  # the thread that ran the operation ended by an exception
 
 
 BAD_RECORD = frozenset({Outcome.EMPTY, Outcome.FOREIGN, Outcome.OTHER, Outcome.CORRUPT})
-DISK_FAULT = frozenset({Outcome.DISK_FULL, Outcome.READ_ONLY, Outcome.GONE, Outcome.DENIED, Outcome.IO_ERROR, Outcome.IN_USE})
+DISK_FAULT = frozenset(
+    {Outcome.DISK_FULL, Outcome.READ_ONLY, Outcome.GONE, Outcome.DENIED, Outcome.IO_ERROR, Outcome.IN_USE, Outcome.OTHER_KEY}
+)
 
 _BY_ERRNO = {
     errno.ENOSPC: Outcome.DISK_FULL,
@@ -46,6 +49,7 @@ _BY_ERRNO = {
     errno.EACCES: Outcome.DENIED,
     errno.EPERM: Outcome.DENIED,
     errno.EWOULDBLOCK: Outcome.IN_USE,
+    errno.EKEYREJECTED: Outcome.OTHER_KEY,
 }
 
 

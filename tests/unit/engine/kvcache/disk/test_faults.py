@@ -155,8 +155,9 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_to_it(tmp_path, op
     assert store.health.reason is Outcome.IN_USE
     assert works(other)
     assert other.close()
-    assert attempts(store, clock)
-    assert works(scanned(store))
+    assert not attempts(store, clock)
+    assert store.health.reason is Outcome.OTHER_KEY
+    assert (tmp_path / "kv" / "key").read_bytes() == other.key != store.key
 
 
 def test_moves_on_their_way_while_the_folder_vanishes_are_never_found_wrong(tmp_path, opened, clock):

@@ -1,5 +1,6 @@
 """Tests the folder of the disk tier: one process at a time, and a key that outlives it."""
 
+import errno
 import os
 import shutil
 import stat
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
+from engine.kvcache.disk import folder as folder_module
 from engine.kvcache.disk.folder import Folder
-from tests.support.disk_store import open_store
+from engine.kvcache.disk.outcome import Outcome, of_error
+from tests.support.disk_store import open_store, wait_for
+from tests.support.small_disk import small_disk
 
 ROOT = Path(__file__).resolve().parents[5]
 HOLD = """
@@ -82,13 +86,53 @@ def test_a_folder_that_was_made_again_gets_the_same_key(tmp_path):
     assert (tmp_path / "kv" / "key").read_bytes() == folder.key == key
 
 
-def test_a_key_that_was_used_before_the_folder_could_be_read_stays(tmp_path):
+def test_a_key_that_was_used_before_the_folder_could_be_made_is_written(tmp_path):
     folder = Folder(tmp_path / "kv")
     key = folder.key
-    key_in(tmp_path / "kv")
     folder.claim()
-    assert folder.key == key
+    assert (tmp_path / "kv" / "key").read_bytes() == folder.key == key
+
+
+def test_a_valid_key_that_could_not_be_read_at_the_start_is_never_replaced(tmp_path, monkeypatch, caplog):
+    key = key_in(tmp_path / "kv")
+
+    def fail(path):
+        raise OSError(errno.EIO, "as the test wants it", str(path))
+
+    now = [0.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "_read_key", fail)
+        store = open_store(tmp_path / "kv", 4, clock=lambda: now[0])
+    assert store.health.reason is Outcome.IO_ERROR
+    now[0] = 5.0
+    wait_for(store, lambda: store.health.reason is not Outcome.IO_ERROR)
+    assert store.health.reason is Outcome.OTHER_KEY
+    assert "the disk tier is off: other key" in caplog.text
     assert (tmp_path / "kv" / "key").read_bytes() == key
+    assert store.close()
+    assert key_in(tmp_path / "kv") == key
+
+
+def test_a_folder_whose_file_system_was_unmounted_is_not_made_below_it(tmp_path):
+    with small_disk(tmp_path / "small") as disk:
+        folder = Folder(disk / "kv")
+        folder.claim()
+        folder.release()
+    (tmp_path / "small").mkdir(exist_ok=True)
+    with pytest.raises(OSError, match="not mounted") as refused:
+        folder.claim()
+    assert of_error(refused.value) is Outcome.GONE
+    assert list((tmp_path / "small").iterdir()) == []
+
+
+def test_a_later_claim_makes_no_parents(tmp_path):
+    folder = Folder(tmp_path / "a" / "kv")
+    folder.claim()
+    folder.release()
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        folder.claim()
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_lock_is_not_followed_to_another_place(tmp_path):
