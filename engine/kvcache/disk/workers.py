@@ -64,6 +64,7 @@ class Workers:
         self._is_closing = False
         self._is_refusing = False
         self._has_crashed = False
+        self._has_kept = False  # a piece of upkeep ended since the last `poll`
         lock = threading.Lock()
         self._work = threading.Condition(lock)
         self._news = threading.Condition(lock)
@@ -107,12 +108,13 @@ class Workers:
     def poll(self, seconds: float = 0.0) -> list[Ended]:
         """Return the moves that ended since the last call, in the order of their ends.
 
-        If there is none, waits up to `seconds` for one, or for the end of a piece of upkeep. Raises InternalError if a thread
-        ended by an exception; the log has it.
+        If there is none, and no piece of upkeep ended since, waits up to `seconds` for one or the other. Raises InternalError
+        if a thread ended by an exception; the log has it.
         """
         with self._news:
-            if not self._ended and seconds > 0.0:
+            if not self._ended and not self._has_kept and seconds > 0.0:
                 self._news.wait(seconds)
+            self._has_kept = False
             if self._has_crashed:
                 raise InternalError("a thread of the disk tier ended by an exception: see the log above")
             ended = list(self._ended)
@@ -201,6 +203,7 @@ class Workers:
                 self._has_crashed |= is_more is None
                 self._num_running -= 1
                 self._is_keeping = False
+                self._has_kept = True
                 if is_more and not self._is_closing:
                     self._upkeep.append(upkeep)
                 self._news.notify_all()

@@ -189,3 +189,17 @@ def test_an_exception_in_a_thread_raises_in_poll(make, kind):
         workers.keep_up(fail)
     with pytest.raises(InternalError, match="ended by an exception"):
         workers.poll(STUCK)
+
+
+def test_a_poll_does_not_wait_when_upkeep_ended_before_it(make, monkeypatch):
+    workers = make()
+    done = threading.Event()
+    workers.keep_up(lambda: False)
+    workers.keep_up(lambda: bool(done.set()))
+    assert done.wait(STUCK)  # one thread does both, so the end of the first is noted
+
+    def wait(seconds):
+        raise AssertionError("the poll waits although there is news")
+
+    monkeypatch.setattr(workers._news, "wait", wait)
+    assert workers.poll(STUCK) == []
