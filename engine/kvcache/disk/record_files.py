@@ -34,12 +34,16 @@ class Sizes:
         """Raises ConfigError if not even one record fits."""
         if max_bytes < PAGE + stride:
             raise ConfigError(f"the disk tier has {max_bytes} bytes, and one record takes {PAGE + stride}: give it more")
-        while MAX_SEGMENTS * segment_bytes < max_bytes:
-            segment_bytes *= 2
         self.stride = stride
-        self.per_segment = max(1, (min(segment_bytes, max_bytes) - PAGE) // stride)
-        full, rest = divmod(max_bytes, PAGE + self.per_segment * stride)
-        self.num_slots = full * self.per_segment + max(0, rest - PAGE) // stride
+        self._divide(max_bytes, segment_bytes)
+        while self.num_segments > MAX_SEGMENTS:
+            segment_bytes *= 2
+            self._divide(max_bytes, segment_bytes)
+
+    def _divide(self, max_bytes: int, segment_bytes: int) -> None:
+        self.per_segment = max(1, (min(segment_bytes, max_bytes) - PAGE) // self.stride)
+        full, rest = divmod(max_bytes, PAGE + self.per_segment * self.stride)
+        self.num_slots = full * self.per_segment + max(0, rest - PAGE) // self.stride
         self.num_segments = -(-self.num_slots // self.per_segment)
 
     def slots(self, segment: int) -> range:
@@ -121,9 +125,9 @@ class RecordFiles:
         segment, offset = self._place(slot)
         scratch = self._scratch
         header = self.record.encode(digest, self._stamp(), payload)
-        scratch.header[: len(header)] = header
+        scratch.header[:] = header.ljust(PAGE, b"\0")  # no bytes of other records in the padding
         whole = len(payload) - len(payload) % PAGE
-        scratch.tail[: len(payload) - whole] = payload[whole:]
+        scratch.tail[:] = bytes(payload[whole:]).ljust(PAGE, b"\0")
         try:
             segment.write(self._pages(payload[:whole]), offset, aligned=_is_aligned(payload))
         except OSError as error:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.kvcache.disk.folder import Folder
 from engine.kvcache.disk.outcome import Outcome
 from engine.kvcache.disk.record_files import MAX_SEGMENTS, RecordFiles, Sizes
-from engine.kvcache.disk.records import PAGE, Header, RecordFormat
+from engine.kvcache.disk.records import HEADER_BYTES, PAGE, Header, RecordFormat
 from engine.kvcache.disk.scan import Stamps
 from tests.support.disk_store import digest_of, payload_of
 
@@ -124,8 +124,22 @@ def test_the_sizes_of_all_files_stay_within_the_cap(stride, max_pages, segment_p
     assert slots
     total = sum(sizes.file_bytes(segment) for segment in range(sizes.num_segments))
     assert total <= max_bytes < total + PAGE + stride
-    assert sizes.num_segments <= 2 * MAX_SEGMENTS
+    assert sizes.num_segments <= MAX_SEGMENTS
     for slot in slots[:: max(1, len(slots) // 7)]:
         segment, offset = sizes.where(slot)
         assert slot in sizes.slots(segment)
         assert offset + stride <= sizes.file_bytes(segment)
+
+
+def test_a_stride_that_does_not_divide_the_file_makes_no_file_too_many():
+    sizes = Sizes(3 << 20, 128 << 30, 1 << 30)
+    assert sizes.num_segments <= MAX_SEGMENTS
+
+
+@pytest.mark.parametrize("num_bytes", [100, PAGE + 100])
+def test_the_padding_of_a_record_holds_no_bytes_of_another(opened, tmp_path, num_bytes):
+    files = opened(num_bytes)
+    files._scratch.header[:] = files._scratch.tail[:] = b"x" * PAGE  # as another record leaves them
+    assert files.write(0, digest_of(0), memoryview(bytes(num_bytes))) is Outcome.OK
+    slot = (tmp_path / "segment-00000").read_bytes()[PAGE : PAGE + files.sizes.stride]
+    assert not any(slot[HEADER_BYTES:])
