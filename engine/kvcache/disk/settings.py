@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from engine.errors import ConfigError
+
+_AT_LEAST_ONE = ("segment_bytes", "num_threads", "max_reads", "max_writes", "filter_digests")
+_SECONDS = ("slow_read", "retry", "inspect")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,5 +30,20 @@ class DiskSettings:
     # In seconds.
     slow_read: float = 1.0  # a read of one record, from its start to its end, queueing not included, that is too slow
     retry: float = 5.0  # from turning off to the first attempt to turn on; doubles with each attempt that fails
-    max_retry: float = 300.0
+    max_retry: float = 300.0  # at least `retry`
     inspect: float = 5.0  # how often the store makes sure that its files still have their names
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if a number is out of its range. `max_bytes` and `key` are checked with the size of a record."""
+        for name in _AT_LEAST_ONE:
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in _SECONDS:
+            self._require(name, 0.0 < getattr(self, name) < math.inf, "a number of seconds above 0")
+        self._require("max_retry", self.retry <= self.max_retry < math.inf, f"a number of seconds, at least retry ({self.retry})")
+        rate = self.write_rate
+        self._require("write_rate", rate is None or 0.0 < rate < math.inf, "a number of bytes/s above 0, or None")
+        self._require("write_burst", 0.0 <= self.write_burst < math.inf, "a number of bytes, at least 0")
+
+    def _require(self, name: str, is_right: bool, what: str) -> None:
+        if not is_right:
+            raise ConfigError(f"the setting {name} of the disk tier must be {what}, not {getattr(self, name)}")
