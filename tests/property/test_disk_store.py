@@ -195,4 +195,4 @@ class Disk(RuleBasedStateMachine):
 
 
 TestDisk = Disk.TestCase
-TestDisk.settings = settings(max_examples=40, stateful_step_count=30)
+TestDisk.settings = settings(max_examples=15, stateful_step_count=30)

@@ -125,7 +125,7 @@ def test_thousands_of_random_operations_over_two_tiers(overlap):
     assert min(seen.values()) > 20, seen
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False), overlap=st.booleans(), operations=st.integers(1, 80))
 def test_short_random_runs_over_two_tiers_that_can_be_shrunk(rng, overlap, operations):
     run(TieredWorkload(rng, overlap=overlap), operations)
@@ -156,7 +156,7 @@ def test_thousands_of_random_operations_over_pools_of_all_kinds(overlap):
     assert min(seen.values()) > 100, seen
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False), overlap=st.booleans(), operations=st.integers(1, 80))
 def test_short_random_runs_over_pools_of_all_kinds_that_can_be_shrunk(rng, overlap, operations):
     run(KindsWorkload(rng, overlap=overlap), operations)
