@@ -61,7 +61,7 @@ def run(folder, **options):
         {"cuda_graphs": False},
         {"overlap": True, "cache": {"num_blocks": 60}, "scheduler": {"max_step_tokens": 300}},
     ],
-    ids=["overlapped", "plain", "eager", "preempting"],
+    ids=["overlapped", "host-tier", "plain", "eager", "preempting"],
 )
 def test_tokens_are_those_of_the_cpu(folder, options):
     assert run(folder, device="cuda", **options) == run(folder, device="cpu")
