@@ -129,7 +129,7 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     if config.device == "cpu":
         available, remedy = config.cache.host_bytes, "raise it"
     else:
-        free = _free_on_cuda(backend, config, limits) - (buffer_bytes(each) if config.cache.host_tier_bytes else 0)
+        free = _free_on_cuda(backend, config, limits) - buffer_bytes(each, config.cache.host_tier_bytes // each)
         available = int(config.cache.memory_fraction * free)
         remedy = f"raise it, or {SMALLER_STEPS}"
     if available < each:

@@ -27,13 +27,13 @@ BUFFER_BYTES = 128 << 20
 NUM_BUFFERS = 3  # two for blocks that leave, so that packing need not wait for the transfer before; one for blocks that come
 
 
-def buffer_bytes(record_bytes: int) -> int:
-    """Return the bytes of device memory that moves between the device and the host tier need."""
-    return NUM_BUFFERS * _buffer_records(record_bytes) * record_bytes
+def buffer_bytes(record_bytes: int, num_slots: int) -> int:
+    """Return the bytes of device memory that moves between the device and a host tier of `num_slots` records need."""
+    return NUM_BUFFERS * _buffer_records(record_bytes, num_slots) * record_bytes
 
 
-def _buffer_records(record_bytes: int) -> int:
-    return max(1, BUFFER_BYTES // record_bytes)
+def _buffer_records(record_bytes: int, num_slots: int) -> int:
+    return min(num_slots, max(1, BUFFER_BYTES // record_bytes))
 
 
 class _Batch:
@@ -59,7 +59,7 @@ class BlockCopies:
         if not num_slots:
             return
         on_cuda = device.type == "cuda"
-        num = _buffer_records(storage.record_bytes)
+        num = _buffer_records(storage.record_bytes, num_slots)
         self._host = HostRecords(num_slots, storage.record_words, storage.word, on_cuda=on_cuda)
         *leaving, self._arriving = (
             torch.empty(num, storage.record_words, dtype=storage.word, device=device) for _ in range(NUM_BUFFERS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InternalError
 
 
 class HostRecords:
@@ -23,26 +23,29 @@ class HostRecords:
         try:
             self.records = torch.empty(num_slots, num_words, dtype=dtype)
         except RuntimeError as error:
-            raise _too_large(size) from error
+            raise _too_large(size, "host memory") from error
         # torch's own page-locked memory would be rounded up to a power of two, and so exceed the cap.
         self._is_locked = on_cuda
         if on_cuda and int(_cudart().cudaHostRegister(self.records.data_ptr(), size, 0)) != 0:
-            raise _too_large(size)
+            raise _too_large(size, "page-locked host memory")
 
     def close(self) -> None:
-        """Unlock the memory. No copy may be under way. The records must not be used any more."""
+        """Free the memory. No copy may be under way. Raises InternalError if the system does not unlock it."""
         if self._is_locked:
-            _cudart().cudaHostUnregister(self.records.data_ptr())
             self._is_locked = False
+            status = int(_cudart().cudaHostUnregister(self.records.data_ptr()))
+            if status != 0:
+                raise InternalError(f"the memory of the host tier cannot be unlocked: CUDA error {status}")
+        self.records = self.records[:0].clone()
 
 
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _too_large(size: int) -> ConfigError:
+def _too_large(size: int, what: str) -> ConfigError:
     return ConfigError(
-        f"cache.host_tier_bytes is too large: the system does not give {size / (1 << 30):.2f} GiB of page-locked host memory. "
+        f"cache.host_tier_bytes is too large: the system does not give {size / (1 << 30):.2f} GiB of {what}. "
         "Set a smaller host_tier_bytes",
         param="cache.host_tier_bytes",
     )

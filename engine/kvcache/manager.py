@@ -183,7 +183,7 @@ class KVCacheManager:
             return False
         self.match(request)
         chain = self._chains[request]
-        if self._pool.num_released < chain.retry_at:
+        if self._pool.num_released < chain.retry_at or not self._host_continues(chain):
             return False
         self._index.verify(chain)
         slots = self._in_host(chain, request)
@@ -232,6 +232,10 @@ class KVCacheManager:
     def num_held(self, request: Request) -> int:
         """Return how many blocks a waiting request holds."""
         return self._loads.num_held(request)
+
+    def num_needed(self, request: Request) -> int:
+        """Return how many blocks a waiting request still needs at most, beside those that it holds."""
+        return self.blocks_for(len(request.tokens)) - self._loads.num_held(request)
 
     def give_back(self, request: Request) -> None:
         """Free what a waiting request holds. It is still found in the cache until it is overwritten."""
@@ -320,6 +324,11 @@ class KVCacheManager:
         if chain is None:
             chain = self._chains[request] = Chain(self._identity, request.salt, request.tokens)
         return chain
+
+    def _host_continues(self, chain: Chain) -> bool:
+        """Return whether the host tier has the block that follows the chain's match. The cost does not grow with the match."""
+        digest = chain.digest(len(chain.matched))
+        return digest is not None and self._host.find(digest) is not None
 
     def _in_host(self, chain: Chain, request: Request) -> list[Slot]:
         """Return the slots of the blocks that follow the chain's match, as far as the host tier has them and they can be used."""

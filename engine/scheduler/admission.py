@@ -122,7 +122,7 @@ class Admission:
         for request in islice(self._policy.order(self._queue.lanes, now), MAX_AHEAD):
             if not request.num_uncommitted and not self._cache.num_held(request):
                 self._loads(request, self.leader(request), spare=needed)
-            needed += self._cache.blocks_for(len(request.tokens)) - self._cache.num_held(request)
+            needed += self._cache.num_needed(request)
             if needed > self._cache.num_free:
                 return
 
@@ -176,7 +176,7 @@ class Admission:
         higher = [other for other in deferred if other.slo.rank < request.rank[0]]
         if not higher:
             return False
-        blocks = sum(self._cache.blocks_for(len(other.tokens)) for other in [*higher, request]) + self._cache.num_blocks // 100
+        blocks = sum(self._cache.num_needed(other) for other in [*higher, request]) + self._cache.num_blocks // 100
         return len(higher) >= self._running.num_places(seqs) or blocks > self._cache.num_free
 
     def _may_match(self, request: Request) -> bool:

@@ -257,7 +257,7 @@ class Scheduler:
             if request.num_uncommitted or request.status is Status.LOADING:
                 continue
             tokens, taken = tokens - len(request.tokens), taken + 1
-            blocks_taken += self.cache.blocks_for(len(request.tokens)) - self.cache.num_held(request)
+            blocks_taken += self.cache.num_needed(request)
             if not self._preempt_lower(request.slo.rank, limits.seqs, places=taken, blocks=blocks_taken):
                 return
 

@@ -7,7 +7,7 @@ import torch
 
 from engine.batch import PoolSpec, Uploader
 from engine.device import moves
-from engine.device.moves import BlockCopies
+from engine.device.moves import BUFFER_BYTES, BlockCopies, buffer_bytes
 from engine.errors import ConfigError, InternalError
 from engine.kvcache.host import HostRecords
 from engine.kvcache.storage import KVStorage
@@ -72,3 +72,16 @@ def test_a_runner_without_a_host_tier_refuses_moves():
 def test_host_memory_that_does_not_exist_is_refused_by_the_name_of_the_setting():
     with pytest.raises(ConfigError, match=r"cache\.host_tier_bytes is too large"):
         HostRecords(1 << 40, 1 << 20, torch.int64, on_cuda=False)
+
+
+def test_buffers_are_no_larger_than_the_tier():
+    assert buffer_bytes(1000, 3) == 3 * 3 * 1000
+    assert buffer_bytes(1000, 10**9) == 3 * (BUFFER_BYTES // 1000) * 1000
+    assert buffer_bytes(2 * BUFFER_BYTES, 5) == 3 * 2 * BUFFER_BYTES
+    assert buffer_bytes(1000, 0) == 0
+
+
+def test_closing_frees_the_records():
+    copies = BlockCopies(numbered(), Uploader(CPU), CPU, 2)
+    copies.close()
+    assert copies._host.records.untyped_storage().nbytes() == 0

@@ -3,6 +3,7 @@
 import pytest
 
 from engine.kvcache.manager import KVCacheManager
+from engine.kvcache.prefix import PrefixIndex
 from engine.plan import Arrival, Tier
 from engine.request import Request
 from tests.unit.engine.kvcache.test_manager import computed, evict_free_blocks, make_request
@@ -173,3 +174,23 @@ def test_the_end_of_a_prefix_leaves_the_host_before_its_beginning():
     again = make_request(A, "once more")
     assert manager.load(again)
     assert manager.num_held(again) == 2
+
+
+def test_what_a_waiting_request_still_needs_is_counted_without_what_it_holds():
+    manager = demoted()
+    request = make_request(A, "again")
+    assert manager.num_needed(request) == 5
+    manager.load(request)
+    assert manager.num_needed(request) == 1
+    settle(manager)
+    assert manager.num_needed(request) == 1
+    manager.give_back(request)
+    assert manager.num_needed(request) == 5
+
+
+def test_a_long_match_is_not_walked_through_if_the_host_has_nothing_behind_it(monkeypatch):
+    manager = KVCacheManager(16, 4, host_slots=20)
+    manager.release(computed(manager, A, "first"))
+    request = make_request([*A, 7, 8, 9, 10], "longer")
+    monkeypatch.setattr(PrefixIndex, "verify", lambda *_: pytest.fail("the whole match was checked"))
+    assert not manager.load(request)

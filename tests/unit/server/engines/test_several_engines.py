@@ -5,6 +5,7 @@ import pytest
 from engine.errors import ContextTooLong
 from engine.messages import Abort, EngineStats, Heartbeat, Submit, Welcome
 from engine.request import FinishReason
+from tests.support.clock import Clock
 from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import (
     ScriptedEngine,
@@ -16,13 +17,6 @@ from tests.unit.server.engines.scripted_engine import (
     tokens_of,
     until,
 )
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

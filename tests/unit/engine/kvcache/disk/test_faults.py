@@ -13,19 +13,13 @@ import pytest
 from engine.kvcache.disk.outcome import Outcome
 from engine.kvcache.disk.record_files import RecordFiles
 from engine.kvcache.disk.write_policy import Refusal
+from tests.support.clock import Clock
 from tests.support.disk_store import digest_of, is_right, open_store, read, scanned, wait_for, write
 from tests.support.loop_disk import loop_disk
 from tests.support.small_disk import fill, small_disk
 
 RETRY = 5.0
 NUM_BYTES = 250_000  # of a record: larger than what a file system reads ahead
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

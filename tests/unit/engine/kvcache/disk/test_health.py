@@ -7,15 +7,9 @@ import pytest
 from engine.kvcache.disk.health import SLOW_READS, Health
 from engine.kvcache.disk.outcome import BAD_RECORD, DISK_FAULT, Outcome
 from engine.kvcache.disk.settings import DiskSettings
+from tests.support.clock import Clock
 
 SETTINGS = DiskSettings(folder=Path("/kv"), max_bytes=1, slow_read=1.0, retry=5.0, max_retry=30.0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
