@@ -103,7 +103,6 @@ def _open(folder: Path, size: int, number: int, threads: int, direct: bool) -> D
         max_bytes=(number + 1) * stride + number * 4096,
         num_threads=threads,
         direct=direct,
-        filter_writes=False,
     )
     store = DiskStore(settings, size, b"bench")
     while not store.is_scanned:
@@ -133,7 +132,7 @@ def _checksums() -> dict[str, float]:
     payload = _random(SIZES[0])
     form = RecordFormat(len(payload), b"", bytes(32))
     sums: dict[str, Callable[[], object]] = {
-        "sum_gb_s": lambda: form.encode(bytes(16), 1, payload),
+        "sum_gb_s": lambda: form.encode(bytes(16), bytes(16), 1, payload),
         "blake2b_gb_s": lambda: hashlib.blake2b(payload, key=bytes(32), digest_size=16).digest(),
     }
     return {name: round(len(payload) / min(_seconds(run) for _ in range(9)) / 1e9, 2) for name, run in sums.items()}
@@ -172,10 +171,10 @@ def _move(store: DiskStore, digests: Iterable[bytes], buffers: list[memoryview],
                 store.index.pin(slot)
                 store.submit_read(slot, digest, held[digest])
             else:
-                reserved = store.reserve(digest)
+                reserved = store.reserve(digest, digest)
                 if not isinstance(reserved, Reserved):
                     raise SystemExit(f"a record is not written: {reserved}")
-                store.submit_write(reserved.slot, digest, held[digest])
+                store.submit_write(reserved.slot, digest, digest, held[digest])
             digest = next(waiting, None)
         for move in store.poll(1.0):
             if move.outcome is not Outcome.OK:

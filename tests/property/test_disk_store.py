@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine.kvcache.disk.index import Reserved
 from engine.kvcache.disk.outcome import Outcome
-from tests.support.disk_store import aligned, digest_of, end_of_move, open_store, read, scanned, wait_for
+from tests.support.disk_store import aligned, digest_of, end_of_move, family_of, open_store, read, scanned, wait_for
 
 NUM_SLOTS = 6
 FORMS = [b"bf16", b"fp8"]
@@ -73,7 +73,7 @@ class Disk(RuleBasedStateMachine):
     @rule(number=numbers)
     def write(self, number):
         digest = digest_of(number)
-        reserved = self.store.reserve(digest)
+        reserved = self.store.reserve(digest, family_of(number))
         if not isinstance(reserved, Reserved):
             assert digest in self.written[self.form]
             return
@@ -82,7 +82,7 @@ class Disk(RuleBasedStateMachine):
         else:
             self.doubt({reserved.slot})  # the slot may hold a record of the other format
         before, payload = self.raw(reserved.slot), self.content(digest)
-        assert self.store.submit_write(reserved.slot, digest, aligned(payload))
+        assert self.store.submit_write(reserved.slot, digest, family_of(number), aligned(payload))
         assert end_of_move(self.store) is Outcome.OK
         self.doubtful[self.form] -= {digest, reserved.evicted}
         self.torn = (*self.store.files.sizes.where(reserved.slot), before, self.raw(reserved.slot), digest, reserved.evicted)
@@ -100,9 +100,17 @@ class Disk(RuleBasedStateMachine):
             self.wait_for_erasures()
 
     @rule(number=numbers)
-    def forget(self, number):
-        self.store.forget(digest_of(number))
-        self.written[self.form].pop(digest_of(number), None)
+    def forget_family(self, number):
+        self.store.forget_family(family_of(number))
+        for other in range(10):
+            if family_of(other) == family_of(number):
+                self.written[self.form].pop(digest_of(other), None)
+        self.wait_for_erasures()
+
+    @rule()
+    def forget_all(self):
+        self.store.forget_all()
+        self.written[self.form].clear()
         self.wait_for_erasures()
 
     def wait_for_erasures(self):

@@ -19,6 +19,11 @@ def digest_of(number: int) -> bytes:
     return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=16).digest()
 
 
+def family_of(number: int) -> bytes:
+    """Return the family of `digest_of(number)` in the tests that write families: four blocks in a row are one."""
+    return digest_of(number - number % 4)
+
+
 def payload_of(digest: bytes, num_bytes: int) -> bytes:
     """Return the bytes that the tests write under `digest`."""
     return hashlib.shake_128(digest).digest(num_bytes)
@@ -39,7 +44,6 @@ def open_store(folder: Path, num_records: int, payload_bytes: int = 5000, *, for
     settings = {
         "max_bytes": num_records * stride + segments * 4096,
         "segment_bytes": 4096 + 4 * stride,
-        "filter_writes": False,
         "num_threads": 2,
         **settings,
     }
@@ -69,13 +73,17 @@ def end_of_move(store: DiskStore) -> Outcome:
     raise AssertionError("the move did not end")
 
 
-def write(store: DiskStore, digest: bytes, payload: bytes | None = None) -> Outcome | Refusal:
-    """Write the record of `digest`, by default with `payload_of(digest)`. Returns how it ended, or why it was refused."""
+def write(store: DiskStore, digest: bytes, payload: bytes | None = None, family: bytes | None = None) -> Outcome | Refusal:
+    """Write the record of `digest`, by default with `payload_of(digest)` and as a first block, which is its own family.
+
+    Returns how it ended, or why it was refused.
+    """
+    family = family or digest
     payload = payload_of(digest, store.files.record.payload_bytes) if payload is None else payload
-    reserved = store.reserve(digest)
+    reserved = store.reserve(digest, family)
     if not isinstance(reserved, Reserved):
         return reserved
-    assert store.submit_write(reserved.slot, digest, aligned(payload))
+    assert store.submit_write(reserved.slot, digest, family, aligned(payload))
     return end_of_move(store)
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.support.disk_writer FOLDER SEED NUM_RECORDS PAYLOAD_BYTES
 
-It prints "written NUMBER" once the record of NUMBER can be found, and "forgotten NUMBER" once its record is erased.
+It prints "written NUMBER" once the record of NUMBER can be found, and "forgotten NUMBER" once all records of its family are
+erased.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from engine.kvcache.disk.index import Reserved
 from engine.kvcache.disk.outcome import Outcome
 from engine.kvcache.disk.store import DiskStore
 from engine.kvcache.disk.workers import Kind
-from tests.support.disk_store import aligned, digest_of, open_store, payload_of, scanned, wait_for
+from tests.support.disk_store import aligned, digest_of, family_of, open_store, payload_of, scanned, wait_for
 
 MAX_MOVES = 8  # on their way at a time
 
@@ -45,11 +46,11 @@ class Writer:
                 print("written", number, flush=True)
 
     def write(self, number: int) -> None:
-        reserved = self.store.reserve(digest_of(number))
+        reserved = self.store.reserve(digest_of(number), family_of(number))
         if isinstance(reserved, Reserved):
             payload = payload_of(digest_of(number), self.num_bytes)
             self.buffers[reserved.slot] = (number, payload)
-            self.store.submit_write(reserved.slot, digest_of(number), aligned(payload))
+            self.store.submit_write(reserved.slot, digest_of(number), family_of(number), aligned(payload))
 
     def read(self, number: int) -> None:
         slot = self.store.find(digest_of(number))
@@ -64,7 +65,7 @@ class Writer:
             while self.buffers:
                 for move in self.store.poll(1.0):
                     print("written" if move.kind is Kind.WRITE else "read", self.buffers.pop(move.slot)[0], flush=True)
-            self.store.forget(digest_of(number))
+            self.store.forget_family(family_of(number))
             wait_for(self.store, lambda: not self.store.index.condemned)
             print("forgotten", number, flush=True)
 

@@ -17,7 +17,7 @@ class Counts:
     seconds: dict[Kind, float] = field(
         default_factory=lambda: dict.fromkeys(Kind, 0.0)
     )  # sum over all threads of the time that these moves took
-    refused: Counter[Refusal] = field(default_factory=Counter)  # blocks that were not written
+    refused: Counter[Refusal] = field(default_factory=Counter)  # records that were not written
     dropped: Counter[Outcome] = field(default_factory=Counter)  # records given up: torn, corrupt, foreign or unreadable
     evicted: int = 0
     full_queues: int = 0  # reads refused because the queue was full

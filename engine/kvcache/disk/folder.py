@@ -68,8 +68,8 @@ class Folder:
         holder = ""
         with contextlib.suppress(OSError, ValueError):
             holder = f" (process {int((self.path / 'lock').read_bytes()[:20])})"
-        what = f"the folder of the disk tier, {self.path}, is in use by another process{holder}"
-        return ConfigError(f"{what}: each engine needs a folder of its own")
+        what = f"cache.disk_tier_folder is {self.path}, which is in use by another process{holder}"
+        return ConfigError(f"{what}: each engine needs a folder of its own", param="cache.disk_tier_folder")
 
     def _make(self) -> None:
         """Make the directory if it is missing: after the first time, never in the file system below one that was unmounted.

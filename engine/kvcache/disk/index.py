@@ -1,4 +1,4 @@
-"""SlotIndex: which slot of the disk tier holds which digest. One thread uses it, and it does no I/O.
+"""SlotIndex: which slot of the disk tier holds which record. One thread uses it, and it does no I/O.
 
     free        holds no record; is taken first
     reserved    its record is being written, and can be found once it is committed
@@ -7,21 +7,25 @@
     retired     cannot be written, and is not used again
 
 A free slot never holds a whole record. Otherwise a forgotten record could come back after a restart.
+
+A record has a digest and a family: the digest of the first block of its prefix. Records are forgotten by families.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.errors import InternalError
+from engine.kvcache.disk.forgotten import Forgotten
 from engine.kvcache.disk.order import EvictionOrder
 
 
 @dataclass(slots=True)
-class _Kept:
+class _Record:
     digest: bytes
+    family: bytes
     pins: int = 0
 
 
@@ -38,8 +42,8 @@ class SlotIndex:
 
     def __init__(self) -> None:
         self._free: deque[int] = deque()
-        self._reserved: dict[int, bytes] = {}
-        self._kept: dict[int, _Kept] = {}
+        self._reserved: dict[int, _Record] = {}
+        self._kept: dict[int, _Record] = {}
         self._condemned: set[int] = set()
         self._retired: set[int] = set()
         self._known: set[int] = set()  # all slots of the five states
@@ -47,8 +51,7 @@ class SlotIndex:
         self._order = EvictionOrder()  # kept slots that are not pinned
         self._lost: set[int] = set()  # slots in transit that are condemned at the end of the move
         self._to_erase: list[int] = []  # condemned slots that `take_condemned` has not returned
-        self._forgotten: set[bytes] = set()  # digests that the rest of a scan must not bring back
-        self._is_scanning = True
+        self._forgotten = Forgotten()
 
     def __len__(self) -> int:
         """Return how many records can be found."""
@@ -71,12 +74,12 @@ class SlotIndex:
     @property
     def doomed(self) -> frozenset[int]:
         """Return the slots that may hold a record that must not be found after a restart. All submitted moves have ended."""
-        return frozenset(self._condemned | self._lost | self._reserved.keys())
+        return frozenset(self._condemned | self._lost | self._reserved.keys() | self._forgotten.slots)
 
     @property
     def is_seeking(self) -> bool:
-        """Return whether the rest of a scan may find a record of a forgotten digest."""
-        return self._is_scanning and bool(self._forgotten)
+        """Return whether the rest of a scan may find a forgotten record."""
+        return self._forgotten.is_seeking
 
     @property
     def num_retired(self) -> int:
@@ -91,7 +94,12 @@ class SlotIndex:
         """Return whether the digest has a slot, kept or reserved."""
         return digest in self._slots
 
-    def reserve(self, digest: bytes) -> Reserved | None:
+    def is_forgotten(self, slot: int) -> bool:
+        """Return whether the record of a slot in transit was forgotten since the slot was reserved or pinned."""
+        record = self._reserved.get(slot) or self._kept[slot]
+        return slot in self._lost and record.family in self._forgotten
+
+    def reserve(self, digest: bytes, family: bytes) -> Reserved | None:
         """Take a slot for a new record: a free one, or the least recently used one that is not pinned.
 
         Returns None if the digest has a slot already, or if all slots are in use.
@@ -105,18 +113,19 @@ class SlotIndex:
         if slot in self._kept:
             evicted = self._kept.pop(slot).digest
             del self._slots[evicted]
-        self._reserved[slot] = digest
+        self._reserved[slot] = _Record(digest, family)
         self._slots[digest] = slot
         return Reserved(slot, evicted)
 
     def commit(self, slot: int) -> None:
         """Make the record of a reserved slot findable: it is written."""
-        digest = self._reserved.pop(slot)
+        record = self._reserved.pop(slot)
         if slot in self._lost:
             self._condemn(slot)
             return
-        self._kept[slot] = _Kept(digest)
+        self._kept[slot] = record
         self._order.use(slot)
+        self._forgotten.overwritten(slot)
 
     def drop(self, slot: int) -> None:
         """Give up the record of a reserved or kept slot: its write failed, or it cannot be read. A pin is not taken back."""
@@ -124,7 +133,7 @@ class SlotIndex:
             if self._reserved.pop(slot, None) is not None:
                 self._condemn(slot)
         elif slot in self._reserved:
-            del self._slots[self._reserved.pop(slot)]
+            del self._slots[self._reserved.pop(slot).digest]
             self._condemn(slot)
         else:
             self._lose(slot)
@@ -151,18 +160,18 @@ class SlotIndex:
         if not self._kept[slot].pins:
             self._order.use(slot)
 
-    def forget(self, digest: bytes) -> None:
-        """See to it that the present record of `digest` is never found again, after a restart neither."""
-        if self._is_scanning:
-            self._forgotten.add(digest)
-        slot = self._slots.get(digest)
-        if slot is None:
-            return
-        if slot in self._reserved:
-            del self._slots[digest]
-            self._lost.add(slot)
-        else:
-            self._lose(slot)
+    def forget_family(self, family: bytes) -> None:
+        """See to it that no present record of `family` is ever found again, after a restart neither.
+
+        The cost grows with the size of the index.
+        """
+        self._lose_all(lambda record: record.family == family)
+        self._forgotten.add(family, self._unsure())
+
+    def forget_all(self) -> None:
+        """See to it that no present record is ever found again, after a restart neither."""
+        self._lose_all(lambda _: True)
+        self._forgotten.add_all(self._unsure())
 
     def add_free(self, slots: Iterable[int]) -> None:
         """Add slots in which a scan found no record. A slot that has a state already keeps it."""
@@ -170,15 +179,19 @@ class SlotIndex:
         self._free.extend(new)
         self._known.update(new)
 
-    def add_found(self, slot: int, digest: bytes, stamp: int) -> None:
+    def add_found(self, slot: int, digest: bytes, family: bytes, stamp: int) -> None:
         """Add a slot in which a scan found the header of a record. The second record of a digest is condemned."""
         if slot in self._known:
             return
         self._known.add(slot)
-        if digest in self._slots or digest in self._forgotten:
+        if family in self._forgotten:
+            self._forgotten.found(slot)
             self._condemn(slot)
             return
-        self._kept[slot] = _Kept(digest)
+        if digest in self._slots:
+            self._condemn(slot)
+            return
+        self._kept[slot] = _Record(digest, family)
         self._slots[digest] = slot
         self._order.add_unused(slot, stamp)
 
@@ -187,10 +200,11 @@ class SlotIndex:
         if slot not in self._known:
             self._known.add(slot)
             self._retired.add(slot)
+            if self._forgotten.is_seeking:
+                self._forgotten.found(slot)
 
     def end_scan(self) -> None:
-        self._is_scanning = False
-        self._forgotten.clear()
+        self._forgotten.end_scan()
 
     def take_condemned(self) -> list[int]:
         """Return the slots that are to be erased on disk. Each is returned once, unless `erase_again` gives it back."""
@@ -207,6 +221,7 @@ class SlotIndex:
         if slot in self._condemned:
             self._condemned.remove(slot)
             self._free.append(slot)
+            self._forgotten.overwritten(slot)
 
     def retire(self, slot: int) -> None:
         """Take a condemned slot out of use, because it cannot be erased."""
@@ -215,21 +230,23 @@ class SlotIndex:
             self._retired.add(slot)
 
     def reset(self) -> None:
-        """Remove everything, since the files are gone. Slots in transit stay so, and are condemned at the end of their moves."""
+        """Remove everything, since the files are gone. Slots in transit stay so, and are condemned at the end of their moves.
+
+        What is forgotten stays so, since the next scan may find the same files at another mount.
+        """
         self._lost = set(self._reserved) | {slot for slot, kept in self._kept.items() if kept.pins}
         self._kept = {slot: kept for slot, kept in self._kept.items() if kept.pins}
         self._known = set(self._lost)
-        for record in (self._free, self._condemned, self._retired, self._slots, self._order, self._to_erase, self._forgotten):
-            record.clear()
-        self._is_scanning = True
+        for state in (self._free, self._condemned, self._retired, self._slots, self._order, self._to_erase):
+            state.clear()
+        self._forgotten.begin_scan(self._lost)
 
     def check(self) -> None:
         """Raise InternalError unless each slot has one state, each digest one slot, and each unpinned slot one place."""
         states = [set(self._free), set(self._reserved), set(self._kept), self._condemned, self._retired]
         if set().union(*states) != self._known or len(self._free) + sum(map(len, states[1:])) != len(self._known):
             raise InternalError("a disk slot has two states, or none")
-        held = [(kept.digest, slot) for slot, kept in self._kept.items() if slot not in self._lost]
-        held += [(digest, slot) for slot, digest in self._reserved.items() if slot not in self._lost]
+        held = [(record.digest, slot) for slot, record in self._held() if slot not in self._lost]
         if dict(held) != self._slots or len(held) != len(self._slots):
             raise InternalError("the digests of the disk index differ from those of its slots")
         unpinned = {slot for slot, kept in self._kept.items() if not kept.pins}
@@ -238,7 +255,27 @@ class SlotIndex:
         in_transit = self._reserved.keys() | (self._kept.keys() - unpinned)
         if not self._lost <= in_transit or not self._condemned.issuperset(self._to_erase):
             raise InternalError("a disk slot is to be erased while it is in use")
+        if not self._forgotten.slots <= self._unsure():
+            raise InternalError("a disk slot that can be read or is free may hold a forgotten record")
         self._order.check()
+
+    def _held(self) -> Iterator[tuple[int, _Record]]:
+        yield from self._kept.items()
+        yield from self._reserved.items()
+
+    def _unsure(self) -> set[int]:
+        """Return the scanned slots that may hold another record on disk than the one that can be found, if any."""
+        return self._condemned | self._lost | self._reserved.keys() | self._retired
+
+    def _lose_all(self, is_meant: Callable[[_Record], bool]) -> None:
+        for slot, record in list(self._held()):
+            if slot in self._lost or not is_meant(record):
+                continue
+            if slot in self._reserved:
+                del self._slots[record.digest]
+                self._lost.add(slot)
+            else:
+                self._lose(slot)
 
     def _lose(self, slot: int) -> None:
         """Remove a kept slot's digest, and condemn the slot now or at the end of the last move that has it pinned."""

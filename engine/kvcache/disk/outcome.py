@@ -28,6 +28,7 @@ class Outcome(StrEnum):
     SLOW = "slow"  # reads take longer than the bound
     IN_USE = "in_use"  # another process uses the folder
     OTHER_KEY = "other_key"  # the folder has a key, and not the one that digests were made with
+    FORGOTTEN = "forgotten"  # the record was forgotten before the end of the read or write
     OFF = "off"  # the store was turned off before the operation began
     CRASHED = "crashed"  # the thread that ran the operation ended by an exception
 

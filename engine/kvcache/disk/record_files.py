@@ -33,7 +33,10 @@ class Sizes:
     def __init__(self, stride: int, max_bytes: int, segment_bytes: int) -> None:
         """Raises ConfigError if not even one record fits."""
         if max_bytes < PAGE + stride:
-            raise ConfigError(f"the disk tier has {max_bytes} bytes, and one record takes {PAGE + stride}: give it more")
+            raise ConfigError(
+                f"cache.disk_tier_bytes is {max_bytes}, and a file of one record takes {PAGE + stride}: raise it",
+                param="cache.disk_tier_bytes",
+            )
         self.stride = stride
         self._divide(max_bytes, segment_bytes)
         while self.num_segments > MAX_SEGMENTS:
@@ -118,13 +121,16 @@ class RecordFiles:
         self._segments.clear()
         self.generation += 1
 
-    def write(self, slot: int, digest: bytes, payload: memoryview) -> Outcome:
-        """Write the record of `digest`. `payload` must not change meanwhile. After a fault, the slot may hold anything."""
+    def write(self, slot: int, digest: bytes, family: bytes, payload: memoryview) -> Outcome:
+        """Write the record of `digest`, a block of `family`. `payload` must not change meanwhile.
+
+        After a fault, the slot may hold anything.
+        """
         if not self.is_open(slot):
             return Outcome.OFF
         segment, offset = self._place(slot)
         scratch = self._scratch
-        header = self.record.encode(digest, self._stamp(), payload)
+        header = self.record.encode(digest, family, self._stamp(), payload)
         scratch.header[:] = header.ljust(PAGE, b"\0")  # no bytes of other records in the padding
         whole = len(payload) - len(payload) % PAGE
         scratch.tail[:] = bytes(payload[whole:]).ljust(PAGE, b"\0")

@@ -21,9 +21,9 @@ HEADERS_A_STEP = 64
 
 @dataclass(slots=True)
 class Batch:
-    """What one step found: (slot, digest, stamp) of each record, slots without one, and slots that cannot be read."""
+    """What one step found: (slot, digest, family, stamp) of each record, slots without one, and slots that cannot be read."""
 
-    found: list[tuple[int, bytes, int]] = field(default_factory=list)
+    found: list[tuple[int, bytes, bytes, int]] = field(default_factory=list)
     free: Sequence[int] = ()
     unreadable: list[int] = field(default_factory=list)
     dropped: Counter[Outcome] = field(default_factory=Counter)  # records that cannot be used, by reason
@@ -123,7 +123,7 @@ class Scan:
                 continue
             if isinstance(header, Header):
                 self._stamps.saw(header.stamp)
-                batch.found.append((slot, header.digest, header.stamp))
+                batch.found.append((slot, header.digest, header.family, header.stamp))
             else:
                 free.append(slot)
                 if header is not Outcome.EMPTY:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 
-_AT_LEAST_ONE = ("segment_bytes", "num_threads", "max_reads", "max_writes", "filter_digests")
+_AT_LEAST_ONE = ("segment_bytes", "num_threads", "max_reads", "max_writes")
 _SECONDS = ("slow_read", "retry", "inspect")
+_PARAMS = {"write_rate": "cache.disk_tier_write_rate"}  # what the operator calls a setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,6 @@ class DiskSettings:
     max_writes: int = 64  # largest number of writes that wait or run
     write_rate: float | None = None  # bytes/s; None: no limit
     write_burst: float = 1 << 30  # bytes that may be written at once after a pause; one record at least
-    filter_writes: bool = True  # write a block on its second use or at the end of a turn; False: write every block
-    filter_digests: int = 1 << 18  # number of digests that the filter remembers
 
     # In seconds.
     slow_read: float = 1.0  # a read of one record, from its start to its end, queueing not included, that is too slow
@@ -41,9 +40,11 @@ class DiskSettings:
             self._require(name, 0.0 < getattr(self, name) < math.inf, "a number of seconds above 0")
         self._require("max_retry", self.retry <= self.max_retry < math.inf, f"a number of seconds, at least retry ({self.retry})")
         rate = self.write_rate
-        self._require("write_rate", rate is None or 0.0 < rate < math.inf, "a number of bytes/s above 0, or None")
+        self._require("write_rate", rate is None or 0.0 < rate < math.inf, "a number of bytes/s above 0, or unset")
         self._require("write_burst", 0.0 <= self.write_burst < math.inf, "a number of bytes, at least 0")
 
     def _require(self, name: str, is_right: bool, what: str) -> None:
         if not is_right:
-            raise ConfigError(f"the setting {name} of the disk tier must be {what}, not {getattr(self, name)}")
+            param = _PARAMS.get(name)
+            shown = param or f"the setting {name} of the disk tier"
+            raise ConfigError(f"{shown} is {getattr(self, name)}: it must be {what}", param=param)

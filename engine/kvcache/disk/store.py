@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from engine.errors import ConfigError, InternalError
@@ -27,7 +28,7 @@ from engine.kvcache.disk.scan import Stamps
 from engine.kvcache.disk.settings import DiskSettings
 from engine.kvcache.disk.upkeep import Upkeep
 from engine.kvcache.disk.workers import Ended, Kind, Move, Workers
-from engine.kvcache.disk.write_policy import Refusal, TokenBucket, WriteFilter
+from engine.kvcache.disk.write_policy import Refusal, TokenBucket
 
 
 class DiskStore:
@@ -42,7 +43,6 @@ class DiskStore:
         self.counts = Counts()
         self.index = SlotIndex()
         self.health = Health(settings, clock)
-        self.filter = WriteFilter(settings.filter_digests) if settings.filter_writes else None
         stamps = Stamps()
         folder = Folder(settings.folder, settings.key)
         self._claim(folder)
@@ -54,6 +54,7 @@ class DiskStore:
             raise
         self._clock = clock
         self._max_writes = settings.max_writes
+        self._num_moving = dict.fromkeys(Kind, 0)
         self._bucket = None
         if settings.write_rate is not None:
             self._bucket = TokenBucket(settings.write_rate, max(settings.write_burst, record.stride), clock)
@@ -72,22 +73,46 @@ class DiskStore:
         """Return whether all segments are allocated and all records of earlier runs found."""
         return self._upkeep.is_scanned
 
+    @property
+    def num_reading(self) -> int:
+        """Return how many submitted reads `poll` has not returned."""
+        return self._num_moving[Kind.READ]
+
+    @property
+    def num_writing(self) -> int:
+        """Return how many submitted writes `poll` has not returned."""
+        return self._num_moving[Kind.WRITE]
+
     def find(self, digest: bytes) -> int | None:
         """Return the slot of the record of `digest`, or None. To read it, call `index.pin(slot)` before any other method."""
         return self.index.find(digest) if self.health.is_on else None
 
-    def reserve(self, digest: bytes) -> Reserved | Refusal:
-        """Take a slot for the record of `digest`, and evict the least recently used record if no slot is free."""
-        reserved = self._reserve(digest)
+    def reserve(self, digest: bytes, family: bytes) -> Reserved | Refusal:
+        """Take a slot for the record of `digest`, and evict the least recently used record if no slot is free.
+
+        `family` is the digest of the first block of the prefix, 16 bytes as `digest`.
+        """
+        reserved = self._reserve(digest, family)
         if isinstance(reserved, Refusal):
             self.counts.refused[reserved] += 1
         elif reserved.evicted is not None:
             self.counts.evicted += 1
         return reserved
 
-    def forget(self, digest: bytes) -> None:
-        """See to it that the present record of `digest` is never read again. Its slot is erased in the background."""
-        self.index.forget(digest)
+    def forget_family(self, family: bytes) -> None:
+        """See to it that no present record of `family` is ever read again, after a restart neither.
+
+        Slots are erased in the background. Reads and writes of such records that have not ended, or are submitted later for a
+        slot that is pinned or reserved now, do not end with OK.
+        """
+        self.index.forget_family(family)
+
+    def forget_all(self) -> None:
+        """Do for all records what `forget_family` does for those of one family.
+
+        Records of another format, which this store never reads, stay in the folder until their slots are used.
+        """
+        self.index.forget_all()
 
     def submit_read(self, slot: int, digest: bytes, into: memoryview) -> bool:
         """Read the record of a pinned slot into `into`, which belongs to the store until the read has ended.
@@ -97,20 +122,20 @@ class DiskStore:
         self._check_buffer(into)
         if into.readonly:
             raise InternalError("the buffer of a disk read cannot be written to")
-        if self._workers.submit(Move(Kind.READ, slot, digest, partial(self.files.read, slot, digest, into))):
+        if self._submit(Move(Kind.READ, slot, digest, partial(self.files.read, slot, digest, into))):
             return True
         self.index.unpin(slot)
         self.counts.full_queues += 1
         return False
 
-    def submit_write(self, slot: int, digest: bytes, payload: memoryview) -> bool:
-        """Write the record of a reserved slot. `payload` must not change until the write has ended.
+    def submit_write(self, slot: int, digest: bytes, family: bytes, payload: memoryview) -> bool:
+        """Write the record of a slot that was reserved for `digest` and `family`.
 
-        `poll` returns the end; if it is OK, the record can be found. Returns False if the queue is full: the reservation is
-        then given up at once.
+        `payload` must not change until the write has ended. `poll` returns the end; if it is OK, the record can be found. Returns
+        False if the queue is full: the reservation is then given up at once.
         """
         self._check_buffer(payload)
-        if self._workers.submit(Move(Kind.WRITE, slot, digest, partial(self.files.write, slot, digest, payload))):
+        if self._submit(Move(Kind.WRITE, slot, digest, partial(self.files.write, slot, digest, family, payload))):
             return True
         self.index.drop(slot)
         self.counts.refused[Refusal.BUSY] += 1
@@ -123,9 +148,7 @@ class DiskStore:
         thread ended by an exception, which the log has.
         """
         was_on = self.health.is_on
-        ended = self._workers.poll(seconds)
-        for move in ended:
-            self._settle(move)
+        ended = [self._settle(move) for move in self._workers.poll(seconds)]
         if self.health.is_on:
             self.health.note_running(self._workers.longest_read())
         self._upkeep.take_news()
@@ -162,26 +185,27 @@ class DiskStore:
         try:
             folder.claim()
         except FileExistsError:
-            raise ConfigError(f"the folder of the disk tier, {folder.path}, is a file: name a directory, or a new one") from None
+            raise ConfigError(
+                f"cache.disk_tier_folder is {folder.path}, which is a file: name a directory, or a new one",
+                param="cache.disk_tier_folder",
+            ) from None
         except OSError as error:
             outcome = of_error(error)
             if outcome is Outcome.IN_USE:
                 raise folder.in_use() from None
             self.health.turn_off(outcome)
 
-    def _reserve(self, digest: bytes) -> Reserved | Refusal:
+    def _reserve(self, digest: bytes, family: bytes) -> Reserved | Refusal:
         if not self.health.is_on:
             return Refusal.OFF
         if self.index.has(digest):
             return Refusal.PRESENT
-        if self.filter is not None and not self.filter.passes(digest):
-            return Refusal.NOT_WORTH
         if self.index.num_reserved >= self._max_writes:
             return Refusal.BUSY
         stride = self.files.sizes.stride
         if self._bucket is not None and not self._bucket.has(stride):
             return Refusal.RATE
-        reserved = self.index.reserve(digest)
+        reserved = self.index.reserve(digest, family)
         if reserved is None:
             return Refusal.NO_SLOT
         if self._bucket is not None:
@@ -192,8 +216,16 @@ class DiskStore:
         if buffer.nbytes != self.files.record.payload_bytes or buffer.itemsize != 1 or not buffer.c_contiguous:
             raise InternalError(f"a disk record is {self.files.record.payload_bytes} contiguous bytes, not {buffer.nbytes}")
 
-    def _settle(self, move: Ended) -> None:
-        """Take over the end of a move: into the index, the counts and the judgement of the disk."""
+    def _submit(self, move: Move) -> bool:
+        is_taken = self._workers.submit(move)
+        self._num_moving[move.kind] += is_taken
+        return is_taken
+
+    def _settle(self, move: Ended) -> Ended:
+        """Take over the end of a move: into the index, the counts and the judgement of the disk. Returns it for the owner."""
+        self._num_moving[move.kind] -= 1
+        if move.outcome is Outcome.OK and self.index.is_forgotten(move.slot):
+            move = replace(move, outcome=Outcome.FORGOTTEN)
         self.counts.add(move, self.files.record.payload_bytes)
         is_lost = move.outcome in BAD_RECORD or move.outcome is Outcome.IO_ERROR
         if move.kind is Kind.WRITE:
@@ -204,3 +236,4 @@ class DiskStore:
                 self.index.drop(move.slot)
             self.index.unpin(move.slot)
         self.health.note(move.outcome, move.seconds if move.kind is Kind.READ else None)
+        return move

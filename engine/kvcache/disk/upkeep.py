@@ -139,8 +139,8 @@ class Upkeep:
 
     def _take_batch(self, batch: Batch) -> None:
         self._index.add_free(batch.free)
-        for slot, digest, stamp in batch.found:
-            self._index.add_found(slot, digest, stamp)
+        for slot, digest, family, stamp in batch.found:
+            self._index.add_found(slot, digest, family, stamp)
         for slot in batch.unreadable:
             self._index.add_unreadable(slot)
         self._counts.dropped.update(batch.dropped)

@@ -45,7 +45,7 @@ def is_off(store, reason):
     """Wait until the store is off for `reason`, and check that it then answers everything with OFF or nothing."""
     wait_for(store, lambda: not store.health.is_on)
     assert store.health.reason is reason
-    assert store.reserve(digest_of(99)) is Refusal.OFF
+    assert store.reserve(digest_of(99), digest_of(99)) is Refusal.OFF
     assert store.find(digest_of(0)) is None
     return True
 
@@ -157,7 +157,7 @@ def test_a_folder_that_another_process_took_meanwhile_is_left_to_it(tmp_path, op
 def test_moves_on_their_way_while_the_folder_vanishes_are_never_found_wrong(tmp_path, opened, clock):
     store = scanned(opened(tmp_path / "kv", num_bytes=5000))
     assert works(store)
-    pinned, reserved = store.find(digest_of(1)), store.reserve(digest_of(7))
+    pinned, reserved = store.find(digest_of(1)), store.reserve(digest_of(7), digest_of(7))
     store.index.pin(pinned)
     shutil.rmtree(tmp_path / "kv")
     clock.now += 1.0
@@ -166,7 +166,7 @@ def test_moves_on_their_way_while_the_folder_vanishes_are_never_found_wrong(tmp_
     scanned(store)
     into = memoryview(bytearray(5000))
     store.submit_read(pinned, digest_of(1), into)
-    store.submit_write(reserved.slot, digest_of(7), into)
+    store.submit_write(reserved.slot, digest_of(7), digest_of(7), into)
     wait_for(store, lambda: store.counts.moves.total() == 8 + 2 and not store.index.condemned)
     store.check()
     assert read(store, digest_of(7)) is None

@@ -43,6 +43,7 @@ def test_a_second_process_is_told_which_folder_is_in_use_and_by_whom(tmp_path):
             open_store(tmp_path / "kv", 4)
         assert str(tmp_path / "kv") in refused.value.message
         assert f"process {holder.pid}" in refused.value.message
+        assert refused.value.param == "cache.disk_tier_folder"
         holder.kill()
     open_store(tmp_path / "kv", 4).close()
 
@@ -146,13 +147,15 @@ def test_a_lock_is_not_followed_to_another_place(tmp_path):
 
 def test_a_file_in_the_place_of_the_folder_stops_the_start(tmp_path):
     (tmp_path / "kv").write_bytes(b"")
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(ConfigError, match=r"^cache\.disk_tier_folder is .*/kv, which is a file") as refused:
         open_store(tmp_path / "kv", 4)
+    assert refused.value.param == "cache.disk_tier_folder"
 
 
 def test_a_wrong_setting_leaves_the_folder_unlocked(tmp_path):
-    with pytest.raises(ConfigError, match="one record takes"):
+    with pytest.raises(ConfigError, match=r"^cache\.disk_tier_bytes is 4096, .* one record takes 16384") as refused:
         open_store(tmp_path / "kv", 4, max_bytes=4096)
+    assert refused.value.param == "cache.disk_tier_bytes"
     with pytest.raises(ConfigError, match="32 bytes"):
         open_store(tmp_path / "kv", 4, key=b"short")
     open_store(tmp_path / "kv", 4).close()

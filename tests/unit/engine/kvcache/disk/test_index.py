@@ -1,27 +1,28 @@
 """Tests which slot a record gets, which record goes first, and that a forgotten record stays forgotten."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import InternalError
 from engine.kvcache.disk.index import SlotIndex
-from tests.support.disk_store import digest_of
+from tests.support.disk_store import digest_of, family_of
 
 
 def index_of(num_slots, *, found=()):
     """Return an index of `num_slots` slots, the first of which hold the records `found`: (number, stamp)."""
     index = SlotIndex()
     for slot, (number, stamp) in enumerate(found):
-        index.add_found(slot, digest_of(number), stamp)
+        index.add_found(slot, digest_of(number), family_of(number), stamp)
     index.add_free(range(len(found), num_slots))
     return index
 
 
+def reserve(index, number):
+    return index.reserve(digest_of(number), family_of(number))
+
+
 def put(index, number):
     """Write the record of `number`, and return the digest that it evicts."""
-    reserved = index.reserve(digest_of(number))
+    reserved = reserve(index, number)
     index.commit(reserved.slot)
     index.check()
     return reserved.evicted
@@ -49,16 +50,16 @@ def test_a_pinned_record_is_not_evicted():
     put(index, 1)
     for number in (0, 1):
         index.pin(index.find(digest_of(number)))
-    assert index.reserve(digest_of(2)) is None
+    assert reserve(index, 2) is None
     index.unpin(index.find(digest_of(1)))
     assert put(index, 2) == digest_of(1)
 
 
 def test_a_record_is_found_once_it_is_written():
     index = index_of(2)
-    reserved = index.reserve(digest_of(0))
+    reserved = reserve(index, 0)
     assert index.find(digest_of(0)) is None
-    assert index.reserve(digest_of(0)) is None
+    assert reserve(index, 0) is None
     assert len(index) == 0
     index.commit(reserved.slot)
     assert index.find(digest_of(0)) == reserved.slot
@@ -67,52 +68,135 @@ def test_a_record_is_found_once_it_is_written():
 
 def test_the_slot_of_a_failed_write_is_erased_before_it_is_used_again():
     index = index_of(1)
-    slot = index.reserve(digest_of(0)).slot
+    slot = reserve(index, 0).slot
     index.drop(slot)
-    assert index.reserve(digest_of(1)) is None
+    assert reserve(index, 1) is None
     assert index.take_condemned() == [slot]
     assert index.take_condemned() == []
     index.erase_again(slot)
     assert index.take_condemned() == [slot]
     index.erased(slot)
     index.check()
-    assert index.reserve(digest_of(1)).slot == slot
+    assert reserve(index, 1).slot == slot
 
 
-def test_a_record_is_forgotten_whatever_moves_with_it():
-    index = index_of(3)
-    put(index, 0)
-    put(index, 1)
-    being_read, being_written = index.find(digest_of(1)), index.reserve(digest_of(2)).slot
+def test_a_family_is_forgotten_whatever_moves_with_it():
+    index = index_of(5)
+    for number in (0, 1, 4):
+        put(index, number)
+    being_read, being_written = index.find(digest_of(1)), reserve(index, 2).slot
     index.pin(being_read)
-    for number in range(3):
-        index.forget(digest_of(number))
-        assert index.find(digest_of(number)) is None
-        index.check()
+    assert not index.is_forgotten(being_read)
+    index.forget_family(family_of(0))
+    index.check()
+    assert [index.find(digest_of(number)) is None for number in (0, 1, 2, 4)] == [True, True, True, False]
     assert index.take_condemned() == [0]
+    assert index.is_forgotten(being_read)
+    assert index.is_forgotten(being_written)
     index.unpin(being_read)
     index.commit(being_written)
     index.check()
     assert index.take_condemned() == [being_read, being_written]
+    assert len(index) == 1
+
+
+def test_everything_is_forgotten_whatever_moves_with_it():
+    index = index_of(4)
+    put(index, 0)
+    put(index, 4)
+    being_read, being_written = index.find(digest_of(4)), reserve(index, 8).slot
+    index.pin(being_read)
+    index.forget_all()
+    index.check()
+    assert index.is_forgotten(being_read)
+    assert index.is_forgotten(being_written)
+    index.unpin(being_read)
+    index.commit(being_written)
+    assert sorted(index.take_condemned()) == [0, being_read, being_written]
     assert len(index) == 0
 
 
-def test_a_record_that_is_forgotten_before_the_scan_finds_it_stays_so():
+@pytest.mark.parametrize("is_all", [False, True])
+def test_a_record_that_is_forgotten_before_the_scan_finds_it_stays_so(is_all):
     index = index_of(0)
-    index.forget(digest_of(0))
-    index.add_found(0, digest_of(0), 1)
-    assert index.find(digest_of(0)) is None
-    assert index.take_condemned() == [0]
+    assert not index.is_seeking
+    if is_all:
+        index.forget_all()
+    else:
+        index.forget_family(family_of(0))
+    assert index.is_seeking
+    index.add_found(0, digest_of(1), family_of(1), 1)
+    index.add_found(1, digest_of(4), family_of(4), 1)
+    assert index.find(digest_of(1)) is None
+    assert index.take_condemned() == ([0, 1] if is_all else [0])
     index.end_scan()
+    assert not index.is_seeking
     index.erased(0)
-    assert put(index, 0) is None
-    assert index.find(digest_of(0)) == 0
+    assert put(index, 1) is None
+    assert index.find(digest_of(1)) == 0
+
+
+def test_a_forgotten_record_that_was_not_erased_stays_so_when_the_files_are_mounted_again():
+    index = index_of(2)
+    index.end_scan()
+    put(index, 0)
+    index.forget_family(family_of(0))
+    for _ in range(2):
+        index.reset()
+        index.add_found(0, digest_of(0), family_of(0), 1)
+        index.end_scan()
+        assert index.find(digest_of(0)) is None
+        assert index.take_condemned() == [0]
+
+
+def test_an_evicted_record_that_is_forgotten_before_another_is_written_in_its_place_stays_so():
+    index = index_of(1)
+    index.end_scan()
+    put(index, 0)
+    slot = reserve(index, 4).slot
+    index.forget_family(family_of(0))
+    index.drop(slot)
+    index.reset()
+    index.add_found(slot, digest_of(0), family_of(0), 1)
+    assert index.find(digest_of(0)) is None
+
+
+def test_a_family_that_was_erased_is_found_again_when_it_is_written_anew():
+    index = index_of(2)
+    index.end_scan()
+    put(index, 0)
+    index.forget_family(family_of(0))
+    index.erased(*index.take_condemned())
+    put(index, 0)
+    index.reset()
+    index.add_found(1, digest_of(0), family_of(0), 2)
+    assert index.find(digest_of(0)) == 1
+
+
+def test_a_slot_that_could_not_be_erased_is_tried_again_at_the_end():
+    index = index_of(2)
+    put(index, 0)
+    index.forget_family(family_of(0))
+    index.retire(*index.take_condemned())
+    index.check()
+    assert index.doomed == {0}
+
+
+def test_a_slot_that_could_not_be_read_is_erased_at_the_end_if_it_may_hold_a_forgotten_record():
+    index = index_of(0)
+    index.add_unreadable(0)
+    assert index.doomed == set()
+    index.forget_family(family_of(0))
+    index.add_unreadable(1)
+    index.end_scan()
+    index.check()
+    assert index.doomed == {0, 1}
 
 
 def test_of_two_records_of_one_digest_one_is_erased():
     index = index_of(0)
-    index.add_found(0, digest_of(0), 1)
-    index.add_found(1, digest_of(0), 2)
+    index.add_found(0, digest_of(0), family_of(0), 1)
+    index.add_found(1, digest_of(0), family_of(0), 2)
     index.check()
     assert index.take_condemned() == [1]
 
@@ -121,15 +205,15 @@ def test_after_a_reset_slots_in_transit_are_erased_at_the_end_of_their_moves():
     index = index_of(4)
     for number in range(3):
         put(index, number)
-    being_read, being_written = index.find(digest_of(1)), index.reserve(digest_of(3)).slot
+    being_read, being_written = index.find(digest_of(1)), reserve(index, 3).slot
     index.pin(being_read)
     index.reset()
     index.check()
     assert len(index) == 0
     index.add_free(range(4))
     index.check()
-    assert {index.reserve(digest_of(n)).slot for n in (10, 11)} == {0, 1, 2, 3} - {being_read, being_written}
-    assert index.reserve(digest_of(12)) is None
+    assert {reserve(index, n).slot for n in (10, 11)} == {0, 1, 2, 3} - {being_read, being_written}
+    assert reserve(index, 12) is None
     index.unpin(being_read)
     index.commit(being_written)
     index.check()
@@ -139,13 +223,13 @@ def test_after_a_reset_slots_in_transit_are_erased_at_the_end_of_their_moves():
 
 def test_a_retired_slot_is_not_used_again():
     index = index_of(1)
-    index.drop(index.reserve(digest_of(0)).slot)
+    index.drop(reserve(index, 0).slot)
     index.retire(*index.take_condemned())
     index.add_unreadable(1)
     index.add_free([0, 1])
     index.check()
     assert (index.num_slots, index.num_retired) == (0, 2)
-    assert index.reserve(digest_of(0)) is None
+    assert reserve(index, 0) is None
 
 
 def test_one_unpin_too_many_is_an_error():
@@ -179,84 +263,8 @@ def test_check_finds_a_record_that_could_never_be_evicted():
         index.check()
 
 
-class AnyOrder(RuleBasedStateMachine):
-    """Calls the index in any order that its contract allows, beside a model: digest -> slot of what can be found."""
-
-    @initialize(num_slots=st.integers(1, 5))
-    def begin(self, num_slots):
-        self.index = index_of(num_slots)
-        self.num_slots = num_slots
-        self.model = {}
-        self.writing = {}  # slot -> digest, or None if it was forgotten since
-        self.reading = []
-
-    @rule(number=st.integers(0, 7))
-    def reserve(self, number):
-        digest = digest_of(number)
-        reserved = self.index.reserve(digest)
-        if reserved is None:
-            return
-        assert digest not in self.model
-        assert reserved.slot not in self.reading
-        if reserved.evicted is not None:
-            assert self.model.pop(reserved.evicted) == reserved.slot
-        self.writing[reserved.slot] = digest
-
-    @precondition(lambda self: self.writing)
-    @rule(data=st.data(), is_ok=st.booleans())
-    def end_write(self, data, is_ok):
-        slot = data.draw(st.sampled_from(sorted(self.writing)))
-        digest = self.writing.pop(slot)
-        (self.index.commit if is_ok else self.index.drop)(slot)
-        if is_ok and digest is not None:
-            self.model[digest] = slot
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def begin_read(self, data):
-        slot = self.index.find(data.draw(st.sampled_from(sorted(self.model))))
-        self.index.pin(slot)
-        self.reading.append(slot)
-
-    @precondition(lambda self: self.reading)
-    @rule(data=st.data(), is_ok=st.booleans())
-    def end_read(self, data, is_ok):
-        slot = data.draw(st.sampled_from(self.reading))
-        if not is_ok:
-            self.index.drop(slot)
-            self.model = {digest: held for digest, held in self.model.items() if held != slot}
-        self.index.unpin(slot)
-        self.reading.remove(slot)
-
-    @rule(number=st.integers(0, 7))
-    def forget(self, number):
-        digest = digest_of(number)
-        self.index.forget(digest)
-        self.model.pop(digest, None)
-        self.writing = {slot: None if held == digest else held for slot, held in self.writing.items()}
-
-    @rule()
-    def erase(self):
-        for slot in self.index.take_condemned():
-            assert slot not in self.reading
-            assert slot not in self.writing
-            self.index.erased(slot)
-
-    @rule()
-    def lose_the_folder(self):
-        self.index.reset()
-        self.model.clear()
-        self.writing = dict.fromkeys(self.writing)
-        self.index.add_free(range(self.num_slots))
-
-    @invariant()
-    def agrees(self):
-        self.index.check()
-        assert self.index.num_slots == self.num_slots
-        assert len(self.index) == len(self.model)
-        for number in range(8):
-            assert self.index.find(digest_of(number)) == self.model.get(digest_of(number))
-
-
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40)
+def test_check_finds_a_free_slot_that_may_hold_a_forgotten_record():
+    index = index_of(2)
+    index._forgotten.add(family_of(0), [1])
+    with pytest.raises(InternalError, match="forgotten"):
+        index.check()

@@ -13,6 +13,7 @@ from engine.kvcache.disk.records import HEADER_BYTES, PAGE, Header, RecordFormat
 from engine.kvcache.disk.scan import Stamps
 from tests.support.disk_store import digest_of, payload_of
 
+FAMILY = b"f" * 16
 ODD_SIZES = [1, 100, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 70_001]
 
 
@@ -50,7 +51,7 @@ def test_direct_and_plain_io_read_what_the_other_wrote(opened, num_bytes, writte
     for slot, payload in payloads.items():
         buffer = aligned(num_bytes, offset)
         buffer[:] = payload
-        assert files.write(slot, digest_of(slot), buffer) is Outcome.OK
+        assert files.write(slot, digest_of(slot), FAMILY, buffer) is Outcome.OK
     files.close()
     files.folder.release()
     again = opened(num_bytes, direct=not written)
@@ -64,7 +65,7 @@ def test_direct_and_plain_io_read_what_the_other_wrote(opened, num_bytes, writte
 def test_an_erased_slot_is_empty_and_its_neighbours_are_not(opened):
     files = opened(PAGE)
     for slot in range(3):
-        files.write(slot, digest_of(slot), aligned(PAGE))
+        files.write(slot, digest_of(slot), FAMILY, aligned(PAGE))
     assert files.erase(1) is Outcome.OK
     assert files.header(1) is Outcome.EMPTY
     assert files.read(1, digest_of(1), aligned(PAGE)) is Outcome.EMPTY
@@ -74,7 +75,7 @@ def test_an_erased_slot_is_empty_and_its_neighbours_are_not(opened):
 
 def test_a_probe_changes_no_record(opened):
     files = opened(PAGE)
-    files.write(0, digest_of(0), aligned(PAGE))
+    files.write(0, digest_of(0), FAMILY, aligned(PAGE))
     files.probe()
     assert files.read(0, digest_of(0), aligned(PAGE)) is Outcome.OK
 
@@ -83,7 +84,7 @@ def test_a_probe_changes_no_record(opened):
 def test_a_file_that_was_cut_off_loses_only_what_it_lost(opened, tmp_path, num_bytes):
     files = opened(PAGE)
     for slot in range(4):
-        files.write(slot, digest_of(slot), memoryview(payload_of(digest_of(slot), PAGE)))
+        files.write(slot, digest_of(slot), FAMILY, memoryview(payload_of(digest_of(slot), PAGE)))
     size = (tmp_path / "segment-00000").stat().st_size
     with (tmp_path / "segment-00000").open("r+b") as file:
         file.truncate(num_bytes)
@@ -100,7 +101,7 @@ def test_a_file_that_was_cut_off_loses_only_what_it_lost(opened, tmp_path, num_b
 
 def test_a_longer_file_is_cut_to_its_size(opened, tmp_path):
     files = opened(PAGE, slots=8)
-    files.write(0, digest_of(0), aligned(PAGE))
+    files.write(0, digest_of(0), FAMILY, aligned(PAGE))
     files.close()
     files.folder.release()
     again = opened(PAGE, slots=2)
@@ -140,6 +141,6 @@ def test_a_stride_that_does_not_divide_the_file_makes_no_file_too_many():
 def test_the_padding_of_a_record_holds_no_bytes_of_another(opened, tmp_path, num_bytes):
     files = opened(num_bytes)
     files._scratch.header[:] = files._scratch.tail[:] = b"x" * PAGE  # as another record leaves them
-    assert files.write(0, digest_of(0), memoryview(bytes(num_bytes))) is Outcome.OK
+    assert files.write(0, digest_of(0), FAMILY, memoryview(bytes(num_bytes))) is Outcome.OK
     slot = (tmp_path / "segment-00000").read_bytes()[PAGE : PAGE + files.sizes.stride]
     assert not any(slot[HEADER_BYTES:])

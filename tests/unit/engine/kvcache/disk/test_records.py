@@ -14,12 +14,13 @@ from engine.kvcache.disk.records import HEADER_BYTES, PAGE, Header, RecordFormat
 
 KEY = bytes(range(32))
 DIGEST = b"d" * 16
+FAMILY = b"f" * 16
 PAYLOAD = bytes(range(256)) * 20
 FORMAT = RecordFormat(len(PAYLOAD), b"llama, bf16", KEY)
 
 
 def encoded(form=FORMAT, digest=DIGEST, payload=PAYLOAD, stamp=7):
-    return form.encode(digest, stamp, memoryview(payload)).ljust(PAGE, b"\0")
+    return form.encode(digest, FAMILY, stamp, memoryview(payload)).ljust(PAGE, b"\0")
 
 
 def verified(page, payload=PAYLOAD, digest=DIGEST, form=FORMAT):
@@ -30,7 +31,7 @@ def test_a_record_that_did_not_change_is_right():
     assert verified(encoded()) is Outcome.OK
     header = FORMAT.decode(memoryview(encoded()))
     assert isinstance(header, Header)
-    assert (header.digest, header.stamp) == (DIGEST, 7)
+    assert (header.digest, header.family, header.stamp) == (DIGEST, FAMILY, 7)
 
 
 def test_a_header_with_any_bit_flipped_is_not_right():
@@ -91,10 +92,13 @@ def test_the_record_of_another_digest_is_not_given_out():
     assert verified(encoded(digest=b"e" * 16)) is Outcome.OTHER
 
 
-@pytest.mark.parametrize(("num_bytes", "key"), [(0, KEY), (2 << 30, KEY), (10, b"short")])
-def test_a_size_or_key_that_cannot_be_used_is_refused(num_bytes, key):
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    ("num_bytes", "key", "param"), [(0, KEY, None), (2 << 30, KEY, None), (10, b"short", "cache.disk_tier_key_file")]
+)
+def test_a_size_or_key_that_cannot_be_used_is_refused(num_bytes, key, param):
+    with pytest.raises(ConfigError) as refused:
         RecordFormat(num_bytes, b"", key)
+    assert refused.value.param == param
 
 
 def test_other_threads_run_while_a_payload_is_summed():
@@ -106,7 +110,7 @@ def test_other_threads_run_while_a_payload_is_summed():
 
     def work():
         is_summing.set()
-        form.encode(DIGEST, 1, payload)
+        form.encode(DIGEST, FAMILY, 1, payload)
         is_summing.clear()
 
     thread = threading.Thread(target=work)

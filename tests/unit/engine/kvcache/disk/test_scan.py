@@ -10,7 +10,7 @@ from engine.kvcache.disk.record_files import RecordFiles, Sizes
 from engine.kvcache.disk.records import PAGE, RecordFormat
 from engine.kvcache.disk.scan import HEADERS_A_STEP, Batch, Scan, ScanEnded, Stamps
 from engine.kvcache.disk.segments import SegmentFile
-from tests.support.disk_store import digest_of
+from tests.support.disk_store import digest_of, family_of
 
 NUM_SLOTS = 2 * HEADERS_A_STEP + 10  # of a segment file
 
@@ -30,7 +30,7 @@ def files(tmp_path):
 
 def write(files, slots):
     for slot in slots:
-        assert files.write(slot, digest_of(slot), memoryview(bytes(10))) is Outcome.OK
+        assert files.write(slot, digest_of(slot), family_of(slot), memoryview(bytes(10))) is Outcome.OK
 
 
 def run(files, stamps=None, first=0):
@@ -56,10 +56,10 @@ def test_records_are_found_a_few_at_a_time(files):
     _, told = run(files, stamps)
     batches = [news for news in told if isinstance(news, Batch)]
     assert [len(batch.found) + len(batch.free) for batch in batches[:3]] == [HEADERS_A_STEP, HEADERS_A_STEP, 10]
-    found = {slot: digest for batch in batches for slot, digest, _ in batch.found}
-    assert found == {slot: digest_of(slot) for slot in range(0, NUM_SLOTS, 2) if slot != 4}
+    found = {slot: names for batch in batches for slot, *names, _ in batch.found}
+    assert found == {slot: [digest_of(slot), family_of(slot)] for slot in range(0, NUM_SLOTS, 2) if slot != 4}
     assert sorted([*found, *(slot for batch in batches for slot in batch.free)]) == list(range(2 * NUM_SLOTS))
-    assert stamps.next() > max(stamp for batch in batches for _, _, stamp in batch.found)
+    assert stamps.next() > max(stamp for batch in batches for *_, stamp in batch.found)
 
 
 def test_a_file_that_cannot_be_opened_ends_the_scan_and_the_next_one_begins_there(files):

@@ -33,6 +33,10 @@ def kept(store, numbers=range(20)):
     return [number for number in numbers if store.find(digest_of(number)) is not None]
 
 
+def reserve(store, number):
+    return store.reserve(digest_of(number), digest_of(number))
+
+
 def fill(store, numbers):
     assert {write(store, digest_of(number)) for number in numbers} == {Outcome.OK}
 
@@ -101,7 +105,7 @@ def test_a_smaller_cap_deletes_files_and_a_larger_one_adds_some(opened, tmp_path
 def test_a_forgotten_record_stays_forgotten_after_a_restart(opened):
     store = opened()
     fill(store, range(4))
-    store.forget(digest_of(2))
+    store.forget_family(digest_of(2))
     assert read(store, digest_of(2)) is None
     wait_for(store, lambda: not store.index.condemned)
     assert kept(opened()) == [0, 1, 3]
@@ -110,14 +114,14 @@ def test_a_forgotten_record_stays_forgotten_after_a_restart(opened):
 def test_a_record_that_is_forgotten_just_before_the_end_is_erased(opened):
     store = opened()
     fill(store, range(4))
-    store.forget(digest_of(2))
+    store.forget_family(digest_of(2))
     assert kept(opened()) == [0, 1, 3]
 
 
 def test_a_forgotten_digest_can_be_written_anew(opened):
     store = opened()
     fill(store, [0])
-    store.forget(digest_of(0))
+    store.forget_family(digest_of(0))
     assert write(store, digest_of(0), bytes(5000)) is Outcome.OK
     assert read(store, digest_of(0)) == bytes(5000)
     wait_for(store, lambda: not store.index.condemned)
@@ -140,18 +144,24 @@ def test_a_record_that_changed_on_disk_is_dropped_and_can_be_written_again(opene
     assert is_right(store, digest_of(1))
 
 
-def test_a_block_is_written_on_its_second_use_or_at_the_end_of_a_turn(opened):
-    store = opened(filter_writes=True)
-    for number in (0, 1, 1):
-        store.filter.use(digest_of(number))
-    store.filter.finish([digest_of(2)])
-    assert [write(store, digest_of(number)) for number in range(4)] == [
-        Refusal.NOT_WORTH,
-        Outcome.OK,
-        Outcome.OK,
-        Refusal.NOT_WORTH,
-    ]
-    assert store.counts.refused == {Refusal.NOT_WORTH: 2}
+@pytest.mark.parametrize("is_all", [False, True])
+def test_moves_of_records_that_are_forgotten_meanwhile_do_not_end_well(opened, is_all):
+    store = opened()
+    fill(store, range(2))
+    slot, reserved = store.find(digest_of(0)), reserve(store, 2)
+    store.index.pin(slot)
+    assert store.submit_read(slot, digest_of(0), memoryview(bytearray(5000)))
+    if is_all:
+        store.forget_all()
+    else:
+        for number in (0, 2):
+            store.forget_family(digest_of(number))
+    assert store.submit_write(reserved.slot, digest_of(2), digest_of(2), memoryview(bytes(5000)))
+    wait_for(store, lambda: store.num_reading == store.num_writing == 0)
+    assert store.counts.moves[Kind.READ, Outcome.FORGOTTEN] == store.counts.moves[Kind.WRITE, Outcome.FORGOTTEN] == 1
+    assert kept(store) == ([] if is_all else [1])
+    assert store.health.is_on
+    assert kept(opened()) == ([] if is_all else [1])
 
 
 def test_the_rate_of_writes_is_capped_on_the_given_clock(opened):
@@ -174,19 +184,19 @@ def test_reservations_are_bounded_and_a_move_holds_its_slot(opened):
     store = opened(2, max_writes=3)
     fill(store, [0])
     store.index.pin(store.find(digest_of(0)))
-    assert store.reserve(digest_of(1)).evicted is None
-    assert store.reserve(digest_of(2)) is Refusal.NO_SLOT
+    assert reserve(store, 1).evicted is None
+    assert reserve(store, 2) is Refusal.NO_SLOT
     store = opened(6, max_writes=2)
     for number in (10, 11):
-        store.reserve(digest_of(number))
-    assert store.reserve(digest_of(12)) is Refusal.BUSY
+        reserve(store, number)
+    assert reserve(store, 12) is Refusal.BUSY
 
 
 @pytest.mark.parametrize("num_bytes", [4999, 5001])
 def test_a_buffer_of_another_size_is_an_error(opened, num_bytes):
     store = opened()
     with pytest.raises(InternalError, match="5000 contiguous bytes"):
-        store.submit_write(store.reserve(digest_of(0)).slot, digest_of(0), memoryview(bytes(num_bytes)))
+        store.submit_write(reserve(store, 0).slot, digest_of(0), digest_of(0), memoryview(bytes(num_bytes)))
 
 
 def test_reading_into_a_buffer_that_cannot_be_written_is_an_error(opened):
@@ -199,13 +209,13 @@ def test_a_closed_store_takes_no_moves_and_gives_their_slots_back(tmp_path):
     store = scanned(open_store(tmp_path / "kv", 4))
     assert write(store, digest_of(0)) is Outcome.OK
     slot = store.find(digest_of(0))
-    reserved = store.reserve(digest_of(1))
+    reserved = reserve(store, 1)
     store.index.pin(slot)
     assert store.close()
     assert not store.submit_read(slot, digest_of(0), memoryview(bytearray(5000)))
-    assert not store.submit_write(reserved.slot, digest_of(1), memoryview(bytes(5000)))
+    assert not store.submit_write(reserved.slot, digest_of(1), digest_of(1), memoryview(bytes(5000)))
     assert store.counts.full_queues == store.counts.refused[Refusal.BUSY] == 1
-    assert store.index.num_reserved == 0
+    assert store.index.num_reserved == store.num_reading == store.num_writing == 0
     store.check()
 
 
@@ -213,15 +223,19 @@ def test_many_moves_at_once_end_once_each(opened):
     store = opened(40, num_threads=4, max_writes=40)
     payloads = {number: payload_of(digest_of(number), 5000) for number in range(40)}
     for number, payload in payloads.items():
-        assert store.submit_write(store.reserve(digest_of(number)).slot, digest_of(number), memoryview(payload))
-    wait_for(store, lambda: store.counts.moves[Kind.WRITE, Outcome.OK] == 40)
+        assert store.submit_write(reserve(store, number).slot, digest_of(number), digest_of(number), memoryview(payload))
+    assert (store.num_reading, store.num_writing) == (0, 40)
+    wait_for(store, lambda: store.num_writing == 0)
+    assert store.counts.moves == {(Kind.WRITE, Outcome.OK): 40}
     buffers = {}
     for number in payloads:
         buffers[number] = bytearray(5000)
         slot = store.find(digest_of(number))
         store.index.pin(slot)
         assert store.submit_read(slot, digest_of(number), memoryview(buffers[number]))
-    wait_for(store, lambda: store.counts.moves[Kind.READ, Outcome.OK] == 40)
+    assert (store.num_reading, store.num_writing) == (40, 0)
+    wait_for(store, lambda: store.num_reading == 0)
+    assert store.counts.moves[Kind.READ, Outcome.OK] == 40
     assert buffers == payloads
 
 

@@ -75,8 +75,8 @@ class Tier:
 
     def write(self, numbers):
         for number in numbers:
-            slot = self.index.reserve(digest_of(number)).slot
-            assert self.files.write(slot, digest_of(number), memoryview(bytes(10))) is Outcome.OK
+            slot = self.index.reserve(digest_of(number), digest_of(number)).slot
+            assert self.files.write(slot, digest_of(number), digest_of(number), memoryview(bytes(10))) is Outcome.OK
             self.index.commit(slot)
 
     def records(self):
@@ -105,8 +105,7 @@ def tier(tmp_path):
 
 def test_slots_of_deleted_files_are_not_erased_in_the_files_that_replace_them(tier):
     tier.write(range(NUM_SLOTS))
-    for number in range(NUM_SLOTS):
-        tier.index.forget(digest_of(number))
+    tier.index.forget_all()
     tier.look_after()
     tier.replace()
     erasures = list(tier.workers.queue)
@@ -121,13 +120,23 @@ def test_slots_of_deleted_files_are_not_erased_in_the_files_that_replace_them(ti
 def test_an_erasure_between_a_probe_and_the_reset_neither_erases_nor_frees_a_slot(tier, tmp_path):
     tier.write(range(3))
     shutil.copytree(tier.folder.path, tmp_path / "copy")
-    tier.index.forget(digest_of(1))
+    tier.index.drop(tier.index.find(digest_of(1)))  # as if it could not be read
     tier.look_after()
     tier.replace(tmp_path / "copy")
     tier.workers.step()  # the probe
     tier.workers.step()  # the erasure
     tier.run_all()
     assert tier.records() == len(tier.index) == 3
+
+
+def test_a_forgotten_record_is_not_found_when_its_files_are_mounted_again_before_it_was_erased(tier, tmp_path):
+    tier.write(range(3))
+    shutil.copytree(tier.folder.path, tmp_path / "mounted again")
+    tier.index.forget_family(digest_of(1))
+    tier.replace(tmp_path / "mounted again")
+    tier.run_all()
+    assert [number for number in range(3) if tier.index.find(digest_of(number)) is not None] == [0, 2]
+    assert tier.records() == 2
 
 
 def test_headers_that_are_gone_turn_the_store_off_and_the_scan_goes_on_when_they_are_back(tier, monkeypatch):
