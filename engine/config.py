@@ -15,6 +15,8 @@ from engine.errors import ConfigError
 STEP_TOKENS = 8192  # default of max_step_tokens on a GPU
 OFFLINE_STEP_TOKENS = 16384  # default of max_step_tokens for an offline engine on a GPU: a long step delays no stream there
 CPU_STEP_TOKENS = 512
+HOST_BYTES_FOR_DISK = 1 << 30  # default of host_tier_bytes beside a disk tier
+PAGE = 4096  # bytes; unit of direct I/O
 MAX_HOST_SLOTS = 1 << 24  # the lists of more blocks would fill the memory of a small machine
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -32,7 +34,13 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory_fraction: float = 0.9  # GPU: share of the memory that is free once the weights are loaded
     host_bytes: int = 4 << 30  # CPU: bytes of the KV cache; a page of memory is used once it is written to
     prefix_caching: bool = True
-    host_tier_bytes: int = 0  # host memory for blocks that are evicted from the device, from where they come back; 0: none
+    # Host memory for blocks that are evicted from the device, from where they come back; 0: none. None: none without a disk tier,
+    # and HOST_BYTES_FOR_DISK with one, whose records pass through it.
+    host_tier_bytes: int | None = None
+    disk_tier_folder: str | None = None  # folder of the disk tier (`engine/kvcache/disk/`); None: there is none
+    disk_tier_bytes: int = 0  # cap of the files in that folder
+    disk_tier_write_rate: float | None = None  # bytes/s that may be written to them in the long run; None: no limit
+    disk_tier_key_file: str | None = None  # file of 32 bytes, a key that replicas share; None: a random one in the folder
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,6 +140,7 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
         dtype=auto_dtype if config.dtype == "auto" else config.dtype,
         max_model_len=config.max_model_len or limits.max_model_len,
         overlap=(device == "cuda") if config.overlap is None else config.overlap,
+        cache=msgspec.structs.replace(config.cache, host_tier_bytes=_host_tier_bytes(config.cache)),
         scheduler=msgspec.structs.replace(
             config.scheduler,
             max_step_tokens=max(step_tokens, config.scheduler.max_num_seqs),
@@ -159,24 +168,35 @@ def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> En
     )
 
 
+def _host_tier_bytes(cache: CacheConfig) -> int:
+    if cache.host_tier_bytes is not None:
+        return cache.host_tier_bytes
+    return 0 if cache.disk_tier_folder is None else HOST_BYTES_FOR_DISK
+
+
+def host_stride(config: EngineConfig, block_bytes: int) -> int:
+    """Return the bytes that a block of `block_bytes` takes in the host tier: whole pages if records go to a disk from there."""
+    return block_bytes if config.cache.disk_tier_folder is None else -(-block_bytes // PAGE) * PAGE
+
+
 def host_slots(config: EngineConfig, block_bytes: int) -> int:
-    """Return how many blocks of so many bytes the host tier holds.
+    """Return how many blocks of so many bytes the host tier of a resolved config holds.
 
     Raises ConfigError if it is on and cannot hold one, or if it would hold more than MAX_HOST_SLOTS.
     """
-    size = config.cache.host_tier_bytes
-    if 0 < size < block_bytes:
+    size, each = config.cache.host_tier_bytes or 0, host_stride(config, block_bytes)
+    if 0 < size < each:
         raise ConfigError(
-            f"cache.host_tier_bytes is {size}, and one block takes {block_bytes}: raise it, or set it to 0 for no host tier",
+            f"cache.host_tier_bytes is {size}, and one block takes {each}: raise it, or set it to 0 for no host tier",
             param="cache.host_tier_bytes",
         )
-    if size // block_bytes > MAX_HOST_SLOTS:
+    if size // each > MAX_HOST_SLOTS:
         raise ConfigError(
-            f"cache.host_tier_bytes is {size}, which is {size // block_bytes} blocks of {block_bytes} bytes: the host tier holds "
-            f"at most {MAX_HOST_SLOTS} blocks, so set at most {MAX_HOST_SLOTS * block_bytes}",
+            f"cache.host_tier_bytes is {size}, which is {size // each} blocks of {each} bytes: the host tier holds "
+            f"at most {MAX_HOST_SLOTS} blocks, so set at most {MAX_HOST_SLOTS * each}",
             param="cache.host_tier_bytes",
         )
-    return size // block_bytes
+    return size // each
 
 
 def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
@@ -186,6 +206,7 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
     _at_least("cache.num_blocks", cache.num_blocks, 1)
     _at_least("cache.host_bytes", cache.host_bytes, 1)
     _at_least("cache.host_tier_bytes", cache.host_tier_bytes, 0)
+    _at_least("cache.disk_tier_bytes", cache.disk_tier_bytes, 0)
     _at_least("scheduler.max_num_seqs", sched.max_num_seqs, 1)
     _at_least("scheduler.max_step_tokens", sched.max_step_tokens, sched.max_num_seqs)
     _at_least("scheduler.max_queue", sched.max_queue, 1)
@@ -198,12 +219,7 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
             "fake.cost_file is set beside fake.step_ms or fake.token_us: set either the file or the two durations",
             param="fake.cost_file",
         )
-    if cache.host_tier_bytes and not cache.prefix_caching:
-        raise ConfigError(
-            f"cache.host_tier_bytes is {cache.host_tier_bytes}, and cache.prefix_caching is off: without it no evicted block is "
-            "found again. Turn prefix_caching on, or set host_tier_bytes to 0",
-            param="cache.host_tier_bytes",
-        )
+    _check_tiers(cache)
     if not 0 < cache.memory_fraction <= 1:
         raise ConfigError(
             f"cache.memory_fraction is {cache.memory_fraction}: it must lie in (0, 1]", param="cache.memory_fraction"
@@ -224,6 +240,41 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
         raise ConfigError(
             "device is 'cuda', but torch sees no CUDA device here: use device 'cpu' or 'auto', or run `tidegate doctor`",
             param="device",
+        )
+
+
+def _check_tiers(cache: CacheConfig) -> None:
+    host, folder = cache.host_tier_bytes, cache.disk_tier_folder
+    if host and not cache.prefix_caching:
+        raise ConfigError(
+            f"cache.host_tier_bytes is {host}, and cache.prefix_caching is off: without it no evicted block is "
+            "found again. Turn prefix_caching on, or set host_tier_bytes to 0",
+            param="cache.host_tier_bytes",
+        )
+    if folder is None:
+        for name in ("disk_tier_bytes", "disk_tier_write_rate", "disk_tier_key_file"):
+            if getattr(cache, name):
+                raise ConfigError(
+                    f"cache.{name} is set, and cache.disk_tier_folder is not: name the folder of the disk tier, or unset {name}",
+                    param=f"cache.{name}",
+                )
+        return
+    if not cache.prefix_caching:
+        raise ConfigError(
+            "cache.disk_tier_folder is set, and cache.prefix_caching is off: without it no block is found again. "
+            "Turn prefix_caching on, or unset disk_tier_folder",
+            param="cache.disk_tier_folder",
+        )
+    if host == 0:
+        raise ConfigError(
+            "cache.disk_tier_folder is set, and cache.host_tier_bytes is 0: records of the disk pass through host memory. "
+            f"Raise host_tier_bytes, or leave it unset for {HOST_BYTES_FOR_DISK}",
+            param="cache.host_tier_bytes",
+        )
+    if cache.disk_tier_bytes == 0:
+        raise ConfigError(
+            "cache.disk_tier_folder is set, and cache.disk_tier_bytes is not: set how many bytes its files may take",
+            param="cache.disk_tier_bytes",
         )
 
 

@@ -25,6 +25,7 @@ import msgspec
 from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
+from engine.kvcache.open_tiers import open_tiers
 from engine.messages import EngineInfo, EngineStats, Submit, TierStats, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
 from engine.request import Request, TokenEvent
@@ -36,6 +37,7 @@ from engine.scheduler.scheduler import Scheduler
 from engine.startup import StartupClock
 
 POLL_SECONDS = 0.005  # longest wait for a move between tiers while no request can run; the caller reads its socket in between
+CLOSE_SECONDS = 5.0  # to write blocks to the disk tier when the engine ends
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
@@ -70,8 +72,17 @@ class Core:
         cost = seeded_cost(built.config, key, learnt.read() if learnt is not None and batching.cost_file is None else None)
         self._keeper = None if learnt is None else CostKeeper(cost, learnt, clock)
         self._controller = make_controller(built.config, cost)
+        tiers = open_tiers(built, clock)
+        self._disk = tiers.disk
         self._scheduler = Scheduler(
-            built.config, built.runner.num_blocks, cost=cost, clock=clock, kv=built.kv, host_slots=built.host_slots
+            built.config,
+            built.runner.num_blocks,
+            cost=cost,
+            clock=clock,
+            kv=built.kv,
+            host_slots=0 if built.host is None else built.host.num_slots,
+            disk=tiers.disk,
+            identity=tiers.identity,
         )
         self._in_flight: _InFlightStep | None = None
         self._ended: list[TokenEvent] = []  # events of aborted requests; the next `step` returns them
@@ -82,10 +93,15 @@ class Core:
 
     @property
     def has_work(self) -> bool:
-        """True if `step` must be called: there are requests, a submitted step without a result, moves between tiers that are not
-        known to have ended, or events to return."""
+        """True if `step` must be called: there are requests, a submitted step without a result, moves between the device and the
+        host that are not known to have ended, or events to return."""
         scheduler = self._scheduler
         return scheduler.has_requests or self._in_flight is not None or bool(self._ended) or scheduler.cache.num_moving > 0
+
+    @property
+    def tends(self) -> bool:
+        """True if the disk tier has work under way or to begin, so that `tend` should be called soon even without other work."""
+        return self._scheduler.cache.tiers.has_work
 
     @property
     def num_committed_steps(self) -> int:
@@ -139,11 +155,17 @@ class Core:
         events, self._ended = self._ended, []
         if self._scheduler.cache.num_moving:
             self._scheduler.arrived(self._runner.poll())
+        self.tend()
         events += self._overlapped_step(began) if self._config.overlap else self._plain_step(began)
         if self._config.debug_checks:
             self._scheduler.check()
         self._step_seconds += time.perf_counter() - began
         return events
+
+    def tend(self) -> None:
+        """Take over what the disk tier has done, and give it work. `step` does so too; an idle caller does it often."""
+        if self._disk is not None:
+            self._scheduler.tend()
 
     def prepare(self) -> bool:
         """If there is no work, let the runner do one piece of preparation for later steps.
@@ -194,19 +216,24 @@ class Core:
         )
 
     def _tiers(self) -> dict[str, TierStats]:
-        cache = self._scheduler.cache
-        if not cache.has_tiers:
+        tiers, counts = self._scheduler.cache.tiers, self._scheduler.counts
+        if not tiers:
             return {}
-        host = TierStats(
-            blocks_used=len(cache.host),
-            blocks_limit=cache.host.num_slots,
-            cached_tokens=self._scheduler.counts.host_cached_tokens,
-            num_demoted=cache.num_demoted,
-            num_promoted=cache.num_promoted,
-            num_failed=cache.num_failed_moves,
-            num_evicted=cache.host.num_evicted,
-        )
-        return {"host": host}
+        moves, host, disk = tiers.moves, tiers.host, tiers.disk
+        stats = {
+            "host": TierStats(
+                blocks_used=len(host),
+                blocks_limit=host.num_slots,
+                cached_tokens=counts.host_cached_tokens,
+                num_demoted=moves.num_demoted,
+                num_promoted=moves.num_promoted,
+                num_failed=moves.num_failed,
+                num_evicted=host.num_evicted,
+            )
+        }
+        if disk is not None:
+            stats["disk"] = disk.stats(counts.disk_cached_tokens)
+        return stats
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -222,14 +249,27 @@ class Core:
         )
 
     def close(self) -> None:
-        """Release the device, and write the learnt step costs.
+        """Write what the disk tier is to keep, for CLOSE_SECONDS at most, release the device, and write the learnt step costs.
 
         Running and waiting requests get no event: whoever submitted them can submit them again.
         """
         self._in_flight = None
+        if self._disk is not None:
+            self._save(time.monotonic() + CLOSE_SECONDS)
+            self._disk.close()
         self._runner.close()
         if self._keeper is not None:
             self._keeper.close()
+
+    def _save(self, until: float) -> None:
+        """Write the blocks that wait to be written to the disk, until the time `until` at most."""
+        cache = self._scheduler.cache
+        while cache.tiers.has_saves and time.monotonic() < until:
+            self._scheduler.tend(POLL_SECONDS)
+            if cache.has_copies:
+                self._runner.submit(StepPlan(self._scheduler.step, copies=cache.take_copies())).result()
+            if cache.num_moving:
+                self._scheduler.arrived(self._runner.poll(POLL_SECONDS))
 
     def _plain_step(self, began: float) -> list[TokenEvent]:
         plan = self._scheduler.schedule(self._step_limits())
@@ -275,8 +315,12 @@ class Core:
 
     def _nothing_to_run(self) -> list[TokenEvent]:
         """Wait for a short while for blocks on their way between tiers, since no request can run without them."""
-        if self._scheduler.cache.num_moving:
+        cache = self._scheduler.cache
+        if cache.num_moving:
             self._scheduler.arrived(self._runner.poll(POLL_SECONDS))
+            return []
+        if cache.num_loading:
+            self._scheduler.tend(POLL_SECONDS)
             return []
         if self._scheduler.has_requests:
             raise InternalError("requests are running or waiting, no step is in flight, and none of them can be scheduled")

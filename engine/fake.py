@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 import xxhash
 
-from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, host_slots, resolve
+from engine.config import EngineConfig, FakeConfig, ModelLimits, fit_cache, host_slots, host_stride, resolve
 from engine.errors import ConfigError, InternalError
-from engine.fake_blocks import MASK, SimulatedBlocks, SliceOfRow, mix
+from engine.fake_blocks import MASK, SimulatedBlocks, SliceOfRow, mix, record_bytes
 from engine.fake_device import SimulatedDevice, SimulatedMoves
+from engine.kvcache.host_memory import HostMemory
 from engine.models.families import read_spec
 from engine.plan import (
     NO_CHOICE,
@@ -104,14 +105,14 @@ class FakeRunner:
         verify: bool = False,
         device: SimulatedDevice | None = None,
         only_token: int | None = None,
-        host_slots: int = 0,
+        host: HostMemory | None = None,
         kinds: tuple[PoolKind, ...] = PER_TOKEN,
     ) -> None:
         self._limits = limits
         self._num_blocks = num_blocks
         self._simulated = simulated or FakeConfig()
         self._rows: dict[int, _Row] = {}
-        self._blocks = SimulatedBlocks(num_blocks, block_size, host_slots, kinds) if verify else None
+        self._blocks = SimulatedBlocks(num_blocks, block_size, host, kinds) if verify else None
         self._device = device or SimulatedDevice(self._simulated)
         self._moves = SimulatedMoves(self._simulated, self._device)
         self._only_token = only_token
@@ -244,7 +245,7 @@ def build_fake(
         )
     resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
     costs = config.fake.cost_file and load_costs(config.fake.cost_file, setting="fake.cost_file")
-    slots = host_slots(config, config.fake.block_bytes)
+    host = _host_memory(resolved, kinds)
     runner = FakeRunner(
         limits,
         num_blocks=num_blocks,
@@ -253,11 +254,26 @@ def build_fake(
         verify=config.debug_checks,
         device=make_device(config.fake, costs.table if costs else None),
         only_token=only_token,
-        host_slots=slots,
+        host=host,
         kinds=kinds,
     )
     device = f"fake {costs.key.device}" if costs else "fake device"
-    return BuiltRunner(runner, resolved, limits, device, KVFormat("fake", "hashes of prefixes", kinds), slots)
+    return BuiltRunner(runner, resolved, limits, device, KVFormat("fake", "hashes of prefixes", kinds), host)
+
+
+def _host_memory(config: EngineConfig, kinds: tuple[PoolKind, ...]) -> HostMemory | None:
+    """Return the memory of the host tier. It has as many slots as there would be for blocks of `fake.block_bytes`.
+
+    Blocks whose content is simulated take fewer bytes, and others none, except that records on disk have `fake.block_bytes`.
+    """
+    slots = host_slots(config, config.fake.block_bytes)
+    if not slots:
+        return None
+    if config.debug_checks:
+        size = record_bytes(config.cache.block_size, kinds)
+    else:
+        size = config.fake.block_bytes if config.cache.disk_tier_folder else 1
+    return HostMemory(slots, size, host_stride(config, size))
 
 
 def expected_tokens(prompt: Sequence[int], num: int, params: SamplingParams, seed: int, limits: ModelLimits) -> list[int]:

@@ -7,17 +7,20 @@ arrived.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.errors import InternalError
+from engine.kvcache.host_memory import HostMemory
 from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, StepPlan, Tier
 
 MASK = (1 << 64) - 1
+HASH_BYTES = 8
 
 Record = list[int | None]
 """What one pool holds of a block: for each slot, or for the one state, a hash of the tokens up to and including its own. It is
-None if it was never written, or is garbage."""
+None if it was never written, or is garbage. In host memory, a hash has 8 bytes and None is 0."""
 
 Content = list[Record]
 """The records of a block, one for each kind of pool."""
@@ -38,14 +41,16 @@ class _Move(NamedTuple):
 
 
 class SimulatedBlocks:
-    """Holds the content of all GPU blocks and host slots, with a pool of each of `kinds`."""
+    """Holds the content of all GPU blocks, with a pool of each of `kinds`, and moves it to and from the slots of `host`."""
 
-    def __init__(self, num_blocks: int, block_size: int, host_slots: int = 0, kinds: tuple[PoolKind, ...] = PER_TOKEN) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, host: HostMemory | None = None, kinds: tuple[PoolKind, ...] = PER_TOKEN
+    ) -> None:
         self._block_size = block_size
         self._kinds = kinds
-        self._content: dict[Tier, list[Content]] = {
-            tier: [self._garbage() for _ in range(num)] for tier, num in ((Tier.GPU, num_blocks), (Tier.HOST, host_slots))
-        }
+        self._content = [self._garbage() for _ in range(num_blocks)]
+        self._host = host
+        self._record = struct.Struct(f"<{record_bytes(block_size, kinds) // HASH_BYTES}Q")
         self._moves: dict[Place, _Move] = {}  # destination -> move under way
 
     def run(self, plan: StepPlan, slices: Sequence[SliceOfRow]) -> None:
@@ -120,15 +125,29 @@ class SimulatedBlocks:
     def _block(self, block: int) -> Content:
         if Place(Tier.GPU, block) in self._moves:
             raise InternalError(f"block {block} is used before it is loaded")
-        return self._content[Tier.GPU][block]
+        return self._content[block]
 
     def _at(self, place: Place) -> Content:
-        return self._content[place.tier][place.number]
+        if place.tier is Tier.GPU:
+            return self._content[place.number]
+        values = iter(self._record.unpack(self._slot(place)))
+        return [[next(values) or None for _ in record] for record in self._garbage()]
 
     def _put(self, place: Place, content: Content) -> None:
-        if not 0 <= place.number < len(self._content[place.tier]):
-            raise InternalError(f"{place} does not exist: the tier holds {len(self._content[place.tier])} blocks")
-        self._content[place.tier][place.number] = content
+        if place.tier is Tier.GPU:
+            self._content[place.number] = content
+        else:
+            self._record.pack_into(self._slot(place), 0, *(value or 0 for record in content for value in record))
+
+    def _slot(self, place: Place) -> memoryview:
+        if self._host is None or not 0 <= place.number < self._host.num_slots:
+            raise InternalError(f"{place} does not exist: the tier holds {self._host.num_slots if self._host else 0} blocks")
+        return self._host.record(place.number)
+
+
+def record_bytes(block_size: int, kinds: tuple[PoolKind, ...]) -> int:
+    """Return how many bytes the simulated content of a block takes in host memory."""
+    return HASH_BYTES * sum(1 if kind.name == "state" else block_size for kind in kinds)
 
 
 def mix(state: int, value: int) -> int:
@@ -137,8 +156,8 @@ def mix(state: int, value: int) -> int:
 
 
 def _prefixes(tokens: Sequence[int]) -> list[int]:
-    """Return a hash of tokens[: i + 1] for each i."""
-    state, out = 1, []
+    """Return a hash of tokens[: i + 1] for each i. None is 0, which the hash of a first token could be if it began at 0."""
+    state, out = MASK >> 1, []
     for token in tokens:
         state = mix(state + 1, token)
         out.append(state)

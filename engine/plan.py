@@ -31,6 +31,7 @@ class Tier(enum.IntEnum):
 
     GPU = 0  # the memory of the device that computes, whatever it is
     HOST = 1
+    DISK = 2  # no plan copies to or from it: the host tier's slots are read and written by threads of the disk tier
 
 
 class Place(NamedTuple):
@@ -193,6 +194,22 @@ class KVFormat(msgspec.Struct, frozen=True):
     kinds: tuple[PoolKind, ...] = PER_TOKEN  # of the pools
 
 
+class HostSlots(Protocol):
+    """The memory of the host tier. The runner moves blocks to and from its slots, and the disk tier reads and writes them."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a block in all its pools."""
+        ...
+
+    def record(self, slot: int) -> memoryview:
+        """Return the bytes of the block in a slot."""
+        ...
+
+
 class BuiltRunner(NamedTuple):
     """The return value of a runner module's `build(config)`."""
 
@@ -201,4 +218,4 @@ class BuiltRunner(NamedTuple):
     limits: ModelLimits
     device: str  # description for people
     kv: KVFormat = KVFormat()
-    host_slots: int = 0  # blocks that the host tier of the KV cache holds
+    host: HostSlots | None = None  # None: there is no host tier

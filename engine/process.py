@@ -103,6 +103,9 @@ class CollectorPauses:
             self.longest = max(self.longest, time.perf_counter() - self._began)
 
 
+TEND_MILLISECONDS = 5  # longest wait of an idle engine while the disk tier has work
+
+
 class EngineProcess:
     """Owns the core and the ZeroMQ socket of an engine process, and runs the process's loop.
 
@@ -144,6 +147,7 @@ class EngineProcess:
         """Run the loop until `stop` is called."""
         was_busy = False
         while not self._stopping:
+            self._core.tend()
             if not self._core.has_work and not self._prepare():
                 self._wait()
             self._read()
@@ -179,6 +183,8 @@ class EngineProcess:
     def _wait(self) -> None:
         """Wait for a message from a worker, at most until the next heartbeat is due."""
         milliseconds = max(0, int((self._heartbeat_at - time.monotonic()) * 1000) + 1)
+        if self._core.tends:
+            milliseconds = min(milliseconds, TEND_MILLISECONDS)
         if not self._socket.poll(milliseconds):
             self._pauses.collect()
 

@@ -236,6 +236,7 @@ class Request:
         "leader",
         "num_cached",
         "num_computed",
+        "num_from_disk",
         "num_loaded",
         "num_matched",
         "num_prompt",
@@ -304,7 +305,8 @@ class Request:
         self.num_computed = 0
         self.num_uncommitted = 0
         self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
-        self.num_loaded = 0  # tokens of its prefix that were loaded from a lower tier for the latest admission
+        self.num_loaded = 0  # tokens of its prefix that were loaded from the host for the latest admission
+        self.num_from_disk = 0  # and from the disk
         self.num_matched = 0  # tokens found in the prefix cache when the request arrived, if that was looked up
         self.num_queued = 0  # number of tokens when the request came into the queue
         self.expected_at: float | None = None  # when its first token was predicted to come, if that was predicted

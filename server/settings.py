@@ -177,8 +177,25 @@ class Settings(BaseSettings):
         _CACHE.memory_fraction, gt=0, le=1, description="Fraction of free device memory for the KV cache"
     )
     host_bytes: int = Field(_CACHE.host_bytes, ge=1, description="Bytes of the KV cache if the device is the CPU")
-    host_tier_bytes: int = Field(
-        _CACHE.host_tier_bytes, ge=0, description="Host memory for KV blocks that are evicted from the device; 0: none"
+    host_tier_bytes: int | None = Field(
+        _CACHE.host_tier_bytes,
+        ge=0,
+        description="Host memory for KV blocks that leave the device; 0: none. Unset: 1 GiB beside a disk tier, else none",
+    )
+    disk_tier_folder: str | None = Field(
+        _CACHE.disk_tier_folder, min_length=1, description="Folder for KV blocks on disk, which outlive the server; unset: none"
+    )
+    disk_tier_bytes: int = Field(_CACHE.disk_tier_bytes, ge=0, description="Most bytes of the files in disk_tier_folder")
+    disk_tier_write_rate: float | None = Field(
+        _CACHE.disk_tier_write_rate,
+        gt=0,
+        le=1e15,
+        description="Bytes/s that are written to disk_tier_folder; unset: no limit",
+    )
+    disk_tier_key_file: str | None = Field(
+        _CACHE.disk_tier_key_file,
+        min_length=1,
+        description="File of 32 random bytes that seals the records on disk; unset: a key in the folder itself",
     )
     prefix_caching: bool = Field(_CACHE.prefix_caching, description="Reuse KV blocks for equal prompt prefixes")
     max_num_seqs: int = Field(_SCHEDULER.max_num_seqs, ge=1, le=1 << 16, description="Largest number of outputs that run at once")

@@ -19,13 +19,14 @@ from engine.backends.base import Backend
 from engine.backends.rehearsal import Rehearsal
 from engine.backends.torch import load
 from engine.batch import block_bytes
-from engine.config import EngineConfig, ModelLimits, fit_cache, host_slots, resolve
+from engine.config import EngineConfig, ModelLimits, fit_cache, host_slots, host_stride, resolve
 from engine.device.memory import CudaMemory, MemoryProbe, Trials, measure
 from engine.device.moves import buffer_bytes
 from engine.device.runner import TorchRunner
 from engine.device.trial_steps import TrialLimits, graph_keys
 from engine.errors import ConfigError
 from engine.kernels import hardware
+from engine.kvcache.host_memory import HostMemory
 from engine.kvcache.storage import KVStorage
 from engine.models.families import read_spec
 from engine.models.spec import ModelSpec
@@ -74,15 +75,15 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         )
     storage = _allocate(backend, fitted, param="cache.num_blocks" if num_blocks else _memory_param(fitted))
     clock.end("memory")
-    slots = _host_slots(fitted, storage)
-    runner = TorchRunner(backend, storage, fitted, limits, compiles=compiles, host_slots=slots)
+    host = _host_memory(fitted, storage)
+    runner = TorchRunner(backend, storage, fitted, limits, compiles=compiles, host=host)
     clock.end("runner")
     if not config.offline:
         _prepare(runner, config.startup_budget_s, clock)
         backend.allow_plans(False)
     clock.end("prepare")
     kv = KVFormat(fingerprint(fitted), str(backend.kv_pools()))
-    return BuiltRunner(runner, fitted, limits, _describe(device), kv, slots)
+    return BuiltRunner(runner, fitted, limits, _describe(device), kv, host)
 
 
 def _load(spec: ModelSpec, config: EngineConfig, device: torch.device, clock: StartupClock) -> Backend:
@@ -129,7 +130,7 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     if config.device == "cpu":
         available, remedy = config.cache.host_bytes, "raise it"
     else:
-        free = _free_on_cuda(backend, config, limits) - buffer_bytes(each, config.cache.host_tier_bytes // each)
+        free = _free_on_cuda(backend, config, limits) - buffer_bytes(each, (config.cache.host_tier_bytes or 0) // each)
         available = int(config.cache.memory_fraction * free)
         remedy = f"raise it, or {SMALLER_STEPS}"
     if available < each:
@@ -139,12 +140,12 @@ def _num_blocks(backend: Backend, config: EngineConfig, limits: ModelLimits) -> 
     return min(available // each, MAX_BLOCKS)
 
 
-def _host_slots(config: EngineConfig, storage: KVStorage) -> int:
-    """Return how many blocks the host tier holds. Raises ConfigError if it is too small or too large.
+def _host_memory(config: EngineConfig, storage: KVStorage) -> HostMemory | None:
+    """Return the memory of the host tier, or None if there is no tier. Raises ConfigError if it is too small or too large.
 
     On a CPU the KV cache lies in the same memory, whose pages are taken as they are written to.
     """
-    free, size, beside = capacity.free_bytes(torch.device("cpu")), config.cache.host_tier_bytes, ""
+    free, size, beside = capacity.free_bytes(torch.device("cpu")), config.cache.host_tier_bytes or 0, ""
     if free is not None and config.device == "cpu":
         kv_bytes = storage.num_blocks * storage.record_bytes
         free, beside = max(0, free - kv_bytes), f" beside the KV cache of {kv_bytes}"
@@ -153,7 +154,8 @@ def _host_slots(config: EngineConfig, storage: KVStorage) -> int:
             f"cache.host_tier_bytes is {size}, and the host has {free} bytes free{beside}: set a smaller one",
             param="cache.host_tier_bytes",
         )
-    return host_slots(config, storage.record_bytes)
+    slots = host_slots(config, storage.record_bytes)
+    return HostMemory(slots, storage.record_bytes, host_stride(config, storage.record_bytes)) if slots else None
 
 
 def _memory_param(config: EngineConfig) -> str:

@@ -20,6 +20,7 @@ import torch
 from engine.batch import Upload
 from engine.errors import InternalError
 from engine.kvcache.host import HostRecords
+from engine.kvcache.host_memory import HostMemory
 from engine.kvcache.storage import KVStorage
 from engine.plan import Arrival, BlockCopy, Place, Tier
 
@@ -49,18 +50,17 @@ class _Batch:
 
 
 class BlockCopies:
-    """Copies blocks of `storage`, and moves them to and from `num_slots` slots of host memory. Call under inference mode."""
+    """Copies blocks of `storage`, and moves them to and from the slots of `memory`. Call under inference mode."""
 
-    def __init__(self, storage: KVStorage, upload: Upload, device: torch.device, num_slots: int = 0) -> None:
+    def __init__(self, storage: KVStorage, upload: Upload, device: torch.device, memory: HostMemory | None = None) -> None:
         self._storage = storage
         self._upload = upload
         self._under_way: list[_Batch] = []
         self._host: HostRecords | None = None
-        if not num_slots:
+        if memory is None:
             return
-        on_cuda = device.type == "cuda"
-        num = _buffer_records(storage.record_bytes, num_slots)
-        self._host = HostRecords(num_slots, storage.record_words, storage.word, on_cuda=on_cuda)
+        num = _buffer_records(storage.record_bytes, memory.num_slots)
+        self._host = HostRecords(memory, storage.word, on_cuda=device.type == "cuda")
         *leaving, self._arriving = (
             torch.empty(num, storage.record_words, dtype=storage.word, device=device) for _ in range(NUM_BUFFERS)
         )

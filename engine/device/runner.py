@@ -29,6 +29,7 @@ from engine.device.moves import BlockCopies
 from engine.device.step_programs import StepOutput, StepPrograms
 from engine.device.warmup import PromptWarmup
 from engine.errors import ConfigError
+from engine.kvcache.host_memory import HostMemory
 from engine.kvcache.storage import KVStorage
 from engine.plan import Arrival, PendingStep, StepPlan
 from engine.sampling import prompt_logprobs
@@ -52,11 +53,11 @@ class TorchRunner:
         *,
         device: torch.device | None = None,
         compiles: Compiles | None = None,
-        host_slots: int = 0,
+        host: HostMemory | None = None,
     ) -> None:
         """`config` must be the result of `resolve`. `device` is by default that of `config`. `compiles` counts compilations.
 
-        `host_slots` is the size of the host tier in blocks.
+        `host` is the memory of the host tier.
         """
         self._compiles = compiles
         device = device or torch.device(config.device)
@@ -65,7 +66,7 @@ class TorchRunner:
         self._backend = backend
         self._storage = storage
         self._upload = Uploader(device)
-        self._copies = BlockCopies(storage, self._upload, device, host_slots)
+        self._copies = BlockCopies(storage, self._upload, device, host)
         self._vocab_size = limits.vocab_size
         max_rows, max_len = config.scheduler.max_num_seqs, config.max_model_len or limits.max_model_len
         block_size = config.cache.block_size

@@ -16,8 +16,15 @@ import secrets
 
 import msgspec
 
+from engine.plan import KVFormat
+
 DIGEST_BYTES = 16
 KEY_BYTES = 32
+
+
+def identity_of(kv: KVFormat, block_size: int, key: bytes | None = None) -> BlockIdentity:
+    """Return the identity of the blocks of a model. See BlockIdentity for `key`."""
+    return BlockIdentity(block_size, kv.model, kv.pools, str(kv.kinds), key=key)
 
 
 class BlockIdentity:
@@ -42,6 +49,11 @@ class BlockIdentity:
         state = self._root.copy()
         state.update(msgspec.json.encode((self._facts, self.block_size, salt)))
         return state.digest()
+
+    @property
+    def facts(self) -> bytes:
+        """All that decides on the content of a block besides its tokens and the salt, in one string of bytes."""
+        return msgspec.json.encode((self._facts, self.block_size))
 
     def extend(self, digests: list[bytes], before: bytes, data: bytes, size: int) -> None:
         """Append the digests of the blocks in `data`, the packed tokens of `size` bytes a block that follow digest `before`."""

@@ -9,18 +9,20 @@ to a shared block. A block counts as readable once the step that writes it is su
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from engine.errors import InternalError
-from engine.kvcache.chain import Chain, Entry
+from engine.kvcache.chain import Chain
+from engine.kvcache.disk_tier import DiskTier
+from engine.kvcache.gate import ComputeSeconds, unknown
 from engine.kvcache.identity import BlockIdentity
 from engine.kvcache.kinds import ALL, HitRule
-from engine.kvcache.loads import Loads
+from engine.kvcache.lower_tiers import LowerTiers
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
-from engine.kvcache.tiers import LowerTier, Slot
-from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, Tier, gpu
+from engine.plan import PER_TOKEN, Arrival, BlockCopy, PoolKind, Tier, gpu
 from engine.request import Request
 
 
@@ -28,7 +30,8 @@ class KVCacheManager:
     """`identity` computes the digests of blocks; by default its key is random, and it knows of one model only.
 
     If `host_slots` is not 0, the content of a published block is moved to a slot in host memory before the block is overwritten,
-    and comes back when a request has the same prefix.
+    and comes back when a request has the same prefix. So does the content of blocks that `disk` has. `compute` predicts how long
+    it takes to compute a part of a prompt instead.
     """
 
     def __init__(
@@ -39,13 +42,14 @@ class KVCacheManager:
         prefix_caching: bool = True,
         identity: BlockIdentity | None = None,
         host_slots: int = 0,
+        disk: DiskTier | None = None,
         kinds: tuple[PoolKind, ...] = PER_TOKEN,
+        compute: ComputeSeconds = unknown,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.prefix_caching = prefix_caching
-        self.num_moving = 0  # moves that a plan carries or will carry, and that have not arrived
-        self.num_demoted = self.num_promoted = self.num_failed_moves = 0  # moves to and from the host tier that have ended
         self._identity = identity or BlockIdentity(block_size)
         self._rule = HitRule(kinds, block_size)
         # Whether a sibling can take over a prompt but its last token. A state is only kept at the end of what was computed.
@@ -56,9 +60,10 @@ class KVCacheManager:
         self._pool = BlockPool(num_blocks)
         self._index = PrefixIndex()
         self._chains: dict[Request, Chain] = {}
-        self._copies: list[BlockCopy] = []
-        self._host = LowerTier(Tier.HOST, host_slots)
-        self._loads = Loads(self._pool, self._index, self._host)
+        self._tiers = LowerTiers(
+            self._pool, self._index, self._rule, block_size, host_slots=host_slots, disk=disk, compute=compute, clock=clock
+        )
+        self._loads = self._tiers.loads
 
     @property
     def num_free(self) -> int:
@@ -74,9 +79,14 @@ class KVCacheManager:
         return len(self._index)
 
     @property
-    def host(self) -> LowerTier:
-        """The host tier, to look at."""
-        return self._host
+    def tiers(self) -> LowerTiers:
+        """The tiers below the GPU, to look at."""
+        return self._tiers
+
+    @property
+    def num_moving(self) -> int:
+        """Return how many moves between the GPU and the host a plan carries or will carry that have not arrived."""
+        return self._tiers.moves.num_under_way
 
     @property
     def num_waiting_loads(self) -> int:
@@ -97,7 +107,7 @@ class KVCacheManager:
         The result is remembered, so that the next call does only the work for what changed in between.
         """
         chain = self._chain(request)
-        added = self._index.match(chain, (len(request.tokens) - 1) // self.block_size)
+        added = self._index.match(chain, self._most_matched(request))
         if self._rule.is_plain:
             chain.retry_at -= added
             return len(chain.matched)
@@ -106,10 +116,10 @@ class KVCacheManager:
         return chain.num_usable
 
     def reach(self, request: Request) -> int:
-        """Return how many blocks of a waiting request's tokens can be used once those in the host tier are loaded."""
+        """Return how many blocks of a waiting request's tokens can be used once those in lower tiers are loaded."""
         num, chain = self.match(request), self._chains[request]
-        slots = self._in_host(chain, request) if self.has_tiers else []
-        return len(chain.matched) + len(slots) if slots else num
+        sources = self._tiers.sources(chain, self._most_matched(request), self._masks(chain)) if self.has_tiers else []
+        return len(chain.matched) + len(sources) if sources else num
 
     def next_digest(self, request: Request) -> bytes | None:
         """Return the digest of the first full block that is not cached (waiting request) or not published (running request).
@@ -143,9 +153,12 @@ class KVCacheManager:
                 chain.retry_at = self._pool.num_released + missing
             return False
         self._hold(request, shared)
-        request.num_loaded = min(len(shared), self._loads.num_loaded(request)) * self.block_size
+        request.num_loaded = min(len(shared), self._loads.num_loaded(request, Tier.HOST)) * self.block_size
+        request.num_from_disk = min(len(shared), self._loads.num_loaded(request, Tier.DISK)) * self.block_size
         self._loads.release(request)
         if chain is not None:
+            self._tiers.computes(chain)
+            self._tiers.used(chain, len(shared))
             chain.num_published = len(shared)
             chain.matched = []
         request.num_computed = len(shared) * self.block_size
@@ -170,11 +183,11 @@ class KVCacheManager:
             chain.closed = leading.closed
         request.num_computed = computed
         if part:
-            self._copies.append(BlockCopy(gpu(leader.blocks[full]), gpu(request.blocks[full])))
+            self._tiers.moves.copy(gpu(leader.blocks[full]), gpu(request.blocks[full]))
         return True
 
     def load(self, request: Request, *, spare: int = 0) -> bool:
-        """Begin to load the blocks of a waiting request that the host tier has and the GPU lacks. Returns False if none is.
+        """Begin to load the blocks of a waiting request that lower tiers have and the GPU lacks. Returns False if there is none.
 
         It begins only if the request could be admitted now with all its blocks. The request then holds what the GPU has of its
         prefix and what is loaded, and must not be admitted before `arrived` returns it.
@@ -183,21 +196,20 @@ class KVCacheManager:
             return False
         self.match(request)
         chain = self._chains[request]
-        if self._pool.num_released < chain.retry_at or not self._host_continues(chain):
+        if self._pool.num_released < chain.retry_at or self._tiers.find(chain.digest(len(chain.matched))) is None:
             return False
         self._index.verify(chain)
-        slots = self._in_host(chain, request)
+        masks = self._masks(chain)
+        all_sources = self._tiers.sources(chain, self._most_matched(request), masks)
+        sources = self._tiers.worth_loading(all_sources, chain, len(request.tokens), masks)
         shared = [entry.block for entry in chain.matched]
-        if not slots or self._missing(request, shared) + spare > 0:
+        if not sources or self._missing(request, shared) + spare > 0:
             return False
-        for slot in slots:
-            self._host.pin(slot)
         for block in shared:
             self._pool.hold(block)
-        blocks = [self._take() for _ in slots]
-        for slot, block in zip(slots, blocks, strict=True):
-            self._move(self._host.place(slot), gpu(block))
-        self._loads.start(request, chain.digests[: len(shared) + len(slots)], shared + blocks, slots)
+        self._tiers.pin(sources)  # before other blocks are demoted
+        blocks = shared + [self._take() for _ in sources]
+        self._tiers.start_load(request, chain.digests[: len(blocks)], blocks, sources, most=len(all_sources))
         return True
 
     def awaits_load(self, request: Request) -> bool:
@@ -207,19 +219,11 @@ class KVCacheManager:
 
     def arrived(self, arrivals: Iterable[Arrival]) -> list[Request]:
         """Note the ends of moves. Returns the waiting requests whose loads have ended."""
-        loaded = []
-        for (tier, number), ok in arrivals:
-            self.num_moving -= 1
-            self.num_failed_moves += not ok
-            self.num_demoted += ok and tier is Tier.HOST
-            self.num_promoted += ok and tier is Tier.GPU
-            if tier is Tier.HOST:
-                self._host.arrived(number, ok=ok)
-                continue
-            request = self._loads.arrived(number, ok=ok)
-            if request is not None:
-                loaded.append(request)
-        return loaded
+        return self._tiers.arrived(arrivals)
+
+    def tend(self, seconds: float = 0.0) -> list[Request]:
+        """Take over what the disk tier has done. See LowerTiers."""
+        return self._tiers.tend(seconds)
 
     def is_loading(self, request: Request) -> bool:
         """Return whether blocks of a waiting request are on their way from a lower tier."""
@@ -243,12 +247,11 @@ class KVCacheManager:
 
     @property
     def has_copies(self) -> bool:
-        return bool(self._copies)
+        return len(self._tiers.moves) > 0
 
     def take_copies(self) -> list[BlockCopy]:
         """Return the copies that the next plan must carry, in order, and forget them."""
-        copies, self._copies = self._copies, []
-        return copies
+        return self._tiers.moves.take()
 
     def extend(self, request: Request) -> int | None:
         """Append one block to a request whose blocks are all full. Returns the block, or None if no block is free."""
@@ -280,17 +283,19 @@ class KVCacheManager:
         family = chain.digest(0)
         if family is not None:
             self._index.withdraw(family)
-            self._host.withdraw(family)
-            self._loads.withdraw(family)
+            self._tiers.withdraw(family)
 
-    def release(self, request: Request) -> None:
+    def release(self, request: Request, *, finished: bool = False) -> None:
         """Release all blocks of a request, and what is held for it while it waits.
 
-        Published blocks stay in the prefix cache. The last block of a prefix is evicted first.
+        Published blocks stay in the prefix cache. The last block of a prefix is evicted first. With `finished`, the request is a
+        turn that a later request may continue, and its blocks are worth keeping on disk.
         """
         self._loads.release(request)
         if request.blocks:
             self.publish(request)
+            if finished and self.prefix_caching and not (chain := self._chain(request)).closed:
+                self._tiers.used(chain, chain.num_published)
         for block in reversed(request.blocks):
             self._pool.drop(block, keep=block in self._index)
         request.blocks = []
@@ -306,8 +311,7 @@ class KVCacheManager:
         """Raise InternalError if block counts are wrong, or if a request could write to a block that another can read."""
         self._pool.check()
         self._index.check()
-        self._host.check()
-        self._loads.check()
+        self._tiers.check()
         held = Counter(self._loads.blocks())
         for request in holders:
             held.update(request.blocks)
@@ -325,27 +329,13 @@ class KVCacheManager:
             chain = self._chains[request] = Chain(self._identity, request.salt, request.tokens)
         return chain
 
-    def _host_continues(self, chain: Chain) -> bool:
-        """Return whether the host tier has the block that follows the chain's match. The cost does not grow with the match."""
-        digest = chain.digest(len(chain.matched))
-        return digest is not None and self._host.find(digest) is not None
-
-    def _in_host(self, chain: Chain, request: Request) -> list[Slot]:
-        """Return the slots of the blocks that follow the chain's match, as far as the host tier has them and they can be used."""
-        slots: list[Slot] = []
-        for index in range(len(chain.matched), (len(request.tokens) - 1) // self.block_size):
-            digest = chain.digest(index)
-            slot = None if digest is None else self._host.find(digest)
-            if digest is None or slot is None or self._loads.is_under_way(digest):
-                break
-            slots.append(slot)
-        if slots and not self._rule.is_plain:
-            usable = self._rule.longest([*self._masks(chain), *(slot.mask for slot in slots)])
-            del slots[max(0, usable - len(chain.matched)) :]
-        return slots
+    def _most_matched(self, request: Request) -> int:
+        """Return how many blocks of a request's tokens may come from the cache: the last token is always computed."""
+        return (len(request.tokens) - 1) // self.block_size
 
     def _masks(self, chain: Chain) -> list[int]:
-        return [self._index.mask(entry.block) for entry in chain.matched]
+        """Return the masks of the matched blocks, which the rule for hits needs. Empty if it needs none."""
+        return [] if self._rule.is_plain else [self._index.mask(entry.block) for entry in chain.matched]
 
     def _shared(self, chain: Chain) -> list[int]:
         """Return the blocks of the chain's match that can be used."""
@@ -372,15 +362,6 @@ class KVCacheManager:
         if block in self._index:
             mask = self._index.mask(block)
             entry = self._index.forget(block)
-            if entry is not None and self.has_tiers and not self._host.touch(entry.digest, mask):
-                self._demote(block, entry, mask)
+            if entry is not None and self.has_tiers:
+                self._tiers.demote(block, entry, mask)
         return block
-
-    def _demote(self, block: int, entry: Entry, mask: int) -> None:
-        slot = self._host.take(entry.digest, entry.family, mask)
-        if slot is not None:
-            self._move(gpu(block), self._host.place(slot))
-
-    def _move(self, src: Place, dst: Place) -> None:
-        self._copies.append(BlockCopy(src, dst))
-        self.num_moving += 1

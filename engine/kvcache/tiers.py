@@ -51,6 +51,14 @@ class LowerTier:
         slot = self._by_digest.get(digest)
         return slot if slot is not None and slot.ready else None
 
+    def has(self, digest: bytes) -> bool:
+        """Return whether a slot has this content, or is about to get it."""
+        return digest in self._by_digest
+
+    def moving(self, number: int) -> Slot:
+        """Return a pinned slot."""
+        return self._moving[number]
+
     def touch(self, digest: bytes, mask: int) -> bool:
         """Note that content with the records of `mask` was used. Returns False if the tier does not have all of them, and is not
         about to get them. Content that lacks some of them is forgotten."""

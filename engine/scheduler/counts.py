@@ -19,11 +19,12 @@ class SchedulerCounts:
     prompt_tokens: int = 0  # of admitted requests, each request counted once
     cached_tokens: int = 0  # the part of prompt_tokens that was found in the prefix cache
     host_cached_tokens: int = 0  # the part of cached_tokens that was loaded from host memory for the request
+    disk_cached_tokens: int = 0  # and from disk
     output_tokens: int = 0
 
     def check(self, num_unfinished: int) -> None:
         """Raise InternalError unless accepted requests = finished + aborted + failed + `num_unfinished` (running and waiting)."""
         if self.num_accepted != self.num_finished + self.num_aborted + self.num_failed + num_unfinished:
             raise InternalError("the numbers of accepted and ended requests do not add up")
-        if not self.host_cached_tokens <= self.cached_tokens <= self.prompt_tokens:
+        if not self.host_cached_tokens + self.disk_cached_tokens <= self.cached_tokens <= self.prompt_tokens:
             raise InternalError("more prompt tokens are counted in a part than in the whole")

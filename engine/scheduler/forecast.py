@@ -22,7 +22,7 @@ from typing import NamedTuple
 from engine.errors import Overloaded, RequestTimeout
 from engine.request import Request
 from engine.scheduler.accuracy import MEMORY, AccuracyByTenant
-from engine.scheduler.limits import StepLimits, StepShape
+from engine.scheduler.limits import StepLimits, StepShape, pairs
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
 from engine.scheduler.step_cost import StepCost
@@ -91,6 +91,13 @@ class Forecast:
         if not self._cost.trusted:
             return 0.0
         return self._prompt_seconds(total(map(rest_of, self._running.prompts)).plus(self._queue.work()), limits)
+
+    def part_seconds(self, first: int, end: int, limits: StepLimits) -> float:
+        """Return how long it takes to compute the tokens of a prompt from position `first` to `end` beside what runs.
+
+        0 while the cost is not trusted.
+        """
+        return self._prompt_seconds(Work(1, end - first, pairs(end - first, first)), limits) if self._cost.trusted else 0.0
 
     def ttft_over_target(self, limits: StepLimits) -> float:
         """Return the predicted time to first token over its target, for a usual request that arrives now.

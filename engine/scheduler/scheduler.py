@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.errors import InternalError, InvalidRequest, TidegateError
-from engine.kvcache.identity import BlockIdentity
+from engine.kvcache.disk_tier import DiskTier
+from engine.kvcache.identity import BlockIdentity, identity_of
 from engine.kvcache.manager import KVCacheManager
 from engine.plan import NO_CHOICE, AdmittedRow, Arrival, KVFormat, StepPlan, StepResult
 from engine.request import FinishReason, Request, Status, TokenEvent
@@ -52,7 +53,8 @@ class _UncommittedStep(NamedTuple):
 
 class Scheduler:
     """Plans the steps of one engine. `num_blocks` is the size of the runner's KV cache, and `kv` the format of its blocks.
-    The runner has `host_slots` slots for blocks in host memory. `policy` is by default a FairPolicy.
+    The runner has `host_slots` slots for blocks in host memory, below which there may be a `disk`. `identity` computes the
+    digests of blocks, by default with a random key. `policy` is by default a FairPolicy.
 
     While `cost` is trusted, requests whose first token would come too late are refused. By default nothing is known of it.
     """
@@ -67,12 +69,21 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         kv: KVFormat | None = None,
         host_slots: int = 0,
+        disk: DiskTier | None = None,
+        identity: BlockIdentity | None = None,
     ) -> None:
         size, cached = config.cache.block_size, config.cache.prefix_caching
         kv = kv or KVFormat()
-        identity = BlockIdentity(size, kv.model, kv.pools, str(kv.kinds))
         self.cache = KVCacheManager(
-            num_blocks, size, prefix_caching=cached, identity=identity, host_slots=host_slots, kinds=kv.kinds
+            num_blocks,
+            size,
+            prefix_caching=cached,
+            identity=identity or identity_of(kv, size),
+            host_slots=host_slots,
+            disk=disk,
+            kinds=kv.kinds,
+            compute=self._compute_seconds,
+            clock=clock,
         )
         self.counts = SchedulerCounts()
         self.step = 0
@@ -213,7 +224,7 @@ class Scheduler:
                 if token < 0:
                     events[-1] = self._fail(request, step, token)
                 elif set_finish(event, request):
-                    self._end(request)
+                    self._end(request, finished=True)
                     self.counts.num_finished += 1
                     self.forecast.ended(request)
                     self.counts.output_tokens += len(event.tokens) - 1
@@ -223,6 +234,11 @@ class Scheduler:
     def arrived(self, arrivals: list[Arrival]) -> None:
         """Note the ends of moves between tiers. Requests whose prefix is loaded may then start."""
         for request in self.cache.arrived(arrivals):
+            request.status = Status.WAITING
+
+    def tend(self, seconds: float = 0.0) -> None:
+        """Take over what the disk tier has done, and give it work. If it has done nothing, wait up to `seconds` for it."""
+        for request in self.cache.tend(seconds):
             request.status = Status.WAITING
 
     def check(self) -> None:
@@ -244,6 +260,10 @@ class Scheduler:
         if len(running) + len(waiting) != len(self._requests):
             raise InternalError("a request is neither running nor waiting")
         self.counts.check(len(self._requests))
+
+    def _compute_seconds(self, first: int, end: int) -> float:
+        """Predict how long the tokens of a prompt from position `first` to `end` take to compute. 0: it is not known."""
+        return self.forecast.part_seconds(first, end, self.limits)
 
     def _give_up_places(self, limits: StepLimits) -> None:
         """Preempt requests of lower classes for waiting requests of higher classes that lack a row or blocks.
@@ -293,6 +313,7 @@ class Scheduler:
             self.counts.prompt_tokens += request.num_prompt
             self.counts.cached_tokens += request.num_cached
             self.counts.host_cached_tokens += min(request.num_loaded, request.num_cached)
+            self.counts.disk_cached_tokens += min(request.num_from_disk, request.num_cached - request.num_loaded)
         self._policy.admitted(request, now)
         row = self._running.add(request)
         blocks = request.blocks.copy()
@@ -325,12 +346,12 @@ class Scheduler:
         self._end(request)
         return event
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: Request, *, finished: bool = False) -> None:
         if request.status is Status.RUNNING:
             self._running.remove(request)
         else:
             self._queue.remove(request)
-        self.cache.release(request)
+        self.cache.release(request, finished=finished)
         self._policy.ended(request)
         request.status = Status.FINISHED
         del self._requests[request.request_id]

@@ -4,6 +4,7 @@ alone.
 FakeRunner verifies the content of every block that is read, and the scheduler checks its own state after every operation.
 """
 
+import itertools
 import random
 from collections import Counter
 
@@ -66,6 +67,7 @@ class Workload:
         self.submits: dict[str, Submit] = {}
         self.tokens: dict[str, list[int]] = {}
         self.endings: dict[str, TokenEvent] = {}
+        self.numbers = itertools.count()
         self.refused = 0
         self.stalls = 0  # consecutive steps in which the running request of the best rank did not advance
 
@@ -83,7 +85,7 @@ class Workload:
         priority, salt = rng.choice((0, 0, 0, -1, 2)), rng.choice(("", "", "x"))
         tenant, slo = rng.choice(("", "", "a", "b")), rng.choice(("standard", "standard", "interactive", "batch"))
         for _ in range(num):
-            name = f"r{len(self.submits) + self.refused}"
+            name = f"r{next(self.numbers)}"
             submit = Submit(
                 request_id=name,
                 prompt=pack_tokens(prompt),

@@ -20,7 +20,6 @@ from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.plan import PER_TOKEN, PoolKind, Tier
 from tests.property.test_scheduling import LIMITS, Workload, run
 
-BLOCK_BYTES = 1000
 STEP_MS = 1.0
 
 
@@ -28,8 +27,10 @@ class TieredWorkload(Workload):
     """Requests continue a few sessions, whose prefixes do not all fit into the GPU's blocks."""
 
     kinds = PER_TOKEN
+    block_bytes = 1000
 
     def make_core(self) -> Core:
+        """Choose the sizes of the tiers and the speed of moves, and make the first Core."""
         rng, cache = self.rng, self.config.cache
         steps = rng.choice((0.0, 0.1, 1.0, 7.0))  # duration of a move
         self.host_slots = rng.choice((1, 3, rng.randint(60, 600) // cache.block_size))
@@ -38,23 +39,28 @@ class TieredWorkload(Workload):
             cache=msgspec.structs.replace(
                 cache,
                 num_blocks=max(rng.randint(60, 200) // cache.block_size, 1),
-                host_tier_bytes=self.host_slots * BLOCK_BYTES + rng.randrange(BLOCK_BYTES),
+                host_tier_bytes=self.host_slots * self.block_bytes + rng.randrange(self.block_bytes),
             ),
             fake=FakeConfig(
                 nan_token=self.config.fake.nan_token,
                 step_ms=STEP_MS,
-                block_bytes=BLOCK_BYTES,
-                host_gb_s=BLOCK_BYTES / (steps * STEP_MS / 1e3) / 1e9 if steps else 0.0,
+                block_bytes=self.block_bytes,
+                host_gb_s=self.block_bytes / (steps * STEP_MS / 1e3) / 1e9 if steps else 0.0,
                 failing_moves=rng.choice((0.0, 0.0, 0.1)),
             ),
         )
         self.sessions = [[rng.randrange(40) for _ in range(60)] for _ in range(4)]
+        self.aborted_loads = 0
+        self.time = SimulatedTime()
+        return self.start_core()
+
+    def start_core(self) -> Core:
         self.moves: Counter[tuple[Tier, Tier]] = Counter()
-        self.failed = self.aborted_loads = 0
-        time = SimulatedTime()
-        device = partial(SimulatedDevice, clock=time.clock, sleep=time.sleep)
-        core = Core(build_fake(self.config, LIMITS, make_device=device, kinds=self.kinds), clock=time.clock)
+        self.failed = 0
+        device = partial(SimulatedDevice, clock=self.time.clock, sleep=self.time.sleep)
+        core = Core(build_fake(self.config, LIMITS, make_device=device, kinds=self.kinds), clock=self.time.clock)
         core._runner = CountMoves(core._runner, self)
+        core._scheduler.cache.tiers._gate = RandomGate(self.rng)
         return core
 
     def prompt(self) -> list[int]:
@@ -65,7 +71,7 @@ class TieredWorkload(Workload):
     def step(self) -> None:
         super().step()
         loading = [request.request_id for request in self.scheduler._queue if self.scheduler.cache.is_loading(request)]
-        if loading and self.rng.random() < 0.05:
+        if loading and self.rng.random() < 0.2:
             self.aborted_loads += 1
             self.core.abort(self.rng.choice(loading))
 
@@ -77,11 +83,25 @@ class TieredWorkload(Workload):
         stats = self.core.stats()
         tier = stats.tiers["host"]
         moves = self.moves[Tier.GPU, Tier.HOST] + self.moves[Tier.HOST, Tier.GPU]
+        moves += sum(copy.is_move for copy in self.scheduler.cache.tiers.moves.waiting)
         assert tier.num_demoted + tier.num_promoted + tier.num_failed + self.scheduler.cache.num_moving == moves
         assert tier.num_failed == self.failed
         assert tier.blocks_used <= self.host_slots
         assert tier.cached_tokens <= stats.cached_tokens
         assert stats.loading <= stats.waiting
+
+
+class RandomGate:
+    """Lets all or a random part of a prefix be loaded."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def num_worth(self, sources, num_found, num_tokens, now):
+        return self.rng.choice((len(sources), len(sources), self.rng.randint(0, len(sources))))
+
+    def patience(self, sources, num_found):
+        return self.rng.choice((0.0, 10.0, 10.0, 10.0))
 
 
 class CountMoves:
@@ -100,6 +120,9 @@ class CountMoves:
         self.workload.failed += sum(not arrival.ok for arrival in arrivals)
         return arrivals
 
+    def close(self):
+        self.runner.close()
+
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_thousands_of_random_operations_over_two_tiers(overlap):
@@ -109,7 +132,7 @@ def test_thousands_of_random_operations_over_two_tiers(overlap):
         run(workload, 400)
         stats = workload.core.stats()
         assert workload.scheduler.cache.num_moving == 0
-        assert not workload.scheduler.cache.host._moving
+        assert not workload.scheduler.cache.tiers.host._moving
         seen.update(
             demoted=workload.moves[Tier.GPU, Tier.HOST],
             promoted=workload.moves[Tier.HOST, Tier.GPU],
@@ -119,7 +142,7 @@ def test_thousands_of_random_operations_over_two_tiers(overlap):
             preempted=stats.num_preemptions,
             failed=stats.num_failed,
             loaded_tokens=stats.tiers["host"].cached_tokens,
-            evicted=workload.scheduler.cache.host.num_evicted,
+            evicted=workload.scheduler.cache.tiers.host.num_evicted,
         )
     # The random runs must cover each kind of event often.
     assert min(seen.values()) > 20, seen

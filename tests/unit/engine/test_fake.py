@@ -9,8 +9,10 @@ import pytest
 from engine.config import CacheConfig, EngineConfig, FakeConfig, ModelLimits
 from engine.errors import ConfigError, InternalError
 from engine.fake import FakeRunner, build_fake, expected_tokens
+from engine.fake_blocks import record_bytes
 from engine.fake_device import SimulatedDevice, SimulatedTime
-from engine.plan import NO_TOKEN, AdmittedRow, Arrival, BlockCopy, GrownRow, Place, StepPlan, gpu, host
+from engine.kvcache.host_memory import HostMemory
+from engine.plan import NO_TOKEN, PER_TOKEN, AdmittedRow, Arrival, BlockCopy, GrownRow, Place, StepPlan, gpu, host
 from engine.request import SamplingParams
 from engine.scheduler.cost_file import CostKey, cost_key, save_costs
 from engine.scheduler.cost_table import CostTable
@@ -21,6 +23,10 @@ LIMITS = ModelLimits(max_model_len=100, vocab_size=50, eos_token_ids=(3,), dtype
 
 def make_runner(**changes) -> FakeRunner:
     return FakeRunner(LIMITS, **{"num_blocks": 8, "block_size": 4, "verify": True} | changes)
+
+
+def host_memory(num_slots: int) -> HostMemory:
+    return HostMemory(num_slots, record_bytes(4, PER_TOKEN))
 
 
 def make_plan(step, slices, *, num_decodes=0, samples=(), admitted=(), grown=(), copies=()) -> StepPlan:
@@ -215,7 +221,7 @@ def read_back(runner: FakeRunner, first_block: int) -> None:
 
 
 def test_a_block_that_went_to_the_host_and_came_back_can_be_read():
-    runner = make_runner(host_slots=2)
+    runner = make_runner(host=host_memory(2))
     first_step(runner)
     assert moved(runner, (gpu(0), host(1))) == [True]
     runner.submit(make_plan(3, [(2, 0, 4)], admitted=[row(2, [9, 9, 9, 9], [0])]))
@@ -234,7 +240,7 @@ def test_a_block_that_went_to_the_host_and_came_back_can_be_read():
     ],
 )
 def test_a_wrong_move_raises(moves, first_block):
-    runner = make_runner(host_slots=2)
+    runner = make_runner(host=host_memory(2))
     first_step(runner)
 
     def move_and_read() -> None:
@@ -246,7 +252,7 @@ def test_a_wrong_move_raises(moves, first_block):
 
 
 def test_a_block_that_is_read_before_its_move_has_arrived_raises():
-    runner = make_runner(host_slots=2)
+    runner = make_runner(host=host_memory(2))
     first_step(runner)
     moved(runner, (gpu(0), host(0)))
     runner.submit(StepPlan(2, copies=[BlockCopy(host(0), gpu(5))]))
@@ -255,7 +261,7 @@ def test_a_block_that_is_read_before_its_move_has_arrived_raises():
 
 
 def test_a_slot_that_is_overwritten_while_it_is_read_raises():
-    runner = make_runner(host_slots=2)
+    runner = make_runner(host=host_memory(2))
     first_step(runner)
     runner.submit(make_plan(2, [(2, 0, 4)], admitted=[row(2, [9, 9, 9, 9], [2])]))
     moved(runner, (gpu(0), host(0)))
@@ -267,7 +273,7 @@ def test_moves_take_time_one_after_the_other_and_begin_after_the_steps_before_th
     time = SimulatedTime(100.0)
     simulated = FakeConfig(step_ms=20.0, block_bytes=10**9, host_gb_s=100.0)
     device = SimulatedDevice(simulated, clock=time.clock, sleep=time.sleep)
-    runner = make_runner(host_slots=2, device=device, simulated=simulated)
+    runner = make_runner(host=host_memory(2), device=device, simulated=simulated)
     first_step(runner)
     runner.submit(StepPlan(2, copies=[BlockCopy(gpu(0), host(0)), BlockCopy(gpu(0), host(1))]))
     assert (runner.poll(), time.now) == ([], 100.0)
@@ -281,7 +287,7 @@ def test_moves_take_time_one_after_the_other_and_begin_after_the_steps_before_th
 
 
 def test_a_share_of_the_moves_fails():
-    runner = make_runner(host_slots=1000, simulated=FakeConfig(failing_moves=0.25))
+    runner = make_runner(host=host_memory(1000), simulated=FakeConfig(failing_moves=0.25))
     first_step(runner)
     ended = moved(runner, *((gpu(0), host(slot)) for slot in range(1000)))
     assert 200 < ended.count(False) < 300

@@ -144,6 +144,7 @@ def test_every_setting_of_the_engine_reaches_it():
     given |= {"host_bytes": 5, "prefix_caching": False, "max_num_seqs": 6, "max_step_tokens": 7, "max_queue": 8, "max_skips": 10}
     given |= {"max_queue_tokens": 14, "min_batch": 15, "max_batch": 16, "step_low_ms": 17.0, "step_high_ms": 18.0}
     given |= {"cost_file": "/c", "cost_folder": "/d", "host_tier_bytes": 21}
+    given |= {"disk_tier_folder": "/k", "disk_tier_bytes": 22, "disk_tier_write_rate": 23.0, "disk_tier_key_file": "/l"}
     fake = {"fake_step_ms": 11.0, "fake_token_us": 12.0, "fake_num_blocks": 13, "fake_nan_token": 14, "fake_cost_file": "/f"}
     fake |= {"fake_block_bytes": 19, "fake_host_gb_s": 20.0, "fake_failing_moves": 0.5}
     config = load_settings({**given, **fake, "batching": "aimd"}).engine_config()

@@ -9,7 +9,7 @@ from engine.batch import PoolSpec, Uploader
 from engine.device import moves
 from engine.device.moves import BUFFER_BYTES, BlockCopies, buffer_bytes
 from engine.errors import ConfigError, InternalError
-from engine.kvcache.host import HostRecords
+from engine.kvcache.host_memory import HostMemory
 from engine.kvcache.storage import KVStorage
 from engine.plan import Arrival, BlockCopy, Tier, gpu, host
 
@@ -27,6 +27,11 @@ def numbered() -> KVStorage:
     return storage
 
 
+def memory(storage: KVStorage, num_slots: int) -> HostMemory:
+    """Return host memory whose records are padded to whole pages, as for a disk tier."""
+    return HostMemory(num_slots, storage.record_bytes, 4096)
+
+
 def numbers(storage: KVStorage) -> list[int]:
     """Return the number that all values of each block have."""
     found = []
@@ -42,7 +47,7 @@ def numbers(storage: KVStorage) -> list[int]:
 def test_copies_and_moves_have_the_result_of_running_one_after_the_other(seed, buffer_records, monkeypatch):
     storage, rng = numbered(), random.Random(seed)
     monkeypatch.setattr(moves, "BUFFER_BYTES", buffer_records * storage.record_bytes)
-    copies = BlockCopies(storage, Uploader(CPU), CPU, NUM_SLOTS)
+    copies = BlockCopies(storage, Uploader(CPU), CPU, memory(storage, NUM_SLOTS))
     content = {Tier.GPU: list(range(NUM_BLOCKS)), Tier.HOST: [None] * NUM_SLOTS}
     for _ in range(10):
         plan = []
@@ -71,7 +76,7 @@ def test_a_runner_without_a_host_tier_refuses_moves():
 
 def test_host_memory_that_does_not_exist_is_refused_by_the_name_of_the_setting():
     with pytest.raises(ConfigError, match=r"cache\.host_tier_bytes is too large"):
-        HostRecords(1 << 40, 1 << 20, torch.int64, on_cuda=False)
+        HostMemory(1 << 40, 1 << 20)
 
 
 def test_buffers_are_no_larger_than_the_tier():
@@ -82,6 +87,7 @@ def test_buffers_are_no_larger_than_the_tier():
 
 
 def test_closing_frees_the_records():
-    copies = BlockCopies(numbered(), Uploader(CPU), CPU, 2)
+    storage = numbered()
+    copies = BlockCopies(storage, Uploader(CPU), CPU, memory(storage, 2))
     copies.close()
     assert copies._host.records.untyped_storage().nbytes() == 0

@@ -36,7 +36,7 @@ def test_a_published_block_that_is_overwritten_goes_to_the_host_and_an_unpublish
     assert sorted((copy.src.tier, copy.src.number) for copy in copies) == sorted((Tier.GPU, block) for block in blocks)
     assert {copy.dst.tier for copy in copies} == {Tier.HOST}
     assert len({copy.dst.number for copy in copies}) == 4
-    assert (manager.num_moving, len(manager.host)) == (4, 4)
+    assert (manager.num_moving, len(manager.tiers.host)) == (4, 4)
 
 
 def test_content_that_the_host_has_is_not_moved_there_again():
@@ -48,7 +48,7 @@ def test_content_that_the_host_has_is_not_moved_there_again():
     manager.release(request)
     evict_free_blocks(manager)
     assert manager.take_copies() == []
-    assert len(manager.host) == 4
+    assert len(manager.tiers.host) == 4
 
 
 def test_a_waiting_request_loads_its_prefix_and_is_admitted_with_it():
@@ -111,7 +111,7 @@ def test_a_move_that_fails_ends_the_prefix_there(failing):
     loaded = [manager.arrived([Arrival(copy.dst, i != failing)]) for i, copy in enumerate(copies)]
     assert loaded == [[], [], [], [request]]
     manager.check([])
-    assert (manager.num_held(request), len(manager.host)) == (failing, 3)
+    assert (manager.num_held(request), len(manager.tiers.host)) == (failing, 3)
     assert not manager.load(request)  # the block that failed must be computed
     assert manager.admit(request)
     assert request.num_computed == 4 * failing
@@ -154,7 +154,7 @@ def test_a_withdrawal_reaches_the_host_and_what_is_loaded(when):
     manager.withdraw(bad)
     manager.release(bad)
     settle(manager)
-    assert (len(manager.host), manager.num_cached, manager.num_held(request), manager.num_free) == (0, 0, 0, 8)
+    assert (len(manager.tiers.host), manager.num_cached, manager.num_held(request), manager.num_free) == (0, 0, 0, 8)
     manager.check([])
     assert manager.admit(request)
     assert request.num_computed == 0

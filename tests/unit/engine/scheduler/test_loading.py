@@ -30,7 +30,7 @@ def demoted(**options) -> Rig:
     rig = Rig(**{"blocks": 24, "host_slots": 100} | options)
     run(rig, "first", PREFIX)
     run(rig, "filler", 24 * BLOCK - 1)
-    assert len(rig.scheduler.cache.host) >= 10
+    assert len(rig.scheduler.cache.tiers.host) >= 10
     return rig
 
 

@@ -1,0 +1,115 @@
+"""Saves: which blocks are to be written to the disk tier, and how far each of them is.
+
+    wanted      the block was matched by a second request, or belongs to a request that has finished
+    arriving    the host lacks it, so it is copied there from the device
+    writing     the disk tier writes it from the host, whose slot is pinned meanwhile
+
+A block that is nowhere any more when its turn comes is not saved. Nothing waits for a save.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from engine.kvcache.disk.write_policy import Refusal
+from engine.kvcache.disk_tier import DiskTier
+from engine.kvcache.moves import MoveList
+from engine.kvcache.prefix import PrefixIndex
+from engine.kvcache.tiers import LowerTier, Slot
+from engine.plan import gpu
+
+MAX_WANTED = 1 << 16
+MAX_AT_ONCE = 64  # wanted blocks that one call looks at
+MAX_ARRIVING = 64  # copies from the device to the host at a time
+PAUSE_SECONDS = 0.01  # after a refusal, until the store is asked again
+
+
+class Saves:
+    def __init__(self, index: PrefixIndex, host: LowerTier, disk: DiskTier, moves: MoveList) -> None:
+        self._index = index
+        self._host = host
+        self._disk = disk
+        self._moves = moves
+        self._wanted: OrderedDict[bytes, bytes] = OrderedDict()  # digest -> family
+        self._arriving: dict[bytes, bytes] = {}
+        self._writing: dict[int, Slot] = {}  # by the host's slot number
+        self._ask_at = 0.0
+        self.num_dropped = 0  # wanted blocks that were not written
+
+    def __len__(self) -> int:
+        """Return how many blocks are to be written and are not written yet."""
+        return len(self._wanted) + len(self._arriving) + len(self._writing)
+
+    def want(self, digests: Iterable[bytes], family: bytes) -> None:
+        """Ask for the published blocks of a prefix to be written, and count those that are on disk as used."""
+        for digest in digests:
+            entry = self._index.find(digest)
+            if entry is None or digest in self._arriving or self._disk.has(digest, self._index.mask(entry.block)):
+                continue
+            if digest not in self._wanted and len(self._wanted) == MAX_WANTED:
+                self._wanted.popitem(last=False)
+                self.num_dropped += 1
+            self._wanted[digest] = family
+
+    def advance(self, now: float, *, has_news: bool) -> None:
+        """Begin some of the saves that are wanted. After a refusal, that has to wait for news of the disk, or for a while."""
+        if not self._wanted or (now < self._ask_at and not has_news):
+            return
+        for _ in range(min(MAX_AT_ONCE, len(self._wanted))):
+            digest, family = next(iter(self._wanted.items()))
+            if not self._begin(digest, family):
+                self._ask_at = now + PAUSE_SECONDS
+                return
+            self._wanted.pop(digest)
+
+    def host_arrived(self, digest: bytes) -> None:
+        """Note that content has arrived in the host, or failed to."""
+        family = self._arriving.pop(digest, None)
+        if family is not None:
+            self._wanted[digest] = family
+            self._wanted.move_to_end(digest, last=False)
+            self._ask_at = 0.0
+
+    def written(self, host_slot: int, *, ok: bool) -> None:
+        """Note the end of a write from a slot of the host."""
+        self._host.unpin(self._writing.pop(host_slot))
+        self.num_dropped += not ok
+
+    def withdraw(self, family: bytes) -> None:
+        for wanted in (self._wanted, self._arriving):
+            for digest in [digest for digest, other in wanted.items() if other == family]:
+                del wanted[digest]
+
+    def clear(self) -> None:
+        """Want nothing any more. What is being written is still written."""
+        self._wanted.clear()
+        self._arriving.clear()
+
+    def _begin(self, digest: bytes, family: bytes) -> bool:
+        """Begin to save a block, or find that it cannot be. Returns False if it must be tried again later."""
+        if not self._host.has(digest):
+            return self._copy_to_host(digest, family)
+        slot = self._host.find(digest)
+        if slot is None:  # it is on its way to the host
+            self._arriving[digest] = family
+            return True
+        refusal = self._disk.write(digest, family, slot.mask, slot.number)
+        if refusal is None:
+            self._host.pin(slot)
+            self._writing[slot.number] = slot
+        return refusal in (None, Refusal.PRESENT)
+
+    def _copy_to_host(self, digest: bytes, family: bytes) -> bool:
+        entry = self._index.find(digest)
+        if entry is None:
+            self.num_dropped += 1
+            return True
+        if len(self._arriving) >= MAX_ARRIVING or not self._disk.is_on:
+            return False
+        slot = self._host.take(digest, family, self._index.mask(entry.block))
+        if slot is None:
+            return False
+        self._moves.move(gpu(entry.block), self._host.place(slot))
+        self._arriving[digest] = family
+        return True
