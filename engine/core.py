@@ -34,7 +34,7 @@ from engine.scheduler.cost_file import cost_key, seeded_cost
 from engine.scheduler.cost_folder import CostKeeper, LearntCosts
 from engine.scheduler.limits import StepLimits, StepShape
 from engine.scheduler.scheduler import Scheduler
-from engine.startup import StartupClock
+from engine.startup import Progress, StartupClock, no_report
 
 POLL_SECONDS = 0.005  # longest wait for a move between tiers while no request can run; the caller reads its socket in between
 CLOSE_SECONDS = 5.0  # to write blocks to the disk tier when the engine ends
@@ -166,6 +166,16 @@ class Core:
         """Take over what the disk tier has done, and give it work. `step` does so too; an idle caller does it often."""
         if self._disk is not None:
             self._scheduler.tend()
+
+    def find_records(self, seconds: float, progress: Progress = no_report) -> None:
+        """Wait until the disk tier has found what earlier engines left there, for `seconds` at most. The rest is found later.
+
+        The first requests then find their prefixes.
+        """
+        until = time.monotonic() + seconds
+        while self._disk is not None and self._disk.is_looking and time.monotonic() < until:
+            self._scheduler.tend(POLL_SECONDS)
+            progress()
 
     def prepare(self) -> bool:
         """If there is no work, let the runner do one piece of preparation for later steps.
@@ -336,6 +346,7 @@ def build_core(config: EngineConfig, clock: StartupClock | None = None) -> Core:
     module = importlib.import_module(RUNNERS[config.runner])
     clock.end("imports")
     core = Core(module.build(config, clock))
+    core.find_records(config.startup_budget_s, clock.progress)
     clock.end("ready")
     core.startup = clock.seconds
     return core

@@ -19,7 +19,7 @@ PHASES = {
     "memory": "measure the size for the KV cache (on CUDA by running a step) and allocate it",
     "runner": "build the runner, its sampler and its static buffers",
     "prepare": "on CUDA: capture graphs and make plans for long prompts, within startup_budget_s",
-    "ready": "build the scheduler; then the engine takes requests",
+    "ready": "build the scheduler, and find the records of a disk tier, within startup_budget_s; then the engine takes requests",
 }
 _STAT = Path("/proc/self/stat")
 _START_TIME = 19  # index of the start time, in clock ticks since boot, among the fields after the program's name in parentheses

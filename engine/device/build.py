@@ -82,7 +82,9 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
         _prepare(runner, config.startup_budget_s, clock)
         backend.allow_plans(False)
     clock.end("prepare")
-    kv = KVFormat(fingerprint(fitted), str(backend.kv_pools()))
+    # Blocks that stay in this process are all of this model.
+    model = "" if fitted.cache.disk_tier_folder is None else fingerprint(fitted, clock.progress)
+    kv = KVFormat(model, str(backend.kv_pools()))
     return BuiltRunner(runner, fitted, limits, _describe(device), kv, host)
 
 

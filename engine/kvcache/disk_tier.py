@@ -55,6 +55,11 @@ class DiskTier:
         return self._store.health.is_on
 
     @property
+    def is_looking(self) -> bool:
+        """Return whether the disk is on, and records of earlier engines may not have been found yet."""
+        return self.is_on and not self._store.is_scanned
+
+    @property
     def is_idle(self) -> bool:
         """Return whether no read or write is under way."""
         return not self._host_slots

@@ -4,10 +4,12 @@
 
 Blocks from the disk pass the host, so both links carry them, and the slower link decides. The gate takes the k with the shortest
 time, among those behind which the tier changes, and the most blocks among equal ones: what is loaded leaves the device to others.
+Everything is loaded while it is not known how long computing takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
@@ -17,13 +19,12 @@ from engine.kvcache.loads import Source
 
 MAX_PATIENCE = 10.0  # seconds for which a request waits for the disk at most
 
-ComputeSeconds = Callable[[int, int], float]
-"""Predicts how long it takes to compute the tokens from one position to another. 0: it is not known."""
+ComputeSeconds = Callable[[int, int], float | None]
+"""Predicts how long it takes to compute the tokens from one position to another. None: it is not known."""
 
 
-def unknown(first: int, end: int) -> float:
+def unknown(first: int, end: int) -> None:
     """Predict nothing."""
-    return 0.0
 
 
 class Decision(StrEnum):
@@ -45,11 +46,14 @@ class LoadGate:
     def num_worth(self, sources: Sequence[Source], num_found: int, num_tokens: int, now: float) -> int:
         """Return how many of the blocks from `sources` to load. They follow `num_found` blocks on the GPU, in a prompt of
         `num_tokens`."""
-        best, best_seconds = len(sources), self.seconds(sources, len(sources), num_found, num_tokens, now)
-        for num in range(len(sources) - 1, -1, -1):
-            if num and isinstance(sources[num], DiskRecord) is isinstance(sources[num - 1], DiskRecord):
+        best, best_seconds = len(sources), math.inf
+        for num in range(len(sources), -1, -1):
+            if 0 < num < len(sources) and type(sources[num]) is type(sources[num - 1]):
                 continue
-            seconds = self.seconds(sources, num, num_found, num_tokens, now)
+            computed = self._compute((num_found + num) * self._block_size, num_tokens)
+            if computed is None:
+                return len(sources)
+            seconds = self._load_seconds(sources[:num], now) + computed
             if seconds < best_seconds:
                 best, best_seconds = num, seconds
         return best
@@ -59,8 +63,7 @@ class LoadGate:
         first = num_found * self._block_size
         return min(MAX_PATIENCE, self._compute(first, first + len(sources) * self._block_size) or MAX_PATIENCE)
 
-    def seconds(self, sources: Sequence[Source], num: int, num_found: int, num_tokens: int, now: float) -> float:
-        """Return the predicted time to the first token if the blocks from the first `num` of `sources` are loaded."""
-        from_disk = sum(isinstance(source, DiskRecord) for source in sources[:num])
-        loaded = max(self._host.predict(num, now), self._disk.predict(from_disk, now))
-        return loaded + self._compute((num_found + num) * self._block_size, num_tokens)
+    def _load_seconds(self, sources: Sequence[Source], now: float) -> float:
+        """Return the predicted seconds until blocks from `sources` have come."""
+        from_disk = sum(isinstance(source, DiskRecord) for source in sources)
+        return max(self._host.predict(len(sources), now), self._disk.predict(from_disk, now))

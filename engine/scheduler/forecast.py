@@ -92,12 +92,12 @@ class Forecast:
             return 0.0
         return self._prompt_seconds(total(map(rest_of, self._running.prompts)).plus(self._queue.work()), limits)
 
-    def part_seconds(self, first: int, end: int, limits: StepLimits) -> float:
+    def part_seconds(self, first: int, end: int, limits: StepLimits) -> float | None:
         """Return how long it takes to compute the tokens of a prompt from position `first` to `end` beside what runs.
 
-        0 while the cost is not trusted.
+        None while the cost is not trusted.
         """
-        return self._prompt_seconds(Work(1, end - first, pairs(end - first, first)), limits) if self._cost.trusted else 0.0
+        return self._prompt_seconds(Work(1, end - first, pairs(end - first, first)), limits) if self._cost.trusted else None
 
     def ttft_over_target(self, limits: StepLimits) -> float:
         """Return the predicted time to first token over its target, for a usual request that arrives now.

@@ -261,8 +261,8 @@ class Scheduler:
             raise InternalError("a request is neither running nor waiting")
         self.counts.check(len(self._requests))
 
-    def _compute_seconds(self, first: int, end: int) -> float:
-        """Predict how long the tokens of a prompt from position `first` to `end` take to compute. 0: it is not known."""
+    def _compute_seconds(self, first: int, end: int) -> float | None:
+        """Predict how long the tokens of a prompt from position `first` to `end` take to compute. None: it is not known."""
         return self.forecast.part_seconds(first, end, self.limits)
 
     def _give_up_places(self, limits: StepLimits) -> None:

@@ -33,10 +33,26 @@ def test_a_copy_has_the_same_fingerprint(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_other_values_in_one_tensor_change_it(folder, name):
+@pytest.mark.parametrize("at", [0, 1234, -1])
+def test_another_value_in_one_tensor_changes_it(folder, name, at):
     before = of(folder)
-    save_file(TENSORS | {name: TENSORS[name] * 1.001}, folder / "model.safetensors")
+    changed = TENSORS[name].copy()
+    changed[at] += 1
+    save_file(TENSORS | {name: changed}, folder / "model.safetensors")
     assert of(folder) != before
+
+
+def test_a_file_is_read_whole_in_parts(folder, monkeypatch):
+    monkeypatch.setattr("engine.weights.fingerprint.PART_BYTES", 4096)
+    monkeypatch.setattr("engine.weights.fingerprint.READ_BYTES", 1024)
+    file, found, progress = folder / "model.safetensors", set(), []
+    content = bytearray(file.read_bytes())
+    for at in range(0, len(content), 509):
+        content[at] ^= 1
+        file.write_bytes(content)
+        found.add(fingerprint(EngineConfig(model=str(folder)), lambda: progress.append(1)))
+    assert len(found) == len(range(0, len(content), 509))
+    assert len(progress) == len(found) * -(-len(content) // 4096)
 
 
 def test_another_config_type_or_name_of_a_tensor_changes_it(folder):
@@ -49,7 +65,8 @@ def test_another_config_type_or_name_of_a_tensor_changes_it(folder):
     assert len(found) == 6
 
 
-def test_a_torn_file_is_refused_by_its_folder(folder):
-    (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+def test_a_file_that_cannot_be_read_is_refused_by_its_folder(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read for its fingerprint"):
         of(folder)
