@@ -26,8 +26,8 @@ from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
 from engine.kvcache.open_tiers import open_tiers
-from engine.messages import EngineInfo, EngineStats, Submit, TierStats, check_submit, unpack_tokens
-from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult
+from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
+from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult, Tier
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
 from engine.scheduler.cost_file import cost_key, seeded_cost
@@ -74,6 +74,7 @@ class Core:
         self._controller = make_controller(built.config, cost)
         tiers = open_tiers(built, clock)
         self._disk = tiers.disk
+        self._record_bytes = 0 if built.host is None else built.host.record_bytes
         self._scheduler = Scheduler(
             built.config,
             built.runner.num_blocks,
@@ -222,28 +223,11 @@ class Core:
             work_seconds=forecast.waiting_seconds(limits),
             predicted_ttft_over_target=forecast.ttft_over_target(limits),
             predicted_itl_over_target=forecast.itl_over_target(self._latest_shape),
-            tiers=self._tiers(),
+            tiers=cache.tiers.stats(
+                self._record_bytes, {Tier.HOST: counts.host_cached_tokens, Tier.DISK: counts.disk_cached_tokens}
+            ),
+            load_decisions={str(decision): num for decision, num in cache.tiers.decisions.items()},
         )
-
-    def _tiers(self) -> dict[str, TierStats]:
-        tiers, counts = self._scheduler.cache.tiers, self._scheduler.counts
-        if not tiers:
-            return {}
-        moves, host, disk = tiers.moves, tiers.host, tiers.disk
-        stats = {
-            "host": TierStats(
-                blocks_used=len(host),
-                blocks_limit=host.num_slots,
-                cached_tokens=counts.host_cached_tokens,
-                num_demoted=moves.num_demoted,
-                num_promoted=moves.num_promoted,
-                num_failed=moves.num_failed,
-                num_evicted=host.num_evicted,
-            )
-        }
-        if disk is not None:
-            stats["disk"] = disk.stats(counts.disk_cached_tokens)
-        return stats
 
     def info(self) -> EngineInfo:
         return EngineInfo(

@@ -203,6 +203,13 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     num_promoted: int = 0  # blocks that were moved from it to the device
     num_failed: int = 0  # moves to it or from it that failed
     num_evicted: int = 0  # blocks whose content made room for others
+    num_dropped: int = 0  # blocks that were found to be torn, changed or of another model
+    num_unsaved: int = 0  # blocks that should have been moved to it and were not, as it was full, busy or off
+    promoted_bytes: int = 0  # of num_promoted
+    demoted_bytes: int = 0  # of num_demoted
+    promote_seconds: float = 0.0  # time in which blocks were on their way from it
+    num_on: int = 1  # engines whose tier works now: a disk that fails is off
+    outages: dict[str, int] = {}  # times that it was turned off, by the reason
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,7 +247,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     work_seconds: float = 0.0  # predicted duration of the work that waits
     predicted_ttft_over_target: float = 0.0  # time to first token predicted for a request that arrives now / its target
     predicted_itl_over_target: float = 0.0  # predicted duration of the next step / the tightest target among the decodes
-    tiers: dict[str, TierStats] = {}  # of the tiers that are on, by their name: host
+    tiers: dict[str, TierStats] = {}  # of the tiers that there are, by their name: host, disk
+    load_decisions: dict[str, int] = {}  # whether prefixes in lower tiers were loaded or computed (`engine/kvcache/gate.py`)
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -122,17 +122,21 @@ class DiskTier:
         """See to it that no present record of a family is ever read again."""
         self._store.forget_family(family)
 
-    def stats(self, cached_tokens: int) -> TierStats:
-        """Return the figures of this tier. `cached_tokens` is how many tokens of prompts came from it."""
+    def stats(self) -> TierStats:
+        """Return the figures of this tier, as far as it knows them."""
         store = self._store
         return TierStats(
             blocks_used=len(store.index),
             blocks_limit=store.files.sizes.num_slots,
-            cached_tokens=cached_tokens,
             num_demoted=self.num_written,
             num_promoted=self.num_read,
             num_failed=self.num_failed,
             num_evicted=store.counts.evicted,
+            num_dropped=store.counts.dropped.total(),
+            promoted_bytes=self.num_read * self._host.record_bytes,
+            demoted_bytes=self.num_written * self._host.record_bytes,
+            num_on=int(self.is_on),
+            outages={str(reason): num for reason, num in store.health.outages.items()},
         )
 
     def check(self) -> None:

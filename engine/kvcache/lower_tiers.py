@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import msgspec
+
 from engine.kvcache.chain import Chain, Entry
 from engine.kvcache.disk.workers import Kind
 from engine.kvcache.disk_tier import DiskTier
@@ -24,6 +26,7 @@ from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
 from engine.kvcache.saves import Saves
 from engine.kvcache.tiers import LowerTier, Slot
+from engine.messages import TierStats
 from engine.plan import Arrival, Tier, gpu
 from engine.request import Request
 
@@ -180,6 +183,31 @@ class LowerTiers:
         if self.disk is not None and self.saves is not None:
             self.saves.withdraw(family)
             self.disk.withdraw(family)
+
+    def stats(self, record_bytes: int, cached_tokens: dict[Tier, int]) -> dict[str, TierStats]:
+        """Return the figures of each tier by its name. A block takes `record_bytes`, and `cached_tokens` are those of prompts."""
+        moves, loads, found = self.moves, self.loads, {}
+        if self:
+            found["host"] = TierStats(
+                blocks_used=len(self.host),
+                blocks_limit=self.host.num_slots,
+                cached_tokens=cached_tokens[Tier.HOST],
+                num_demoted=moves.num_demoted,
+                num_promoted=moves.num_promoted,
+                num_failed=moves.num_failed,
+                num_evicted=self.host.num_evicted,
+                promoted_bytes=moves.num_promoted * record_bytes,
+                demoted_bytes=moves.num_demoted * record_bytes,
+                promote_seconds=loads.host_link.seconds_busy,
+            )
+        if self.disk is not None and self.saves is not None:
+            found["disk"] = msgspec.structs.replace(
+                self.disk.stats(),
+                cached_tokens=cached_tokens[Tier.DISK],
+                num_unsaved=self.saves.num_dropped,
+                promote_seconds=loads.disk_link.seconds_busy,
+            )
+        return found
 
     def check(self) -> None:
         self.host.check()

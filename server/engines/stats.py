@@ -28,7 +28,7 @@ def combined(stats: Sequence[EngineStats]) -> EngineStats | None:
 def _combine(name: str, values: list[Any]) -> Any:
     if name == "batching":
         return ",".join(sorted(set(values)))
-    if name == "limit_changes":
+    if name in ("limit_changes", "load_decisions", "outages"):
         return dict(sum(map(Counter, values), Counter()))
     if name == "tiers":
         names = sorted({tier for each in values for tier in each})
@@ -37,4 +37,4 @@ def _combine(name: str, values: list[Any]) -> Any:
 
 
 def _added(stats: Sequence[TierStats]) -> TierStats:
-    return TierStats(**{name: sum(getattr(each, name) for each in stats) for name in TierStats.__struct_fields__})
+    return TierStats(**{name: _combine(name, [getattr(each, name) for each in stats]) for name in TierStats.__struct_fields__})

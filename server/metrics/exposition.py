@@ -78,6 +78,17 @@ _OF_A_TIER: tuple[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str
     (CounterMetricFamily, "tidegate_tier_promoted_blocks", "KV blocks moved from a tier to the device.", "num_promoted"),
     (CounterMetricFamily, "tidegate_tier_failed_moves", "Moves of KV blocks to or from a tier that failed.", "num_failed"),
     (CounterMetricFamily, "tidegate_tier_evicted_blocks", "KV blocks of a tier that made room for others.", "num_evicted"),
+    (
+        CounterMetricFamily,
+        "tidegate_tier_dropped_blocks",
+        "KV blocks of a tier that were torn, changed or foreign.",
+        "num_dropped",
+    ),
+    (CounterMetricFamily, "tidegate_tier_unsaved_blocks", "KV blocks that a tier should have got and did not.", "num_unsaved"),
+    (CounterMetricFamily, "tidegate_tier_promoted_bytes", "Bytes of KV blocks moved from a tier.", "promoted_bytes"),
+    (CounterMetricFamily, "tidegate_tier_demoted_bytes", "Bytes of KV blocks moved to a tier.", "demoted_bytes"),
+    (CounterMetricFamily, "tidegate_tier_promote_seconds", "Seconds in which KV blocks came from a tier.", "promote_seconds"),
+    (GaugeMetricFamily, "tidegate_tier_up", "Engines whose tier works now; a disk that fails is off.", "num_on"),
 )
 
 
@@ -160,9 +171,21 @@ def _tiers(stats: EngineStats) -> list[Metric]:
         for tier, values in stats.tiers.items():
             family.add_metric([tier], float(getattr(values, field)))
         families.append(family)
+    outages = CounterMetricFamily(
+        "tidegate_tier_outages", "Times that a tier was turned off, by reason.", labels=["tier", "reason"]
+    )
     for tier, values in stats.tiers.items():
         hits.add_metric([tier], float(values.cached_tokens))
-    return families
+        for reason, number in values.outages.items():
+            outages.add_metric([tier, reason], float(number))
+    decisions = CounterMetricFamily(
+        "tidegate_tier_decisions",
+        "Prefixes in lower tiers, by what was decided: load, part, compute, gave_up.",
+        labels=["decision"],
+    )
+    for decision, number in stats.load_decisions.items():
+        decisions.add_metric([decision], float(number))
+    return [*families, outages, decisions]
 
 
 def _startup(health: EngineHealth) -> Metric:

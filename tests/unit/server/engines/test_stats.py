@@ -37,9 +37,14 @@ def test_policies_are_listed_once_and_changes_are_added_by_reason():
 
 def test_tiers_are_added_up_by_name():
     engines = [
-        EngineStats(tiers={"host": TierStats(blocks_used=1, blocks_limit=4, cached_tokens=10, num_demoted=3)}),
-        EngineStats(tiers={"host": TierStats(blocks_used=2, blocks_limit=4, num_promoted=5)}),
-        EngineStats(),
+        EngineStats(
+            tiers={"host": TierStats(blocks_used=1, blocks_limit=4, cached_tokens=10, num_demoted=3, outages={"slow": 1})}
+        ),
+        EngineStats(tiers={"host": TierStats(blocks_used=2, blocks_limit=4, num_promoted=5, num_on=0, outages={"slow": 2})}),
+        EngineStats(load_decisions={"load": 6}),
     ]
-    added = TierStats(blocks_used=3, blocks_limit=8, cached_tokens=10, num_demoted=3, num_promoted=5)
+    added = TierStats(
+        blocks_used=3, blocks_limit=8, cached_tokens=10, num_demoted=3, num_promoted=5, num_on=1, outages={"slow": 3}
+    )
     assert combined(engines).tiers == {"host": added}
+    assert combined(engines).load_decisions == {"load": 6}

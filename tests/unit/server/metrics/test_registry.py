@@ -234,19 +234,42 @@ def test_the_batchs_limits_and_the_predictions_are_shown():
 
 
 def test_hits_of_all_tiers_add_up_and_each_lower_tier_has_its_own_metrics():
-    tier = TierStats(blocks_used=7, blocks_limit=9, cached_tokens=30, num_demoted=4, num_promoted=3, num_failed=2, num_evicted=1)
-    stats = EngineStats(cached_tokens=100, waiting=5, loading=2, tiers={"host": tier})
+    tier = TierStats(
+        blocks_used=7,
+        blocks_limit=9,
+        cached_tokens=30,
+        num_demoted=4,
+        num_promoted=3,
+        num_failed=2,
+        num_evicted=1,
+        num_dropped=11,
+        num_unsaved=12,
+        promoted_bytes=300,
+        demoted_bytes=400,
+        promote_seconds=0.5,
+        num_on=2,
+        outages={"disk_full": 13},
+    )
+    stats = EngineStats(cached_tokens=100, waiting=5, loading=2, tiers={"disk": tier}, load_decisions={"part": 14})
     found = samples(Metrics("m", lambda: EngineHealth(ready=True, stats=stats)))
-    host = (("tier", "host"),)
+    disk = (("tier", "disk"),)
     assert {key: value for key, value in found.items() if key[0].startswith("tidegate_tier_")} == {
         ("tidegate_tier_hits_tokens_total", (("tier", "gpu"),)): 70,
-        ("tidegate_tier_hits_tokens_total", host): 30,
-        ("tidegate_tier_blocks_used", host): 7,
-        ("tidegate_tier_blocks_limit", host): 9,
-        ("tidegate_tier_demoted_blocks_total", host): 4,
-        ("tidegate_tier_promoted_blocks_total", host): 3,
-        ("tidegate_tier_failed_moves_total", host): 2,
-        ("tidegate_tier_evicted_blocks_total", host): 1,
+        ("tidegate_tier_hits_tokens_total", disk): 30,
+        ("tidegate_tier_blocks_used", disk): 7,
+        ("tidegate_tier_blocks_limit", disk): 9,
+        ("tidegate_tier_demoted_blocks_total", disk): 4,
+        ("tidegate_tier_promoted_blocks_total", disk): 3,
+        ("tidegate_tier_failed_moves_total", disk): 2,
+        ("tidegate_tier_evicted_blocks_total", disk): 1,
+        ("tidegate_tier_dropped_blocks_total", disk): 11,
+        ("tidegate_tier_unsaved_blocks_total", disk): 12,
+        ("tidegate_tier_promoted_bytes_total", disk): 300,
+        ("tidegate_tier_demoted_bytes_total", disk): 400,
+        ("tidegate_tier_promote_seconds_total", disk): 0.5,
+        ("tidegate_tier_up", disk): 2,
+        ("tidegate_tier_outages_total", (("reason", "disk_full"), ("tier", "disk"))): 13,
+        ("tidegate_tier_decisions_total", (("decision", "part"),)): 14,
     }
     assert found["tidegate_prefix_cache_hits_tokens_total", ()] == 100
     assert found["tidegate_engine_requests_loading", ()] == 2
