@@ -167,3 +167,25 @@ def test_a_load_takes_no_blocks_that_earlier_requests_need():
     for _ in range(3):
         rig.step()
     assert later.status is Status.WAITING
+
+
+def test_a_preempted_request_comes_back_from_the_host_and_computes_only_its_last_block():
+    rig = Rig(blocks=24, host_slots=100)
+    first = rig.add("first", 41, max_tokens=40)
+    victim = rig.add("victim", 37, max_tokens=40)
+    victim_computed = []
+    while not rig.scheduler.counts.num_preemptions:
+        plan = rig.schedule()
+        rig.commit(plan)
+        arrive(rig, plan)
+    known = len(victim.tokens)
+    assert (victim.status, first.status) == (Status.WAITING, Status.RUNNING)
+    while victim.status is not Status.RUNNING:
+        plan = rig.schedule()
+        victim_computed = [(start, num) for row, start, num in slices(plan) if row == victim.row]
+        rig.commit(plan)
+        arrive(rig, plan)
+    (start, num) = victim_computed[0]
+    assert start == known // BLOCK * BLOCK  # every full block came back
+    assert num <= BLOCK
+    assert rig.scheduler.cache.tiers.decisions == {"load": 1}
