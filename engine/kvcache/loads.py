@@ -123,9 +123,13 @@ class Loads:
         load = self._by_request.get(request)
         return load is not None and load.is_under_way
 
-    def num_held(self, request: Request) -> int:
+    def blocks_of(self, request: Request) -> list[int]:
+        """Return the blocks that are held for a waiting request, to look at."""
         load = self._by_request.get(request)
-        return 0 if load is None else len(load.blocks)
+        return [] if load is None else load.blocks
+
+    def num_held(self, request: Request) -> int:
+        return len(self.blocks_of(request))
 
     def num_loaded(self, request: Request, tier: Tier) -> int:
         """Return how many blocks have come from `tier` for a request."""

@@ -241,6 +241,11 @@ class KVCacheManager:
         """Return how many blocks a waiting request still needs at most, beside those that it holds."""
         return self.blocks_for(len(request.tokens)) - self._loads.num_held(request)
 
+    def shortage(self, request: Request) -> int:
+        """Return how many blocks at least must become free before a request that was refused blocks can be admitted."""
+        chain = self._chains.get(request)
+        return 0 if chain is None else max(0, chain.retry_at - self._pool.num_released)
+
     def give_back(self, request: Request) -> None:
         """Free what a waiting request holds. It is still found in the cache until it is overwritten."""
         self._loads.release(request)
@@ -303,8 +308,9 @@ class KVCacheManager:
         self._chains.pop(request, None)
 
     def num_freed_by(self, requests: Iterable[Request]) -> int:
-        """Return how many blocks would become free if all of `requests` released theirs. Others may share some of them."""
-        held = Counter(block for request in requests for block in request.blocks)
+        """Return how many blocks would become free if all of `requests`, running or waiting, released theirs. Others may share
+        some of them."""
+        held = Counter(block for request in requests for block in request.blocks or self._loads.blocks_of(request))
         return sum(1 for block, num in held.items() if self._pool.refs[block] == num)
 
     def check(self, holders: Iterable[Request]) -> None:

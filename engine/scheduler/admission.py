@@ -212,8 +212,13 @@ class Admission:
         return self._cache.admit(request, spare=spare, match=self._may_match(request))
 
     def _reserve_held(self, request: Request, leader: Request | None) -> bool:
-        """Give `request` blocks that other waiting requests hold and give back, the worst rank first."""
+        """Give `request` blocks that other waiting requests hold and give back, the worst rank first.
+
+        Nobody gives back anything if all of it would not be enough.
+        """
         holders = [other for other in self._cache.holders() if other is not request]
+        if sum(map(self._cache.num_held, holders)) < self._cache.shortage(request):
+            return False
         while holders:
             worst = self._policy.victim(holders)
             holders.remove(worst)

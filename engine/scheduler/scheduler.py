@@ -284,18 +284,19 @@ class Scheduler:
     def _preempt_lower(self, slo: int, seqs: int, *, places: int, blocks: int) -> bool:
         """Preempt running requests of levels below class `slo` until there are so many places and free blocks.
 
-        Waiting requests of lower classes give back what they hold before. Returns False, and preempts nobody, if that cannot be
-        reached.
+        Waiting requests of lower classes give back what they hold before. Returns False, and nobody gives up anything, if that
+        cannot be reached.
         """
-        for holder in self.cache.holders():
-            if self.cache.num_free < blocks and holder.slo.rank > slo:
-                self.cache.give_back(holder)
         missing, missing_blocks = places - self._running.num_places(seqs), blocks - self.cache.num_free
         if missing <= 0 and missing_blocks <= 0:
             return True
+        holders = [holder for holder in self.cache.holders() if holder.slo.rank > slo]
         lower = [request for request in self._running if request.rank[0] > slo]
-        if missing > len(lower) or (missing_blocks > 0 and missing_blocks > self.cache.num_freed_by(lower)):
+        if missing > len(lower) or (missing_blocks > 0 and missing_blocks > self.cache.num_freed_by([*lower, *holders])):
             return False
+        for holder in holders:
+            if self.cache.num_free < blocks:
+                self.cache.give_back(holder)
         while lower and (self._running.num_places(seqs) < places or self.cache.num_free < blocks):
             victim = self._policy.victim(lower)
             lower.remove(victim)

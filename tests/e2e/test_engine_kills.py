@@ -1,7 +1,7 @@
 """Kills the engine of a running server with SIGKILL at random moments, while it moves blocks between all tiers.
 
-The fake engine verifies every block that it reads, and ends with an error if one is wrong. Every stream must go on with the tokens
-that it would have had, and the first request after each restart must find its prefix on disk. Runs 10 kills;
+The fake engine verifies every block that it reads, and ends with an error if one is wrong. Every stream must go on with the
+tokens that it would have had, and the first request after each restart must find its prefix on disk. Runs 10 kills;
 TIDEGATE_TEST_KILLS=200 in the environment runs 200.
 """
 

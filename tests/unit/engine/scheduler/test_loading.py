@@ -158,6 +158,26 @@ def test_the_first_request_gets_the_blocks_that_later_ones_hold():
     assert (later.status, rig.scheduler.cache.num_held(later)) == (Status.WAITING, 0)
 
 
+@pytest.mark.parametrize(
+    ("running", "large"), [("standard", "standard"), ("interactive", "standard"), ("interactive", "interactive")]
+)
+def test_nobody_gives_back_blocks_that_would_not_be_enough(running, large):
+    """The large request needs 22 of 24 blocks. One of 12 blocks runs, and another one holds 10."""
+    rig = demoted(rows=2, max_skips=0)
+    rig.add("running", 11 * BLOCK, max_tokens=4, slo=running)
+    rig.step()
+    holder = rig.add("again", PREFIX, slo="batch")
+    rig.limits = rig.limits._replace(seqs=1)
+    plan = rig.schedule()
+    arrive(rig, plan)
+    rig.commit(plan)
+    rig.limits = rig.limits._replace(seqs=2)
+    rig.add("large", 22 * BLOCK - 1, slo=large, max_tokens=1)
+    rig.step()
+    assert (holder.status, rig.scheduler.cache.num_held(holder)) == (Status.WAITING, 10)
+    assert rig.scheduler.counts.num_preemptions == 0
+
+
 def test_a_load_takes_no_blocks_that_earlier_requests_need():
     rig = demoted(rows=1)
     rig.add("running", 5)
