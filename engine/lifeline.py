@@ -19,8 +19,10 @@ from collections.abc import Callable, Mapping
 READY = b"ready"  # the child can serve; sent once
 ALIVE = b"alive"  # the child makes progress; sent repeatedly, also while the child starts
 SERVED = b"served"  # the child has done work for a client (an engine: a step, a worker: a request); sent once
-# The supervisor writes this word to a child.
+DRAINED = b"drained"  # a worker's requests have ended, and it will close its admin port; sent once
+# The supervisor writes these words to a child.
 ALL_READY = b"all ready"  # every API worker has an engine; a worker may receive this word more than once
+CLOSE = b"close"  # the answer to DRAINED: the worker may close its admin port
 
 PR_SET_PDEATHSIG = 1
 STDIN, STDOUT = 0, 1
@@ -43,7 +45,7 @@ def read_start(handlers: Mapping[bytes, Callable[[], object]] | None = None) -> 
 
 
 def tell(word: bytes) -> None:
-    """Report READY, ALIVE or SERVED to the parent. The word is dropped if the pipe is full because the parent does not read."""
+    """Report a word, such as READY, to the parent. The word is dropped if the pipe is full because the parent does not read."""
     with contextlib.suppress(BrokenPipeError, BlockingIOError):  # BrokenPipeError: the parent has ended, and so will this process
         os.write(STDOUT, word + b"\n")
 

@@ -36,6 +36,7 @@ log = logging.getLogger("tidegate.http")
 
 URL_BYTES = 8192  # largest length of a request's URL
 NUM_HEADERS = 100  # largest number of headers of a request
+LINGER_SECONDS = 0.25  # time that an idle connection is read after the server has ended it: enough for a request under way
 
 
 Phase = Literal["idle", "head", "body"]
@@ -57,6 +58,7 @@ class GuardedProtocol(TolerantProtocol):
         super().__init__(*args, **kwargs)
         self.timeout_keep_alive = self.limits.idle_seconds  # type: ignore[assignment]  # a call_later takes either
         self.phase: Phase = "idle"
+        self.is_ending = False  # the server stops, and what the client still sends is read and dropped
         self.head_bytes = 0  # bytes received since the head began. They may include the beginning of a body
         self.header_bytes = 0  # bytes of the headers that the parser has reported. Both counts are limited
         self.num_headers = 0
@@ -65,6 +67,11 @@ class GuardedProtocol(TolerantProtocol):
         self.num_chunks = 0
         self.phase_timer: asyncio.TimerHandle | None = None
         self.write_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether no request is running and none has begun to arrive."""
+        return self.phase == "idle" and self.answering is None
 
     # -- asyncio calls these methods for events of the connection --------------------------------------------------
 
@@ -87,7 +94,7 @@ class GuardedProtocol(TolerantProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.refusal is not None or self.transport.is_closing():
+        if self.refusal is not None or self.is_ending or self.transport.is_closing():
             return
         if self.phase == "body":
             self.body_wire_bytes += len(data)
@@ -119,8 +126,19 @@ class GuardedProtocol(TolerantProtocol):
         self._set_write_timer()
 
     def shutdown(self) -> None:
-        super().shutdown()
-        if self.transport.is_closing():
+        """End the connection because the server stops. uvicorn calls this method once for each connection.
+
+        A request that is running or has begun is answered first. An idle connection ends in the sending direction and is read for
+        LINGER_SECONDS more: a close would answer a request that comes now with a reset, and the client might lose what it was
+        sent before.
+        """
+        if self.answering is not None:
+            super().shutdown()
+        elif self.phase != "head" and not self.transport.is_closing():
+            self.is_ending = True
+            self._unset_keepalive_if_required()
+            self._enter("idle", LINGER_SECONDS)
+            self.transport.write_eof()
             self._set_write_timer()
 
     def on_response_complete(self) -> None:

@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
 
 def nothing() -> None:
-    """Do nothing. This is the default of `Child.on_ready`."""
+    """Do nothing. This is the default of `Child.on_ready` and `Child.on_drained`."""
 
 
 class Child:
@@ -61,6 +61,8 @@ class Child:
         """`call_later` starts the timers that find a process without progress; it is the event loop's by default."""
         self.name = program.name
         self.ready = asyncio.Event()
+        self.drained = False  # the process, a worker, has reported that its requests have ended
+        self.on_drained: Callable[[], None] = nothing
         self.on_ready: Callable[[], None] = nothing
         self.on_death: Callable[[int], None] = lambda pid: None
         self._program = program
@@ -129,6 +131,7 @@ class Child:
         self._process = None
         self._watchdog.stop()
         self.ready.clear()
+        self.drained = False
         self.on_death(process.pid)
 
     def _on_line(self, line: bytes) -> None:
@@ -137,6 +140,9 @@ class Child:
         elif line == lifeline.SERVED:
             self._crashes.served()
             log.debug("%s has served", self.name)
+        elif line == lifeline.DRAINED:
+            self.drained = True
+            self.on_drained()
         elif line == lifeline.READY:
             self._crashes.ready()
             self._was_ready = True

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from server.settings import Settings
 from server.supervise import descriptors
 from server.supervise.child import Child, Fatal
 from server.supervise.folder import RunFolder, keep
+from server.supervise.listening import drop_new_connections
 from server.supervise.programs import Programs
 from server.supervise.sockets import bind_admin, bind_http, claim_grpc
 
@@ -109,7 +111,7 @@ class Supervisor:
 
     async def _drain(self) -> None:
         log.info("stopping", extra={"drain_timeout_s": self._settings.drain_timeout_s})
-        self._http.close()  # with the workers' copies closed, new connections are refused
+        self._close_http()
         if self._grpc is not None:
             self._grpc.close()
         for worker in self._workers:
@@ -120,14 +122,22 @@ class Supervisor:
         _, late = await asyncio.wait(self._worker_tasks, timeout=self._settings.drain_timeout_s + KILL_MARGIN_SECONDS)
         if late:
             raise Fatal(1, f"{len(late)} API workers did not end in time and are killed")
+        self._admin.close()  # if a worker died as it stopped, it is still open
         self._engine.stop()  # streams that ran to their ends needed the engine until here
         _, late = await asyncio.wait({self._tasks[self._engine]}, timeout=ENGINE_STOP_SECONDS)
         if late:
             log.warning("%s did not end in time and is killed", self._engine.name)
         log.info("stopped")
 
+    def _close_http(self) -> None:
+        """Stop new connections. They are refused once the workers have accepted those that wait, and closed their copies."""
+        if self._http.fileno() >= 0:
+            drop_new_connections(self._http)
+            self._http.close()
+
     async def _cut(self) -> None:
         """Ask the workers to end their streams with an error, so that no stream breaks off in the middle of a line."""
+        self._close_http()
         running = []
         for worker in self._workers:
             if worker.ready.is_set() and not self._tasks[worker].done():
@@ -158,6 +168,14 @@ class Supervisor:
             for worker in self._workers:
                 worker.tell(lifeline.ALL_READY)
 
+    def _on_worker_drained(self, worker: Child) -> None:
+        """Let `worker` close its admin port. Before the last worker does so while the server stops, new connections end."""
+        others = [other for other in self._workers if other is not worker]
+        if self._stop.is_set() and all(other.drained or self._tasks[other].done() for other in others):
+            drop_new_connections(self._admin)
+            self._admin.close()
+        worker.tell(lifeline.CLOSE)
+
     def _log_ready(self) -> None:
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         log.info(
@@ -175,6 +193,7 @@ class Supervisor:
         program = programs.worker(index, lambda: any(worker.ready.is_set() for worker in self._workers))
         child = Child(program, self._settings)
         child.on_ready = self._on_worker_ready
+        child.on_drained = partial(self._on_worker_drained, child)
         child.on_death = worker_died
         return child
 

@@ -1,6 +1,7 @@
 """An API worker: one EngineClient, one GenerateService, and HTTP and gRPC on top of it. `python -m server.supervise.worker`.
 
 SIGTERM   the worker reports that it is not ready, and accepts no new connections or calls; running requests may finish
+drained   the admin port closes when the supervisor knows, since the last worker to close it must reset nobody
 deadline  running requests end with EngineUnavailable; a second SIGTERM, or SIGINT, brings the deadline forward to now
 exit      code 0, or code 2 if a setting or the checkpoint is wrong
 """
@@ -14,7 +15,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -36,6 +38,8 @@ from server.rpc.server import RpcServer, build_rpc_server
 from server.service.connections import ADMIN_CONNECTIONS
 from server.service.service import GenerateService
 from server.settings import Settings
+from server.supervise.http_server import HttpServer
+from server.supervise.listening import accept_rest, copies_of_listeners, drop_new_connections
 from server.supervise.model_report import report_model
 from server.supervise.worker_start import WorkerStart
 from server.text.tokenizer import Tokenizer
@@ -43,6 +47,8 @@ from server.text.tokenizer import Tokenizer
 log = logging.getLogger("tidegate.worker")
 
 CUT_SHARE = 0.9  # share of drain_timeout_s after which streams end with an error; in the rest the error reaches the clients
+IDLE_SECONDS = 1.0  # after SIGTERM, requests on idle HTTP connections are answered for this time
+ADMIN_IDLE_SECONDS = 0.2
 ADMIN_STOP_SECONDS = 1.0  # time to send the last answers of the admin port when the worker ends
 BACKLOG = 2048
 REPORT_SHARE = 0.1  # time between two progress reports, as a share of the time after which a silent worker is killed
@@ -51,30 +57,18 @@ GC_THRESHOLD = (50_000, 20, 100)
 SWITCH_SECONDS = 0.001  # longest wait of the event loop for a thread that runs Python code, such as one that parses a large body
 
 
-class HttpServer(uvicorn.Server):
-    """A uvicorn server that installs no signal handlers, since the worker has its own. `opened` is set once its port listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.opened = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.opened.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class Worker:
-    """Runs one API worker of a server. `all_ready` is set once every worker of that server has an engine."""
+    """Runs one API worker of a server.
 
-    def __init__(self, start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
+    `all_ready` is set once every worker of that server has an engine, and `may_close` when the supervisor answers DRAINED.
+    """
+
+    def __init__(self, start: WorkerStart, settings: Settings, all_ready: asyncio.Event, may_close: asyncio.Event) -> None:
         self._settings = settings
         self._listen_at_once = start.listen_at_once
         self._reports = start.index == 0  # one worker writes to the log what concerns all of them
         self._all_ready = all_ready
+        self._may_close = may_close
         self._opened = asyncio.Event()  # the ports listen
         self._client = EngineClient(
             [start.endpoint],
@@ -130,8 +124,9 @@ class Worker:
         """Open the ports and serve until SIGTERM, then drain."""
         limits = HttpLimits.from_settings(self._settings)
         admin_limits = msgspec.structs.replace(limits, max_connections=ADMIN_CONNECTIONS)
-        http = HttpServer(_http_config(build_app(self._settings, service, metrics), limits, metrics))
-        admin = HttpServer(_http_config(build_admin_app(self._settings, service, metrics), admin_limits, metrics))
+        http = HttpServer(_http_config(build_app(self._settings, service, metrics), limits, metrics), idle_seconds=IDLE_SECONDS)
+        admin_app = build_admin_app(self._settings, service, metrics)
+        admin = HttpServer(_http_config(admin_app, admin_limits, metrics), idle_seconds=ADMIN_IDLE_SECONDS)
         rpc = build_rpc_server(service, self._settings, metrics)
         await rpc.start()
         serving = asyncio.create_task(http.serve(sockets=[self._socket]))
@@ -141,8 +136,7 @@ class Worker:
         await _first_of(serving, admin_serving, self._draining.wait())
         await self._drain(http, rpc, serving)
         metrics.tally.flush()
-        admin.should_exit = admin.force_exit = True
-        await asyncio.wait({admin_serving}, timeout=ADMIN_STOP_SECONDS)
+        await self._stop_admin(admin, admin_serving)
         for task in (serving, admin_serving):
             if task.done():
                 task.result()  # a bug ends the process with its traceback
@@ -174,13 +168,20 @@ class Worker:
                 lifeline.tell(lifeline.SERVED)
             await asyncio.sleep(min(1.0, self._settings.worker_stall_timeout_s * REPORT_SHARE))
 
+    async def _stop_admin(self, admin: HttpServer, serving: asyncio.Task[None]) -> None:
+        lifeline.tell(lifeline.DRAINED)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._may_close.wait(), ADMIN_STOP_SECONDS)
+        admin.should_exit = True
+        await asyncio.wait({serving}, timeout=ADMIN_STOP_SECONDS)
+
     async def _drain(self, http: HttpServer, rpc: RpcServer, serving: asyncio.Task[None]) -> None:
         log.info("draining", extra={"streams": self._client.num_streams})
         self._client.drain()
         http.should_exit = True
         cut_after = self._settings.drain_timeout_s * CUT_SHARE
         for_errors = max(self._settings.drain_timeout_s - cut_after, 1.0) / 2
-        stopping = asyncio.create_task(rpc.stop(cut_after + for_errors))
+        stopping = asyncio.create_task(_stop_rpc(rpc, cut_after + for_errors))
         rest: set[asyncio.Task[None]] = {serving, stopping}
         deadline = asyncio.create_task(self._deadline.wait())
         until = asyncio.get_running_loop().time() + cut_after
@@ -194,6 +195,17 @@ class Worker:
             await asyncio.wait(rest, timeout=for_errors)
             http.force_exit = True
         deadline.cancel()
+
+
+async def _stop_rpc(rpc: RpcServer, grace: float) -> None:
+    """Refuse new calls, and after `grace` seconds cancel those that still run. Clients that have connected are not reset."""
+    rpc.drain()
+    with copies_of_listeners(rpc.port) as listeners:
+        for listener in listeners:
+            drop_new_connections(listener)
+        for listener in listeners:
+            await accept_rest(listener)
+    await rpc.stop(grace)
 
 
 def _http_config(app: FastAPI, limits: HttpLimits, metrics: Metrics) -> uvicorn.Config:
@@ -225,8 +237,9 @@ async def _first_of(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -
 
 def main() -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        loop, all_ready = runner.get_loop(), asyncio.Event()
-        line = lifeline.read_start({lifeline.ALL_READY: lambda: loop.call_soon_threadsafe(all_ready.set)})
+        loop, all_ready, may_close = runner.get_loop(), asyncio.Event(), asyncio.Event()
+        words = {lifeline.ALL_READY: all_ready, lifeline.CLOSE: may_close}
+        line = lifeline.read_start({word: partial(loop.call_soon_threadsafe, event.set) for word, event in words.items()})
         start = msgspec.json.decode(line, type=WorkerStart)
         settings = Settings.model_validate_json(start.settings)
         name = f"api {start.index}"
@@ -236,14 +249,14 @@ def main() -> None:
         gc.set_threshold(*GC_THRESHOLD)
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
-            runner.run(_run(start, settings, all_ready))
+            runner.run(_run(start, settings, all_ready, may_close))
         except (ConfigError, CheckpointError) as error:
             log.error(error.message)
             sys.exit(EXIT_BAD_SETTINGS)
 
 
-async def _run(start: WorkerStart, settings: Settings, all_ready: asyncio.Event) -> None:
-    await Worker(start, settings, all_ready).run()
+async def _run(start: WorkerStart, settings: Settings, all_ready: asyncio.Event, may_close: asyncio.Event) -> None:
+    await Worker(start, settings, all_ready, may_close).run()
 
 
 if __name__ == "__main__":

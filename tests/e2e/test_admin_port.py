@@ -10,6 +10,7 @@ import pytest
 
 from server.service.connections import ADMIN_CONNECTIONS
 from tests.support.children import ServerChild, wait_until
+from tests.support.serving import refused
 
 BODY = {"prompt_token_ids": [5, 6, 7], "max_tokens": 5, "ignore_eos": True}
 
@@ -87,11 +88,3 @@ async def stream_of(client):
     body = {**BODY, "max_tokens": 400, "stream": True}
     async with client.stream("POST", "/v1/generate", json=body, timeout=60) as response:
         yield response.aiter_lines()
-
-
-def refused(port):
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except ConnectionRefusedError:
-        return True
-    return False

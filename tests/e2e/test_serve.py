@@ -17,7 +17,17 @@ import pytest
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.children import ServerChild, wait_until
-from tests.support.serving import body, engine_running, http, in_thread, metrics, refused_start, stream_tokens, used_blocks
+from tests.support.serving import (
+    body,
+    engine_running,
+    http,
+    in_thread,
+    metrics,
+    refused,
+    refused_start,
+    stream_tokens,
+    used_blocks,
+)
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -46,14 +56,7 @@ async def test_sigterm_lets_streams_finish_and_refuses_new_connections(fresh):
         await first.wait()
         fresh.process.send_signal(signal.SIGTERM)
 
-        def refused():
-            try:
-                socket.create_connection(("127.0.0.1", fresh.port), 1).close()
-            except ConnectionRefusedError:
-                return True
-            return False
-
-        await in_thread(wait_until, refused, "new connections are refused")
+        await in_thread(wait_until, lambda: refused(fresh.port), "new connections are refused")
         assert not all(task.done() for task in tasks), "refused only after all had ended"
         assert all(len(tokens) == 300 for tokens in await asyncio.gather(*tasks))
     assert await in_thread(fresh.process.wait, 10) == 0

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -59,6 +60,17 @@ def engine_running(server):
 
 async def in_thread(function, *args, **kwargs):
     return await asyncio.to_thread(function, *args, **kwargs)
+
+
+def refused(port):
+    """Return whether the port refuses connections. Just before a server closes a port, the kernel drops those who connect."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 0.2).close()
+    except ConnectionRefusedError:
+        return True
+    except TimeoutError:
+        pass
+    return False
 
 
 def refused_start(variables, shell=":"):
