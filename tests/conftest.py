@@ -1,6 +1,7 @@
-"""Sets the options of a test run (processes, threads, `--torch-free`), and defines fixtures that tests of several folders
-share."""
+"""Sets the options of a test run (processes, threads, `--torch-free`, `--need-torch`), and defines fixtures that tests of
+several folders share."""
 
+import functools
 import os
 import re
 import sys
@@ -22,17 +23,39 @@ if not HAS_GPU:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The time that an example takes on a busy machine says nothing about the code, so Hypothesis does not limit it.
-hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("shared")
+hypothesis.settings.register_profile("full", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("full")
 
 TESTS = Path(__file__).parent
 NEED_TORCH = ("model", "parity", "e2e", "train")  # folders whose tests need torch, since they run models or start servers
 NEED = "attention|device|kernels|kvcache\\.storage|layers|sampling|weights"
 IMPORTS_TORCH = re.compile(rf"^(import|from) (torch|engine\.({NEED}))\b", re.M)
+MARKS_TORCH = re.compile(r"\bmark\.torch\b")
+
+
+@functools.cache
+def imports_torch(path):
+    """Return whether all tests of the file `path` need torch, because of its folder or its imports."""
+    return path.relative_to(TESTS).parts[0] in NEED_TORCH or IMPORTS_TORCH.search(path.read_text()) is not None
+
+
+@functools.cache
+def marks_torch(path):
+    """Return whether tests of the file `path` may have the mark `torch`."""
+    return MARKS_TORCH.search(path.read_text()) is not None
+
+
+def needs_torch(item):
+    """Return whether a test needs torch. `--need-torch` runs the tests that do, and `--torch-free` those that do not."""
+    marked = item.get_closest_marker("torch") is not None
+    if marked and not marks_torch(item.path):
+        raise pytest.UsageError(f"{item.nodeid}: set the mark torch in the test's own file, where --need-torch looks for it")
+    return marked or imports_torch(item.path)
 
 
 def pytest_addoption(parser):
     parser.addoption("--torch-free", action="store_true", help="only tests that need no torch; importing it then fails")
+    parser.addoption("--need-torch", action="store_true", help="only the other tests, those that --torch-free leaves out")
     parser.addoption("--clients", help="run tests/clients/ with these clients: ci, all, or names of environments with commas")
 
 
@@ -49,26 +72,32 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_configure(config):
     if config.getoption("--torch-free"):
+        if config.getoption("--need-torch"):
+            raise pytest.UsageError("--torch-free and --need-torch together leave no test")
         sys.modules["torch"] = None  # type: ignore[assignment]  # any import of it raises
-        hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("shared"), max_examples=25)
+        hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("full"), max_examples=25)
         hypothesis.settings.load_profile("quick")
 
 
 def pytest_ignore_collect(collection_path, config):
+    """Leave out the files without a test to run, so that a run with one of the two options collects only the others."""
     if collection_path == TESTS / "clients" and not config.getoption("--clients"):
         return True  # they need the clients, which `make test-clients` installs
-    if not config.getoption("--torch-free"):
-        return None
-    if collection_path.is_dir():
-        return True if collection_path.parent == TESTS and collection_path.name in NEED_TORCH else None
-    return True if collection_path.suffix == ".py" and IMPORTS_TORCH.search(collection_path.read_text()) else None
+    if config.getoption("--torch-free"):
+        if collection_path.is_dir():
+            return True if collection_path.parent == TESTS and collection_path.name in NEED_TORCH else None
+        return True if collection_path.suffix == ".py" and imports_torch(collection_path) else None
+    if config.getoption("--need-torch") and collection_path.suffix == ".py":
+        return None if imports_torch(collection_path) or marks_torch(collection_path) else True
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--torch-free"):
-        excluded = [item for item in items if item.get_closest_marker("torch")]
-        config.hook.pytest_deselected(items=excluded)
-        items[:] = [item for item in items if not item.get_closest_marker("torch")]
+    need_torch = config.getoption("--need-torch")
+    if config.getoption("--torch-free") or need_torch:
+        wanted = [needs_torch(item) == need_torch for item in items]
+        config.hook.pytest_deselected(items=[item for item, kept in zip(items, wanted, strict=True) if not kept])
+        items[:] = [item for item, kept in zip(items, wanted, strict=True) if kept]
 
 
 @pytest.fixture
