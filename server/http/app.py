@@ -5,6 +5,7 @@ There is no /docs page, because FastAPI's page loads scripts from other hosts. A
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import orjson
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from engine.errors import TidegateError
@@ -41,9 +42,18 @@ def build_app(settings: Settings, service: GenerateService, metrics: Metrics) ->
 
 
 class _Application(FastAPI):
-    """A FastAPI application inside a Front. Middleware that is added in FastAPI's way would not see the answers to bugs."""
+    """A FastAPI application inside a Front. Middleware that is added in FastAPI's way would not see the answers to bugs.
+
+    The OpenAPI document is built when it is first asked for, so that the start of a server does not take that time.
+    """
 
     front: Callable[[ASGIApp], ASGIApp]
+    routers: Sequence[APIRouter]
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = openapi_document(self, self.routers)
+        return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
         return self.front(super().build_middleware_stack())
@@ -54,19 +64,22 @@ def application(title: str, summary: str, routers: Sequence[APIRouter], api: Api
 
     `front` makes the outermost layer.
     """
-    app = _Application(
-        title=title, summary=summary, version=version.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
+    app = _Application(title=title, summary=summary, version=version.VERSION, openapi_url=None, redirect_slashes=False)
     app.front = front
+    app.routers = routers
     app.state.api = api
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(TidegateError, _on_tidegate_error)
     app.add_exception_handler(HTTPException, _on_no_route)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _on_bug)
-    document: dict[str, Any] = openapi_document(app, routers)
-    app.openapi = lambda: document  # type: ignore[method-assign]
+    app.add_route("/openapi.json", _openapi, include_in_schema=False)
     return app
+
+
+async def _openapi(request: Request) -> Response:
+    """Answers with the OpenAPI document. A thread builds it: that takes a tenth of a second, in which streams must go on."""
+    return JSONResponse(await asyncio.to_thread(request.app.openapi))
 
 
 async def _on_tidegate_error(request: Request, error: Exception) -> Response:
