@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from tests.clients.cases import Case
+from tests.support import plain_http
 
 ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "responses": "/v1/responses"}
 
@@ -16,7 +17,7 @@ class Raw:
     """Sends bodies to the server at `url`, and keeps the answers."""
 
     def __init__(self, url: str, model: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=120, trust_env=False)
+        self._http = plain_http.Client(base_url=url, timeout=120, trust_env=False)
         self._model = model
         self._answers: dict[str, str] = {}
 

@@ -3,11 +3,11 @@
 import json
 import subprocess
 
-import httpx
 import pytest
 
 from tests.clients import install
 from tests.clients.cases import Case
+from tests.support import plain_http
 from tests.support.children import ROOT
 
 pytestmark = pytest.mark.environment("node")
@@ -50,7 +50,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def http(server):
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with plain_http.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         yield http
 
 

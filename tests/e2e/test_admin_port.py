@@ -5,10 +5,10 @@ import contextlib
 import signal
 import socket
 
-import httpx
 import pytest
 
 from server.service.connections import ADMIN_CONNECTIONS
+from tests.support import plain_http
 from tests.support.children import ServerChild, wait_until
 from tests.support.serving import refused
 
@@ -33,19 +33,19 @@ def listening_addresses(server):
 
 
 def started_requests(server):
-    lines = httpx.get(admin_url(server) + "/metrics").text.splitlines()
+    lines = plain_http.get(admin_url(server) + "/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("tidegate_requests_started_total"))
 
 
 def test_one_admin_port_serves_for_all_workers_and_on_the_loopback_address_alone(server):
-    with httpx.Client(base_url=admin_url(server)) as admin:
+    with plain_http.Client(base_url=admin_url(server)) as admin:
         for probe in ("live", "ready", "startup"):
             assert admin.get(f"/health/{probe}").status_code == 200
-        assert admin.get("/version").json() == httpx.get(server.url + "/version").json()
+        assert admin.get("/version").json() == plain_http.get(server.url + "/version").json()
         assert admin.post("/v1/generate", json=BODY).status_code == 404
         assert "/v1/generate" not in admin.get("/openapi.json").json()["paths"]
     for _ in range(6):
-        assert httpx.post(server.url + "/v1/generate", json=BODY).status_code == 200
+        assert plain_http.post(server.url + "/v1/generate", json=BODY).status_code == 200
     assert started_requests(server) == 6
     assert ("0100007F", server.admin_port) in listening_addresses(server)
     assert ("00000000", server.admin_port) not in listening_addresses(server)
@@ -56,10 +56,10 @@ def test_the_admin_port_has_a_small_limit_of_connections_and_the_http_port_anoth
         for _ in range(ADMIN_CONNECTIONS):
             idle = socket.create_connection(("127.0.0.1", server.admin_port), 10)
             open_sockets.enter_context(idle)
-        assert httpx.get(admin_url(server) + "/health/live").status_code == 503
-        assert httpx.get(server.url + "/health/live").status_code == 200
+        assert plain_http.get(admin_url(server) + "/health/live").status_code == 503
+        assert plain_http.get(server.url + "/health/live").status_code == 200
         idle.close()
-        wait_until(lambda: httpx.get(admin_url(server) + "/health/live").status_code == 200, "a place is free again")
+        wait_until(lambda: plain_http.get(admin_url(server) + "/health/live").status_code == 200, "a place is free again")
 
 
 async def test_the_admin_port_answers_while_the_server_drains():
@@ -79,7 +79,7 @@ async def test_the_admin_port_answers_while_the_server_drains():
 
 @contextlib.asynccontextmanager
 async def http_and_admin(server):
-    async with httpx.AsyncClient(base_url=server.url) as client, httpx.AsyncClient(base_url=admin_url(server)) as admin:
+    async with plain_http.AsyncClient(base_url=server.url) as client, plain_http.AsyncClient(base_url=admin_url(server)) as admin:
         yield client, admin
 
 

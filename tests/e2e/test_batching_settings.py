@@ -1,8 +1,8 @@
 """Tests that the settings of the batch reach the engine of a real server, and that wrong ones stop the start."""
 
-import httpx
 import pytest
 
+from tests.support import plain_http
 from tests.support.children import ServerChild, wait_until
 from tests.support.serving import metrics, refused_start
 
@@ -59,7 +59,7 @@ def test_a_server_starts_from_what_the_one_before_learnt(tmp_path):
         with ServerChild(**settings) as server:
             for number in range(100):
                 body = {"prompt_token_ids": [number % 50 + 10, 11, 12], "max_tokens": 3, "ignore_eos": True}
-                assert httpx.post(f"{server.url}/v1/generate", json=body, timeout=30).status_code == 200
+                assert plain_http.post(f"{server.url}/v1/generate", json=body, timeout=30).status_code == 200
         return server
 
     messages = [line["message"] for line in serve().lines]

@@ -3,11 +3,11 @@
 import json
 import shutil
 
-import httpx
 import pytest
 
 from server.bundled import FOLDER
 from server.text.tokenizer import Tokenizer
+from tests.support import plain_http
 from tests.support.children import ServerChild
 from tests.support.http_api import MODEL, http_api
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
@@ -138,7 +138,7 @@ def test_a_template_that_does_not_parse_costs_chat_only(tmp_path):
     (folder / "chat_template.jinja").write_text(BROKEN)
     with (
         ServerChild(model=folder, served_model_name="tiny", api_workers=2) as server,
-        httpx.Client(base_url=server.url) as client,
+        plain_http.Client(base_url=server.url) as client,
     ):
         assert client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1}).status_code == 200
         assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200

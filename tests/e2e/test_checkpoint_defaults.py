@@ -2,11 +2,11 @@
 
 import json
 
-import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.support import plain_http
 from tests.support.children import ServerChild, wait_until
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -25,7 +25,7 @@ def rewrite(path, **fields):
 
 
 def post(server, path="/v1/generate", **body):
-    return httpx.post(server.url + path, json={"prompt": "The tide", "max_tokens": 4, **body}, timeout=60)
+    return plain_http.post(server.url + path, json={"prompt": "The tide", "max_tokens": 4, **body}, timeout=60)
 
 
 def outputs(server, **body):
@@ -69,7 +69,7 @@ def test_a_token_that_the_author_suppresses_is_never_generated(server):
 
 def test_bad_words_and_allowed_tokens_restrict_the_real_sampler(server):
     assert outputs(server, allowed_token_ids=[77])[0]["token_ids"] == [77] * 4
-    word = httpx.post(server.url + "/tokenize", json={"prompt": "tide", "add_special_tokens": False}).json()["tokens"]
+    word = plain_http.post(server.url + "/tokenize", json={"prompt": "tide", "add_special_tokens": False}).json()["tokens"]
     fields = {"allowed_token_ids": [*word, 300], "max_tokens": 60, "top_k": -1, "seed": 4, "temperature": 20}
     [free], [bound] = outputs(server, **fields), outputs(server, **fields, bad_words=["tide"])
     assert len(word) > 1
@@ -108,7 +108,10 @@ def test_the_log_says_how_the_model_stops_and_is_sampled(server):
     assert "an output ends at these tokens: '<|begin|>' (0: config), '<|end|>' (1: tokenizer_config.json), '<|system|>'" in text
     assert "generation_config.json: temperature 0.6, top_k 1; set generation_config to off" in text
     assert "asks for what this server does not do, so answers may differ from its author's: no_repeat_ngram_size" in text
-    assert httpx.get(server.url + "/v1/models").json()["data"][0]["default_sampling_params"] == {"temperature": 0.6, "top_k": 1}
+    assert plain_http.get(server.url + "/v1/models").json()["data"][0]["default_sampling_params"] == {
+        "temperature": 0.6,
+        "top_k": 1,
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,12 +2,11 @@
 
 import asyncio
 
-import httpx
-
 from engine.fake import expected_tokens
 from engine.models.families import read_spec
 from engine.request import SamplingParams
 from server.bundled import bundled_checkpoint
+from tests.support import plain_http
 from tests.support.children import ServerChild, wait_until
 
 NUM_TOKENS = 30
@@ -25,7 +24,7 @@ async def test_a_row_that_is_not_finite_ends_alone_is_counted_and_is_logged():
     bad, good = (expected_tokens(prompt, NUM_TOKENS, params, 0, limits) for prompt in (BAD, GOOD))
     at = next(i for i, token in enumerate(bad) if i > 3 and token not in bad[:i] + good)
     with ServerChild(fake_nan_token=bad[at]) as server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        async with plain_http.AsyncClient(base_url=server.url, timeout=30) as client:
             unharmed, failed = await asyncio.gather(*(client.post("/v1/generate", json=body(prompt)) for prompt in (GOOD, BAD)))
             assert unharmed.json()["outputs"][0]["token_ids"] == good
             assert (failed.status_code, failed.json()["error"]["type"]) == (500, "server_error")

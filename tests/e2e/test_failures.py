@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server import __version__
 from server.bundled import bundled_checkpoint
+from tests.support import plain_http
 from tests.support.children import ROOT, ServerChild, wait_until
 from tests.support.serving import body, http, in_thread, refused_start, stream_tokens
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
@@ -31,7 +32,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 def ready(server):
     """Return the answer of /health/ready over a new connection, or None if the connection failed."""
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(server.url + "/health/ready", timeout=5)
+        return plain_http.get(server.url + "/health/ready", timeout=5)
     return None
 
 
@@ -49,7 +50,7 @@ def grpc_status(server, number):
 
 
 def generate(server, number=1, max_tokens=5):
-    answer = httpx.post(server.url + "/v1/generate", json=body(number, max_tokens), timeout=60)
+    answer = plain_http.post(server.url + "/v1/generate", json=body(number, max_tokens), timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()["outputs"][0]["token_ids"]
 
@@ -104,7 +105,7 @@ def test_engines_that_never_end_their_first_step_end_the_server():
     """A step takes sixteen minutes, so each engine is killed as stalled. The request may see ten deaths, so the crash limit of
     three ends the server first."""
     with ServerChild(crash_limit=3, max_deaths=10, fake_step_ms=1_000_000, stall_timeout_s=1) as server:
-        answer = httpx.post(server.url + "/v1/generate", json=body(1), timeout=60)
+        answer = plain_http.post(server.url + "/v1/generate", json=body(1), timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
         assert server.process.wait(20) == 1
         wait_until(lambda: logged(server, "engine 0 died 3 times and served nothing in between"), "the reason")
@@ -205,13 +206,13 @@ def test_no_worker_says_that_the_server_is_ready_before_all_are():
         answer = ready(server)
         assert answer.status_code == 503
         assert answer.json()["reason"] == "another API worker is still starting"
-        assert httpx.get(server.url + "/health/startup").status_code == 503
-        assert httpx.get(server.url + "/health/live").status_code == 200
+        assert plain_http.get(server.url + "/health/startup").status_code == 503
+        assert plain_http.get(server.url + "/health/live").status_code == 200
         os.kill(late, signal.SIGCONT)
         wait_until(lambda: is_ready(server), "ready", seconds=40)
         assert all(is_ready(server) for _ in range(50))
         assert all(grpc_status(server, number) == SERVING for number in range(10))
-        assert httpx.get(server.url + "/health/startup").status_code == 200
+        assert plain_http.get(server.url + "/health/startup").status_code == 200
     finally:
         server.stop()
 
@@ -347,5 +348,5 @@ def test_a_server_runs_from_a_source_tree_without_installed_metadata(tmp_path):
         python=sys._base_executable, shell=f"cd '{tree}'; export PYTHONPATH='{tmp_path}'", model=bundled_checkpoint()
     )
     with server:
-        assert httpx.get(server.url + "/version").json() == {"version": __version__}
+        assert plain_http.get(server.url + "/version").json() == {"version": __version__}
         assert len(generate(server)) == 5

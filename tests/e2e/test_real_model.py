@@ -7,13 +7,13 @@ import os
 import signal
 
 import grpc
-import httpx
 import pytest
 
 from engine import LLM, SamplingParams
 from server.bundled import bundled_checkpoint
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
+from tests.support import plain_http
 from tests.support.children import ServerChild
 
 NUM, TOKENS = 16, 40
@@ -68,7 +68,7 @@ async def over_grpc(stub, i):
 
 async def test_a_crowd_gets_what_each_gets_alone_over_http_and_grpc(real, expected):
     async with (
-        httpx.AsyncClient(base_url=real.url, timeout=120) as client,
+        plain_http.AsyncClient(base_url=real.url, timeout=120) as client,
         grpc.aio.insecure_channel(f"127.0.0.1:{real.grpc_port}") as channel,
     ):
         stub = pb_grpc.InferenceStub(channel)
@@ -77,7 +77,7 @@ async def test_a_crowd_gets_what_each_gets_alone_over_http_and_grpc(real, expect
 
 
 async def test_streams_survive_the_engines_death_to_the_token(real, expected):
-    async with httpx.AsyncClient(base_url=real.url, timeout=120) as client:
+    async with plain_http.AsyncClient(base_url=real.url, timeout=120) as client:
         firsts = [asyncio.Event() for _ in range(NUM)]
         tasks = [asyncio.create_task(streamed(client, i, firsts[i])) for i in range(NUM)]
         await asyncio.gather(*(first.wait() for first in firsts))

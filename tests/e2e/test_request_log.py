@@ -1,10 +1,10 @@
 """Tests the log lines of requests of a whole server: one line for each request, HTTP and gRPC alike, with counts and times."""
 
 import grpc
-import httpx
 
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc
+from tests.support import plain_http
 from tests.support.children import wait_until
 
 SECRET = "the secret tide"
@@ -24,7 +24,7 @@ def line_of(server, id):
 def test_a_request_has_one_line_with_its_counts_and_times(server):
     for stream in (False, True):
         body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True, "stream": stream, "n": 2}
-        answer = httpx.post(f"{server.url}/v1/generate", json=body, headers={"x-request-id": f"http-{stream}"})
+        answer = plain_http.post(f"{server.url}/v1/generate", json=body, headers={"x-request-id": f"http-{stream}"})
         assert answer.headers["x-request-id"] == f"http-{stream}"
         line = line_of(server, f"http-{stream}")
         assert (line["route"], line["status"], line["completion_tokens"]) == ("POST /v1/generate", 200, 10)
@@ -34,7 +34,7 @@ def test_a_request_has_one_line_with_its_counts_and_times(server):
 
 
 def test_a_refused_request_has_a_line_with_its_code(server):
-    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": SECRET, "max_tokens": 10**8})
+    answer = plain_http.post(f"{server.url}/v1/completions", json={"prompt": SECRET, "max_tokens": 10**8})
     line = line_of(server, answer.headers["x-request-id"])
     assert (line["status"], line["code"]) == (400, "context_length_exceeded")
 

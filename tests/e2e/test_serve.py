@@ -16,6 +16,7 @@ import pytest
 
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
 from server.rpc.pb.tidegate.v1 import inference_pb2_grpc as pb_grpc
+from tests.support import plain_http
 from tests.support.children import ServerChild, wait_until
 from tests.support.serving import (
     body,
@@ -132,7 +133,7 @@ async def test_streams_end_with_an_error_when_the_server_gives_up():
 
 async def test_a_request_that_comes_while_the_engine_restarts_is_answered(fresh):
     os.kill(fresh.children()["tidegate: engine 0"], signal.SIGKILL)
-    await in_thread(wait_until, lambda: httpx.get(fresh.url + "/health/ready").status_code == 503, "the death is noticed")
+    await in_thread(wait_until, lambda: plain_http.get(fresh.url + "/health/ready").status_code == 503, "the death is noticed")
     async with http(fresh) as client:
         assert len(await stream_tokens(client, 1, 5)) == 5
 
@@ -148,7 +149,7 @@ async def test_a_dead_worker_is_replaced_and_its_requests_leave_the_engine(fresh
 
     def is_ready():
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(fresh.url + "/health/ready").status_code == 200
+            return plain_http.get(fresh.url + "/health/ready").status_code == 200
         return False
 
     await in_thread(wait_until, is_ready, "another worker is ready", seconds=40)
@@ -199,11 +200,11 @@ def test_a_stopped_engine_is_not_ready(server):
     engine = server.children()["tidegate: engine 0"]
     os.kill(engine, signal.SIGSTOP)
     try:
-        wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 503, "not ready")
-        assert httpx.get(server.url + "/health/live").status_code == 200
+        wait_until(lambda: plain_http.get(server.url + "/health/ready").status_code == 503, "not ready")
+        assert plain_http.get(server.url + "/health/live").status_code == 200
     finally:
         os.kill(engine, signal.SIGCONT)
-    wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 200, "ready again")
+    wait_until(lambda: plain_http.get(server.url + "/health/ready").status_code == 200, "ready again")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -211,7 +212,7 @@ def test_two_servers_can_run_on_one_host(workers):
     with ServerChild(api_workers=workers) as one, ServerChild(api_workers=workers) as two:
         assert {one.port, one.grpc_port, one.admin_port}.isdisjoint({two.port, two.grpc_port, two.admin_port})
         for server in (one, two):
-            answer = httpx.post(server.url + "/v1/generate", json=body(1, 5), timeout=20).json()
+            answer = plain_http.post(server.url + "/v1/generate", json=body(1, 5), timeout=20).json()
             assert len(answer["outputs"][0]["token_ids"]) == 5
         for taken in ({"port": one.port}, {"grpc_port": one.grpc_port}, {"admin_port": one.admin_port}):
             third = ServerChild(**taken)

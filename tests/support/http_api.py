@@ -19,6 +19,7 @@ from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
+from tests.support import plain_http
 from tests.support.local_engine import LocalEngine
 
 MODEL = "tiny"
@@ -72,12 +73,12 @@ async def http_api(
         base = f"http://127.0.0.1:{port}"
         try:
             async with (
-                httpx.AsyncClient(base_url=base, trust_env=False) as http,
+                plain_http.AsyncClient(base_url=base, trust_env=False) as http,
                 openai.AsyncOpenAI(
                     base_url=f"{base}/v1",
                     api_key="none",
                     max_retries=0,
-                    http_client=httpx.AsyncClient(trust_env=False),
+                    http_client=plain_http.AsyncClient(trust_env=False),
                 ) as client,
             ):
                 yield HttpApi(port, engine, service, http, client)

@@ -9,6 +9,7 @@ import sys
 
 import httpx
 
+from tests.support import plain_http
 from tests.support.children import ROOT, after
 
 
@@ -18,7 +19,7 @@ def body(number, max_tokens=100, **changes):
 
 
 def http(server):
-    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=200))
+    return plain_http.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=200))
 
 
 async def stream_tokens(client, number, max_tokens=100, first=None):
@@ -41,7 +42,7 @@ async def stream_tokens(client, number, max_tokens=100, first=None):
 
 
 def metrics(server):
-    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    lines = plain_http.get(server.url + "/metrics").text.splitlines()
     values = {}
     for line in lines:
         if line and not line.startswith("#"):
