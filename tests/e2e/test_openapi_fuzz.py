@@ -1,6 +1,7 @@
 """Fuzzes the HTTP API: schemathesis generates requests from the OpenAPI document, and the real service must answer as
 documented."""
 
+import msgspec
 import pytest
 import schemathesis
 from schemathesis.config import SchemathesisConfig
@@ -13,9 +14,12 @@ from server.service.service import GenerateService
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from tests.contract.test_openapi import OPERATIONS
-from tests.support.local_engine import LocalEngine
+from tests.support.local_engine import LIMITS, LocalEngine
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 from tests.unit.server.http.routes.scripted import ScriptedService
+
+# A chat without max_tokens generates up to the end of the context. With 512 tokens that would be most of the test's time.
+SHORT = msgspec.structs.replace(LIMITS, max_model_len=128)
 
 
 def whole_app(text):
@@ -30,7 +34,7 @@ def whole_app(text):
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        async with LocalEngine() as engine:
+        async with LocalEngine(limits=SHORT) as engine:
             health[:] = [engine.health]
             service = GenerateService(engine, text, settings, metrics)
             app.state.api = Api.from_settings(settings, service, metrics)
