@@ -24,7 +24,6 @@ from tests.parity.test_triton_attention import (
     CHUNKS,
     DECODES,
     DEVICE,
-    LONG_CONTEXTS,
     MIXED,
     make_batch,
     random,
@@ -36,6 +35,8 @@ from tests.parity.test_triton_attention import (
 RANK, ROPE, NOPE, V_DIM = 32, 16, 24, 16
 FRESH = [(40, 40), (3, 3), (33, 33)]
 ALONE = [(33, 1)]
+# Two chunks and a decode behind long contexts, and a short prompt. In float32 a tile is one token, so these are 27 tiles.
+LONG_CONTEXTS = [(300, 5), (200, 1), (333, 12), (9, 9)]
 
 
 def close(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -173,7 +174,7 @@ def test_a_step_equals_plain_attention(queries, heads, processors, monkeypatch):
 def test_few_tiles_are_divided_into_parts(heads, monkeypatch):
     written = spy_on_parts(monkeypatch)
     monkeypatch.setattr(mla_mixed, "PART_TOKENS", 32)
-    monkeypatch.setattr(mla_mixed, "processors", lambda _: 400)
+    monkeypatch.setattr(mla_mixed, "processors", lambda _: 128)
     generator = torch.Generator().manual_seed(0)
     tokens = sum(num for _, num in LONG_CONTEXTS)
     pools = {"latent": random(4 * -(-333 // BLOCK), BLOCK, RANK + ROPE, generator=generator)}
