@@ -11,7 +11,7 @@ PROTO := tidegate/v1/inference.proto
 serve: $(VENV)/.serve
 	$(BIN)/tidegate serve $(ARGS)
 
-# All tests, with one process for each usable CPU, or in a single process if there is a GPU. ARGS="-n 0": always a single process.
+# All tests, with one process more than usable CPUs, or in a single process if there is a GPU. ARGS="-n 0": always a single process.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 

@@ -62,12 +62,15 @@ def pytest_addoption(parser):
 def pytest_xdist_auto_num_workers(config):
     """Return the number of processes for `-n auto`; 0 runs the tests in pytest's own process.
 
-    On a machine with a GPU, tests run one after the other, since several processes would share the GPU's memory. The variable
-    PYTEST_XDIST_AUTO_NUM_WORKERS has precedence.
+    Tests of servers wait for them, so one process more than CPUs keeps the CPUs busy. On a machine with a GPU, tests that may use
+    it run one after the other, since several processes would share the GPU's memory. The variable PYTEST_XDIST_AUTO_NUM_WORKERS
+    has precedence.
     """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist's own hook reads the variable
-    return 0 if HAS_GPU and not config.getoption("--torch-free") else usable_cpus()
+    if config.getoption("--torch-free"):
+        return usable_cpus()
+    return 0 if HAS_GPU else usable_cpus() + 1
 
 
 def pytest_configure(config):
