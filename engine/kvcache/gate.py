@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from engine.kvcache.disk_tier import DiskRecord
 from engine.kvcache.link import Link
-from engine.kvcache.loads import Source
+from engine.kvcache.load import Source
 
 MAX_PATIENCE = 10.0  # seconds for which a request waits for the disk at most
 

@@ -1,6 +1,6 @@
 """HostMemory: the memory of the host tier, one record of all pools of a block for each slot.
 
-`tiers.py` decides what lies in which slot. Runners copy between it and the device, and the disk tier reads and writes it.
+`host_tier.py` decides what lies in which slot. Runners copy between it and the device, and the disk tier reads and writes it.
 """
 
 from __future__ import annotations

@@ -18,64 +18,14 @@ from collections.abc import Callable, Iterator
 
 from engine.errors import InternalError
 from engine.kvcache.disk_tier import DiskRecord, DiskTier
+from engine.kvcache.host_tier import HostTier, Slot
 from engine.kvcache.link import Link
+from engine.kvcache.load import Load, Source
 from engine.kvcache.moves import MoveList
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
-from engine.kvcache.tiers import LowerTier, Slot
 from engine.plan import Tier, gpu
 from engine.request import Request
-
-Source = Slot | DiskRecord
-
-
-class Load:
-    """Describes what is held for one waiting request. Blocks are numbered by their place in the prefix."""
-
-    __slots__ = (
-        "blocks",
-        "digests",
-        "moving",
-        "num_found",
-        "num_good",
-        "owner",
-        "patience",
-        "queued",
-        "reading",
-        "since",
-        "sources",
-        "withdrawn",
-    )
-
-    def __init__(
-        self, owner: Request, digests: list[bytes], blocks: list[int], sources: list[Source], now: float, patience: float
-    ) -> None:
-        self.owner: Request | None = owner  # None: the request has ended, or has given its blocks back
-        self.digests = digests  # of the blocks
-        self.blocks = blocks
-        self.num_found = len(blocks) - len(sources)  # blocks that were on the GPU when the load began
-        self.sources = sources  # of the blocks behind these
-        self.queued: deque[int] = deque()  # blocks that wait to be read
-        self.reading: set[int] = set()
-        self.moving: dict[int, Slot] = {}  # blocks into which content is moved from this slot of the host
-        self.num_good = len(blocks)  # blocks before the first that cannot be loaded
-        self.withdrawn = False  # the content may be wrong
-        self.since = now
-        self.patience = patience  # how long the request waits for the disk
-
-    @property
-    def is_under_way(self) -> bool:
-        return bool(self.moving or self.reading or self.queued)
-
-    @property
-    def num_coming(self) -> int:
-        """Return how many blocks come before the first that has not left the disk."""
-        return min([*self.queued, *self.reading], default=self.num_good)
-
-    def num_from(self, tier: Tier) -> int:
-        """Return how many of the blocks came from `tier`."""
-        kind = Slot if tier is Tier.HOST else DiskRecord
-        return sum(isinstance(source, kind) for source in self.sources)
 
 
 class Loads:
@@ -85,7 +35,7 @@ class Loads:
         self,
         pool: BlockPool,
         index: PrefixIndex,
-        host: LowerTier,
+        host: HostTier,
         moves: MoveList,
         disk: DiskTier | None,
         clock: Callable[[], float],

@@ -19,13 +19,14 @@ from engine.kvcache.chain import Chain, Entry
 from engine.kvcache.disk.workers import Kind
 from engine.kvcache.disk_tier import DiskTier
 from engine.kvcache.gate import ComputeSeconds, Decision, LoadGate, unknown
+from engine.kvcache.host_tier import HostTier, Slot
 from engine.kvcache.kinds import HitRule
-from engine.kvcache.loads import Loads, Source
+from engine.kvcache.load import Source
+from engine.kvcache.loads import Loads
 from engine.kvcache.moves import MoveList
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
 from engine.kvcache.saves import Saves
-from engine.kvcache.tiers import LowerTier, Slot
 from engine.messages import TierStats
 from engine.plan import Arrival, Tier, gpu
 from engine.request import Request
@@ -47,7 +48,7 @@ class LowerTiers:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.moves = MoveList()
-        self.host = LowerTier(Tier.HOST, host_slots)
+        self.host = HostTier(host_slots)
         self.disk = disk
         self.loads = Loads(pool, index, self.host, self.moves, disk, clock)
         self.saves = None if disk is None else Saves(index, self.host, disk, self.moves)

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 
 from engine.kvcache.disk.write_policy import Refusal
 from engine.kvcache.disk_tier import DiskTier
+from engine.kvcache.host_tier import HostTier, Slot
 from engine.kvcache.moves import MoveList
 from engine.kvcache.prefix import PrefixIndex
-from engine.kvcache.tiers import LowerTier, Slot
 from engine.plan import gpu
 
 MAX_WANTED = 1 << 16
@@ -26,7 +26,7 @@ PAUSE_SECONDS = 0.01  # after a refusal, until the store is asked again
 
 
 class Saves:
-    def __init__(self, index: PrefixIndex, host: LowerTier, disk: DiskTier, moves: MoveList) -> None:
+    def __init__(self, index: PrefixIndex, host: HostTier, disk: DiskTier, moves: MoveList) -> None:
         self._index = index
         self._host = host
         self._disk = disk

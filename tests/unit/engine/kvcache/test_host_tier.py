@@ -1,16 +1,15 @@
-"""Tests of LowerTier: the order of eviction, pins, arrivals, withdrawals, and the errors that `check` finds."""
+"""Tests of HostTier: the order of eviction, pins, arrivals, withdrawals, and the errors that `check` finds."""
 
 import random
 
 import pytest
 
 from engine.errors import InternalError
+from engine.kvcache.host_tier import HostTier
 from engine.kvcache.kinds import ALL
-from engine.kvcache.tiers import LowerTier
-from engine.plan import Tier
 
 
-def filled(tier: LowerTier, *names: str) -> None:
+def filled(tier: HostTier, *names: str) -> None:
     """Put content into the tier, and let it arrive."""
     for name in names:
         slot = tier.take(name.encode(), name[:1].encode(), ALL)
@@ -18,12 +17,12 @@ def filled(tier: LowerTier, *names: str) -> None:
         tier.arrived(slot.number, ok=True)
 
 
-def there(tier: LowerTier, *names: str) -> str:
+def there(tier: HostTier, *names: str) -> str:
     return "".join(name for name in names if tier.find(name.encode()) is not None)
 
 
 def test_the_least_recently_used_content_makes_room():
-    tier = LowerTier(Tier.HOST, 3)
+    tier = HostTier(3)
     filled(tier, "a", "b", "c")
     assert tier.touch(b"a", ALL)
     filled(tier, "d")
@@ -38,7 +37,7 @@ def test_the_least_recently_used_content_makes_room():
 
 
 def test_content_is_found_once_it_has_arrived_and_known_before():
-    tier = LowerTier(Tier.HOST, 2)
+    tier = HostTier(2)
     slot = tier.take(b"a", b"f", ALL)
     assert tier.find(b"a") is None
     assert tier.touch(b"a", ALL)
@@ -49,7 +48,7 @@ def test_content_is_found_once_it_has_arrived_and_known_before():
 
 
 def test_pinned_slots_are_not_taken_and_none_is_taken_if_all_are():
-    tier = LowerTier(Tier.HOST, 2)
+    tier = HostTier(2)
     filled(tier, "a", "b")
     tier.pin(tier.find(b"a"))
     filled(tier, "c")
@@ -60,7 +59,7 @@ def test_pinned_slots_are_not_taken_and_none_is_taken_if_all_are():
 
 
 def test_content_whose_move_failed_is_forgotten():
-    tier = LowerTier(Tier.HOST, 1)
+    tier = HostTier(1)
     slot = tier.take(b"a", b"f", ALL)
     tier.arrived(slot.number, ok=False)
     tier.check()
@@ -71,7 +70,7 @@ def test_content_whose_move_failed_is_forgotten():
 
 @pytest.mark.parametrize("moving", [False, True])
 def test_a_withdrawn_family_is_gone_at_once_and_its_slots_once_their_moves_have_ended(moving):
-    tier = LowerTier(Tier.HOST, 3)
+    tier = HostTier(3)
     filled(tier, "x1", "x2", "y1")
     slot = tier.find(b"x1")
     if moving:
@@ -89,7 +88,7 @@ def test_a_withdrawn_family_is_gone_at_once_and_its_slots_once_their_moves_have_
 
 
 def test_random_operations_keep_the_cap_and_agree_with_a_list():
-    rng, tier, pinned = random.Random(0), LowerTier(Tier.HOST, 5), []
+    rng, tier, pinned = random.Random(0), HostTier(5), []
     order: list[bytes] = []  # contents that are idle, least recently used first
     for _ in range(4000):
         action, digest = rng.choice("taupdw"), bytes([rng.randrange(12)])
@@ -125,10 +124,10 @@ def test_random_operations_keep_the_cap_and_agree_with_a_list():
 
 @pytest.mark.parametrize("name", ["_free", "_idle", "_moving", "_by_digest"])
 def test_check_finds_a_lost_slot_and_a_lost_digest(name):
-    tier = LowerTier(Tier.HOST, 3)
+    tier = HostTier(3)
     filled(tier, "a")
     tier.take(b"b", b"f", ALL)
     found = getattr(tier, name)
     found.pop() if name == "_free" else found.popitem()
-    with pytest.raises(InternalError, match="tier HOST"):
+    with pytest.raises(InternalError, match="the host tier"):
         tier.check()

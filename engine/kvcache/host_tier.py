@@ -1,10 +1,11 @@
-"""LowerTier: which blocks a tier below the GPU holds, and which of them makes room for the next one.
+"""HostTier: which blocks the slots of the host memory hold, and which of them makes room for the next one.
 
     free      the slot holds nothing
     idle      its content is found by the digest; the least recently used idle slot is the next to be overwritten
     moving    a move writes or reads it, so it is pinned; its content is found once it has arrived
 
-The tier knows digests and slot numbers only. `manager.py` decides what is moved, and the runner moves it.
+The tier knows digests and slot numbers only. `lower_tiers.py` decides what is moved, and the runner or the disk tier moves it.
+`host_memory.py` has the memory.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ class Slot(msgspec.Struct, gc=False, eq=False):
     listed: bool = True  # the content counts; if not, the slot becomes free once no move needs it
 
 
-class LowerTier:
+class HostTier:
     """Holds at most `num_slots` blocks. All operations are O(1), except `withdraw` and `check`."""
 
-    __slots__ = ("_by_digest", "_free", "_idle", "_moving", "num_evicted", "num_slots", "tier")
+    __slots__ = ("_by_digest", "_free", "_idle", "_moving", "num_evicted", "num_slots")
 
-    def __init__(self, tier: Tier, num_slots: int) -> None:
-        self.tier = tier
+    def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.num_evicted = 0  # blocks whose content was overwritten by another, since the start
         self._free = list(range(num_slots - 1, -1, -1))
@@ -129,20 +129,19 @@ class LowerTier:
             self.drop(slot)
 
     def place(self, slot: Slot) -> Place:
-        return Place(self.tier, slot.number)
+        return Place(Tier.HOST, slot.number)
 
     def check(self) -> None:
         """Raise InternalError unless each slot is free, idle or moving, once, and is found by its digest if it is listed."""
-        name = self.tier.name
         numbers = sorted([*self._free, *(slot.number for slot in self._idle.values()), *self._moving])
         if numbers != list(range(self.num_slots)):
-            raise InternalError(f"tier {name}: slots are lost, listed twice, or more than {self.num_slots}")
+            raise InternalError(f"the host tier: slots are lost, listed twice, or more than {self.num_slots}")
         for slot in [*self._idle.values(), *self._moving.values()]:
             if slot.listed != (self._by_digest.get(slot.digest) is slot):
-                raise InternalError(f"tier {name}: slot {slot.number} is not found by its digest, or though it is dropped")
+                raise InternalError(f"the host tier: slot {slot.number} is not found by its digest, or though it is dropped")
         if any(slot.pins or not slot.ready or not slot.listed for slot in self._idle.values()):
-            raise InternalError(f"tier {name}: an idle slot is pinned or without content")
+            raise InternalError("the host tier: an idle slot is pinned or without content")
         if any(slot.pins < 1 or self._moving[number].number != number for number, slot in self._moving.items()):
-            raise InternalError(f"tier {name}: a moving slot is not pinned")
+            raise InternalError("the host tier: a moving slot is not pinned")
         if len(self._by_digest) > len(self._idle) + len(self._moving):
-            raise InternalError(f"tier {name}: a digest leads to a slot that is neither idle nor moving")
+            raise InternalError("the host tier: a digest leads to a slot that is neither idle nor moving")
