@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+from engine.errors import InternalError
 from engine.kvcache.disk.outcome import Outcome
 from engine.kvcache.disk.store import DiskStore
 from engine.kvcache.disk.workers import Kind
@@ -64,6 +65,11 @@ class DiskTier:
         """Return whether no read or write is under way."""
         return not self._host_slots
 
+    @property
+    def takes_reads(self) -> bool:
+        """Return whether a further read can be begun now. While not, one must wait until some have ended."""
+        return self._store.takes_reads
+
     def find(self, digest: bytes) -> DiskRecord | None:
         """Return the fullest record of this content. `pin` it before any other call."""
         for mask in self._masks:
@@ -89,12 +95,11 @@ class DiskTier:
     def unpin(self, record: DiskRecord) -> None:
         self._store.index.unpin(record.slot)
 
-    def read(self, record: DiskRecord, host_slot: int) -> bool:
-        """Begin to read a pinned record into a slot of the host. Returns False, and takes the pin back, if the queue is full."""
+    def read(self, record: DiskRecord, host_slot: int) -> None:
+        """Begin to read a pinned record into a slot of the host. Only while `takes_reads`."""
         if not self._store.submit_read(record.slot, record.key, self._host.record(host_slot)):
-            return False
+            raise InternalError("a read was begun that the disk tier does not take")
         self._host_slots[Kind.READ, record.slot] = host_slot
-        return True
 
     def write(self, digest: bytes, family: bytes, mask: int, host_slot: int) -> Refusal | None:
         """Begin to write the content of a slot of the host. Returns why not, or None if it is being written."""

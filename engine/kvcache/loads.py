@@ -4,7 +4,7 @@
                          published             published once all of them have arrived
 
     a block comes      from the host: one move
-                       from the disk: queued until the host has a slot for it | read into the slot | moved on
+                       from the disk: queued until the host has a slot, and the disk a place in its queue | read | moved on
 
 The blocks are held, so nobody can take them before the request is admitted. If a read or a move fails, its block and all behind
 it are given up, and the request computes them. If the request ends meanwhile, blocks into which something is being moved stay
@@ -108,7 +108,7 @@ class Loads:
             self.feed()
 
     def feed(self) -> None:
-        """Begin reads of queued blocks, as far as the host has slots for them."""
+        """Begin reads of queued blocks, as far as the host has slots for them and the disk takes them."""
         while self._queues:
             load = self._queues[0]
             while load.queued:
@@ -225,18 +225,13 @@ class Loads:
             self._host.pin(slot)
             self._move(load, at, slot)
             return True
-        slot = self._host.take(digest, load.digests[0], record.mask)
+        slot = self._host.take(digest, load.digests[0], record.mask) if disk.takes_reads else None
         if slot is None:
             return False
+        disk.read(record, slot.number)
         load.queued.popleft()
-        if disk.read(record, slot.number):
-            load.reading.add(at)
-            self._by_slot[slot.number] = load, at
-        else:
-            self.disk_link.cancel(1)
-            self._host.arrived(slot.number, ok=False)
-            self._digests.remove(digest)
-            self._cut(load, at)
+        load.reading.add(at)
+        self._by_slot[slot.number] = load, at
         return True
 
     def _cut(self, load: Load, num: int) -> Request | None:

@@ -53,7 +53,7 @@ class DiskStore:
             folder.release()
             raise
         self._clock = clock
-        self._max_writes = settings.max_writes
+        self._max_reads, self._max_writes = settings.max_reads, settings.max_writes
         self._num_moving = dict.fromkeys(Kind, 0)
         self._bucket = None
         if settings.write_rate is not None:
@@ -77,6 +77,11 @@ class DiskStore:
     def num_reading(self) -> int:
         """Return how many submitted reads `poll` has not returned."""
         return self._num_moving[Kind.READ]
+
+    @property
+    def takes_reads(self) -> bool:
+        """Return whether the queue of reads has room for one more."""
+        return self.num_reading < self._max_reads
 
     @property
     def num_writing(self) -> int:
