@@ -18,6 +18,7 @@ class Load:
     __slots__ = (
         "blocks",
         "digests",
+        "family",
         "moving",
         "num_found",
         "num_good",
@@ -35,6 +36,7 @@ class Load:
     ) -> None:
         self.owner: Request | None = owner  # None: the request has ended, or has given its blocks back
         self.digests = digests  # of the blocks
+        self.family = digests[0]
         self.blocks = blocks
         self.num_found = len(blocks) - len(sources)  # blocks that were on the GPU when the load began
         self.sources = sources  # of the blocks behind these

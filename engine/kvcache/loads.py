@@ -9,6 +9,9 @@
 The blocks are held, so nobody can take them before the request is admitted. If a read or a move fails, its block and all behind
 it are given up, and the request computes them. If the request ends meanwhile, blocks into which something is being moved stay
 held until it has arrived. Reads that nobody waits for any more end in the host.
+
+A request loads once. If its load gave up all blocks, it remains one that holds none, until the request is admitted: otherwise the
+request would wait for the same disk again and again.
 """
 
 from __future__ import annotations
@@ -53,12 +56,14 @@ class Loads:
         self._digests: set[bytes] = set()  # contents that are queued, read or moved
         self._queues: deque[Load] = deque()  # loads with queued blocks
 
-    def __len__(self) -> int:
-        """Return how many waiting requests have a load."""
-        return len(self._by_request)
-
     def __contains__(self, request: Request) -> bool:
+        """Return whether a load was begun for a waiting request."""
         return request in self._by_request
+
+    @property
+    def num_waiting(self) -> int:
+        """Return how many waiting requests have blocks on their way."""
+        return sum(load.is_under_way for load in self._by_request.values())
 
     @property
     def num_under_way(self) -> int:
@@ -88,7 +93,7 @@ class Loads:
 
     def holders(self) -> list[Request]:
         """Return the waiting requests whose loads have ended and that hold blocks."""
-        return [request for request, load in self._by_request.items() if not load.is_under_way]
+        return [request for request, load in self._by_request.items() if load.blocks and not load.is_under_way]
 
     def start(self, request: Request, digests: list[bytes], blocks: list[int], sources: list[Source], patience: float) -> None:
         """Begin to load the last len(sources) of `blocks`. All of `blocks`, which the caller holds, belong to the load now.
@@ -170,7 +175,7 @@ class Loads:
     def withdraw(self, family: bytes) -> None:
         """Give up all loads of a family, whose entries have just been withdrawn."""
         for load in self._all():
-            if load.digests[0] == family:
+            if load.family == family:
                 load.withdrawn = True
                 if load.owner is not None and not load.is_under_way:
                     self.release(load.owner)
@@ -225,7 +230,7 @@ class Loads:
             self._host.pin(slot)
             self._move(load, at, slot)
             return True
-        slot = self._host.take(digest, load.digests[0], record.mask) if disk.takes_reads else None
+        slot = self._host.take(digest, load.family, record.mask) if disk.takes_reads else None
         if slot is None:
             return False
         disk.read(record, slot.number)
@@ -258,7 +263,7 @@ class Loads:
         num_good = 0 if load.withdrawn else load.num_good
         for at in range(load.num_found, num_good):
             source = load.sources[at - load.num_found]
-            self._index.put(load.digests[at], load.digests[0], load.blocks[at], source.mask)
+            self._index.put(load.digests[at], load.family, load.blocks[at], source.mask)
         for at in range(num_good - 1, load.num_found - 1, -1):  # the end of a prefix is evicted before its beginning
             self._host.touch(load.digests[at], load.sources[at - load.num_found].mask)
         if load.owner is None:
@@ -267,8 +272,6 @@ class Loads:
         self._drop(load.blocks[num_good:])
         del load.blocks[num_good:], load.digests[num_good:]
         del load.sources[max(0, num_good - load.num_found) :]
-        if not load.blocks:
-            del self._by_request[load.owner]
         return load.owner
 
     def _drop(self, blocks: list[int]) -> None:

@@ -91,7 +91,7 @@ class KVCacheManager:
     @property
     def num_waiting_loads(self) -> int:
         """Return how many waiting requests have blocks on their way from a lower tier."""
-        return len(self._loads) - len(self._loads.holders())
+        return self._loads.num_waiting
 
     @property
     def num_loading(self) -> int:
@@ -189,8 +189,8 @@ class KVCacheManager:
     def load(self, request: Request, *, spare: int = 0) -> bool:
         """Begin to load the blocks of a waiting request that lower tiers have and the GPU lacks. Returns False if there is none.
 
-        It begins only if the request could be admitted now with all its blocks. The request then holds what the GPU has of its
-        prefix and what is loaded, and must not be admitted before `arrived` returns it.
+        It begins once, and only if the request could be admitted now with all its blocks. The request then holds what the GPU
+        has of its prefix and what is loaded, and must not be admitted before `arrived` or `tend` returns it.
         """
         if request in self._loads:
             return False

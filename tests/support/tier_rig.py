@@ -34,7 +34,8 @@ class Gate:
         rig.gates.append(self)
 
     def open(self, num: int = 1000) -> None:
-        self._permits.release(num)
+        for _ in range(num):
+            self._permits.release()
 
     def _run(self, *args: object) -> object:
         assert self._permits.acquire(timeout=STUCK)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.kvcache.gate import Decision
 from tests.support.tier_rig import Gate
 
 A = list(range(100, 117))  # four full blocks and one token
@@ -63,3 +64,46 @@ def test_reads_wait_while_the_queue_of_the_store_is_full(rig_in):
     assert rig.settle() == [request]
     assert rig.manager.num_held(request) == 4
     assert rig.disk.store.counts.full_queues == 0
+
+
+@pytest.mark.parametrize("num_read", range(4))
+def test_a_request_that_waited_for_too_long_goes_on_with_what_has_come_and_does_not_load_again(rig_in, num_read):
+    rig = rig_in(compute=lambda first, end: 1.0, num_threads=1)
+    rig.saved(A)
+    gate = Gate(rig, "read")
+    request = rig.request(A)
+    assert rig.manager.load(request)
+    gate.open(num_read)
+    rig.tend(lambda: rig.manager.tiers.moves.num_under_way == num_read)
+    rig.arrive()
+    assert rig.tend() == []
+    rig.clock.now += 1.1
+    assert rig.tend() == [request]
+    assert rig.tiers.decisions == {Decision.LOAD: 1, Decision.GAVE_UP: 1}
+    assert rig.manager.num_held(request) == num_read
+    gate.open()
+    rig.settle()  # the reads that were under way end in the host
+    assert not rig.manager.load(request)
+    rig.compute(request)
+    assert request.num_from_disk == 4 * num_read
+
+
+def test_a_request_whose_reads_get_no_slot_of_the_host_computes_its_prefix(rig_in):
+    """The host has one slot, and a write that hangs keeps it."""
+    rig = rig_in(slots=1, compute=lambda first, end: 1.0)
+    rig.saved(A)
+    gate = Gate(rig, "write")
+    rig.finish(B)
+    rig.tend()
+    rig.arrive()
+    rig.tend()
+    assert rig.tiers.host.take(b"x" * 16, b"x" * 16, -1) is None
+    request = rig.request(A)
+    assert rig.manager.load(request)
+    rig.clock.now += 1.1
+    assert rig.tend() == [request]
+    assert not rig.manager.load(request)
+    rig.compute(request)
+    assert request.num_computed == 17
+    gate.open()
+    rig.settle()
