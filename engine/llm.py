@@ -25,7 +25,7 @@ from engine.config import EngineConfig
 from engine.core import build_core
 from engine.errors import CheckpointError, ConfigError, InvalidRequest, Overloaded, error_from_name
 from engine.messages import EngineInfo, EngineStats, Submit, check_submit, pack_tokens
-from engine.request import SEED_MAX, FinishReason, SamplingParams, TokenEvent, TokenLogprobs, output_seed
+from engine.request import SEED_MAX, CachedTokens, FinishReason, SamplingParams, TokenEvent, TokenLogprobs, output_seed
 
 Prompt = str | list[int]
 
@@ -37,14 +37,14 @@ class Completion(msgspec.Struct, kw_only=True):
     token_ids: list[int] = []
     text: str | None = None
     finish_reason: FinishReason | None = None
-    num_cached: int = 0  # prompt tokens found in the prefix cache
+    cached: CachedTokens = CachedTokens()  # prompt tokens found in the cache, by tier
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # one for each prompt token; None for the first token
 
     def add(self, event: TokenEvent) -> None:
         self.token_ids += event.tokens
         self.finish_reason = event.finish
-        self.num_cached = event.num_cached or self.num_cached
+        self.cached = event.cached or self.cached
         if event.logprobs is not None:
             self.logprobs = (self.logprobs or []) + event.logprobs
         if event.prompt_logprobs is not None:

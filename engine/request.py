@@ -190,6 +190,31 @@ class RequestFailure(msgspec.Struct, frozen=True, array_like=True):
         return RequestFailure(type(error).__name__, error.message, error.param, retry_after)
 
 
+class CachedTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How many tokens of a prompt were found in the KV cache, by the tier that had them."""
+
+    gpu: int = 0  # the memory of the device that computes, whatever it is
+    host: int = 0  # loaded from host memory for this request
+    disk: int = 0  # loaded from disk for this request
+
+    @staticmethod
+    def split(num: int, computed: int, host: int, disk: int) -> CachedTokens:
+        """Return the tiers of the first `num` of `computed` tokens, of which `host` and `disk` were loaded from there.
+
+        Those from the GPU come first. What lies behind `num` is taken to be from the disk before it is from the host.
+        """
+        gpu = min(num, computed - host - disk)
+        host = min(num - gpu, host)
+        return CachedTokens(gpu, host, num - gpu - host)
+
+    @property
+    def total(self) -> int:
+        return self.gpu + self.host + self.disk
+
+    def __add__(self, other: CachedTokens) -> CachedTokens:
+        return CachedTokens(self.gpu + other.gpu, self.host + other.host, self.disk + other.disk)
+
+
 class TokenEvent(msgspec.Struct, array_like=True, gc=False, omit_defaults=True):
     """What one step produced for one request. The last event of a request has `finish`, and no other event has it."""
 
@@ -198,7 +223,7 @@ class TokenEvent(msgspec.Struct, array_like=True, gc=False, omit_defaults=True):
     finish: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None  # one for each of `tokens`, if requested
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if requested; None at position 0
-    num_cached: int | None = None  # with the first token: prompt tokens found in the prefix cache
+    cached: CachedTokens | None = None  # with the first token: prompt tokens found in the cache at the first admission
     queue_s: float | None = None  # with the first token: seconds from arrival to the first admission
     stop_token: int | None = None  # the stop token that ended the request (also the last of `tokens`), if one did
     failure: RequestFailure | None = None  # set if and only if `finish` is ERROR
@@ -229,12 +254,12 @@ class Request:
         "arrival",
         "awaited",
         "blocks",
+        "cached",
         "deadline",
         "end_len",
         "expected_at",
         "fork_of",
         "leader",
-        "num_cached",
         "num_computed",
         "num_from_disk",
         "num_loaded",
@@ -304,7 +329,7 @@ class Request:
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_uncommitted = 0
-        self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
+        self.cached = CachedTokens()  # prompt tokens found in the cache at the first admission
         self.num_loaded = 0  # tokens of its prefix that were loaded from the host for the latest admission
         self.num_from_disk = 0  # and from the disk
         self.num_matched = 0  # tokens found in the prefix cache when the request arrived, if that was looked up

@@ -57,7 +57,7 @@ class Load:
         """Return how many blocks come before the first that has not left the disk."""
         return min([*self.queued, *self.reading], default=self.num_good)
 
-    def num_from(self, tier: Tier) -> int:
-        """Return how many of the blocks came from `tier`."""
+    def num_from(self, tier: Tier, num_blocks: int) -> int:
+        """Return how many of the first `num_blocks` blocks came from `tier`."""
         kind = Slot if tier is Tier.HOST else DiskRecord
-        return sum(isinstance(source, kind) for source in self.sources)
+        return sum(isinstance(source, kind) for source in self.sources[: max(0, num_blocks - self.num_found)])

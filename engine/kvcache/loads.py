@@ -86,10 +86,10 @@ class Loads:
     def num_held(self, request: Request) -> int:
         return len(self.blocks_of(request))
 
-    def num_loaded(self, request: Request, tier: Tier) -> int:
-        """Return how many blocks have come from `tier` for a request."""
+    def num_loaded(self, request: Request, tier: Tier, num_blocks: int) -> int:
+        """Return how many of the first `num_blocks` blocks have come from `tier` for a request."""
         load = self._by_request.get(request)
-        return 0 if load is None else load.num_from(tier)
+        return 0 if load is None else load.num_from(tier, num_blocks)
 
     def holders(self) -> list[Request]:
         """Return the waiting requests whose loads have ended and that hold blocks."""

@@ -153,8 +153,8 @@ class KVCacheManager:
                 chain.retry_at = self._pool.num_released + missing
             return False
         self._hold(request, shared)
-        request.num_loaded = min(len(shared), self._loads.num_loaded(request, Tier.HOST)) * self.block_size
-        request.num_from_disk = min(len(shared), self._loads.num_loaded(request, Tier.DISK)) * self.block_size
+        request.num_loaded = self._loads.num_loaded(request, Tier.HOST, len(shared)) * self.block_size
+        request.num_from_disk = self._loads.num_loaded(request, Tier.DISK, len(shared)) * self.block_size
         self._loads.release(request)
         if chain is not None:
             self._tiers.computes(chain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import InternalError
+from engine.request import CachedTokens
 
 
 @dataclass(slots=True)
@@ -21,6 +22,13 @@ class SchedulerCounts:
     host_cached_tokens: int = 0  # the part of cached_tokens that was loaded from host memory for the request
     disk_cached_tokens: int = 0  # and from disk
     output_tokens: int = 0
+
+    def admitted(self, num_prompt: int, cached: CachedTokens) -> None:
+        """Count the prompt of a request that is admitted for the first time."""
+        self.prompt_tokens += num_prompt
+        self.cached_tokens += cached.total
+        self.host_cached_tokens += cached.host
+        self.disk_cached_tokens += cached.disk
 
     def check(self, num_unfinished: int) -> None:
         """Raise InternalError unless accepted requests = finished + aborted + failed + `num_unfinished` (running and waiting)."""

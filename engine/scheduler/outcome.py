@@ -34,7 +34,7 @@ def set_finish(event: TokenEvent, request: Request) -> bool:
 
 def add_first(event: TokenEvent, request: Request) -> None:
     """Add to `event` what is reported only with a request's first token."""
-    event.num_cached = request.num_cached
+    event.cached = request.cached
     event.queue_s = (request.scheduled_at or request.arrival) - request.arrival
     event.prompt_logprobs = request.prompt_logprobs
     request.prompt_logprobs = None

@@ -51,7 +51,7 @@ class Policy(Protocol):
         ...
 
     def admitted(self, request: Request, now: float) -> None:
-        """Take note of an admission, when the request's `num_cached` is known. It may give the request a better rank."""
+        """Take note of an admission, when the request's `cached` is known. It may give the request a better rank."""
         ...
 
     def ended(self, request: Request) -> None: ...
@@ -101,8 +101,8 @@ class FairPolicy:
         request.rank = (self.level(request, now), *request.rank[1:])
         if request in self._running:
             return  # it was preempted, and computes its tokens again: that is no service
-        computed = request.num_prompt - request.num_cached
-        self._served[request.tenant] += computed + CACHED_WEIGHT * request.num_cached
+        computed = request.num_prompt - request.cached.total
+        self._served[request.tenant] += computed + CACHED_WEIGHT * request.cached.total
         self._running[request] = 0
 
     def ended(self, request: Request) -> None:

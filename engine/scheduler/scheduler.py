@@ -28,7 +28,7 @@ from engine.kvcache.disk_tier import DiskTier
 from engine.kvcache.identity import BlockIdentity, identity_of
 from engine.kvcache.manager import KVCacheManager
 from engine.plan import NO_CHOICE, AdmittedRow, Arrival, KVFormat, StepPlan, StepResult
-from engine.request import FinishReason, Request, Status, TokenEvent
+from engine.request import CachedTokens, FinishReason, Request, Status, TokenEvent
 from engine.scheduler.admission import Admission
 from engine.scheduler.counts import SchedulerCounts
 from engine.scheduler.decodes import DecodePlanner
@@ -310,11 +310,9 @@ class Scheduler:
         request.skips = request.stalled = request.awaited = 0
         if request.scheduled_at is None:
             request.scheduled_at = now
-            request.num_cached = min(request.num_computed, request.num_prompt)
-            self.counts.prompt_tokens += request.num_prompt
-            self.counts.cached_tokens += request.num_cached
-            self.counts.host_cached_tokens += min(request.num_loaded, request.num_cached)
-            self.counts.disk_cached_tokens += min(request.num_from_disk, request.num_cached - request.num_loaded)
+            num = min(request.num_computed, request.num_prompt)
+            request.cached = CachedTokens.split(num, request.num_computed, request.num_loaded, request.num_from_disk)
+            self.counts.admitted(request.num_prompt, request.cached)
         self._policy.admitted(request, now)
         row = self._running.add(request)
         blocks = request.blocks.copy()

@@ -161,7 +161,7 @@ class EngineStream:
         if self._num_events == PROGRESS_EVENTS:
             self.deaths = 0
         if self._received and self.resumed:  # the consumer got these values before the engine died
-            event.num_cached = event.queue_s = event.prompt_logprobs = None
+            event.cached = event.queue_s = event.prompt_logprobs = None
         self._received += event.tokens
         self._events.append(event)
         self.ended = event.finish is not None

@@ -107,11 +107,14 @@ class RequestMeter:
         self._ended = False
         self._latest: dict[int, float] = {}  # output index -> time of its latest tokens
 
-    def first_token(self, now: float, *, prompt_tokens: int, cached_tokens: int, queue_seconds: float) -> None:
+    def prompt(self, num_tokens: int, num_cached: int) -> None:
+        """Record the request's prompt, of which `num_cached` tokens were found in the cache. Call it once for each request."""
+        self._metrics.prompt_tokens.inc(num_tokens)
+        self._metrics.cached_tokens.inc(num_cached)
+
+    def first_token(self, now: float, *, queue_seconds: float) -> None:
         """Record the request's first token. Call it once for each request, before `tokens`."""
         m = self._metrics
-        m.prompt_tokens.inc(prompt_tokens)
-        m.cached_tokens.inc(cached_tokens)
         m.queue.observe(queue_seconds)
         self._ttft = now - self._began
         m.ttft.observe(self._ttft)

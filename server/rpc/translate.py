@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
@@ -88,6 +89,7 @@ def ending_message(ending: Ending, model: str) -> pb.Ending:
         usage=pb.Usage(
             prompt_tokens=usage.prompt_tokens,
             cached_tokens=usage.cached_tokens,
+            cached_tokens_by_tier=pb.CachedTokensByTier(**msgspec.structs.asdict(usage.cached)),
             completion_tokens=usage.completion_tokens,
         ),
         timing=pb.Timing(queue_ms=timing.queue_ms, ttft_ms=timing.ttft_ms, total_ms=timing.total_ms),

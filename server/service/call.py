@@ -3,7 +3,8 @@
 Output i of n is a request of its own. The first has the call's `request_id`, the others `request_id-1`, `request_id-2`, ...,
 and they name the first in `fork_of`, so that the engine shares the prompt's blocks. Output 0 samples with the client's seed, or a
 random one if the client gave none, and output i with a hash of that seed and i (`engine.request.output_seed`). The prompt's
-log-probabilities come with the first output only.
+log-probabilities come with the first output only. The cached tokens of the call are the first output's too: the others find the
+prompt in the cache because the first has computed it.
 
 Events that the client has not read stay in the engine client's streams: the queue that joins the outputs holds at most one
 event of each. A call whose streams hold more than UNREAD_LIMIT for a while ends with RequestTimeout.
@@ -21,7 +22,7 @@ import msgspec
 
 from engine.errors import InternalError, RequestTimeout, TidegateError
 from engine.messages import Submit, check_submit, pack_tokens
-from engine.request import SEED_MAX, TokenEvent, output_seed
+from engine.request import SEED_MAX, CachedTokens, TokenEvent, output_seed
 from engine.slo import DEFAULT_SLO
 from server.engines.base import EngineClientProtocol, TokenStream
 from server.metrics.registry import RequestMeter
@@ -49,7 +50,7 @@ class Call:
         self.unfinished = request.n
         self._began = time.monotonic()
         self._num_prompt = 0
-        self._num_cached = 0
+        self._cached = CachedTokens()
         self._queue_s = 0.0
         self._ttft: float | None = None
         self._preparation: asyncio.Task[Any] | None = None  # work before the submission, such as tokenising
@@ -115,6 +116,8 @@ class Call:
         chunk = self._outputs[event.request_id].add(event)
         if self._ttft is None:
             self._meter_first(event, now)
+        if event.cached is not None and chunk.index == 0:
+            self._meter_prompt(event.cached)
         if chunk.token_ids:
             self.meter.tokens(chunk.index, len(chunk.token_ids), now)
         if chunk.finish_reason is not None:
@@ -127,7 +130,7 @@ class Call:
         return Ending(
             usage=Usage(
                 prompt_tokens=self._num_prompt,
-                cached_tokens=self._num_cached,
+                cached=self._cached,
                 completion_tokens=self._num_completion,
             ),
             timing=Timing(
@@ -229,13 +232,18 @@ class Call:
 
     def _meter_first(self, event: TokenEvent, now: float) -> None:
         self._ttft = now - self._began
-        self._num_cached = event.num_cached or 0
         self._queue_s = event.queue_s or 0.0
         progress = self.request.progress
         if progress is not None:
-            progress.prompt_tokens, progress.cached_tokens = self._num_prompt, self._num_cached
+            progress.prompt_tokens = self._num_prompt
             progress.queue_s, progress.ttft_s = self._queue_s, self._ttft
-        self.meter.first_token(now, prompt_tokens=self._num_prompt, cached_tokens=self._num_cached, queue_seconds=self._queue_s)
+        self.meter.first_token(now, queue_seconds=self._queue_s)
+
+    def _meter_prompt(self, cached: CachedTokens) -> None:
+        self._cached = cached
+        if self.request.progress is not None:
+            self.request.progress.cached = cached
+        self.meter.prompt(self._num_prompt, cached.total)
 
     async def _pump(self, id: str, stream: TokenStream) -> None:
         """Move the events of one output's stream into the queue that joins the outputs, until the stream ends."""

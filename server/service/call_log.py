@@ -12,6 +12,7 @@ import time
 import uuid
 from typing import Any
 
+from engine.request import CachedTokens
 from server.service.types import Progress
 
 log = logging.getLogger("tidegate.requests")
@@ -64,8 +65,8 @@ class CallRecord:
         return sum(progress.prompt_tokens for progress in self._progress)
 
     @property
-    def cached_tokens(self) -> int:
-        return sum(progress.cached_tokens for progress in self._progress)
+    def cached(self) -> CachedTokens:
+        return sum((progress.cached for progress in self._progress), CachedTokens())
 
     def write(self) -> None:
         """Log the call."""
@@ -84,7 +85,7 @@ class CallRecord:
         all_ = self._progress
         if all_:
             fields["prompt_tokens"] = self.prompt_tokens
-            fields["cached_tokens"] = self.cached_tokens
+            fields["cached_tokens"] = self.cached.total
             fields["completion_tokens"] = sum(progress.completion_tokens for progress in all_)
             first = [progress for progress in all_ if progress.ttft_s is not None]
             if first:

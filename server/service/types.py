@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.request import BOUNDS, SamplingParams, TokenLogprobs
+from engine.request import BOUNDS, CachedTokens, SamplingParams, TokenLogprobs
 from engine.slo import SloName
 
 
@@ -24,7 +24,7 @@ class Progress(msgspec.Struct, kw_only=True):
     """What one generation has used so far. The service sets `completion_tokens` at the end, and the others at the first token."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached: CachedTokens = CachedTokens()
     queue_s: float = 0.0
     ttft_s: float | None = None  # None until the first token
     completion_tokens: int = 0
@@ -58,8 +58,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
-    cached_tokens: int  # prompt tokens that were found in the prefix cache
+    cached: CachedTokens  # prompt tokens that were found in the KV cache
     completion_tokens: int  # number of generated tokens of all n outputs together
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cached.total
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,6 +66,14 @@ def greedy(**fields):
     return pb.GenerateRequest(**{"prompt": PROMPT, "temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "seed": 1} | fields)
 
 
+async def test_the_usage_names_the_tiers_of_cached_tokens(up):
+    (_, first), (_, again) = [await collect(up.stub.Generate(greedy(prompt=PROMPT * 5))) for _ in range(2)]
+    assert first.usage.cached_tokens_by_tier == pb.CachedTokensByTier()
+    cached = (again.usage.prompt_tokens - 1) // 16 * 16
+    assert cached > 0
+    assert (again.usage.cached_tokens, again.usage.cached_tokens_by_tier) == (cached, pb.CachedTokensByTier(gpu=cached))
+
+
 async def test_greedy_tokens_equal_those_of_the_service(up, text):
     outputs, ending = await collect(up.stub.Generate(greedy()))
     request = GenerationRequest(

@@ -71,7 +71,7 @@ class DiskWorkload(TieredWorkload):
         disk = self.core.stats().tiers["disk"]
         assert disk.blocks_used <= disk.blocks_limit <= self.records
         assert sum(path.stat().st_size for path in self.folder.glob("segment-*")) <= PAGE + self.records * RECORD
-        assert disk.cached_tokens <= self.core.stats().cached_tokens
+        assert self.reported.disk <= disk.cached_tokens
 
     def restart(self) -> None:
         """End the engine, in order or as if it had been killed, and continue its requests in a new one."""
@@ -122,7 +122,7 @@ class DiskWorkload(TieredWorkload):
             evicted=disk.num_evicted,
             failed=disk.num_failed,
             dropped=self.core._disk.store.counts.dropped.total(),
-            tokens=disk.cached_tokens,
+            tokens=self.reported.disk,
             **{f"decided to {decision}": num for decision, num in decisions.items()},
         )
 

@@ -154,7 +154,7 @@ class Workload:
         assert name not in self.endings, "an event after the last one"
         params, first = self.submits[name].params, not self.tokens[name] and bool(event.tokens)
         self.tokens[name] += event.tokens
-        assert (event.num_cached is not None) == first
+        assert (event.cached is not None) == first
         assert (event.queue_s is not None) == first
         if event.tokens:
             assert (event.logprobs is not None) == (params.logprobs is not None)

@@ -143,6 +143,12 @@ class LocalEngine:
         self._work.set()
         return stream
 
+    def tend(self) -> None:
+        """Let the disk tier go on without requests, as an idle engine does."""
+        self.core.tend()
+        if self.core.has_work:
+            self._work.set()
+
     def drop(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
         self.core.abort(request_id)

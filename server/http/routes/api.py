@@ -53,12 +53,14 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 def openai_usage(usage: Usage) -> dict[str, Any]:
-    """Return the token counts of `usage` in the form of OpenAI's `usage` object."""
+    """Return the token counts of `usage` in the form of OpenAI's `usage` object, with DeepSeek's fields for the cache."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_cache_hit_tokens": usage.cached_tokens,
+        "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.errors import InternalError
+from engine.request import CachedTokens
 from server.http.routes.logprobs import WriteLogprobs, Written
 from server.service.pacing import Backlog, Pacer
 from server.service.types import Chunk, Ending, Usage
@@ -144,6 +145,6 @@ async def _feed(
 def total_usage(endings: list[Ending]) -> Usage:
     return Usage(
         prompt_tokens=sum(e.usage.prompt_tokens for e in endings),
-        cached_tokens=sum(e.usage.cached_tokens for e in endings),
+        cached=sum((e.usage.cached for e in endings), CachedTokens()),
         completion_tokens=sum(e.usage.completion_tokens for e in endings),
     )

@@ -36,7 +36,7 @@ class EventExtras:
             fields["usage"] = openai_usage(
                 Usage(
                     prompt_tokens=self._call.prompt_tokens,
-                    cached_tokens=self._call.cached_tokens,
+                    cached=self._call.cached,
                     completion_tokens=self._num_tokens,
                 )
             )

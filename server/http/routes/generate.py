@@ -112,8 +112,14 @@ def _output(output: CollectedOutput) -> Parts:
 
 
 def _end(ending: Ending) -> dict[str, Any]:
+    usage = ending.usage
     return {
-        "usage": msgspec.structs.asdict(ending.usage),
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "cached_tokens_by_tier": msgspec.structs.asdict(usage.cached),
+            "completion_tokens": usage.completion_tokens,
+        },
         "timing": {name: round(ms, 3) for name, ms in msgspec.structs.asdict(ending.timing).items()},
         "cache": _CACHE,
     }

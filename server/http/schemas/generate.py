@@ -115,9 +115,18 @@ class GeneratedOutput(BaseModel):
     )
 
 
+class CachedTokensByTier(BaseModel):
+    """The parts of cached_tokens by where they were: on the device, or loaded from host memory or disk for this request."""
+
+    gpu: int
+    host: int
+    disk: int
+
+
 class GenerateUsage(BaseModel):
     prompt_tokens: int
     cached_tokens: int
+    cached_tokens_by_tier: CachedTokensByTier
     completion_tokens: int
 
 

@@ -212,6 +212,8 @@ class OpenAIUsage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    prompt_cache_hit_tokens: int = Field(description="As cached_tokens, under the name that DeepSeek's API has for it.")
+    prompt_cache_miss_tokens: int = Field(description="The other tokens of the prompt, as DeepSeek's API counts them.")
 
 
 class CompletionLogprobs(BaseModel):

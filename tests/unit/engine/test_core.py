@@ -14,7 +14,7 @@ from engine.fake import build_fake, expected_tokens
 from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.messages import Submit, pack_tokens, unpack_tokens
 from engine.plan import BuiltRunner
-from engine.request import FinishReason, SamplingParams, TokenEvent
+from engine.request import CachedTokens, FinishReason, SamplingParams, TokenEvent
 from engine.scheduler.cost_file import CostKey, save_costs
 from engine.scheduler.cost_table import CostTable
 
@@ -422,7 +422,7 @@ def test_a_core_whose_requests_only_load_waits_for_a_few_milliseconds_at_a_time(
         assert time.now - before <= 0.006
     assert time.now - began > 4 * 0.02  # four blocks were loaded, one after the other
     assert steps > 4 * 20 / 5
-    assert events[0].num_cached == 16
+    assert events[0].cached == CachedTokens(host=16)
     assert tokens_of([*events, *drain(core)["a"]]) == expected_tokens(unpack_tokens(long.prompt), 2, long.params, 0, LIMITS)
 
 

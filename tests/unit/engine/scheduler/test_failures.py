@@ -84,7 +84,7 @@ def test_nothing_of_a_failed_request_is_found_in_the_cache(num_outputs):
     assert rig.scheduler.cache.num_cached == 0
     again = rig.add("again", PROMPT)
     rig.schedule()
-    assert again.num_cached == 0
+    assert again.cached.total == 0
 
 
 def test_blocks_that_a_failed_request_shared_are_withdrawn_while_their_holder_runs():
@@ -94,7 +94,7 @@ def test_blocks_that_a_failed_request_shared_are_withdrawn_while_their_holder_ru
     rig.step()
     bad = rig.add("bad", [*PROMPT, 7, 8, 9])
     plan = rig.schedule()
-    assert bad.num_cached == 40
+    assert bad.cached.total == 40
     commit(rig, plan, bad)
     for _ in range(20):
         assert rig.step()["first"].tokens == [7]

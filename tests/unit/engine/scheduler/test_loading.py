@@ -3,7 +3,7 @@
 import pytest
 
 from engine.plan import Arrival, StepPlan, Tier
-from engine.request import FinishReason, Request, Status
+from engine.request import CachedTokens, FinishReason, Request, Status
 from tests.unit.engine.scheduler.rig import Rig, slices
 
 PREFIX = list(range(100, 141))  # ten full blocks and one token
@@ -44,8 +44,33 @@ def test_a_request_computes_only_what_was_not_loaded():
     rig.commit(plan)
     assert request.status is Status.WAITING
     assert slices(rig.schedule()) == [(request.row, 40, 1)]
-    assert request.num_cached == 40
+    assert request.cached == CachedTokens(host=40)
     assert (rig.scheduler.counts.cached_tokens, rig.scheduler.counts.host_cached_tokens) == (40, 40)
+
+
+def test_the_cached_tokens_are_those_of_the_first_admission():
+    rig = demoted()
+    request = rig.add("again", PREFIX)
+    plan = rig.schedule()
+    arrive(rig, plan)
+    rig.commit(plan)
+    preempted = rig.schedule()
+    rig.scheduler._preempt(request)
+    rig.commit(preempted)
+    assert rig.scheduler.num_running == 0
+    plan = rig.schedule()
+    assert slices(plan) == [(request.row, 40, 2)]
+    assert request.num_loaded == 0
+    assert request.cached == CachedTokens(host=40)
+    assert rig.scheduler.counts.host_cached_tokens == 40
+
+
+def test_a_prompt_that_is_partly_on_the_device_is_split_by_tier():
+    rig = demoted()
+    assert run(rig, "beginning", PREFIX[:13]).cached == CachedTokens(host=12)
+    assert run(rig, "again", PREFIX).cached == CachedTokens(gpu=12, host=28)
+    counts = rig.scheduler.counts
+    assert (counts.cached_tokens, counts.host_cached_tokens, counts.disk_cached_tokens) == (52, 40, 0)
 
 
 def test_others_start_while_a_request_loads():
@@ -105,7 +130,7 @@ def test_a_request_whose_load_failed_computes_its_prompt():
     rig.commit(plan)
     arrive(rig, plan, ok=False)
     assert slices(rig.schedule()) == [(request.row, 0, 41)]
-    assert request.num_cached == 0
+    assert request.cached == CachedTokens()
 
 
 def test_prompts_whose_log_probabilities_are_requested_load_nothing():

@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import ContextTooLong, InternalError, InvalidRequest, Overloaded
 from engine.plan import BlockCopy, StepResult, gpu
-from engine.request import FinishReason, Status, TokenEvent, TokenLogprobs
+from engine.request import CachedTokens, FinishReason, Status, TokenEvent, TokenLogprobs
 from tests.unit.engine.scheduler.rig import Rig, slices
 
 
@@ -97,8 +97,8 @@ def test_values_of_the_first_event_are_not_reported_again():
     rig.step()
     rig.now = 4.0
     first, second = rig.step()["a"], rig.step()["a"]
-    assert (first.num_cached, first.queue_s) == (0, 3.0)
-    assert (second.num_cached, second.queue_s) == (None, None)
+    assert (first.cached, first.queue_s) == (CachedTokens(), 3.0)
+    assert (second.cached, second.queue_s) == (None, None)
 
 
 def test_num_cached_counts_the_prompt_tokens_found_in_the_cache():
@@ -109,7 +109,7 @@ def test_num_cached_counts_the_prompt_tokens_found_in_the_cache():
     rig.add("b", prompt)
     plan = rig.schedule()
     assert slices(plan)[1][1:] == (8, 4)
-    assert rig.commit(plan)["b"].num_cached == 8
+    assert rig.commit(plan)["b"].cached == CachedTokens(gpu=8)
     assert (rig.scheduler.counts.prompt_tokens, rig.scheduler.counts.cached_tokens) == (24, 8)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Overloaded
 from engine.messages import Abort, EngineStats, Heartbeat, StepEvents, Submit, Welcome
-from engine.request import FinishReason, RequestFailure, TokenEvent
+from engine.request import CachedTokens, FinishReason, RequestFailure, TokenEvent
 from server.engines import zmq_connection
 from tests.support.engine_client import engine_client
 from tests.unit.server.engines.scripted_engine import (
@@ -31,17 +31,17 @@ async def death_noticed(client):
 async def test_a_resumed_stream_sends_the_tokens_it_has_and_reports_nothing_twice(client, engine):
     stream = client.submit(request(prompt_logprobs=0))
     assert (await engine.receive(Submit)).fork_of == "s"
-    engine.send_tokens("r", 7, num_cached=0, queue_s=0.1, prompt_logprobs=[None])
+    engine.send_tokens("r", 7, cached=CachedTokens(host=2), queue_s=0.1, prompt_logprobs=[None])
     first = await next_event(stream)
-    assert (first.tokens, first.num_cached, first.prompt_logprobs) == ([7], 0, [None])
+    assert (first.tokens, first.cached, first.prompt_logprobs) == ([7], CachedTokens(host=2), [None])
     await engine.replace(client)
     again = await engine.receive(Submit)
     assert (outputs_of(again), again.fork_of, again.params.prompt_logprobs, again.seed) == ([7], None, None, 1)
-    engine.send_tokens("r", 8, num_cached=3, queue_s=0.2)
+    engine.send_tokens("r", 8, cached=CachedTokens(gpu=3), queue_s=0.2)
     engine.finish("r", 9)
     rest = await collect(stream)
     assert [token for event in rest for token in event.tokens] == [8, 9]
-    assert all(event.num_cached is None and event.queue_s is None for event in rest)
+    assert all(event.cached is None and event.queue_s is None for event in rest)
     assert client.health.restarts == 1
 
 
@@ -256,8 +256,8 @@ async def test_a_request_that_arrives_while_the_engine_restarts_waits_for_it(cli
     await engine.accept()
     sent = await engine.receive(Submit)
     assert (sent.request_id, sent.fork_of, outputs_of(sent), sent.params.prompt_logprobs) == ("r", "s", [], 0)
-    engine.send_tokens("r", 7, finish=FinishReason.LENGTH, num_cached=0)
-    assert [(event.tokens, event.num_cached) for event in await collect(stream)] == [([7], 0)]
+    engine.send_tokens("r", 7, finish=FinishReason.LENGTH, cached=CachedTokens())
+    assert [(event.tokens, event.cached) for event in await collect(stream)] == [([7], CachedTokens())]
     await engine.receives_nothing_else(client)
 
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from engine.errors import ContextTooLong, EngineUnavailable
+from engine.request import CachedTokens
 from server.http.app import build_app
 from server.http.limits import HttpLimits
 from server.metrics.registry import Metrics
@@ -99,7 +100,7 @@ class Measured(ScriptedService):
 
     async def generate(self, request, identity, *, transport="http"):
         progress = request.progress
-        progress.prompt_tokens, progress.cached_tokens, progress.queue_s, progress.ttft_s = 7, 4, 0.001, 0.002
+        progress.prompt_tokens, progress.cached, progress.queue_s, progress.ttft_s = 7, CachedTokens(gpu=3, host=1), 0.001, 0.002
         async for item in super().generate(request, identity, transport=transport):
             if isinstance(item, Chunk):
                 progress.completion_tokens += len(item.token_ids)

@@ -84,7 +84,8 @@ def test_started_is_finished_aborted_failed_and_running_at_every_moment(acts):
 def test_tokens_and_latencies_are_counted_within_each_output():
     metrics = Metrics("m", lambda: HEALTH)
     meter = metrics.begin("http", "standard")
-    meter.first_token(meter._began + 0.03, prompt_tokens=9, cached_tokens=4, queue_seconds=0.4)
+    meter.first_token(meter._began + 0.03, queue_seconds=0.4)
+    meter.prompt(9, 4)
     meter.tokens(0, 1, 100.0)
     meter.tokens(1, 1, 100.0)  # no latency is measured between tokens of different outputs
     meter.tokens(0, 1, 100.02)
@@ -118,7 +119,7 @@ def test_tokens_and_latencies_are_counted_within_each_output():
 def test_a_finished_request_is_good_if_its_first_token_and_its_longest_gap_keep_the_targets(slo, ttft, gap, good):
     metrics = Metrics("m", lambda: HEALTH)
     meter = metrics.begin("http", slo)
-    meter.first_token(meter._began + ttft, prompt_tokens=1, cached_tokens=0, queue_seconds=0.0)
+    meter.first_token(meter._began + ttft, queue_seconds=0.0)
     meter._ttft = ttft  # without the rounding of the sum above
     for now in (100.0, 100.0 + gap, 100.0 + gap + 0.015625):  # the longest gap is not the last one
         meter.tokens(0, 1, now)
@@ -165,7 +166,8 @@ def test_the_tally_gives_the_same_buckets_as_single_observations():
 def test_the_vllm_names_show_the_same_numbers():
     metrics = Metrics("m", lambda: HEALTH)
     meter = metrics.begin("http", "standard")
-    meter.first_token(meter._began, prompt_tokens=9, cached_tokens=4, queue_seconds=0.0)
+    meter.prompt(9, 4)
+    meter.first_token(meter._began, queue_seconds=0.0)
     meter.tokens(0, 1, 1.0)
     meter.tokens(0, 1, 1.5)
     meter.finished("stop")

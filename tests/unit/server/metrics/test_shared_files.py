@@ -29,7 +29,8 @@ metrics = Metrics("m", lambda: EngineHealth(ready=True))
 def serve():
     done, left = metrics.begin("http", "standard"), metrics.begin("grpc", "batch")
     for meter in (done, left):
-        meter.first_token(meter._began, prompt_tokens=5, cached_tokens=0, queue_seconds=0.0)
+        meter.prompt(5, 0)
+        meter.first_token(meter._began, queue_seconds=0.0)
         meter.tokens(0, 1, 1.0); meter.tokens(0, 1, 1.5)
     done.finished("stop")
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.models.generation import GenerationDefaults
-from engine.request import TokenLogprobs
+from engine.request import CachedTokens, TokenLogprobs
 from server.http.schemas.generate import GenerateBody
 from server.rpc import translate
 from server.rpc.pb.tidegate.v1 import inference_pb2 as pb
@@ -188,11 +188,12 @@ async def test_many_log_probabilities_are_translated_in_slices(field):
 def test_the_ending():
     made = translate.ending_message(
         Ending(
-            usage=Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5),
+            usage=Usage(prompt_tokens=7, cached=CachedTokens(gpu=1, disk=2), completion_tokens=5),
             timing=Timing(queue_ms=1.0, ttft_ms=2.0, total_ms=3.0),
         ),
         "m",
     )
     assert (made.model, made.cache) == ("m", "off")
-    assert made.usage == pb.Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5)
+    by_tier = pb.CachedTokensByTier(gpu=1, disk=2)
+    assert made.usage == pb.Usage(prompt_tokens=7, cached_tokens=3, cached_tokens_by_tier=by_tier, completion_tokens=5)
     assert made.timing == pb.Timing(queue_ms=1.0, ttft_ms=2.0, total_ms=3.0)

@@ -13,9 +13,9 @@ from engine.errors import (
     InvalidRequest,
     UnknownModel,
 )
-from engine.request import SEED_MAX, SEED_MIN, output_seed
+from engine.request import SEED_MAX, SEED_MIN, CachedTokens, FinishReason, TokenEvent, output_seed
 from server.service.types import Chunk
-from tests.support.local_engine import LocalEngine
+from tests.support.local_engine import LocalEngine, LocalStream, until
 from tests.unit.server.metrics.test_registry import samples
 from tests.unit.server.service.calls import PROMPT, TEXT, counts, expected, outputs_of, request, service_over
 
@@ -57,8 +57,44 @@ async def test_a_repeated_prompt_is_found_in_the_prefix_cache(service):
     prompt = list(range(2, 66))
     await outputs_of(service, request(prompt, id="a"))
     _, ending = await outputs_of(service, request(prompt, id="b"))
-    assert ending.usage.cached_tokens == 48
+    assert ending.usage.cached == CachedTokens(gpu=48)
     assert samples(service._metrics)["tidegate_cached_tokens_total", ()] == 48
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_the_cached_tokens_of_a_call_are_those_of_its_prompt_and_not_of_its_other_outputs(service, n):
+    prompt = list(range(2, 66))
+    for id, cached in (("a", 0), ("b", 48)):
+        _, ending = await outputs_of(service, request(prompt, id=id, n=n))
+        assert (ending.usage.prompt_tokens, ending.usage.cached) == (64, CachedTokens(gpu=cached))
+    found = samples(service._metrics)
+    assert found["tidegate_prompt_tokens_total", ()] == 128
+    assert found["tidegate_cached_tokens_total", ()] == 48
+
+
+class SilentEngine(LocalEngine):
+    """An engine whose events come from the test."""
+
+    def submit(self, submit):
+        self._streams[submit.request_id] = LocalStream(self, submit.request_id)
+        return self._streams[submit.request_id]
+
+    def send(self, request_id, cached):
+        self._deliver(TokenEvent(request_id, [5], FinishReason.LENGTH, cached=cached, queue_s=0.0))
+
+
+async def test_the_cached_tokens_of_a_call_come_from_its_first_output_whichever_begins_first():
+    engine = SilentEngine()
+    service = service_over(engine)
+    stream = service.generate(request(n=2))
+    first = asyncio.ensure_future(anext(stream))
+    await until(lambda: len(engine._streams) == 2)
+    engine.send("r-1", CachedTokens(gpu=2))
+    assert (await first).index == 1
+    engine.send("r", CachedTokens(host=1))
+    rest = [item async for item in stream]
+    assert rest[-1].usage.cached == CachedTokens(host=1)
+    assert samples(service._metrics)["tidegate_cached_tokens_total", ()] == 1
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,6 +6,7 @@ import asyncio
 
 from engine.errors import UnknownModel
 from engine.models.generation import GenerationDefaults
+from engine.request import CachedTokens
 from server.engines.base import EngineHealth
 from server.service.types import Chunk, Ending, Identity, Timing, Usage
 
@@ -41,7 +42,7 @@ class ScriptedService:
                 else:
                     await asyncio.sleep(step)
             yield Ending(
-                usage=Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=num_tokens),
+                usage=Usage(prompt_tokens=3, cached=CachedTokens(host=1), completion_tokens=num_tokens),
                 timing=Timing(queue_ms=0.5, ttft_ms=1.5, total_ms=2.5),
             )
         finally:

@@ -20,6 +20,8 @@ async def test_an_answer_that_is_not_streamed():
         "completion_tokens": 4,
         "total_tokens": 7,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "prompt_cache_hit_tokens": 1,
+        "prompt_cache_miss_tokens": 2,
     }
 
 

@@ -21,7 +21,12 @@ async def test_an_answer_that_is_not_streamed():
         "outputs": [
             {"index": 0, "text": "tide", "token_ids": [116, 105, 100, 101], "finish_reason": "length", "stop_reason": None}
         ],
-        "usage": {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 4},
+        "usage": {
+            "prompt_tokens": 3,
+            "cached_tokens": 1,
+            "cached_tokens_by_tier": {"gpu": 0, "host": 1, "disk": 0},
+            "completion_tokens": 4,
+        },
         "timing": {"queue_ms": 0.5, "ttft_ms": 1.5, "total_ms": 2.5},
         "cache": "off",
     }

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.request import CachedTokens
 from tests.unit.server.http.routes.scripted import ScriptedService, letters
 from tests.unit.server.http.routes.serve import events_of
 
@@ -15,15 +16,21 @@ class Measured(ScriptedService):
     """A service that reports the tokens of the prompt, as the real one does."""
 
     async def generate(self, request, identity, *, transport="http"):
-        request.progress.prompt_tokens, request.progress.cached_tokens = 3, 1
+        request.progress.prompt_tokens, request.progress.cached = 3, CachedTokens(gpu=1)
         async for item in super().generate(request, identity, transport=transport):
             yield item
 
 
 def usage(completion, prompt=3, cached=1):
     total = prompt + completion
-    details = {"cached_tokens": cached}
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total, "prompt_tokens_details": details}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_cache_hit_tokens": cached,
+        "prompt_cache_miss_tokens": prompt - cached,
+    }
 
 
 async def stream(path, options, more=None, text="abc"):
