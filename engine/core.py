@@ -26,7 +26,7 @@ from engine import logs
 from engine.config import EngineConfig
 from engine.errors import InternalError
 from engine.kvcache.open_tiers import open_tiers
-from engine.messages import EngineInfo, EngineStats, Submit, check_submit, unpack_tokens
+from engine.messages import EngineInfo, EngineStats, Submit, TierName, check_submit, unpack_tokens
 from engine.plan import BuiltRunner, PendingStep, StepPlan, StepResult, Tier
 from engine.request import Request, TokenEvent
 from engine.scheduler.controller import make_controller
@@ -149,6 +149,11 @@ class Core:
         for request_id in request_ids:
             self._scheduler.abort(request_id)
         self._ended = [event for event in self._ended if event.request_id not in request_ids]
+
+    def reset_cache(self, tiers: Collection[TierName]) -> dict[TierName, int]:
+        """Forget all blocks that `tiers` have of prefixes. Running requests go on. Returns how many blocks each tier had."""
+        by_tier = {Tier[name.upper()]: name for name in tiers}
+        return {by_tier[tier]: num for tier, num in self._scheduler.cache.reset(by_tier.keys()).items()}
 
     def step(self) -> list[TokenEvent]:
         """Run one step and return its events. With overlap, the events are those of the previous step."""

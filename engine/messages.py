@@ -1,7 +1,7 @@
 """Messages between an API worker and an engine process: msgspec structs in msgpack over ZeroMQ, never pickle.
 
-    worker --> engine   Hello, Submit, Abort
-    engine --> worker   Welcome, StepEvents, Heartbeat
+    worker --> engine   Hello, Submit, Abort, ResetCache
+    engine --> worker   Welcome, StepEvents, Heartbeat, CacheReset
 
 A worker sends Hello on every connection and reconnection. The engine then forgets all earlier requests of that worker and
 answers with Welcome. The worker keeps the prompt, the params and the received tokens of each stream. After an engine has
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Collection, Iterable
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -167,6 +168,17 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
+TierName = Literal["gpu", "host", "disk"]  # a tier of the KV cache (`engine.plan.Tier`)
+TIER_NAMES: tuple[TierName, ...] = get_args(TierName)
+
+
+class ResetCache(msgspec.Struct, frozen=True, tag=True):
+    """Asks the engine to forget the blocks that `tiers` of its KV cache have of prefixes. Its CacheReset has the same number."""
+
+    number: int
+    tiers: list[TierName]
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The facts about itself that an engine sends to each worker, once per connection."""
 
@@ -191,6 +203,13 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The events of one step that concern one worker's requests."""
 
     events: list[TokenEvent]
+
+
+class CacheReset(msgspec.Struct, frozen=True, tag=True):
+    """The engine's answer to ResetCache, once it has forgotten the blocks. `blocks` is how many each of the tiers had."""
+
+    number: int
+    blocks: dict[TierName, int]
 
 
 class TierStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,8 +282,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 HEARTBEAT_SECONDS = 0.25
 
-WorkerMessage = Hello | Submit | Abort
-EngineMessage = Welcome | StepEvents | Heartbeat
+WorkerMessage = Hello | Submit | Abort | ResetCache
+EngineMessage = Welcome | StepEvents | Heartbeat | CacheReset
 
 encode = msgspec.msgpack.Encoder().encode
 decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode

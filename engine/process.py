@@ -29,9 +29,11 @@ from engine.errors import EXIT_BAD_SETTINGS, CheckpointError, ConfigError, Tideg
 from engine.messages import (
     HEARTBEAT_SECONDS,
     Abort,
+    CacheReset,
     EngineMessage,
     Heartbeat,
     Hello,
+    ResetCache,
     StepEvents,
     Submit,
     Welcome,
@@ -220,6 +222,8 @@ class EngineProcess:
             for request_id in message.request_ids:
                 if self._owners.get(request_id) == identity:
                     self._core.abort(request_id)
+        else:
+            self._reset_cache(identity, message)
 
     def _welcome(self, identity: bytes, worker: str) -> None:
         for known, name in list(self._workers.items()):
@@ -239,6 +243,11 @@ class EngineProcess:
             self._send(identity, StepEvents([refusal]))
         else:
             self._owners[submit.request_id] = identity
+
+    def _reset_cache(self, identity: bytes, message: ResetCache) -> None:
+        blocks = self._core.reset_cache(message.tiers)
+        log.info("KV cache reset", extra={f"{tier}_blocks": num for tier, num in blocks.items()})
+        self._send(identity, CacheReset(message.number, blocks))
 
     def _forget(self, identity: bytes) -> None:
         """End all requests of a worker, without any further event."""

@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast this machine is.")
 app.add_typer(bench, name="bench")
+cache = typer.Typer(no_args_is_help=True, help="Administer the KV cache of a running server.")
+app.add_typer(cache, name="cache")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings.")]
 Record = Annotated[Path | None, typer.Option(metavar="FILE", help="File to which the lines of JSON are appended as well.")]
@@ -276,6 +278,22 @@ def plan(
         kv_tokens=kv_tokens or (),
         record=record,
     )
+
+
+@cache.command()
+def reset(
+    admin_url: Annotated[str, typer.Option(metavar="URL", help="The server's admin port.")] = "http://127.0.0.1:9001",
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Tier to reset; may be given several times.", show_default="all tiers"),
+    ] = None,
+) -> None:
+    """Make all engines of a server forget the KV cache of prompts that were computed before.
+
+    Running requests go on. How many blocks each tier held is printed.
+    """
+    for name, blocks in _load("server.admin_client").reset_cache(admin_url, tier or ()).items():
+        typer.echo(f"{name}: {blocks} block{'' if blocks == 1 else 's'} forgotten")
 
 
 def _prompt(given: str) -> str:

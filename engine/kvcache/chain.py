@@ -38,7 +38,7 @@ class Chain:
         self.num_usable = 0  # blocks of `matched` that can be used, as of the latest match
         self.retry_at = 0  # the request cannot fit until BlockPool.num_released has reached this
         self.num_published = 0
-        self.closed = False  # nothing more may be published: blocks were withdrawn
+        self.closed = False  # nothing more may be published: blocks were withdrawn, or the cache was reset
 
     def digest(self, index: int) -> bytes | None:
         """Return the digest of block `index`, or None if the tokens do not fill that block."""

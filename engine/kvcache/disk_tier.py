@@ -127,6 +127,12 @@ class DiskTier:
         """See to it that no present record of a family is ever read again."""
         self._store.forget_family(family)
 
+    def clear(self) -> int:
+        """See to it that no present record is ever read again. Returns how many there were."""
+        num = len(self._store.index)
+        self._store.forget_all()
+        return num
+
     def stats(self) -> TierStats:
         """Return the figures of this tier, as far as it knows them."""
         store = self._store

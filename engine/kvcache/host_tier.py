@@ -31,7 +31,7 @@ class Slot(msgspec.Struct, gc=False, eq=False):
 
 
 class HostTier:
-    """Holds at most `num_slots` blocks. All operations are O(1), except `withdraw` and `check`."""
+    """Holds at most `num_slots` blocks. All operations are O(1), except `withdraw`, `clear` and `check`."""
 
     __slots__ = ("_by_digest", "_free", "_idle", "_moving", "num_evicted", "num_slots")
 
@@ -127,6 +127,13 @@ class HostTier:
         """Forget all contents of a family, because they may be wrong. The cost grows with the size of the tier."""
         for slot in [slot for slot in self._by_digest.values() if slot.family == family]:
             self.drop(slot)
+
+    def clear(self) -> int:
+        """Forget all contents, those included that are on their way. Returns how many there were."""
+        slots = list(self._by_digest.values())
+        for slot in slots:
+            self.drop(slot)
+        return len(slots)
 
     def place(self, slot: Slot) -> Place:
         return Place(Tier.HOST, slot.number)

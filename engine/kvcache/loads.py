@@ -172,10 +172,10 @@ class Loads:
         else:
             self._drop(load.blocks)
 
-    def withdraw(self, family: bytes) -> None:
-        """Give up all loads of a family, whose entries have just been withdrawn."""
+    def withdraw(self, family: bytes | None = None) -> None:
+        """Give up all loads of a family, or all loads. The entries of their blocks have just been withdrawn."""
         for load in self._all():
-            if load.family == family:
+            if family in (None, load.family):
                 load.withdrawn = True
                 if load.owner is not None and not load.is_under_way:
                     self.release(load.owner)

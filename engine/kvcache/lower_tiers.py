@@ -185,6 +185,15 @@ class LowerTiers:
             self.saves.withdraw(family)
             self.disk.withdraw(family)
 
+    def clear(self, tier: Tier) -> int:
+        """Forget all blocks that a tier has. Returns how many there were. What is being read from the disk does not arrive."""
+        if tier is Tier.HOST:
+            return self.host.clear()
+        if self.disk is None or self.saves is None:
+            return 0
+        self.saves.clear()
+        return self.disk.clear()
+
     def stats(self, record_bytes: int, cached_tokens: dict[Tier, int]) -> dict[str, TierStats]:
         """Return the figures of each tier by its name. A block takes `record_bytes`, and `cached_tokens` are those of prompts."""
         moves, loads, found = self.moves, self.loads, {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from engine.errors import InternalError
 from engine.kvcache.chain import Chain
@@ -290,6 +290,14 @@ class KVCacheManager:
             self._index.withdraw(family)
             self._tiers.withdraw(family)
 
+    def reset(self, tiers: Collection[Tier]) -> dict[Tier, int]:
+        """Forget all blocks that `tiers` have of prefixes. Returns how many each of them had.
+
+        Running requests go on. If the GPU is among `tiers`, no later request shares what they have computed or will compute, and
+        what is being loaded for waiting requests is dropped once it has arrived.
+        """
+        return {tier: self._forget_gpu() if tier is Tier.GPU else self._tiers.clear(tier) for tier in tiers}
+
     def release(self, request: Request, *, finished: bool = False) -> None:
         """Release all blocks of a request, and what is held for it while it waits.
 
@@ -329,6 +337,15 @@ class KVCacheManager:
         if held != Counter({block: refs for block, refs in enumerate(self._pool.refs) if refs}):
             raise InternalError("block counts differ from what the requests hold")
 
+    def _forget_gpu(self) -> int:
+        num = self._index.clear()
+        for request, chain in self._chains.items():
+            if request.blocks:
+                chain.closed = True
+            chain.matched, chain.num_usable = [], 0
+        self._loads.withdraw()
+        return num
+
     def _chain(self, request: Request) -> Chain:
         chain = self._chains.get(request)
         if chain is None:
@@ -361,6 +378,8 @@ class KVCacheManager:
             self._pool.hold(block)
         num_new = self.blocks_for(len(request.tokens)) - len(shared)
         request.blocks = shared + [self._take() for _ in range(num_new)]
+        if self.prefix_caching:
+            self._chain(request)  # which `reset` closes
 
     def _take(self) -> int:
         """Return a block to be overwritten. If its content would be lost, it is moved to the host tier."""

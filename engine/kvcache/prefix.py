@@ -128,6 +128,14 @@ class PrefixIndex:
                 self._partial.pop(block, None)
             del self._by_digest[entry.digest]
 
+    def clear(self) -> int:
+        """Remove all entries. Returns how many there were."""
+        num = len(self._by_digest)
+        self._by_digest.clear()
+        self._by_block.clear()
+        self._partial.clear()
+        return num
+
     def check(self) -> None:
         """Raise InternalError if the two maps disagree."""
         for block, entry in self._by_block.items():

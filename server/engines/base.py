@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import msgspec
 
 from engine.errors import Aborted, InternalError, TidegateError, error_from_name
-from engine.messages import EngineInfo, EngineStats, Submit
+from engine.messages import EngineInfo, EngineStats, Submit, TierName
 from engine.request import FinishReason, TokenEvent
 
 
@@ -56,6 +56,13 @@ class EngineClientProtocol(Protocol):
 
     def submit(self, submit: Submit) -> TokenStream:
         """Submit a request. A refusal is raised here or by the first `__anext__` of the stream."""
+
+    async def reset_cache(self, tiers: Collection[TierName]) -> dict[TierName, int]:
+        """Make all engines forget the blocks that `tiers` have of prefixes. Returns how many blocks each tier had in all engines.
+
+        Raises EngineUnavailable, naming the engine, if one is not ready, in which case no engine is asked, or if one is lost or
+        does not answer in time.
+        """
 
 
 def size_of(event: TokenEvent) -> int:

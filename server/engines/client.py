@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import zmq
 
 from engine.errors import ContextTooLong, EngineUnavailable, InternalError, Overloaded, TidegateError
-from engine.messages import EngineInfo, Submit
+from engine.messages import EngineInfo, Submit, TierName
 from engine.request import FinishReason, TokenEvent
 from engine.scheduler.shares import Held, QueueShares
 from server.engines.base import EngineHealth
+from server.engines.cache_reset import reset_caches
 from server.engines.health import Clock
 from server.engines.link import EngineLink
 from server.engines.stats import combined
@@ -58,7 +59,7 @@ class EngineClient:
             EngineLink(self._context, endpoint, worker, self, stall_timeout_s=stall_timeout_s, clock=clock)
             for endpoint in endpoints
         ]
-        self._resume_timeout_s = resume_timeout_s
+        self._resume_timeout_s, self._stall_timeout_s = resume_timeout_s, stall_timeout_s
         self._shares = QueueShares(max_queue, max_queue_tokens)
         self._clock = clock
         self._streams: dict[str, EngineStream] = {}  # all streams that have not ended, by request id
@@ -142,6 +143,9 @@ class EngineClient:
             raise Overloaded("the engine does not keep up with new requests: try again later")
         self._streams[submit.request_id] = stream
         return stream
+
+    async def reset_cache(self, tiers: Collection[TierName]) -> dict[TierName, int]:
+        return await reset_caches(self._links, tiers, self._stall_timeout_s)
 
     def on_engine_found(self, link: EngineLink) -> None:
         self._info = link.info

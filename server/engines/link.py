@@ -11,11 +11,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from typing import Protocol
 
 import zmq
 
-from engine.messages import Abort, EngineInfo, EngineMessage, Heartbeat, Hello, StepEvents, Submit, Welcome
+from engine.messages import (
+    Abort,
+    CacheReset,
+    EngineInfo,
+    EngineMessage,
+    Heartbeat,
+    Hello,
+    ResetCache,
+    StepEvents,
+    Submit,
+    TierName,
+    Welcome,
+)
 from engine.request import TokenEvent
 from server.engines.health import Clock, EngineHealthTracker
 from server.engines.stream import EngineStream
@@ -64,6 +77,8 @@ class EngineLink:
         self._context, self._endpoint, self._worker, self._listener = context, endpoint, worker, listener
         self._stall_timeout_s, self._clock = stall_timeout_s, clock
         self._unsent_aborts: list[str] = []
+        self._resets: dict[int, asyncio.Future[dict[TierName, int]]] = {}  # the ResetCache messages without an answer, by number
+        self._num_resets = 0
         self.health = EngineHealthTracker(stall_timeout_s, clock)  # tracks the engine that connected last
         self._connection: ZmqConnection | None = None
         self._retry: asyncio.TimerHandle | None = None  # runs while no socket can be opened
@@ -108,6 +123,20 @@ class EngineLink:
         self.sent[stream.request_id] = stream
         return True
 
+    def reset_cache(self, tiers: Collection[TierName]) -> asyncio.Future[dict[TierName, int]]:
+        """Ask the engine to forget the blocks that `tiers` have of prefixes. The result is how many blocks each of them had.
+
+        The result is a ConnectionError instead if the engine is lost before it answers, or cannot be asked.
+        """
+        answer: asyncio.Future[dict[TierName, int]] = asyncio.get_running_loop().create_future()
+        message = ResetCache(self._num_resets, list(tiers))
+        if self._connection is None or not self._connection.send(message):
+            answer.set_exception(ConnectionError("cannot be reached"))
+            return answer
+        self._num_resets += 1
+        self._resets[message.number] = answer
+        return answer
+
     def abort(self, request_id: str) -> None:
         """Abort a request if it is at the engine. An Abort that cannot be sent now is sent after the next heartbeat."""
         if self.sent.pop(request_id, None) is not None:
@@ -124,6 +153,10 @@ class EngineLink:
         self.live = False
         self.sent = {}
         self._unsent_aborts = []
+        resets, self._resets = self._resets, {}
+        for answer in resets.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError("was lost before it answered"))
 
     def _on_disconnect(self) -> None:
         self._lose(died=True)
@@ -146,6 +179,10 @@ class EngineLink:
         elif isinstance(message, Heartbeat):
             self.health.record_heartbeat(message.stats, preparing=message.preparing)
             self._send_aborts()
+        elif isinstance(message, CacheReset):
+            answer = self._resets.pop(message.number, None)
+            if answer is not None and not answer.done():
+                answer.set_result(message.blocks)
         elif self.live:  # a second Welcome: this worker read too slowly, so the engine has dropped it and wants a new Hello
             self._lose(died=False)
         else:

@@ -14,12 +14,13 @@ from fastapi import FastAPI
 
 from server.http.app import SERVICE_ROUTERS, application
 from server.http.front import Front
+from server.http.routes import cache
 from server.http.routes.api import Api
 from server.metrics.registry import Metrics
 from server.service.service import GenerateService
 from server.settings import Settings
 
-ADMIN_ROUTERS = SERVICE_ROUTERS
+ADMIN_ROUTERS = (cache.router, *SERVICE_ROUTERS)
 
 
 def build_admin_app(settings: Settings, service: GenerateService, metrics: Metrics) -> FastAPI:

@@ -34,15 +34,18 @@ THREAD_BYTES = strict_json.SLICED_BYTES
 _PARSER = ThreadPoolExecutor(1, "tidegate-body")
 
 
-async def read_json(request: Request, model: type[M], api: Api) -> M:
+async def read_json(request: Request, model: type[M], api: Api, *, optional: bool = False) -> M:
     """Read and validate the body of `request`. Returns an instance of `model`.
 
+    An empty body is an error, or, if it is `optional`, stands for an object without fields.
     Raises UnsupportedMediaType, MalformedRequest (not a JSON object), InvalidRequest (a field is wrong), PayloadTooLarge, or
     Aborted (the client left). Without `api.strict_fields`, unknown fields are noted in the request's record.
     """
     _check_type(request)
     _check_encoding(request)
     body = await read_body(request, api.max_body_bytes)
+    if optional and not body:
+        body = b"{}"
     ignored = None if api.strict_fields else Ignored()
     if len(body) < THREAD_BYTES:
         parsed = _parse(body, model, ignored)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from engine.errors import Aborted, InternalError, InvalidRequest, TidegateError, UnsupportedField
-from engine.messages import check_ids, prompt_too_long
+from engine.messages import TierName, check_ids, prompt_too_long
 from engine.models.generation import GenerationDefaults
 from engine.request import SamplingParams
 from engine.slo import DEFAULT_SLO
@@ -134,6 +134,13 @@ class GenerateService:
         finally:
             call.close()
             self._leave(call)
+
+    async def reset_cache(self, tiers: Collection[TierName]) -> dict[TierName, int]:
+        """Make all engines forget the blocks that `tiers` have of prefixes. Returns how many blocks each tier had.
+
+        Raises EngineUnavailable, naming the engine, if one is not ready, is lost or does not answer.
+        """
+        return await self._client.reset_cache(tiers)
 
     def check_logprobs(self, params: SamplingParams, *, prompt_tokens: int, outputs: int) -> None:
         """Check that the answer to a client's call of several prompts does not hold too many log-probabilities.

@@ -34,7 +34,7 @@ OPERATIONS = {
     "POST /detokenize",
     *ON_BOTH_PORTS,
 }
-ADMIN_OPERATIONS = ON_BOTH_PORTS
+ADMIN_OPERATIONS = {*ON_BOTH_PORTS, "POST /cache/reset"}
 ROUTERS_OF = {build_app: ROUTERS, build_admin_app: ADMIN_ROUTERS}
 GENERATING = ("/v1/generate", "/v1/completions", "/v1/chat/completions")
 

@@ -1,15 +1,19 @@
 """Tests the admin port of a real `tidegate serve`."""
 
 import asyncio
+import concurrent.futures
 import contextlib
+import os
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from server.service.connections import ADMIN_CONNECTIONS
 from tests.support import plain_http
-from tests.support.children import ServerChild, wait_until
+from tests.support.children import ROOT, ServerChild, wait_until
 from tests.support.serving import refused
 
 BODY = {"prompt_token_ids": [5, 6, 7], "max_tokens": 5, "ignore_eos": True}
@@ -75,6 +79,44 @@ async def test_the_admin_port_answers_while_the_server_drains():
             assert [line async for line in lines if line][-1] == "data: [DONE]"
         assert await asyncio.to_thread(server.process.wait, 10) == 0
         assert refused(server.admin_port)
+
+
+def tidegate(*arguments):
+    return subprocess.run([sys.executable, "-m", "server.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_that_resets_the_cache():
+    body = {**BODY, "prompt_token_ids": [*range(2, 66)]}
+    with ServerChild(api_workers=2, host_tier_bytes=1 << 20, block_size=16, fake_step_ms=0) as server:
+        cached = [plain_http.post(server.url + "/v1/generate", json=body).json()["usage"]["cached_tokens"] for _ in range(2)]
+        assert cached == [0, 48]
+        reset = tidegate("cache", "reset", "--admin-url", admin_url(server))
+        said = [f"{tier}: {blocks} blocks forgotten\n" for tier, blocks in (("gpu", 4), ("host", 0), ("disk", 0))]
+        assert (reset.returncode, reset.stdout, reset.stderr) == (0, "".join(said), "")
+        assert plain_http.post(server.url + "/v1/generate", json=body).json()["usage"]["cached_tokens"] == 0
+        only = tidegate("cache", "reset", "--tier", "gpu", "--admin-url", admin_url(server) + "/")
+        assert (only.returncode, only.stdout) == (0, "gpu: 4 blocks forgotten\n")
+        assert [line["gpu_blocks"] for line in server.said("KV cache reset")] == [4, 4]
+        refused = tidegate("cache", "reset", "--tier", "tape", "--admin-url", admin_url(server))
+        assert refused.returncode == 1
+        assert "tiers[0] must be" in refused.stderr
+        wrong_port = tidegate("cache", "reset", "--admin-url", server.url)
+        assert (wrong_port.returncode, "there is no /cache/reset" in wrong_port.stderr) == (1, True)
+    gone = tidegate("cache", "reset", "--admin-url", admin_url(server))
+    assert (gone.returncode, "no answer from" in gone.stderr) == (1, True)
+    assert tidegate("cache", "reset", "--admin-url", "localhost").stderr.startswith("tidegate: localhost/cache/reset is no URL")
+
+
+def test_a_reset_names_the_engine_that_has_died():
+    with ServerChild() as server:
+        engine = server.children()["tidegate: engine 0"]
+        os.kill(engine, signal.SIGSTOP)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            reset = pool.submit(plain_http.post, admin_url(server) + "/cache/reset", timeout=30)
+            wait_until(lambda: reset.running(), "the reset is sent")
+            os.kill(engine, signal.SIGKILL)
+            answer = reset.result()
+        assert (answer.status_code, answer.json()["error"]["message"][:9]) == (503, "engine 0 ")
 
 
 @contextlib.asynccontextmanager

@@ -76,10 +76,7 @@ class DiskWorkload(TieredWorkload):
     def restart(self) -> None:
         """End the engine, in order or as if it had been killed, and continue its requests in a new one."""
         self.count()
-        if self.rng.random() < 0.5:
-            self.core.close()
-        else:
-            kill(self.core)
+        self.stop()
         for name, ending in self.endings.items():
             assert_as_alone(self.submits[name], self.tokens[name], ending, self.config.fake.nan_token)
         live = [(submit, self.tokens[name]) for name, submit in self.submits.items() if name not in self.endings]
@@ -90,6 +87,12 @@ class DiskWorkload(TieredWorkload):
         for submit, tokens in live:
             fields = {name: getattr(submit, name) for name in submit.__struct_fields__}
             self.offer(Submit(**fields | {"outputs": pack_tokens(tokens), "fork_of": None}))
+
+    def stop(self) -> None:
+        if self.rng.random() < 0.5:
+            self.core.close()
+        else:
+            kill(self.core)
 
     def damage(self) -> None:
         files = sorted(self.folder.glob("segment-*"))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LADDER: list[list[set[str]]] = [
     [{"server.__main__"}, {"train"}],
     [{"server.cli"}],
-    [{"server.compile"}, {"server.doctor"}, {"server.supervise"}],
+    [{"server.admin_client"}, {"server.compile"}, {"server.doctor"}, {"server.supervise"}],
     [{"server.bench"}, {"server.settings_sources"}],
     [{"server.http"}, {"server.rpc"}],
     [{"server.http.schemas"}],
@@ -177,7 +177,7 @@ FLAT = {
         "lifeline",
         "batch",
     ],
-    "server": ["__main__", "cli", "compile", "settings", "settings_sources", "bundled", "doctor", "errors"],
+    "server": ["__main__", "admin_client", "cli", "compile", "settings", "settings_sources", "bundled", "doctor", "errors"],
 }
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 
 from engine.config import CacheConfig, EngineConfig, ModelLimits, SchedulerConfig
 from engine.core import Core
 from engine.errors import Aborted, EngineUnavailable, TidegateError
 from engine.fake import build_fake
-from engine.messages import EngineInfo, Submit
+from engine.messages import EngineInfo, Submit, TierName
 from engine.request import FinishReason, TokenEvent
 from server.engines.base import EngineHealth, error_of, size_of
 
@@ -142,6 +142,11 @@ class LocalEngine:
         self._streams[submit.request_id] = stream
         self._work.set()
         return stream
+
+    async def reset_cache(self, tiers: Collection[TierName]) -> dict[TierName, int]:
+        if self.unavailable is not None:
+            raise EngineUnavailable(f"engine 0 is not ready ({self.unavailable}): no cache was reset, try again later")
+        return self.core.reset_cache(tiers)
 
     def tend(self) -> None:
         """Let the disk tier go on without requests, as an idle engine does."""

@@ -100,7 +100,7 @@ class JsonBody(dict[str, Any]):
     The object keeps the pydantic model of the body, so that `server.http.openapi` can add the model's schema to the document.
     """
 
-    def __init__(self, model: type[BaseModel]) -> None:
+    def __init__(self, model: type[BaseModel], *, required: bool = True) -> None:
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-        super().__init__(requestBody={"required": True, "content": {"application/json": {"schema": schema}}})
+        super().__init__(requestBody={"required": required, "content": {"application/json": {"schema": schema}}})
         self.model = model

@@ -1,4 +1,4 @@
-"""Defines the bodies and answers of the small routes (tokens, models, health, version), and the error that every route can
+"""Defines the bodies and answers of the small routes (tokens, models, health, version, cache), and the error that every route can
 answer."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from engine.errors import InvalidRequest
+from engine.messages import TIER_NAMES, TierName
 from server.http.schemas.common import Schema, TokenIds
 from server.http.schemas.messages import ChatFields
 
@@ -97,6 +98,21 @@ class Health(BaseModel):
 
 class Version(BaseModel):
     version: str
+
+
+class CacheResetBody(Schema):
+    """The body of POST /cache/reset, which may be left out."""
+
+    tiers: Annotated[
+        list[TierName] | None,
+        Field(min_length=1, max_length=len(TIER_NAMES), description="The tiers to reset. All, if left out.", examples=[["gpu"]]),
+    ] = None
+
+
+class CacheResetResponse(BaseModel):
+    forgotten_blocks: dict[TierName, int] = Field(
+        description="How many blocks each of the tiers held, of all engines together. A tier that is off held none."
+    )
 
 
 class ErrorDetail(BaseModel):

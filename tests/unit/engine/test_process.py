@@ -16,8 +16,10 @@ from engine.errors import ConfigError
 from engine.fake import build_fake, expected_tokens
 from engine.messages import (
     Abort,
+    CacheReset,
     Heartbeat,
     Hello,
+    ResetCache,
     StepEvents,
     Submit,
     Welcome,
@@ -26,7 +28,7 @@ from engine.messages import (
     pack_tokens,
 )
 from engine.process import READ_BYTES_PER_STEP, READS_PER_STEP, CollectorPauses, EngineProcess
-from engine.request import FinishReason, SamplingParams
+from engine.request import CachedTokens, FinishReason, SamplingParams
 from tests.support.local_engine import CONFIG, LIMITS
 
 PARAMS = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
@@ -166,6 +168,31 @@ def test_a_worker_that_connects_again_can_use_its_request_ids_at_once(start, abo
     again.send(submit([7, 8]))
     assert isinstance(again.receive(), Welcome)
     assert again.receive_events("r") == (expected_tokens([7, 8], 40, PARAMS, 0, LIMITS), FinishReason.LENGTH)
+
+
+def test_a_reset_is_answered_between_two_steps_and_running_requests_go_on(start):
+    engine = start(msgspec.structs.replace(CONFIG, fake=FakeConfig(step_ms=1.0)))
+    worker = engine.connect()
+    prompt = list(range(2, 66))
+    all_tokens = expected_tokens(prompt, 40, PARAMS, 0, LIMITS)
+    worker.send(submit(prompt, "before"))
+    assert worker.receive_events("before")[1] is FinishReason.LENGTH
+    worker.send(submit(prompt, "running"))
+    while not isinstance(first := worker.receive(), StepEvents):
+        pass
+    assert first.events[0].cached == CachedTokens(gpu=48)
+    worker.send(ResetCache(7, ["gpu", "host"]))
+    tokens, answer = list(first.events[0].tokens), None
+    while answer is None:
+        message = worker.receive()
+        answer = message if isinstance(message, CacheReset) else None
+        tokens += message.events[0].tokens if isinstance(message, StepEvents) else []
+    assert (answer.number, answer.blocks) == (7, {"gpu": 6, "host": 0})  # the prompt, and 39 tokens behind it
+    tokens += worker.receive_events("running")[0]
+    assert tokens == all_tokens
+    worker.send(submit(prompt, "after"))
+    assert worker.receive_events("after") == (all_tokens, FinishReason.LENGTH)
+    assert engine.core.stats().cached_tokens == 48
 
 
 def test_reading_messages_runs_no_step(start):

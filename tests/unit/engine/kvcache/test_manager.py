@@ -4,7 +4,7 @@ import pytest
 
 from engine.errors import InternalError
 from engine.kvcache.manager import KVCacheManager
-from engine.plan import BlockCopy, gpu
+from engine.plan import BlockCopy, Tier, gpu
 from engine.request import Request, SamplingParams
 
 
@@ -207,3 +207,37 @@ def test_check_finds_a_lost_block_and_a_shared_block_that_would_be_written():
     first.num_computed = 4
     with pytest.raises(InternalError):
         manager.check([first])
+
+
+@pytest.mark.parametrize("match", [True, False])
+def test_after_a_reset_a_running_request_goes_on_and_publishes_nothing_more(match):
+    manager = KVCacheManager(20, 4)
+    request = make_request(list(range(14)), "running")
+    assert manager.admit(request, match=match)
+    request.num_computed = 6
+    if match:
+        manager.publish(request)
+    assert manager.reset([Tier.GPU]) == {Tier.GPU: int(match)}
+    request.num_computed = 14
+    manager.publish(request)
+    other = make_request(list(range(14)), "other")
+    assert (manager.num_cached, manager.match(other), manager.next_digest(request)) == (0, 0, None)
+    manager.release(request)
+    assert (manager.num_cached, manager.num_used) == (0, 0)
+    manager.check([])
+
+    again = computed(manager, list(range(14)), "again")
+    assert (again.num_computed, manager.num_cached, manager.match(other)) == (14, 3, 3)
+    manager.check([again])
+
+
+def test_a_waiting_request_forgets_what_it_was_matched_with_before_a_reset():
+    manager = KVCacheManager(20, 4)
+    first = computed(manager, list(range(14)), "first")
+    waiting = make_request(list(range(14)), "waiting")
+    assert manager.match(waiting) == 3
+    manager.reset([Tier.GPU])
+    assert manager.admit(waiting)
+    assert waiting.num_computed == 0
+    assert not set(waiting.blocks) & set(first.blocks)
+    manager.check([first, waiting])

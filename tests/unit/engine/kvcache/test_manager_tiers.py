@@ -160,6 +160,46 @@ def test_a_withdrawal_reaches_the_host_and_what_is_loaded(when):
     assert request.num_computed == 0
 
 
+def test_a_reset_of_one_tier_leaves_the_other():
+    manager = demoted()
+    request = make_request(A, "again")
+    manager.load(request)
+    settle(manager)
+    assert manager.reset([Tier.HOST]) == {Tier.HOST: 4}
+    assert (manager.match(request), len(manager.tiers.host)) == (4, 0)
+    manager.check([])
+    assert manager.reset([Tier.HOST, Tier.GPU]) == {Tier.HOST: 0, Tier.GPU: 4}
+    assert (manager.match(request), manager.reach(request), manager.num_held(request), manager.num_free) == (0, 0, 0, 8)
+    manager.check([])
+
+    manager = demoted()
+    manager.release(computed(manager, [1, 2, 3, 4, 5], "other"))
+    assert manager.reset([Tier.GPU]) == {Tier.GPU: 1}
+    assert manager.reach(make_request(A, "again")) == 4
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_what_is_moving_during_a_reset_is_dropped_when_it_arrives(ok):
+    manager = demoted()
+    request = make_request(A, "again")
+    manager.load(request)
+    manager.reset([Tier.GPU, Tier.HOST])
+    assert manager.is_loading(request)
+    manager.check([])
+    assert settle(manager, ok=ok) == [request]
+    assert (len(manager.tiers.host), manager.num_cached, manager.num_held(request), manager.num_free) == (0, 0, 0, 8)
+
+    manager.release(computed(manager, A, "down"))
+    evict_free_blocks(manager)
+    manager.reset([Tier.GPU, Tier.HOST])
+    assert manager.num_moving > 0
+    settle(manager, ok=ok)
+    assert (len(manager.tiers.host), manager.num_moving) == (0, 0)
+    manager.check([])
+    assert manager.admit(request)
+    assert request.num_computed == 0
+
+
 def test_the_end_of_a_prefix_leaves_the_host_before_its_beginning():
     manager = demoted(slots=4)
     request = make_request(A, "again")

@@ -1,9 +1,11 @@
 """Tests of EngineClient with two engines: which engine a request goes to, and how streams move when an engine is lost."""
 
+import asyncio
+
 import pytest
 
-from engine.errors import ContextTooLong
-from engine.messages import Abort, EngineStats, Heartbeat, Submit, Welcome
+from engine.errors import ContextTooLong, EngineUnavailable
+from engine.messages import Abort, CacheReset, EngineStats, Heartbeat, ResetCache, Submit, Welcome
 from engine.request import FinishReason
 from tests.support.clock import Clock
 from tests.support.engine_client import engine_client
@@ -241,3 +243,52 @@ class TestContextsThatDiffer:
         assert await read_until(stream, 3) == [11, 12, 13]
         with pytest.raises(ContextTooLong, match="context of 6 tokens"):
             await next_event(stream)
+
+
+async def answer_reset(engine, tiers, **blocks):
+    message = await engine.receive(ResetCache)
+    assert message.tiers == tiers
+    engine.send(CacheReset(message.number, blocks))
+
+
+async def test_a_reset_adds_up_the_blocks_of_all_engines(client, engines):
+    for _ in range(2):
+        reset = asyncio.create_task(client.reset_cache(["gpu", "host"]))
+        await answer_reset(engines[0], ["gpu", "host"], gpu=3, host=0)
+        await answer_reset(engines[1], ["gpu", "host"], gpu=4, host=5)
+        assert await reset == {"gpu": 7, "host": 5}
+
+
+async def test_no_cache_is_reset_while_an_engine_is_not_ready(client, engines):
+    await lose(client, engines[1])
+    with pytest.raises(EngineUnavailable, match=r"engine 1 is not ready \(the engine is restarting\): no cache was reset"):
+        await client.reset_cache(["gpu"])
+    await engines[0].receives_nothing_else(client)
+
+
+async def test_a_reset_names_the_engine_that_is_lost_meanwhile(client, engines):
+    reset = asyncio.create_task(client.reset_cache(["gpu"]))
+    await answer_reset(engines[0], ["gpu"], gpu=3)
+    await engines[1].receive(ResetCache)
+    await lose(client, engines[1])
+    with pytest.raises(EngineUnavailable, match="engine 1 was lost before it answered: its cache may not be reset"):
+        await reset
+
+
+async def test_a_reset_names_the_engine_that_does_not_answer_in_time(engines):
+    client = engine_client([engine.endpoint for engine in engines], stall_timeout_s=0.2)
+    await client.start()
+    for engine in engines:
+        await engine.accept()
+    await until(lambda: len(client._live_links()) == 2, "both engines are live")
+    reset = asyncio.create_task(client.reset_cache(["gpu"]))
+    await answer_reset(engines[1], ["gpu"], gpu=3)
+    late = await engines[0].receive(ResetCache)
+    with pytest.raises(EngineUnavailable, match=r"engine 0 did not answer within 0\.2 s"):
+        await reset
+    engines[0].send(CacheReset(late.number, {"gpu": 1}))  # too late, and harmless
+    reset = asyncio.create_task(client.reset_cache(["gpu"]))
+    await answer_reset(engines[0], ["gpu"], gpu=8)
+    await answer_reset(engines[1], ["gpu"], gpu=2)
+    assert await reset == {"gpu": 10}
+    await client.close()
