@@ -14,29 +14,21 @@ import argparse
 import datetime
 import hashlib
 import json
-import mmap
 import os
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from engine.kvcache.disk.index import Reserved
-from engine.kvcache.disk.outcome import Outcome
+from engine.kvcache.disk.rates import AHEAD, make_digests, measure, move, open_store, random_buffer, sync
 from engine.kvcache.disk.records import RecordFormat
-from engine.kvcache.disk.settings import DiskSettings
-from engine.kvcache.disk.store import DiskStore
 from loadtest.bench import commit
 
 SIZES = (8 << 20, 2 << 20, 256 << 10)  # bytes of a record
 THREADS = (1, 4, 8)
-AHEAD = 2  # moves on their way, for each thread
 
 
 def main() -> None:
@@ -71,54 +63,25 @@ def _cell(folder: Path, size: int, threads: int, direct: bool, total: int) -> di
     """Write and read `total` bytes of records. Returns GB/s, and milliseconds that a record takes in its thread."""
     number = max(total // size, 2 * AHEAD * threads)
     shutil.rmtree(folder, ignore_errors=True)
-    store = _open(folder, size, number, threads, direct)
-    buffers = [_random(size) for _ in range(AHEAD * threads)]
-    digests = _digests(number)
-    io = "direct" if store.files.is_direct else "plain"
-    began = time.perf_counter()
-    _move(store, digests, buffers, is_read=False)
-    _sync(folder)
-    written = time.perf_counter()
-    random.Random(1).shuffle(digests)
-    read_from = time.perf_counter()
-    _move(store, digests, buffers, is_read=True)
-    read = time.perf_counter()
-    seconds = store.counts.seconds
-    store.close()
+    rates = measure(folder, size, number, num_threads=threads, direct=direct)
     shutil.rmtree(folder)
-    gigabytes = number * size / 1e9
     found: dict[str, float | str] = {
-        "io": io,
-        "write_gb_s": gigabytes / (written - began),
-        "read_gb_s": gigabytes / (read - read_from),
+        "io": "direct" if rates.is_direct else "plain",
+        "write_gb_s": rates.write_gb_s,
+        "read_gb_s": rates.read_gb_s,
     }
-    return {**found, **{f"{kind}_ms": 1e3 * spent / number for kind, spent in seconds.items()}}
-
-
-def _open(folder: Path, size: int, number: int, threads: int, direct: bool) -> DiskStore:
-    """Return a store with room for `number` records that has ended its scan."""
-    stride = RecordFormat(size, b"", bytes(32)).stride
-    settings = DiskSettings(
-        folder=folder,
-        max_bytes=(number + 1) * stride + number * 4096,
-        num_threads=threads,
-        direct=direct,
-    )
-    store = DiskStore(settings, size, b"bench")
-    while not store.is_scanned:
-        store.poll(1.0)
-    return store
+    return {**found, **{f"{kind}_ms": 1e3 * seconds for kind, seconds in rates.seconds.items()}}
 
 
 def _scan(folder: Path) -> int:
     """Return how many headers a second a start finds, of 20,000 records that are not in the page cache."""
     size, number = 4096, 20_000
-    store = _open(folder, size, number, 4, True)
-    _move(store, _digests(number), [_random(size) for _ in range(32)], is_read=False)
+    store = open_store(folder, size, number)
+    move(store, make_digests(number), [random_buffer(size) for _ in range(32)], is_read=False)
     store.close()
-    _sync(folder)
+    sync(folder)
     began = time.perf_counter()
-    store = _open(folder, size, number, 4, True)
+    store = open_store(folder, size, number)
     seconds = time.perf_counter() - began
     if len(store.index) != number:
         raise SystemExit("the scan did not find all records: the benchmark is wrong")
@@ -129,7 +92,7 @@ def _scan(folder: Path) -> int:
 
 def _checksums() -> dict[str, float]:
     """Return GB/s at which one thread sums a payload as records do, and as a keyed BLAKE2b of all of it would."""
-    payload = _random(SIZES[0])
+    payload = random_buffer(SIZES[0])
     form = RecordFormat(len(payload), b"", bytes(32))
     sums: dict[str, Callable[[], object]] = {
         "sum_gb_s": lambda: form.encode(bytes(16), bytes(16), 1, payload),
@@ -142,51 +105,6 @@ def _seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-def _digests(number: int) -> list[bytes]:
-    return [hashlib.blake2b(i.to_bytes(8, "little"), digest_size=16).digest() for i in range(number)]
-
-
-def _sync(folder: Path) -> None:
-    """Wait until all segment files are on the disk, and remove them from the page cache."""
-    for path in folder.glob("segment-*"):
-        with path.open("rb") as file:
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _move(store: DiskStore, digests: Iterable[bytes], buffers: list[memoryview], *, is_read: bool) -> None:
-    """Move all records through `buffers`, as many at a time as there are. Ends the process if one fails."""
-    free, held = list(buffers), dict[bytes, memoryview]()
-    waiting = iter(digests)
-    digest = next(waiting, None)
-    while digest is not None or held:
-        while digest is not None and free:
-            held[digest] = free.pop()
-            if is_read:
-                slot = store.find(digest)
-                if slot is None:
-                    raise SystemExit("a record that was written is not found: the benchmark is wrong")
-                store.index.pin(slot)
-                store.submit_read(slot, digest, held[digest])
-            else:
-                reserved = store.reserve(digest, digest)
-                if not isinstance(reserved, Reserved):
-                    raise SystemExit(f"a record is not written: {reserved}")
-                store.submit_write(reserved.slot, digest, digest, held[digest])
-            digest = next(waiting, None)
-        for move in store.poll(1.0):
-            if move.outcome is not Outcome.OK:
-                raise SystemExit(f"a {move.kind} failed: {move.outcome}")
-            free.append(held.pop(move.digest))
-
-
-def _random(size: int) -> memoryview:
-    """Return a buffer at the beginning of a page, with bytes that no disk can compress."""
-    buffer = memoryview(mmap.mmap(-1, size))
-    buffer[:] = np.random.default_rng(1).bytes(size)
-    return buffer
 
 
 def _middle(size: int, threads: int, rounds: list[dict[str, float | str]]) -> dict[str, int | float | str]:

@@ -115,8 +115,7 @@ def serve(settings: Settings) -> None:
 @with_settings(Settings.model_fields)
 def doctor(settings: Settings) -> None:
     """Report what this machine can run with these settings, and why it cannot run the rest."""
-    module = _load("server.doctor")
-    raise typer.Exit(module.report(module.examine(settings)))
+    raise typer.Exit(_load("server.findings").report(_load("server.doctor").examine(settings)))
 
 
 @app.command()

@@ -15,36 +15,25 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from engine.config import ModelLimits, check
 from engine.errors import CheckpointError, ConfigError
 from engine.models.families import read_spec
 from engine.models.generation import GenerationDefaults, read_generation_defaults
 from server.bundled import bundled_checkpoint
+from server.doctor_tiers import tiers
+from server.findings import Finding, State
 from server.settings import Settings
 from server.settings_sources import in_settings_names
 from server.text.tokenizer import Tokenizer
-
-State = Literal["ok", "missing", "note"]  # "missing" means that `serve` would not start
 
 NEEDED = ("torch", "safetensors", "tokenizers", "msgspec", "zmq", "fastapi", "uvicorn", "uvloop", "grpc", "prometheus_client")
 OPTIONAL = {"triton": "faster kernels on a CUDA device"}  # name of an optional package -> its purpose
 LOW_DISK_BYTES = 1 << 30  # the report has a note if the disk has less free space than this
 TORCH_SECONDS = 120  # time that the probe process has to import torch and to print its answer
-
-
-class Finding(NamedTuple):
-    """Holds one row of the doctor's report: what was checked, whether it is ok, and the details."""
-
-    what: str
-    state: State
-    text: str
 
 
 class TorchDevice(msgspec.Struct, frozen=True):
@@ -82,31 +71,12 @@ def examine(settings: Settings) -> list[Finding]:
         _disk(),
         *checkpoint.findings,
         *_engine(checkpoint, answer),
+        *_tiers(checkpoint, answer),
         _port("HTTP port", settings.host, settings.port),
         _port("gRPC port", settings.host, settings.grpc_port),
         _port("admin port", settings.admin_host, settings.admin_port),
         *_optional(),
     ]
-
-
-def report(findings: list[Finding]) -> int:
-    """Print the findings, as a table at a terminal and else as plain lines. Returns the exit code: 1 if something is missing."""
-    console = Console()
-    if console.is_terminal:
-        _print_table(console, findings)
-    else:
-        words = {"ok": "ok", "missing": "MISSING", "note": "-"}
-        for finding in findings:
-            sys.stdout.write(f"{words[finding.state]} {finding.what}: {finding.text}\n")
-    return int(any(finding.state == "missing" for finding in findings))
-
-
-def _print_table(console: Console, findings: list[Finding]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    marks = {"ok": "[green]ok[/]", "missing": "[red]MISSING[/]", "note": "[yellow]-[/]"}
-    for finding in findings:
-        table.add_row(marks[finding.state], escape(finding.what), escape(finding.text))
-    console.print(table)
 
 
 def _python() -> Finding:
@@ -170,6 +140,13 @@ def _engine(checkpoint: Checkpoint, answer: TorchAnswer | Finding) -> list[Findi
         return [Finding("engine", "note", f"the settings fit the model; its weights are not checked: {why}")]
     weights = "are random, as load_format is dummy" if settings.load_format == "dummy" else "have the right names and shapes"
     return [Finding("engine", "ok", f"the settings fit the model; its weights {weights}")]
+
+
+def _tiers(checkpoint: Checkpoint, answer: TorchAnswer | Finding) -> list[Finding]:
+    """Measure the tiers of the KV cache. There is nothing to measure with if the engine would not start."""
+    if checkpoint.limits is None or (isinstance(answer, TorchAnswer) and answer.problem is not None):
+        return []
+    return tiers(checkpoint.settings.engine_config(), has_torch=isinstance(answer, TorchAnswer))
 
 
 def _memory(settings: Settings, *, has_cuda: bool) -> Finding:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LADDER: list[list[set[str]]] = [
     [{"server.__main__"}, {"train"}],
     [{"server.cli"}],
-    [{"server.admin_client"}, {"server.compile"}, {"server.doctor"}, {"server.supervise"}],
+    [{"server.admin_client"}, {"server.compile"}, {"server.doctor", "server.doctor_tiers"}, {"server.supervise"}],
     [{"server.bench"}, {"server.settings_sources"}],
     [{"server.http"}, {"server.rpc"}],
     [{"server.http.schemas"}],
@@ -28,7 +28,7 @@ LADDER: list[list[set[str]]] = [
     [{"server.metrics"}],
     [{"server.engines"}, {"server.text"}],
     [{"server.settings"}],
-    [{"server.errors"}, {"server.bundled"}],
+    [{"server.errors"}, {"server.bundled"}, {"server.findings"}],
     [{"engine.process"}, {"engine.llm"}],
     [{"engine.core"}],
     [{"engine.scheduler"}, {"engine.device"}, {"engine.fake", "engine.fake_blocks", "engine.fake_device"}],
@@ -177,7 +177,19 @@ FLAT = {
         "lifeline",
         "batch",
     ],
-    "server": ["__main__", "admin_client", "cli", "compile", "settings", "settings_sources", "bundled", "doctor", "errors"],
+    "server": [
+        "__main__",
+        "admin_client",
+        "cli",
+        "compile",
+        "settings",
+        "settings_sources",
+        "bundled",
+        "doctor",
+        "doctor_tiers",
+        "errors",
+        "findings",
+    ],
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server import doctor
+from server.findings import Finding, report
 from server.settings import Settings
 from tests.support.tiny_checkpoint import write_tiny_checkpoint
 
@@ -130,6 +131,6 @@ def test_packages_that_no_code_uses_are_not_listed(torch, model):
 
 def test_a_pipe_gets_one_line_for_each_finding_without_padding(capsys):
     long = "word " * 60 + "[end]"
-    code = doctor.report([doctor.Finding("model", "missing", long), doctor.Finding("disk", "note", "some")])
+    code = report([Finding("model", "missing", long), Finding("disk", "note", "some")])
     assert code == 1
     assert capsys.readouterr().out == f"MISSING model: {long}\n- disk: some\n"
