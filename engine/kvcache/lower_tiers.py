@@ -144,7 +144,7 @@ class LowerTiers:
             digest = self.host.moving(number).digest
             self.host.arrived(number, ok=ok)
             if self.saves is not None:
-                self.saves.host_arrived(digest)
+                self.saves.host_arrived(digest, ok=ok)
         self.loads.feed()
         return [request for request in ended if request is not None]
 

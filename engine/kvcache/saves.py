@@ -2,6 +2,7 @@
 
     wanted      the block was matched by a second request, or belongs to a request that has finished
     arriving    the host lacks it, so it is copied there from the device
+    ready       it has arrived in the host, and is written before others are copied
     writing     the disk tier writes it from the host, whose slot is pinned meanwhile
 
 A block that is nowhere any more when its turn comes is not saved. Nothing waits for a save.
@@ -10,8 +11,9 @@ A block that is nowhere any more when its turn comes is not saved. Nothing waits
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from engine.kvcache.chain import Entry
 from engine.kvcache.disk.write_policy import Refusal
 from engine.kvcache.disk_tier import DiskTier
 from engine.kvcache.host_tier import HostTier, Slot
@@ -20,7 +22,7 @@ from engine.kvcache.prefix import PrefixIndex
 from engine.plan import gpu
 
 MAX_WANTED = 1 << 16
-MAX_AT_ONCE = 64  # wanted blocks that one call looks at
+MAX_AT_ONCE = 64  # blocks that one call looks at
 MAX_ARRIVING = 64  # copies from the device to the host at a time
 PAUSE_SECONDS = 0.01  # after a refusal, until the store is asked again
 
@@ -33,43 +35,50 @@ class Saves:
         self._moves = moves
         self._wanted: OrderedDict[bytes, bytes] = OrderedDict()  # digest -> family
         self._arriving: dict[bytes, bytes] = {}
+        self._ready: OrderedDict[bytes, bytes] = OrderedDict()
         self._writing: dict[int, Slot] = {}  # by the host's slot number
         self._ask_at = 0.0
         self.num_dropped = 0  # wanted blocks that were not written
 
     def __len__(self) -> int:
         """Return how many blocks are to be written and are not written yet."""
-        return len(self._wanted) + len(self._arriving) + len(self._writing)
+        return len(self._wanted) + len(self._arriving) + len(self._ready) + len(self._writing)
 
-    def want(self, digests: Iterable[bytes], family: bytes) -> None:
-        """Ask for the published blocks of a prefix to be written, and count those that are on disk as used."""
-        for digest in digests:
-            entry = self._index.find(digest)
-            if entry is None or digest in self._arriving or self._disk.has(digest, self._index.mask(entry.block)):
-                continue
-            if digest not in self._wanted and len(self._wanted) == MAX_WANTED:
-                self._wanted.popitem(last=False)
-                self.num_dropped += 1
+    def want(self, digests: Sequence[bytes], family: bytes) -> None:
+        """Ask for the published blocks of a prefix to be written, and count those that are on disk as used.
+
+        If too many are wanted, those at the end of the prefix are not saved: they are of no use without its beginning.
+        """
+        missing = [digest for digest in reversed(digests) if self._is_missing(digest)]
+        room = MAX_WANTED - len(self._wanted)
+        for digest in missing[::-1][:room]:
             self._wanted[digest] = family
+        self.num_dropped += max(0, len(missing) - room)
 
     def advance(self, now: float, *, has_news: bool) -> None:
         """Begin some of the saves that are wanted. After a refusal, that has to wait for news of the disk, or for a while."""
-        if not self._wanted or (now < self._ask_at and not has_news):
+        if not self._disk.is_on or (now < self._ask_at and not has_news):
             return
-        for _ in range(min(MAX_AT_ONCE, len(self._wanted))):
-            digest, family = next(iter(self._wanted.items()))
+        for _ in range(MAX_AT_ONCE):
+            queue = self._ready or self._wanted
+            if not queue:
+                return
+            digest, family = next(iter(queue.items()))
             if not self._begin(digest, family):
                 self._ask_at = now + PAUSE_SECONDS
                 return
-            self._wanted.pop(digest)
+            del queue[digest]
 
-    def host_arrived(self, digest: bytes) -> None:
+    def host_arrived(self, digest: bytes, *, ok: bool) -> None:
         """Note that content has arrived in the host, or failed to."""
         family = self._arriving.pop(digest, None)
-        if family is not None:
-            self._wanted[digest] = family
-            self._wanted.move_to_end(digest, last=False)
+        if family is None:
+            return
+        if ok:
+            self._ready[digest] = family
             self._ask_at = 0.0
+        else:
+            self.num_dropped += 1
 
     def written(self, host_slot: int, *, ok: bool) -> None:
         """Note the end of a write from a slot of the host."""
@@ -77,19 +86,28 @@ class Saves:
         self.num_dropped += not ok
 
     def withdraw(self, family: bytes) -> None:
-        for wanted in (self._wanted, self._arriving):
-            for digest in [digest for digest, other in wanted.items() if other == family]:
-                del wanted[digest]
+        """Want no block of a family any more, because their content may be wrong."""
+        for blocks in (self._wanted, self._arriving, self._ready):
+            for digest in [digest for digest, other in blocks.items() if other == family]:
+                del blocks[digest]
 
     def clear(self) -> None:
         """Want nothing any more. What is being written is still written."""
-        self._wanted.clear()
-        self._arriving.clear()
+        for blocks in (self._wanted, self._arriving, self._ready):
+            blocks.clear()
+
+    def _is_missing(self, digest: bytes) -> bool:
+        """Return whether a block is published, not on its way to the disk and not there. If it is there, it counts as used."""
+        entry = self._index.find(digest)
+        if entry is None or digest in self._wanted or digest in self._arriving or digest in self._ready:
+            return False
+        return not self._disk.has(digest, self._index.mask(entry.block))
 
     def _begin(self, digest: bytes, family: bytes) -> bool:
         """Begin to save a block, or find that it cannot be. Returns False if it must be tried again later."""
-        if not self._host.has(digest):
-            return self._copy_to_host(digest, family)
+        entry = self._index.find(digest)
+        if not self._host.touch(digest, 0 if entry is None else self._index.mask(entry.block)):
+            return self._copy_to_host(digest, family, entry)
         slot = self._host.find(digest)
         if slot is None:  # it is on its way to the host
             self._arriving[digest] = family
@@ -100,12 +118,11 @@ class Saves:
             self._writing[slot.number] = slot
         return refusal in (None, Refusal.PRESENT)
 
-    def _copy_to_host(self, digest: bytes, family: bytes) -> bool:
-        entry = self._index.find(digest)
+    def _copy_to_host(self, digest: bytes, family: bytes, entry: Entry | None) -> bool:
         if entry is None:
             self.num_dropped += 1
             return True
-        if len(self._arriving) >= MAX_ARRIVING or not self._disk.is_on:
+        if len(self._arriving) >= MAX_ARRIVING:
             return False
         slot = self._host.take(digest, family, self._index.mask(entry.block))
         if slot is None:
