@@ -71,11 +71,14 @@ class DiskTier:
         return self._store.takes_reads
 
     def find(self, digest: bytes) -> DiskRecord | None:
-        """Return the fullest record of this content. `pin` it before any other call."""
+        """Return the fullest record of this content that is not being read. `pin` it before any other call.
+
+        A second read of one record could not be told from the first one by its end.
+        """
         for mask in self._masks:
             key = _key(digest, mask)
             slot = self._store.find(key)
-            if slot is not None:
+            if slot is not None and (Kind.READ, slot) not in self._host_slots:
                 return DiskRecord(slot, key, mask)
         return None
 
