@@ -112,6 +112,8 @@ class Saves:
         if slot is None:  # it is on its way to the host
             self._arriving[digest] = family
             return True
+        if slot.number in self._writing:  # the record that is being written was forgotten meanwhile
+            return False
         refusal = self._disk.write(digest, family, slot.mask, slot.number)
         if refusal is None:
             self._host.pin(slot)

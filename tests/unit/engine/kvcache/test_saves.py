@@ -3,7 +3,7 @@
 import pytest
 
 from engine.kvcache import saves
-from engine.plan import PER_TOKEN, PoolKind
+from engine.plan import PER_TOKEN, PoolKind, Tier
 from tests.support.tier_rig import Gate
 
 A = list(range(100, 117))  # four full blocks and one token
@@ -188,6 +188,22 @@ def test_a_family_that_is_withdrawn_is_not_saved(rig_in, when):
     assert rig.on_disk(digests) == [0, 1, 2, 3]
     rig.close()
     assert rig_in().on_disk(digests) == [0, 1, 2, 3]
+
+
+def test_a_block_that_is_being_written_when_the_disk_is_cleared_is_written_again_later(rig_in):
+    rig = rig_in()
+    gate = Gate(rig, "write")
+    digests = rig.finish(A)
+    rig.tend()
+    rig.arrive()
+    rig.tend()
+    rig.tiers.clear(Tier.DISK)
+    rig.finish(A)
+    rig.tend()
+    assert rig.disk.store.num_writing == 4
+    gate.open()
+    rig.settle()
+    assert rig.on_disk(digests) == [0, 1, 2, 3]
 
 
 def test_nothing_is_copied_for_a_disk_that_is_off_and_it_is_saved_when_it_is_on_again(rig_in, tmp_path):
