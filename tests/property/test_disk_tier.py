@@ -30,6 +30,7 @@ class DiskWorkload(TieredWorkload):
     """The disk tier lies in a folder that outlives the engines. With `faults`, it is damaged now and then."""
 
     block_bytes = PAGE
+    aborted_share = 0.02  # a load from the disk takes many steps
 
     def __init__(self, rng: random.Random, folder: Path, *, overlap: bool, faults: bool = False) -> None:
         self.folder = folder / "kv"
@@ -61,7 +62,11 @@ class DiskWorkload(TieredWorkload):
         elif action < 0.29 and self.faults:
             self.damage()
         elif action < 0.31:
+            self.wait_for_disk()  # time that passes during a read makes it a slow one
             self.time.now += 6.0  # a disk that is off is tried again
+        elif action < 0.6:
+            self.wait_for_disk()
+            self.step()
         else:
             self.step()
         self.check()
@@ -72,6 +77,11 @@ class DiskWorkload(TieredWorkload):
         assert disk.blocks_used <= disk.blocks_limit <= self.records
         assert sum(path.stat().st_size for path in self.folder.glob("segment-*")) <= PAGE + self.records * RECORD
         assert self.reported.disk <= disk.cached_tokens
+
+    def wait_for_disk(self) -> None:
+        """Let all reads and writes end that are under way. How many of them end otherwise depends on the machine."""
+        while not self.core._disk.is_idle:
+            self.scheduler.tend(0.01)
 
     def restart(self) -> None:
         """End the engine, in order or as if it had been killed, and continue its requests in a new one."""
@@ -157,7 +167,7 @@ def test_random_operations_over_three_tiers_with_restarts(overlap, tmp_path):
         workload.run(300)
         seen += workload.seen
     expected = ("restarts", "written", "read", "evicted", "tokens", "decided to load", "decided to part", "decided to gave_up")
-    assert min(seen[name] for name in expected) > 10, seen
+    assert min(seen[name] for name in expected) > 5, seen
     assert not seen["dropped"], seen
 
 

@@ -29,6 +29,7 @@ class TieredWorkload(Workload):
 
     kinds = PER_TOKEN
     block_bytes = 1000
+    aborted_share = 0.2  # of the steps during a load in which a request that loads is aborted
 
     def make_core(self) -> Core:
         """Choose the sizes of the tiers and the speed of moves, and make the first Core."""
@@ -73,7 +74,7 @@ class TieredWorkload(Workload):
     def step(self) -> None:
         super().step()
         loading = [request.request_id for request in self.scheduler._queue if self.scheduler.cache.is_loading(request)]
-        if loading and self.rng.random() < 0.2:
+        if loading and self.rng.random() < self.aborted_share:
             self.aborted_loads += 1
             self.core.abort(self.rng.choice(loading))
 
