@@ -21,6 +21,9 @@ import torch
 LayerPools = dict[str, torch.Tensor]
 """The per-token pools of a layer by name, each [num_blocks, block_size, *shape]: K and V, an MLA latent, indexer keys, scales."""
 
+HOST = "host "
+"""A layer of a spilled step has each pool twice: "host k" is pool "k" in the host tier, [num_slots, block_size, *shape]."""
+
 Upload = Callable[[Sequence[npt.NDArray[Any]]], list[torch.Tensor]]
 """Copies host arrays to the device without waiting for the device. An `Uploader` is one."""
 
@@ -59,6 +62,8 @@ class ForwardBatch:
     `by_length` marks a mixed step captured in a CUDA graph. Its lengths change from replay to replay, and only the device knows
     them: `query_starts` alone tells decodes (one token each) from chunks, `num_decodes` is 0, and the lists on the host are
     empty.
+
+    A spilled step has one query, whose first blocks lie in the host tier. Only `attention/spilled.py` serves it.
     """
 
     token_ids: torch.Tensor  # [T] int64: id of each token
@@ -73,6 +78,7 @@ class ForwardBatch:
     kv: list[LayerPools]  # the KV pools of each layer
     by_length: bool = False
     read: Read | None = None  # None: the hidden states of all tokens are read
+    spilled: torch.Tensor | None = None  # [n] int64, on the CPU: slots with the first n blocks; `block_tables` has the others
 
     @property
     def num_tokens(self) -> int:
@@ -104,6 +110,7 @@ class ForwardBatch:
                 query_lens_host=[1] * num,
                 kv_lens_host=kv_lens_host,
                 kv=self.kv,
+                spilled=self.spilled,
             ),
         )
 

@@ -34,6 +34,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory_fraction: float = 0.9  # GPU: share of the memory that is free once the weights are loaded
     host_bytes: int = 4 << 30  # CPU: bytes of the KV cache; a page of memory is used once it is written to
     prefix_caching: bool = True
+    # Newest tokens that stay in the device at least, of a request whose context is larger than the device's cache
+    resident_tokens: int = 1024
     # Host memory for blocks that are evicted from the device, from where they come back; 0: none. None: none without a disk tier,
     # and HOST_BYTES_FOR_DISK with one, whose records pass through it.
     host_tier_bytes: int | None = None
@@ -148,23 +150,39 @@ def resolve(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> Eng
     )
 
 
-def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None) -> EngineConfig:
+def fit_cache(config: EngineConfig, num_blocks: int, *, asked: int | None, spill_bytes: int | None = None) -> EngineConfig:
     """Return the resolved `config` for a cache of `num_blocks`, with max_model_len reduced to what the cache can hold.
 
-    One request must fit into the cache alone. Raises ConfigError if `asked`, the operator's own max_model_len, does not fit.
+    One request must fit into the cache alone, or into the cache and the host tier if `asked`, the operator's own max_model_len,
+    says so. `spill_bytes` is the size of a block that lies in the host tier; None: contexts cannot continue there.
+    Raises ConfigError if `asked` does not fit.
     """
     size = config.cache.block_size
     held = num_blocks * size
     if asked is not None and asked > held:
-        raise ConfigError(
-            f"max_model_len is {asked}, but the KV cache holds {held} tokens ({num_blocks} blocks of {size}): "
-            "set a smaller max_model_len, or give the cache more memory",
-            param="max_model_len",
-        )
+        _check_spill(config, num_blocks, asked, spill_bytes)
+        held = asked
     return msgspec.structs.replace(
         config,
         max_model_len=min(config.max_model_len or held, held),
         cache=msgspec.structs.replace(config.cache, num_blocks=num_blocks),
+    )
+
+
+def _check_spill(config: EngineConfig, num_blocks: int, asked: int, spill_bytes: int | None) -> None:
+    """Raise ConfigError unless cache and host tier together hold a context of `asked` tokens, more than the cache holds."""
+    size, remedy, beside = config.cache.block_size, "set a smaller max_model_len, or give the cache more memory", ""
+    if spill_bytes is not None:
+        slots, each = host_slots(config, spill_bytes), host_stride(config, spill_bytes)
+        missing = -(-asked // size) - num_blocks
+        if missing <= slots:
+            return
+        beside = f", and the host tier {slots * size} more (cache.host_tier_bytes is {config.cache.host_tier_bytes})"
+        remedy += f", or set cache.host_tier_bytes to at least {missing * each}"
+    raise ConfigError(
+        f"max_model_len is {asked}, but the KV cache holds {num_blocks * size} tokens ({num_blocks} blocks of {size}){beside}: "
+        f"{remedy}",
+        param="max_model_len",
     )
 
 
@@ -205,6 +223,7 @@ def check(config: EngineConfig, limits: ModelLimits, *, has_cuda: bool) -> None:
     _at_least("cache.block_size", cache.block_size, 1)
     _at_least("cache.num_blocks", cache.num_blocks, 1)
     _at_least("cache.host_bytes", cache.host_bytes, 1)
+    _at_least("cache.resident_tokens", cache.resident_tokens, 1)
     _at_least("cache.host_tier_bytes", cache.host_tier_bytes, 0)
     _at_least("cache.disk_tier_bytes", cache.disk_tier_bytes, 0)
     _at_least("scheduler.max_num_seqs", sched.max_num_seqs, 1)

@@ -307,7 +307,8 @@ class Core:
     def _commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
         """Apply a step's result, and let the controller learn how long the step took."""
         self._device_seconds += result.device_seconds
-        if plan.rows:  # a plan that only moves blocks tells nothing about steps
+        # A plan that only moves blocks tells nothing about steps, and one of a spilled context nothing about ordinary ones.
+        if plan.rows and plan.spilled is None:
             self._latest_shape = StepShape.of(plan)
             self._controller.observe(self._latest_shape, result.device_seconds, self._clock())
         return self._scheduler.commit(plan, result)
@@ -318,7 +319,7 @@ class Core:
         if cache.num_moving:
             self._scheduler.arrived(self._runner.poll(POLL_SECONDS))
             return []
-        if cache.num_loading:
+        if cache.num_loading or (self._disk is not None and not self._disk.is_idle):
             self._scheduler.tend(POLL_SECONDS)
             return []
         if self._scheduler.has_requests:

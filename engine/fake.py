@@ -22,6 +22,7 @@ from engine.errors import ConfigError, InternalError
 from engine.fake_blocks import MASK, SimulatedBlocks, SliceOfRow, mix, record_bytes
 from engine.fake_device import SimulatedDevice, SimulatedMoves
 from engine.kvcache.host_memory import HostMemory
+from engine.kvcache.kinds import HitRule
 from engine.models.families import read_spec
 from engine.plan import (
     NO_CHOICE,
@@ -128,14 +129,13 @@ class FakeRunner:
     def submit(self, plan: StepPlan) -> PendingStep:
         self._moves.submit(plan)
         if self._only_token is not None:
-            seconds = self._device.seconds(plan)
+            seconds = self._seconds(plan)
             result = StepResult(plan.step, [self._only_token] * len(plan.samples), device_seconds=seconds)
             return FakeStep(result, self._device, self._device.submit(seconds))
         self._update_rows(plan)
         if self._blocks is not None:
-            slices = zip(map(self._rows.__getitem__, plan.rows), plan.starts, plan.nums, strict=True)
-            self._blocks.run(plan, [SliceOfRow(row.tokens, row.blocks, start, start + num) for row, start, num in slices])
-        seconds = self._device.seconds(plan)
+            self._blocks.run(plan, self._slices(plan))
+        seconds = self._seconds(plan)
         result = StepResult(plan.step, [], {}, {}, device_seconds=seconds)
         for index in self._with_prompt_logprobs(plan):
             result.prompt_logprobs[index] = self._prompt_logprobs(plan, index)
@@ -164,6 +164,18 @@ class FakeRunner:
             if len(row.blocks) != grown.length:
                 raise InternalError(f"row {grown.row} has {len(row.blocks)} blocks, the plan says {grown.length}")
             row.blocks += grown.blocks
+
+    def _slices(self, plan: StepPlan) -> list[SliceOfRow]:
+        slices = zip(map(self._rows.__getitem__, plan.rows), plan.starts, plan.nums, strict=True)
+        if plan.spilled is not None:
+            slots, blocks = plan.spilled
+            return [SliceOfRow(row.tokens, blocks, start, start + num, slots) for row, start, num in slices]
+        return [SliceOfRow(row.tokens, row.blocks, start, start + num, []) for row, start, num in slices]
+
+    def _seconds(self, plan: StepPlan) -> float:
+        """Return how long a step takes. If its context lies in the host in part, that is read first."""
+        num_read = 0 if plan.spilled is None else len(plan.spilled.slots)
+        return self._device.seconds(plan) + num_read * self._moves.block_seconds
 
     def _sample(self, plan: StepPlan, index: int, result: StepResult) -> None:
         row = self._rows[plan.rows[index]]
@@ -243,7 +255,9 @@ def build_fake(
         raise ConfigError(
             f"cache.num_blocks is {num_blocks}: the fake runner has at most {MAX_BLOCKS} blocks", param="cache.num_blocks"
         )
-    resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len)
+    can_spill = HitRule(kinds, config.cache.block_size).is_plain
+    spill_bytes = config.fake.block_bytes if can_spill else None
+    resolved = fit_cache(resolved, num_blocks, asked=config.max_model_len, spill_bytes=spill_bytes)
     costs = config.fake.cost_file and load_costs(config.fake.cost_file, setting="fake.cost_file")
     host = _host_memory(resolved, kinds)
     runner = FakeRunner(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from engine.errors import InternalError
 from engine.kvcache.host_memory import HostMemory
-from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, StepPlan, Tier
+from engine.plan import PER_TOKEN, Arrival, BlockCopy, Place, PoolKind, StepPlan, Tier, gpu, host
 
 MASK = (1 << 64) - 1
 HASH_BYTES = 8
@@ -27,12 +27,18 @@ Content = list[Record]
 
 
 class SliceOfRow(NamedTuple):
-    """A slice, with the tokens and the block table of its row."""
+    """A slice, with the tokens and the block table of its row. The first blocks may lie in slots of the host."""
 
     tokens: Sequence[int]
     blocks: list[int]
     start: int
     end: int
+    slots: list[int]
+
+    def place(self, index: int) -> Place:
+        """Return where a block of the row lies."""
+        in_host = index < len(self.slots)
+        return host(self.slots[index]) if in_host else gpu(self.blocks[index - len(self.slots)])
 
 
 class _Move(NamedTuple):
@@ -61,8 +67,9 @@ class SimulatedBlocks:
             raise InternalError("a row occurs twice in a step")
         prefixes = [_prefixes(one.tokens[: one.end]) for one in slices]
         for one, prefix in zip(slices, prefixes, strict=True):
-            if len(prefix) != one.end or one.end > len(one.blocks) * self._block_size:
-                raise InternalError(f"positions {one.start} to {one.end} of {len(one.tokens)} tokens in {len(one.blocks)} blocks")
+            num_blocks = len(one.slots) + len(one.blocks)
+            if len(prefix) != one.end or one.end > num_blocks * self._block_size:
+                raise InternalError(f"positions {one.start} to {one.end} of {len(one.tokens)} tokens in {num_blocks} blocks")
             self._read_states(one, prefix)
         for one, prefix in zip(slices, prefixes, strict=True):
             self._write(one, prefix)
@@ -72,19 +79,17 @@ class SimulatedBlocks:
     def _read_states(self, one: SliceOfRow, prefix: list[int]) -> None:
         for at, kind in enumerate(self._kinds):
             if kind.name == "state" and one.start:
-                block = one.blocks[(one.start - 1) // self._block_size]
-                if self._block(block)[at] != [prefix[one.start - 1]]:
-                    raise InternalError(
-                        f"block {block} does not hold the state before position {one.start} of the row that reads it"
-                    )
+                place = one.place((one.start - 1) // self._block_size)
+                if self._usable(place)[at] != [prefix[one.start - 1]]:
+                    raise InternalError(f"{place} does not hold the state before position {one.start} of the row that reads it")
 
     def _write(self, one: SliceOfRow, prefix: list[int]) -> None:
         for at, kind in enumerate(self._kinds):
             if kind.name == "state":
-                self._block(one.blocks[(one.end - 1) // self._block_size])[at] = [prefix[one.end - 1]]
+                self._written(one, one.end - 1)[at] = [prefix[one.end - 1]]
                 continue
             for position in range(one.start, one.end):
-                self._block(one.blocks[position // self._block_size])[at][position % self._block_size] = prefix[position]
+                self._written(one, position)[at][position % self._block_size] = prefix[position]
 
     def _read_tokens(self, one: SliceOfRow, prefix: list[int]) -> None:
         """Read what each token of the slice attends to: all tokens before it, or those of its window, which includes itself."""
@@ -92,10 +97,12 @@ class SimulatedBlocks:
             if kind.name == "state":
                 continue
             first = max(0, one.start + 1 - kind.window) if kind.name == "window" else 0
-            for position in range(first, one.end):
-                block = one.blocks[position // self._block_size]
-                if self._block(block)[at][position % self._block_size] != prefix[position]:
-                    raise InternalError(f"block {block} does not hold position {position} of the row that reads it")
+            for begin in range(first - first % self._block_size, one.end, self._block_size):
+                place = one.place(begin // self._block_size)
+                record = self._usable(place)[at]
+                for position in range(max(first, begin), min(one.end, begin + self._block_size)):
+                    if record[position - begin] != prefix[position]:
+                        raise InternalError(f"{place} does not hold position {position} of the row that reads it")
 
     def arrive(self, arrival: Arrival) -> None:
         """End a move. If it failed, its destination holds garbage."""
@@ -122,10 +129,18 @@ class SimulatedBlocks:
     def _garbage(self) -> Content:
         return [[None] if kind.name == "state" else [None] * self._block_size for kind in self._kinds]
 
-    def _block(self, block: int) -> Content:
-        if Place(Tier.GPU, block) in self._moves:
-            raise InternalError(f"block {block} is used before it is loaded")
-        return self._content[block]
+    def _written(self, one: SliceOfRow, position: int) -> Content:
+        """Return the content of the GPU block in which a slice writes a position."""
+        place = one.place(position // self._block_size)
+        if place.tier is not Tier.GPU:
+            raise InternalError(f"a step writes position {position} of a row to {place}")
+        return self._usable(place)
+
+    def _usable(self, place: Place) -> Content:
+        """Return the content of a place that a step uses."""
+        if place in self._moves:
+            raise InternalError(f"{place} is used before its content has arrived")
+        return self._at(place)
 
     def _at(self, place: Place) -> Content:
         if place.tier is Tier.GPU:

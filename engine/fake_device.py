@@ -92,7 +92,7 @@ class SimulatedMoves:
     """The moves of plans between tiers, one after the other over one link, and beside the steps. Some of them fail."""
 
     def __init__(self, simulated: FakeConfig, device: SimulatedDevice) -> None:
-        self._seconds = simulated.block_bytes / (simulated.host_gb_s * 1e9) if simulated.host_gb_s else 0.0
+        self.block_seconds = simulated.block_bytes / (simulated.host_gb_s * 1e9) if simulated.host_gb_s else 0.0
         self._failing = simulated.failing_moves
         self._random = random.Random(0).random
         self._device = device
@@ -102,7 +102,7 @@ class SimulatedMoves:
     def submit(self, plan: StepPlan) -> None:
         for copy in plan.copies:
             if copy.is_move:
-                self._free_at = self._device.after_steps(self._free_at, self._seconds) if self._seconds else 0.0
+                self._free_at = self._device.after_steps(self._free_at, self.block_seconds) if self.block_seconds else 0.0
                 self._under_way.append((self._free_at, copy.dst))
 
     def poll(self, seconds: float) -> list[Arrival]:

@@ -9,6 +9,7 @@ and which positions of which rows to run. The plan of a decode step of 256 reque
     grown       row 7 += [block 41]                          once per block_size tokens
     copies      block 41 := block 8                          forks, and moves between the tiers of the KV cache
     slices      row 7: positions [start, start + num)        every step
+    spilled     row 7: slots of the host, then blocks        every step of a row whose context is larger than the GPU's cache
     samples     indices of the slices whose last position yields a token
 """
 
@@ -96,13 +97,24 @@ class GrownRow(NamedTuple):
     blocks: list[int]
 
 
+class SpilledContext(NamedTuple):
+    """Where the KV of a row lies whose context is larger than the GPU's cache. Blocks in the host come before those in the GPU.
+
+    The row has no other block table. Every block in the host is full and has arrived there. The others have room for all
+    positions of the plan's slice.
+    """
+
+    slots: list[int]  # of the host
+    blocks: list[int]  # of the GPU
+
+
 class StepPlan(msgspec.Struct, gc=False):
     """Describes what the runner does in one step. `rows`, `starts` and `nums` are parallel lists with one entry per slice.
 
     The first `num_decodes` slices have one token each, the latest token of their row. The other slices are chunks of
     prompts, or of prompts and outputs that are computed again after a preemption. A row occurs at most once.
 
-    A plan may have copies and no slices.
+    A plan may have copies and no slices. If `spilled` is set, the plan has one slice, of the row whose context that is.
     """
 
     step: int
@@ -114,6 +126,7 @@ class StepPlan(msgspec.Struct, gc=False):
     admitted: list[AdmittedRow] = []
     grown: list[GrownRow] = []
     copies: list[BlockCopy] = []
+    spilled: SpilledContext | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -280,6 +280,7 @@ class Request:
         "sequence",
         "skips",
         "slo",
+        "spills",
         "stalled",
         "status",
         "stop_ids",
@@ -344,6 +345,7 @@ class Request:
         self.awaited = 0  # highest num_computed seen of a request that computes the prefix which this request waits for
         self.stalled = 0  # steps in which this request waited for its prefix and `awaited` did not grow
         self.scheduled_at: float | None = None
+        self.spills = False  # its tokens are more than the GPU's cache holds, so older blocks lie in the host tier while it runs
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt chunks computed so far, if requested
 
     @property

@@ -182,6 +182,12 @@ class Settings(BaseSettings):
         ge=0,
         description="Host memory for KV blocks that leave the device; 0: none. Unset: 1 GiB beside a disk tier, else none",
     )
+    resident_tokens: int = Field(
+        _CACHE.resident_tokens,
+        ge=1,
+        le=1 << 24,
+        description="Fewest newest tokens that stay on the device of a context larger than its cache; the host tier has the rest",
+    )
     disk_tier_folder: str | None = Field(
         _CACHE.disk_tier_folder, min_length=1, description="Folder for KV blocks on disk, which outlive the server; unset: none"
     )

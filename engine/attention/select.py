@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.attention.base import PagedAttention
+from engine.attention.spilled import SpilledGqa, SpilledMla
 from engine.attention.torch_gqa import TorchGqa
 from engine.attention.torch_mla import TorchMla
 from engine.batch import PoolSpec
@@ -23,21 +24,27 @@ MAX_HEAD_BYTES = 512  # most bytes of one head's K or V of a token: larger tiles
 
 
 class _Kind(NamedTuple):
-    """The plain torch and the Triton implementation of one kind of attention."""
+    """The implementations of one kind of attention: plain torch, plain torch over a spilled context, and Triton."""
 
     plain: Callable[[], PagedAttention[Any]]
+    spilled: Callable[[], PagedAttention[Any]]
     triton: tuple[str, str]  # module and class; the class is constructed with the number of multiprocessors
 
 
 _KINDS = {
-    frozenset({"k", "v"}): _Kind(TorchGqa, ("engine.attention.triton_gqa", "TritonGqa")),
-    frozenset({"latent"}): _Kind(TorchMla, ("engine.attention.triton_mla", "TritonMla")),
+    frozenset({"k", "v"}): _Kind(TorchGqa, SpilledGqa, ("engine.attention.triton_gqa", "TritonGqa")),
+    frozenset({"latent"}): _Kind(TorchMla, SpilledMla, ("engine.attention.triton_mla", "TritonMla")),
 }
 
 
 def plain(pools: list[PoolSpec]) -> PagedAttention[Any]:
     """Make the plain torch implementation for layers with KV pools `pools`. It runs on any device."""
     return _kind(pools).plain()
+
+
+def spilled(pools: list[PoolSpec]) -> PagedAttention[Any]:
+    """Make the implementation for steps whose context lies in the host tier in part. It runs on any device."""
+    return _kind(pools).spilled()
 
 
 def choose(device: torch.device, pools: list[PoolSpec], block_size: int) -> PagedAttention[Any]:

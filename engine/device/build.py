@@ -66,10 +66,12 @@ def build(config: EngineConfig, clock: StartupClock | None = None) -> BuiltRunne
     backend = _load(spec, config, device, clock)
     clock.end("weights")
     num_blocks = config.cache.num_blocks
-    fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=requested)
+    each = block_bytes(backend.kv_pools(), config.cache.block_size)
+    fitted = fit_cache(config, num_blocks or _num_blocks(backend, config, limits), asked=requested, spill_bytes=each)
     if fitted.max_model_len != (requested or limits.max_model_len):
         log.info(
-            "the context is limited to %d tokens, which the KV cache can hold; the model allows %d",
+            "the context is limited to %d tokens, which the KV cache can hold; the model allows %d. With a host tier, "
+            "max_model_len may be larger",
             fitted.max_model_len,
             limits.max_model_len,
         )

@@ -17,7 +17,7 @@ import torch
 
 from engine.batch import ForwardBatch, LayerPools, Upload
 from engine.errors import InternalError
-from engine.plan import GrownRow, StepPlan
+from engine.plan import GrownRow, SpilledContext, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -137,6 +137,37 @@ class Rows:
             tables = self.state.tables[:, :width].index_select(0, t[6])
             batch = replace(batch, read=batch.last_tokens(t[7], t[10], tables, kv_lens[slices.samples].tolist()))
         return PreparedStep(batch, t[6], t[7])
+
+    def spilled_batch(
+        self, plan: StepPlan, slices: Slices, context: SpilledContext, kv: list[LayerPools], *, all_read: bool = False
+    ) -> PreparedStep:
+        """Build the device tensors of a step of one slice, whose row's context is `context`. See `batch`."""
+        positions, num_before = self._positions(slices), len(context.slots)
+        block, offset = np.divmod(positions, self._block_size)
+        table = np.array(context.blocks, np.int64)
+        token_ids, from_device = self._tokens(slices)
+        last = slices.first[slices.samples + 1] - 1
+        arrays: list[npt.NDArray[Any]] = [token_ids, positions, table[block - num_before] * self._block_size + offset]
+        arrays += [slices.first.astype(np.int32), slices.ends.astype(np.int32), table.astype(np.int32)[None]]
+        arrays += [slices.rows, slices.rows[slices.samples], last]
+        ids, positions_there, slots, starts, kv_lens, tables, rows, sampled_rows, last_index = self._upload(arrays)
+        batch = ForwardBatch(
+            token_ids=self.state.latest.index_select(0, rows) if from_device.size else ids,
+            positions=positions_there,
+            slots=slots,
+            query_starts=starts,
+            kv_lens=kv_lens,
+            block_tables=tables,
+            num_decodes=plan.num_decodes,
+            query_lens_host=plan.nums,
+            kv_lens_host=slices.ends.tolist(),
+            kv=kv,
+            spilled=torch.tensor(context.slots, dtype=torch.int64),
+        )
+        if not all_read and last.size < positions.size:
+            num = last.size
+            batch = replace(batch, read=batch.last_tokens(last_index, kv_lens[:num], tables[:num], batch.kv_lens_host[:num]))
+        return PreparedStep(batch, sampled_rows, last_index)
 
     def all_sampled(self, slices: Slices) -> bool:
         """Whether every slice begins with its row's latest sampled token. False if a slice is a prompt of one token."""

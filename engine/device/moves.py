@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from engine.batch import Upload
+from engine.batch import HOST, LayerPools, Upload
 from engine.errors import InternalError
 from engine.kvcache.host import HostRecords
 from engine.kvcache.host_memory import HostMemory
@@ -77,6 +77,14 @@ class BlockCopies:
                 self._move_out(list(group))
             else:
                 self._move_in(list(group))
+
+    def with_host(self) -> list[LayerPools]:
+        """Return the pools of each layer, and under names with the prefix HOST the same pools in the slots of the host."""
+        views = self._storage.views(self._records())
+        return [
+            pools | {HOST + name: pool for name, pool in view.items()}
+            for pools, view in zip(self._storage.layers, views, strict=True)
+        ]
 
     def poll(self, seconds: float) -> list[Arrival]:
         """Return the moves that have ended. If there is none and `seconds` is not 0, wait for the first batch.

@@ -124,7 +124,7 @@ class TorchRunner:
         # Prompt log-probabilities need the hidden states of all tokens, which graphs do not return.
         prompts = prompt_logprobs.find_slices(self._sampler.params, slices.rows, slices.starts, slices.ends)
         output = None
-        if self.graphs is not None and prompts is None:
+        if self.graphs is not None and prompts is None and plan.spilled is None:
             output = self.graphs.run(slices, self._sampler.uniforms, step.begins)
         if output is not None:
             self._finish_graph(output, slices, step)
@@ -172,7 +172,11 @@ class TorchRunner:
         self._sample(output.logits if all_sample else output.logits.index_select(0, index), slices, on_device, step)
 
     def _run_eagerly(self, plan: StepPlan, slices: Slices, step: DeviceStep, prompts: PromptSlices | None) -> None:
-        prepared = self._rows.batch(plan, slices, self._storage.layers, all_read=prompts is not None)
+        all_read = prompts is not None
+        if plan.spilled is None:
+            prepared = self._rows.batch(plan, slices, self._storage.layers, all_read=all_read)
+        else:
+            prepared = self._rows.spilled_batch(plan, slices, plan.spilled, self._copies.with_host(), all_read=all_read)
         step.begins()
         hidden = self._backend.forward(prepared.batch)
         if prompts is not None:

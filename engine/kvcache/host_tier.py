@@ -3,6 +3,7 @@
     free      the slot holds nothing
     idle      its content is found by the digest; the least recently used idle slot is the next to be overwritten
     moving    a move writes or reads it, so it is pinned; its content is found once it has arrived
+    private   it is pinned for one request, and no digest leads to its content
 
 The tier knows digests and slot numbers only. `lower_tiers.py` decides what is moved, and the runner or the disk tier moves it.
 `host_memory.py` has the memory.
@@ -15,7 +16,10 @@ from collections import OrderedDict
 import msgspec
 
 from engine.errors import InternalError
+from engine.kvcache.kinds import ALL
 from engine.plan import Place, Tier
+
+PRIVATE = b""  # in place of the digest of a slot that no digest leads to
 
 
 class Slot(msgspec.Struct, gc=False, eq=False):
@@ -33,7 +37,7 @@ class Slot(msgspec.Struct, gc=False, eq=False):
 class HostTier:
     """Holds at most `num_slots` blocks. All operations are O(1), except `withdraw`, `clear` and `check`."""
 
-    __slots__ = ("_by_digest", "_free", "_idle", "_moving", "num_evicted", "num_slots")
+    __slots__ = ("_by_digest", "_free", "_idle", "_moving", "_num_private", "num_evicted", "num_slots")
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -41,10 +45,11 @@ class HostTier:
         self._free = list(range(num_slots - 1, -1, -1))
         self._by_digest: dict[bytes, Slot] = {}  # the listed slots
         self._idle: OrderedDict[bytes, Slot] = OrderedDict()  # listed slots that no move needs, least recently used first
-        self._moving: dict[int, Slot] = {}
+        self._moving: dict[int, Slot] = {}  # and the private ones
+        self._num_private = 0
 
     def __len__(self) -> int:
-        return len(self._by_digest)
+        return len(self._by_digest) + self._num_private
 
     def find(self, digest: bytes) -> Slot | None:
         """Return the slot with this content, if the content has arrived."""
@@ -77,16 +82,19 @@ class HostTier:
 
         The least recently used content is lost if no slot is free.
         """
-        if self._free:
-            number = self._free.pop()
-        elif self._idle:
-            _, old = self._idle.popitem(last=False)
-            del self._by_digest[old.digest]
-            number = old.number
-            self.num_evicted += 1
-        else:
+        number = self._take_number()
+        if number is None:
             return None
         slot = self._by_digest[digest] = self._moving[number] = Slot(number, digest, family, mask, pins=1)
+        return slot
+
+    def take_private(self) -> Slot | None:
+        """Return a pinned slot for content that nobody finds. It becomes free with its last pin. Returns None like `take`."""
+        number = self._take_number()
+        if number is None:
+            return None
+        self._num_private += 1
+        slot = self._moving[number] = Slot(number, PRIVATE, PRIVATE, ALL, pins=1, listed=False)
         return slot
 
     def pin(self, slot: Slot) -> None:
@@ -105,6 +113,7 @@ class HostTier:
             self._idle[slot.digest] = slot
         else:
             self._free.append(slot.number)
+            self._num_private -= slot.digest == PRIVATE
 
     def arrived(self, number: int, *, ok: bool) -> None:
         """End the move that writes slot `number`. If it failed, the slot holds nothing."""
@@ -138,6 +147,17 @@ class HostTier:
     def place(self, slot: Slot) -> Place:
         return Place(Tier.HOST, slot.number)
 
+    def _take_number(self) -> int | None:
+        """Return the number of a slot whose content may be overwritten. Returns None if all slots are pinned."""
+        if self._free:
+            return self._free.pop()
+        if not self._idle:
+            return None
+        _, old = self._idle.popitem(last=False)
+        del self._by_digest[old.digest]
+        self.num_evicted += 1
+        return old.number
+
     def check(self) -> None:
         """Raise InternalError unless each slot is free, idle or moving, once, and is found by its digest if it is listed."""
         numbers = sorted([*self._free, *(slot.number for slot in self._idle.values()), *self._moving])
@@ -152,3 +172,5 @@ class HostTier:
             raise InternalError("the host tier: a moving slot is not pinned")
         if len(self._by_digest) > len(self._idle) + len(self._moving):
             raise InternalError("the host tier: a digest leads to a slot that is neither idle nor moving")
+        if self._num_private != sum(slot.digest == PRIVATE for slot in self._moving.values()):
+            raise InternalError("the host tier: the number of private slots is wrong")

@@ -3,8 +3,9 @@
     GPU --demote--> host                   a published block is about to be overwritten
     GPU, host --saves--> disk              a block was used twice, or its request has finished
     disk --> host --loads--> GPU           a waiting request has the block in its prefix
+    GPU --spill--> host                    the context of a running request is larger than the GPU's cache
 
-`loads.py` and `saves.py` carry one direction each. `manager.py` owns the GPU's blocks.
+`loads.py`, `saves.py` and `spill.py` carry one kind of move each. `manager.py` owns the GPU's blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engine.kvcache.moves import MoveList
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
 from engine.kvcache.saves import Saves
+from engine.kvcache.spill import Spill
 from engine.messages import TierStats
 from engine.plan import Arrival, Tier, gpu
 from engine.request import Request
@@ -51,6 +53,7 @@ class LowerTiers:
         self.host = HostTier(host_slots)
         self.disk = disk
         self.loads = Loads(pool, index, self.host, self.moves, disk, clock)
+        self.spill = Spill(pool, self.host, self.moves, block_size)
         self.saves = None if disk is None else Saves(index, self.host, disk, self.moves)
         self.decisions: Counter[Decision] = Counter()
         self._gate = LoadGate(self.loads.host_link, self.loads.disk_link, block_size, compute)
@@ -141,6 +144,8 @@ class LowerTiers:
             if tier is Tier.GPU:
                 ended.append(self.loads.arrived(number, ok=ok))
                 continue
+            if self.spill.arrived(number, ok=ok):
+                continue
             digest = self.host.moving(number).digest
             self.host.arrived(number, ok=ok)
             if self.saves is not None:
@@ -222,5 +227,6 @@ class LowerTiers:
     def check(self) -> None:
         self.host.check()
         self.loads.check()
+        self.spill.check()
         if self.disk is not None:
             self.disk.check()

@@ -5,6 +5,8 @@
 
 Only full blocks are ever shared, and a request always computes at least its last token. A request therefore never writes
 to a shared block. A block counts as readable once the step that writes it is submitted, because steps run in order.
+
+A request that spills has no `blocks`: `spill.py` knows where its KV lies.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from engine.kvcache.kinds import ALL, HitRule
 from engine.kvcache.lower_tiers import LowerTiers
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
-from engine.plan import PER_TOKEN, Arrival, BlockCopy, PoolKind, Tier, gpu
+from engine.plan import PER_TOKEN, Arrival, BlockCopy, PoolKind, SpilledContext, Tier, gpu
 from engine.request import Request
 
 
@@ -31,7 +33,8 @@ class KVCacheManager:
 
     If `host_slots` is not 0, the content of a published block is moved to a slot in host memory before the block is overwritten,
     and comes back when a request has the same prefix. So does the content of blocks that `disk` has. `compute` predicts how long
-    it takes to compute a part of a prompt instead.
+    it takes to compute a part of a prompt instead. A request whose tokens do not fit into the GPU spills into these slots, and
+    keeps its latest `resident_tokens` at least in the GPU.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class KVCacheManager:
         kinds: tuple[PoolKind, ...] = PER_TOKEN,
         compute: ComputeSeconds = unknown,
         clock: Callable[[], float] = time.monotonic,
+        resident_tokens: int = 1,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -64,6 +68,7 @@ class KVCacheManager:
             self._pool, self._index, self._rule, block_size, host_slots=host_slots, disk=disk, compute=compute, clock=clock
         )
         self._loads = self._tiers.loads
+        self._fewest_resident = min(num_blocks, self.blocks_for(resident_tokens) + 1)  # the newest one may hold one token
 
     @property
     def num_free(self) -> int:
@@ -100,6 +105,18 @@ class KVCacheManager:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    @property
+    def max_blocks(self) -> int:
+        """Return how many blocks a request can have: those of the GPU, and behind them those of the host, if it can spill.
+
+        Only records of tokens are attended to in the host.
+        """
+        return self.num_blocks + (self._tiers.host.num_slots if self._rule.is_plain else 0)
+
+    def outgrows(self, request: Request) -> bool:
+        """Return whether the tokens of a request are more than the GPU's cache holds, so that it spills."""
+        return self.blocks_for(request.num_tokens) > self.num_blocks
 
     def match(self, request: Request) -> int:
         """Return how many blocks of a waiting request's tokens are in the cache and can be used. The last token is never matched.
@@ -163,6 +180,25 @@ class KVCacheManager:
             chain.matched = []
         request.num_computed = len(shared) * self.block_size
         return True
+
+    def admit_spilling(self, request: Request, *, spare: int = 0) -> bool:
+        """Give `request` a window of GPU blocks: half of the free ones, or as many as it needs if those are more.
+
+        Returns False if another request spills, or if fewer than `spare` blocks would stay free.
+        """
+        num_free, fewest = self._pool.num_free - spare, self.num_needed(request)
+        if self._tiers.spill.owner is not None or num_free < fewest:
+            return False
+        self._tiers.spill.start(request, [self._take() for _ in range(max(fewest, num_free // 2))])
+        return True
+
+    def spill_reach(self, most: int) -> int:
+        """Return up to which position the next step of the request that spills may run. See Spill."""
+        return self._tiers.spill.reach(most)
+
+    def spilled(self) -> SpilledContext:
+        """Return where the KV of the request that spills lies."""
+        return self._tiers.spill.context()
 
     def fork(self, request: Request, leader: Request, *, spare: int = 0) -> bool:
         """Give `request` the computed prompt of `leader`, all but its last token. Returns False if blocks are short.
@@ -239,6 +275,8 @@ class KVCacheManager:
 
     def num_needed(self, request: Request) -> int:
         """Return how many blocks a waiting request still needs at most, beside those that it holds."""
+        if request.spills:
+            return max(self._fewest_resident, self.blocks_for(request.end_len - 1) - self._tiers.host.num_slots)
         return self.blocks_for(len(request.tokens)) - self._loads.num_held(request)
 
     def shortage(self, request: Request) -> int:
@@ -305,6 +343,7 @@ class KVCacheManager:
         turn that a later request may continue, and its blocks are worth keeping on disk.
         """
         self._loads.release(request)
+        self._tiers.spill.release(request)
         if request.blocks:
             self.publish(request)
             if finished and self.prefix_caching and not (chain := self._chain(request)).closed:
@@ -326,7 +365,7 @@ class KVCacheManager:
         self._pool.check()
         self._index.check()
         self._tiers.check()
-        held = Counter(self._loads.blocks())
+        held = Counter([*self._loads.blocks(), *self._tiers.spill.blocks()])
         for request in holders:
             held.update(request.blocks)
             if request.num_computed > len(request.blocks) * self.block_size:

@@ -44,6 +44,14 @@ class KVStorage:
         for rows, begin, end in self._table.rows:
             rows.index_copy_(0, blocks, records[:, begin:end])
 
+    def views(self, records: torch.Tensor) -> list[LayerPools]:
+        """View records [N, record_words], as `pack` makes them, as each layer's pools [N, block_size, *shape]."""
+        pools = [(i, name, pool) for i, layer in enumerate(self.layers) for name, pool in layer.items()]
+        found: list[LayerPools] = [{} for _ in self.layers]
+        for (i, name, pool), (_, begin, end) in zip(pools, self._table.rows, strict=True):
+            found[i][name] = records[:, begin:end].view(pool.dtype).view(-1, *pool.shape[1:])
+        return found
+
     def copy(self, copies: list[BlockCopy], upload: Upload) -> None:
         """Copy GPU blocks in all pools of all layers. The result is the same as if one copy followed the other."""
         for group in _independent(copies):

@@ -150,6 +150,7 @@ class DecoderModel(nn.Module, Generic[StepT]):
             self.lm_head.weight = parameter(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device)
         self.rotary = Rotary(spec.rope, device=device)
         self.attention: PagedAttention[StepT] = select.plain(self.kv_pools()[0])
+        self.spilled_attention: PagedAttention[StepT] = select.spilled(self.kv_pools()[0])
 
     @property
     def graphable(self) -> bool:
@@ -174,13 +175,14 @@ class DecoderModel(nn.Module, Generic[StepT]):
         """
         hidden = F.embedding(batch.token_ids, self.embedding)
         cos, sin = self.rotary(batch.positions)
-        step = Step(self.attention.prepare(batch), cos, sin, batch.slots, self.ops, self.rotary.query_scale(batch.positions))
+        attention = self.attention if batch.spilled is None else self.spilled_attention
+        step = Step(attention.prepare(batch), cos, sin, batch.slots, self.ops, self.rotary.query_scale(batch.positions))
         layers = list(zip(self.layers, batch.kv, strict=True))
         *others, last = layers if only is None else [layers[i] for i in only]
         for layer, pools in others:
             hidden = layer(hidden, step, pools)
         if batch.read is not None:
-            step = replace(step, attention=self.attention.prepare(batch.read.batch), read=batch.read.index)
+            step = replace(step, attention=attention.prepare(batch.read.batch), read=batch.read.index)
         layer, pools = last
         hidden = layer(hidden, step, pools)
         return self.ops.norm(hidden, *self.norm.params) if hidden.shape[0] else hidden

@@ -1,6 +1,6 @@
 """Admission: which waiting requests may start in a step, in the policy's order.
 
-A waiting request is passed over in six cases.
+A waiting request is passed over in seven cases.
 
     deferred   Another request is computing the next block of its prompt right now. The request shares that block one step later.
                A sibling (n > 1) is deferred until its leader's whole prompt is computed, and then forks it.
@@ -9,6 +9,7 @@ A waiting request is passed over in six cases.
     unknown    The request was preempted, and its next token is not committed yet.
     long       The step has only so many tokens left beside a long prompt, and this request could not finish its own in them.
     lower      A request of a higher class was passed over, and the next step would take back the place or blocks for it.
+    spilling   Its context is larger than the GPU's cache. `spill_steps.py` starts it; if it lacks blocks for that, it is blocked.
 
 A request is deferred by its prefix only while the other request advances. After MAX_STALLED steps in which the other one
 did not advance, it starts and computes the prefix itself. A wait is therefore bounded by the length of the prefix, and ends
@@ -30,7 +31,7 @@ from engine.scheduler.policy import Policy
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
 
-MAX_AHEAD = 16  # waiting requests whose prefixes are loaded before there is a place for them
+MAX_AHEAD = 16  # waiting requests whose prefixes are loaded before there is a place for them, or of which one may start to spill
 MAX_BLOCKED = 16  # blocked requests after which a step stops looking for one that fits
 MAX_DEFERRED = 128  # deferred requests after which a step stops looking for others
 MAX_STALLED = 4  # steps that a request waits for a block while the request that computes the block does not advance
@@ -86,6 +87,10 @@ class Admission:
                 return
             if request.num_uncommitted:
                 continue
+            if request.spills:
+                if self._running.spilled is None and self._cache.num_needed(request) + self._spare > self._cache.num_free:
+                    blocked.append(request)
+                continue
             if self._cache.is_loading(request):
                 deferred.append(request)
                 continue
@@ -112,6 +117,27 @@ class Admission:
             in_step.append(request)
             computing[self._cache.next_digest(request)] = request
             _overtake(blocked)
+
+    def next_spilling(self, now: float) -> Request | None:
+        """Return the first waiting request that spills, after giving it its window. None if it cannot start now.
+
+        It takes no blocks that requests before it will need, and none while another request spills.
+        """
+        if self._running.spilled is not None:
+            return None
+        needed = self._spare
+        for request in islice(self._policy.order(self._queue.lanes, now), MAX_AHEAD):
+            if needed > self._cache.num_free:
+                return None
+            if not request.spills:
+                needed += self._cache.num_needed(request)
+                continue
+            if request.num_uncommitted:
+                return None
+            if self._cache.admit_spilling(request, spare=needed):
+                return request
+            return request if needed == self._spare and self._reserve_held(request, None) else None
+        return None
 
     def load_ahead(self, now: float) -> None:
         """Begin the loads of the first waiting requests, whether there is a place for them or not.
@@ -180,8 +206,13 @@ class Admission:
         return len(higher) >= self._running.num_places(seqs) or blocks > self._cache.num_free
 
     def _may_match(self, request: Request) -> bool:
-        """Return whether `request` may use cached blocks. A prompt with log-probabilities requested is computed completely."""
-        return self._cache.prefix_caching and (request.params.prompt_logprobs is None or request.num_outputs > 0)
+        """Return whether `request` may use cached blocks. A prompt with log-probabilities requested is computed completely.
+
+        So is one that spills.
+        """
+        if request.spills or not self._cache.prefix_caching:
+            return False
+        return request.params.prompt_logprobs is None or request.num_outputs > 0
 
     def _uncomputed(self, request: Request, leader: Request | None) -> int:
         """Return how many tokens must be computed for `request` before its next token. `_awaits_prefix` was just asked."""
@@ -192,10 +223,12 @@ class Admission:
 
     def leader(self, request: Request) -> Request | None:
         """Return the sibling that `request` can fork: its prompt and salt are the same, and nothing must be computed again."""
-        if request.fork_of is None or not self._cache.can_fork:
+        if request.fork_of is None or not self._cache.can_fork or request.spills:
             return None
         leader = self._requests.get(request.fork_of)
         if leader is None or leader is request or request.num_outputs or request.params.prompt_logprobs is not None:
+            return None
+        if leader.spills:
             return None
         if leader is request.leader:
             return leader
@@ -205,8 +238,10 @@ class Admission:
         return leader
 
     def _reserve(self, request: Request, leader: Request | None) -> bool:
-        """Give `request` blocks for all its tokens. Returns False if the request does not fit."""
+        """Give `request` blocks for all its tokens, or its window if it spills. Returns False if the request does not fit."""
         spare = self._spare
+        if request.spills:
+            return self._cache.admit_spilling(request, spare=spare)
         if leader is not None and leader.status is Status.RUNNING:
             return self._cache.fork(request, leader, spare=spare)
         return self._cache.admit(request, spare=spare, match=self._may_match(request))

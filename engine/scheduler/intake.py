@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.config import SchedulerConfig
+from engine.config import EngineConfig
 from engine.errors import ContextTooLong, Overloaded
 from engine.kvcache.manager import KVCacheManager
 from engine.request import Request
@@ -21,13 +21,14 @@ class Intake:
         self,
         cache: KVCacheManager,
         queue: WaitingQueue,
-        config: SchedulerConfig,
+        config: EngineConfig,
         forecast: Forecast,
         leader: Callable[[Request], Request | None],
     ) -> None:
         self._cache = cache
         self._queue = queue
-        self._shares = QueueShares(config.max_queue, config.max_queue_tokens)
+        self._host_tier_bytes = config.cache.host_tier_bytes or 0
+        self._shares = QueueShares(config.scheduler.max_queue, config.scheduler.max_queue_tokens)
         self._forecast = forecast
         self._leader = leader
 
@@ -35,13 +36,9 @@ class Intake:
         """Raise ContextTooLong or Overloaded if the cache can never hold the request, or if the queue cannot hold it now."""
         # The last token is never fed back to the model, so it needs no slot in the cache.
         needed = self._cache.blocks_for(request.end_len - 1)
-        if needed > self._cache.num_blocks:
-            capacity = self._cache.num_blocks * self._cache.block_size
-            raise ContextTooLong(
-                f"This model's maximum context length is {capacity} tokens, which this server's KV cache can hold. However, you "
-                f"requested {request.end_len} tokens: send a shorter prompt or a smaller max_tokens.",
-                param="max_tokens",
-            )
+        if needed > self._cache.max_blocks:
+            raise ContextTooLong(self._too_long(request, needed), param="max_tokens")
+        request.spills = self._cache.outgrows(request)
         waiting = Held(len(self._queue), self._queue.num_tokens)
         self._shares.note(request.tenant)
         why = self._shares.refusal(len(request.tokens), waiting, self._queue.held_by(request.tenant))
@@ -55,5 +52,20 @@ class Intake:
             request.num_matched = len(request.tokens) - 1
         elif (request.promised or request.deadline is not None) and request.params.prompt_logprobs is None:
             # Only such requests are worth a look at the cache now: the hashes of a long queue would fill the memory.
-            request.num_matched = self._cache.reach(request) * self._cache.block_size if self._cache.prefix_caching else 0
+            matches = self._cache.prefix_caching and not request.spills
+            request.num_matched = self._cache.reach(request) * self._cache.block_size if matches else 0
         self._forecast.check(request, limits)
+
+    def _too_long(self, request: Request, needed: int) -> str:
+        """Return the message for a request of `needed` blocks, which are more than cache and host tier hold."""
+        cache = self._cache
+        held, more = "this server's KV cache", ""
+        slots = cache.max_blocks - cache.num_blocks
+        if slots:
+            held += " and its host tier"
+            right = (needed - cache.num_blocks) * -(-self._host_tier_bytes // slots)
+            more = f" (cache.host_tier_bytes is {self._host_tier_bytes}; with {right} the server could hold them)"
+        return (
+            f"This model's maximum context length is {cache.max_blocks * cache.block_size} tokens, which {held} can hold. "
+            f"However, you requested {request.end_len} tokens: send a shorter prompt or a smaller max_tokens.{more}"
+        )

@@ -37,11 +37,12 @@ class Lane:
 class WaitingQueue:
     """Holds the waiting requests. With at most a few thousand of them, a sorted list is the cheapest structure for a lane."""
 
-    __slots__ = ("_lanes", "_size", "num_tokens")
+    __slots__ = ("_lanes", "_size", "num_spilling", "num_tokens")
 
     def __init__(self) -> None:
         self._lanes: dict[tuple[str, int], Lane] = {}  # (tenant, rank of the class) -> lane
         self._size = 0
+        self.num_spilling = 0  # requests that spill
         self.num_tokens = 0  # of all requests in the queue, those included that a cache may have
 
     def __len__(self) -> int:
@@ -69,6 +70,7 @@ class WaitingQueue:
         lane.work = lane.work.plus(work_of(request))
         lane.num_tokens += request.num_queued
         self._size += 1
+        self.num_spilling += request.spills
         self.num_tokens += request.num_queued
 
     def remove(self, request: Request) -> None:
@@ -84,6 +86,7 @@ class WaitingQueue:
         if not lane.requests:
             del self._lanes[key]
         self._size -= 1
+        self.num_spilling -= request.spills
         self.num_tokens -= request.num_queued
 
     def held_by(self, tenant: str) -> Held:
@@ -123,6 +126,8 @@ class WaitingQueue:
                 raise InternalError("the work of a lane is wrong")
         if self._size != sum(len(lane.requests) for lane in self._lanes.values()):
             raise InternalError("the size of the queue is wrong")
+        if self.num_spilling != sum(request.spills for request in self):
+            raise InternalError("the number of waiting requests that spill is wrong")
         if any(lane.num_tokens != sum(request.num_queued for request in lane.requests) for lane in self.lanes):
             raise InternalError("the number of waiting tokens of a lane is wrong")
         if self.num_tokens != sum(lane.num_tokens for lane in self.lanes):

@@ -9,6 +9,8 @@ preemption takes the worst rank first. Victims are chosen before any slice is ma
 preempted while another request holds a block, and it advances in every step. There are two exceptions: it may wait for at most
 two steps for the blocks of a request that is ending, and while requests of higher classes start, which then have better ranks.
 
+A request that spills has steps of its own (`spill_steps.py`), in turn with those of the others.
+
 With overlap, step N+1 is scheduled before step N is committed. A request's position then runs ahead of its known tokens by
 `num_uncommitted`. A request of a step may have ended before that step is committed; its token is then dropped.
 
@@ -41,6 +43,7 @@ from engine.scheduler.policy import FairPolicy, Policy
 from engine.scheduler.prompts import PromptPlanner
 from engine.scheduler.queue import WaitingQueue
 from engine.scheduler.running import RunningSet
+from engine.scheduler.spill_steps import SpillSteps
 from engine.scheduler.step_cost import StepCost
 
 
@@ -84,6 +87,7 @@ class Scheduler:
             kinds=kv.kinds,
             compute=self._compute_seconds,
             clock=clock,
+            resident_tokens=config.cache.resident_tokens,
         )
         self.counts = SchedulerCounts()
         self.step = 0
@@ -97,9 +101,10 @@ class Scheduler:
         self.limits = StepLimits(tokens, rows, tokens)  # of the latest step; predictions for new requests go by them
         max_skips = config.scheduler.max_skips
         admission = Admission(self.cache, self._queue, self._running, self._requests, self._policy, max_skips)
-        self._intake = Intake(self.cache, self._queue, config.scheduler, self.forecast, admission.leader)
+        self._intake = Intake(self.cache, self._queue, config, self.forecast, admission.leader)
         self._decodes = DecodePlanner(self.cache, self._running, self._policy, self._preempt)
         self._prompts = PromptPlanner(self._running, admission, self._admit)
+        self._spill_steps = SpillSteps(self.cache, self._running, admission, self._admit)
         self._uncommitted: deque[_UncommittedStep] = deque()
 
     @property
@@ -113,7 +118,12 @@ class Scheduler:
     @property
     def has_prompts(self) -> bool:
         """Whether prompts wait or are partly computed. If not, the next step can only decode."""
-        return len(self._queue) > 0 or bool(self._running.prompts)
+        return len(self._queue) > 0 or bool(self._running.prompts) or self._running.num_spilled_left > 0
+
+    @property
+    def _spills(self) -> bool:
+        """Whether a request spills, or waits to."""
+        return self._running.spilled is not None or self._queue.num_spilling > 0
 
     @property
     def has_requests(self) -> bool:
@@ -155,12 +165,22 @@ class Scheduler:
         Returns None if no request can run until the result of an earlier step is applied.
         """
         self.limits = limits
+        if self._spills and not self._spill_steps.was_last:
+            plan = self._plan_spill_step(limits)
+            if plan is not None:
+                return plan
+        self._spill_steps.was_last = False
+        return self._plan_step(limits) or self._plan_spill_step(limits)
+
+    def _plan_step(self, limits: StepLimits) -> StepPlan | None:
+        """Plan a step of all requests but those that spill. Returns None if none of them can run."""
         if len(self._queue) and self._running.worst_level > self._queue.best_class:
             self._give_up_places(limits)
         draft = Draft(self.step + 1, limits.tokens, align=self.cache.align)
         plan, requests = draft.plan, draft.requests
-        # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn.
-        may_start = self._decodes.plan(draft) and len(self._queue) > 0
+        # If decodes were short of KV blocks, the step admits no request: requests would only preempt each other in turn. If the
+        # last of them has outgrown the cache, none runs any more.
+        may_start = (self._decodes.plan(draft) or not len(self._running)) and len(self._queue) > 0
         may_admit = may_start and self._running.num_places(limits.seqs) > 0
         if may_start and self.cache.has_tiers:
             self._prompts.load_ahead(self._clock())
@@ -172,6 +192,19 @@ class Scheduler:
             return None
         for request in requests[plan.num_decodes :]:
             self.cache.publish(request)
+        return self._planned(plan, requests)
+
+    def _plan_spill_step(self, limits: StepLimits) -> StepPlan | None:
+        """Plan a step of the request that spills, or of moves that it waits for. Returns None if there is neither."""
+        planned = self._spill_steps.plan(self.step + 1, limits, self._clock()) if self._spills else None
+        if planned is None and not self.cache.has_copies:
+            return None
+        plan, requests = planned or (StepPlan(self.step + 1), [])
+        plan.copies = self.cache.take_copies()
+        return self._planned(plan, requests)
+
+    def _planned(self, plan: StepPlan, requests: list[Request]) -> StepPlan:
+        """Note that `plan` is submitted now. `requests` are parallel to its slices."""
         self.step = plan.step
         self._uncommitted.append(_UncommittedStep(plan.step, requests))
         return plan
@@ -185,7 +218,9 @@ class Scheduler:
             kv_tokens=sum(request.num_computed for request in running.decodes),
             running=len(running),
             waiting=len(self._queue),
-            prompt_tokens=sum(len(r.tokens) - r.num_computed for r in prompts) + self._queue.num_tokens,
+            prompt_tokens=sum(len(r.tokens) - r.num_computed for r in prompts)
+            + running.num_spilled_left
+            + self._queue.num_tokens,
             context=prompts[0].num_computed if prompts else 0,
             itl=running.itl,
         )
@@ -200,7 +235,7 @@ class Scheduler:
             raise InternalError(f"step {step} is due, not the plan of {plan.step} with the result of {result.step}")
         if result.prompt_logprobs:
             collect_prompt_logprobs(plan, requests, result.prompt_logprobs)
-        if requests:
+        if requests and plan.spilled is None:
             self.forecast.stepped(result.device_seconds)
         logprobs = result.logprobs
         events: list[TokenEvent] = []
@@ -243,11 +278,14 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise InternalError if the queue, the running set, the batch rows, the KV blocks and the counters disagree."""
-        running = self._running.prompts + self._running.decodes
+        running, spilled = self._running.prompts + self._running.decodes, self._running.spilled
         waiting = list(self._queue)
         self._queue.check()
         self._running.check()
         self.cache.check(running)
+        if spilled is not self.cache.tiers.spill.owner or any(request.spills for request in running):
+            raise InternalError("a request that spills has no window, or runs beside the others")
+        running += [] if spilled is None else [spilled]
         for statuses, group in (((Status.RUNNING,), running), ((Status.WAITING, Status.LOADING), waiting)):
             for request in group:
                 if request.status not in statuses or self._requests.get(request.request_id) is not request:
@@ -274,7 +312,7 @@ class Scheduler:
         for request in self._policy.order(self._queue.lanes, self._clock()):
             if tokens <= 0:
                 return
-            if request.num_uncommitted or request.status is Status.LOADING:
+            if request.num_uncommitted or request.status is Status.LOADING or request.spills:
                 continue
             tokens, taken = tokens - len(request.tokens), taken + 1
             blocks_taken += self.cache.num_needed(request)
@@ -319,13 +357,14 @@ class Scheduler:
         plan.admitted.append(AdmittedRow(row, request.tokens[:], request.num_prompt, blocks, request.params, request.seed))
 
     def _preempt(self, request: Request) -> None:
-        """Move a running request back to the queue and release its blocks.
+        """Move a running request back to the queue and release its blocks. If it has outgrown the cache, it spills from now on.
 
         The request keeps its tokens, and a token that is not committed yet is still added. Their KV is computed again.
         """
         self._running.remove(request)
         self.cache.release(request)
         request.status = Status.WAITING
+        request.spills = self.cache.outgrows(request)
         self._queue.push(request)
         self.counts.num_preemptions += 1
 

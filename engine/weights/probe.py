@@ -52,7 +52,7 @@ def _check_cache(config: EngineConfig, model: registry.Model, *, asked: int | No
     if num_blocks == 0:
         raise ConfigError(f"host_bytes is {cache.host_bytes}, but one block of the KV cache has {each}", param="host_bytes")
     if num_blocks is not None:
-        fit_cache(config, num_blocks, asked=asked)
+        fit_cache(config, num_blocks, asked=asked, spill_bytes=each)
 
 
 def main() -> None:

@@ -256,7 +256,7 @@ def test_a_block_that_is_read_before_its_move_has_arrived_raises():
     first_step(runner)
     moved(runner, (gpu(0), host(0)))
     runner.submit(StepPlan(2, copies=[BlockCopy(host(0), gpu(5))]))
-    with pytest.raises(InternalError, match="before it is loaded"):
+    with pytest.raises(InternalError, match="before its content has arrived"):
         read_back(runner, 5)
 
 
