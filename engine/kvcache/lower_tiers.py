@@ -66,8 +66,11 @@ class LowerTiers:
 
     @property
     def has_work(self) -> bool:
-        """Whether reads or writes of the disk are under way or are to begin, so that `tend` should be called soon."""
-        return self.disk is not None and (not self.disk.is_idle or self.loads.num_under_way > 0 or self.has_saves)
+        """Whether reads or writes of the disk are under way or are to begin, so that `tend` should be called soon.
+
+        Calls that hang in a disk that is off are no work: they may never end.
+        """
+        return self.disk is not None and self.disk.is_on and (not self.disk.is_idle or bool(self.saves))
 
     @property
     def has_saves(self) -> bool:
