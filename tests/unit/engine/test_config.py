@@ -31,6 +31,31 @@ def test_a_requested_context_must_fit_into_the_cache():
     assert caught.value.param == "max_model_len"
 
 
+def spilling(num_blocks, host_tier_bytes, asked=None):
+    """Return the config for a host tier of blocks of 100 bytes, into which contexts may continue."""
+    config = EngineConfig(model="m", max_model_len=asked, cache=CacheConfig(block_size=16, host_tier_bytes=host_tier_bytes))
+    return fit_cache(resolve(config, LIMITS, has_cuda=False), num_blocks, asked=asked, spill_bytes=100)
+
+
+def test_a_context_that_is_asked_for_may_exceed_the_cache_by_what_the_host_tier_holds():
+    assert spilling(5, 399, asked=128).max_model_len == 128  # 5 blocks and 3 slots
+    with pytest.raises(ConfigError) as caught:
+        spilling(5, 399, asked=129)
+    assert "the KV cache holds 80 tokens (5 blocks of 16), and the host tier 48 more" in caught.value.message
+    assert "cache.host_tier_bytes is 399" in caught.value.message
+    assert "set cache.host_tier_bytes to at least 400" in caught.value.message
+    assert spilling(5, 400, asked=129).max_model_len == 129
+
+
+def test_a_context_that_is_left_open_ends_with_the_cache_also_beside_a_host_tier():
+    assert spilling(5, 10_000).max_model_len == 80
+
+
+def test_the_newest_tokens_that_stay_on_the_device_are_at_least_one():
+    with pytest.raises(ConfigError, match=r"cache\.resident_tokens is 0: it must be at least 1"):
+        resolve(EngineConfig(model="m", cache=CacheConfig(resident_tokens=0)), LIMITS, has_cuda=False)
+
+
 def test_offline_steps_are_larger_on_a_gpu():
     def step_tokens(*, has_cuda=True, **options):
         return resolve(EngineConfig(model="m", **options), LIMITS, has_cuda=has_cuda).scheduler.max_step_tokens

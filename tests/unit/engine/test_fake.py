@@ -12,7 +12,7 @@ from engine.fake import FakeRunner, build_fake, expected_tokens
 from engine.fake_blocks import record_bytes
 from engine.fake_device import SimulatedDevice, SimulatedTime
 from engine.kvcache.host_memory import HostMemory
-from engine.plan import NO_TOKEN, PER_TOKEN, AdmittedRow, Arrival, BlockCopy, GrownRow, Place, StepPlan, gpu, host
+from engine.plan import NO_TOKEN, PER_TOKEN, AdmittedRow, Arrival, BlockCopy, GrownRow, Place, SpilledContext, StepPlan, gpu, host
 from engine.request import SamplingParams
 from engine.scheduler.cost_file import CostKey, cost_key, save_costs
 from engine.scheduler.cost_table import CostTable
@@ -258,6 +258,39 @@ def test_a_block_that_is_read_before_its_move_has_arrived_raises():
     runner.submit(StepPlan(2, copies=[BlockCopy(host(0), gpu(5))]))
     with pytest.raises(InternalError, match="before its content has arrived"):
         read_back(runner, 5)
+
+
+@pytest.mark.parametrize(
+    ("slots", "blocks", "arrived", "right"),
+    [
+        pytest.param([1], [7], True, True, id="right"),
+        pytest.param([0], [7], True, False, id="another slot"),
+        pytest.param([1], [7], False, False, id="not arrived"),
+        pytest.param([], [7], True, False, id="too few blocks"),
+        pytest.param([1, 1], [7], True, False, id="written to the host"),
+    ],
+)
+def test_a_context_in_the_host_is_verified(slots, blocks, arrived, right):
+    runner = make_runner(host=host_memory(2))
+    first_step(runner)
+    runner.submit(StepPlan(2, copies=[BlockCopy(gpu(0), host(1))]))
+    if arrived:
+        runner.poll()
+    plan = make_plan(3, [(1, 4, 2)], samples=[0], admitted=[row(1, SIBLING, [])])
+    plan.spilled = SpilledContext(slots, blocks)
+    if right:
+        assert len(runner.submit(plan).result().tokens) == 1
+        return
+    with pytest.raises(InternalError):
+        runner.submit(plan)
+
+
+def test_a_step_whose_context_lies_in_the_host_takes_longer_by_the_time_to_read_it():
+    simulated = FakeConfig(step_ms=20.0, block_bytes=10**9, host_gb_s=100.0)
+    runner = make_runner(verify=False, simulated=simulated, device=SimulatedDevice(simulated))
+    plan = make_plan(1, [(1, 4, 2)], samples=[0], admitted=[row(1, SIBLING, [])])
+    plan.spilled = SpilledContext([0, 1, 2], [7])
+    assert runner.submit(plan)._result.device_seconds == pytest.approx(0.05)
 
 
 def test_a_slot_that_is_overwritten_while_it_is_read_raises():

@@ -29,6 +29,7 @@ class Rig:
         max_model_len=1000,
         cost=None,
         host_slots=0,
+        resident_tokens=1,
     ):
         self.now = 0.0
         self.limits = StepLimits(tokens=budget, seqs=rows, chunk=budget)
@@ -36,7 +37,7 @@ class Rig:
         self.scheduler = Scheduler(
             EngineConfig(
                 model="none",
-                cache=CacheConfig(block_size=block_size, prefix_caching=prefix_caching),
+                cache=CacheConfig(block_size=block_size, prefix_caching=prefix_caching, resident_tokens=resident_tokens),
                 scheduler=SchedulerConfig(
                     max_num_seqs=rows,
                     max_step_tokens=budget,
