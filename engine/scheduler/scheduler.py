@@ -104,7 +104,7 @@ class Scheduler:
         self._intake = Intake(self.cache, self._queue, config, self.forecast, admission.leader)
         self._decodes = DecodePlanner(self.cache, self._running, self._policy, self._preempt)
         self._prompts = PromptPlanner(self._running, admission, self._admit)
-        self._spill_steps = SpillSteps(self.cache, self._running, admission, self._admit)
+        self._spill_steps = SpillSteps(self.cache, self._running, admission, self._admit, tokens)
         self._uncommitted: deque[_UncommittedStep] = deque()
 
     @property

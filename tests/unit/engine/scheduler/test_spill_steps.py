@@ -53,6 +53,13 @@ def test_ordinary_requests_take_turns_with_the_one_that_spills():
     assert other.num_outputs >= 4
 
 
+def test_a_chunk_of_a_context_that_spills_is_not_shortened_for_the_sake_of_other_steps():
+    rig = make_rig()
+    rig.limits = rig.limits._replace(tokens=2)
+    rig.add("long", 60)
+    assert slices(step(rig)) == [(0, 0, 12)]
+
+
 def test_a_second_request_that_spills_waits_for_the_first_and_others_pass_it():
     rig = make_rig()
     first, second = rig.add("first", 60, max_tokens=1), rig.add("second", 60, max_tokens=1)
