@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from engine.kvcache.disk_tier import DiskTier
 from engine.kvcache.identity import BlockIdentity, identity_of
 from engine.kvcache.kinds import HitRule
 from engine.plan import BuiltRunner
+
+
+MIN_THREADS, MAX_THREADS = 4, 16  # of the disk tier. A thread reads and checks some GB/s at most
 
 
 class OpenTiers(NamedTuple):
@@ -46,6 +50,7 @@ def _settings(cache: CacheConfig, folder: Path) -> DiskSettings:
         max_bytes=cache.disk_tier_bytes,
         key=None if cache.disk_tier_key_file is None else _read_key(Path(cache.disk_tier_key_file)),
         write_rate=cache.disk_tier_write_rate,
+        num_threads=min(MAX_THREADS, max(MIN_THREADS, os.cpu_count() or 1)),
     )
 
 

@@ -1,8 +1,8 @@
 """SpillSteps: the steps of the request that spills, whose context is larger than the GPU's cache. Each is a plan of one slice.
 
-Such a step reads most of its context from the host, and may take longer than many ordinary steps. So it never shares a step with
-others, and the scheduler plans it in turn with theirs. The window bounds a chunk of the prompt. The limits of a step bound it too,
-but not below LEAST_CHUNK tokens: smaller chunks would make such steps many, and hardly shorter.
+Such a step reads most of its context from the host, and may take longer than many ordinary steps. So it never shares a step
+with others, and the scheduler plans it in turn with theirs. The window bounds a chunk of the prompt. The limits of a step bound
+it too, but not below LEAST_CHUNK tokens: smaller chunks would make such steps many, and hardly shorter.
 """
 
 from __future__ import annotations
