@@ -18,7 +18,6 @@ from engine.kvcache.identity import BlockIdentity, identity_of
 from engine.kvcache.kinds import HitRule
 from engine.plan import BuiltRunner
 
-
 MIN_THREADS, MAX_THREADS = 4, 16  # of the disk tier. A thread reads and checks some GB/s at most
 
 
