@@ -3,7 +3,18 @@
 import msgspec
 import pytest
 
-from engine.config import BatchingConfig, CacheConfig, EngineConfig, FakeConfig, ModelLimits, SchedulerConfig, fit_cache, resolve
+from engine.config import (
+    HOST_BYTES_FOR_DISK,
+    BatchingConfig,
+    CacheConfig,
+    EngineConfig,
+    FakeConfig,
+    ModelLimits,
+    SchedulerConfig,
+    fit_cache,
+    host_slots,
+    resolve,
+)
 from engine.errors import ConfigError
 
 LIMITS = ModelLimits(max_model_len=1000, vocab_size=10, eos_token_ids=(), dtype="float32")
@@ -95,3 +106,74 @@ def test_a_simulated_device_has_either_a_cost_file_or_durations():
     with pytest.raises(ConfigError, match=r"fake\.cost_file is set beside fake\.step_ms or fake\.token_us") as caught:
         resolve(EngineConfig(model="m", fake=fake), LIMITS, has_cuda=False)
     assert caught.value.param == "fake.cost_file"
+
+
+DISK = {"disk_tier_folder": "/kv", "disk_tier_bytes": 1 << 30}
+
+
+@pytest.mark.parametrize(
+    ("cache", "param", "message"),
+    [
+        (
+            {"host_tier_bytes": 5, "prefix_caching": False},
+            "host_tier_bytes",
+            r"cache\.host_tier_bytes is 5, and cache\.prefix_caching is off: .* or set host_tier_bytes to 0",
+        ),
+        (
+            {"disk_tier_bytes": 5},
+            "disk_tier_bytes",
+            r"cache\.disk_tier_bytes is set, and cache\.disk_tier_folder is not: name the folder .*, or unset disk_tier_bytes",
+        ),
+        (
+            {"disk_tier_write_rate": 1.0},
+            "disk_tier_write_rate",
+            r"cache\.disk_tier_write_rate is set, and cache\.disk_tier_folder is not",
+        ),
+        (
+            {"disk_tier_key_file": "/key"},
+            "disk_tier_key_file",
+            r"cache\.disk_tier_key_file is set, and cache\.disk_tier_folder is not",
+        ),
+        (
+            DISK | {"prefix_caching": False},
+            "disk_tier_folder",
+            r"cache\.disk_tier_folder is set, and cache\.prefix_caching is off: .* or unset disk_tier_folder",
+        ),
+        (
+            DISK | {"host_tier_bytes": 0},
+            "host_tier_bytes",
+            r"and cache\.host_tier_bytes is 0: records of the disk .* Raise host_tier_bytes, or leave it unset",
+        ),
+        (
+            {"disk_tier_folder": "/kv"},
+            "disk_tier_bytes",
+            r"cache\.disk_tier_folder is set, and cache\.disk_tier_bytes is not: set how many bytes its files may take",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_settings_of_tiers_that_contradict_each_other_are_refused(cache, param, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        resolve(EngineConfig(model="m", cache=CacheConfig(**cache)), LIMITS, has_cuda=False)
+    assert error.value.param == f"cache.{param}"
+
+
+def test_a_disk_tier_has_a_host_tier_that_was_not_asked_for():
+    def host_bytes(**cache):
+        return resolve(EngineConfig(model="m", cache=CacheConfig(**cache)), LIMITS, has_cuda=False).cache.host_tier_bytes
+
+    assert host_bytes() == 0
+    assert host_bytes(**DISK) == HOST_BYTES_FOR_DISK
+    assert host_bytes(**DISK, host_tier_bytes=5) == 5
+
+
+def test_slots_of_the_host_are_whole_pages_beside_a_disk():
+    def slots(**cache):
+        return host_slots(resolve(EngineConfig(model="m", cache=CacheConfig(**cache)), LIMITS, has_cuda=False), 5000)
+
+    assert slots(host_tier_bytes=3 * 5000) == 3
+    assert slots(host_tier_bytes=3 * 5000, **DISK) == 1
+    assert slots() == 0
+    with pytest.raises(ConfigError, match=r"cache\.host_tier_bytes is 8191, and one block takes 8192: raise it") as error:
+        slots(host_tier_bytes=8191, **DISK)
+    assert error.value.param == "cache.host_tier_bytes"
