@@ -37,7 +37,9 @@ from engine.scheduler.scheduler import Scheduler
 from engine.startup import Progress, StartupClock, no_report
 
 POLL_SECONDS = 0.005  # longest wait for a move between tiers while no request can run; the caller reads its socket in between
-CLOSE_SECONDS = 5.0  # to write blocks to the disk tier when the engine ends
+# When the engine ends. The supervisor kills it 5 seconds after it asked for the end.
+SAVE_SECONDS = 3.0  # to write blocks to the disk tier
+CLOSE_SECONDS = 1.0  # then, to end what the disk tier still does
 RUNNERS = {"torch": "engine.device.build", "fake": "engine.fake"}
 
 
@@ -248,14 +250,14 @@ class Core:
         )
 
     def close(self) -> None:
-        """Write what the disk tier is to keep, for CLOSE_SECONDS at most, release the device, and write the learnt step costs.
+        """Write what the disk tier is to keep, for SAVE_SECONDS at most, release the device, and write the learnt step costs.
 
         Running and waiting requests get no event: whoever submitted them can submit them again.
         """
         self._in_flight = None
         if self._disk is not None:
-            self._save(time.monotonic() + CLOSE_SECONDS)
-            self._disk.close()
+            self._save(time.monotonic() + SAVE_SECONDS)
+            self._disk.close(CLOSE_SECONDS)
         self._runner.close()
         if self._keeper is not None:
             self._keeper.close()

@@ -156,8 +156,9 @@ class DiskTier:
     def check(self) -> None:
         self._store.check()
 
-    def close(self) -> None:
-        self._store.close()
+    def close(self, seconds: float) -> None:
+        """Finish what is under way, and release the folder, within `seconds`. See DiskStore."""
+        self._store.close(seconds)
 
 
 def _key(digest: bytes, mask: int) -> bytes:

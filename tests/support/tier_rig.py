@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.kvcache.disk.store import DiskStore
 from engine.kvcache.disk_tier import DiskTier
 from engine.kvcache.gate import ComputeSeconds, unknown
 from engine.kvcache.host_memory import HostMemory
@@ -27,11 +28,11 @@ RECORD = 4096  # bytes of a block
 class Gate:
     """Holds up the reads or the writes of a store, as a disk that hangs does, until the test lets some of them go on."""
 
-    def __init__(self, rig: TierRig, name: str) -> None:
+    def __init__(self, store: DiskStore, name: str) -> None:
+        """`name` is "read" or "write"."""
         self._permits = threading.Semaphore(0)
-        self._do = getattr(rig.disk.store.files, name)
-        setattr(rig.disk.store.files, name, self._run)
-        rig.gates.append(self)
+        self._do = getattr(store.files, name)
+        setattr(store.files, name, self._run)
 
     def open(self, num: int = 1000) -> None:
         for _ in range(num):
@@ -55,7 +56,7 @@ class TierRig:
         **settings: object,
     ) -> None:
         self.clock = Clock()
-        self.gates: list[Gate] = []
+        self._gates: list[Gate] = []
         self.memory = HostMemory(slots, RECORD)
         store = scanned(open_store(folder, records, RECORD, clock=self.clock, **settings))
         self.disk = DiskTier(store, self.memory, HitRule(kinds, BLOCK).inner)
@@ -73,6 +74,10 @@ class TierRig:
         self.running: list[Request] = []
         self._gpu: dict[int, bytes] = {}  # content of the blocks
         self._num_requests = 0
+
+    def gate(self, name: str) -> Gate:
+        self._gates.append(Gate(self.disk.store, name))
+        return self._gates[-1]
 
     def request(self, tokens: list[int]) -> Request:
         self._num_requests += 1
@@ -135,12 +140,14 @@ class TierRig:
     def settle(self) -> list[Request]:
         """Tend and move until nothing is left to do. Returns the requests whose loads have ended."""
         ended = self.tend()
-        while self.tiers.has_work or self.manager.num_moving:
+        for _ in range(1000):
+            if not (self.tiers.has_work or self.manager.num_moving):
+                self.check()
+                return ended
             if not self.manager.has_copies:
-                ended += self.manager.tend(STUCK / 100)
+                ended += self.manager.tend(0.001 if self.disk.is_idle else STUCK / 100)
             ended += self.arrive()
-        self.check()
-        return ended
+        raise AssertionError("the tiers do not come to rest")
 
     def saved(self, tokens: list[int]) -> list[bytes]:
         """Have the blocks of a prompt on disk alone. Returns their digests."""
@@ -167,6 +174,6 @@ class TierRig:
             assert not slot.ready or self.memory.record(slot.number) == payload_of(slot.digest, RECORD)
 
     def close(self) -> None:
-        for gate in self.gates:
+        for gate in self._gates:
             gate.open()
-        self.disk.close()
+        self.disk.close(STUCK)

@@ -17,6 +17,7 @@ from engine.plan import BuiltRunner
 from engine.request import CachedTokens, FinishReason, SamplingParams, TokenEvent
 from engine.scheduler.cost_file import CostKey, save_costs
 from engine.scheduler.cost_table import CostTable
+from tests.support.tier_rig import Gate
 
 LIMITS = ModelLimits(max_model_len=64, vocab_size=50, eos_token_ids=(3,), dtype="float32")
 
@@ -437,3 +438,69 @@ def test_a_core_has_work_until_the_moves_of_an_aborted_request_have_arrived():
     core.abort("c")
     assert [event.finish for event in drain(core)["c"]] == [FinishReason.ABORT]
     assert (core.stats().blocks_used, core.has_work) == (0, False)
+
+
+def disk_core(folder, *, overlap: bool = True) -> Core:
+    """Return a core with 8 blocks, a host tier, and a disk tier in `folder` whose earlier records are found."""
+    cache = CacheConfig(
+        block_size=4, num_blocks=8, host_tier_bytes=20 * 4096, disk_tier_folder=str(folder), disk_tier_bytes=1 << 20
+    )
+    core = Core(build_fake(make_config(overlap=overlap, cache=cache, fake=FakeConfig(block_bytes=4096)), LIMITS))
+    core.find_records(30.0)
+    return core
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_core_writes_what_is_wanted_on_disk_before_it_ends_and_the_next_one_reads_it(overlap, tmp_path):
+    core = disk_core(tmp_path / "kv", overlap=overlap)
+    long = make_submit("a", tuple(range(20, 37)), max_tokens=2)
+    core.submit(long)
+    events = drain(core)["a"]
+    core.submit(make_submit("b", tuple(range(1, 12)), max_tokens=20))  # still runs at the end
+    core.step()
+    assert core.tends
+    core.close()
+    core = disk_core(tmp_path / "kv", overlap=overlap)
+    assert core.stats().tiers["disk"].blocks_used == 4
+    core.submit(long)
+    again = drain(core)["a"]
+    assert tokens_of(again) == tokens_of(events)
+    assert core.stats().tiers["disk"].cached_tokens == 16
+    core.close()
+
+
+def test_a_disk_that_hangs_does_not_hold_the_end_of_a_core(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.core.SAVE_SECONDS", 0.01)
+    monkeypatch.setattr("engine.core.CLOSE_SECONDS", 0.01)
+    core = disk_core(tmp_path / "kv")
+    gate = Gate(core._disk.store, "write")
+    core.submit(make_submit("a", tuple(range(20, 37)), max_tokens=2))
+    drain(core)
+    while not core._disk.store.num_writing:
+        assert core.tends
+        core.step()
+    core.close()
+    assert core._disk.store.num_writing
+    gate.open()
+    assert core._disk.store.close(30.0)
+
+
+def test_a_core_waits_for_a_read_a_few_milliseconds_at_a_time_and_then_computes_what_did_not_come(tmp_path):
+    core = disk_core(tmp_path / "kv")
+    long = make_submit("a", tuple(range(20, 37)), max_tokens=2)
+    core.submit(long)
+    events = drain(core)["a"]
+    core.close()
+    core = disk_core(tmp_path / "kv")
+    gate = Gate(core._disk.store, "read")
+    core.submit(long)
+    while not core.stats().loading:
+        assert core.step() == []
+    for _ in range(3):
+        assert core.step() == []
+    assert (core.has_work, core.tends, core.stats().loading) == (True, True, 1)
+    core._scheduler.cache.tiers.loads._by_request[core._scheduler._requests["a"]].patience = 0.0
+    assert tokens_of(drain(core)["a"]) == tokens_of(events)
+    assert core.stats().load_decisions == {"load": 1, "gave_up": 1}
+    gate.open()
+    core.close()

@@ -30,6 +30,7 @@ from engine.messages import (
 from engine.process import READ_BYTES_PER_STEP, READS_PER_STEP, CollectorPauses, EngineProcess
 from engine.request import CachedTokens, FinishReason, SamplingParams
 from tests.support.local_engine import CONFIG, LIMITS
+from tests.support.tier_rig import Gate
 
 PARAMS = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 
@@ -357,3 +358,46 @@ def test_the_loop_serves_others_and_sends_heartbeats_while_a_request_loads(start
     assert worker.receive_events("other")[1] is FinishReason.LENGTH
     runner.gate.set()
     assert worker.receive_events("again") == first
+
+
+def disk_config(folder):
+    cache = msgspec.structs.replace(
+        CONFIG.cache,
+        block_size=4,
+        num_blocks=64,
+        host_tier_bytes=64 * 4096,
+        disk_tier_folder=str(folder),
+        disk_tier_bytes=1 << 20,
+    )
+    return msgspec.structs.replace(CONFIG, cache=cache, fake=FakeConfig(block_bytes=4096), max_model_len=64)
+
+
+def test_an_idle_engine_writes_what_finished_to_the_disk(start, tmp_path):
+    worker = start(disk_config(tmp_path / "kv")).connect()
+    worker.send(submit(range(20, 37)))
+    worker.receive_events("r")
+    while True:
+        message = worker.receive()
+        if isinstance(message, Heartbeat) and message.stats.tiers["disk"].num_demoted == 14:  # of 17 + 40 tokens, the last not
+            break
+    assert message.stats.running + message.stats.waiting == 0
+
+
+def test_a_write_that_hangs_disturbs_neither_requests_nor_heartbeats(start, tmp_path, monkeypatch):
+    engine = start(disk_config(tmp_path / "kv"))
+    told = []
+    monkeypatch.setattr("engine.process.lifeline.tell", told.append)
+    gate = Gate(engine.core._disk.store, "write")
+    worker = engine.connect()
+    worker.send(submit(range(20, 37)))
+    first = worker.receive_events("r")
+    while not engine.core._disk.store.num_writing:
+        worker.receive()
+    worker.send(submit(range(20, 37), "again"))
+    assert worker.receive_events("again") == first
+    told.clear()
+    for _ in range(3):
+        assert isinstance(worker.receive(), Heartbeat)
+    assert told.count(lifeline.ALIVE) >= 2
+    assert engine.core._disk.store.num_writing
+    gate.open()

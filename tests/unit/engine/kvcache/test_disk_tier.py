@@ -58,7 +58,7 @@ def disk_in(tmp_path):
     yield make
     for disk in disks:
         disk.tier.check()
-        disk.tier.close()
+        disk.tier.close(STUCK)
 
 
 def test_a_record_goes_from_one_slot_of_the_host_into_another(disk_in):

@@ -3,7 +3,6 @@
 import pytest
 
 from engine.kvcache.gate import Decision
-from tests.support.tier_rig import Gate
 
 A = list(range(100, 117))  # four full blocks and one token
 B = list(range(200, 217))
@@ -55,7 +54,7 @@ def test_a_record_that_cannot_be_read_ends_the_prefix_there(rig_in, tmp_path, ba
 def test_reads_wait_while_the_queue_of_the_store_is_full(rig_in):
     rig = rig_in(max_reads=1, num_threads=1)
     rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     assert rig.manager.is_loading(request)
@@ -70,7 +69,7 @@ def test_reads_wait_while_the_queue_of_the_store_is_full(rig_in):
 def test_a_request_that_waited_for_too_long_goes_on_with_what_has_come_and_does_not_load_again(rig_in, num_read):
     rig = rig_in(compute=lambda first, end: 1.0, num_threads=1)
     rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     gate.open(num_read)
@@ -92,7 +91,7 @@ def test_a_request_whose_reads_get_no_slot_of_the_host_computes_its_prefix(rig_i
     """The host has one slot, and a write that hangs keeps it."""
     rig = rig_in(slots=1, compute=lambda first, end: 1.0)
     rig.saved(A)
-    gate = Gate(rig, "write")
+    gate = rig.gate("write")
     rig.finish(B)
     rig.tend()
     rig.arrive()

@@ -11,7 +11,6 @@ from engine.kvcache.lower_tiers import LowerTiers
 from engine.kvcache.pool import BlockPool
 from engine.kvcache.prefix import PrefixIndex
 from engine.plan import PER_TOKEN, Tier
-from tests.support.tier_rig import Gate
 
 A = list(range(100, 117))  # four full blocks and one token
 LONG = list(range(300, 300 + 4 * TELLING + 1))
@@ -81,7 +80,7 @@ def test_the_part_of_a_prefix_that_a_slow_disk_has_is_computed(rig_in):
 def test_a_request_goes_on_with_what_has_come_when_the_disk_turns_off(rig_in, tmp_path, num_read):
     rig = rig_in(num_threads=2)
     rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     gate.open(num_read)
@@ -100,7 +99,7 @@ def test_a_request_goes_on_with_what_has_come_when_the_disk_turns_off(rig_in, tm
 def test_blocks_that_are_being_moved_when_the_disk_turns_off_are_waited_for(rig_in, tmp_path):
     rig = rig_in(num_threads=1)
     rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     gate.open(1)
@@ -118,7 +117,7 @@ def test_blocks_that_are_being_moved_when_the_disk_turns_off_are_waited_for(rig_
 def test_nothing_of_a_withdrawn_family_is_used_wherever_it_is(rig_in, when, is_aborted):
     rig = rig_in(slots=1 if when == "queued" else 8, num_threads=1)
     digests = rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     if when not in ("queued", "reading"):
@@ -144,7 +143,7 @@ def test_nothing_of_a_withdrawn_family_is_used_wherever_it_is(rig_in, when, is_a
 def test_a_request_that_ends_while_its_blocks_are_read_leaves_them_in_the_host(rig_in):
     rig = rig_in(num_threads=1, slots=3)
     digests = rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     rig.end(request)
@@ -163,7 +162,7 @@ def test_a_request_that_ends_while_its_blocks_are_read_leaves_them_in_the_host(r
 def test_a_second_request_waits_for_the_reads_of_the_first_and_goes_on_when_that_ends(rig_in):
     rig = rig_in(blocks=12)
     rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     first, second = rig.request(A), rig.request(A)
     assert rig.manager.load(first)
     assert rig.manager.awaits_load(second)

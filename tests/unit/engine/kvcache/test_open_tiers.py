@@ -7,6 +7,7 @@ from engine.errors import ConfigError, InternalError
 from engine.fake import build_fake
 from engine.kvcache.open_tiers import open_tiers
 from tests.support.clock import Clock
+from tests.support.disk_store import STUCK
 
 LIMITS = ModelLimits(max_model_len=64, vocab_size=50, eos_token_ids=(3,), dtype="float32")
 KEY = bytes(range(32))
@@ -28,7 +29,7 @@ def digest_in():
         digests = []
         tiers.identity.extend(digests, tiers.identity.root(""), b"tokens", 6)
         if tiers.disk is not None:
-            tiers.disk.close()
+            tiers.disk.close(STUCK)
         return digests[0]
 
     return open_one
@@ -57,7 +58,7 @@ def test_replicas_share_the_key_of_a_file(digest_in, tmp_path):
 def test_the_cap_on_writes_reaches_the_store(tmp_path):
     tiers = open_tiers(built(tmp_path / "kv", disk_tier_write_rate=1e6), Clock())
     assert tiers.disk.store._bucket._rate == 1e6
-    tiers.disk.close()
+    tiers.disk.close(STUCK)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +78,14 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is in use by another process") as error:
         open_tiers(built(tmp_path / "kv"), Clock())
     assert error.value.param == "cache.disk_tier_folder"
-    tiers.disk.close()
+    tiers.disk.close(STUCK)
 
 
 def test_a_cap_below_one_record_is_refused_and_the_folder_is_free_again(tmp_path):
     with pytest.raises(ConfigError, match=r"^cache\.disk_tier_bytes is 4096, and a file of one record takes") as error:
         open_tiers(built(tmp_path / "kv", disk_bytes=4096), Clock())
     assert error.value.param == "cache.disk_tier_bytes"
-    open_tiers(built(tmp_path / "kv"), Clock()).disk.close()
+    open_tiers(built(tmp_path / "kv"), Clock()).disk.close(STUCK)
 
 
 def test_a_runner_without_a_host_tier_cannot_have_a_disk_tier(tmp_path):

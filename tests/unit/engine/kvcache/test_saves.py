@@ -4,7 +4,6 @@ import pytest
 
 from engine.kvcache import saves
 from engine.plan import PER_TOKEN, PoolKind, Tier
-from tests.support.tier_rig import Gate
 
 A = list(range(100, 117))  # four full blocks and one token
 B = list(range(200, 217))
@@ -57,7 +56,7 @@ def test_a_block_that_is_nowhere_any_more_when_its_turn_comes_is_not_saved(rig_i
 
 def test_a_block_whose_copy_was_overwritten_in_the_host_is_copied_again(rig_in):
     rig = rig_in(slots=1)
-    gate = Gate(rig, "write")
+    gate = rig.gate("write")
     digests = rig.finish(A[:5])
     rig.tend()
     rig.arrive()
@@ -136,7 +135,7 @@ def test_the_cap_on_writes_is_kept_and_the_rest_is_written_later(rig_in):
 
 def test_writes_wait_while_the_disk_is_busy(rig_in):
     rig = rig_in(max_writes=1)
-    gate = Gate(rig, "write")
+    gate = rig.gate("write")
     digests = rig.finish(A)
     rig.tend()
     rig.arrive()
@@ -150,7 +149,7 @@ def test_writes_wait_while_the_disk_is_busy(rig_in):
 def test_writes_wait_for_a_slot_while_all_are_read(rig_in):
     rig = rig_in(records=4, slots=12, blocks=12)
     rig.saved(A)
-    gate = Gate(rig, "read")
+    gate = rig.gate("read")
     request = rig.request(A)
     assert rig.manager.load(request)
     digests = rig.finish(B[:9])
@@ -166,7 +165,7 @@ def test_writes_wait_for_a_slot_while_all_are_read(rig_in):
 @pytest.mark.parametrize("when", ["wanted", "arriving", "ready", "writing"])
 def test_a_family_that_is_withdrawn_is_not_saved(rig_in, when):
     rig = rig_in(max_writes=1)
-    gate = Gate(rig, "write")
+    gate = rig.gate("write")
     digests = rig.finish(A)
     if when != "wanted":
         rig.tend()
@@ -192,7 +191,7 @@ def test_a_family_that_is_withdrawn_is_not_saved(rig_in, when):
 
 def test_a_block_that_is_being_written_when_the_disk_is_cleared_is_written_again_later(rig_in):
     rig = rig_in()
-    gate = Gate(rig, "write")
+    gate = rig.gate("write")
     digests = rig.finish(A)
     rig.tend()
     rig.arrive()
