@@ -123,6 +123,18 @@ def test_released_blocks_and_slots_are_free_again_once_moves_to_them_have_arrive
     parts.check()
 
 
+def test_a_slot_that_arrived_before_an_older_one_is_free_when_its_request_is_released():
+    parts = Parts()
+    parts.run(most=100)
+    parts.run(most=8)
+    older, newer = parts.moves.take()
+    parts.spill.arrived(newer.dst.number, ok=True)
+    parts.spill.release(parts.request)
+    parts.check()
+    assert len(parts.host) == 1
+    assert parts.host.moving(older.dst.number).pins == 1
+
+
 def test_two_requests_cannot_spill_at_a_time():
     parts = Parts()
     with pytest.raises(InternalError, match="cannot spill while"):
