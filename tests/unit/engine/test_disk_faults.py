@@ -84,6 +84,8 @@ class Engine:
                 return
             self.time.now += seconds / 200
             self.core._scheduler.tend(0.01)
+            while self.core.has_work:  # copies to the host of what is to be written
+                self.core.step()
         raise AssertionError("waited in vain")
 
     @property
