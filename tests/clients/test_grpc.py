@@ -169,7 +169,7 @@ def test_buf_streams_the_tokens_of_http(buf, http, more):
     assert "".join(chunk.get("text", "") for chunk in chunks) == wanted["text"]
     assert [token for chunk in chunks for token in chunk.get("tokenIds", [])] == wanted["token_ids"]
     assert chunks[-1]["finishReason"] == "length"
-    assert responses[-1]["ending"]["usage"] == {"promptTokens": "6", "completionTokens": "12"}
+    assert responses[-1]["ending"]["usage"] == {"promptTokens": "6", "completionTokens": "12", "cachedTokensByTier": {}}
     assert len({response["id"] for response in responses}) == 1
 
 
